@@ -22,6 +22,7 @@ import glob
 import gzip
 import hashlib
 import html
+import importlib
 import importlib.util
 import io
 import json
@@ -42,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
+import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -80,6 +82,7 @@ def _character_table():
 
 
 CHARACTERS = _character_table()
+ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 
 
 def clean(text):
@@ -87,15 +90,21 @@ def clean(text):
     (NFC) and in lower case.
 
     Equal to open_clip's cleaning but for what its ftfy does beyond single characters: it repairs mojibake
-    (text decoded with the wrong encoding, "cafÃ©") and knows HTML entities in capitals (&EACUTE;). Captions
-    that are right UTF-8 hold neither, and one that does costs a few odd tokens, not an error.
+    (text decoded with the wrong encoding, "cafÃ©", and the control characters 128-159), drops terminal
+    colours and knows HTML entities in capitals (&EACUTE;). Captions that are right UTF-8 hold none of
+    these, and one that does costs a few odd tokens, not an error.
     """
-    while "&" in text and (decoded := html.unescape(text)) != text:
-        text = decoded  # "&amp;amp;": captions off the web are often escaped more than once
+    if "&" in text:  # "&amp;amp;": captions off the web are often escaped more than once
+        # ftfy takes the first line with a "<" for HTML's source, and leaves the rest to CLIP's unescape
+        end = text.rfind("\n", 0, text.index("<")) + 1 if "<" in text else len(text)
+        head, tail = text[:end], text[end:]
+        while (decoded := ENTITY.sub(lambda entity: html.unescape(entity[0]), head)) != head:
+            head = decoded
+        text = head + tail
     text = text.translate(CHARACTERS)
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    return text.lower()
+    return html.unescape(html.unescape(text)).lower()  # twice, and after the rest: so does CLIP
 
 
 def vocabulary_from_words(words):
@@ -135,6 +144,8 @@ class Tokenizer:
             raise InputError("the vocabulary is no .tiktoken file (lines of base64 and rank)") from None
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 512:
             raise InputError("the vocabulary's ranks do not run from 0 over all bytes and words")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise InputError("the vocabulary lacks some of the 256 single bytes")
         self.start, self.end = len(ranks), len(ranks) + 1
         self.vocab_size = len(ranks) + 2
         self.encoding = tiktoken.Encoding(
@@ -168,7 +179,10 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids -> str: the text in lower case, a space after each word; start, end and padding dropped."""
-        return self.encoding.decode([i for i in map(int, ids) if i < self.start and i != PAD]).strip()
+        ids = list(map(int, ids))
+        while ids and ids[-1] == PAD:  # a text's own last token ends a word, so it is never id 0
+            ids.pop()
+        return self.encoding.decode([i for i in ids if i < self.start]).strip()
 
     def __call__(self, texts, context_length=None):
         """list of B strings -> LongTensor (B, context_length): start, tokens, end, padding. A text that
@@ -674,11 +688,13 @@ def cli(main, argv=None):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["shapes"]:
-        from scripts.shapes import main
-        return main(argv[1:])
+    if argv[:1] and argv[0] in ("shapes", "pack", "show"):  # each in scripts/, to keep this file one reading
+        return importlib.import_module(f"scripts.{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("shapes", help="make the built-in data set of coloured shapes", add_help=False)
+    commands.add_parser("pack", help="make shards from a list of images and captions", add_help=False)
+    commands.add_parser("show", help="look at shards: samples, tokens, what is dropped, a picture", add_help=False)
     vocab = commands.add_parser("vocab", help="make a word vocabulary from the shards' captions")
     vocab.add_argument("shards", nargs="+", help="tar files, folders, globs or braces")
     vocab.add_argument("--size", type=int, default=10_000, help="entries, 514 of them bytes and specials")

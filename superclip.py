@@ -22,7 +22,6 @@ Axes: B pairs, P patches, T tokens, D width, H heads, E embedding, V vocabulary.
 
 import json
 import math
-import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -543,21 +542,33 @@ def read_checkpoint(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return safetensors_torch().load_file(path)
     try:
-        # weights_only: a pickle may run any code while it loads, and weights come from strangers
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if path.suffix == ".safetensors":
+            content = safetensors_torch().load_file(path)
+        else:
+            # weights_only: a pickle may run any code while it loads, and weights come from strangers
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch and safetensors raise a dozen kinds, by the kind of damage
         if "TorchScript" in str(error):
             reason = (
                 "is a TorchScript archive: save torch.jit.load(path).state_dict() of it instead"
             )
-        elif "weights_only" in str(error):
+        elif "GLOBAL" in str(error):  # the pickle names a class or function
             reason = "holds more than tensors and plain values, which could run code: refused"
         else:
             reason = "is no checkpoint, or a damaged one"
         raise InputError(f"{path} {reason}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no dict of weights, but a {type(content).__name__}")
+    return content
+
+
+SIZES = {  # the tensors whose shapes tell the configuration, and how many axes they have
+    "visual.conv1.weight": 4, "visual.positional_embedding": 2, "visual.proj": 2,
+    "text.token_embedding.weight": 2, "text.positional_embedding": 2,
+}  # fmt: skip
 
 
 def read_weights(path):
@@ -569,9 +580,8 @@ def read_weights(path):
     state = checkpoint.get("state_dict", checkpoint)
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     # OpenAI's archives are in half precision, carry three scalars, and want QuickGELU.
-    openai = any(
-        state.pop(k, None) is not None for k in ("input_resolution", "context_length", "vocab_size")
-    )
+    scalars = [state.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]
+    openai = any(scalar is not None for scalar in scalars)
     openai |= any(v.dtype == torch.float16 for v in state.values())
     if "cap_fq" in state:
         # The authors' counters add up, over steps, the *share* of captions with the token. Times
@@ -592,27 +602,40 @@ def read_weights(path):
     authors = {"text_decoder.ln_mlp.": "head.ln.", "text_decoder.text_projection.": "head.linear."}
     for theirs, ours in authors.items():
         state = {k.replace(theirs, ours): v for k, v in state.items()}
-    try:
-        layers = {
-            tower: len({k.split(".")[3] for k in state if k.startswith(f"{tower}.transformer.")})
-            for tower in ("visual", "text")
-        }
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        config = dict(
-            image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1),
-            patch_size=patch,
-            vision_width=width,
-            vision_layers=layers["visual"],
-            text_width=state["text.token_embedding.weight"].shape[1],
-            text_layers=layers["text"],
-            embed_dim=state["visual.proj"].shape[1],
-            context_length=len(state["text.positional_embedding"]),
-            vocab_size=len(state["text.token_embedding.weight"]),
-            quick_gelu=openai,
-            loss="sigmoid" if "logit_bias" in state else "softmax",
-        )
-    except KeyError as error:
-        raise InputError(f"{path} does not fit: it has no tensor {error.args[0]}") from None
+    for name, axes in SIZES.items():
+        if name not in state:
+            raise InputError(f"{path} does not fit: it has no tensor {name}")
+        if state[name].ndim != axes:
+            raise InputError(f"{path} does not fit: {name} has {state[name].ndim} axes, not {axes}")
+    layers = {
+        tower: len({k.split(".")[3] for k in state if k.startswith(f"{tower}.transformer.")})
+        for tower in ("visual", "text")
+    }
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    config = dict(
+        image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1),
+        patch_size=patch,
+        vision_width=width,
+        vision_layers=layers["visual"],
+        text_width=state["text.token_embedding.weight"].shape[1],
+        text_layers=layers["text"],
+        embed_dim=state["visual.proj"].shape[1],
+        context_length=len(state["text.positional_embedding"]),
+        vocab_size=len(state["text.token_embedding.weight"]),
+        quick_gelu=openai,
+        loss="sigmoid" if "logit_bias" in state else "softmax",
+    )
+    beside = Path(path).with_suffix(".json")
+    if (
+        beside.is_file()
+    ):  # what shapes do not tell, as save_pretrained (and open_clip) writes it down
+        try:
+            told = json.loads(beside.read_text())
+            vision_heads = width // told["vision_cfg"].get("head_width", 64)
+            config |= dict(vision_heads=vision_heads, text_heads=told["text_cfg"]["heads"])
+            config["quick_gelu"] = bool(told.get("quick_gelu", False))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # some other .json
     return state, config
 
 
