@@ -192,7 +192,7 @@ def _recall(higher, ties, right, k):
 
 
 def chance_recall(own, answers, k):
-    """R@k of a model to which all answers look the same; own (C,): right answers of each question."""
+    """R@k of a model to which all answers look the same; own (C,): right answers a question has."""
     return _recall(torch.zeros_like(own), answers - own, own, k).mean()
 
 
@@ -535,8 +535,8 @@ def draw_words(rows, window, path):
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 10), "What the head sees, and where", INK, font(20))
     explanation = (
-        f"Colour: fall of the word's log-probability when a window of {window} x {window} patches is "
-        "left out, mean over the windows that hold a patch"
+        f"Colour: fall of the word's log-probability when a window of {window} x {window} patches "
+        "is left out, mean over the windows that hold a patch"
     )
     draw.text((GAP, 36), explanation, FAINT, font(13))
     for r, (title, pixels, words, maps) in enumerate(rows):
@@ -545,7 +545,7 @@ def draw_words(rows, window, path):
         sheet.paste(photo, (GAP, y))
         draw.text((GAP, y + CELL + 3), shorten(draw, title, font(13), CELL), INK, font(13))
         grey = photo.convert("L").convert("RGB")
-        grey = Image.blend(grey, Image.new("RGB", grey.size, PAPER), 0.35)
+        grey = Image.blend(grey, Image.new("RGB", grey.size, PAPER), 0.55)
         top = float(maps.abs().max()) or 1.0  # one scale for the words of an image: they compare
         draw.text((GAP, y + CELL + 20), f"full colour: {top:.2f} nats", FAINT, font(13))
         for c, ((word, p, _), values) in enumerate(zip(words, maps), start=1):

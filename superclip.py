@@ -546,7 +546,7 @@ def read_checkpoint(path):
         if path.suffix == ".safetensors":
             content = safetensors_torch().load_file(path)
         else:
-            # weights_only: a pickle may run any code while it loads, and weights come from strangers
+            # weights_only: a pickle may run any code as it loads, and weights come from strangers
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
