@@ -4,11 +4,12 @@
     shards --> index --> Pairs (decode, crop, resize) ---> collate --> batch on uint8
                             ^ batch_indices(seed, step)
 
-A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them: members of one
-sample share their name up to the first dot; .jpg|.jpeg|.png|.webp is the image, .txt the caption,
-.json optional metadata. Shards are not streamed: one pass over the tar headers makes an index, and
-after that any sample is two or three reads away. That gives a true global shuffle, an exact length,
-equal batches on every process, and it makes resuming a run a matter of one integer, the step.
+A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them: members of
+one sample share their name up to the first dot; .jpg|.jpeg|.png|.webp is the image, .txt the
+caption, .json optional metadata. Shards are not streamed: one pass over the tar headers makes an
+index, and after that any sample is two or three reads away. That gives a true global shuffle, an
+exact length, equal batches on every process, and it makes resuming a run a matter of one integer,
+the step.
 
     python data.py shapes            make the built-in data set of coloured shapes
     python data.py vocab SHARDS      make a word vocabulary from the shards' own captions
@@ -46,7 +47,7 @@ import tiktoken
 import tiktoken.load
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -59,24 +60,28 @@ CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_
 CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_MERGES = 49152 - 256 - 2  # of the file's 262,144 merges CLIP keeps the first
 
-# CLIP's order of the 256 bytes: printable ones first. Their ids are 0-255, and 256-511 at a word's end.
+# CLIP's order of the 256 bytes: printable ones first. Their ids are 0-255, and 256-511 at a word's
+# end.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
 # What counts as a word: CLIP's pattern, case ignored. A digit is a word of its own.
 WORD = regex.compile(
-    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+",
+    regex.IGNORECASE,
 )
 
 
 def _character_table():
-    """Single characters that CLIP's cleaning (the library ftfy) replaces, as str.translate wants them."""
+    """Single characters that CLIP's cleaning (the library ftfy) replaces, as str.translate wants
+    them."""
     table = dict.fromkeys([*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF])  # control: drop
     table |= dict.fromkeys([*range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)])
-    table |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-    for code in [*range(0xFB00, 0xFB05), *range(0xFF01, 0xFFF0), 0x3000, 0x132, 0x133, *range(0x1C4, 0x1CD),
-                 *range(0x1F1, 0x1F4)]:  # ligatures, digraphs, full and half width  # fmt: skip
+    table |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
+    table |= dict.fromkeys(range(0x201C, 0x2020), '"')
+    ligatures = [*range(0xFB00, 0xFB05), 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
+    for code in [*ligatures, *range(0xFF01, 0xFFF0), 0x3000]:  # and full and half width
         table.setdefault(code, unicodedata.normalize("NFKC", chr(code)))
     return table | {0x149: "'n", 0xFB05: "\u017ft", 0xFB06: "st"}
 
@@ -86,16 +91,17 @@ ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 
 
 def clean(text):
-    """A caption as CLIP's tokenizer sees it: HTML entities decoded, quotes straightened, letters composed
-    (NFC) and in lower case.
+    """A caption as CLIP's tokenizer sees it: HTML entities decoded, quotes straightened, letters
+    composed (NFC) and in lower case.
 
-    Equal to open_clip's cleaning but for what its ftfy does beyond single characters: it repairs mojibake
-    (text decoded with the wrong encoding, "cafÃ©", and the control characters 128-159), drops terminal
-    colours and knows HTML entities in capitals (&EACUTE;). Captions that are right UTF-8 hold none of
-    these, and one that does costs a few odd tokens, not an error.
+    Equal to open_clip's cleaning but for what its ftfy does beyond single characters: it repairs
+    mojibake (text decoded with the wrong encoding, "cafÃ©", and the control characters 128-159),
+    drops terminal colours and knows HTML entities in capitals (&EACUTE;). Captions that are right
+    UTF-8 hold none of these, and one that does costs a few odd tokens, not an error.
     """
     if "&" in text:  # "&amp;amp;": captions off the web are often escaped more than once
-        # ftfy takes the first line with a "<" for HTML's source, and leaves the rest to CLIP's unescape
+        # ftfy takes the first line with a "<" for HTML's source, and leaves the rest to CLIP's
+        # unescape
         end = text.rfind("\n", 0, text.index("<")) + 1 if "<" in text else len(text)
         head, tail = text[:end], text[end:]
         while (decoded := ENTITY.sub(lambda entity: html.unescape(entity[0]), head)) != head:
@@ -108,10 +114,13 @@ def clean(text):
 
 
 def vocabulary_from_words(words):
-    """The text of a .tiktoken file (a line of base64 and rank each): all bytes, then whole words."""
+    """The text of a .tiktoken file (a line of base64 and rank each): all bytes, then whole
+    words."""
     tokens = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
     tokens += [word.encode() + b" " for word in words]
-    return "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(dict.fromkeys(tokens)))
+    return "".join(
+        f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(dict.fromkeys(tokens))
+    )
 
 
 def _vocabulary_from_merges(text):
@@ -130,18 +139,22 @@ def _vocabulary_from_merges(text):
 class Tokenizer:
     """Byte-pair encoding on tiktoken; with CLIP's vocabulary, id for id that of open_clip.
 
-    The trick: write CLIP's end-of-word mark as a trailing space byte. Then CLIP's ids are tiktoken's
-    ranks, a word is what `[^ ]+ ` matches, and a word that is in the vocabulary as a whole is one token.
+    The trick: write CLIP's end-of-word mark as a trailing space byte. Then CLIP's ids are
+    tiktoken's ranks, a word is what `[^ ]+ ` matches, and a word that is in the vocabulary as a
+    whole is one token.
     """
 
     def __init__(self, vocab, context_length=77):
-        """vocab: the text of a .tiktoken file; context_length: tokens of a row that __call__ returns."""
+        """vocab: the text of a .tiktoken file; context_length: tokens of a row that __call__
+        returns."""
         self.vocab, self.context_length = vocab, context_length
         try:
             lines = [line.split() for line in vocab.splitlines() if line]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError:
-            raise InputError("the vocabulary is no .tiktoken file (lines of base64 and rank)") from None
+            raise InputError(
+                "the vocabulary is no .tiktoken file (lines of base64 and rank)"
+            ) from None
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 512:
             raise InputError("the vocabulary's ranks do not run from 0 over all bytes and words")
         if any(bytes([b]) not in ranks for b in range(256)):
@@ -169,7 +182,7 @@ class Tokenizer:
             return cls(text, context_length)
         except (UnicodeDecodeError, EOFError, OSError, KeyError, InputError):
             raise InputError(
-                f"{path} is no vocabulary: give a .tiktoken file or CLIP's bpe_simple_vocab_16e6.txt.gz"
+                f"{path} is no vocabulary: give a .tiktoken file or bpe_simple_vocab_16e6.txt.gz"
             ) from None
 
     def encode(self, text):
@@ -178,15 +191,16 @@ class Tokenizer:
         return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
 
     def decode(self, ids):
-        """ids -> str: the text in lower case, a space after each word; start, end and padding dropped."""
+        """ids -> str: the text in lower case, a space after each word; start, end and padding
+        dropped."""
         ids = list(map(int, ids))
         while ids and ids[-1] == PAD:  # a text's own last token ends a word, so it is never id 0
             ids.pop()
         return self.encoding.decode([i for i in ids if i < self.start]).strip()
 
     def __call__(self, texts, context_length=None):
-        """list of B strings -> LongTensor (B, context_length): start, tokens, end, padding. A text that
-        is too long is cut, and still ends with the end token."""
+        """list of B strings -> LongTensor (B, context_length): start, tokens, end, padding. A text
+        that is too long is cut, and still ends with the end token."""
         length = context_length or self.context_length
         texts = [texts] if isinstance(texts, str) else texts
         return self.rows([self.encode(text) for text in texts], length)
@@ -199,7 +213,8 @@ class Tokenizer:
 
 
 def find_tokenizer(vocab, shards=(), context_length=77):
-    """--vocab -> Tokenizer. A path; or "clip"; or None: the vocab.tiktoken beside the shards, else clip."""
+    """--vocab -> Tokenizer. A path; or "clip"; or None: the vocab.tiktoken beside the shards, else
+    clip."""
     if vocab is None:
         beside = [Path(s).parent / "vocab.tiktoken" for s in shards[:1]]
         vocab = beside[0] if beside and beside[0].is_file() else "clip"
@@ -223,7 +238,9 @@ def find_tokenizer(vocab, shards=(), context_length=77):
 
 IMAGE, TEXT, JSON = 1, 3, 5  # columns of the index: block, then size in the next column
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
-INDEX_VERSION = 2  # raised whenever _read_headers comes to other results, so that caches are made anew
+INDEX_VERSION = (
+    2  # raised whenever _read_headers comes to other results, so that caches are made anew
+)
 BLOCK = 512  # a tar is made of blocks of this many bytes: 32 bits count the blocks of a terabyte
 
 
@@ -242,17 +259,21 @@ def expand(patterns):
     paths = sorted(dict.fromkeys(paths))
     for path in paths:
         if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-            raise InputError(f"{path} is compressed, and samples are read out of order: unpack it to a .tar")
+            raise InputError(
+                f"{path} is compressed, and samples are read out of order: unpack it to a .tar"
+            )
     return paths
 
 
 def _match(pattern):
-    """One path, folder, glob or braces -> list of paths. Raises InputError: each brace must match, so that
-    a shard that was not downloaded is not left out silently."""
+    """One path, folder, glob or braces -> list of paths. Raises InputError: each brace must match,
+    so that a shard that was not downloaded is not left out silently."""
     found = []
     for path in _braces(pattern):
         if Path(path).is_dir():  # *.tar.*: what is compressed gets its own error
-            paths = glob.glob(f"{glob.escape(path)}/*.tar") or glob.glob(f"{glob.escape(path)}/*.tar.*")
+            paths = glob.glob(f"{glob.escape(path)}/*.tar") or glob.glob(
+                f"{glob.escape(path)}/*.tar.*"
+            )
         else:
             paths = [path] if Path(path).is_file() else glob.glob(path)
         if not paths:
@@ -262,7 +283,7 @@ def _match(pattern):
 
 
 def _braces(pattern):
-    """"a{00..02}.tar" -> a00.tar a01.tar a02.tar; "{x,y}" likewise; without braces, itself."""
+    """ "a{00..02}.tar" -> a00.tar a01.tar a02.tar; "{x,y}" likewise; without braces, itself."""
     match = re.search(r"{(\d+)\.\.(\d+)}|{([^{}]*,[^{}]*)}", pattern)
     if not match:
         return [pattern]
@@ -283,7 +304,8 @@ def _split(name):
 
 
 def _read_headers(path):
-    """One shard -> (rows of the index as an int32 array (n, 7) with column 0 free, list of (key, reason))."""
+    """One shard -> (rows of the index as an int32 array (n, 7) with column 0 free, list of (key,
+    reason))."""
     samples, bad, size = {}, {}, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -312,8 +334,8 @@ def _read_headers(path):
     for key in [key for key, row in samples.items() if not row[IMAGE]]:
         del samples[key]
         bad.setdefault(key, "no image, or an empty one")
-    # NumPy, not torch: torch sends tensors between processes as open files, and a thousand shards are
-    # more files than a process may open
+    # NumPy, not torch: torch sends tensors between processes as open files, and a thousand shards
+    # are more files than a process may open
     return np.array(list(samples.values()), dtype=np.int32).reshape(-1, 7), list(bad.items())
 
 
@@ -355,14 +377,17 @@ def _index_shard(path):
 def build_index(shards):
     """list of shard paths -> (int32 tensor (N, 7), list of (shard path, key, reason)).
 
-    A row is shard number, then block and size in bytes of image, text and json; 0 for what is missing.
-    28 bytes a sample in one tensor: worker processes share it, where Python objects would be copied.
+    A row is shard number, then block and size in bytes of image, text and json; 0 for what is
+    missing. 28 bytes a sample in one tensor: worker processes share it, where Python objects would
+    be copied.
     """
     results = {shard: _cached(shard) for shard in shards}
     new = [shard for shard in shards if results[shard] is None]
     workers = min(len(new), os.cpu_count() or 1)
     # delay: no bar for what takes less than a second
-    bar = dict(total=len(new), desc="indexing shards", unit="shard", delay=1, leave=False, disable=None)
+    bar = dict(
+        total=len(new), desc="indexing shards", unit="shard", delay=1, leave=False, disable=None
+    )
     if workers <= 1:
         results.update((shard, _index_shard(shard)) for shard in tqdm(new, **bar))
     else:
@@ -390,8 +415,8 @@ class BadSample(Exception):
 def crop_box(width, height, rng=None):
     """The part of an image to look at, as x, y, width, height in pixels.
 
-    Without rng the largest central square. With rng (random.Random) CLIP's one augmentation: a random
-    rectangle of 90-100 % of the area; no flip, since captions say "left".
+    Without rng the largest central square. With rng (random.Random) CLIP's one augmentation: a
+    random rectangle of 90-100 % of the area; no flip, since captions say "left".
     """
     if rng is not None:
         for _ in range(10):  # as torchvision's RandomResizedCrop draws it
@@ -407,24 +432,25 @@ def crop_box(width, height, rng=None):
 def load_image(image, size, rng=None):
     """Bytes of an image file, or a PIL image -> uint8 tensor (3, size, size), cropped and resized.
 
-    Bicubic with antialiasing. Raises BadSample. Fast for three reasons: a JPEG is decoded at a fraction
-    of its size where the crop allows it (`draft`), it stays uint8 to the end, and the three values of a
-    pixel stay side by side as the decoder wrote them ("channels last").
+    Bicubic with antialiasing. Raises BadSample. Fast for three reasons: a JPEG is decoded at a
+    fraction of its size where the crop allows it (`draft`), it stays uint8 to the end, and the
+    three values of a pixel stay side by side as the decoder wrote them ("channels last").
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about odd metadata, torch's about read-only arrays
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's about odd metadata, torch's about read-only arrays
             own = isinstance(image, bytes)
-            if own:
-                image = Image.open(io.BytesIO(image), formats=FORMATS)
+            image = _open(image) if own else image
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadSample(f"{width} x {height} pixels: taken for a decompression bomb")
             orientation = _orientation(image)
             turned = orientation in (5, 6, 7, 8)  # these lie on their side
             x, y, w, h = crop_box(*((height, width) if turned else (width, height)), rng)
             scale = max(size / w, size / h)
-            if own and scale <= 0.5:  # JPEG's own scaling halves, and never below what the crop needs
+            # JPEG's own scaling halves, and never below what the crop needs. A caller's image is
+            # left alone.
+            if own and scale <= 0.5:
                 image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
             scale = image.width / width  # what draft made of it
             pixels = _upright(_rgb(image), orientation)  # (H, W, 3)
@@ -433,10 +459,21 @@ def load_image(image, size, rng=None):
     except Exception as error:  # Pillow raises a dozen kinds, by file format and kind of damage
         raise BadSample(f"the image cannot be decoded: {error}") from None
     x, y, w, h = (round(v * scale) for v in (x, y, w, h))
-    # The axis for the batch comes first: after permute(2, 0, 1)[None] torch would not see that this is
-    # channels last, and would copy the image to planes and back.
+    # The axis for the batch comes first: after permute(2, 0, 1)[None] torch would not see that this
+    # is channels last, and would copy the image to planes and back.
     crop = pixels[None, y : y + h, x : x + w].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def _open(content):
+    """Bytes of an image file -> PIL image, of which only the header is read. Raises BadSample."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # its own message holds an address in memory
+        raise BadSample("the image cannot be decoded: no image, or of an unknown format") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(f"{image.width} x {image.height} pixels: taken for a decompression bomb")
+    return image
 
 
 def _orientation(image):
@@ -466,7 +503,8 @@ def _upright(pixels, orientation):
 
 
 class Preprocess:
-    """PIL image -> uint8 tensor (3, image_size, image_size): the largest central square, resized."""
+    """PIL image -> uint8 tensor (3, image_size, image_size): the largest central square,
+    resized."""
 
     def __init__(self, image_size):
         self.image_size = image_size
@@ -484,13 +522,19 @@ MAX_CAPTION = 20_000  # characters; one that is longer would make its whole batc
 class Pairs(Dataset):
     """Image-caption pairs in tar shards.
 
-    shards: paths. captions, label_captions: "txt", or "json.FIELD" for a string or a list of strings
-    (one is drawn each time). Items are asked for as (draw, sample): the number of the draw seeds the crop
-    and the choice of caption, so that they do not depend on which worker does the work.
+    shards: paths. captions, label_captions: "txt", or "json.FIELD" for a string or a list of
+    strings (one is drawn each time). Items are asked for as (draw, sample): the number of the draw
+    seeds the crop and the choice of caption, so that they do not depend on which worker does the
+    work.
     """
 
     def __init__(self, shards, tokenizer, image_size, captions="txt", label_captions=None, seed=0):
-        self.shards, self.tokenizer, self.image_size, self.seed = shards, tokenizer, image_size, seed
+        self.shards, self.tokenizer, self.image_size, self.seed = (
+            shards,
+            tokenizer,
+            image_size,
+            seed,
+        )
         self.captions, self.label_captions = captions, label_captions or captions
         self.files = {}  # shard number -> file descriptor, of this process
         self.index, self.bad = build_index(shards)
@@ -498,9 +542,13 @@ class Pairs(Dataset):
         for source in dict.fromkeys((self.captions, self.label_captions)):
             if source != "txt" and not re.fullmatch(r"json\.\w+", source):
                 raise InputError(f"captions come from txt or json.FIELD, not from {source!r}")
-            column, reason = (TEXT, "no .txt, or an empty one") if source == "txt" else (JSON, "no .json")
+            column, reason = (
+                (TEXT, "no .txt, or an empty one") if source == "txt" else (JSON, "no .json")
+            )
             missing = self.index[:, column] == 0
-            for row in self.index[missing][:1000].tolist():  # named; beyond a thousand they are counted
+            for row in self.index[missing][
+                :1000
+            ].tolist():  # named; beyond a thousand they are counted
                 if (self.shards[row[0]], self.key(row)) not in named:
                     self.bad.append((self.shards[row[0]], self.key(row), reason))
             self.bad += [("", "", reason)] * max(0, int(missing.sum()) - 1000)
@@ -530,8 +578,8 @@ class Pairs(Dataset):
         return content
 
     def key(self, row):
-        """The sample's name. It is not kept in memory but in the tar header that stands before its image:
-        a block, or three where the name is long or not ASCII."""
+        """The sample's name. It is not kept in memory but in the tar header that stands before its
+        image: a block, or three where the name is long or not ASCII."""
         for blocks in (3, 1):
             try:
                 header = io.BytesIO(self._pread(row[0], row[IMAGE] - blocks, blocks * BLOCK))
@@ -560,11 +608,14 @@ class Pairs(Dataset):
         if not texts:
             raise BadSample("the caption is empty")
         if max(map(len, texts)) > MAX_CAPTION:
-            raise BadSample(f"a caption of {max(map(len, texts)):,} characters: taken for something else")
+            raise BadSample(
+                f"a caption of {max(map(len, texts)):,} characters: taken for something else"
+            )
         return texts
 
     def __getitem__(self, item):
-        """(draw, sample) -> (image, ids of the caption, ids of the label caption, samples found bad).
+        """(draw, sample) -> (image, ids of the caption, ids of the label caption, samples found
+        bad).
 
         A bad sample is replaced by the one after it, which keeps batches equal in size everywhere.
         """
@@ -587,7 +638,8 @@ class Pairs(Dataset):
         raise InputError(f"a hundred bad samples in a row, the last in {bad[-1][1]}: {bad[-1][3]}")
 
     def collate(self, samples):
-        """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B, T'), bad."""
+        """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
+        T'), bad."""
         images, captions, labels, bad = zip(*samples)
         context = self.tokenizer.context_length
         rows = self.tokenizer.rows
@@ -602,8 +654,9 @@ class Pairs(Dataset):
 
 
 def round_up(ids):
-    """The longest of the lists of ids, with start and end, rounded up to a multiple of 16: few lengths, so
-    that a compiled model is compiled few times; and what is trimmed off costs no attention."""
+    """The longest of the lists of ids, with start and end, rounded up to a multiple of 16: few
+    lengths, so that a compiled model is compiled few times; and what is trimmed off costs no
+    attention."""
     return 16 * math.ceil((max(map(len, ids)) + 2) / 16)
 
 
@@ -613,10 +666,12 @@ def _epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch_size, seed, step):
-    """The samples of a step's global batch: a pure function, so that any step can be where a run starts.
+    """The samples of a step's global batch: a pure function, so that any step can be where a run
+    starts.
 
-    Every epoch is another permutation of the n samples, cut into n // batch_size batches; the rest of it
-    is left out. Returns a list of batch_size pairs (draw, sample); draws are numbered through the run.
+    Every epoch is another permutation of the n samples, cut into n // batch_size batches; the rest
+    of it is left out. Returns a list of batch_size pairs (draw, sample); draws are numbered through
+    the run.
     """
     epoch, batch = divmod(step, n // batch_size)
     order = _epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
@@ -624,7 +679,8 @@ def batch_indices(n, batch_size, seed, step):
 
 
 class Batches:
-    """The batch_sampler of one process: its slice of each global batch from step `start` to `stop`."""
+    """The batch_sampler of one process: its slice of each global batch from step `start` to
+    `stop`."""
 
     def __init__(self, n, batch_size, seed, start, stop, rank=0, world=1):
         if n < batch_size:
@@ -666,13 +722,22 @@ def make_vocabulary(shards, size, captions="txt"):
     """The `size` most frequent words of the shards' captions -> the text of a .tiktoken file."""
     pairs = Pairs(shards, None, 0, captions)
     counts = Counter()
-    for row in tqdm(pairs.index.tolist(), desc="counting words", unit="sample", delay=1, leave=False, disable=None):
+    for row in tqdm(
+        pairs.index.tolist(),
+        desc="counting words",
+        unit="sample",
+        delay=1,
+        leave=False,
+        disable=None,
+    ):
         try:
             for text in pairs.texts(row, captions):
                 counts.update(WORD.findall(clean(text)))
         except BadSample:  # training will name it
             pass
-    long = [word for word, _ in counts.most_common() if len(word.encode()) > 1]  # single bytes are in
+    long = [
+        word for word, _ in counts.most_common() if len(word.encode()) > 1
+    ]  # single bytes are in
     return vocabulary_from_words(long[: size - 514])
 
 
@@ -688,16 +753,28 @@ def cli(main, argv=None):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] and argv[0] in ("shapes", "pack", "show"):  # each in scripts/, to keep this file one reading
+    if argv[:1] and argv[0] in (
+        "shapes",
+        "pack",
+        "show",
+    ):  # each in scripts/, to keep this file one reading
         return importlib.import_module(f"scripts.{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("shapes", help="make the built-in data set of coloured shapes", add_help=False)
-    commands.add_parser("pack", help="make shards from a list of images and captions", add_help=False)
-    commands.add_parser("show", help="look at shards: samples, tokens, what is dropped, a picture", add_help=False)
+    commands.add_parser(
+        "shapes", help="make the built-in data set of coloured shapes", add_help=False
+    )
+    commands.add_parser(
+        "pack", help="make shards from a list of images and captions", add_help=False
+    )
+    commands.add_parser(
+        "show", help="look at shards: samples, tokens, what is dropped, a picture", add_help=False
+    )
     vocab = commands.add_parser("vocab", help="make a word vocabulary from the shards' captions")
     vocab.add_argument("shards", nargs="+", help="tar files, folders, globs or braces")
-    vocab.add_argument("--size", type=int, default=10_000, help="entries, 514 of them bytes and specials")
+    vocab.add_argument(
+        "--size", type=int, default=10_000, help="entries, 514 of them bytes and specials"
+    )
     vocab.add_argument("--captions", default="txt", help="txt, or json.FIELD")
     vocab.add_argument("--out", default="vocab.tiktoken", help="file to write")
     args = parser.parse_args(argv)
