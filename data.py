@@ -697,8 +697,22 @@ class Batches:
             yield batch[self.rank * self.local : (self.rank + 1) * self.local]
 
 
-def _ignore_interrupt(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+def _outlive_signals(_):
+    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process to answer: it needs
+    # its workers until it has saved. After half a minute nobody does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def worker_settings(workers):
+    """The arguments of a DataLoader that concern its processes."""
+    # Forked workers share the index without a copy; Python 3.14 would start them otherwise.
+    context = "fork" if workers and sys.platform == "linux" else None
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _outlive_signals,
+        "multiprocessing_context": context,
+    }
 
 
 def loader(dataset, batches, workers, pin_memory=False):
@@ -706,11 +720,10 @@ def loader(dataset, batches, workers, pin_memory=False):
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=dataset.collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupt,
         prefetch_factor=4 if workers else None,
+        **worker_settings(workers),
     )
 
 

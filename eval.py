@@ -117,13 +117,8 @@ class TorchvisionImages(Dataset):
 def batches(dataset, batch_size, workers, desc):
     """Yields (images (B, 3, S, S) uint8, list of B labels or texts). Bad images are named and left
     out."""
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=data._ignore_interrupt,
-    )
+    settings = data.worker_settings(workers)
+    loader = DataLoader(dataset, batch_size, collate_fn=list, **settings)
     for samples in tqdm(loader, desc=desc, unit="batch", delay=1, leave=False, disable=None):
         for image, reason in samples:
             if image is None:
@@ -174,7 +169,8 @@ def _first_hit(scores, own):
     it (C,)."""
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
     # Equal features can differ in their last bit: products of rows are summed in different orders.
-    higher = ((scores > best + 1e-6) & ~own).sum(dim=1)
+    # Not below or level is above: what a diverged model says, NaN, is then always wrong.
+    higher = (~(scores <= best + 1e-6) & ~own).sum(dim=1)
     level = (scores - best).abs() <= 1e-6
     return higher, (level & ~own).sum(dim=1), (level & own).sum(dim=1)
 
@@ -211,7 +207,9 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
         counts, chunk = [], max(1, 2**24 // len(answers))  # 64 MB of scores
         for i in tqdm(range(0, len(queries), chunk), desc=name, delay=1, leave=False, disable=None):
             own = questions_of[i : i + chunk, None] == answers_of[None]
-            counts.append(_first_hit(queries[i : i + chunk] @ answers.T, own))
+            with torch.autocast(answers.device.type, enabled=False):  # bfloat16 would make ties
+                scores = queries[i : i + chunk] @ answers.T
+            counts.append(_first_hit(scores, own))
         higher, ties, right = (torch.cat(c).cpu() for c in zip(*counts))
         own = torch.ones(M) if name == "text_to_image" else torch.bincount(owner.cpu(), minlength=N)
         part = {
@@ -245,7 +243,7 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     """One feature per class, (C, E): the normalised mean of its prompts' features."""
     rows = []
     for name in tqdm(classes, desc="prompts", delay=1, leave=False, disable=None):
-        features = encode_texts(model, tokenizer, [t.format(name) for t in templates])
+        features = encode_texts(model, tokenizer, [t.replace("{}", name) for t in templates])
         rows.append(F.normalize(features.mean(dim=0), dim=0))
     return torch.stack(rows)
 
@@ -269,10 +267,10 @@ def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size
     result = {"top1": score(top1, 1 / C)}
     if C > 5:
         result["top5"] = score(_recall(*ranks, 5), 5 / C)
+    # ImageNet has two cranes and two maillots: a name that comes twice gets its number, too
+    names = [n if classes.count(n) == 1 else f"{n} ({c})" for c, n in enumerate(classes)]
     result["per_class"] = {
-        name: score(top1[labels == c], 1 / C)
-        for c, name in enumerate(classes)
-        if (labels == c).any()
+        name: score(top1[labels == c], 1 / C) for c, name in enumerate(names) if (labels == c).any()
     }
     return result
 
@@ -416,14 +414,11 @@ def words_of(tokenizer, ids, probabilities):
             continue
         parts = [i]
         if not ends_word[i]:
-            for j in ids:  # the most probable end with which the tokenizer would write one word
-                if (
-                    j in left
-                    and ends_word[j]
-                    and tokenizer.encode(tokenizer.decode([i, j])) == [i, j]
-                ):
-                    parts.append(j)
-                    break
+            # Ends with which the tokenizer would write one word. The parts of a word come together,
+            # so the head finds them about equally probable: else "skate" could end in "cat".
+            ends = [j for j in ids if j in left and ends_word[j] and 0.5 < left[j] / left[i] < 2]
+            ends = [j for j in ends if tokenizer.encode(tokenizer.decode([i, j])) == [i, j]]
+            parts += sorted(ends, key=lambda j: abs(math.log(left[j] / left[i])))[:1]
         text = tokenizer.decode(parts) + ("" if ends_word[parts[-1]] else "-")
         words.append((text, min(left[p] for p in parts), parts))
         for p in parts:
@@ -436,6 +431,7 @@ def top_words(model, tokenizer, images, k=8):
     """images (B, 3, S, S) -> for each image the k words that the head finds most probable, as
     [(word, probability, ids)]. Probabilities are of a softmax over all tokens: they sum to 1."""
     probabilities = model.class_logits(images).float().softmax(dim=-1)
+    probabilities[:, [superclip.PAD, tokenizer.start, tokenizer.end]] = 0  # these are no words
     values, ids = probabilities.topk(min(4 * k, probabilities.shape[1]))
     return [words_of(tokenizer, i, p)[:k] for i, p in zip(ids.tolist(), values.tolist())]
 
@@ -591,7 +587,12 @@ def open_model(args):
 
 
 def device_name(name):
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name} is not there: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def command_zeroshot(args):
@@ -655,13 +656,17 @@ def command_probe(args):
     parts = []
     for name, dataset in (("train", train), ("test", test)):
         cache = Path(f"{args.cache}-{name}.pt") if args.cache else None
+        stamp = f"{args.checkpoint} {Path(args.checkpoint).stat().st_mtime_ns} {args.untrained} "
+        stamp += f"{args.dataset or getattr(args, name)} {len(dataset)}"
         if cache and cache.is_file():
-            parts.append(torch.load(cache, weights_only=True))
-            print(f"features from {cache}")
-            continue
+            cached = torch.load(cache, weights_only=True)
+            if cached["stamp"] == stamp:  # of the same model and the same images
+                parts.append(cached["features"])
+                print(f"features from {cache}")
+                continue
         parts.append(frozen_features(model, dataset, args.batch_size, args.workers))
         if cache:
-            torch.save(parts[-1], cache)
+            torch.save({"stamp": stamp, "features": parts[-1]}, cache)
     (x, y), (x_test, y_test) = parts
     D = model.config.vision_width
     result = {}
@@ -672,7 +677,7 @@ def command_probe(args):
     ):
         value, penalty = probe((x[:, columns], y), (x_test[:, columns], y_test), len(classes))
         result[name] = {**value, "penalty": penalty}
-        print(line(f"linear probe, {name}"[:24], value) + f"   penalty {penalty:g}")
+        print(line(f"linear probe {name}", value) + f"   penalty {penalty:g}")
     return result
 
 
@@ -701,7 +706,10 @@ def command_words(args):
         try:
             image = data.load_image(file.read_bytes(), model.config.image_size)
         except (OSError, data.BadSample) as error:
-            raise InputError(f"{file} cannot be read: {error}") from None
+            if len(files) == 1:
+                raise InputError(f"{file} cannot be read: {error}") from None
+            tqdm.write(f"skipped {file}: {error}")
+            continue
         words = top_words(model, tokenizer, image[None].to(device_of(model)), args.k)[0]
         print(f"{file}: " + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
         result[str(file)] = {word: p for word, p, _ in words}

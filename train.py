@@ -153,6 +153,14 @@ def parse(argv):
             setattr(args, name, value)
     if args.steps is None and args.epochs is None:
         args.epochs = 30.0
+    positive = "steps epochs batch_size micro_batch_size image_size context_length"
+    for name in f"{positive} log_every eval_every save_every".split():
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise InputError(f"--{name} is a positive number, not {value}")
+    if not 0 <= args.patch_dropout < 1:
+        raise InputError(f"--patch_dropout is a share from 0 to below 1, not {args.patch_dropout}")
+    if (args.workers or 0) < 0:
+        raise InputError(f"--workers is 0 or more, not {args.workers}")
     return args, given, checkpoint
 
 
@@ -314,13 +322,17 @@ def weights_of(model, tokenizer, step):
 
 def find_checkpoint(out_dir):
     """The newest checkpoint of a run that can be read, or None."""
-    for name in ("last.pt", "previous.pt"):
-        path = out_dir / name
-        if path.exists():
-            try:
-                return read_checkpoint(path)
-            except InputError as error:
-                print(f"warning: {error}: trying the one before", file=sys.stderr)
+    paths = [path for name in ("last.pt", "previous.pt") if (path := out_dir / name).exists()]
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise InputError(
+            f"no checkpoint in {out_dir} can be read ({', '.join(p.name for p in paths)}): start "
+            "anew in another --out_dir, perhaps with --init_from its best.pt"
+        )
     return None
 
 
@@ -332,13 +344,7 @@ class Log:
     """log.jsonl: a header line, then a row per logged step and per validation. Rank 0 alone
     writes."""
 
-    def __init__(self, path, header, step, wandb_project):
-        rows = []
-        if step:  # resumed: what was logged after the checkpoint is about to be logged again
-            rows = [row for row in path.read_text().splitlines(True) if row.endswith("\n")]
-            rows = [row for row in rows if json.loads(row).get("step", 0) <= step]
-        path.write_text("".join(rows))
-        self.file = open(path, "a")
+    def __init__(self, path, header, step, kept_until, wandb_project):
         self.wandb = None
         if wandb_project:
             try:
@@ -346,7 +352,15 @@ class Log:
             except ImportError:
                 raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb.init(project=wandb_project, config=header)
-        self.write({"header" if not step else "resumed": header, "step": step})
+        rows = []
+        if kept_until:  # resumed: what was logged after the checkpoint is about to be logged again
+            rows = [row for row in path.read_text().splitlines(True) if row.endswith("\n")]
+            rows = [row for row in rows if json.loads(row).get("step", math.inf) <= kept_until]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(rows))
+        os.replace(temporary, path)  # killed in between, the old log is still there
+        self.file = open(path, "a")
+        self.write({"header" if not kept_until else "resumed": header, "step": step})
 
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
@@ -492,6 +506,14 @@ class BadSamples:
                 self.seen.add(sample)
                 self.check()
 
+    def share(self, world):
+        """Make what each process has found known to all of them."""
+        if world > 1:
+            found = [None] * world
+            dist.all_gather_object(found, self.seen)
+            self.seen = set().union(*found)
+            self.check()
+
     def check(self):
         share = len(self) / self.total
         if share > self.max_bad:
@@ -554,7 +576,8 @@ def train(args, given, checkpoint, rank, world, device, dtype):
     shards = data.expand(args.train_data)
     if checkpoint:
         tokenizer = data.Tokenizer(checkpoint["vocab"])
-        if args.vocab and data.find_tokenizer(args.vocab).vocab != checkpoint["vocab"]:
+        changed = args.vocab and args.vocab != checkpoint["arguments"]["vocab"]
+        if changed and data.find_tokenizer(args.vocab).vocab != checkpoint["vocab"]:
             raise InputError(
                 f"--resume: the run in {out_dir} has another vocabulary than {args.vocab}"
             )
@@ -597,7 +620,10 @@ def train(args, given, checkpoint, rank, world, device, dtype):
     loader = iter(data.loader(pairs, order, workers, pin_memory=device.type == "cuda"))
 
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {out_dir}: {error.strerror}") from None
         header = header_of(args, steps, world, device, dtype, pairs, model)
         if checkpoint:
             before = checkpoint["arguments"]
@@ -606,7 +632,8 @@ def train(args, given, checkpoint, rank, world, device, dtype):
             }
             for name, (old, new) in header["changed"].items():
                 tqdm.write(f"resuming with {name} {new} instead of {old}")
-        log = Log(out_dir / "log.jsonl", header, start, args.wandb)
+        kept_until = checkpoint["step"] if checkpoint else 0  # counted in batches of then
+        log = Log(out_dir / "log.jsonl", header, start, kept_until, args.wandb)
         tqdm.write(
             f"{args.model}: {header['parameters']:,} parameters, {tokenizer.vocab_size:,} tokens; "
             f"{len(pairs):,} pairs; steps {start:,} to {steps:,} of {args.batch_size} pairs; "
@@ -662,9 +689,9 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         if not (log_due or eval_due or save_due or leave):
             continue
         # 5. the log; reading the losses waits for the device, so it is not done at every step
-        values = [losses["contrastive_loss"], losses["classification_loss"]]
-        values = all_sum(torch.stack([*values, values[0].new_tensor(len(bad) * world)]) / world)
-        contrastive, classification, bad_count = values.tolist()
+        bad.share(world)
+        values = torch.stack([losses["contrastive_loss"], losses["classification_loss"]])
+        contrastive, classification = all_sum(values / world).tolist()
         row = {
             "step": step,
             "epoch": round(step * args.batch_size / len(pairs), 4),
@@ -674,7 +701,7 @@ def train(args, given, checkpoint, rank, world, device, dtype):
             "logit_scale": model.logit_scale.exp().item(),
             "grad_norm": grad_norm.item(),
             "learning_rate": learning_rate,
-            "bad_samples": round(bad_count),
+            "bad_samples": len(bad),
         }
         finite = (
             math.isfinite(row["grad_norm"]) or scaler.is_enabled()
@@ -734,6 +761,8 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
         return
     with autocast:
+        if result is None and val_pairs:  # a run that had ended already was resumed
+            result = validate(model, tokenizer, val_pairs, step, workers)
         summary(model, tokenizer, args, result, out_dir, log)
 
 

@@ -1,5 +1,4 @@
-"""The study of scripts/small_batch.py: what it asks, which runs it plans, and one tiny run of each
-kind."""
+"""The study of scripts/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
 
 import json
 import random
@@ -13,12 +12,12 @@ from scripts import shapes, small_batch
 
 
 def study_args(folder, **changes):
-    args = dict(out_dir=folder, samples=64, seeds=2, batch_sizes=[16, 32], flickr_samples=64)
+    args = dict(out_dir=folder, samples=32, seeds=2, batch_sizes=[16, 32], flickr_samples=64)
     return SimpleNamespace(**{**args, **changes})
 
 
 def test_a_question_changes_one_thing():
-    for seed in range(50):
+    for seed in range(30):
         scene = shapes.make_scene(random.Random(seed))
         asked = small_batch.questions(scene, seed)
         assert ("relation" in asked) == ("swap" in asked) == (len(scene["objects"]) > 1)
@@ -33,7 +32,7 @@ def test_a_question_changes_one_thing():
                 for other in others:
                     changed = set(true.split()) ^ set(other.split())
                     values = set(" ".join(small_batch.KINDS[kind]).split())
-                    assert {word.strip(",.") for word in changed} <= values | {"a", "an"}
+                    assert {word.strip(":,.") for word in changed} <= values | {"a", "an"}
 
 
 def test_the_plan_compares_like_with_like(tmp_path):
@@ -53,10 +52,10 @@ def test_the_plan_compares_like_with_like(tmp_path):
     assert rates["CLIP"] == rates["SuperCLIP"]
 
 
-def test_runs_and_report(tmp_path):
-    torch.manual_seed(0)
+def test_runs_and_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_batch, "PER_CLASS", 2)
     rng = random.Random(0)
-    scenes = [shapes.make_scene(rng) for _ in range(40)]
+    scenes = [shapes.make_scene(rng) for _ in range(16)]
     texts = [shapes.describe(scene, rng) for scene in scenes]
     words = sorted({w for pair in texts for text in pair for w in data.WORD.findall(text)})
     tokenizer = data.Tokenizer(data.vocabulary_from_words(words))
@@ -68,7 +67,7 @@ def test_runs_and_report(tmp_path):
     singles = images[:1].expand(64 * small_batch.PER_CLASS, -1, -1, -1)
     torch.save(singles.contiguous(), tmp_path / "singles.pt")
 
-    args = study_args(tmp_path, seeds=1, batch_sizes=[32], figure=tmp_path / "figure.png")
+    args = study_args(tmp_path, seeds=1, batch_sizes=[16], figure=tmp_path / "figure.png")
     (tmp_path / "runs").mkdir()
     for _, (spec,) in small_batch.plan(args, "main"):
         path = small_batch.path_of(spec, args)

@@ -1,0 +1,822 @@
+"""Training: the same result however a run is cut up, interrupted or spread over processes."""
+
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import data
+import superclip
+import train
+from superclip import InputError, SuperCLIP, SuperCLIPConfig
+
+TINY = dict(image_size=16, patch_size=4, vision_width=64, vision_layers=1, text_width=64)
+TINY |= dict(text_layers=1, embed_dim=16)  # one head a tower; 16 patches
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "grey": (120,) * 3}
+TIMES = ("images_per_second", "data_wait", "memory_gb")  # what may differ between equal runs
+NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
+
+
+# ---- material
+
+
+def png(colour, rng):
+    noise = rng.integers(-30, 30, (20, 20, 3))
+    buffer = io.BytesIO()
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path, samples):
+    """samples: a list of {extension: bytes}."""
+    with tarfile.open(path, "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                info = tarfile.TarInfo(f"{number:04d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(i):
+    """A noisy square of one colour. Every seventh caption is long: 32 columns of tokens, not 16."""
+    name = list(COLOURS)[i % 4]
+    text = f"a {name} square" + (" and nothing else on it" * 4 if i % 7 == 0 else "")
+    texts = {"captions": [text, f"{name} thing"]}
+    image = png(COLOURS[name], np.random.default_rng(i))
+    return {"png": image, "txt": text.encode(), "json": json.dumps(texts).encode()}
+
+
+def write_bad_shard(path, vocab):
+    """40 samples, four of them bad in different ways; the index alone shows the first of them."""
+    samples = [sample(i) for i in range(40)]
+    del samples[3]["txt"]
+    samples[11]["png"] = samples[11]["png"][:200]
+    samples[20]["txt"] = b"   "
+    samples[30]["txt"] = b"\xff\xfe\xfa"
+    shutil.copy(vocab, path.parent)
+    return write_shard(path, samples)
+
+
+@pytest.fixture
+def bad_shard(shards, tmp_path):
+    return write_bad_shard(tmp_path / "bad-0.tar", shards / "vocab.tiktoken")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "train-0.tar", map(sample, range(40)))
+    write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70: no multiple of a batch
+    write_shard(folder / "val-0.tar", map(sample, range(70, 90)))
+    words = "a red green blue grey square thing and nothing else on it".split()
+    (folder / "vocab.tiktoken").write_text(data.vocabulary_from_words(words))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_preset_and_own_signals(monkeypatch):
+    monkeypatch.setitem(superclip.PRESETS, "tiny", TINY)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def flags(shards, out, *more):
+    """Twelve steps of 16 pairs, logged, saved and validated at steps that interleave."""
+    base = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --out_dir {out}"
+    base += " --model tiny --batch_size 16 --steps 12 --learning_rate 1e-3 --workers 0"
+    base += " --device cpu --log_every 2 --save_every 3 --eval_every 4"
+    return [*base.split(), *map(str, more)]
+
+
+def error_of(argv, capsys):
+    """The sentence with which a command ends that the user got wrong."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        data.cli(train.main, argv)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def rows(out):
+    """What a run has logged, without headers and times."""
+    read = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    read = [row for row in read if "header" not in row and "resumed" not in row]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read]
+
+
+def last(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def assert_same(a, b):
+    """Equal to the bit, all the way down."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):  # noqa: B905
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """A run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    with mock.patch.dict(superclip.PRESETS, tiny=TINY):
+        train.main(flags(shards, out))
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+# ---- processes of their own: forked from a server that has imported torch once
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(job, *args) -> a running process; its output goes to a file beside its out_dir."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo.testing", "torchvision", "open_clip", "pytest"])
+
+    started = []
+
+    def start(job, output, *args):
+        process = context.Process(target=child, args=(job, str(output), *args))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()  # which hangs, should a test have failed
+
+
+def child(job, output, *args):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # its own children: data workers
+    superclip.PRESETS["tiny"] = TINY
+    job(*args)
+
+
+def finish(process):
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- the schedule and the optimizer
+
+
+def test_learning_rate_by_hand():
+    rate = [train.learning_rate_at(step, 8.0, 4, 12) for step in range(13)]
+    assert rate[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]  # a quarter more each step, up to the peak
+    assert rate[8] == pytest.approx(4.0)  # half way down
+    assert rate[10] == pytest.approx(4 * (1 - math.sqrt(0.5)))
+    assert rate[12] == pytest.approx(0.0)
+    assert train.learning_rate_at(0, 8.0, 0, 12) == 8.0  # without warm-up
+
+
+def test_weight_decay_is_for_matrices_alone():
+    model = small_model(loss="sigmoid")
+    args = SimpleNamespace(weight_decay=0.3, learning_rate=1.0)
+    optimizer = train.make_optimizer(model, args, torch.device("cpu"))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        matrix = name.endswith("weight") and "ln_" not in name and ".ln." not in name
+        matrix |= "proj" in name and "bias" not in name or "positional" in name
+        assert decay[id(p)] == (0.3 if matrix else 0.0), name
+
+
+# ---- one step
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    model = SuperCLIP(SuperCLIPConfig(**{**TINY, "vocab_size": 40, **changes})).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)  # no zeros left that could hide a wrong gradient
+    return model
+
+
+def small_batch(B=10, T=12, T_label=20):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (B, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    rows = []
+    for length in (T, T_label):
+        tokens = torch.randint(1, 38, (B, length), generator=generator)
+        tokens[:, 0], tokens[:, -1] = 38, 39
+        rows.append(tokens)
+    return images, *rows
+
+
+def step_of(model, micro_batch_size, keep=None, autocast=None):
+    model.zero_grad()
+    batch = small_batch()
+    losses = train.forward_backward(
+        model, *batch, keep, micro_batch_size, autocast or nullcontext(), NOT_SCALED
+    )
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cls_weight", [0.7, 0.0])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(loss, dropout, cls_weight):
+    models = [small_model(loss=loss, cls_weight=cls_weight) for _ in range(2)]
+    keep = torch.rand(10, 16).argsort(dim=1)[:, :5] if dropout else None
+    (losses, gradients), (micro_losses, micro_gradients) = (
+        step_of(model, m, keep) for model, m in zip(models, (None, 4), strict=True)  # 4 + 4 + 2
+    )  # fmt: skip
+    torch.testing.assert_close(micro_losses, losses, atol=1e-5, rtol=1e-5)
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, gradient in gradients.items():
+        assert (micro_gradients[name] - gradient).abs().max() < 1e-5 * scale, name
+        assert gradient.abs().max() > 0
+    if cls_weight:
+        assert models[0].num_captions == models[1].num_captions == 10
+        assert torch.equal(models[0].token_counts, models[1].token_counts)
+
+
+def test_micro_batches_hold_no_more_than_their_size_at_a_time():
+    model, sizes = small_model(), []
+    model.visual.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    step_of(model, 4)
+    assert sizes == [4, 4, 2, 4, 4, 2]
+
+
+def test_grad_checkpointing_changes_no_gradient():
+    model = small_model()
+    other = small_model()
+    other.visual.transformer.grad_checkpointing = other.text.transformer.grad_checkpointing = True
+    torch.testing.assert_close(step_of(other, 4), step_of(model, 4))
+
+
+def test_dropped_patches_depend_on_seed_and_step_alone():
+    args = SimpleNamespace(patch_dropout=0.5, seed=3, batch_size=8)
+
+    def of(step, rank=0, world=1):
+        return train.patches_to_keep(args, step, 16, rank, world, "cpu")
+
+    assert of(5).shape == (8, 8) and torch.equal(of(5), of(5)) and not torch.equal(of(5), of(6))
+    assert all(len(set(row)) == 8 for row in of(5).tolist())
+    assert torch.equal(torch.cat([of(5, 0, 2), of(5, 1, 2)]), of(5))  # two processes share them
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_logits_of_the_contrastive_loss_are_fp32_under_bfloat16(loss):
+    model, seen = small_model(loss=loss), []
+    name = "cross_entropy" if loss == "softmax" else "binary_cross_entropy_with_logits"
+    real = getattr(F, name)
+
+    def spy(logits, *args, **options):
+        seen.append(logits.dtype)
+        return real(logits, *args, **options)
+
+    for micro_batch_size in (None, 4):
+        with mock.patch.object(F, name, spy):
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            losses, gradients = step_of(model, micro_batch_size, autocast=autocast)
+    assert seen and set(seen) == {torch.float32}
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
+
+
+def test_the_compiled_step_has_no_graph_break_and_no_needless_recompilation():
+    torch._dynamo.reset()
+    model, plain = small_model(), small_model()
+    counter = CompileCounterWithBackend("aot_eager")  # inductor would need a C++ compiler
+    model.encode_pairs = torch.compile(model.encode_pairs, backend=counter, fullgraph=True)
+    lengths = (16, 32, 48)
+    for length in (*lengths, 32, 16, 48):
+        batch = small_batch(T=length, T_label=length)
+        arguments = (*batch, None, None, nullcontext(), NOT_SCALED)
+        losses = train.forward_backward(model, *arguments)
+        torch.testing.assert_close(losses, train.forward_backward(plain, *arguments))
+    assert 1 <= counter.frame_count <= len(lengths)
+    torch._dynamo.reset()
+
+
+# ---- runs
+
+
+def test_a_run_learns_and_its_log_says_how(whole):
+    header = json.loads((whole / "log.jsonl").read_text().splitlines()[0])["header"]
+    for name in ("arguments", "config", "samples", "data_fingerprint", "parameters", "device"):
+        assert header[name]
+    for name in ("dtype", "processes", "python", "torch", "commit", "date"):
+        assert name in header
+    losses = [row for row in rows(whole) if "loss" in row]
+    assert [row["step"] for row in losses] == [2, 4, 6, 8, 10, 12]
+    for row in losses:
+        assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["classification_loss"])
+        assert 1 <= row["logit_scale"] <= 100 and row["grad_norm"] > 0
+        assert row["epoch"] == pytest.approx(16 * row["step"] / 70, abs=1e-4)
+        assert row["learning_rate"] == train.learning_rate_at(row["step"] - 1, 1e-3, 1, 12)
+        assert row["bad_samples"] == 0
+    assert losses[-1]["classification_loss"] < losses[0]["classification_loss"] - 0.5
+    timed = json.loads((whole / "log.jsonl").read_text().splitlines()[1])
+    assert all(timed[name] >= 0 for name in TIMES)
+    validations = [row for row in rows(whole) if "validation" in row]
+    assert [row["step"] for row in validations] == [4, 8, 12]
+    assert max(row["mean_r1"] for row in validations) == last(whole)["best"]
+
+
+def test_checkpoints_load_anywhere(whole):
+    content = last(whole)  # weights_only
+    assert content["step"] == 12 and content["samples_seen"] == 192
+    assert content["model"]["num_captions"] == 192
+    model, tokenizer, preprocess = superclip.load(whole / "best.pt")
+    assert not model.training and tokenizer.decode(tokenizer.encode("A red thing")) == "a red thing"
+    assert model.encode_image(preprocess(Image.new("RGB", (30, 20)))[None]).shape == (1, 16)
+    assert not list(whole.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--patch_dropout", 0.5, "--loss", "sigmoid", "--grad_checkpointing"],
+        ["--dtype", "bfloat16", "--micro_batch_size", 6, "--label_captions", "json.captions"],
+        ["--cls_weight", 0, "--captions", "json.captions", "--context_length", 16],
+    ],
+    ids=["sigmoid", "bfloat16", "plain CLIP"],
+)
+def test_other_ways_to_train(shards, tmp_path, more):
+    train.main(flags(shards, tmp_path, *more))
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert ("head.linear.weight" in last(tmp_path)["model"]) == ("--cls_weight" not in more)
+
+
+def test_init_from_starts_where_open_clip_is(shards, tmp_path):
+    vocab_size = data.find_tokenizer(None, [shards / "x"]).vocab_size
+    vision = dict(image_size=16, patch_size=4, width=64, layers=1, head_width=64)
+    text = dict(context_length=77, vocab_size=vocab_size, width=64, layers=1, heads=1)
+    other = open_clip.CLIP(16, vision, text).eval()
+    torch.save(other.state_dict(), tmp_path / "open_clip.pt")
+    more = ("--init_from", tmp_path / "open_clip.pt", "--learning_rate", 0, "--steps", 2)
+    train.main(flags(shards, tmp_path / "out", *more))
+    model, tokenizer, _ = superclip.load(tmp_path / "out" / "last.pt")
+    images, tokens = torch.randn(3, 3, 16, 16), tokenizer(["a red square", "it", "blue"])
+    torch.testing.assert_close(model.encode_image(images), other.encode_image(images, True))
+    torch.testing.assert_close(model.encode_text(tokens), other.encode_text(tokens, True))
+
+
+# ---- many processes
+
+
+def recorded(argv, signal_at=None):
+    """A run, with the gradients of each step as one vector, and the shapes of the logits."""
+    gradients, shapes, clip, entropy = [], set(), torch.nn.utils.clip_grad_norm_, F.cross_entropy
+
+    def spy_on_clip(parameters, limit):
+        parameters = list(parameters)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        if len(gradients) == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(parameters, limit)
+
+    def spy_on_entropy(logits, target):
+        shapes.add(tuple(logits.shape))
+        return entropy(logits, target)
+
+    with mock.patch("torch.nn.utils.clip_grad_norm_", spy_on_clip):
+        with mock.patch("torch.nn.functional.cross_entropy", spy_on_entropy):
+            train.main(argv)
+    return {"gradients": torch.stack(gradients), "shapes": shapes}
+
+
+RUNS = {  # at a low learning rate, for Adam makes much of the smallest difference
+    "softmax": ["--patch_dropout", 0.5, "--learning_rate", 1e-5],
+    "sigmoid": ["--loss", "sigmoid", "--micro_batch_size", 3, "--learning_rate", 1e-5],
+    "stopped": ["--learning_rate", 1e-5],
+    "bad": ["--train_data", "bad-0.tar", "--max_bad", 0.2],
+}
+
+
+def one_of_two(rank, ports, shards, folder):
+    """What torchrun makes of a process: its place in the environment."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[-1]))
+    os.chdir(folder)
+    results = {}
+    try:
+        train.main(flags(shards, folder / "odd", "--batch_size", 15))
+    except InputError as error:
+        results["odd"] = str(error)
+    for (name, more), port in zip(RUNS.items(), ports):  # noqa: B905
+        os.environ["MASTER_PORT"] = str(port)
+        # only one of the two is told to stop
+        signal_at = 5 if name == "stopped" and rank == 1 else None
+        results[name] = recorded(flags(shards, folder / name, *more), signal_at)
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(start, shards, tmp_path_factory):
+    """The runs by two processes: (folder, what each process has seen)."""
+    folder = tmp_path_factory.mktemp("two")
+    write_bad_shard(folder / "bad-0.tar", shards / "vocab.tiktoken")
+    sockets = [socket.socket() for _ in range(len(RUNS) + 1)]
+    for free in sockets:
+        free.bind(("127.0.0.1", 0))
+    ports = [free.getsockname()[1] for free in sockets]
+    for free in sockets:
+        free.close()
+    ranks = [
+        start(one_of_two, folder / f"{rank}.txt", rank, ports, shards, folder) for rank in (0, 1)
+    ]
+    for rank, process in enumerate(ranks):
+        assert finish(process) == 0, (folder / f"{rank}.txt").read_text()
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_two_processes_do_what_one_does(two, shards, tmp_path, name):
+    folder, ranks = two
+    one = recorded(flags(shards, tmp_path, *RUNS[name]))
+    gradients = one["gradients"]
+    for rank in ranks:
+        assert (rank[name]["gradients"] - gradients).abs().max() < 1e-5 * gradients.abs().max()
+    ours, theirs = last(tmp_path)["model"], last(folder / name)["model"]
+    assert torch.equal(ours["token_counts"], theirs["token_counts"]) and ours["num_captions"] == 192
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    for mine, other in zip(rows(tmp_path), rows(folder / name), strict=True):
+        if "loss" in mine:
+            assert other == pytest.approx(mine, rel=1e-5)
+        assert mine.keys() == other.keys()
+
+
+def test_two_processes_count_bad_samples_as_one_does(two, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(two[0])
+    train.main(flags(shards, tmp_path, *RUNS["bad"]))
+    counts = [[r["bad_samples"] for r in rows(out) if "loss" in r] for out in (tmp_path, "bad")]
+    assert counts[0] == counts[1] and counts[0][-1] == 4
+
+
+def test_a_process_computes_its_own_rows_of_the_similarity_matrix(two):
+    assert all(rank["softmax"]["shapes"] == {(8, 16)} for rank in two[1])
+
+
+def test_one_process_writes(two):
+    folder, _ = two
+    assert "step      2" in (folder / "0.txt").read_text()
+    assert "step " not in (folder / "1.txt").read_text()
+    headers = [line for line in open(folder / "softmax" / "log.jsonl") if '"header"' in line]
+    assert len(headers) == 1 and json.loads(headers[0])["header"]["processes"] == 2
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(two):
+    assert all("15" in rank["odd"] and "2 processes" in rank["odd"] for rank in two[1])
+
+
+def test_a_run_stopped_on_two_processes_goes_on_on_one(two, shards, tmp_path):
+    folder, _ = two
+    stopped = shutil.copytree(folder / "stopped", tmp_path / "stopped")
+    assert last(stopped)["step"] == 6  # asked at step 5, agreed at the next logged one
+    assert "--resume" in (folder / "0.txt").read_text()
+    train.main(flags(shards, stopped, *RUNS["stopped"], "--resume"))
+    train.main(flags(shards, tmp_path / "one", *RUNS["stopped"]))
+    torch.testing.assert_close(
+        last(stopped)["model"], last(tmp_path / "one")["model"], atol=1e-5, rtol=1e-5
+    )
+
+
+# ---- interrupted
+
+
+def doomed(argv, moment=None, count=1, delay=0.0):
+    """A run that kills itself the `count`-th time that it comes to a moment."""
+    save, replace, rate = torch.save, os.replace, train.learning_rate_at
+    write, write_text = train.Log.write, Path.write_text
+    left = {moment: count}
+
+    def now(name):
+        left[name] = left.get(name, 0) - 1
+        return left[name] == 0
+
+    def saving(content, file):  # half of a checkpoint is on the disk
+        if now("save"):
+            save(content, buffer := io.BytesIO())
+            file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+            file.flush()
+            die()
+        save(content, file)
+
+    def replacing(old, new):  # the old checkpoint is renamed, the new one not yet
+        replace(old, new)
+        if Path(new).name == "previous.pt" and now("rename"):
+            die()
+
+    def stepping(*args):  # anywhere in a step
+        if now("step"):
+            threading.Timer(delay, die).start()
+        return rate(*args)
+
+    def logging(log, row):  # half of a line is on the disk
+        if now("log"):
+            log.file.write(json.dumps(row)[:20])
+            log.file.flush()
+            die()
+        write(log, row)
+
+    def writing(path, text):  # a file is open and still empty
+        if now("write_text"):
+            open(path, "w").close()
+            die()
+        return write_text(path, text)
+
+    torch.save, os.replace, train.learning_rate_at = saving, replacing, stepping
+    train.Log.write, Path.write_text = logging, writing
+    data.cli(train.main, argv)
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, shards, start, tmp_path):
+    rng = random.Random(0)
+    moments = [("step", n, rng.uniform(0, 0.02)) for n in (1, 3)]  # at random, the first unsaved
+    moments += [("save", 1), ("log", 4), ("save", 2), ("write_text", 1), ("rename", 1), ("log", 8)]
+    out, argv = tmp_path / "out", flags(shards, tmp_path / "out", "--workers", 2)
+    for number, moment in enumerate(moments):
+        resume = ["--resume"] if number else []
+        process = start(doomed, tmp_path / "output.txt", argv + resume, *moment)
+        assert finish(process) == -signal.SIGKILL, (moment, (tmp_path / "output.txt").read_text())
+    process = start(doomed, tmp_path / "output.txt", argv + ["--resume"])
+    assert finish(process) == 0, (tmp_path / "output.txt").read_text()
+    a, b = last(whole), last(out)
+    for content in (a, b):
+        del content["arguments"]
+    assert_same(b, a)
+    assert_same(last(out, "best.pt"), last(whole, "best.pt"))
+    assert rows(out) == rows(whole)
+
+
+def test_sigterm_saves_and_leaves_with_a_hint(whole, shards, tmp_path, capsys):
+    argv = flags(shards, tmp_path, "--save_every", 100)
+    with pytest.raises(SystemExit) as ended:
+        data.cli(lambda argv: recorded(argv, signal_at=5) and None, argv)
+    assert not ended.value.code
+    assert last(tmp_path)["step"] == 5
+    assert f"python train.py --out_dir {tmp_path} --resume" in capsys.readouterr().out
+    train.main(flags(shards, tmp_path, "--resume"))
+    assert_same(last(tmp_path)["model"], last(whole)["model"])
+    assert_same(last(tmp_path)["optimizer"], last(whole)["optimizer"])
+
+
+def signalled(argv, number):
+    """Ctrl-C and schedulers send their signal to a process and its workers alike."""
+    os.setpgid(0, 0)
+    rate = train.learning_rate_at
+
+    def stepping(step, *args):
+        if step == 4:
+            kill = [
+                "kill",
+                f"-{number:d}",
+                "--",
+                f"-{os.getpgrp()}",
+            ]  # not from the parent of the workers
+            subprocess.run(kill, start_new_session=True)
+            time.sleep(0.1)
+        return rate(step, *args)
+
+    train.learning_rate_at = stepping
+    data.cli(train.main, argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_workers_too_loses_nothing(shards, start, tmp_path, number):
+    argv = flags(shards, tmp_path / "out", "--workers", 2, "--save_every", 100)
+    process = start(signalled, tmp_path / "output.txt", argv, number)
+    assert finish(process) == 0, (tmp_path / "output.txt").read_text()
+    assert last(tmp_path / "out")["step"] == 5
+    assert "--resume" in (tmp_path / "output.txt").read_text()
+
+
+# ---- checkpoints that are damaged, or cannot be written
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(copy, whole, shards, capsys):
+    truncate(copy / "last.pt")
+    train.main(flags(shards, copy, "--resume"))
+    captured = capsys.readouterr()
+    assert "warning" in captured.err + captured.out and "last.pt" in captured.err + captured.out
+    assert "steps 9 to 12" in captured.out + captured.err
+    assert_same(last(copy)["model"], last(whole)["model"])
+    assert rows(copy) == rows(whole)
+
+
+def test_two_damaged_checkpoints_end_in_a_sentence_and_lose_nothing(copy, shards, capsys):
+    truncate(copy / "last.pt"), truncate(copy / "previous.pt")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert "previous.pt" in error_of(flags(shards, copy, "--resume"), capsys)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
+    path, content = tmp_path / "last.pt", {"weights": torch.arange(100_000)}
+    assert train.save_checkpoint(path, content)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        saved = train.save_checkpoint(path, content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    captured = capsys.readouterr()
+    assert not saved and "last.pt could not be written" in captured.out + captured.err
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert path.read_bytes() == before
+
+
+def test_a_run_goes_on_while_the_disk_is_full(shards, tmp_path, whole, capsys):
+    save = torch.save
+
+    def saving(content, file):
+        if content["step"] in (6, 9) and "optimizer" in content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    with mock.patch("torch.save", saving):
+        train.main(flags(shards, tmp_path))
+    assert capsys.readouterr().out.count("No space left") == 2
+    assert_same(last(tmp_path)["model"], last(whole)["model"])
+    assert last(tmp_path, "previous.pt")["step"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(shards, tmp_path, capsys):
+    forward_backward, steps = train.forward_backward, []
+
+    def poisoned(model, *args):
+        steps.append(1)
+        if len(steps) == 5:
+            model.visual.proj.data[0] = math.nan
+        return forward_backward(model, *args)
+
+    with mock.patch("train.forward_backward", poisoned):
+        message = error_of(flags(shards, tmp_path), capsys)
+    assert "step 6" in message and "--learning_rate" in message and "--resume" in message
+    assert last(tmp_path)["step"] == 3
+    assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
+    assert max(row["step"] for row in rows(tmp_path)) == 4
+
+
+# ---- going on with other arguments
+
+
+@pytest.mark.parametrize(
+    "more, name",
+    [
+        (["--image_size", 32], "image_size"),
+        (["--context_length", 16], "context_length"),
+        (["--loss", "sigmoid"], "loss"),
+        (["--cls_weight", 0], "cls_weight"),
+        (["--model", "ViT-S-16", "--image_size", 16], "patch_size"),
+        (["--vocab", "other.tiktoken"], "vocab"),
+    ],
+)
+def test_another_model_is_refused_by_name(copy, shards, capsys, monkeypatch, more, name):
+    monkeypatch.chdir(copy)
+    Path("other.tiktoken").write_text(data.vocabulary_from_words(["other", "words"]))
+    before = (copy / "log.jsonl").read_bytes()
+    assert name in error_of(flags(shards, copy, "--resume", *more), capsys)
+    assert (copy / "log.jsonl").read_bytes() == before and last(copy)["step"] == 12
+
+
+def test_other_numbers_are_allowed_and_logged(copy, shards, capsys):
+    more = ["--batch_size", 32, "--steps", 8, "--learning_rate", 5e-4, "--cls_weight", 0.5]
+    before = [row for row in rows(copy) if "loss" in row]
+    train.main(flags(shards, copy, "--resume", *more))
+    assert "resuming with batch_size 32 instead of 16" in capsys.readouterr().out
+    log = [json.loads(line) for line in open(copy / "log.jsonl")]
+    resumed = next(row for row in log if "resumed" in row)
+    assert resumed["step"] == 6  # 12 steps of 16 pairs are 6 of 32
+    changed = resumed["resumed"]["changed"]
+    assert changed.pop("out_dir") and changed.pop("cls_weight") == [1.0, 0.5]
+    assert changed == {"batch_size": [16, 32], "steps": [12, 8], "learning_rate": [1e-3, 5e-4]}
+    after = [row for row in rows(copy) if "loss" in row]
+    assert after[: len(before)] == before, "rows of the first part are lost"
+    assert [row["step"] for row in after[len(before) :]] == [8]
+    assert last(copy)["samples_seen"] == 256 and last(copy)["model"]["num_captions"] == 256
+    assert all(group["lr"] <= 5e-4 for group in last(copy)["optimizer"]["param_groups"])
+
+
+def test_what_is_not_said_again_stays(copy, shards):
+    train.main(["--out_dir", str(copy), "--resume", "--steps", "14"])
+    assert last(copy)["step"] == 14 and last(copy)["samples_seen"] == 14 * 16
+    assert last(copy)["arguments"]["learning_rate"] == 1e-3
+
+
+# ---- mistakes
+
+
+def test_an_existing_run_is_not_overwritten(copy, shards, capsys):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert "--resume" in error_of(flags(shards, copy), capsys)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--device", "toaster"], "toaster"),
+        (["--train_data", "nowhere-*.tar"], "nowhere-*.tar"),
+        (["--train_data", "no_pairs.tar"], "no image-caption pairs"),
+        (["--vocab", "no_vocab.txt"], "no_vocab.txt is no vocabulary"),
+        (["--dtype", "float16"], "float16"),
+        (["--batch_size", "71"], "--batch_size 71 is more than the 70 samples"),
+        (["--image_size", "30"], "image size 30"),
+        (["--captions", "yaml.text"], "yaml.text"),
+        (["--init_from", "no_vocab.txt"], "no_vocab.txt"),
+        (["--wandb", "project"], "pip install wandb"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--micro_batch_size", "-1"], "micro_batch_size"),
+        (["--log_every", "0"], "log_every"),
+        (["--steps", "0"], "steps"),
+        (["--patch_dropout", "1.5"], "patch_dropout"),
+        (["--workers", "-1"], "workers"),
+        (["--out_dir", "no_vocab.txt"], "no_vocab.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(shards, tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write_shard("no_pairs.tar", [{"txt": b"alone"}])
+    Path("no_vocab.txt").write_text("these are no ranks\n")
+    assert words in error_of(flags(shards, "out", *more), capsys)
+    assert not Path("out").exists() or not list(Path("out").iterdir())  # nothing in the way
+
+
+def test_out_of_memory_turns_into_advice(shards, tmp_path, capsys):
+    with mock.patch("train.forward_backward", side_effect=torch.OutOfMemoryError):
+        assert "--micro_batch_size 8 " in error_of(flags(shards, tmp_path), capsys)
+
+
+def test_bad_samples_are_named_and_counted(shards, bad_shard, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--train_data", bad_shard, "--max_bad", 0.2]
+    train.main(flags(shards, out, *more))
+    output = capsys.readouterr().out
+    for key in ("0003", "0011", "0020", "0030"):
+        assert output.count(f"bad-0.tar: {key}: ") == 1
+    counts = [row["bad_samples"] for row in rows(out) if "loss" in row]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 4
+    assert len(last(out)["bad_samples"]) == 3  # of those that reading has found
+    train.main(["--out_dir", str(out), "--resume", "--steps", "14"])
+    assert rows(out)[-2]["step"] == 14
+    assert [row["bad_samples"] for row in rows(out) if "loss" in row][-1] == 4
+
+
+def test_too_many_bad_samples_are_an_error(shards, bad_shard, tmp_path, capsys):
+    more = ["--train_data", bad_shard, "--max_bad", 0.06]
+    message = error_of(flags(shards, tmp_path / "out", *more), capsys)
+    assert "7.5 %" in message and "--max_bad 0.06" in message  # three of forty
