@@ -438,9 +438,8 @@ def load_image(image, size, rng=None):
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's about odd metadata, torch's about read-only arrays
+            # Pillow's, about odd metadata, and torch's, about read-only arrays
+            warnings.simplefilter("ignore")
             own = isinstance(image, bytes)
             image = _open(image) if own else image
             width, height = image.size
@@ -698,8 +697,8 @@ class Batches:
 
 
 def _outlive_signals(_):
-    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process to answer: it needs
-    # its workers until it has saved. After half a minute nobody does.
+    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process to answer: it
+    # needs its workers until it has saved. After half a minute nobody does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
@@ -748,9 +747,8 @@ def make_vocabulary(shards, size, captions="txt"):
                 counts.update(WORD.findall(clean(text)))
         except BadSample:  # training will name it
             pass
-    long = [
-        word for word, _ in counts.most_common() if len(word.encode()) > 1
-    ]  # single bytes are in
+    # single bytes are in every vocabulary
+    long = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
     return vocabulary_from_words(long[: size - 514])
 
 

@@ -549,9 +549,8 @@ def draw_words(rows, window, path):
             grid = values.shape[-1]
             overlay = Image.new("RGBA", (grid, grid))
             overlay.putdata([heat(v / top) for v in values.flatten().tolist()])
-            overlay = overlay.resize(
-                (CELL, CELL), Image.NEAREST
-            )  # a patch is a square: no false detail
+            # a patch stays a square: smoothing would show detail that was not measured
+            overlay = overlay.resize((CELL, CELL), Image.NEAREST)
             sheet.paste(Image.alpha_composite(grey.convert("RGBA"), overlay).convert("RGB"), (x, y))
             draw.text((x, y + CELL + 3), shorten(draw, word, font(16), CELL - 60), INK, font(16))
             draw.text((x + CELL, y + CELL + 5), f"{100 * p:.1f} %", FAINT, font(13), anchor="ra")

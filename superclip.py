@@ -40,8 +40,7 @@ HEAD_STATE = ("head.", "token_counts", "num_captions")  # what plain CLIP does n
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. The message says what, in one sentence for the
-    terminal."""
+    """Something the user gave cannot work. The message says what, in one sentence."""
 
 
 # -----------------------------------------------------------------------------
@@ -113,8 +112,7 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, parameters laid out as in nn.MultiheadAttention so weights
-    load."""
+    """Multi-head self-attention. Parameters are named as in nn.MultiheadAttention: weights load."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -122,17 +120,14 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(
-            self.in_proj_weight
-        )  # torch's default, which CLIP's image tower keeps
+        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's default; CLIP's image tower keeps it
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, causal):
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
-        q, k, v = qkv.view(B, T, 3, self.heads, D // self.heads).permute(
-            2, 0, 3, 1, 4
-        )  # (B, H, T, D/H)
+        qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
         # is_causal and no mask tensor: a mask would shut out the flash kernels
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
@@ -203,13 +198,12 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images, keep=None):
-        """images (B, 3, S, S): uint8, or float that is already normalised. keep (B, K): which
-        patches to look at, as indices in reading order; None is all of them. Returns tokens (B, 1 +
-        K, D)."""
+        """images (B, 3, S, S), uint8 or float that is already normalised -> tokens (B, 1 + K, D).
+        keep (B, K): which patches to look at, as indices in reading order; None is all of them."""
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        x = x + self.positional_embedding[1:]
+        x = x + self.positional_embedding[1:].to(x.dtype)  # no way back to fp32 under autocast
         if keep is not None:  # dropped patches cost nothing: they never enter the transformer
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         cls = (self.class_embedding + self.positional_embedding[0]).to(x.dtype)
@@ -218,8 +212,7 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Caption -> one feature, read at the end token: the only one that has seen the whole
-    caption."""
+    """Caption -> one feature, read at the end token, the only one that has seen all of it."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,9 +225,8 @@ class TextTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for (
-            block
-        ) in self.transformer.resblocks:  # CLIP's: the deeper, the smaller the residual branch
+        # CLIP's: the deeper the tower, the smaller what a block adds to the residual stream.
+        for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -295,9 +287,9 @@ def contrastive_loss(image_features, text_features, logit_scale):
     with torch.autocast(image_features.device.type, enabled=False):
         logits_per_image = logit_scale * image_features @ all_texts.T  # (B, world * B)
         logits_per_text = logit_scale * text_features @ all_images.T
-    return (
-        F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_text, target)
-    ) / 2
+    image_loss = F.cross_entropy(logits_per_image, target)
+    text_loss = F.cross_entropy(logits_per_text, target)
+    return (image_loss + text_loss) / 2
 
 
 def sigmoid_loss(image_features, text_features, logit_scale, logit_bias):
@@ -316,6 +308,13 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias):
     return F.binary_cross_entropy_with_logits(logits, yes, reduction="sum") / B
 
 
+def token_sets(label_tokens):
+    """Captions (B, T) -> their tokens sorted (B, T), and which of them count (B, T): repeated ones
+    count once."""
+    tokens = label_tokens.sort(dim=1).values
+    return tokens, F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
+
+
 def classification_loss(logits, label_tokens, token_weights):
     """SuperCLIP's loss: softmax cross-entropy against the caption's words (paper, eq. 2-4).
 
@@ -324,11 +323,8 @@ def classification_loss(logits, label_tokens, token_weights):
     normalised to sum 1. A caption without weight adds 0. At the start the loss is near ln V + 1/2.
     """
     # The label has at most T entries a row, so it stays (B, T): a dense (B, V) label is never made.
-    tokens = label_tokens.sort(dim=1).values
-    first = F.pad(
-        tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True
-    )  # a repeated word counts once
-    label = token_weights[tokens] * first  # (B, T)
+    tokens, counts = token_sets(label_tokens)
+    label = token_weights[tokens] * counts  # (B, T)
     label = label / label.sum(dim=1, keepdim=True).clamp_min(1e-8)
     logits = logits.float()
     log_probs = logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)  # (B, T)
@@ -369,18 +365,16 @@ class SuperCLIP(nn.Module):
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def class_logits(self, images, keep=None):
-        """images, keep as in encode_image -> the head's logits (B, V): which words would a caption
-        use?"""
+        """images, keep as in encode_image -> logits (B, V): which words would a caption use?"""
         if self.head is None:
             raise InputError("this model is plain CLIP (cls_weight 0): it has no word head")
         return self.head(self.visual(images, keep))
 
     def count_tokens(self, label_tokens):
         """Add captions (B, T), of all processes together, to the token statistics."""
-        tokens = label_tokens.sort(dim=1).values
-        first = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
+        tokens, counts = token_sets(label_tokens)
         seen = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
-        seen.scatter_add_(0, tokens.flatten(), first.flatten().long())
+        seen.scatter_add_(0, tokens.flatten(), counts.flatten().long())
         seen[-1] = len(tokens)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(seen)
@@ -388,26 +382,20 @@ class SuperCLIP(nn.Module):
         self.num_captions += seen[-1]
 
     def token_weights(self):
-        """IDF of every token, (V,): log((N + 1) / (n_c + 1)). Start, end and padding are no words:
-        0."""
+        """IDF of every token, (V,): log((N + 1) / (n_c + 1)); 0 for start, end and padding."""
         weights = ((self.num_captions + 1) / (self.token_counts + 1)).log()
         ids = torch.arange(len(weights), device=weights.device)
         return weights.masked_fill((ids == PAD) | (ids >= len(weights) - 2), 0.0)
 
     def encode_pairs(self, images, tokens, label_tokens=None, token_weights=None, keep=None):
-        """The part of a step that needs no other pair: features of both (B, E) and the word
-        loss."""
+        """The part of a step that needs no other pair: features of both (B, E), and word loss."""
         image_tokens = self.visual(images, keep)  # (B, 1 + P, D)
         image_features = F.normalize((image_tokens[:, 0] @ self.visual.proj).float(), dim=-1)
         text_features = self.encode_text(tokens)
         if self.head is None or label_tokens is None:
             return image_features, text_features, image_features.new_zeros(())
-        logits = self.head(image_tokens)
-        return (
-            image_features,
-            text_features,
-            classification_loss(logits, label_tokens, token_weights),
-        )
+        word_loss = classification_loss(self.head(image_tokens), label_tokens, token_weights)
+        return image_features, text_features, word_loss
 
     def pair_loss(self, image_features, text_features):
         """The part that does: the contrastive loss of the configuration, over the global batch."""

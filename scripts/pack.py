@@ -163,9 +163,8 @@ def encode(path, size, quality):
                 return KEPT[image.format], content, image.width, image.height
             orientation = _orientation(image)  # the new file has no EXIF data
             if size:
-                image.draft(
-                    "RGB", (2 * size, 2 * size)
-                )  # twice the size leaves the resize below enough to work with
+                # twice the size leaves the resize below enough to work with
+                image.draft("RGB", (2 * size, 2 * size))
             image = Image.fromarray(_upright(_rgb(image), orientation).numpy())
             if size and min(image.size) > size:
                 scale = size / min(image.size)

@@ -62,9 +62,8 @@ def report(pairs, found, context_length):
             + ", ".join(f"{q} % {length}" for q, length in at.items())
             + f", longest {lengths[-1]}"
         )
-        long = sum(
-            length + 2 > context_length for length in lengths
-        )  # start and end need a place too
+        # start and end need a place, too
+        long = sum(length + 2 > context_length for length in lengths)
         print(
             f"longer than {context_length} tokens with start and end: {long:,} ({long / n:.1%}); "
             "labels use all of it"
@@ -134,9 +133,7 @@ def draw(chosen, path):
     columns."""
     font = ImageFont.load_default(size=15)
     columns = min(4, len(chosen))
-    captions = [
-        wrap(" ".join(texts[0].split()), font, lines=4) for _, _, texts in chosen
-    ]  # the first of each
+    captions = [wrap(" ".join(texts[0].split()), font, lines=4) for _, _, texts in chosen]
     line = 19  # pixels
     height = CELL + 6 + line * max(len(lines) for lines in captions)
     rows = math.ceil(len(chosen) / columns)
