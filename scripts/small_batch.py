@@ -5,10 +5,9 @@
     python scripts/small_batch.py report         figure and tables again, from results/
 
 Parts, for --only: search (learning rates), main (batch sizes), captions (mixes), ablations,
-negatives (the same batch, fewer of its captions to tell apart), flickr (photographs, if --flickr
-names shards of them), cost. A run is a JSON file in out_dir/runs with what is needed to believe it;
-what is there is not run again, so a study that was stopped goes on. CLIP is --cls_weight 0, and
-all runs of a table have seen the same number of samples.
+flickr (photographs, if --flickr names shards of them), cost. A run is a JSON file in out_dir/runs
+with what is needed to believe it; what is there is not run again, so a study that was stopped goes
+on. CLIP is --cls_weight 0, and all runs of a table have seen the same number of samples.
 
 Each run is one process with one thread, as many at a time as there are cores: for models of this
 size that trains more than one process with all cores does. Images are decoded once, and there is
@@ -43,11 +42,11 @@ import superclip
 import train
 from scripts import shapes
 
-PARTS = ("search", "main", "captions", "ablations", "negatives", "flickr", "cost")
+PARTS = ("search", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
-RUN = dict(data="shapes", batch_size=32, cls_weight=1.0, learning_rate=1e-3, samples=32_768, seed=0,
+RUN = dict(data="shapes", batch_size=32, cls_weight=1.0, learning_rate=1e-3, samples=24_576, seed=0,
            split="val", captions="mixed", label_captions=None, loss="softmax", patch_dropout=0.0,
-           idf=True, negatives=None)  # fmt: skip
+           idf=True)  # fmt: skip
 SEARCH = dict(split="search", seed=100)  # a seed and scenes that no other run is judged by
 PER_CLASS = 20  # single objects drawn for each of the 64 pairs of colour and shape
 KINDS = {  # attribute -> its values, one of which is true
@@ -246,14 +245,6 @@ def make_model(spec, vocab_size):
         uniform = torch.ones(vocab_size)
         uniform[[superclip.PAD, -2, -1]] = 0
         model.token_weights = lambda: uniform
-    if spec["negatives"]:  # captions are told apart within groups, not within the batch
-        pair_loss, group = model.pair_loss, spec["negatives"]
-
-        def grouped_loss(images, texts):
-            groups = zip(images.split(group), texts.split(group), strict=True)
-            return torch.stack([pair_loss(*pair) for pair in groups]).mean()
-
-        model.pair_loss = grouped_loss
     return model.train()
 
 
@@ -371,7 +362,7 @@ def plan(args, part):
         spec = {**RUN, "samples": args.samples, **changes}
         if spec["data"] == "shapes":
             spec["learning_rate"] = rate(args, spec["batch_size"], spec["cls_weight"])
-        seeds = min(2, args.seeds) if part in ("ablations", "negatives") else args.seeds
+        seeds = min(2, args.seeds) if part in ("captions", "ablations") else args.seeds
         return name, [{**spec, "seed": seed} for seed in range(seeds)]
 
     if part == "search":
@@ -393,9 +384,6 @@ def plan(args, part):
             row("patch dropout .5, no head", patch_dropout=0.5, cls_weight=0.0),
             row("patch dropout .5 and head", patch_dropout=0.5),
         ]  # fmt: skip
-    if part == "negatives":  # updates and samples stay: only what a caption is told from changes
-        return [row(f"{name}, groups of {g or 64}", batch_size=64, negatives=g, cls_weight=w)
-                for g in (4, 16, None) for name, w in METHODS.items()]  # fmt: skip
     if part == "flickr":
         return [row(f"{name}, batch {B}", data="flickr", samples=args.flickr_samples, batch_size=B,
                     cls_weight=w, learning_rate=round(1e-3 * math.sqrt(B / 32), 6))
@@ -514,7 +502,6 @@ COLUMNS = {  # part -> metrics of its table
     "main": ("R@1", "R@5", "R@10", "both", "both, unseen", "colour", "shape"),
     "captions": ("R@1", "R@5", "both", "colour", "shape"),
     "ablations": ("R@1", "R@5", "both", "colour", "shape"),
-    "negatives": ("R@1", "R@5", "both", "colour", "shape"),
     "flickr": ("R@1", "R@5", "R@10", "image_to_text R@1", "text_to_image R@1"),
 }
 ABOUT = {
@@ -525,8 +512,6 @@ ABOUT = {
     "no training scene shows.",
     "captions": "Captions at batch 32. Dual: contrastive loss on the short, labels from the long.",
     "ablations": "Ablations at batch 32.",
-    "negatives": "Batch 64, the captions told apart within groups of it: updates and samples are "
-    "the same everywhere, only the negatives differ.",
     "flickr": "Photographs of Flickr8k, 64 pixels, all captions of the dev set.",
 }
 
@@ -685,12 +670,12 @@ def main(argv=None):
     add("command", nargs="?", choices=("run", "report"), default="run")
     add("--quick", action="store_true", help="three batch sizes, one seed, no search")
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
-    add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 32768)")
-    add("--seeds", type=int, default=3, help="(default 3; two at most in ablations, negatives)")
-    add("--batch_sizes", default="16,32,64,128,256,512", help="with commas between")
+    add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
+    add("--seeds", type=int, default=3, help="(default 3; two at most in captions, ablations)")
+    add("--batch_sizes", default="16,32,64,128,256", help="with commas between")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
-    add("--flickr_samples", type=int, default=16_000, help="seen by each run (default 16000)")
+    add("--flickr_samples", type=int, default=12_000, help="seen by each run (default 12000)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
     add("--out_dir", type=Path, help="(default results; with --quick out-quick)")
     add("--figure", type=Path, help="(default assets/small_batch.png; else in out_dir)")
