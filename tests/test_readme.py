@@ -25,6 +25,7 @@ def test_every_flag_that_the_readme_names_exists():
     code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
     known = set(re.findall(r'add\(\s*"(\w+)"', code)) | set(re.findall(r'"--(\w+)"', code))
     foreign = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "check"}
+    foreign |= {"repo", "local"}  # of hf download
     assert flags - known - foreign == set()
 
 
