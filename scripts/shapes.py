@@ -2,7 +2,7 @@
 The built-in data set: scenes of coloured shapes, drawn offline in seconds and written as real tar
 shards, so that the first `python train.py` walks the same path as CC3M does.
 
-    python scripts/shapes.py --out data/shapes
+    python scripts/shapes.py --out shapes
 
 A scene has one to three objects with colour, shape, size, texture and position, a relation between
 the first two, a count and a background. It comes with two captions: a short one as alt text on the
@@ -11,16 +11,15 @@ says is what the paper calls fine-grained. Some pairs of colour and shape never 
 (HELD_OUT), so that validation also asks whether "red" and "star" were learnt as two words.
 
 The drawing is kind to a vision transformer that has two minutes to learn. Colours it sees at once,
-shapes only after thousands of updates, unless three things help: objects sit in a 3 x 3 grid, so
-that each falls on the tiny model's patches (2 x 2 of 6 x 6) in the same way; every background is
-darker than every object; and a thin white line runs round each object, so that a star's edge looks
-the same in all colours.
+shapes only after thousands of updates. Single trials say that three things help: objects sit in a 3
+x 3 grid, so that each falls on the tiny model's patches (2 x 2 of 6 x 6) in the same way; every
+background is darker than every object; and a thin white line runs round each object, so that a
+star's edge looks the same in all colours.
 
 Lengths and positions are in 0..1 of the image's side, x to the right, y down.
 """
 
 import argparse
-import base64
 import functools
 import io
 import json
@@ -30,11 +29,17 @@ import os
 import random
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from superclip import InputError  # noqa: E402
 
 COLOURS = {
     "red": (240, 50, 50), "orange": (255, 150, 20), "yellow": (250, 235, 60),
@@ -208,19 +213,6 @@ def full(o, rng):
 # files
 
 
-def write_vocab(words, path):
-    """A vocabulary in tiktoken's text format, lines of `base64(bytes) rank`, numbered as CLIP's is:
-    256 bytes, the same bytes with a space behind (the end of a word), then whole words. Other words
-    are spelt in bytes. The tokens for start and end are not in the file: the next two ids."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # CLIP's order: printable first
-    singles = [bytes([b]) for b in visible + sorted(set(range(256)) - set(visible))]
-    ends = [b + b" " for b in singles]
-    whole = sorted({word.encode() + b" " for word in words} - set(ends))
-    with open(path, "w") as f:
-        for rank, token in enumerate(singles + ends + whole):
-            f.write(f"{base64.b64encode(token).decode()} {rank}\n")
-
-
 def jpeg(scene, size):
     buffer = io.BytesIO()
     # full chroma (subsampling 0): lines and textures are one or two pixels wide
@@ -246,10 +238,10 @@ def write_shard(task, out_dir, size, seed):
             short, long = describe(scene, rng)
             meta = {"short": short, "long": long, "captions": [short, long], "scene": scene}
             texts = short.encode(), json.dumps(meta).encode()
-            for extension, data in zip(("jpg", "txt", "json"), (jpeg(scene, size), *texts)):
-                info = tarfile.TarInfo(f"{i:08d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            for ending, content in zip(("jpg", "txt", "json"), (jpeg(scene, size), *texts)):
+                info = tarfile.TarInfo(f"{i:08d}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
             words.update(re.findall(r"[a-z]+|[^a-z ]", f"{short} {long}"))
     return words
 
@@ -271,7 +263,7 @@ def write_classes(out_dir, size, seed, per_class):
 def make_shapes(out_dir, train=20_000, val=1_000, size=72, per_class=40, seed=0, per_shard=1_000):
     """Draw the data set into `out_dir`, which appears complete or not at all. `size` in pixels."""
     if os.path.exists(out_dir):
-        raise FileExistsError(f"{out_dir} is there already: remove it to draw the shapes again")
+        raise InputError(f"{out_dir} is there already: remove it to draw the shapes again")
     parent = os.path.dirname(os.path.abspath(out_dir))
     os.makedirs(parent, exist_ok=True)
     temp = tempfile.mkdtemp(prefix=".shapes-", dir=parent)
@@ -284,10 +276,13 @@ def make_shapes(out_dir, train=20_000, val=1_000, size=72, per_class=40, seed=0,
         # spawn: to fork a process that has threads, as any that imported torch, may hang
         with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:
             classes = pool.apply_async(write_classes, (temp, size, seed, per_class))
-            for found in tqdm(pool.imap(write, tasks), "drawing shapes", len(tasks), unit="shard"):
+            for found in tqdm(
+                pool.imap(write, tasks), "drawing shapes", len(tasks), unit="shard", disable=None
+            ):
                 words |= found
             classes.get()  # raises what went wrong in there
-        write_vocab(words, os.path.join(temp, "vocab.tiktoken"))
+        with open(os.path.join(temp, "vocab.tiktoken"), "w") as f:
+            f.write(data.vocabulary_from_words(sorted(words)))
         os.chmod(temp, 0o755)  # mkdtemp made it private
         os.rename(temp, out_dir)
     except BaseException:
@@ -297,7 +292,7 @@ def make_shapes(out_dir, train=20_000, val=1_000, size=72, per_class=40, seed=0,
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the shapes as shards.", allow_abbrev=False)
-    parser.add_argument("--out", default="data/shapes", help="folder to make")
+    parser.add_argument("--out", default="shapes", help="folder to make")
     parser.add_argument("--train", type=int, default=20_000, help="training scenes")
     parser.add_argument("--val", type=int, default=1_000, help="validation scenes")
     parser.add_argument("--size", type=int, default=72, help="side of the pictures in pixels")
@@ -307,4 +302,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.cli(main)
