@@ -47,7 +47,6 @@ BUILT_IN = dict(
     captions="json.captions",  # short and long in turn: the prompts of zero-shot are short
     val_captions="json.long",  # a short one is true of many scenes
     model="tiny",
-    learning_rate=1e-3,
     weight_decay=0.1,
     epochs=2.8,
     batch_size=32,

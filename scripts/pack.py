@@ -274,6 +274,7 @@ def pack(args):
         desc="packing",
         unit="image",
         initial=sum(len(shards[name]) for name in done),
+        disable=None,
     )
     with ThreadPool(args.workers) as pool, bar:
         for name in shards:

@@ -26,7 +26,12 @@ def examine(pairs):
     """All captions of the shards, as one pass: dict of counts. Images are not decoded here."""
     lengths, document_counts, seen, bad = [], Counter(), Counter(), []
     for row in tqdm(
-        pairs.index.tolist(), desc="reading captions", unit="sample", delay=1, leave=False
+        pairs.index.tolist(),
+        desc="reading captions",
+        unit="sample",
+        delay=1,
+        leave=False,
+        disable=None,
     ):
         try:
             texts = pairs.texts(row, pairs.captions)
