@@ -283,8 +283,8 @@ def run(task):
     trained = time.perf_counter() - start
     name = "train" if search else "val"
     held_out = Table(cache / f"{spec['data']}-{name}.pt", slice(-1000 if search else 0, None))
-    with autocast:
-        scores = evaluate(model.eval(), tokenizer, spec, held_out, cache)
+    # in fp32: bfloat16 makes ties of captions that differ in one word
+    scores = evaluate(model.eval(), tokenizer, spec, held_out, cache)
     result = {
         "arguments": spec, "steps": steps, "samples_seen": steps * spec["batch_size"],
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -348,11 +348,11 @@ def search_specs(args, batch_size, cls_weight):
 
 
 def rate(args, batch_size, cls_weight):
-    """The learning rate that the search has found; without a search, the square-root rule."""
+    """The learning rate that the search has found; without one, what it has found for CLIP here."""
     specs = search_specs(args, batch_size, 1.0 if cls_weight else 0.0)
     found = [(value_of(s, args, "R@1"), s["learning_rate"]) for s in specs]
     found = [pair for pair in found if pair[0] is not None]
-    return max(found)[1] if found else round(1e-3 * math.sqrt(batch_size / 32), 6)
+    return max(found)[1] if found else round(3e-4 * math.sqrt(batch_size / 32), 6)
 
 
 def plan(args, part):
@@ -386,7 +386,7 @@ def plan(args, part):
         ]  # fmt: skip
     if part == "flickr":
         return [row(f"{name}, batch {B}", data="flickr", samples=args.flickr_samples, batch_size=B,
-                    cls_weight=w, learning_rate=round(1e-3 * math.sqrt(B / 32), 6))
+                    cls_weight=w, learning_rate=round(5e-4 * math.sqrt(B / 32), 6))
                 for B in (32, 128) for name, w in METHODS.items()]  # fmt: skip
     return []
 
@@ -672,7 +672,7 @@ def main(argv=None):
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
     add("--seeds", type=int, default=3, help="(default 3; two at most in captions, ablations)")
-    add("--batch_sizes", default="16,32,64,128,256", help="with commas between")
+    add("--batch_sizes", default="16,32,64,128", help="with commas between")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
     add("--flickr_samples", type=int, default=12_000, help="seen by each run (default 12000)")
