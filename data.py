@@ -74,8 +74,7 @@ WORD = regex.compile(
 
 
 def _character_table():
-    """Single characters that CLIP's cleaning (the library ftfy) replaces, as str.translate wants
-    them."""
+    """What CLIP's cleaning (the library ftfy) makes of single characters, for str.translate."""
     table = dict.fromkeys([*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF])  # control: drop
     table |= dict.fromkeys([*range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)])
     table |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
@@ -114,8 +113,7 @@ def clean(text):
 
 
 def vocabulary_from_words(words):
-    """The text of a .tiktoken file (a line of base64 and rank each): all bytes, then whole
-    words."""
+    """The text of a .tiktoken file, base64 and rank a line: all bytes, then whole words."""
     tokens = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
     tokens += [word.encode() + b" " for word in words]
     return "".join(
@@ -191,8 +189,7 @@ class Tokenizer:
         return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
 
     def decode(self, ids):
-        """ids -> str: the text in lower case, a space after each word; start, end and padding
-        dropped."""
+        """ids -> str in lower case, a space after each word; no start, end and padding."""
         ids = list(map(int, ids))
         while ids and ids[-1] == PAD:  # a text's own last token ends a word, so it is never id 0
             ids.pop()
@@ -238,9 +235,7 @@ def find_tokenizer(vocab, shards=(), context_length=77):
 
 IMAGE, TEXT, JSON = 1, 3, 5  # columns of the index: block, then size in the next column
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
-INDEX_VERSION = (
-    2  # raised whenever _read_headers comes to other results, so that caches are made anew
-)
+INDEX_VERSION = 2  # raised when _read_headers changes: caches are made anew
 BLOCK = 512  # a tar is made of blocks of this many bytes: 32 bits count the blocks of a terabyte
 
 
@@ -528,12 +523,8 @@ class Pairs(Dataset):
     """
 
     def __init__(self, shards, tokenizer, image_size, captions="txt", label_captions=None, seed=0):
-        self.shards, self.tokenizer, self.image_size, self.seed = (
-            shards,
-            tokenizer,
-            image_size,
-            seed,
-        )
+        self.shards, self.tokenizer = shards, tokenizer
+        self.image_size, self.seed = image_size, seed
         self.captions, self.label_captions = captions, label_captions or captions
         self.files = {}  # shard number -> file descriptor, of this process
         self.index, self.bad = build_index(shards)
@@ -545,9 +536,8 @@ class Pairs(Dataset):
                 (TEXT, "no .txt, or an empty one") if source == "txt" else (JSON, "no .json")
             )
             missing = self.index[:, column] == 0
-            for row in self.index[missing][
-                :1000
-            ].tolist():  # named; beyond a thousand they are counted
+            named_rows = self.index[missing][:1000]  # beyond a thousand they are only counted
+            for row in named_rows.tolist():
                 if (self.shards[row[0]], self.key(row)) not in named:
                     self.bad.append((self.shards[row[0]], self.key(row), reason))
             self.bad += [("", "", reason)] * max(0, int(missing.sum()) - 1000)
@@ -760,15 +750,16 @@ def cli(main, argv=None):
         # from a worker process the message comes with the trace before it
         print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
+    except (FileNotFoundError, PermissionError) as error:  # somewhere to write to, most often
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = None
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] and argv[0] in (
-        "shapes",
-        "pack",
-        "show",
-    ):  # each in scripts/, to keep this file one reading
+    if argv[:1] and argv[0] in ("shapes", "pack", "show"):  # these live in scripts/
         return importlib.import_module(f"scripts.{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)

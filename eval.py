@@ -64,8 +64,7 @@ def line(name, s):
 
 
 class ShardImages(Dataset):
-    """The pairs of shards in their order, with all captions of each image; None for a bad
-    sample."""
+    """The pairs of shards in order, with all captions of an image; None for a bad sample."""
 
     def __init__(self, pairs):
         self.pairs = pairs
@@ -93,9 +92,8 @@ class FileImages(Dataset):
 
     def __getitem__(self, i):
         try:
-            return data.load_image(Path(self.files[i]).read_bytes(), self.image_size), self.labels[
-                i
-            ]
+            image = data.load_image(Path(self.files[i]).read_bytes(), self.image_size)
+            return image, self.labels[i]
         except (data.BadSample, OSError) as error:
             return None, f"{self.files[i]}: {error}"
 
@@ -115,8 +113,7 @@ class TorchvisionImages(Dataset):
 
 
 def batches(dataset, batch_size, workers, desc):
-    """Yields (images (B, 3, S, S) uint8, list of B labels or texts). Bad images are named and left
-    out."""
+    """Yields (images (B, 3, S, S) uint8, list of B labels or texts). Bad images are named."""
     settings = data.worker_settings(workers)
     loader = DataLoader(dataset, batch_size, collate_fn=list, **settings)
     for samples in tqdm(loader, desc=desc, unit="batch", delay=1, leave=False, disable=None):
@@ -176,8 +173,7 @@ def _first_hit(scores, own):
 
 
 def _recall(higher, ties, right, k):
-    """The probability that a right answer is among the first k when ties are broken at random,
-    (C,)."""
+    """Probability, ties broken at random, that a right answer is among the first k, (C,)."""
     miss = torch.ones(len(higher), dtype=torch.double, device=higher.device)
     for place in range(k):  # walk through the places that the tied answers fill, missing each time
         free = place - higher
@@ -343,8 +339,7 @@ def torchvision_dataset(name, root, download, image_size, train=False):
 
 @torch.no_grad()
 def frozen_features(model, dataset, batch_size=128, workers=0):
-    """The class token after ln_post next to the mean of the patch tokens, (N, 2D), and labels
-    (N,)."""
+    """Class token after ln_post beside the mean of the patch tokens, (N, 2D); labels (N,)."""
     features, labels = [], []
     for images, label in batches(dataset, batch_size, workers, "encoding images"):
         tokens = model.visual(images.to(device_of(model)))
@@ -503,6 +498,8 @@ def localisation(model, pairs, window, limit=200):
             on = (cx >= x0) & (cx <= x1) & (cy >= y0) & (cy <= y1)
             hits.append(float(on[fall.argmax()]))
             chances.append(float(on.double().mean()))
+    if not hits:
+        raise InputError("no scene has a colour or shape that one object alone has")
     return score(torch.tensor(hits), sum(chances) / len(chances))
 
 
@@ -513,15 +510,13 @@ CELL, GAP, HEAD, FOOT = 168, 12, 62, 58  # pixels
 
 
 def heat(value):
-    """-1..1 -> colour and opacity: red where leaving the patch out hurts the word, blue where it
-    helps."""
+    """-1..1 -> colour and opacity: red where the word loses without the patch, else blue."""
     colour = (200, 20, 30) if value > 0 else (25, 80, 200)
     return (*colour, int(220 * min(1.0, abs(value))))
 
 
 def draw_words(rows, window, path):
-    """rows: list of (title, image (3, S, S) uint8, words, maps (K, grid, grid)) -> a PNG, a row an
-    image."""
+    """rows of (title, image (3, S, S) uint8, words, maps (K, grid, grid)) -> a PNG."""
     font = ImageFont.load_default
     columns = max(len(words) for _, _, words, _ in rows) + 1
     row_height = CELL + 44
@@ -578,11 +573,11 @@ def shorten(draw, text, font, width):
 
 
 def open_model(args):
-    model, tokenizer, preprocess = superclip.load(args.checkpoint, device_name(args.device))
+    model, tokenizer, _ = superclip.load(args.checkpoint, device_name(args.device))
     if getattr(args, "untrained", False):
         torch.manual_seed(0)
         model = superclip.SuperCLIP(model.config).to(device_of(model)).eval()
-    return model, tokenizer, preprocess
+    return model, tokenizer
 
 
 def device_name(name):
@@ -595,7 +590,7 @@ def device_name(name):
 
 
 def command_zeroshot(args):
-    model, tokenizer, _ = open_model(args)
+    model, tokenizer = open_model(args)
     size = model.config.image_size
     if args.dataset:
         dataset, classes = torchvision_dataset(args.dataset, args.root, args.download, size)
@@ -626,7 +621,7 @@ def command_zeroshot(args):
 
 
 def command_retrieval(args):
-    model, tokenizer, _ = open_model(args)
+    model, tokenizer = open_model(args)
     pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
     images, texts, owner = encode_pairs(model, pairs, args.batch_size, args.workers)
     print(f"{len(images):,} images, {len(texts):,} captions")
@@ -636,7 +631,7 @@ def command_retrieval(args):
 
 
 def command_probe(args):
-    model, _, _ = open_model(args)
+    model, _ = open_model(args)
     size = model.config.image_size
     if args.dataset:
         (train, classes), (test, _) = (
@@ -681,7 +676,7 @@ def command_probe(args):
 
 
 def command_words(args):
-    model, tokenizer, preprocess = open_model(args)
+    model, tokenizer = open_model(args)
     if model.head is None:
         raise InputError(f"{args.checkpoint} is plain CLIP (cls_weight 0): it has no word head")
     grid = model.visual.grid
@@ -722,7 +717,7 @@ def command_words(args):
 
 
 def command_export(args):
-    model, _, _ = open_model(args)
+    model, _ = open_model(args)
     model.save_pretrained(args.out)
     config = Path(args.out).with_suffix(".json")
     print(
@@ -775,7 +770,8 @@ def main(argv=None):
     sub.add_argument(
         "--templates", metavar="FILE", help="prompts with {}, a line each; none: the bare name"
     )
-    images(sub), speed(sub)
+    images(sub)
+    speed(sub)
     sub = command(
         "retrieval", command_retrieval, "find the caption of an image, and the image of a caption"
     )
@@ -798,7 +794,8 @@ def main(argv=None):
     sub.add_argument(
         "--cache", metavar="STEM", help="keep the features in STEM-train.pt and STEM-test.pt"
     )
-    images(sub), speed(sub)
+    images(sub)
+    speed(sub)
     sub = command(
         "words", command_words, "the head's top words, and a picture of where each is seen"
     )

@@ -6,16 +6,17 @@ adds a second question that needs no other pair: *which words does the caption c
 of the mean of the image's patch tokens, through one linear layer, with rare words counting for
 more.
 
-    image --> ViT --> class token --> proj ------------.
-               |                                        >-- contrastive loss ------.
-    caption -> text transformer --> end token -> proj -'                            + --> loss
-               |                                                                   /
-               '--> mean of patch tokens --> LayerNorm --> Linear(V) --> classification loss
+                  .-> mean of patches -> LayerNorm -> Linear(V) -> classification loss -.
+    image -> ViT -+                                                                      +-> loss
+                  '-> class token -> proj ------------.                                 /
+                                                       >-> contrastive loss -----------'
+    caption -> text transformer -> end token -> proj -'
 
 Read on from here in that order: configuration, the transformer that both towers share, the two
 towers, the head, the losses, the model that joins them, and weights in and out.
 
-Axes: B pairs, P patches, T tokens, D width, H heads, E embedding, V vocabulary.
+Axes: B pairs, P patches (K of them kept), T tokens, D width, H heads, E embedding, V vocabulary;
+S pixels a side.
 
 `python superclip.py` follows one pair through the model and prints every shape.
 """
@@ -30,13 +31,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (all_gather with gradients)
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 # Mean and std of the RGB channels of CLIP's own training set: every published CLIP expects them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD = 0  # token id that fills short captions up; in CLIP's vocabulary it is also the byte "!"
-HEAD_STATE = ("head.", "token_counts", "num_captions")  # what plain CLIP does not have
 
 
 class InputError(ValueError):
@@ -161,9 +162,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.causal = causal
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
-        self.grad_checkpointing = (
-            False  # trade time for memory: recompute blocks in the backward pass
-        )
+        # Trades time for memory: blocks are computed again in the backward pass.
+        self.grad_checkpointing = False
 
     def forward(self, x):
         for block in self.resblocks:
@@ -203,7 +203,7 @@ class VisionTransformer(nn.Module):
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        x = x + self.positional_embedding[1:].to(x.dtype)  # no way back to fp32 under autocast
+        x = x + self.positional_embedding[1:].to(x.dtype)  # else autocast is undone
         if keep is not None:  # dropped patches cost nothing: they never enter the transformer
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         cls = (self.class_embedding + self.positional_embedding[0]).to(x.dtype)
@@ -265,10 +265,12 @@ class WordHead(nn.Module):
 
 
 def gather(features):
-    """The features of all processes, (B, E) -> (world * B, E), in rank order, with gradients."""
+    """(B, E) -> the features of all processes in rank order (world * B, E), with gradients, and the
+    row where this process's own begin."""
     if not (dist.is_available() and dist.is_initialized()):
-        return features
-    return torch.cat(dist.nn.functional.all_gather(features.contiguous()))
+        return features, 0
+    everyone = torch.cat(dist.nn.functional.all_gather(features.contiguous()))
+    return everyone, dist.get_rank() * len(features)
 
 
 def contrastive_loss(image_features, text_features, logit_scale):
@@ -280,10 +282,9 @@ def contrastive_loss(image_features, text_features, logit_scale):
     """
     # fp32 whatever the autocast: bf16 spaces numbers near the largest logit, 100, by 0.5
     image_features, text_features = image_features.float(), text_features.float()
-    all_images, all_texts = gather(image_features), gather(text_features)
-    B = len(image_features)
-    rank = dist.get_rank() if len(all_images) > B else 0
-    target = rank * B + torch.arange(B, device=image_features.device)
+    all_images, _ = gather(image_features)
+    all_texts, first = gather(text_features)
+    target = first + torch.arange(len(image_features), device=image_features.device)
     with torch.autocast(image_features.device.type, enabled=False):
         logits_per_image = logit_scale * image_features @ all_texts.T  # (B, world * B)
         logits_per_text = logit_scale * text_features @ all_images.T
@@ -298,19 +299,16 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias):
     Shapes as in contrastive_loss. Summed over a row and averaged over rows, as in the paper.
     """
     image_features, text_features = image_features.float(), text_features.float()
-    all_texts = gather(text_features)
-    B = len(image_features)
-    rank = dist.get_rank() if len(all_texts) > B else 0
+    all_texts, first = gather(text_features)
     with torch.autocast(image_features.device.type, enabled=False):
         logits = logit_scale * image_features @ all_texts.T + logit_bias  # (B, world * B)
     yes = torch.zeros_like(logits)
-    yes[:, rank * B : (rank + 1) * B].fill_diagonal_(1)
-    return F.binary_cross_entropy_with_logits(logits, yes, reduction="sum") / B
+    yes.diagonal(first).fill_(1)
+    return F.binary_cross_entropy_with_logits(logits, yes, reduction="sum") / len(logits)
 
 
 def token_sets(label_tokens):
-    """Captions (B, T) -> their tokens sorted (B, T), and which of them count (B, T): repeated ones
-    count once."""
+    """Captions (B, T) -> their tokens, sorted, and True at the first of equal ones, both (B, T)."""
     tokens = label_tokens.sort(dim=1).values
     return tokens, F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
 
@@ -323,8 +321,8 @@ def classification_loss(logits, label_tokens, token_weights):
     normalised to sum 1. A caption without weight adds 0. At the start the loss is near ln V + 1/2.
     """
     # The label has at most T entries a row, so it stays (B, T): a dense (B, V) label is never made.
-    tokens, counts = token_sets(label_tokens)
-    label = token_weights[tokens] * counts  # (B, T)
+    tokens, first = token_sets(label_tokens)
+    label = token_weights[tokens] * first  # (B, T): a word that comes twice counts once
     label = label / label.sum(dim=1, keepdim=True).clamp_min(1e-8)
     logits = logits.float()
     log_probs = logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)  # (B, T)
@@ -333,6 +331,8 @@ def classification_loss(logits, label_tokens, token_weights):
 
 # -----------------------------------------------------------------------------
 # The model
+
+HEAD_STATE = ("head.", "token_counts", "num_captions")  # what plain CLIP's weights do not have
 
 
 class SuperCLIP(nn.Module):
@@ -372,10 +372,10 @@ class SuperCLIP(nn.Module):
 
     def count_tokens(self, label_tokens):
         """Add captions (B, T), of all processes together, to the token statistics."""
-        tokens, counts = token_sets(label_tokens)
+        tokens, first = token_sets(label_tokens)
         seen = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
-        seen.scatter_add_(0, tokens.flatten(), counts.flatten().long())
-        seen[-1] = len(tokens)
+        seen.scatter_add_(0, tokens.flatten(), first.flatten().long())
+        seen[-1] = len(tokens)  # rides along: one all_reduce for both
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(seen)
         self.token_counts += seen[:-1]
@@ -389,16 +389,16 @@ class SuperCLIP(nn.Module):
 
     def encode_pairs(self, images, tokens, label_tokens=None, token_weights=None, keep=None):
         """The part of a step that needs no other pair: features of both (B, E), and word loss."""
-        image_tokens = self.visual(images, keep)  # (B, 1 + P, D)
+        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = F.normalize((image_tokens[:, 0] @ self.visual.proj).float(), dim=-1)
         text_features = self.encode_text(tokens)
-        if self.head is None or label_tokens is None:
+        if self.head is None or label_tokens is None:  # plain CLIP, or features alone are wanted
             return image_features, text_features, image_features.new_zeros(())
         word_loss = classification_loss(self.head(image_tokens), label_tokens, token_weights)
         return image_features, text_features, word_loss
 
     def pair_loss(self, image_features, text_features):
-        """The part that does: the contrastive loss of the configuration, over the global batch."""
+        """The part of a step that needs all pairs: the contrastive loss over the global batch."""
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             return contrastive_loss(image_features, text_features, scale)
@@ -429,7 +429,7 @@ class SuperCLIP(nn.Module):
             "text_features": text_features,
         }
 
-    # ---- weights in and out -------------------------------------------------
+    # ---- weights in and out
 
     @classmethod
     def from_pretrained(cls, path, **changes):
@@ -437,17 +437,16 @@ class SuperCLIP(nn.Module):
         SuperCLIP, of open_clip, or OpenAI's CLIP as a state dict; .pt or .safetensors.
 
         The configuration is read off the tensors. `changes` replaces fields of it: another
-        image_size interpolates the positions; heads that are not 64 wide must be told. Raises
-        InputError."""
+        image_size interpolates the positions. Tell heads that are not 64 wide. Raises InputError.
+        """
         state, config = read_weights(path)
         model = cls(SuperCLIPConfig(**{**config, **changes}))
         model.load_weights(state, path)
         return model
 
     def load_weights(self, state, source):
-        """Copy a state dict of read_weights into the model. A head that is missing there stays new,
-        positions are fitted to this model's sizes, and anything else that differs is an
-        InputError."""
+        """Copy a state dict of read_weights into the model. A head that is missing there stays new
+        and positions are fitted to this model's sizes; what else differs is an InputError."""
         own = self.state_dict()
         if self.head is None:
             state = {k: v for k, v in state.items() if not k.startswith(HEAD_STATE)}
@@ -482,8 +481,7 @@ class SuperCLIP(nn.Module):
         return {k.removeprefix("text."): v for k, v in state.items()}
 
     def open_clip_config(self):
-        """The dict with which open_clip builds the same towers (the content of its
-        model_configs)."""
+        """open_clip's model config (a dict) that builds the same towers."""
         c = self.config
         vision = {
             "image_size": c.image_size,
@@ -508,6 +506,8 @@ class SuperCLIP(nn.Module):
         """Write the towers to `path` (.pt or .safetensors) in the layout that open_clip loads, and
         open_clip's configuration beside it as .json."""
         path = Path(path)
+        if not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent}")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict_open_clip().items()}
         if path.suffix == ".safetensors":
             safetensors_torch().save_file(state, path)
@@ -525,8 +525,7 @@ def safetensors_torch():
 
 
 def read_checkpoint(path):
-    """The content of a .pt or .safetensors file, of tensors and plain values alone. Raises
-    InputError."""
+    """A .pt or .safetensors file as a dict of tensors and plain values. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}")
@@ -560,8 +559,7 @@ SIZES = {  # the tensors whose shapes tell the configuration, and how many axes 
 
 
 def read_weights(path):
-    """A file of weights in any layout of the field -> (state dict in this project's names,
-    config)."""
+    """Weights in any layout of the field -> (state dict in our names, config dict)."""
     checkpoint = read_checkpoint(path)
     if "config" in checkpoint and "model" in checkpoint:  # this project's own
         return checkpoint["model"], checkpoint["config"]
@@ -577,16 +575,9 @@ def read_weights(path):
         # count.
         state["token_counts"] = (state.pop("cap_fq").flatten() * 16384).round().long()
         state["num_captions"] = (state.pop("num_samples").flatten()[0] * 16384).round().long()
-    # open_clip's plain layout has the text tower at the top level, its custom-text layout in
-    # "text."
-    top = (
-        "token_embedding.",
-        "positional_embedding",
-        "transformer.",
-        "ln_final.",
-        "text_projection",
-    )
-    state = {"text." + k if k.startswith(top) else k: v for k, v in state.items()}
+    # The text tower is at the top level in open_clip's plain layout, under "text." in its other.
+    top = "token_embedding. positional_embedding transformer. ln_final. text_projection".split()
+    state = {"text." + k if k.startswith(tuple(top)) else k: v for k, v in state.items()}
     authors = {"text_decoder.ln_mlp.": "head.ln.", "text_decoder.text_projection.": "head.linear."}
     for theirs, ours in authors.items():
         state = {k.replace(theirs, ours): v for k, v in state.items()}
@@ -614,9 +605,8 @@ def read_weights(path):
         loss="sigmoid" if "logit_bias" in state else "softmax",
     )
     beside = Path(path).with_suffix(".json")
-    if (
-        beside.is_file()
-    ):  # what shapes do not tell, as save_pretrained (and open_clip) writes it down
+    # What shapes do not tell, as save_pretrained (and open_clip) writes it down:
+    if beside.is_file():
         try:
             told = json.loads(beside.read_text())
             vision_heads = width // told["vision_cfg"].get("head_width", 64)
@@ -624,12 +614,13 @@ def read_weights(path):
             config["quick_gelu"] = bool(told.get("quick_gelu", False))
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # some other .json
+    if config["quick_gelu"] and not beside.is_file():
+        print(f"{path}: taken for OpenAI's weights (QuickGELU); if not, give quick_gelu=False")
     return state, config
 
 
 def resize_positions(positions, grid):
-    """Positions of an image tower (1 + P, D) -> (1 + grid * grid, D): the patches' are
-    interpolated."""
+    """Positions (1 + P, D) -> (1 + grid * grid, D): the patches' are interpolated."""
     cls, patches = positions[:1], positions[1:].float()
     old = math.isqrt(len(patches))
     patches = patches.T.reshape(1, -1, old, old)  # (1, D, old, old)

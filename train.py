@@ -4,9 +4,10 @@
     python train.py --batch_size 256 --train_data 'cc3m/*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/*.tar'
 
-Everything that a step does is a function of (arguments, step): the batch, its crops, the patches
-that are dropped, the learning rate. So a checkpoint needs no state of any random generator, and a
-run that was killed and resumed ends with the same bits as one that was not."""
+Apart from the weights, all that a step needs is a function of (arguments, step): the batch, its
+crops, the patches that are dropped, the learning rate. So a checkpoint needs no state of any random
+generator, and a run that was killed and resumed ends with the same bits as one that was not.
+"""
 
 import argparse
 import hashlib
@@ -118,7 +119,7 @@ def make_parser():
 
     group = parser.add_argument_group("machine")
     add("device", "NAME", "cuda, mps or cpu (default: the first there is)")
-    add("dtype", None, "of autocast (default: best on CUDA, else float32)", choices=DTYPES)
+    add("dtype", None, "of autocast (default: CUDA's best; CPU float32)", choices=DTYPES)
     add("compile", None, "torch.compile the towers (default: on CUDA)", action=flag)
     add("grad_checkpointing", None, "less memory, a third slower", action=flag, default=False)
     add("profile", None, "trace steps 10-15 to out_dir/trace.json", action=flag, default=False)
@@ -141,7 +142,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     checkpoint = find_checkpoint(Path(args.out_dir)) if args.resume else None
     if checkpoint:  # its arguments become the defaults, what is given overrides them
-        parser.set_defaults(**checkpoint["arguments"])
+        before = dict(checkpoint["arguments"])
+        if args.steps or args.epochs:  # the length is said anew, in the one way or the other
+            before["steps"] = before["epochs"] = None
+        parser.set_defaults(**before)
         args = parser.parse_args(argv)
     elif args.resume:
         print(f"no checkpoint in {args.out_dir} yet: starting from the beginning")
@@ -152,6 +156,8 @@ def parse(argv):
             setattr(args, name, value)
     if args.steps is None and args.epochs is None:
         args.epochs = 30.0
+    if given["steps"] and given["epochs"]:
+        raise InputError("--steps and --epochs both say how long: give one of them")
     positive = "steps epochs batch_size micro_batch_size image_size context_length"
     for name in f"{positive} log_every eval_every save_every".split():
         if (value := getattr(args, name)) is not None and value <= 0:
@@ -172,13 +178,8 @@ def set_up(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = args.device
     if name is None:
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
         if device.type == "cuda" and world > 1:
@@ -201,7 +202,7 @@ def set_up(args):
         elif device.type == "cpu" and args.train_data == BUILT_IN["train_data"]:
             units = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10 or so
             if units.get("avx512_bf16") or units.get("amx_bf16"):
-                dtype = "bfloat16"  # a minute and a half saved in the first three
+                dtype = "bfloat16"  # the built-in run, in two minutes instead of four
     if dtype == "float16" and device.type != "cuda":
         raise InputError(
             "float16 needs a CUDA device, for its loss scaling: take bfloat16 or float32"
@@ -346,10 +347,9 @@ def find_checkpoint(out_dir):
 
 
 class Log:
-    """log.jsonl: a header line, then a row per logged step and per validation. Rank 0 alone
-    writes."""
+    """log.jsonl: a header, then a row per logged step and per validation. Rank 0 writes it."""
 
-    def __init__(self, path, header, step, kept_until, wandb_project):
+    def __init__(self, path, header, step, seen, wandb_project):
         self.wandb = None
         if wandb_project:
             try:
@@ -358,14 +358,14 @@ class Log:
                 raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb.init(project=wandb_project, config=header)
         rows = []
-        if kept_until:  # resumed: what was logged after the checkpoint is about to be logged again
+        if seen:  # resumed: what was logged after the checkpoint is about to be logged again
             rows = [row for row in path.read_text().splitlines(True) if row.endswith("\n")]
-            rows = [row for row in rows if json.loads(row).get("step", math.inf) <= kept_until]
+            rows = [row for row in rows if json.loads(row).get("samples", math.inf) <= seen]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(rows))
         os.replace(temporary, path)  # killed in between, the old log is still there
         self.file = open(path, "a")
-        self.write({"header" if not kept_until else "resumed": header, "step": step})
+        self.write({"resumed" if seen else "header": header, "step": step, "samples": seen})
 
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
@@ -441,8 +441,7 @@ def show_words(model, tokenizer, pairs, n=4):
 
 
 def make_model(args, tokenizer, checkpoint):
-    """The model that the arguments describe: new, from --init_from, or from the run to go on
-    with."""
+    """The arguments' model: new, from --init_from, or of the run to go on with."""
     changes = {"loss": args.loss, "cls_weight": args.cls_weight}
     for name in ("image_size", "context_length"):
         if getattr(args, name) is not None:
@@ -454,7 +453,7 @@ def make_model(args, tokenizer, checkpoint):
             changes = {**PRESETS[args.model], **changes}
         config = SuperCLIPConfig(**{**old, **changes})
         for name, value in asdict(config).items():
-            # Another weight of the word loss is another run; with a head or without, another model.
+            # The weight of the word loss may change on the way; to have a head or none may not.
             same = bool(value) == bool(old[name]) if name == "cls_weight" else value == old[name]
             if not same:
                 raise InputError(
@@ -527,8 +526,7 @@ class BadSamples:
 
 
 def stop_on_signals():
-    """SIGINT and SIGTERM become a flag, so that a run saves and leaves; a second one ends it at
-    once."""
+    """SIGINT and SIGTERM become a flag, so that a run saves and leaves; a second one ends it."""
     asked = threading.Event()
 
     def ask(number, _):
@@ -608,17 +606,22 @@ def train(args, given, checkpoint, rank, world, device, dtype):
     warmup_steps = args.warmup_steps if args.warmup_steps is not None else min(1000, steps // 10)
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
-    start, best, seen = 0, -1.0, ()
+    start, best, known_bad = 0, -1.0, ()
     if checkpoint:
         # Counted in samples, so that a run may go on with another batch size.
         start = checkpoint["samples_seen"] // args.batch_size
-        best, seen = checkpoint["best"], checkpoint["bad_samples"]
+        best, known_bad = checkpoint["best"], checkpoint["bad_samples"]
         decay = [group["weight_decay"] for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, value in zip(optimizer.param_groups, decay):
             group["weight_decay"], group["fused"] = value, device.type != "mps"
         scaler.load_state_dict(checkpoint["scaler"])
-    bad = BadSamples(pairs, args.max_bad, seen)
+    if world > 1:  # weights are not sent around: each process reads them from the checkpoint
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise InputError(f"--resume: the nodes do not see the same checkpoint in {out_dir}")
+    bad = BadSamples(pairs, args.max_bad, known_bad)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
     order = data.Batches(len(pairs), args.batch_size, args.seed, start, steps, rank, world)
     loader = iter(data.loader(pairs, order, workers, pin_memory=device.type == "cuda"))
@@ -636,8 +639,8 @@ def train(args, given, checkpoint, rank, world, device, dtype):
             }
             for name, (old, new) in header["changed"].items():
                 tqdm.write(f"resuming with {name} {new} instead of {old}")
-        kept_until = checkpoint["step"] if checkpoint else 0  # counted in batches of then
-        log = Log(out_dir / "log.jsonl", header, start, kept_until, args.wandb)
+        seen = checkpoint["samples_seen"] if checkpoint else 0
+        log = Log(out_dir / "log.jsonl", header, start, seen, args.wandb)
         tqdm.write(
             f"{args.model}: {header['parameters']:,} parameters, {tokenizer.vocab_size:,} tokens; "
             f"{len(pairs):,} pairs; steps {start:,} to {steps:,} of {args.batch_size} pairs; "
@@ -679,7 +682,7 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds: hotter is unstable
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds: a larger scale is unstable
         step += 1
         bar.update()
         profiler.step()
@@ -698,6 +701,7 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         contrastive, classification = all_sum(values / world).tolist()
         row = {
             "step": step,
+            "samples": step * args.batch_size,
             "epoch": round(step * args.batch_size / len(pairs), 4),
             "loss": contrastive + config.cls_weight * classification,
             "contrastive_loss": contrastive,
@@ -731,12 +735,13 @@ def train(args, given, checkpoint, rank, world, device, dtype):
                 )
             clock, waited, logged = time.perf_counter(), 0.0, step
         # 6. validation
-        if eval_due and val_pairs and not leave:
+        if eval_due and val_pairs:
             paused = time.perf_counter()
             with autocast:
                 result = validate(model, tokenizer, val_pairs, step, workers)
             score = evaluation.mean_r1(result)
-            log.write({"step": step, "validation": result, "mean_r1": score})
+            samples = {"step": step, "samples": step * args.batch_size}
+            log.write({**samples, "validation": result, "mean_r1": score})
             if score > best:
                 best = score
                 save_checkpoint(out_dir / "best.pt", weights_of(model, tokenizer, step))

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from superclip import InputError
+from superclip import PAD, InputError
 
 CELL, GAP = 240, 16  # pixels of the picture: side of an image, and what lies between
 
@@ -49,7 +49,9 @@ def examine(pairs):
 def label(ids, document_counts, n):
     """ids of a caption -> list of (id, share of the label): the set of tokens, by IDF, normalised
     to sum 1."""
-    weights = {i: math.log((n + 1) / (document_counts[i] + 1)) for i in dict.fromkeys(ids)}
+    weights = {
+        i: math.log((n + 1) / (document_counts[i] + 1)) for i in dict.fromkeys(ids) if i != PAD
+    }
     total = sum(weights.values()) or 1.0
     return [(i, weight / total) for i, weight in weights.items()]
 
