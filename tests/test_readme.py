@@ -29,6 +29,14 @@ def test_every_flag_that_the_readme_names_exists():
     assert flags - known - foreign == set()
 
 
+def test_every_result_is_one_of_the_study():
+    table = README.split("## Results")[1].split("## Speed")[0]
+    numbers = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", table)
+    study = (ROOT / "results" / "small_batch.md").read_text()
+    assert len(numbers) >= 24
+    assert [number for number in numbers if f"| {number} |" not in study] == []
+
+
 def test_every_file_that_the_readme_links_exists():
     for path in re.findall(r"\]\((?!http|#)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
