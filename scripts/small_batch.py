@@ -511,7 +511,8 @@ ABOUT = {
     "captions. Both: zero-shot over the 64 pairs of colour and shape; unseen: the 8 of them that "
     "no training scene shows.",
     "captions": "Captions at batch 32. Dual: contrastive loss on the short, labels from the long.",
-    "ablations": "Ablations at batch 32.",
+    "ablations": "Ablations at batch 32. No learning rate is searched for them: rows with a head "
+    "use SuperCLIP's, rows without one CLIP's.",
     "flickr": "Photographs of Flickr8k, 64 pixels, all captions of the dev set.",
 }
 
