@@ -562,7 +562,7 @@ def markdown(heads, rows):
 
 def attribute_table(args):
     """Which captions are told apart, at a small and a large batch."""
-    shown = (32, 256) if 256 in args.batch_sizes else args.batch_sizes[:1]
+    shown = [B for B in (32, 128) if B in args.batch_sizes] or args.batch_sizes[:1]
     rows, columns = {}, ["", "n", "chance"]
     for name, specs in plan(args, "main"):
         results = [r for spec in specs if (r := load(spec, args))]
