@@ -237,21 +237,11 @@ def our_step(config, args, device, dtype):
     if args.compile:
         model.encode_pairs = torch.compile(model.encode_pairs)
     images, tokens = synthetic_batch(config, args.batch_size, args.words, device)
-    settings = argparse.Namespace(learning_rate=1e-4, weight_decay=0.2)
-    optimizer = train.make_optimizer(model, settings, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
+    def backward(autocast, scaler):
         train.forward_backward(model, images, tokens, tokens, None, None, autocast, scaler)
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        synchronize(device)
 
-    return step
+    return update_of(model, backward, device, dtype)
 
 
 def open_clip_step(config, args, device, dtype):
@@ -270,19 +260,27 @@ def open_clip_step(config, args, device, dtype):
     images, short = synthetic_batch(config, args.batch_size, args.words, device)
     images = (images / 255 - 0.45) / 0.27
     tokens = torch.nn.functional.pad(short, (0, config.context_length - short.shape[1]))
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.98), eps=1e-6)
+
+    def backward(autocast, scaler):
+        with autocast:
+            image_features, text_features, scale = model(images, tokens)[:3]
+            loss = loss_of(image_features, text_features, scale)
+        scaler.scale(loss).backward()
+
+    return update_of(model, backward, device, dtype)
+
+
+def update_of(model, backward, device, dtype):
+    """A function that makes one training step, the optimizer's part the same for all: `backward`
+    (autocast, scaler) leaves the gradients."""
+    settings = argparse.Namespace(learning_rate=1e-4, weight_decay=0.2)
+    optimizer = train.make_optimizer(model, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with autocast:
-            image_features, text_features, scale = model(images, tokens)[:3]
-            loss = loss_of(image_features, text_features, scale)
-        scaler.scale(loss).backward()
+        backward(autocast, scaler)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
