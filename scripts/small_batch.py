@@ -4,10 +4,11 @@
     python scripts/small_batch.py                everything, about an hour on two cores
     python scripts/small_batch.py report         figure and tables again, from results/
 
-Parts, for --only: search (learning rates), main (batch sizes), captions (mixes), ablations,
-flickr (photographs, if --flickr names shards of them), cost. A run is a JSON file in out_dir/runs
-with what is needed to believe it; what is there is not run again, so a study that was stopped goes
-on. CLIP is --cls_weight 0, and all runs of a table have seen the same number of samples.
+Parts, for --only: search (learning rates of the other parts), negatives (how many pairs a pair is
+told from), main (batch sizes), captions (mixes), ablations, flickr (photographs, if --flickr names
+shards of them), cost. A run is a JSON file in out_dir/runs with what is needed to believe it; what
+is there is not run again, so a study that was stopped goes on. CLIP is --cls_weight 0, and all runs
+of a table have seen the same number of samples.
 
 Each run is one process with one thread, as many at a time as there are cores: for models of this
 size that trains more than one process with all cores does. Images are decoded once, and there is
@@ -42,11 +43,11 @@ import superclip
 import train
 from scripts import shapes
 
-PARTS = ("search", "main", "captions", "ablations", "flickr", "cost")
+PARTS = ("search", "negatives", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
 RUN = dict(data="shapes", batch_size=32, cls_weight=1.0, learning_rate=1e-3, samples=24_576, seed=0,
            split="val", captions="mixed", label_captions=None, loss="softmax", patch_dropout=0.0,
-           idf=True)  # fmt: skip
+           idf=True, group=None)  # fmt: skip
 SEARCH = dict(split="search", seed=100)  # a seed and scenes that no other run is judged by
 PER_CLASS = 20  # single objects drawn for each of the 64 pairs of colour and shape
 KINDS = {  # attribute -> its values, one of which is true
@@ -210,7 +211,7 @@ def prepare(args, cache):
     if args.flickr and "flickr" in args.only:
         tokenizer = data.find_tokenizer("clip")
         for name, shards in (("train", args.flickr), ("val", args.flickr_val)):
-            write_table(cache / f"flickr-{name}.pt", shards, tokenizer, 64, args.jobs)
+            write_table(cache / f"flickr-{name}.pt", shards, tokenizer, 72, args.jobs)
 
 
 def trim(tokens):
@@ -236,15 +237,22 @@ def read_batch(table, spec, step):
 
 
 def make_model(spec, vocab_size):
-    sizes = dict(image_size=64, patch_size=8) if spec["data"] == "flickr" else {}
     torch.manual_seed(spec["seed"])
     model = superclip.SuperCLIP(superclip.SuperCLIPConfig.preset(
-        "tiny", vocab_size=vocab_size, cls_weight=spec["cls_weight"], loss=spec["loss"], **sizes
+        "tiny", vocab_size=vocab_size, cls_weight=spec["cls_weight"], loss=spec["loss"]
     ))  # fmt: skip
     if not spec["idf"]:  # every word counts the same
         uniform = torch.ones(vocab_size)
         uniform[[superclip.PAD, -2, -1]] = 0
         model.token_weights = lambda: uniform
+    if spec["group"]:  # each image is told from the captions of its own group only
+        pair_loss = model.pair_loss
+
+        def loss_of_groups(*features):
+            groups = zip(*(f.split(spec["group"]) for f in features), strict=True)
+            return torch.stack([pair_loss(*group) for group in groups]).mean()
+
+        model.pair_loss = loss_of_groups
     return model.train()
 
 
@@ -328,67 +336,77 @@ def path_of(spec, args):
     return args.out_dir / "runs" / ("_".join(parts) + ".json")
 
 
-def search_specs(args, batch_size, cls_weight):
-    """The learning rates to try. The range starts round the square-root rule, and goes on for as
-    long as its best is at an end; so for CLIP, and by the same rule for SuperCLIP."""
-    base = 1e-3 * math.sqrt(batch_size / 32)
+def variants(args, part):
+    """{row of a part's table: what its runs have in common}, but for the learning rate."""
 
-    def spec(factor):
-        return {**RUN, **SEARCH, "batch_size": batch_size, "cls_weight": cls_weight,
-                "samples": args.samples // 2, "learning_rate": round(factor * base, 6)}  # fmt: skip
+    def pair(label, **changes):  # both methods
+        return {f"{name}, {label}": dict(cls_weight=w, **changes) for name, w in METHODS.items()}
 
-    factors = [0.5, 1, 2]
-    for _ in range(2):
-        found = {f: value_of(spec(f), args, "R@1") for f in factors}
-        if None in found.values():
-            break
-        best = max(found, key=found.get)
-        factors += [2 * best] * (best == max(factors)) + [best / 2] * (best == min(factors))
-    return [spec(f) for f in factors]
+    if part == "negatives":
+        rows = [pair(f"groups of {g}", batch_size=64, group=g) for g in args.groups if g < 64]
+        rows.append(pair("all 64", batch_size=64))
+    elif part == "main":
+        rows = [pair(f"batch {B}", batch_size=B) for B in args.batch_sizes]
+    elif part == "captions":
+        rows = [pair(mix, captions=mix) for mix in ("short", "long", "mixed")]
+        rows.append({"SuperCLIP, dual": dict(captions="short", label_captions="long")})
+    elif part == "ablations":
+        rows = [{"SuperCLIP": {}, "SuperCLIP without IDF": dict(idf=False)}]
+        rows += [{f"lambda {w:g}": dict(cls_weight=w)} for w in (0.0, 0.25, 0.5, 2.0)]
+        rows += [pair("sigmoid", loss="sigmoid"), pair("patch dropout .5", patch_dropout=0.5)]
+    elif part == "flickr":
+        rows = [pair(f"batch {B}", data="flickr", batch_size=B, samples=args.flickr_samples)
+                for B in (32, 128)]  # fmt: skip
+    else:
+        rows = []
+    start = {**RUN, "samples": args.samples}
+    return {name: {**start, **changes} for row in rows for name, changes in row.items()}
 
 
-def rate(args, batch_size, cls_weight):
-    """The learning rate that the search has found; without one, what it has found for CLIP here."""
-    specs = search_specs(args, batch_size, 1.0 if cls_weight else 0.0)
-    found = [(value_of(s, args, "R@1"), s["learning_rate"]) for s in specs]
-    found = [pair for pair in found if pair[0] is not None]
-    return max(found)[1] if found else round(3e-4 * math.sqrt(batch_size / 32), 6)
+def search_specs(args, spec):
+    """The learning rates to try for a row. The range is the same for all rows of a batch size, and
+    goes on for as long as its best is at an end. IDF and lambda are not searched apart."""
+    base = 1e-3 * math.sqrt(spec["batch_size"] / 32)
+    tuned = {**spec, **SEARCH, "samples": spec["samples"] // 2, "idf": True,
+             "cls_weight": 1.0 if spec["cls_weight"] else 0.0}  # fmt: skip
+    factors = [0.25, 0.5, 1]
+    while True:
+        specs = [{**tuned, "learning_rate": round(f * base, 6)} for f in sorted(factors)]
+        found = [value_of(s, args, "R@1") for s in specs]
+        best = None if None in found else found.index(max(found))
+        if best == 0 and min(factors) > 0.1:
+            factors.append(min(factors) / 2)
+        elif best == len(found) - 1 and max(factors) < 4:
+            factors.append(max(factors) * 2)
+        else:
+            return specs
+
+
+def rate(args, spec):
+    """The learning rate that the search has found for a row; without one a rule of thumb."""
+    found = [(v, s["learning_rate"]) for s in search_specs(args, spec)
+             if (v := value_of(s, args, "R@1")) is not None]  # fmt: skip
+    return max(found)[1] if found else round(3e-4 * math.sqrt(spec["batch_size"] / 32), 6)
+
+
+def searches(args, parts):
+    """[(row, its search runs)] of parts. Rows with the same search appear once."""
+    rows = {}
+    for part in parts:
+        for name, spec in variants(args, part).items():
+            specs = search_specs(args, spec)
+            rows.setdefault(path_of(specs[0], args), (f"{part}: {name}", specs))
+    return list(rows.values())
 
 
 def plan(args, part):
     """[(row of the table, its runs)] of a part."""
-
-    def row(name, **changes):
-        spec = {**RUN, "samples": args.samples, **changes}
-        if spec["data"] == "shapes":
-            spec["learning_rate"] = rate(args, spec["batch_size"], spec["cls_weight"])
+    rows = []
+    for name, spec in variants(args, part).items():
+        spec["learning_rate"] = rate(args, spec)
         seeds = min(2, args.seeds) if part in ("captions", "ablations") else args.seeds
-        return name, [{**spec, "seed": seed} for seed in range(seeds)]
-
-    if part == "search":
-        return [(f"{name}, batch {B}", search_specs(args, B, w))
-                for B in args.batch_sizes for name, w in METHODS.items()]  # fmt: skip
-    if part == "main":
-        return [row(f"{name}, batch {B}", batch_size=B, cls_weight=w)
-                for B in args.batch_sizes for name, w in METHODS.items()]  # fmt: skip
-    if part == "captions":
-        rows = [row(f"{name}, {mix}", captions=mix, cls_weight=w)
-                for mix in ("short", "long", "mixed") for name, w in METHODS.items()]  # fmt: skip
-        return [*rows, row("SuperCLIP, dual", captions="short", label_captions="long")]
-    if part == "ablations":
-        return [
-            row("SuperCLIP"), row("without IDF", idf=False), row("lambda 0: CLIP", cls_weight=0.0),
-            *(row(f"lambda {w:g}", cls_weight=w) for w in (0.25, 0.5, 2.0)),
-            row("sigmoid, no head", loss="sigmoid", cls_weight=0.0),
-            row("sigmoid and head", loss="sigmoid"),
-            row("patch dropout .5, no head", patch_dropout=0.5, cls_weight=0.0),
-            row("patch dropout .5 and head", patch_dropout=0.5),
-        ]  # fmt: skip
-    if part == "flickr":
-        return [row(f"{name}, batch {B}", data="flickr", samples=args.flickr_samples, batch_size=B,
-                    cls_weight=w, learning_rate=round(5e-4 * math.sqrt(B / 32), 6))
-                for B in (32, 128) for name, w in METHODS.items()]  # fmt: skip
-    return []
+        rows.append((name, [{**spec, "seed": seed} for seed in range(seeds)]))
+    return rows
 
 
 def load(spec, args):
@@ -401,33 +419,34 @@ def value_of(spec, args, metric):
     return result and result["scores"][metric]["value"]
 
 
-def missing(args, parts):
-    specs = [spec for part in parts for _, specs in plan(args, part) for spec in specs]
-    specs = {path_of(spec, args): spec for spec in specs}
+def missing(args, rows):
+    """{file: run} of those runs of rows that are still to do."""
+    specs = {path_of(spec, args): spec for _, specs in rows for spec in specs}
     return {path: spec for path, spec in specs.items() if not path.exists()}
-
-
-def start_worker():
-    torch.set_num_threads(1)
 
 
 def study(args):
     """All runs that are missing. The search comes first: it fixes the others' learning rates."""
     (args.out_dir / "runs").mkdir(parents=True, exist_ok=True)
-    rounds = [["search"]] * 3 if "search" in args.only else []
-    rounds.append([part for part in args.only if part not in ("search", "cost")])
-    if not any(missing(args, parts) for parts in rounds):
+
+    def rounds():  # what a search finds decides where it goes on
+        while "search" in args.only and (todo := missing(args, searches(args, args.only))):
+            yield "search", todo
+        for part in args.only:
+            if todo := missing(args, plan(args, part)):
+                yield part, todo
+
+    if next(rounds(), None) is None:
         return
     with tempfile.TemporaryDirectory() as cache:
         prepare(args, Path(cache))
         # spawn: to fork a process that has threads may hang
         context = torch.multiprocessing.get_context("spawn")
-        with context.Pool(args.jobs, start_worker) as pool:
-            for parts in rounds:
-                todo = missing(args, parts)
+        with context.Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
+            for part, todo in rounds():
                 total = sum(spec["samples"] for spec in todo.values())
                 tasks = [(spec, Path(cache), path) for path, spec in todo.items()]
-                bar = tqdm(total=total, desc=" ".join(parts), unit="sample", unit_scale=True)
+                bar = tqdm(total=total, desc=part, unit="sample", unit_scale=True)
                 for spec, result in pool.imap_unordered(run, tasks):
                     bar.update(spec["samples"])
                     scores = result["scores"]
@@ -498,22 +517,22 @@ def cost(args):
 # Report
 
 COLUMNS = {  # part -> metrics of its table
-    "search": ("R@1",),
+    "negatives": ("R@1", "R@5", "R@10", "both", "both, unseen", "colour", "shape"),
     "main": ("R@1", "R@5", "R@10", "both", "both, unseen", "colour", "shape"),
     "captions": ("R@1", "R@5", "both", "colour", "shape"),
     "ablations": ("R@1", "R@5", "both", "colour", "shape"),
     "flickr": ("R@1", "R@5", "R@10", "image_to_text R@1", "text_to_image R@1"),
 }
 ABOUT = {
-    "search": "Learning rates, one seed, half the samples, scored on training scenes held out "
-    "for this; the other tables use the best of each batch size and method.",
-    "main": "Batch sizes. R@k: mean of both ways among the validation scenes with their long "
-    "captions. Both: zero-shot over the 64 pairs of colour and shape; unseen: the 8 of them that "
-    "no training scene shows.",
+    "negatives": "How many captions an image is told from, at batch 64: the contrastive loss "
+    "within groups of so many pairs, everything else alike, so that all rows have the same "
+    "updates. R@k: mean of both ways among the validation scenes with their long captions. Both: "
+    "zero-shot over the 64 pairs of colour and shape; unseen: the 8 of them that no training "
+    "scene shows.",
+    "main": "Batch sizes, at the same samples seen: the smaller the batch, the more updates.",
     "captions": "Captions at batch 32. Dual: contrastive loss on the short, labels from the long.",
-    "ablations": "Ablations at batch 32. No learning rate is searched for them: rows with a head "
-    "use SuperCLIP's, rows without one CLIP's.",
-    "flickr": "Photographs of Flickr8k, 64 pixels, all captions of the dev set.",
+    "ablations": "Ablations at batch 32. IDF and lambda are at SuperCLIP's learning rate.",
+    "flickr": "Photographs of Flickr8k, 72 pixels, CLIP's vocabulary, all captions of the dev set.",
 }
 
 
@@ -525,34 +544,53 @@ def percent(values, signed=False):
 
 def table_of(args, part):
     """A part's table in Markdown, a list of lines; [] if nothing of it was run."""
-    metrics, lines, before, seconds = COLUMNS[part], [], None, 0
+    metrics, lines, before, all_results = COLUMNS[part], [], None, []
     for name, specs in plan(args, part):
         results = [r for spec in specs if (r := load(spec, args))]
-        if part == "search":  # each of its runs is a row
-            rows = [([r], f"{name}, {r['arguments']['learning_rate']:g}") for r in results]
-        else:
-            rows = [(results, name)] if results else []
-        for own, label in rows:
-            scores = [[r["scores"][m]["value"] for r in own] for m in metrics]
-            lines.append([label, len(own), f"{own[0]['arguments']['learning_rate']:g}",
-                          own[0]["steps"], *map(percent, scores)])  # fmt: skip
-            seconds += sum(r["seconds"] for r in own)
-            if before and label == f"Super{before[0]}" and len(before[1][0]) == len(own):
-                gains = [[b - a for a, b in zip(*pair, strict=True)]
-                         for pair in zip(before[1], scores, strict=True)]  # fmt: skip
-                lines.append(["*gain*", len(own), "", "", *(percent(g, True) for g in gains)])
-            before = (label, scores)  # the search's labels differ in learning rate as well
+        if not results:
+            continue
+        all_results += results
+        scores = [[r["scores"][m]["value"] for r in results] for m in metrics]
+        lines.append([name, len(results), f"{specs[0]['learning_rate']:g}",
+                      results[0]["steps"], *map(percent, scores)])  # fmt: skip
+        if before and name == f"Super{before[0]}" and len(before[1][0]) == len(results):
+            gains = [[b - a for a, b in zip(*pair, strict=True)]
+                     for pair in zip(before[1], scores, strict=True)]  # fmt: skip
+            lines.append(["*gain*", len(results), "", "", *(percent(g, True) for g in gains)])
+        before = (name, scores)
     if not lines:
         return []
-    first = next(r for _, specs in plan(args, part) for s in specs if (r := load(s, args)))
-    s = first["scores"]
+    s = all_results[0]["scores"]
     heads = [f"{m} (chance {100 * s[m]['chance']:.1f}, n {s[m]['n']:g})" for m in metrics]
     heads = ["", "seeds", "learning rate", "updates", *heads]
-    about = (
-        f"{ABOUT[part]} {first['samples_seen']:,} samples seen a run; {seconds / 60:.0f} "
-        f"core-minutes on {first['machine']}, {first['dtype']}, torch {first['torch']}."
-    )
+    samples = f"{all_results[0]['samples_seen']:,} samples seen a run"
+    about = f"{ABOUT[part]} {samples}; {effort(all_results)}."
     return [f"## {part}", "", about, "", *markdown(heads, lines)]
+
+
+def search_table(args):
+    lines, all_results = [], []
+    for name, specs in searches(args, PARTS):
+        results = [r for spec in specs if (r := load(spec, args))]
+        if results:
+            tried = {r["arguments"]["learning_rate"]: r["scores"]["R@1"]["value"] for r in results}
+            best = max(tried, key=tried.get)
+            tried = ", ".join(f"{rate:g}: {percent([v])}" for rate, v in sorted(tried.items()))
+            lines.append([name, f"{best:g}", tried])
+            all_results += results
+    if not lines:
+        return []
+    about = (
+        "Learning rates: R@1 in percent (chance 0.1) of one seed after half the samples, among a "
+        "thousand training scenes held out for this. A row of the other tables uses the best of "
+        f"its search. {effort(all_results)}."
+    )
+    return ["## search", "", about, "", *markdown(["", "best", "learning rate: R@1"], lines)]
+
+
+def effort(results):
+    minutes, r = sum(r["seconds"] for r in results) / 60, results[0]
+    return f"{minutes:.0f} core-minutes on {r['machine']}, {r['dtype']}, torch {r['torch']}"
 
 
 def markdown(heads, rows):
@@ -614,37 +652,44 @@ def cost_table(args):
 
 
 def figure(args):
-    """Accuracy against batch size: the mean, every seed, and the spread."""
+    """Accuracy against the pairs contrasted and against the batch size: mean, seeds, spread."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"both": "zero-shot, 64 pairs of colour and shape (%)",
-              "R@1": "retrieval, mean R@1 of both ways (%)"}  # fmt: skip
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        for method, colour in (("CLIP", "#7a7a7a"), ("SuperCLIP", "#d1495b")):
-            points = {}  # batch size -> value of each seed
-            for name, specs in plan(args, "main"):
-                values = [v for spec in specs if (v := value_of(spec, args, metric)) is not None]
-                if name.startswith(method) and values:
-                    points[specs[0]["batch_size"]] = [100 * v for v in values]
-            if not points:
-                return None
-            mean = [statistics.mean(v) for v in points.values()]
-            spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
-            axis.errorbar(list(points), mean, spread, color=colour, label=method, lw=2, capsize=4)
-            dots = [(B, v) for B, values in points.items() for v in values]
-            axis.scatter(*zip(*dots, strict=True), color=colour, s=14, alpha=0.6)
-        chance = 100 * load(specs[0], args)["scores"][metric]["chance"]
-        axis.axhline(chance, color="black", ls=":", lw=1, label=f"chance, {chance:.1f} %")
-        axis.set(xscale="log", xlabel="batch size, at the same samples seen", title=title)
-        axis.set_xticks(args.batch_sizes, labels=map(str, args.batch_sizes))
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False)
+    metrics = {"both": "zero-shot, 64 pairs of colour and shape (%)",
+               "R@1": "retrieval, mean R@1 of both ways (%)"}  # fmt: skip
+    parts = {"negatives": ("pairs contrasted, same batch and updates", "group"),
+             "main": ("batch size, same samples seen", "batch_size")}  # fmt: skip
+    parts = {p: about for p, about in parts.items() if table_of(args, p)}
+    if not parts:
+        return None
+    size = dict(figsize=(9, 3.5 * len(parts)), constrained_layout=True, squeeze=False)
+    _, grid = plt.subplots(len(parts), 2, **size)
+    for row, (part, (label, key)) in zip(grid, parts.items(), strict=True):
+        for axis, (metric, title) in zip(row, metrics.items(), strict=True):
+            for method, colour in (("CLIP", "#7a7a7a"), ("SuperCLIP", "#d1495b")):
+                points = {}  # place on the axis -> value of each seed
+                for name, specs in plan(args, part):
+                    results = [r for spec in specs if (r := load(spec, args))]
+                    if name.startswith(method) and results:
+                        place = specs[0][key] or specs[0]["batch_size"]
+                        points[place] = [100 * r["scores"][metric]["value"] for r in results]
+                        chance = 100 * results[0]["scores"][metric]["chance"]
+                if not points:
+                    continue
+                mean = [statistics.mean(v) for v in points.values()]
+                spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
+                axis.errorbar(list(points), mean, spread, color=colour, label=method, capsize=4)
+                dots = [(x, v) for x, values in points.items() for v in values]
+                axis.scatter(*zip(*dots, strict=True), color=colour, s=14, alpha=0.6)
+                axis.set_xticks(list(points), labels=map(str, points))
+            axis.axhline(chance, color="black", ls=":", lw=1, label=f"chance, {chance:.1f} %")
+            axis.set(xscale="log", xlabel=label, title=title, ylim=(0, 100))
+            axis.minorticks_off()
+            axis.grid(alpha=0.25)
+            axis.legend(frameon=False, loc="lower right")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(args.figure, dpi=130)
     return args.figure
@@ -659,7 +704,8 @@ def report(args):
         lines += table_of(args, part)
         if part == "main":
             lines += attribute_table(args)
-    (args.out_dir / "small_batch.md").write_text("\n".join(lines + cost_table(args)))
+    lines += cost_table(args) + search_table(args)
+    (args.out_dir / "small_batch.md").write_text("\n".join(lines))
     for made in (args.out_dir / "small_batch.md", figure(args)):
         if made:
             print(f"wrote {made}")
@@ -669,25 +715,27 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("command", nargs="?", choices=("run", "report"), default="run")
-    add("--quick", action="store_true", help="three batch sizes, one seed, no search")
+    add("--quick", action="store_true", help="negatives alone, one seed, no search")
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
     add("--seeds", type=int, default=3, help="(default 3; two at most in captions, ablations)")
     add("--batch_sizes", default="16,32,64,128", help="with commas between")
+    add("--groups", default="2,4,8,16", help="of pairs contrasted, in the part negatives")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
-    add("--flickr_samples", type=int, default=12_000, help="seen by each run (default 12000)")
+    add("--flickr_samples", type=int, default=36_000, help="seen by each run (default 36000)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
     add("--out_dir", type=Path, help="(default results; with --quick out-quick)")
     add("--figure", type=Path, help="(default assets/small_batch.png; else in out_dir)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.batch_sizes, args.only = 1, "16,32,128", args.only or "main"
+        args.seeds, args.groups, args.only = 1, "2,4", args.only or "negatives"
     args.figure = args.figure or Path(
         args.out_dir or ("out-quick" if args.quick else "assets"), "small_batch.png"
     )
     args.out_dir = args.out_dir or Path("out-quick" if args.quick else "results")
     args.batch_sizes = [int(B) for B in args.batch_sizes.split(",")]
+    args.groups = [int(g) for g in args.groups.split(",")]
     args.only = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only: there is no part {', '.join(unknown)}")

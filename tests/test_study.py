@@ -1,6 +1,7 @@
 """The study of scripts/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
 
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from scripts import shapes, small_batch
 
 
 def study_args(folder, **changes):
-    args = dict(out_dir=folder, samples=32, seeds=2, batch_sizes=[16, 32], flickr_samples=64)
+    args = dict(out_dir=folder, samples=128, seeds=2, batch_sizes=[16, 32], groups=[2, 4],
+                flickr_samples=128, only=small_batch.PARTS)  # fmt: skip
     return SimpleNamespace(**{**args, **changes})
 
 
@@ -42,20 +44,56 @@ def test_the_plan_compares_like_with_like(tmp_path):
         for _, specs in small_batch.plan(args, part):
             for spec in specs:
                 assert paths.setdefault(small_batch.path_of(spec, args), spec) == spec
-    for part in ("main", "captions", "flickr"):
+    for part in small_batch.PARTS:
         seen = {s["samples"] for _, specs in small_batch.plan(args, part) for s in specs}
-        assert len(seen) == 1, part
-    rates = {
-        method: [s["learning_rate"] for s in small_batch.search_specs(args, 32, weight)]
-        for method, weight in small_batch.METHODS.items()
-    }
-    assert rates["CLIP"] == rates["SuperCLIP"]
+        assert len(seen) <= 1, part
+    rates = {}  # batch size -> the ranges of its searches
+    for _, specs in small_batch.searches(args, small_batch.PARTS):
+        assert all(s["split"] == "search" and s["seed"] == 100 for s in specs)
+        rates.setdefault(specs[0]["batch_size"], set()).add(
+            tuple(s["learning_rate"] for s in specs)
+        )
+    assert all(len(ranges) == 1 for ranges in rates.values()), rates
+
+
+def test_a_search_goes_on_at_its_edge(tmp_path):
+    args = study_args(tmp_path)
+    (tmp_path / "runs").mkdir()
+    spec = small_batch.variants(args, "main")["SuperCLIP, batch 32"]
+
+    def answer(best):  # R@1 falls with the distance from the best rate
+        while todo := small_batch.missing(args, [("", small_batch.search_specs(args, spec))]):
+            for path, own in todo.items():
+                value = -abs(math.log(own["learning_rate"] / best))
+                path.write_text(json.dumps({"scores": {"R@1": {"value": value}}}))
+        return [s["learning_rate"] for s in small_batch.search_specs(args, spec)]
+
+    assert answer(1.25e-4) == [6.3e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3]
+    assert small_batch.rate(args, spec) == 1.25e-4
+    for path in (tmp_path / "runs").iterdir():
+        path.unlink()
+    assert answer(2e-3) == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    # the weight of the words and IDF go along with the head's search, the captions have their own
+    lambdas = small_batch.variants(args, "ablations")["lambda 0.5"]
+    assert small_batch.rate(args, lambdas) == 2e-3
+    short = small_batch.variants(args, "captions")["SuperCLIP, short"]
+    assert small_batch.rate(args, short) == 3e-4
+
+
+def test_groups_contrast_within_themselves():
+    spec = {**small_batch.RUN, "seed": 0}
+    whole = small_batch.make_model(spec, 50)
+    parted = small_batch.make_model({**spec, "group": 4}, 50)
+    images, texts = torch.randn(2, 8, 128).div(12)
+    by_hand = (whole.pair_loss(images[:4], texts[:4]) + whole.pair_loss(images[4:], texts[4:])) / 2
+    assert torch.allclose(parted.pair_loss(images, texts), by_hand)
+    assert not torch.allclose(whole.pair_loss(images, texts), by_hand)
 
 
 def test_runs_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(small_batch, "PER_CLASS", 2)
     rng = random.Random(0)
-    scenes = [shapes.make_scene(rng) for _ in range(16)]
+    scenes = [shapes.make_scene(rng) for _ in range(64)]
     texts = [shapes.describe(scene, rng) for scene in scenes]
     words = sorted({w for pair in texts for text in pair for w in data.WORD.findall(text)})
     tokenizer = data.Tokenizer(data.vocabulary_from_words(words))
@@ -69,7 +107,8 @@ def test_runs_and_report(tmp_path, monkeypatch):
 
     args = study_args(tmp_path, seeds=1, batch_sizes=[16], figure=tmp_path / "figure.png")
     (tmp_path / "runs").mkdir()
-    for _, (spec,) in small_batch.plan(args, "main"):
+    rows = small_batch.plan(args, "main") + small_batch.plan(args, "negatives")[:1]
+    for _, (spec,) in rows:
         path = small_batch.path_of(spec, args)
         small_batch.run((spec, tmp_path, path))
         result = json.loads(path.read_text())
@@ -81,4 +120,4 @@ def test_runs_and_report(tmp_path, monkeypatch):
     small_batch.report(args)
     text = Path(tmp_path / "small_batch.md").read_text()
     assert "*gain*" in text and "swap" in text and args.figure.stat().st_size > 10_000
-    assert not small_batch.missing(args, ["main"])
+    assert not small_batch.missing(args, rows)
