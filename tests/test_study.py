@@ -1,4 +1,4 @@
-"""The study of scripts/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
+"""The study, scripts/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import data
-from scripts import shapes, small_batch
+from scripts import shapes, small_batch, small_batch_run
 
 
 def study_args(folder, **changes):
@@ -21,7 +21,7 @@ def study_args(folder, **changes):
 def test_a_question_changes_one_thing():
     for seed in range(30):
         scene = shapes.make_scene(random.Random(seed))
-        asked = small_batch.questions(scene, seed)
+        asked = small_batch_run.questions(scene, seed)
         assert ("relation" in asked) == ("swap" in asked) == (len(scene["objects"]) > 1)
         for kind, (true, *others) in asked.items():
             assert len({true, *others}) == 1 + len(others)
@@ -29,12 +29,13 @@ def test_a_question_changes_one_thing():
                 words = [sorted(t.replace("an ", "a ").split()) for t in (true, *others)]
                 assert words[0] == words[1]
                 continue
-            assert len(others) + 1 == (2 if kind == "relation" else len(small_batch.KINDS[kind]))
+            values = small_batch_run.KINDS[kind]
+            assert len(others) + 1 == (2 if kind == "relation" else len(values))
             if kind not in ("position", "relation"):  # their values are phrases of several words
                 for other in others:
                     changed = set(true.split()) ^ set(other.split())
-                    values = set(" ".join(small_batch.KINDS[kind]).split())
-                    assert {word.strip(":,.") for word in changed} <= values | {"a", "an"}
+                    words = {"a", "an", *" ".join(values).split()}
+                    assert {word.strip(":,.") for word in changed} <= words
 
 
 def test_the_plan_compares_like_with_like(tmp_path):
@@ -81,9 +82,9 @@ def test_a_search_goes_on_at_its_edge(tmp_path):
 
 
 def test_groups_contrast_within_themselves():
-    spec = {**small_batch.RUN, "seed": 0}
-    whole = small_batch.make_model(spec, 50)
-    parted = small_batch.make_model({**spec, "group": 4}, 50)
+    spec = {**small_batch_run.RUN, "seed": 0}
+    whole = small_batch_run.make_model(spec, 50)
+    parted = small_batch_run.make_model({**spec, "group": 4}, 50)
     images, texts = torch.randn(2, 8, 128).div(12)
     by_hand = (whole.pair_loss(images[:4], texts[:4]) + whole.pair_loss(images[4:], texts[4:])) / 2
     assert torch.allclose(parted.pair_loss(images, texts), by_hand)
@@ -91,7 +92,7 @@ def test_groups_contrast_within_themselves():
 
 
 def test_runs_and_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(small_batch, "PER_CLASS", 2)
+    monkeypatch.setattr(small_batch_run, "PER_CLASS", 2)
     rng = random.Random(0)
     scenes = [shapes.make_scene(rng) for _ in range(64)]
     texts = [shapes.describe(scene, rng) for scene in scenes]
@@ -102,7 +103,7 @@ def test_runs_and_report(tmp_path, monkeypatch):
     table = {"images": images, "tokens": tokens, "scenes": json.dumps(scenes)}
     for name in ("train", "val"):
         torch.save({**table, "vocab": tokenizer.vocab}, tmp_path / f"shapes-{name}.pt")
-    singles = images[:1].expand(64 * small_batch.PER_CLASS, -1, -1, -1)
+    singles = images[:1].expand(64 * small_batch_run.PER_CLASS, -1, -1, -1)
     torch.save(singles.contiguous(), tmp_path / "singles.pt")
 
     args = study_args(tmp_path, seeds=1, batch_sizes=[16], figure=tmp_path / "figure.png")
@@ -110,7 +111,7 @@ def test_runs_and_report(tmp_path, monkeypatch):
     rows = small_batch.plan(args, "main") + small_batch.plan(args, "negatives")[:1]
     for _, (spec,) in rows:
         path = small_batch.path_of(spec, args)
-        small_batch.run((spec, tmp_path, path))
+        small_batch_run.run((spec, tmp_path, path))
         result = json.loads(path.read_text())
         assert result["samples_seen"] == spec["samples"] and result["commit"]
         # one picture for all 64 classes: exactly chance
