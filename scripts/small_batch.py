@@ -5,10 +5,10 @@
     python scripts/small_batch.py report         figure and tables again, from results/
 
 Parts, for --only: search (learning rates of the other parts), negatives (how many pairs a pair is
-told from), main (batch sizes), captions (mixes), ablations, flickr (photographs, if --flickr names
-shards of them), cost. A run is a JSON file in out_dir/runs with what is needed to believe it; what
-is there is not run again, so a study that was stopped goes on. CLIP is --cls_weight 0, and all runs
-of a table have seen the same number of samples.
+told from), length (of training), main (batch sizes), captions (mixes), ablations, flickr
+(photographs, if --flickr names shards of them), cost. A run is a JSON file in out_dir/runs with
+what is needed to believe it; what is there is not run again, so a study that was stopped goes on.
+CLIP is --cls_weight 0, and all runs of a table have seen the same number of samples.
 
 This file is the plan and the report; small_batch_run.py is one run.
 """
@@ -36,9 +36,10 @@ import train
 from scripts import small_batch_run
 from scripts.small_batch_run import KINDS, RUN
 
-PARTS = ("search", "negatives", "main", "captions", "ablations", "flickr", "cost")
+PARTS = ("search", "negatives", "length", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
 SEARCH = dict(split="search", seed=100)  # a seed and scenes that no other run is judged by
+FEW = 4  # pairs contrasted where the parts ask what matters when there are few
 
 
 # -----------------------------------------------------------------------------
@@ -59,33 +60,41 @@ def variants(args, part):
     def pair(label, **changes):  # both methods
         return {f"{name}, {label}": dict(cls_weight=w, **changes) for name, w in METHODS.items()}
 
+    few = dict(batch_size=64, group=FEW)
+    rows, start = [], {**RUN, "samples": args.samples}
     if part == "negatives":
-        rows = [pair(f"groups of {g}", batch_size=64, group=g) for g in args.groups if g < 64]
+        rows = [pair(f"groups of {g}", batch_size=64, group=g) for g in args.groups]
         rows.append(pair("all 64", batch_size=64))
+    elif part == "length":
+        for samples in (args.samples // 2, args.samples, args.samples * 2):
+            rows.append(pair(f"groups of {FEW}, {samples:,} samples", samples=samples, **few))
+            rows.append(pair(f"all 64, {samples:,} samples", samples=samples, batch_size=64))
     elif part == "main":
         rows = [pair(f"batch {B}", batch_size=B) for B in args.batch_sizes]
     elif part == "captions":
-        rows = [pair(mix, captions=mix) for mix in ("short", "long", "mixed")]
-        rows.append({"SuperCLIP, dual": dict(captions="short", label_captions="long")})
+        rows = [pair(mix, captions=mix, **few) for mix in ("short", "long", "mixed")]
+        rows.append({"SuperCLIP, dual": dict(captions="short", label_captions="long", **few)})
     elif part == "ablations":
-        rows = [{"SuperCLIP": {}, "SuperCLIP without IDF": dict(idf=False)}]
-        rows += [{f"lambda {w:g}": dict(cls_weight=w)} for w in (0.0, 0.25, 0.5, 2.0)]
-        rows += [pair("sigmoid", loss="sigmoid"), pair("patch dropout .5", patch_dropout=0.5)]
+        rows = [{"SuperCLIP": few, "without IDF": dict(idf=False, **few)}]
+        rows += [{f"lambda {w:g}": dict(cls_weight=w, **few)} for w in (0.0, 0.25, 0.5, 2.0)]
+        rows.append(pair("sigmoid", loss="sigmoid", **few))
+        rows.append(pair("patch dropout .5", patch_dropout=0.5, **few))
     elif part == "flickr":
-        rows = [pair(f"batch {B}", data="flickr", batch_size=B, samples=args.flickr_samples)
-                for B in (32, 128)]  # fmt: skip
-    else:
-        rows = []
-    start = {**RUN, "samples": args.samples}
+        start["samples"] = args.flickr_samples
+        rows = [pair(f"batch {B}", data="flickr", batch_size=B) for B in (32, 128)]
     return {name: {**start, **changes} for row in rows for name, changes in row.items()}
 
 
 def search_specs(args, spec):
-    """The learning rates to try for a row. The range is the same for all rows of a batch size, and
-    goes on for as long as its best is at an end. IDF and lambda are not searched apart."""
+    """The learning rates to try for a row: the same range for both methods, which goes on for as
+    long as its best is at an end. Rows that differ in captions, loss, lambda and the like share it.
+    """
     base = 1e-3 * math.sqrt(spec["batch_size"] / 32)
-    tuned = {**spec, **SEARCH, "samples": spec["samples"] // 2, "idf": True,
-             "cls_weight": 1.0 if spec["cls_weight"] else 0.0}  # fmt: skip
+    tuned = {**RUN, **SEARCH, **{k: spec[k] for k in ("data", "batch_size", "group")}}
+    tuned["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
+    samples = args.samples if spec["data"] == "shapes" else args.flickr_samples
+    # half of them, but for groups: with few negatives there is nothing to rank after the half
+    tuned["samples"] = samples if spec["group"] else samples // 2
     factors = [0.25, 0.5, 1]
     while True:
         specs = [{**tuned, "learning_rate": round(f * base, 6)} for f in sorted(factors)]
@@ -121,7 +130,7 @@ def plan(args, part):
     rows = []
     for name, spec in variants(args, part).items():
         spec["learning_rate"] = rate(args, spec)
-        seeds = min(2, args.seeds) if part in ("captions", "ablations") else args.seeds
+        seeds = args.seeds if part in ("negatives", "main", "flickr") else min(2, args.seeds)
         rows.append((name, [{**spec, "seed": seed} for seed in range(seeds)]))
     return rows
 
@@ -235,6 +244,7 @@ def cost(args):
 
 COLUMNS = {  # part -> metrics of its table
     "negatives": ("R@1", "R@5", "R@10", "both", "both, unseen", "colour", "shape"),
+    "length": ("R@1", "R@5", "both", "colour", "shape"),
     "main": ("R@1", "R@5", "R@10", "both", "both, unseen", "colour", "shape"),
     "captions": ("R@1", "R@5", "both", "colour", "shape"),
     "ablations": ("R@1", "R@5", "both", "colour", "shape"),
@@ -246,9 +256,11 @@ ABOUT = {
     "updates. R@k: mean of both ways among the validation scenes with their long captions. Both: "
     "zero-shot over the 64 pairs of colour and shape; unseen: the 8 of them that no training "
     "scene shows.",
+    "length": "Samples seen, at batch 64.",
     "main": "Batch sizes, at the same samples seen: the smaller the batch, the more updates.",
-    "captions": "Captions at batch 32. Dual: contrastive loss on the short, labels from the long.",
-    "ablations": "Ablations at batch 32. IDF and lambda are at SuperCLIP's learning rate.",
+    "captions": f"Captions, in groups of {FEW} of a batch of 64. Dual: contrastive loss on the "
+    "short, labels from the long.",
+    "ablations": f"Ablations, in groups of {FEW} of a batch of 64; lambda 0 is CLIP.",
     "flickr": "Photographs of Flickr8k, 72 pixels, CLIP's vocabulary, all captions of the dev set.",
 }
 
@@ -280,8 +292,9 @@ def table_of(args, part):
     s = all_results[0]["scores"]
     heads = [f"{m} (chance {100 * s[m]['chance']:.1f}, n {s[m]['n']:g})" for m in metrics]
     heads = ["", "seeds", "learning rate", "updates", *heads]
-    samples = f"{all_results[0]['samples_seen']:,} samples seen a run"
-    about = f"{ABOUT[part]} {samples}; {effort(all_results)}."
+    about = f"{ABOUT[part]} {effort(all_results)}."
+    if part != "length":
+        about += f" {all_results[0]['samples_seen']:,} samples seen a run."
     return [f"## {part}", "", about, "", *markdown(heads, lines)]
 
 
@@ -298,9 +311,9 @@ def search_table(args):
     if not lines:
         return []
     about = (
-        "Learning rates: R@1 in percent (chance 0.1) of one seed after half the samples, among a "
-        "thousand training scenes held out for this. A row of the other tables uses the best of "
-        f"its search. {effort(all_results)}."
+        "Learning rates: R@1 in percent (chance 0.1) of one seed, among a thousand training scenes "
+        "held out for this; after half the samples, with groups after all. A row of the other "
+        f"tables uses the best of its search. {effort(all_results)}."
     )
     return ["## search", "", about, "", *markdown(["", "best", "learning rate: R@1"], lines)]
 
@@ -316,12 +329,11 @@ def markdown(heads, rows):
 
 
 def attribute_table(args):
-    """Which captions are told apart, at a small and a large batch."""
-    shown = [B for B in (32, 128) if B in args.batch_sizes] or args.batch_sizes[:1]
+    """Which captions are told apart, with few pairs contrasted and with all."""
     rows, columns = {}, ["", "n", "chance"]
-    for name, specs in plan(args, "main"):
+    for name, specs in plan(args, "negatives"):
         results = [r for spec in specs if (r := load(spec, args))]
-        if not results or specs[0]["batch_size"] not in shown:
+        if not results or specs[0]["group"] not in (FEW, None):
             continue
         for way in ("choose", "head") if "head colour" in results[0]["scores"] else ("choose",):
             columns.append(name + (" (its head)" if way == "head" else ""))
@@ -419,7 +431,7 @@ def report(args):
              "arguments, versions, commit, machine and seconds are in runs/.", ""]  # fmt: skip
     for part in COLUMNS:
         lines += table_of(args, part)
-        if part == "main":
+        if part == "negatives":
             lines += attribute_table(args)
     lines += cost_table(args) + search_table(args)
     (args.out_dir / "small_batch.md").write_text("\n".join(lines))
@@ -437,7 +449,7 @@ def main(argv=None):
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
     add("--seeds", type=int, default=3, help="(default 3; two at most in captions, ablations)")
     add("--batch_sizes", default="16,32,64,128", help="with commas between")
-    add("--groups", default="2,4,8,16", help="of pairs contrasted, in the part negatives")
+    add("--groups", default="2,4,16", help="of pairs contrasted, in the part negatives")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
     add("--flickr_samples", type=int, default=36_000, help="seen by each run (default 36000)")
