@@ -4,11 +4,11 @@
     python scripts/small_batch.py                everything, about an hour on two cores
     python scripts/small_batch.py report         figure and tables again, from results/
 
-Parts, for --only: search (learning rates of the other parts), negatives (how many pairs a pair is
-told from), length (of training), main (batch sizes), captions (mixes), ablations, flickr
-(photographs, if --flickr names shards of them), cost. A run is a JSON file in out_dir/runs with
-what is needed to believe it; what is there is not run again, so a study that was stopped goes on.
-CLIP is --cls_weight 0, and all runs of a table have seen the same number of samples.
+Parts, for --only: negatives (how many pairs a pair is told from), length (of training), main (batch
+sizes), captions (mixes), ablations, flickr (photographs, if --flickr names shards of them), cost.
+The learning rates of a part are searched first. A run is a JSON file in out_dir/runs with what is
+needed to believe it; what is there is not run again, so a study that was stopped goes on. CLIP is
+--cls_weight 0, and all runs of a table, but for length, have seen the same number of samples.
 
 This file is the plan and the report; small_batch_run.py is one run.
 """
@@ -36,7 +36,7 @@ import train
 from scripts import small_batch_run
 from scripts.small_batch_run import KINDS, RUN
 
-PARTS = ("search", "negatives", "length", "main", "captions", "ablations", "flickr", "cost")
+PARTS = ("negatives", "length", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
 SEARCH = dict(split="search", seed=100)  # a seed and scenes that no other run is judged by
 FEW = 4  # pairs contrasted where the parts ask what matters when there are few
@@ -110,9 +110,10 @@ def search_specs(args, spec):
 
 def rate(args, spec):
     """The learning rate that the search has found for a row; without one a rule of thumb."""
-    found = [(v, s["learning_rate"]) for s in search_specs(args, spec)
-             if (v := value_of(s, args, "R@1")) is not None]  # fmt: skip
-    return max(found)[1] if found else round(3e-4 * math.sqrt(spec["batch_size"] / 32), 6)
+    found = {s["learning_rate"]: value_of(s, args, "R@1") for s in search_specs(args, spec)}
+    found = {rate: value for rate, value in found.items() if value is not None}
+    rule_of_thumb = round(3e-4 * math.sqrt(spec["batch_size"] / 32), 6)
+    return max(found, key=found.get) if found else rule_of_thumb
 
 
 def searches(args, parts):
@@ -156,7 +157,7 @@ def study(args):
     (args.out_dir / "runs").mkdir(parents=True, exist_ok=True)
 
     def rounds():  # what a search finds decides where it goes on
-        while "search" in args.only and (todo := missing(args, searches(args, args.only))):
+        while not args.quick and (todo := missing(args, searches(args, args.only))):
             yield "search", todo
         for part in args.only:
             if todo := missing(args, plan(args, part)):
@@ -282,11 +283,12 @@ def table_of(args, part):
         scores = [[r["scores"][m]["value"] for r in results] for m in metrics]
         lines.append([name, len(results), f"{specs[0]['learning_rate']:g}",
                       results[0]["steps"], *map(percent, scores)])  # fmt: skip
-        if before and name == f"Super{before[0]}" and len(before[1][0]) == len(results):
+        row = (name, [r["arguments"]["seed"] for r in results], scores)
+        if before and name == f"Super{before[0]}" and row[1] == before[1]:
             gains = [[b - a for a, b in zip(*pair, strict=True)]
-                     for pair in zip(before[1], scores, strict=True)]  # fmt: skip
+                     for pair in zip(before[2], scores, strict=True)]  # fmt: skip
             lines.append(["*gain*", len(results), "", "", *(percent(g, True) for g in gains)])
-        before = (name, scores)
+        before = row
     if not lines:
         return []
     s = all_results[0]["scores"]
@@ -304,8 +306,8 @@ def search_table(args):
         results = [r for spec in specs if (r := load(spec, args))]
         if results:
             tried = {r["arguments"]["learning_rate"]: r["scores"]["R@1"]["value"] for r in results}
-            best = max(tried, key=tried.get)
-            tried = ", ".join(f"{rate:g}: {percent([v])}" for rate, v in sorted(tried.items()))
+            best = rate(args, specs[0])
+            tried = ", ".join(f"{lr:g}: {percent([v])}" for lr, v in sorted(tried.items()))
             lines.append([name, f"{best:g}", tried])
             all_results += results
     if not lines:
@@ -413,10 +415,11 @@ def figure(args):
                 axis.errorbar(list(points), mean, spread, color=colour, label=method, capsize=4)
                 dots = [(x, v) for x, values in points.items() for v in values]
                 axis.scatter(*zip(*dots, strict=True), color=colour, s=14, alpha=0.6)
+                axis.set_xscale("log")  # before the ticks, which it would take away
                 axis.set_xticks(list(points), labels=map(str, points))
+                axis.minorticks_off()
             axis.axhline(chance, color="black", ls=":", lw=1, label=f"chance, {chance:.1f} %")
-            axis.set(xscale="log", xlabel=label, title=title, ylim=(0, 100))
-            axis.minorticks_off()
+            axis.set(xlabel=label, title=title, ylim=(0, 100))
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, loc="lower right")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
@@ -447,7 +450,7 @@ def main(argv=None):
     add("--quick", action="store_true", help="negatives alone, one seed, no search")
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
-    add("--seeds", type=int, default=3, help="(default 3; two at most in captions, ablations)")
+    add("--seeds", type=int, default=3, help="(default 3; 2 in length, captions, ablations)")
     add("--batch_sizes", default="16,32,64,128", help="with commas between")
     add("--groups", default="2,4,16", help="of pairs contrasted, in the part negatives")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
@@ -472,6 +475,8 @@ def main(argv=None):
         parser.error("--flickr and --flickr_val go together")
     if args.command == "run":
         if not args.flickr:
+            if args.only == ["flickr"]:
+                parser.error("--only flickr needs its shards: --flickr and --flickr_val")
             args.only = [part for part in args.only if part != "flickr"]
         study(args)
         if "cost" in args.only and not (args.out_dir / "cost.json").exists():

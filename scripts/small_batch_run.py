@@ -106,11 +106,11 @@ def attributes(model, tokenizer, images, scenes):
         answers = evaluation.encode_texts(model, tokenizer, texts).view(len(items), -1, 128)
         scores = torch.einsum("ne,nce->nc", features[rows].float(), answers.float())
         result[f"choose {kind}"] = right(scores, true)
-        if log_probs is not None:  # sum of the log-probabilities of the caption's set of words
-            words = [sorted(set(tokenizer.encode(text))) for text in texts]
+        if log_probs is not None:  # mean log-probability of the caption's words: each as often as
+            words = [tokenizer.encode(text) for text in texts]  # it comes, else short ones win
             owners = rows.repeat_interleave(scores.shape[1]).tolist()
             pairs = zip(owners, words, strict=True)
-            scores = torch.stack([log_probs[i, w].sum() for i, w in pairs])
+            scores = torch.stack([log_probs[i, w].mean() for i, w in pairs])
             result[f"head {kind}"] = right(scores.view(len(items), -1), true)
     return result
 
@@ -141,10 +141,12 @@ def evaluate(model, tokenizer, spec, table, cache):
     ):
         prompts = evaluation.TEMPLATES
         classifier = evaluation.zeroshot_classifier(model, tokenizer, classes, prompts).float()
+        logits = features @ classifier.T
         labels = torch.tensor([classes.index(label) for label in labels])
-        scores[name] = right(features @ classifier.T, labels)
-    unseen = torch.tensor([pair in shapes.HELD_OUT for pair in own])
-    scores["both, unseen"] = right((features @ classifier.T)[unseen], labels[unseen])
+        scores[name] = right(logits, labels)
+        if name == "both":
+            unseen = torch.tensor([pair in shapes.HELD_OUT for pair in own])
+            scores["both, unseen"] = right(logits[unseen], labels[unseen])
     return scores | attributes(model, tokenizer, table.images[:300], table.scenes[:300])
 
 

@@ -14,7 +14,7 @@ from scripts import shapes, small_batch, small_batch_run
 
 def study_args(folder, **changes):
     args = dict(out_dir=folder, samples=128, seeds=2, batch_sizes=[16, 32], groups=[2, 4],
-                flickr_samples=128, only=small_batch.PARTS)  # fmt: skip
+                flickr_samples=128, only=small_batch.PARTS, quick=False)  # fmt: skip
     return SimpleNamespace(**{**args, **changes})
 
 
