@@ -112,18 +112,25 @@ class TorchvisionImages(Dataset):
         return data.load_image(image, self.image_size), label
 
 
+def collate(samples):
+    """(image or None, label or reason) of each -> (images stacked or None, labels, reasons). One
+    tensor a batch: each that leaves a worker holds a file open, and of those there are not many."""
+    good = [(image, label) for image, label in samples if image is not None]
+    images = torch.stack([image for image, _ in good]) if good else None
+    return images, [label for _, label in good], [why for image, why in samples if image is None]
+
+
 def batches(dataset, batch_size, workers, desc):
     """Yields (images (B, 3, S, S) uint8, list of B labels or texts). Bad images are named."""
     settings = data.worker_settings(workers)
-    loader = DataLoader(dataset, batch_size, collate_fn=list, **settings)
-    for samples in tqdm(loader, desc=desc, unit="batch", delay=1, leave=False, disable=None):
-        for image, reason in samples:
-            if image is None:
-                tqdm.write(f"skipped {reason}")
-        samples = [sample for sample in samples if sample[0] is not None]
-        if samples:
-            images, labels = zip(*samples)
-            yield torch.stack(images), list(labels)
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, **settings)
+    for images, labels, reasons in tqdm(
+        loader, desc=desc, unit="batch", delay=1, leave=False, disable=None
+    ):
+        for reason in reasons:
+            tqdm.write(f"skipped {reason}")
+        if images is not None:
+            yield images, labels
 
 
 def device_of(model):
@@ -251,7 +258,9 @@ def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size
     ranks, labels = [], []
     for images, label in batches(dataset, batch_size, workers, "classifying"):
         label = torch.tensor(label, device=device_of(model))
-        logits = model.encode_image(images.to(device_of(model))) @ classifier.T  # (B, C)
+        features = model.encode_image(images.to(device_of(model)))
+        with torch.autocast(features.device.type, enabled=False):  # as in retrieval
+            logits = features @ classifier.T  # (B, C)
         own = F.one_hot(label, len(classes)).bool()
         ranks.append(torch.stack(_first_hit(logits, own)).cpu())
         labels.append(label.cpu())
@@ -351,7 +360,7 @@ def frozen_features(model, dataset, batch_size=128, workers=0):
 
 
 def fit_linear(x, y, classes, penalty):
-    """Multinomial logistic regression by L-BFGS on standardised x: (weight, bias)."""
+    """Multinomial logistic regression by L-BFGS on standardised x -> nn.Linear."""
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)

@@ -177,12 +177,32 @@ def test_chunks_change_nothing():
 
 
 def test_autocast_makes_no_ties():
-    """train.py validates under autocast: its scores are those of eval.py nevertheless."""
+    """train.py validates under autocast: similarities are in fp32 nevertheless."""
     images = F.normalize(torch.randn(300, 8), dim=1)
     texts = F.normalize(images + 0.3 * torch.randn(300, 8), dim=1)
     plain = evaluation.retrieval(images, texts, torch.arange(300))
     with torch.autocast("cpu", torch.bfloat16):
         assert evaluation.retrieval(images, texts, torch.arange(300)) == plain
+
+
+def test_autocast_makes_no_ties_in_zeroshot(monkeypatch):
+    images = F.normalize(torch.randn(300, 8), dim=1)
+    classes = F.normalize(images + 0.3 * torch.randn(300, 8), dim=1)
+    monkeypatch.setattr(evaluation, "zeroshot_classifier", lambda *_: classes)
+    monkeypatch.setattr(evaluation, "batches", lambda *_: [(images, list(range(300)))])
+    model = SimpleNamespace(encode_image=lambda features: features, logit_scale=torch.zeros(()))
+    names = [str(i) for i in range(300)]
+    plain = evaluation.zeroshot(model, None, None, names)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluation.zeroshot(model, None, None, names) == plain
+
+
+def test_one_tensor_a_batch_leaves_a_worker():
+    """However many images: each holds a file open on its way, and a system has only so many."""
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    images, labels, reasons = evaluation.collate([(image, 4), (None, "a.jpg: bad"), (image, 5)])
+    assert images.shape == (2, 3, 8, 8) and labels == [4, 5] and reasons == ["a.jpg: bad"]
+    assert evaluation.collate([(None, "a.jpg: bad")]) == (None, [], ["a.jpg: bad"])
 
 
 def test_encoded_pairs_know_their_owner(tmp_path):
