@@ -722,6 +722,8 @@ def loader(dataset, batches, workers, pin_memory=False):
 
 def make_vocabulary(shards, size, captions="txt"):
     """The `size` most frequent words of the shards' captions -> the text of a .tiktoken file."""
+    if size < 514:
+        raise InputError(f"--size {size} has no room: bytes and special tokens alone are 514")
     pairs = Pairs(shards, None, 0, captions)
     counts = Counter()
     for row in tqdm(

@@ -45,7 +45,7 @@ BUILT_IN = dict(
     train_data=["shapes/train-*.tar"],
     val_data=["shapes/val-*.tar"],
     zeroshot_data=["shapes/zeroshot/colour", "shapes/zeroshot/shape"],
-    captions="json.captions",  # short and long in turn: the prompts of zero-shot are short
+    captions="json.captions",  # short or long, drawn anew each time: zero-shot's prompts are short
     val_captions="json.long",  # a short one is true of many scenes
     model="tiny",
     weight_decay=0.1,
@@ -87,7 +87,7 @@ def make_parser():
     add("workers", "N", "processes that decode, per GPU (default: the cores, 8 at most)", type=int)
 
     group = parser.add_argument_group("model")
-    add("model", None, "preset (default ViT-B-16)", choices=PRESETS)
+    add("model", None, "preset (default ViT-B-16, or what --init_from is)", choices=PRESETS)
     add("image_size", "PIXELS", "side of the square input (default: the preset's)", type=int)
     add("context_length", "TOKENS", "that the text tower sees (default 77)", type=int)
     add("init_from", "PATH", "start from weights of SuperCLIP, open_clip or OpenAI's CLIP")
@@ -142,7 +142,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     checkpoint = find_checkpoint(Path(args.out_dir)) if args.resume else None
     if checkpoint:  # its arguments become the defaults, what is given overrides them
-        before = dict(checkpoint["arguments"])
+        before = {k: v for k, v in checkpoint["arguments"].items() if k != "out_dir"}
         if args.steps or args.epochs:  # the length is said anew, in the one way or the other
             before["steps"] = before["epochs"] = None
         parser.set_defaults(**before)
@@ -151,6 +151,8 @@ def parse(argv):
         print(f"no checkpoint in {args.out_dir} yet: starting from the beginning")
     given = {name: value for name, value in vars(args).items() if name != "resume"}
     built_in = BUILT_IN if args.train_data is None else {}
+    if args.init_from and given["model"]:
+        raise InputError("--init_from says which model it is: leave --model out")
     for name, value in {**DEFAULTS, **built_in}.items():
         if getattr(args, name) is None and not (name == "epochs" and args.steps):
             setattr(args, name, value)
@@ -358,7 +360,7 @@ class Log:
                 raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb.init(project=wandb_project, config=header)
         rows = []
-        if seen:  # resumed: what was logged after the checkpoint is about to be logged again
+        if seen and path.exists():  # what was logged after the checkpoint will be logged again
             rows = [row for row in path.read_text().splitlines(True) if row.endswith("\n")]
             rows = [row for row in rows if json.loads(row).get("samples", math.inf) <= seen]
         temporary = path.with_name(path.name + ".tmp")
@@ -370,22 +372,25 @@ class Log:
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.wandb and "loss" in row:
-            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if self.wandb and not {"header", "resumed"} & row.keys():
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row.get("step"))
+
+
+def git_commit():
+    """The commit of this code, "" where there is no git."""
+    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def header_of(args, steps, world, device, dtype, pairs, model):
     """What a reader of the log needs to believe it: arguments, versions, machine, commit, data."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
     fingerprint = hashlib.sha1(pairs.index.numpy().tobytes()).hexdigest()[:12]
     return {
         "arguments": vars(args),
-        "model": args.model,
+        "model": args.init_from or args.model,
         "batch_size": args.batch_size,
         "steps": steps,
         "config": asdict(model.config),
@@ -399,7 +404,7 @@ def header_of(args, steps, world, device, dtype, pairs, model):
         "processes": world,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
@@ -467,6 +472,12 @@ def make_model(args, tokenizer, checkpoint):
             raise InputError(
                 f"{args.init_from} has a vocabulary of {model.config.vocab_size:,} tokens, --vocab "
                 f"one of {tokenizer.vocab_size:,}: a model needs the one it was trained with"
+            )
+        vocab = read_checkpoint(args.init_from).get("vocab")  # of this project's own alone
+        if vocab not in (None, tokenizer.vocab):
+            raise InputError(
+                f"{args.init_from} was trained with another vocabulary of that size: a token would "
+                "mean another word"
             )
     else:
         changes["vocab_size"] = tokenizer.vocab_size
@@ -615,7 +626,8 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, value in zip(optimizer.param_groups, decay):
             group["weight_decay"], group["fused"] = value, device.type != "mps"
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # a run in another precision has none
+            scaler.load_state_dict(checkpoint["scaler"])
     if world > 1:  # weights are not sent around: each process reads them from the checkpoint
         starts = [None] * world
         dist.all_gather_object(starts, start)
@@ -642,8 +654,9 @@ def train(args, given, checkpoint, rank, world, device, dtype):
         seen = checkpoint["samples_seen"] if checkpoint else 0
         log = Log(out_dir / "log.jsonl", header, start, seen, args.wandb)
         tqdm.write(
-            f"{args.model}: {header['parameters']:,} parameters, {tokenizer.vocab_size:,} tokens; "
-            f"{len(pairs):,} pairs; steps {start:,} to {steps:,} of {args.batch_size} pairs; "
+            f"{header['model']}: {header['parameters']:,} parameters, "
+            f"{tokenizer.vocab_size:,} tokens; {len(pairs):,} pairs; "
+            f"steps {start:,} to {steps:,} of {args.batch_size} pairs; "
             f"{header['device']}, {header['dtype']}"
         )
     stop = stop_on_signals()
@@ -771,7 +784,7 @@ def train(args, given, checkpoint, rank, world, device, dtype):
     with autocast:
         if result is None and val_pairs:  # a run that had ended already was resumed
             result = validate(model, tokenizer, val_pairs, step, workers)
-        summary(model, tokenizer, args, result, out_dir, log)
+        summary(model, tokenizer, args, result, best, out_dir, log)
 
 
 def validate(model, tokenizer, val_pairs, step, workers):
@@ -788,7 +801,7 @@ def validate(model, tokenizer, val_pairs, step, workers):
     return result
 
 
-def summary(model, tokenizer, args, result, out_dir, log):
+def summary(model, tokenizer, args, result, best_r1, out_dir, log):
     """What the run has reached, beside what chance would give; and what to do next."""
     model.eval()
     row = {"retrieval": result}
@@ -802,6 +815,11 @@ def summary(model, tokenizer, args, result, out_dir, log):
         print(evaluation.line(f"zero-shot {Path(folder).name}", top1))
     log.write({"final": row})
     best = out_dir / ("best.pt" if (out_dir / "best.pt").exists() else "last.pt")
+    if result and evaluation.mean_r1(result) < best_r1:
+        print(
+            f"\nThese are scores of the last step, in {out_dir / 'last.pt'}. Validation was best "
+            f"before, mean R@1 {100 * best_r1:.1f} %: {best} is of then."
+        )
     print(f"\nThe model is in {best}. What it sees, and where, in a picture of your own:")
     print(f"  python eval.py words --checkpoint {best} --image FILE --out words.png")
 

@@ -19,7 +19,7 @@ from superclip import InputError  # noqa: E402
 
 
 def read_log(path):
-    """log.jsonl -> (batch size, rows of steps, rows of validation)."""
+    """log.jsonl -> (header, rows of steps, rows of validation)."""
     if not Path(path).is_file():
         raise InputError(f"there is no log {path}")
     try:
@@ -33,12 +33,12 @@ def read_log(path):
     return headers[0], steps, [row for row in rows if "mean_r1" in row]
 
 
-def stretches(header, steps, last, n=10):
+def stretches(steps, last, n=10):
     """Mean losses of the steps in each n-th of `last` samples: list of (contrastive, words) or
     None."""
-    batch_size, parts = header["batch_size"], [[] for _ in range(n)]
+    parts = [[] for _ in range(n)]
     for row in steps:
-        part = (row["step"] * batch_size - 1) * n // last
+        part = (row["samples"] - 1) * n // last
         if part < n:
             parts[part].append((row["contrastive_loss"], row["classification_loss"]))
     return [tuple(map(statistics.mean, zip(*part))) if part else None for part in parts]
@@ -55,19 +55,19 @@ def main(argv=None):
     parser.add_argument("--picture", metavar="PNG", help="draw both (needs matplotlib)")
     args = parser.parse_args(argv)
     mine, reference = read_log(args.log), read_log(args.reference)
-    last = reference[1][-1]["step"] * reference[0]["batch_size"]
+    last = reference[1][-1]["samples"]
     print(f"{'':>10}   contrastive loss    word loss")
     print(f"{'samples':>10}   yours reference    yours reference")
-    own, theirs = (stretches(header, steps, last) for header, steps, _ in (mine, reference))
+    own, theirs = (stretches(steps, last) for _, steps, _ in (mine, reference))
     for i, (a, b) in enumerate(zip(own, theirs)):
         numbers = "      -" if a is None else f"{a[0]:7.3f}"
         words = "      -" if a is None else f"{a[1]:7.3f}"
         print(f"{(i + 1) * last // 10:10,} {numbers} {b[0]:9.3f}  {words} {b[1]:9.3f}")
-    for name, (header, _, validation) in (("yours", mine), ("reference", reference)):
+    for name, (_, _, validation) in (("yours", mine), ("reference", reference)):
         if validation:
             row = validation[-1]
-            samples = row["step"] * header["batch_size"]
-            print(f"{name:>10}: mean R@1 {100 * row['mean_r1']:.1f} % after {samples:,} samples")
+            score = f"mean R@1 {100 * row['mean_r1']:.1f} %"
+            print(f"{name:>10}: {score} after {row['samples']:,} samples")
     different = [name for name in ("batch_size", "steps", "model", "data_fingerprint", "dtype")
                  if mine[0].get(name) != reference[0].get(name)]  # fmt: skip
     for name in different:
@@ -83,13 +83,12 @@ def draw(path, mine, reference):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for name, (header, steps, validation) in (("reference", reference), ("yours", mine)):
-        batch_size = header["batch_size"]
-        x = [row["step"] * batch_size for row in steps]
+    for name, (_, steps, validation) in (("reference", reference), ("yours", mine)):
+        x = [row["samples"] for row in steps]
         for axis, key in zip(axes, ("contrastive_loss", "classification_loss")):
             axis.plot(x, [row[key] for row in steps], label=name, lw=1.2)
             axis.set(title=key.replace("_", " "), xlabel="samples seen")
-        x = [row["step"] * batch_size for row in validation]
+        x = [row["samples"] for row in validation]
         axes[2].plot(x, [100 * row["mean_r1"] for row in validation], "o-", label=name, ms=3)
     axes[2].set(title="validation, mean R@1 (%)", xlabel="samples seen")
     axes[0].legend()

@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import re
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,14 +298,13 @@ def run(task):
 
 def provenance():
     """What a reader of a result needs to believe it."""
-    git = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
-    commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")  # on Linux; platform is vague there
     names = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
     machine = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
     date = time.strftime("%Y-%m-%d %H:%M")
-    return {"commit": commit, "torch": torch.__version__, "machine": machine, "date": date}
+    return {
+        "commit": train.git_commit(), "torch": torch.__version__, "machine": machine, "date": date
+    }  # fmt: skip
 
 
 def write_json(path, content):

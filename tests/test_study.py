@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import data
-from scripts import shapes, small_batch, small_batch_run
+from scripts import compare_log, shapes, small_batch, small_batch_run
 
 
 def study_args(folder, **changes):
@@ -124,3 +124,23 @@ def test_runs_and_report(tmp_path, monkeypatch):
     text = Path(tmp_path / "small_batch.md").read_text()
     assert "*gain*" in text and "swap" in text and args.figure.stat().st_size > 10_000
     assert not small_batch.missing(args, rows)
+
+
+def test_logs_are_compared_at_equal_samples_seen(tmp_path, capsys):
+    """A log goes on with another batch size: a stretch is a stretch of samples, not of steps."""
+    for name, batches in (("a", [16] * 10), ("b", [16] * 5 + [80])):
+        rows = [{"header": {"batch_size": 16}}]
+        seen = 0
+        for step, batch_size in enumerate(batches, start=1):
+            seen += batch_size
+            losses = {"contrastive_loss": seen / 100, "classification_loss": 1.0}
+            rows.append({"step": step, "samples": seen, **losses})
+        rows.append({"step": step, "samples": seen, "mean_r1": 0.5})
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    compare_log.main([str(tmp_path / "b"), "--reference", str(tmp_path / "a")])
+    lines = capsys.readouterr().out.splitlines()
+    for i in range(10):
+        own = "-" if 5 <= i < 9 else f"{16 * (i + 1) / 100:.3f}"
+        expected = [f"{16 * (i + 1)}", own, f"{16 * (i + 1) / 100:.3f}"]
+        assert lines[2 + i].split()[:3] == expected
+    assert lines[12].endswith("mean R@1 50.0 % after 160 samples")

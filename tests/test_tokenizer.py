@@ -173,6 +173,11 @@ def test_start_and_end_are_the_last_two_ids(clip):
     assert words(["dog"], 5).tolist() == [[513, 512, 514, PAD, PAD]]
 
 
+def test_a_vocabulary_without_room_for_words_is_refused():
+    with pytest.raises(InputError, match="--size 513 has no room"):
+        data.make_vocabulary([], 513, "txt")
+
+
 # -----------------------------------------------------------------------------
 # Other vocabularies
 

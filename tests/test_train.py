@@ -367,6 +367,31 @@ def test_a_run_learns_and_its_log_says_how(whole):
     assert max(row["mean_r1"] for row in validations) == last(whole)["best"]
 
 
+def test_the_summary_says_which_model_its_scores_are_of(shards, tmp_path, capsys):
+    scores = iter((0.5, 0.5, 0.9, 0.9, 0.25, 0.25, 0.25))  # three validations, each asked for twice
+    with mock.patch("eval.mean_r1", side_effect=lambda _: next(scores)):
+        train.main(flags(shards, tmp_path))
+    output = capsys.readouterr().out
+    assert f"the last step, in {tmp_path / 'last.pt'}" in output and "mean R@1 90.0 %" in output
+    assert superclip.read_checkpoint(tmp_path / "best.pt")["step"] == 8
+
+
+def test_wandb_gets_what_the_log_gets(shards, tmp_path, monkeypatch):
+    sent = []
+    run = SimpleNamespace(log=lambda row, step: sent.append((row, step)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    train.main(flags(shards, tmp_path, "--wandb", "project"))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    assert [row | ({"step": step} if step else {}) for row, step in sent] == log
+    assert any("mean_r1" in row for row in log) and "final" in log[-1]
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    assert train.git_commit()
+    monkeypatch.setenv("PATH", "")
+    assert train.git_commit() == ""
+
+
 def test_checkpoints_load_anywhere(whole):
     content = last(whole)  # weights_only
     assert content["step"] == 12 and content["samples_seen"] == 192
@@ -399,12 +424,23 @@ def test_init_from_starts_where_open_clip_is(shards, tmp_path):
     text = dict(context_length=77, vocab_size=vocab_size, width=64, layers=1, heads=1)
     other = open_clip.CLIP(16, vision, text).eval()
     torch.save(other.state_dict(), tmp_path / "open_clip.pt")
-    more = ("--init_from", tmp_path / "open_clip.pt", "--learning_rate", 0, "--steps", 2)
-    train.main(flags(shards, tmp_path / "out", *more))
+    argv = flags(shards, tmp_path / "out", "--learning_rate", 0, "--steps", 2)
+    argv += ["--init_from", str(tmp_path / "open_clip.pt")]
+    train.main([a for a in argv if a not in ("--model", "tiny")])
     model, tokenizer, _ = superclip.load(tmp_path / "out" / "last.pt")
     images, tokens = torch.randn(3, 3, 16, 16), tokenizer(["a red square", "it", "blue"])
     torch.testing.assert_close(model.encode_image(images), other.encode_image(images, True))
     torch.testing.assert_close(model.encode_text(tokens), other.encode_text(tokens, True))
+
+
+def test_init_from_another_vocabulary_of_the_same_size_is_refused(whole, shards, tmp_path, capsys):
+    words = "a red green blue grey square thing and nothing else on that".split()
+    (tmp_path / "vocab").write_text(data.vocabulary_from_words(words))
+    argv = flags(shards, tmp_path / "out", "--init_from", whole / "best.pt")
+    argv = [a for a in argv if a not in ("--model", "tiny")]
+    assert "another vocabulary" in error_of([*argv, "--vocab", str(tmp_path / "vocab")], capsys)
+    train.main(argv)
+    assert f"{whole / 'best.pt'}: " in capsys.readouterr().out  # that is what the model is called
 
 
 # ---- many processes
@@ -749,6 +785,20 @@ def test_other_numbers_are_allowed_and_logged(copy, shards, capsys):
     assert all(group["lr"] <= 5e-4 for group in last(copy)["optimizer"]["param_groups"])
 
 
+def test_a_run_goes_on_where_it_was_moved_to(copy, shards, tmp_path, monkeypatch):
+    """Without --out_dir it is ./out that goes on, not the folder where the run began; its log may
+    have stayed there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(copy, "out")
+    os.remove("out/log.jsonl")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    train.main(["--resume", "--steps", "14"])
+    assert last(Path("out"))["step"] == 14
+    assert [row["step"] for row in rows(Path("out")) if "loss" in row] == [14]
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
 def test_what_is_not_said_again_stays(copy, shards):
     train.main(["--out_dir", str(copy), "--resume", "--steps", "14"])
     assert last(copy)["step"] == 14 and last(copy)["samples_seen"] == 14 * 16
@@ -775,7 +825,7 @@ def test_an_existing_run_is_not_overwritten(copy, shards, capsys):
         (["--batch_size", "71"], "--batch_size 71 is more than the 70 samples"),
         (["--image_size", "30"], "image size 30"),
         (["--captions", "yaml.text"], "yaml.text"),
-        (["--init_from", "no_vocab.txt"], "no_vocab.txt"),
+        (["--init_from", "no_vocab.txt"], "leave --model out"),
         (["--wandb", "project"], "pip install wandb"),
         (["--batch_size", "0"], "batch_size"),
         (["--micro_batch_size", "-1"], "micro_batch_size"),
