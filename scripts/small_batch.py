@@ -39,7 +39,7 @@ from scripts.small_batch_run import KINDS, RUN
 PARTS = ("negatives", "length", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
 SEARCH = dict(split="search", seed=100)  # a seed and scenes that no other run is judged by
-FEW = 4  # pairs contrasted where the parts ask what matters when there are few
+FEW = 2  # pairs contrasted where the parts ask what matters when there are few
 
 
 # -----------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def main(argv=None):
     add("--figure", type=Path, help="(default assets/small_batch.png; else in out_dir)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.groups, args.only = 1, "2,4", args.only or "negatives"
+        args.seeds, args.groups, args.only = 1, f"{FEW}", args.only or "negatives"
     args.figure = args.figure or Path(
         args.out_dir or ("out-quick" if args.quick else "assets"), "small_batch.png"
     )
