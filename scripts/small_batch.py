@@ -294,9 +294,10 @@ def table_of(args, part):
     s = all_results[0]["scores"]
     heads = [f"{m} (chance {100 * s[m]['chance']:.1f}, n {s[m]['n']:g})" for m in metrics]
     heads = ["", "seeds", "learning rate", "updates", *heads]
-    about = f"{ABOUT[part]} {effort(all_results)}."
+    about = ABOUT[part]
     if part != "length":
         about += f" {all_results[0]['samples_seen']:,} samples seen a run."
+    about += f" {effort(all_results)}."
     return [f"## {part}", "", about, "", *markdown(heads, lines)]
 
 
@@ -382,6 +383,16 @@ def cost_table(args):
     return ["## cost", "", about, "", *markdown(heads, rows)]
 
 
+def points(args, part, method):
+    """{pairs contrasted, or batch size: results of the seeds} of a method."""
+    result = {}
+    for name, specs in plan(args, part):
+        results = [r for spec in specs if (r := load(spec, args))]
+        if name.startswith(method + ",") and results:
+            result[specs[0]["group"] or specs[0]["batch_size"]] = results
+    return result
+
+
 def figure(args):
     """Accuracy against the pairs contrasted and against the batch size: mean, seeds, spread."""
     import matplotlib
@@ -391,38 +402,35 @@ def figure(args):
 
     metrics = {"both": "zero-shot, 64 pairs of colour and shape (%)",
                "R@1": "retrieval, mean R@1 of both ways (%)"}  # fmt: skip
-    parts = {"negatives": ("pairs contrasted, same batch and updates", "group"),
-             "main": ("batch size, same samples seen", "batch_size")}  # fmt: skip
-    parts = {p: about for p, about in parts.items() if table_of(args, p)}
+    parts = {"negatives": "pairs contrasted, same batch and updates",
+             "main": "batch size, same samples seen"}  # fmt: skip
+    parts = {p: label for p, label in parts.items() if table_of(args, p)}
     if not parts:
         return None
-    size = dict(figsize=(9, 3.5 * len(parts)), constrained_layout=True, squeeze=False)
-    _, grid = plt.subplots(len(parts), 2, **size)
-    for row, (part, (label, key)) in zip(grid, parts.items(), strict=True):
+    _, grid = plt.subplots(len(parts), 2, figsize=(9, 3.5 * len(parts)), squeeze=False)
+    for row, (part, label) in zip(grid, parts.items(), strict=True):
         for axis, (metric, title) in zip(row, metrics.items(), strict=True):
-            for method, colour in (("CLIP", "#7a7a7a"), ("SuperCLIP", "#d1495b")):
-                points = {}  # place on the axis -> value of each seed
-                for name, specs in plan(args, part):
-                    results = [r for spec in specs if (r := load(spec, args))]
-                    if name.startswith(method) and results:
-                        place = specs[0][key] or specs[0]["batch_size"]
-                        points[place] = [100 * r["scores"][metric]["value"] for r in results]
-                        chance = 100 * results[0]["scores"][metric]["chance"]
-                if not points:
+            for method, colour, aside in zip(METHODS, ("#7a7a7a", "#d1495b"), (0.97, 1.03)):
+                for_each = points(args, part, method)
+                if not for_each:
                     continue
-                mean = [statistics.mean(v) for v in points.values()]
-                spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
-                axis.errorbar(list(points), mean, spread, color=colour, label=method, capsize=4)
-                dots = [(x, v) for x, values in points.items() for v in values]
-                axis.scatter(*zip(*dots, strict=True), color=colour, s=14, alpha=0.6)
+                x = [place * aside for place in for_each]  # one does not hide the other
+                y = [[100 * r["scores"][metric]["value"] for r in rs] for rs in for_each.values()]
+                mean = [statistics.mean(v) for v in y]
+                spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in y]
+                axis.errorbar(x, mean, spread, color=colour, label=method, capsize=4)
+                for place, values in zip(x, y, strict=True):
+                    axis.scatter([place] * len(values), values, color=colour, s=14, alpha=0.6)
                 axis.set_xscale("log")  # before the ticks, which it would take away
-                axis.set_xticks(list(points), labels=map(str, points))
+                axis.set_xticks(list(for_each), labels=map(str, for_each))
                 axis.minorticks_off()
+                chance = 100 * next(iter(for_each.values()))[0]["scores"][metric]["chance"]
             axis.axhline(chance, color="black", ls=":", lw=1, label=f"chance, {chance:.1f} %")
             axis.set(xlabel=label, title=title, ylim=(0, 100))
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, loc="lower right")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
+    plt.tight_layout()
     plt.savefig(args.figure, dpi=130)
     return args.figure
 
