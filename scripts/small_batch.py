@@ -1,7 +1,7 @@
 """The paper's claims, reproduced small: CLIP against SuperCLIP on the built-in shapes.
 
-    python scripts/small_batch.py --quick        the effect, in five minutes
-    python scripts/small_batch.py                everything, about an hour on two cores
+    python scripts/small_batch.py --quick        the effect, in four minutes
+    python scripts/small_batch.py                everything, an hour and a half on two cores
     python scripts/small_batch.py report         figure and tables again, from results/
 
 Parts, for --only: negatives (how many pairs a pair is told from), length (of training), main (batch
