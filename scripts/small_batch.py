@@ -463,7 +463,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("command", nargs="?", choices=("run", "report"), default="run")
-    add("--quick", action="store_true", help="negatives alone, one seed, no search")
+    add("--quick", action="store_true", help="2 pairs contrasted against 64, one seed, no search")
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
     add("--seeds", type=int, default=3, help="(default 3; 2 in length, captions, ablations)")
