@@ -6,7 +6,8 @@
 
 Apart from the weights, all that a step needs is a function of (arguments, step): the batch, its
 crops, the patches that are dropped, the learning rate. So a checkpoint needs no state of any random
-generator, and a run that was killed and resumed ends with the same bits as one that was not.
+generator, and a run that was killed and resumed ends with the same bits as one that was not (on a
+CPU: some CUDA kernels add up in any order).
 """
 
 import argparse
