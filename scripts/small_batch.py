@@ -467,7 +467,7 @@ def main(argv=None):
     add("--only", metavar="PARTS", help=f"with commas between: {','.join(PARTS)} (default: all)")
     add("--samples", type=int, default=RUN["samples"], help="seen by each run (default 24576)")
     add("--seeds", type=int, default=3, help="(default 3; 2 in length, captions, ablations)")
-    add("--batch_sizes", default="16,32,64,128", help="with commas between")
+    add("--batch_sizes", default="16,32,64,128,256", help="with commas between")
     add("--groups", default="2,4,16", help="of pairs contrasted, in the part negatives")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
