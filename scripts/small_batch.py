@@ -436,7 +436,7 @@ def figure(args):
             axis.axhline(chance, color="black", ls=":", lw=1, label=f"chance, {chance:.1f} %")
             axis.set(xlabel=label, title=title, ylim=(0, 100))
             axis.grid(alpha=0.25)
-            axis.legend(frameon=False, loc="lower right")
+            axis.legend(frameon=False, loc="lower right" if part == "negatives" else "lower left")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     plt.tight_layout()
     plt.savefig(args.figure, dpi=130)
