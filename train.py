@@ -1,829 +1,512 @@
-"""Train CLIP with SuperCLIP's word head: on one CPU or GPU, or under torchrun on many.
+"""Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
     python train.py                       built-in shapes, minutes on a laptop
     python train.py --batch_size 256 --train_data 'cc3m/*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/*.tar'
 
-Apart from the weights, all that a step needs is a function of (arguments, step): the batch, its
-crops, the patches that are dropped, the learning rate. So a checkpoint needs no state of any random
-generator, and a run that was killed and resumed ends with the same bits as one that was not (on a
-CPU: some CUDA kernels add up in any order).
+The file reads from top to bottom: the options, the processes and the device, one step, the parts of
+a run, and the run. What a run prints and logs is in scripts/report.py.
+
+Apart from the weights, everything that a step needs is a function of the options and the step
+number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint needs no state
+of a random generator, and a run that was killed and resumed ends with the same bits as one that was
+not. (That holds on a CPU. Some CUDA kernels add numbers in any order.)
+
+Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
+patches (K of them kept), E embedding. `rows` is the slice of the N pairs that are this process's.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import os
-import platform
-import resource
 import signal
-import subprocess
-import sys
-import threading
-import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig, read_checkpoint
+from scripts.report import Log, describe_run, fingerprint, summary, validate
+from scripts.shapes import BUILT_IN, make_shapes
+from scripts.vocab import find_tokenizer
+from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # -----------------------------------------------------------------------------
-# Arguments
+# Options
 
-LOSSES = ("softmax", "sigmoid")
-DTYPES = ("float32", "bfloat16", "float16")
-# What a bare `python train.py` stands for: chosen together, see the README.
-BUILT_IN = dict(
-    train_data=["shapes/train-*.tar"],
-    val_data=["shapes/val-*.tar"],
-    zeroshot_data=["shapes/zeroshot/colour", "shapes/zeroshot/shape"],
-    captions="json.captions",  # short or long, drawn anew each time: zero-shot's prompts are short
-    val_captions="json.long",  # a short one is true of many scenes
-    model="tiny",
-    weight_decay=0.1,
-    epochs=2.8,
-    batch_size=32,
+# What argparse needs to know of an option: the range of a number, or its kind.
+COUNT, ZERO_OR_MORE = {"type": number(int, 1)}, {"type": number(int, 0)}
+POSITIVE = {"type": number(float, 0)}
+SEVERAL = {"nargs": "+"}
+FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+# Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
+# default is None, the option is left out or its value depends on the situation: see below, and the
+# start of a run. A string starts a group of --help.
+# fmt: off
+OPTIONS = (
+    "data",
+    ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
+    ("val_data", "SHARDS", SEVERAL, None, "shards for validation by retrieval"),
+    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored at the end"),
+    ("captions", "SOURCE", SEVERAL, None, "txt or json.FIELD; named twice, drawn twice as often"),
+    ("label_captions", "SOURCE", SEVERAL, None, "for the word labels (default: --captions)"),
+    ("val_captions", "SOURCE", SEVERAL, None, "of the validation data (default: --captions)"),
+    ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, else clip)"),
+    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: the CPU's cores)"),
+    "model",
+    ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
+    ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
+    ("context_length", "TOKENS", COUNT, None, "that the text tower sees (default: the model's)"),
+    ("init_from", "FILE", {}, None, "checkpoint to take the model and vocabulary from"),
+    ("cls_weight", "LAMBDA", POSITIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
+    ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
+    "training",
+    ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
+    ("epochs", "N", POSITIVE, None, "passes over the data (default 30)"),
+    ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
+    ("micro_batch_size", "PAIRS", COUNT, None, "pairs at a time: less memory, same gradients"),
+    ("learning_rate", "LR", POSITIVE, None, "peak of the schedule (default 5e-4)"),
+    ("warmup_steps", "N", ZERO_OR_MORE, None, "(default: a tenth of the steps, at most 1000)"),
+    ("weight_decay", "W", POSITIVE, None, "of matrices (default 0.2)"),
+    ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
+    ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
+    "machine",
+    ("device", "NAME", {}, None, "cuda, mps or cpu (default: the first there is)"),
+    ("dtype", None, {"choices": ("float32", "bfloat16", "float16")}, None, "of autocast"),
+    ("compile", None, FLAG, None, "torch.compile the towers (default: on CUDA)"),
+    ("grad_checkpointing", None, FLAG, False, "less memory, a third slower"),
+    "run",
+    ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
+    ("resume", None, FLAG, False, "go on with the run in out_dir, with its options"),
+    ("log_every", "STEPS", COUNT, 50, "steps between rows of the log"),
+    ("eval_every", "STEPS", COUNT, None, "(default: a fifth of the run, at most 2000)"),
+    ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
+    ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
 )
-DEFAULTS = dict(
-    captions="txt", model="ViT-B-16", learning_rate=5e-4, weight_decay=0.2, batch_size=256
-)
+# What is used if an option is not given. Without --train_data, BUILT_IN of scripts/shapes.py comes
+# first: settings that were chosen together with the built-in data.
+DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
+# fmt: on
+# What a checkpoint brings along. --resume and --init_from do not change it.
+BROUGHT = ("model", "vocab", "loss", "image_size", "context_length")
 
 
 def make_parser():
-    flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
+        usage="python train.py [options]   (--help explains them)",  # else all 32 of them
         description=__doc__.partition("\n")[0],
-        epilog="Without --train_data: the built-in shapes, with settings of their own.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
-        allow_abbrev=False,
+        epilog="Without --train_data: the built-in shapes, with defaults that a run prints.",
+        allow_abbrev=False,  # a typo should not become another option
     )
-
-    def add(name, metavar=None, help=None, **options):
-        group.add_argument("--" + name, metavar=metavar, help=help, **options)
-
-    group = parser.add_argument_group("data")
-    add("train_data", "SHARDS", "tar shards: paths, globs or braces {0000..0575}", nargs="+")
-    add("val_data", "SHARDS", "shards for validation by retrieval", nargs="+")
-    add("zeroshot_data", "DIR", "folders of class folders, scored at the end", nargs="+")
-    add("captions", "SOURCE", "txt, or json.FIELD: a string or a list (default txt)")
-    add("label_captions", "SOURCE", "for the word labels alone (default: --captions)")
-    add("val_captions", "SOURCE", "of the validation data (default: --captions)")
-    add("vocab", "FILE", "or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add(
-        "max_bad",
-        "SHARE",
-        "stop if more of the data is bad (default 0.05)",
-        type=float,
-        default=0.05,
-    )
-    add("workers", "N", "processes that decode, per GPU (default: the cores, 8 at most)", type=int)
-
-    group = parser.add_argument_group("model")
-    add("model", None, "preset (default ViT-B-16, or what --init_from is)", choices=PRESETS)
-    add("image_size", "PIXELS", "side of the square input (default: the preset's)", type=int)
-    add("context_length", "TOKENS", "that the text tower sees (default 77)", type=int)
-    add("init_from", "PATH", "start from weights of SuperCLIP, open_clip or OpenAI's CLIP")
-    add(
-        "cls_weight",
-        "LAMBDA",
-        "of the word loss; 0: plain CLIP (default 1)",
-        type=float,
-        default=1.0,
-    )
-    add("loss", None, "CLIP's softmax or SigLIP's sigmoid", choices=LOSSES, default="softmax")
-
-    group = parser.add_argument_group("training")
-    add("steps", "N", "updates in all (default: by --epochs)", type=int)
-    add("epochs", "N", "passes over the data (default 30)", type=float)
-    add("batch_size", "PAIRS", "global, however many processes (default 256)", type=int)
-    add("micro_batch_size", "PAIRS", "at a time, per process: less memory, same result", type=int)
-    add("learning_rate", "LR", "peak; cosine to 0 (default 5e-4)", type=float)
-    add("warmup_steps", "N", "linear (default: a tenth of the steps, 1000 at most)", type=int)
-    add("weight_decay", "W", "of matrices (default 0.2)", type=float)
-    add(
-        "patch_dropout",
-        "SHARE",
-        "of patches left out, FLIP: faster (default 0)",
-        type=float,
-        default=0.0,
-    )
-    add("seed", "N", "of weights, order, crops, dropped patches (default 0)", type=int, default=0)
-
-    group = parser.add_argument_group("machine")
-    add("device", "NAME", "cuda, mps or cpu (default: the first there is)")
-    add("dtype", None, "of autocast (default: CUDA's best; CPU float32)", choices=DTYPES)
-    add("compile", None, "torch.compile the towers (default: on CUDA)", action=flag)
-    add("grad_checkpointing", None, "less memory, a third slower", action=flag, default=False)
-    add("profile", None, "trace steps 10-15 to out_dir/trace.json", action=flag, default=False)
-
-    group = parser.add_argument_group("run")
-    add("out_dir", "DIR", "for checkpoints and log.jsonl (default out)", default="out")
-    add(
-        "resume", None, "go on from out_dir, with the arguments of then", action=flag, default=False
-    )
-    add("log_every", "STEPS", "(default 50)", type=int, default=50)
-    add("eval_every", "STEPS", "validation (default: five times a run or more)", type=int)
-    add("save_every", "STEPS", "last.pt (default: as --eval_every)", type=int)
-    add("wandb", "PROJECT", "log to Weights & Biases too (needs the package wandb)")
+    for row in OPTIONS:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+            continue
+        name, placeholder, settings, default, text = row
+        text += f" (default {default})" if default else ""
+        settings = settings | ({"metavar": placeholder} if placeholder else {})
+        group.add_argument(f"--{name}", default=default, help=text, **settings)
     return parser
 
 
 def parse(argv):
-    """-> (args with everything filled in, args as given, checkpoint to go on from or None)."""
-    parser = make_parser()
+    """-> (options with all defaults filled in, checkpoint to resume or None). Raises InputError."""
+    parser, saved = make_parser(), None
     args = parser.parse_args(argv)
-    checkpoint = find_checkpoint(Path(args.out_dir)) if args.resume else None
-    if checkpoint:  # its arguments become the defaults, what is given overrides them
-        before = {k: v for k, v in checkpoint["arguments"].items() if k != "out_dir"}
-        if args.steps or args.epochs:  # the length is said anew, in the one way or the other
-            before["steps"] = before["epochs"] = None
-        parser.set_defaults(**before)
+    # A resumed run gets its options from the checkpoint, except for those that are given again.
+    last = Path(args.out_dir) / "last.pt"
+    if args.resume and last.exists():
+        saved = evaluation.read_checkpoint(last)
+        check(
+            "optimizer" in saved, f"{last} cannot be resumed: it has weights only, as best.pt has"
+        )
+        # A new length replaces the old one, whichever of the two options gave it.
+        length = {"steps": None, "epochs": None} if args.steps or args.epochs else {}
+        parser.set_defaults(**{**saved["arguments"], "out_dir": args.out_dir, **length})
         args = parser.parse_args(argv)
-    elif args.resume:
-        print(f"no checkpoint in {args.out_dir} yet: starting from the beginning")
-    given = {name: value for name, value in vars(args).items() if name != "resume"}
-    built_in = BUILT_IN if args.train_data is None else {}
-    if args.init_from and given["model"]:
-        raise InputError("--init_from says which model it is: leave --model out")
-    for name, value in {**DEFAULTS, **built_in}.items():
-        if getattr(args, name) is None and not (name == "epochs" and args.steps):
-            setattr(args, name, value)
-    if args.steps is None and args.epochs is None:
-        args.epochs = 30.0
-    if given["steps"] and given["epochs"]:
-        raise InputError("--steps and --epochs both say how long: give one of them")
-    positive = "steps epochs batch_size micro_batch_size image_size context_length"
-    for name in f"{positive} log_every eval_every save_every".split():
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise InputError(f"--{name} is a positive number, not {value}")
-    if not 0 <= args.patch_dropout < 1:
-        raise InputError(f"--patch_dropout is a share from 0 to below 1, not {args.patch_dropout}")
-    if (args.workers or 0) < 0:
-        raise InputError(f"--workers is 0 or more, not {args.workers}")
-    return args, given, checkpoint
+        for name in (*BROUGHT, "init_from", "cls_weight", "weight_decay"):
+            old, new = saved["arguments"][name], getattr(args, name)
+            check(old == new, f"--resume cannot change --{name} from {old} to {new}")
+    check(not (args.steps and args.epochs), "give --steps or --epochs, not both")
+    for name in BROUGHT if args.init_from and not saved else ():
+        check(getattr(args, name) is None, f"--init_from brings its own {name}: leave --{name} out")
+    chosen = {**DEFAULTS, **({} if args.train_data else BUILT_IN)}
+    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
+    if args.steps:
+        del chosen["epochs"]
+    vars(args).update(chosen)
+    if chosen and os.environ.get("RANK", "0") == "0":
+        texts = (f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items())
+        print(f"not given, so chosen: {' '.join(texts)}")
+    return args, saved
 
 
 # -----------------------------------------------------------------------------
-# Processes and devices
+# Processes and the device
 
 
 def set_up(args):
-    """-> rank, world, device, dtype. Under torchrun every process takes its own GPU."""
+    """-> rank, number of processes, device, dtype. Under torchrun every process has its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = args.device
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and world > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name} is not there: {str(error).splitlines()[0]}") from None
+    device = evaluation.pick_device(args.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # The others wait while rank 0 evaluates, hence the long patience.
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
-        )
-    dtype = args.dtype
-    if dtype is None:
-        dtype = "float32"
-        if device.type == "cuda":  # compute capability 8: Ampere, the first with bfloat16 units
-            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-        elif device.type == "cpu" and args.train_data == BUILT_IN["train_data"]:
-            units = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10 or so
-            if units.get("avx512_bf16") or units.get("amx_bf16"):
-                dtype = "bfloat16"  # the built-in run, in two minutes instead of four
-    if dtype == "float16" and device.type != "cuda":
-        raise InputError(
-            "float16 needs a CUDA device, for its loss scaling: take bfloat16 or float32"
-        )
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
+        # their GPUs. Two hours, because all others wait while rank 0 validates.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dtype = args.dtype or "float32"
+    if args.dtype is None and device.type == "cuda":
+        # Ampere, compute capability 8, is the first with bfloat16 units. float16 on older GPUs has
+        # a small range, which the loss scaler of train() makes up for.
+        dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    elif args.dtype is None and args.train_data == BUILT_IN["train_data"]:
+        units = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10 or so
+        if units.get("avx512_bf16") or units.get("amx_bf16"):
+            dtype = "bfloat16"  # the built-in run takes half the time
     return rank, world, device, getattr(torch, dtype)
 
 
-def learning_rate_at(step, peak, warmup_steps, steps):
-    """Linear warm-up, then cosine to 0: a pure function of the step."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return (
-        peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-    )
+def all_sum(tensor):
+    """The sum over all processes, in place. With one process, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(features):
+    """(B, E) on each process -> (N, E) on all of them, in rank order. Without gradients: the step
+    works on copies of the features anyway."""
+    if not dist.is_initialized():
+        return features
+    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, features)
+    return torch.cat(parts)
+
+
+class Stop:
+    """SIGINT (Ctrl-C) and SIGTERM (from schedulers) ask a run to save and leave at the next step. A
+    second signal kills it."""
+
+    def __init__(self):
+        self.asked = self.abandon = False
+        for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_of_signal, self.ask)
+
+    def ask(self, number_of_signal, _):
+        self.asked = True
+        signal.signal(number_of_signal, signal.SIG_DFL)
+        if self.abandon:
+            raise KeyboardInterrupt
+
+    def unless_asked(self, function, *args):
+        """What the function returns, or None if a signal comes before its end. A validation may
+        take long, and schedulers kill what has not left after half a minute."""
+        try:
+            self.abandon = True
+            return None if self.asked else function(*args)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.abandon = False
+
+    def agreed(self):
+        """Was any process asked? All of them get the same answer in the same step, or some would
+        leave while others wait for their features. The tensor is on the CPU, so the GPU goes on."""
+        return bool(all_sum(torch.tensor(float(self.asked))))
 
 
 # -----------------------------------------------------------------------------
 # One step
 
 
-def patches_to_keep(args, step, patches, rank, world, device):
-    """Which patches this process looks at in a step, (B, K) indices, or None for all (FLIP, arXiv
-    2212.00794). Drawn for the global batch, so that it depends on nothing but seed and step."""
+def learning_rate_at(step, peak, warmup_steps, steps):
+    """Linear warm-up to `peak`, then cosine to 0: a pure function of the step, so that a resumed
+    run needs no scheduler. Early steps are small because Adam's second moments are still noise."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def patches_to_keep(args, step, patches, rows, device):
+    """The patches that this process looks at in a step (FLIP, arXiv 2212.00794): indices (B, K), or
+    None for all. The choice is random for each image. It is made for the global batch, so that it
+    does not depend on the number of processes."""
     if not args.patch_dropout:
         return None
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-    noise = torch.rand(args.batch_size, patches, generator=generator, device=device)
-    keep = noise.argsort(dim=1)[:, : max(1, round(patches * (1 - args.patch_dropout)))]
-    local = args.batch_size // world
-    return keep[rank * local : (rank + 1) * local]
+    noise = torch.rand(args.batch_size, patches, generator=generator, device=device)  # (N, P)
+    # The first K of a random permutation of all patches.
+    return noise.argsort(dim=1)[rows, : max(1, round(patches * (1 - args.patch_dropout)))]
 
 
-def forward_backward(model, images, tokens, label_tokens, keep, micro_batch_size, autocast, scaler):
-    """Losses of a batch of B pairs (of this process), as a dict, with their gradients left in
-    .grad.
+class Towers(nn.Module):
+    """The part of the model that looks at each pair alone, as a module: DistributedDataParallel
+    wraps modules, and averages their gradients over the processes during the backward pass."""
 
-    With a micro_batch_size m < B the gradients are the same, at the memory of m pairs (GradCache,
-    arXiv 2101.06983): the contrastive loss needs all features at once, but the towers do not."""
-    B, m = len(images), micro_batch_size or len(images)
-    if m >= B:
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        return self.model.features_and_word_loss(*inputs)
+
+
+def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
+    """The losses of this process's pairs, as a dict. The gradient of the global batch's loss is
+    left in .grad.
+
+    parts: the batch as one micro-batch or several, dicts of images, tokens and label_tokens; keep:
+    patches_to_keep; rows: where these pairs lie in the global batch; scaler: for float16.
+
+    The contrastive loss needs all features at once, but the towers do not. So the loss is computed
+    on copies of the features, and then each micro-batch is pulled along the gradients of its copies
+    (GradCache, arXiv 2101.06983): d loss / d weights = d loss / d features * d features / d
+    weights, and the second factor is a sum over the micro-batches. Several of them run through the
+    towers twice, which takes a third more time, and need the memory of one.
+    """
+    for part in parts:  # the whole batch is counted before any of it is weighted
+        model.count_tokens(part["label_tokens"])
+    token_weights = model.token_weights()
+    sizes = [len(part["images"]) for part in parts]
+    keeps = [None] * len(parts) if keep is None else keep.split(sizes)
+
+    def run_towers(part, keep):
         with autocast:
-            out = model(images, tokens, label_tokens, keep)
-        scaler.scale(out["loss"]).backward()
-        return {name: out[name].detach() for name in ("contrastive_loss", "classification_loss")}
+            inputs = part["images"], part["tokens"], part["label_tokens"]
+            return towers(*inputs, token_weights, keep)
 
-    token_weights = None
-    if model.head is not None:  # the whole batch is counted before any of it is weighted
-        model.count_tokens(label_tokens)
-        token_weights = model.token_weights()
-    parts = [slice(i, i + m) for i in range(0, B, m)]
-    keeps = [None if keep is None else keep[p] for p in parts]
-    # 1. All features, without a graph.
-    with torch.no_grad(), autocast:
-        pairs = [model.encode_pairs(images[p], tokens[p], keep=k) for p, k in zip(parts, keeps)]
-    image_features = torch.cat([pair[0] for pair in pairs]).requires_grad_()
-    text_features = torch.cat([pair[1] for pair in pairs]).requires_grad_()
-    # 2. The contrastive loss, and its gradient at the features.
-    contrastive = model.pair_loss(image_features, text_features)
+    # 1. The features. A batch in one part keeps its graph and needs no second run.
+    with torch.set_grad_enabled(len(parts) == 1):
+        outputs = [run_towers(*inputs) for inputs in zip(parts, keeps)]
+    # 2. The contrastive loss, and its gradient at copies of all that it depends on: the features
+    # of all processes (N, E), and the scale and bias of the logits.
+    images = gather(torch.cat([image.detach() for image, _, _ in outputs])).requires_grad_()
+    texts = gather(torch.cat([text.detach() for _, text, _ in outputs])).requires_grad_()
+    scalars = model.logit_scale, model.logit_bias  # the bias is None in CLIP's own loss
+    scale, bias = (p if p is None else p.detach().requires_grad_() for p in scalars)
+    contrastive = model.pair_loss(images, texts, scale, bias, rows)
     scaler.scale(contrastive).backward()
-    # 3. Each part once more with a graph, its features pulled along those gradients.
+    # Each process has compared all features with its own rows. Together they have the gradient.
+    image_pull, text_pull = (all_sum(x.grad)[rows].split(sizes) for x in (images, texts))
+    # 3. The same gradient at the parameters. Only the last part's backward pass is synchronised.
     classification = 0
-    for p, k in zip(parts, keeps):
-        with autocast:
-            image_part, text_part, word_loss = model.encode_pairs(
-                images[p], tokens[p], label_tokens[p], token_weights, k
-            )
-        word_loss = word_loss * len(image_part) / B
-        pull = (image_part * image_features.grad[p]).sum() + (
-            text_part * text_features.grad[p]
-        ).sum()
-        (pull + scaler.scale(model.config.cls_weight * word_loss)).backward()
+    for i, inputs in enumerate(zip(parts, keeps)):
+        last = i == len(parts) - 1
+        # no_sync: DistributedDataParallel adds up the gradients of the earlier parts locally.
+        with nullcontext() if last or not dist.is_initialized() else towers.no_sync():
+            image, text, word_loss = outputs[0] if len(parts) == 1 else run_towers(*inputs)
+            word_loss = word_loss * len(image) / sum(sizes)  # its share of the mean over B pairs
+            pull = (image * image_pull[i]).sum() + (text * text_pull[i]).sum()
+            if last:  # the scale and the bias, too, or their gradients would not be averaged
+                copies = zip(scalars, (scale, bias))
+                pull = pull + sum(p * copy.grad for p, copy in copies if p is not None)
+            (pull + scaler.scale(model.config.cls_weight * word_loss)).backward()
         classification = classification + word_loss.detach()
     return {"contrastive_loss": contrastive.detach(), "classification_loss": classification}
 
 
-def average_gradients(model, world):
-    """The mean of the processes' gradients is the gradient of the global batch's loss."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = parameters_to_vector(gradients)
-    all_sum(flat)
-    vector_to_parameters(flat / world, gradients)
-
-
-def all_sum(tensor):
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def update(model, optimizer, scaler, learning_rate):
+    """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    scaler.unscale_(optimizer)  # float16's gradients were scaled up, or small ones would be 0
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds: a larger scale is unstable
+    return grad_norm
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# The parts of a run
 
 
-def save_checkpoint(path, content):
-    """Write a checkpoint whole or not at all: a temporary file, flushed to the disk, then renamed.
-    The last.pt before becomes previous.pt. Returns whether it worked; a full disk leaves the old
-    one."""
-    temporary = path.with_name(path.name + ".tmp")
+def make_model(args, start_from, tokenizer, device):
+    """A new model, or that of a checkpoint (--resume, --init_from). A word head that the checkpoint
+    does not have starts from random weights."""
+    base = start_from["config"] if start_from else PRESETS[args.model or "ViT-B-16"]
+    names = ("image_size", "context_length", "loss", "cls_weight")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    torch.manual_seed(args.seed)  # the same initial weights on every process and machine
+    model = SuperCLIP(SuperCLIPConfig(**{**base, "vocab_size": tokenizer.vocab_size, **changes}))
+    if start_from:
+        new = model.state_dict()  # the checkpoint may have no head, or one that is not wanted now
+        loaded = {name: x for name, x in start_from["model"].items() if name in new}
+        model.load_state_dict({**new, **loaded})
+        if new.keys() > loaded.keys():
+            print("the checkpoint has no word head: it starts from random weights")
+    if device.type == "cpu" and model.visual.grid < 10:
+        # This setting governs the CPU, too, whose flash kernel is slower for so few tokens.
+        torch.backends.cuda.enable_flash_sdp(False)
+    for tower in (model.visual, model.text):
+        tower.transformer.grad_checkpointing = args.grad_checkpointing
+        if args.compile or (args.compile is None and device.type == "cuda"):
+            tower.compile()
+    tokenizer.context_length = model.config.context_length
+    return model.to(device).train()
+
+
+def open_data(args, tokenizer, image_size, rank):
+    """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError for all
+    that can be wrong with the data of a run before it starts."""
+    shards, sources = data.expand(args.train_data), (args.captions, args.label_captions)
+    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed)
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    for folder in args.zeroshot_data or ():
+        evaluation.ClassFolders(folder, image_size)  # it is scored at the end, but checked now
+    val_pairs = None
+    if args.val_data and rank == 0:
+        val_shards, captions = data.expand(args.val_data), args.val_captions or args.captions
+        both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
+        check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
+        val_pairs = data.Pairs(val_shards, tokenizer, image_size, captions)
+    return pairs, val_pairs
+
+
+def make_optimizer(model, args):
+    """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
+    options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
+    return torch.optim.AdamW([{"params": matrices}, others], args.learning_rate, **options)
+
+
+def save(path, model, tokenizer, **more):
+    """Write a checkpoint: what inference needs, and in last.pt also what resuming needs. Returns
+    whether that worked. If not, as on a full disk, the one before is still there and the run goes
+    on."""
+    state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
+    content = {"model": state, "config": asdict(model.config), "vocab": tokenizer.vocab, **more}
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(temporary, path)
+        data.write_file(path, lambda file: torch.save(content, file))
         return True
     except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
-        temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} could not be written ({error}); the one before is untouched")
+        tqdm.write(f"warning: cannot write {path}: {error}")
         return False
 
 
-def weights_of(model, tokenizer, step):
-    """What inference needs: best.pt holds this, and last.pt the rest as well."""
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
-    return {
-        "model": state, "config": asdict(model.config), "vocab": tokenizer.vocab, "step": step
-    }  # fmt: skip
-
-
-def find_checkpoint(out_dir):
-    """The newest checkpoint of a run that can be read, or None."""
-    paths = [path for name in ("last.pt", "previous.pt") if (path := out_dir / name).exists()]
-    for path in paths:
-        try:
-            return read_checkpoint(path)
-        except InputError as error:
-            print(f"warning: {error}", file=sys.stderr)
-    if paths:
-        raise InputError(
-            f"no checkpoint in {out_dir} can be read ({', '.join(p.name for p in paths)}): start "
-            "anew in another --out_dir, perhaps with --init_from its best.pt"
-        )
-    return None
-
-
 # -----------------------------------------------------------------------------
-# Watching
+# The run
 
 
-class Log:
-    """log.jsonl: a header, then a row per logged step and per validation. Rank 0 writes it."""
-
-    def __init__(self, path, header, step, seen, wandb_project):
-        self.wandb = None
-        if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("--wandb needs the package wandb: pip install wandb") from None
-            self.wandb = wandb.init(project=wandb_project, config=header)
-        rows = []
-        if seen and path.exists():  # what was logged after the checkpoint will be logged again
-            rows = [row for row in path.read_text().splitlines(True) if row.endswith("\n")]
-            rows = [row for row in rows if json.loads(row).get("samples", math.inf) <= seen]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(rows))
-        os.replace(temporary, path)  # killed in between, the old log is still there
-        self.file = open(path, "a")
-        self.write({"resumed" if seen else "header": header, "step": step, "samples": seen})
-
-    def write(self, row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb and not {"header", "resumed"} & row.keys():
-            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row.get("step"))
-
-
-def git_commit():
-    """The commit of this code, "" where there is no git."""
-    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def header_of(args, steps, world, device, dtype, pairs, model):
-    """What a reader of the log needs to believe it: arguments, versions, machine, commit, data."""
-    fingerprint = hashlib.sha1(pairs.index.numpy().tobytes()).hexdigest()[:12]
-    return {
-        "arguments": vars(args),
-        "model": args.init_from or args.model,
-        "batch_size": args.batch_size,
-        "steps": steps,
-        "config": asdict(model.config),
-        "samples": len(pairs),
-        "data_fingerprint": fingerprint,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {platform.machine()}, {os.cpu_count()} cores",
-        "dtype": str(dtype).removeprefix("torch."),
-        "processes": world,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def make_profiler(args, out_dir, rank):
-    """--profile: torch.profiler over steps 10 to 15, for chrome://tracing or ui.perfetto.dev."""
-    if not args.profile or rank > 0:
-        return SimpleNamespace(step=lambda: None)
-
-    def write(profile):
-        profile.export_chrome_trace(str(out_dir / "trace.json"))
-        tqdm.write(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-
-    schedule = torch.profiler.schedule(wait=9, warmup=1, active=5, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
-    profiler.start()
-    return profiler
-
-
-def peak_memory_gb(device):
-    """Of the device where it is a GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def show_words(model, tokenizer, pairs, n=4):
-    """The head's top words for the first images of the validation data, beside their captions."""
-    images, texts = next(evaluation.batches(evaluation.ShardImages(pairs), n, 0, "words"))
-    words = evaluation.top_words(model, tokenizer, images.to(next(model.parameters()).device))
-    for number, (own, captions) in enumerate(zip(words, texts)):
-        tqdm.write(f'  image {number}, captioned "{captions[0]}"')
-        tqdm.write("    " + ", ".join(f"{word} {p:.2f}" for word, p, _ in own))
-
-
-# -----------------------------------------------------------------------------
-# Putting a run together
-
-
-def make_model(args, tokenizer, checkpoint):
-    """The arguments' model: new, from --init_from, or of the run to go on with."""
-    changes = {"loss": args.loss, "cls_weight": args.cls_weight}
-    for name in ("image_size", "context_length"):
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    torch.manual_seed(args.seed)
-    if checkpoint:
-        old = checkpoint["config"]
-        if not args.init_from:
-            changes = {**PRESETS[args.model], **changes}
-        config = SuperCLIPConfig(**{**old, **changes})
-        for name, value in asdict(config).items():
-            # The weight of the word loss may change on the way; to have a head or none may not.
-            same = bool(value) == bool(old[name]) if name == "cls_weight" else value == old[name]
-            if not same:
-                raise InputError(
-                    f"--resume: the run in {args.out_dir} has {name} {old[name]}, not {value}"
-                )
-        model = SuperCLIP(config)
-        model.load_state_dict(checkpoint["model"])
-    elif args.init_from:
-        model = SuperCLIP.from_pretrained(args.init_from, **changes)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise InputError(
-                f"{args.init_from} has a vocabulary of {model.config.vocab_size:,} tokens, --vocab "
-                f"one of {tokenizer.vocab_size:,}: a model needs the one it was trained with"
-            )
-        vocab = read_checkpoint(args.init_from).get("vocab")  # of this project's own alone
-        if vocab not in (None, tokenizer.vocab):
-            raise InputError(
-                f"{args.init_from} was trained with another vocabulary of that size: a token would "
-                "mean another word"
-            )
+def train(args, saved, rank, world, device, dtype):
+    """A run from its first step, or from a checkpoint, to its last."""
+    out_dir, local = Path(args.out_dir), args.batch_size // world
+    taken = (out_dir / "last.pt").exists() and not args.resume
+    check(not taken, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
+    shared = args.batch_size % world == 0
+    check(shared, f"--batch_size {args.batch_size} cannot be shared by {world} processes")
+    # What the run is made of: data, model, optimizer
+    start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
+    if start_from:
+        tokenizer = data.Tokenizer(start_from["vocab"])
     else:
-        changes["vocab_size"] = tokenizer.vocab_size
-        model = SuperCLIP(SuperCLIPConfig.preset(args.model, **changes))
-    for tower in (model.visual, model.text):
-        tower.transformer.grad_checkpointing = args.grad_checkpointing
-    return model
-
-
-def make_optimizer(model, args, device):
-    """AdamW; weight decay on matrices alone, not on biases, norms, class token and logit scale."""
-    fused = device.type != "mps"  # one kernel for all parameters; on the CPU it is faster, too
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
-
-
-class BadSamples:
-    """Names each bad sample once, counts them, and ends the run when they are too many."""
-
-    def __init__(self, pairs, max_bad, seen=()):
-        self.unusable, self.total = len(pairs.bad), len(pairs) + len(pairs.bad)
-        self.max_bad, self.seen = max_bad, set(seen)  # seen: numbers of samples found bad when read
-        for shard, key, reason in pairs.bad[:20]:
-            tqdm.write(f"skipped {shard}: {key}: {reason}")
-        if self.unusable > 20:
-            tqdm.write(f"skipped {self.unusable - 20:,} more: see python data.py show SHARDS")
-        self.check()
-
-    def __len__(self):
-        return self.unusable + len(self.seen)
-
-    def add(self, entries):
-        for sample, shard, key, reason in entries:
-            if sample not in self.seen:
-                tqdm.write(f"skipped {shard}: {key}: {reason}")
-                self.seen.add(sample)
-                self.check()
-
-    def share(self, world):
-        """Make what each process has found known to all of them."""
-        if world > 1:
-            found = [None] * world
-            dist.all_gather_object(found, self.seen)
-            self.seen = set().union(*found)
-            self.check()
-
-    def check(self):
-        share = len(self) / self.total
-        if share > self.max_bad:
-            raise InputError(
-                f"{100 * share:.1f} % of the samples are bad, more than --max_bad {self.max_bad}"
-            )
-
-
-def stop_on_signals():
-    """SIGINT and SIGTERM become a flag, so that a run saves and leaves; a second one ends it."""
-    asked = threading.Event()
-
-    def ask(number, _):
-        asked.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
-    return asked
-
-
-def main(argv=None):
-    args, given, checkpoint = parse(argv)
-    rank, world, device, dtype = set_up(args)
-    try:
-        train(args, given, checkpoint, rank, world, device, dtype)
-    except RuntimeError as error:  # which torch.OutOfMemoryError is, and the CPU's own message
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            now = args.micro_batch_size or args.batch_size // world
-            raise InputError(
-                f"out of memory: --micro_batch_size {max(1, now // 2)} gives the same in less; "
-                "--grad_checkpointing, --patch_dropout and a smaller --model need less, too"
-            ) from None
-        raise
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def train(args, given, checkpoint, rank, world, device, dtype):
-    """A run from its first step, or from the checkpoint, to its last."""
-    out_dir = Path(args.out_dir)
-    taken = [name for name in ("last.pt", "log.jsonl") if (out_dir / name).exists()]
-    if taken and not args.resume:
-        raise InputError(
-            f"{out_dir} holds a run: add --resume to go on with it, or name another --out_dir"
-        )
-    if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} is no multiple of {world} processes")
-
-    # ---- data and model
-    if args.train_data == BUILT_IN["train_data"] and rank == 0 and not Path("shapes").exists():
-        from scripts.shapes import make_shapes
-
-        make_shapes("shapes")
-    if world > 1:
-        dist.barrier()
-    shards = data.expand(args.train_data)
-    if checkpoint:
-        tokenizer = data.Tokenizer(checkpoint["vocab"])
-        changed = args.vocab and args.vocab != checkpoint["arguments"]["vocab"]
-        if changed and data.find_tokenizer(args.vocab).vocab != checkpoint["vocab"]:
-            raise InputError(
-                f"--resume: the run in {out_dir} has another vocabulary than {args.vocab}"
-            )
-    else:
-        tokenizer = data.find_tokenizer(args.vocab, shards)
-    model = make_model(args, tokenizer, checkpoint).to(device).train()
-    config = model.config
-    tokenizer.context_length = config.context_length
-    pairs = data.Pairs(
-        shards, tokenizer, config.image_size, args.captions, args.label_captions, args.seed
-    )
-    val_pairs = None
-    if args.val_data and rank == 0:
-        source = args.val_captions or args.captions
-        val_pairs = data.Pairs(data.expand(args.val_data), tokenizer, config.image_size, source)
-    optimizer = make_optimizer(model, args, device)
+        tokenizer = find_tokenizer(args.vocab, data.expand(args.train_data))
+    model = make_model(args, start_from, tokenizer, device)
+    pairs, val_pairs = open_data(args, tokenizer, model.config.image_size, rank)
+    optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        model.encode_pairs = torch.compile(model.encode_pairs)
+    towers = Towers(model)
+    if world > 1:  # the token counts are summed where they are made, so buffers need no broadcast
+        towers = DistributedDataParallel(towers, broadcast_buffers=False)
 
-    # ---- where to start and to stop
+    # Where the run starts and ends. By default it validates five times, and more often if it is
+    # long. A run that is resumed may have other options than before, but the same data.
     steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
-    warmup_steps = args.warmup_steps if args.warmup_steps is not None else min(1000, steps // 10)
+    warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
-    start, best, known_bad = 0, -1.0, ()
-    if checkpoint:
+    fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
+    step, best, result, is_saved = 0, -1.0, None, True
+    if saved:
+        same = saved["data_fingerprints"][0] == fingerprints[0]
+        check(same, f"the training data is not that of the run in {out_dir}: start a new run")
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
         # Counted in samples, so that a run may go on with another batch size.
-        start = checkpoint["samples_seen"] // args.batch_size
-        best, known_bad = checkpoint["best"], checkpoint["bad_samples"]
-        decay = [group["weight_decay"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, value in zip(optimizer.param_groups, decay):
-            group["weight_decay"], group["fused"] = value, device.type != "mps"
-        if checkpoint["scaler"]:  # a run in another precision has none
-            scaler.load_state_dict(checkpoint["scaler"])
-    if world > 1:  # weights are not sent around: each process reads them from the checkpoint
-        starts = [None] * world
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            raise InputError(f"--resume: the nodes do not see the same checkpoint in {out_dir}")
-    bad = BadSamples(pairs, args.max_bad, known_bad)
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
-    order = data.Batches(len(pairs), args.batch_size, args.seed, start, steps, rank, world)
-    loader = iter(data.loader(pairs, order, workers, pin_memory=device.type == "cuda"))
-
-    if rank == 0:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {out_dir}: {error.strerror}") from None
-        header = header_of(args, steps, world, device, dtype, pairs, model)
-        if checkpoint:
-            before = checkpoint["arguments"]
-            header["changed"] = {
-                k: [before.get(k), v] for k, v in given.items() if v != before.get(k)
-            }
-            for name, (old, new) in header["changed"].items():
-                tqdm.write(f"resuming with {name} {new} instead of {old}")
-        seen = checkpoint["samples_seen"] if checkpoint else 0
-        log = Log(out_dir / "log.jsonl", header, start, seen, args.wandb)
-        tqdm.write(
-            f"{header['model']}: {header['parameters']:,} parameters, "
-            f"{tokenizer.vocab_size:,} tokens; {len(pairs):,} pairs; "
-            f"steps {start:,} to {steps:,} of {args.batch_size} pairs; "
-            f"{header['device']}, {header['dtype']}"
-        )
-    stop = stop_on_signals()
-    patches = (config.image_size // config.patch_size) ** 2
-    if device.type == "cpu" and patches < 100:
-        # It governs the CPU too, whose flash kernel is 1.4 times slower for so few tokens.
-        torch.backends.cuda.enable_flash_sdp(False)
-    bar = tqdm(total=steps, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    profiler = make_profiler(args, out_dir, rank)
-    step, clock, waited, logged, result = start, time.perf_counter(), 0.0, start, None
+        step = saved["samples"] // args.batch_size
+        if saved["data_fingerprints"] == fingerprints:  # else the old best score is not comparable
+            best = saved["best"]
+    rows, micro = slice(rank * local, (rank + 1) * local), args.micro_batch_size or local
+    order = data.micro_batches(len(pairs), args.batch_size, rows, micro, args.seed, step, steps)
+    batches = data.load(pairs, order, args.workers, device)
+    about = describe_run(args, steps, world, device, dtype, pairs, model)
+    log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
     while step < steps:
-        # 1. the batch
-        asked = time.perf_counter()
-        batch = next(loader)
-        waited += time.perf_counter() - asked
-        bad.add(batch["bad"])
-        images, tokens, label_tokens = (
-            batch[name].to(device, non_blocking=True)
-            for name in ("images", "tokens", "label_tokens")
-        )
-        # 2. gradients
-        optimizer.zero_grad(set_to_none=True)
-        keep = patches_to_keep(args, step, patches, rank, world, device)
-        losses = forward_backward(
-            model, images, tokens, label_tokens, keep, args.micro_batch_size, autocast, scaler
-        )
-        if world > 1:
-            average_gradients(model, world)
+        # 1. the batch: this process's rows of it, in one micro-batch or several
+        parts = log.wait_for(batches, math.ceil(local / micro))
+        # 2. its gradient
+        keep = patches_to_keep(args, step, model.visual.grid**2, rows, device)
+        losses = forward_backward(towers, model, parts, keep, rows, autocast, scaler)
         # 3. the update
         learning_rate = learning_rate_at(step, args.learning_rate, warmup_steps, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds: a larger scale is unstable
+        grad_norm = update(model, optimizer, scaler, learning_rate)
         step += 1
-        bar.update()
-        profiler.step()
-        # 4. is there anything to do but train?
+        # 4. what is due after this step; the last step brings everything
         log_due, eval_due, save_due = (
             step % every == 0 or step == steps for every in (args.log_every, eval_every, save_every)
         )
-        leave = stop.is_set()
-        if world > 1:  # all must leave at the same step, so they ask each other when they log
-            leave = log_due and bool(all_sum(torch.tensor(float(leave), device=device)))
-        if not (log_due or eval_due or save_due or leave):
-            continue
-        # 5. the log; reading the losses waits for the device, so it is not done at every step
-        bad.share(world)
-        values = torch.stack([losses["contrastive_loss"], losses["classification_loss"]])
-        contrastive, classification = all_sum(values / world).tolist()
-        row = {
-            "step": step,
-            "samples": step * args.batch_size,
-            "epoch": round(step * args.batch_size / len(pairs), 4),
-            "loss": contrastive + config.cls_weight * classification,
-            "contrastive_loss": contrastive,
-            "classification_loss": classification,
-            "logit_scale": model.logit_scale.exp().item(),
-            "grad_norm": grad_norm.item(),
-            "learning_rate": learning_rate,
-            "bad_samples": len(bad),
-        }
-        # float16's scaler skips steps of infinite gradients
-        finite = math.isfinite(row["grad_norm"]) or scaler.is_enabled()
-        if not (finite and math.isfinite(row["loss"])):
-            raise InputError(
-                f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step}; what "
-                f"{out_dir} holds is from before. Lower --learning_rate, longer --warmup_steps, "
-                "--dtype bfloat16 or float32 may help; then --resume"
-            )
-        if log_due and rank == 0:
-            seconds = time.perf_counter() - clock
-            row["images_per_second"] = round((step - logged) * args.batch_size / seconds, 1)
-            row["data_wait"] = round(waited / seconds, 3)
-            row["memory_gb"] = round(peak_memory_gb(device), 2)
-            log.write(row)
-            bar.set_postfix_str(
-                f"contrastive {contrastive:.3f}, words {classification:.3f}, "
-                f"{row['images_per_second']:.0f} img/s"
-            )
-            if bar.disable:  # no terminal: plain lines
-                print(
-                    f"step {step:6d}  {bar.postfix}, data wait {row['data_wait']:.0%}", flush=True
-                )
-            clock, waited, logged = time.perf_counter(), 0.0, step
-        # 6. validation
+        numbers = step, losses, grad_norm, learning_rate, model
+        # 5. the log: reading the losses waits for the device, so most steps go without
+        if log_due:
+            log.write(log.measure(*numbers))
+        # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
-            paused = time.perf_counter()
-            with autocast:
-                result = validate(model, tokenizer, val_pairs, step, workers)
-            score = evaluation.mean_r1(result)
-            samples = {"step": step, "samples": step * args.batch_size}
-            log.write({**samples, "validation": result, "mean_r1": score})
-            if score > best:
+            result = stop.unless_asked(validate, model, val_pairs, args.workers, log, step)
+            if result and (score := evaluation.mean_r1(result)) > best:
                 best = score
-                save_checkpoint(out_dir / "best.pt", weights_of(model, tokenizer, step))
-            clock += time.perf_counter() - paused
-        # 7. the checkpoint
-        if (save_due or leave) and rank == 0:
-            content = weights_of(model, tokenizer, step) | {
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "arguments": given,
-                "samples_seen": step * args.batch_size,
-                "best": best,
-                "bad_samples": sorted(bad.seen),
-            }
-            save_checkpoint(out_dir / "last.pt", content)
+                save(out_dir / "best.pt", model, tokenizer, step=step)
+        # 7. the checkpoint, from which the run can be resumed
+        leave = stop.agreed()
+        if save_due or leave:
+            log.measure(*numbers)  # raises if the loss is not finite: the old checkpoint is better
+            content = {"step": step, "samples": step * args.batch_size, "best": best}
+            content |= {"arguments": vars(args), "data_fingerprints": fingerprints}
+            content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            is_saved = rank > 0 or save(out_dir / "last.pt", model, tokenizer, **content)
         if leave:
             break
-        if world > 1 and eval_due:
-            dist.barrier()
 
-    bar.close()
-    if rank > 0:
-        return
-    if step < steps:
+    log.bar.close()
+    check(is_saved, f"stopped after step {step}, and {out_dir / 'last.pt'} could not be written")
+    if rank == 0 and step < steps:
         print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
-        return
-    with autocast:
-        if result is None and val_pairs:  # a run that had ended already was resumed
-            result = validate(model, tokenizer, val_pairs, step, workers)
-        summary(model, tokenizer, args, result, best, out_dir, log)
+    elif rank == 0:
+        if result is None and val_pairs:  # the run was complete when it was resumed
+            result = validate(model, val_pairs, args.workers, log, step)
+        summary(model, tokenizer, args, result, best, log, step)
 
 
-def validate(model, tokenizer, val_pairs, step, workers):
-    """Retrieval among the validation pairs, and what the head sees in the first four, printed."""
-    model.eval()
-    result = evaluation.retrieval(*evaluation.encode_pairs(model, val_pairs, workers=workers))
-    value = evaluation.mean_r1(result)
-    tqdm.write(
-        f"step {step:6d}  validation: mean R@1 {100 * value:.1f} % of {len(val_pairs):,} pairs"
-    )
-    if model.head is not None:
-        show_words(model, tokenizer, val_pairs)
-    model.train()
-    return result
-
-
-def summary(model, tokenizer, args, result, best_r1, out_dir, log):
-    """What the run has reached, beside what chance would give; and what to do next."""
-    model.eval()
-    row = {"retrieval": result}
-    if result:
-        print("\nretrieval among the validation pairs")
-        evaluation.print_retrieval(result)
-    for folder in args.zeroshot_data or []:
-        dataset, classes = evaluation.class_folders(folder, model.config.image_size)
-        top1 = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
-        row[f"zeroshot {folder}"] = top1
-        print(evaluation.line(f"zero-shot {Path(folder).name}", top1))
-    log.write({"final": row})
-    best = out_dir / ("best.pt" if (out_dir / "best.pt").exists() else "last.pt")
-    if result and evaluation.mean_r1(result) < best_r1:
-        print(
-            f"\nThese are scores of the last step, in {out_dir / 'last.pt'}. Validation was best "
-            f"before, mean R@1 {100 * best_r1:.1f} %: {best} is of then."
-        )
-    print(f"\nThe model is in {best}. What it sees, and where, in a picture of your own:")
-    print(f"  python eval.py words --checkpoint {best} --image FILE --out words.png")
+def main(argv):
+    args, saved = parse(argv)
+    rank, world, device, dtype = set_up(args)
+    if args.train_data == BUILT_IN["train_data"] and rank == 0 and not Path("shapes").exists():
+        make_shapes("shapes")
+    if world > 1:
+        dist.barrier()
+    try:
+        train(args, saved, rank, world, device, dtype)
+    except torch.OutOfMemoryError:
+        raise InputError("out of memory: a smaller --micro_batch_size gives the same") from None
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

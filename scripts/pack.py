@@ -1,11 +1,15 @@
 """Make shards from a list of images and captions:
 
-    python data.py pack --csv pairs.csv --out shards/
+    python data.py pack --csv pairs.csv --images photos/ --out shards/
 
-The list is CSV, TSV or JSONL. An image that stands in several rows becomes one sample with several
-captions: .txt holds the first, json.captions all of them, and the other columns of the list are
-fields of the .json as well (so a column `long` can be used as --label_captions json.long). Run
-again after an interruption, it goes on with the next shard.
+The list is a CSV, TSV or JSONL file with column names. All rows of one image become one sample:
+.txt holds its first caption, and .json holds all `captions` and the other columns of the list (so
+a column `long` serves as --label_captions json.long). If the rows differ in a column, its field is
+a list. Large images are made smaller; --size 0 keeps the files as they are. Rows that cannot be
+used are listed in bad_rows.csv, with the reason.
+
+Start the command again after an interruption, or when missing images have arrived: only shards that
+are not finished are made.
 """
 
 import argparse
@@ -14,397 +18,301 @@ import hashlib
 import io
 import json
 import os
+import re
+import sys
 import tarfile
-import warnings
 from collections import Counter
-from multiprocessing.pool import ThreadPool  # threads: Pillow works outside Python's global lock
+from functools import partial
+from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
-from data import MAX_CAPTION, BadSample, _open, _orientation, _rgb, _upright
-from superclip import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from superclip import check, cli, number  # noqa: E402
 
-IMAGE_COLUMNS = (
-    "image",
-    "filepath",
-    "file_path",
-    "image_path",
-    "path",
-    "filename",
-    "file_name",
-    "file",
-    "img",
-    "url",
-)
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "alt_text")
-KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # file formats that shards hold
+# Likely names of the two columns, the likeliest first.
+IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
+CAPTION_COLUMNS = "caption captions text title description alt_text".split()
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # formats that shards hold
+MISSING = "there is no such file"  # a later run looks again
+BAD_QUOTE = "a quotation mark is not closed, or not doubled inside quotes"
 
 # -----------------------------------------------------------------------------
 # The list
 
 
-def read_list(path, image_column=None, caption_column=None):
-    """CSV, TSV or JSONL -> (samples, bad). A sample is a dict of image (as the list has it), lines,
-    captions and fields, the other columns; bad is a list of (line, image, reason)."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    # surrogateescape: bytes that are not UTF-8 spoil their own row, not the list
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+def read_lines(path):
+    """A text file -> list of lines, with their ends."""
+    check(path.is_file(), f"there is no file {path}")
+    with open(path, "rb") as file:
+        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    # surrogateescape: bytes that are not UTF-8 spoil their own row, not the list.
+    encoding, errors = ("utf-16", "replace") if utf16 else ("utf-8-sig", "surrogateescape")
+    with open(path, encoding=encoding, errors=errors, newline="") as file:
+        return list(file)
+
+
+def json_rows(lines):
+    """Yield (line number, dict of columns), or (line number, reason) for what is not a row."""
+    for number_of_line, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield number_of_line, row if isinstance(row, dict) else "not a JSON object"
+
+
+def table_rows(lines):
+    """The same for CSV and TSV, whose first line names the columns.
+
+    In CSV, quoted text may hold line breaks, so a stray quotation mark can swallow the rows that
+    follow. If that seems to happen, only the line with the mark is bad: the next one is read anew.
+    """
+    header = "".join(lines[:1])[:10_000]  # a file that is not a list may have no line breaks
+    delimiter = "\t" if "\t" in header else max(",;", key=header.count)
+    # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    parse = partial(csv.reader, delimiter=delimiter, quoting=quoting)
+    columns, i = next(parse([header])), 1
+
+    def has_image(fields):
+        return any(field.strip().lower().endswith(SUFFIXES) for field in fields)
+
+    while i < len(lines):
+        reader = parse(map(lines.__getitem__, range(i, len(lines))), strict=True)
         try:
-            samples, bad = {}, []
-            for line, row in _rows(path, file):
-                if isinstance(row, str):
-                    bad.append((line, "", row))
-                    continue
-                image_column = image_column or _find("image", IMAGE_COLUMNS, row, path)
-                caption_column = caption_column or _find("caption", CAPTION_COLUMNS, row, path)
-                image, captions = row.pop(image_column, None), row.pop(caption_column, None)
-                try:
-                    captions = _captions(captions)
-                    if not isinstance(image, str) or not image.strip():
-                        raise BadSample("no image is named")
-                except BadSample as error:
-                    bad.append((line, image if isinstance(image, str) else "", str(error)))
-                    continue
-                image = image.strip()
-                sample = samples.setdefault(
-                    image, dict(image=image, lines=[], captions=[], fields=row)
-                )
-                sample["lines"].append(line)
-                sample["captions"] += [text for text in captions if text not in sample["captions"]]
-        except csv.Error as error:
-            raise InputError(f"{path} is no table: {error}") from None
-    for column, columns in ((image_column, "image"), (caption_column, "caption")):
-        if column is None:
-            raise InputError(f"{path} has no rows with a column for the {columns}")
-    return list(samples.values()), bad
+            fields, reason = next(reader), None
+            if len(fields) > len(columns):
+                reason = "more fields than columns: put the caption in quotes"
+            for inner in parse(lines[i + 1 : i + reader.line_num]):  # lines of quoted text
+                if len(inner) == len(columns) and has_image(inner) >= has_image(fields):
+                    reason = BAD_QUOTE  # they look like rows
+        except csv.Error:  # for example, the file ends inside quotes
+            fields, reason = [], BAD_QUOTE
+        if reason or fields:  # an empty line has no fields
+            yield i + 1, reason or dict(zip(columns, fields))
+        i += 1 if reason else reader.line_num
 
 
-def _rows(path, file):
-    """Pairs (line number, dict of columns); for a line that cannot be used a reason instead of the
-    dict."""
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError):
-                    row = None
-                yield line, row if isinstance(row, dict) else "not a JSON object"
-        return
-    csv.field_size_limit(2**31 - 1)  # Python's own is 128 kB, and stops at a missing quote
-    first = file.readline()
-    file.seek(0)
-    reader = csv.DictReader(
-        file, delimiter="\t" if "\t" in first or path.suffix.lower() == ".tsv" else ","
-    )
-    for row in reader:
-        # More fields than columns: a caption with a comma that is not in quotes. It would be cut.
-        yield (
-            reader.line_num,
-            "more fields than columns: put the caption in quotes" if None in row else row,
-        )
+def find_column(what, names, columns):
+    """The first of these names that is among the columns, in any case."""
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    found = [by_name[name] for name in names if name in by_name]
+    check(found, f"which column is the {what}? Choose with --{what}_column: {', '.join(columns)}")
+    return found[0]
 
 
-def _find(what, names, row, path):
-    columns = {column.strip().lower(): column for column in row}
-    for name in names:
-        if name in columns:
-            return columns[name]
-    raise InputError(
-        f"{path} has the columns {', '.join(row)}: say with --{what}_column which one is the {what}"
-    )
+def read_list(path, image_columns, caption_columns):
+    """A list, and names that the two columns may have -> (samples, bad).
+
+    samples: dict of image name -> list of its rows, each (line number, captions, dict of the other
+    columns). bad: list of (line number, image name, reason).
+    """
+    lines = read_lines(path)
+    is_json = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    rows = list(json_rows(lines) if is_json else table_rows(lines))
+    columns = [*dict.fromkeys(c for _, row in rows if isinstance(row, dict) for c in row)]
+    check(columns, f"{path} has no rows that can be read: {rows[0][1] if rows else 'it is empty'}")
+    image_column = find_column("image", image_columns, columns)
+    caption_column = find_column("caption", caption_columns, columns)
+    print(f"images from column {image_column!r}, captions from column {caption_column!r}")
+    samples, bad = {}, []
+    for line, row in rows:
+        if isinstance(row, str):
+            bad.append((line, "", row))
+            continue
+        image, captions = row.pop(image_column, None), row.pop(caption_column, None)
+        captions = captions if isinstance(captions, list) else [captions]
+        captions = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+        image = image.strip() if isinstance(image, str) else ""
+        if reason := fault(image, captions):
+            bad.append((line, image, reason))
+        else:
+            samples.setdefault(os.path.normpath(image), []).append((line, captions, row))
+    return samples, bad
 
 
-def _captions(captions):
-    """What stands in the caption's column -> list of strings. Raises BadSample."""
-    captions = [captions] if isinstance(captions, str) else captions
-    if (
-        captions is None
-        or not isinstance(captions, list)
-        or not all(isinstance(text, str) for text in captions)
-    ):
-        raise BadSample("no caption")
-    captions = [text.strip() for text in captions if text.strip()]
-    if not captions:
-        raise BadSample("the caption is empty")
-    if max(map(len, captions)) > MAX_CAPTION:
-        raise BadSample("the caption is absurdly long")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError:
-        raise BadSample("the caption is not UTF-8") from None
-    return captions
-
-
-# -----------------------------------------------------------------------------
-# Images
-
-
-def encode(path, size, quality):
-    """An image file -> (extension, bytes, width, height), at most `size` pixels on the short side;
-    size 0 keeps the file's bytes. A JPEG that is small enough keeps its bytes too: nothing is lost
-    twice. Raises BadSample."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise BadSample(f"there is no file {path}") from None
-    except OSError as error:
-        raise BadSample(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = _open(content)
-            small = not size or (min(image.size) <= size and image.format == "JPEG")
-            if small and image.format in KEPT:
-                image.load()  # all of it can be decoded
-                return KEPT[image.format], content, image.width, image.height
-            orientation = _orientation(image)  # the new file has no EXIF data
-            if size:
-                # twice the size leaves the resize below enough to work with
-                image.draft("RGB", (2 * size, 2 * size))
-            image = Image.fromarray(_upright(_rgb(image), orientation).numpy())
-            if size and min(image.size) > size:
-                scale = size / min(image.size)
-                image = image.resize(
-                    [max(1, round(side * scale)) for side in image.size], Image.BICUBIC
-                )
-            out = io.BytesIO()
-            image.save(out, "JPEG", quality=quality)
-            return ".jpg", out.getvalue(), image.width, image.height
-    except BadSample:
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds
-        raise BadSample(f"the image cannot be decoded: {error}") from None
+def fault(image, captions):
+    """Why a row cannot be used, or None."""
+    reasons = {
+        "no image is named": not image,
+        "the caption is missing or empty": not captions,
+        "the caption is too long": max(map(len, captions), default=0) > data.MAX_CAPTION,
+        # surrogateescape has put these in place of bytes that are not UTF-8
+        "the caption is not UTF-8": re.search("[\ud800-\udfff]", "".join(captions)),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 # -----------------------------------------------------------------------------
 # Shards
 
 
+def encode(path, size, quality):
+    """An image file -> (suffix, bytes, width, height), with at most `size` pixels on the short
+    side; or the reason why not, as a string. size 0 keeps the file as it is. So does a JPEG that is
+    small enough: encoding it again would only lose quality."""
+    try:
+        content = path.read_bytes()
+        image = Image.open(io.BytesIO(content), formats=data.FORMATS)
+        small = not size or (image.format == "JPEG" and min(image.size) <= size)
+        if small and image.format in KEPT:
+            image.load()  # it can be decoded
+            return KEPT[image.format], content, image.width, image.height
+        if size:
+            image.draft("RGB", (2 * size, 2 * size))  # leaves enough for a sharp resize
+        image = data.upright_rgb(image)  # the new file has no EXIF data
+        if size and min(image.size) > size:
+            scale = size / min(image.size)
+            image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=quality, comment=b"")  # nor the comment of the old one
+        return ".jpg", jpeg.getvalue(), image.width, image.height
+    except FileNotFoundError:
+        return f"{MISSING}: {path}"
+    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
+        return f"the image cannot be read: {str(error).partition(' <')[0]}"
+
+
 def plan(samples, val, shard_size):
-    """Which sample goes where: dict of shard name -> list of (key, sample). A sample is for
-    validation by a hash of its image's name, so that it stays so when the list grows."""
+    """Which image goes where: dict of shard name -> list of (key, image). A hash of its name makes
+    an image part of the validation data, so that it stays there when the list grows."""
     shards, counts = {}, Counter()
-    for sample in samples:
-        digest = hashlib.sha1(sample["image"].encode(errors="surrogateescape")).digest()
+    for image in samples:
+        digest = hashlib.sha1(image.encode(errors="surrogatepass")).digest()
         split = "val" if int.from_bytes(digest[:4], "big") < val * 2**32 else "train"
-        number, i = divmod(counts[split], shard_size)
+        shard, i = divmod(counts[split], shard_size)
         counts[split] += 1
-        shards.setdefault(f"{split}-{number:05d}.tar", []).append((f"{number:05d}{i:05d}", sample))
+        shards.setdefault(f"{split}-{shard:05d}.tar", []).append((f"{shard:05d}{i:05d}", image))
     return shards
 
 
-def write_shard(path, samples, encode_sample, pool, bar):
-    """Write one shard, whole or not at all. Returns the number of samples in it and the list of bad
-    rows."""
-    temporary, n, bad = path.with_name(f".{path.name}.tmp"), 0, []
-    with tarfile.open(temporary, "w") as tar:
-        results = pool.imap(encode_sample, [sample for _, sample in samples])
-        for (key, sample), encoded in zip(samples, results, strict=True):
-            bar.update()
-            if isinstance(encoded, BadSample):
-                bad += [(line, sample["image"], str(encoded)) for line in sample["lines"]]
-                continue
-            extension, content, width, height = encoded
-            fields = {**sample["fields"], "image": sample["image"], "captions": sample["captions"]}
-            fields |= {"width": width, "height": height}
-            text = json.dumps(
-                fields
-            ).encode()  # ASCII: a lone surrogate in another column does no harm
-            for name, part in (
-                (extension, content),
-                (".txt", sample["captions"][0].encode()),
-                (".json", text),
-            ):
-                info = tarfile.TarInfo(key + name)
-                info.size = len(part)
-                tar.addfile(info, io.BytesIO(part))
-            n += 1
-    if n:
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
-    return n, bad
+def distinct(values):
+    """The different ones among JSON values, in order."""
+    return list({json.dumps(value): value for value in values}.values())
 
 
-def pack(args):
-    samples, bad = read_list(args.csv, args.image_column, args.caption_column)
+def merge(rows):
+    """The rows of one image -> (captions, fields of the .json)."""
+    fields = {}
+    for column in dict.fromkeys(column for _, _, row in rows for column in row):
+        values = distinct(row.get(column) for _, _, row in rows)
+        filled = [value for value in values if value not in (None, "")] or values[:1]
+        fields[column] = filled if len(filled) > 1 else filled[0]
+    return distinct(text for _, captions, _ in rows for text in captions), fields
+
+
+def write_shard(path, shard, samples, encoded):
+    """Write one shard. encoded: what `encode` gives for each of its images. Returns a dict of the
+    number of samples `n` and the `bad` rows."""
+    part = {"n": 0, "bad": []}
+
+    def write(file):
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for (key, image), result in zip(shard, encoded):
+                if isinstance(result, str):
+                    part["bad"] += [(line, image, result) for line, _, _ in samples[image]]
+                    continue
+                suffix, content, width, height = result
+                captions, fields = merge(samples[image])
+                fields |= {"image": image, "captions": captions, "width": width, "height": height}
+                text, more = captions[0].encode(), json.dumps(fields).encode()
+                for name, member in ((suffix, content), (".txt", text), (".json", more)):
+                    info = tarfile.TarInfo(key + name)
+                    info.size = len(member)
+                    tar.addfile(info, io.BytesIO(member))
+                part["n"] += 1
+
+    data.write_file(path, write)
+    if not part["n"]:
+        path.unlink()
+    return part
+
+
+def make_shards(args, samples):
+    """Write all shards that are not finished. Returns a dict of shard name -> what write_shard
+    returns. pack.json keeps that for the next run, with the options and the list's checksum."""
     shards = plan(samples, args.val, args.shard_size)
-    folder = args.images or args.csv.parent
-    args.out.mkdir(parents=True, exist_ok=True)
+    recipe = {k: str(v) for k, v in vars(args).items() if k not in ("csv", "out")}
+    recipe["list"] = hashlib.sha1(args.csv.read_bytes()).hexdigest()
+    record = args.out / "pack.json"
+    before = json.loads(record.read_text()) if record.is_file() else {"recipe": None}
+    done = before["shards"] if before["recipe"] == recipe else {}
+    strange = any(args.out.glob("*.tar")) and not done
+    check(not strange, f"{args.out} is of another list or other options: choose a new --out")
 
-    # What is done already. It counts only if it was made from the same list in the same way.
-    recipe = [
-        hashlib.sha1(args.csv.read_bytes()).hexdigest(),
-        str(folder.resolve()),
-        args.size,
-        args.quality,
-        args.val,
-    ]
-    recipe += [args.shard_size, args.image_column, args.caption_column]
-    progress, done = args.out / "pack.json", {}
-    if progress.is_file():
-        content = json.loads(progress.read_text())
-        if content["recipe"] != recipe:
-            raise InputError(
-                f"{args.out} holds shards of another list or other flags: choose another --out"
-            )
-        done = {
-            name: part
-            for name, part in content["shards"].items()
-            if (args.out / name).is_file() or not part["n"]
-        }
-    elif any(args.out.glob("*.tar")):
-        raise InputError(
-            f"{args.out} holds shards that were not made by this command: choose another --out"
-        )
+    def is_finished(name):
+        bad = done.get(name, {"bad": []})["bad"]
+        missing = [image for _, image, reason in bad if reason.startswith(MISSING)]
+        arrived = any((args.images / image).is_file() for image in missing)
+        return name in done and not arrived and ((args.out / name).is_file() or not done[name]["n"])
 
-    def encode_sample(sample):
-        try:
-            return encode(folder / sample["image"], args.size, args.quality)
-        except BadSample as error:
-            return error
-
-    kept = len(done)
-    bar = tqdm(
-        total=len(samples),
-        desc="packing",
-        unit="image",
-        initial=sum(len(shards[name]) for name in done),
-        disable=None,
-    )
-    with ThreadPool(args.workers) as pool, bar:
-        for name in shards:
-            if name not in done:
-                n, bad_here = write_shard(args.out / name, shards[name], encode_sample, pool, bar)
-                done[name] = {"n": n, "bad": bad_here}
-                part = {name: done[name] for name in shards if name in done}
-                write_text(progress, json.dumps({"recipe": recipe, "shards": part}))
-
-    bad = sorted([*bad, *(tuple(row) for part in done.values() for row in part["bad"])])
-    sizes = {name: done[name]["n"] for name in shards if done[name]["n"]}
-    if bad:
-        table = io.StringIO()
-        csv.writer(table).writerows([("line", "image", "reason"), *bad])
-        write_text(args.out / "bad_rows.csv", table.getvalue())
-    write_text(args.out / "sizes.json", json.dumps(sizes, indent=2) + "\n")
-    if not sizes:
-        first = f": line {bad[0][0]}, {bad[0][2]}" if bad else ""
-        raise InputError(f"none of the {len(bad):,} rows of {args.csv} can be used{first}")
-    summary(args, samples, sizes, bad, kept)
-
-
-def summary(args, samples, sizes, bad, kept):
-    for split in ("train", "val"):
-        names = [name for name in sizes if name.startswith(split)]
-        size = sum((args.out / name).stat().st_size for name in names) / 1e6
-        print(
-            f"{split:6}{len(names):6,} shards"
-            f"{sum(sizes[name] for name in names):10,} samples{size:11,.1f} MB"
-        )
-    if kept:
-        print(f"{kept:,} of the shards were there already")
-    if bad:
-        print(f"{len(bad):,} rows left out, listed in {args.out / 'bad_rows.csv'}; most often:")
-        for reason, n in Counter(
-            reason.partition(":")[0].partition(" /")[0] for _, _, reason in bad
-        ).most_common(3):
-            print(f"{n:9,}  {reason}")
-    captions = (
-        " --captions json.captions"
-        if any(len(sample["captions"]) > 1 for sample in samples)
-        else ""
-    )
-    val = (
-        f" --val_data '{args.out}/val-*.tar'"
-        if any(name.startswith("val") for name in sizes)
-        else ""
-    )
-    print(f"\nnext: python data.py show '{args.out}/train-*.tar' --picture grid.png")
-    print(f"      python train.py --train_data '{args.out}/train-*.tar'{val}{captions}")
+    todo = {name: shard for name, shard in shards.items() if not is_finished(name)}
+    print(f"{len(shards):,} shards to make, {len(shards) - len(todo):,} of them are there already")
+    encode_one = partial(encode, size=args.size, quality=args.quality)
+    with ThreadPool() as pool:
+        for name, shard in todo.items():
+            encoded = pool.imap(encode_one, [args.images / image for _, image in shard])
+            bar = data.progress(encoded, name, len(shard), unit="image")
+            done[name] = write_shard(args.out / name, shard, samples, bar)
+            write_text(record, json.dumps({"recipe": recipe, "shards": done}))
+    return done
 
 
 def write_text(path, text):
-    """Whole or not at all. surrogateescape: names of files that are not UTF-8 go back to the bytes
-    they were."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, path)
+    data.write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="data.py pack",
-        description="Make shards from a list of images and captions.",
-        allow_abbrev=False,
-    )
+def summary(out, shards, bad):
+    """shards: dict of name -> number of samples."""
+    for split in ("train", "val"):
+        names = [name for name in shards if name.startswith(split)]
+        n, size = sum(shards[name] for name in names), sum((out / n).stat().st_size for n in names)
+        print(f"{split:6}{len(names):6,} shards{n:10,} samples{size / 1e6:11,.1f} MB")
+    if bad:
+        print(f"{len(bad):,} rows cannot be used: see {out / 'bad_rows.csv'}. The main reasons:")
+    for reason, n in Counter(reason.partition(":")[0] for _, _, reason in bad).most_common(3):
+        print(f"{n:9,}  {reason}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--csv",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the list: .csv, .tsv or .jsonl, with column names",
-    )
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
-    add(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder that the list's paths start from (default: the list's)",
-    )
-    add(
-        "--image_column",
-        metavar="NAME",
-        help="column of the image's path (default: found by its name)",
-    )
-    add(
-        "--caption_column",
-        metavar="NAME",
-        help="column of the caption (default: found by its name)",
-    )
-    add(
-        "--size",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="short side at most; 0 keeps the files (default 256)",
-    )
-    add(
-        "--quality",
-        type=int,
-        default=90,
-        metavar="Q",
-        help="of the JPEGs made smaller (default 90)",
-    )
-    add(
-        "--val",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of the images for validation (default .05)",
-    )
-    add(
-        "--shard_size", type=int, default=1000, metavar="N", help="samples per shard (default 1000)"
-    )
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: cores)")
+    add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
+    add("--out", type=Path, required=True, help="folder for the shards")
+    add("--images", type=Path, help="folder of the images (default: the list's)")
+    column = {"nargs": 1, "type": str.lower, "metavar": "NAME"}
+    add("--image_column", default=IMAGE_COLUMNS, help="(default: the likeliest)", **column)
+    add("--caption_column", default=CAPTION_COLUMNS, help="(default: the likeliest)", **column)
+    add("--size", type=number(int, 0), default=256, help="short side; 0 keeps files (default 256)")
+    add("--quality", type=number(int, 1, 100), default=90, help="of new JPEGs (default 90)")
+    add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
+    # A key has five digits for the sample's place in its shard.
+    add("--shard_size", type=number(int, 1, 100_000), default=1000, help="samples (default 1000)")
     args = parser.parse_args(argv)
-    if (
-        args.size < 0
-        or not 0 <= args.val < 1
-        or not 0 < args.shard_size <= 100_000
-        or args.workers < 1
-    ):
-        raise InputError(
-            "--size is 0 or more, --val from 0 to below 1, --shard_size 1 to 100,000, "
-            "--workers 1 or more"
-        )
-    if args.images and not args.images.is_dir():
-        raise InputError(f"there is no folder {args.images}")
-    try:
-        pack(args)
-    except OSError as error:  # no permission, or a full disk: what is done stays done
-        raise InputError(f"cannot write to {args.out}: {error}") from None
+    args.images = (args.images or args.csv.parent).resolve()
+    check(args.images.is_dir(), f"there is no folder {args.images}")
+    samples, bad = read_list(args.csv, args.image_column, args.caption_column)
+    args.out.mkdir(parents=True, exist_ok=True)
+    done = make_shards(args, samples)
+    bad = sorted(bad + [tuple(row) for part in done.values() for row in part["bad"]])
+    table = io.StringIO()
+    csv.writer(table).writerows([("line", "image", "reason"), *bad])
+    write_text(args.out / "bad_rows.csv", table.getvalue())
+    shards = {name: part["n"] for name, part in done.items() if part["n"]}
+    first = f": line {bad[0][0]}, {bad[0][2]}" if bad else ""
+    check(shards, f"none of the rows of {args.csv} can be used{first}")
+    summary(args.out, shards, bad)
+    val = f" --val_data '{args.out}/val-*.tar'" if "val-00000.tar" in shards else ""
+    several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
+    print(f"\nnext: python data.py show '{args.out}/train-*.tar' --picture grid.png")
+    print(f"      python train.py --train_data '{args.out}/train-*.tar'{val}", end="")
+    print(" --captions json.captions" if several else "")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -39,7 +38,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from superclip import InputError  # noqa: E402
+from scripts.vocab import vocabulary_from_words  # noqa: E402
+from superclip import check, cli  # noqa: E402
+
+# What a bare `python train.py` trains with. These settings were chosen together.
+BUILT_IN = {
+    "train_data": ["shapes/train-*.tar"],
+    "val_data": ["shapes/val-*.tar"],
+    "zeroshot_data": ["shapes/zeroshot/colour", "shapes/zeroshot/shape"],
+    "captions": ["json.captions"],  # short or long, drawn anew: zero-shot's prompts are short
+    "val_captions": ["json.long"],  # a short one is true of many scenes
+    "model": "tiny",
+    "weight_decay": 0.1,
+    "epochs": 2.8,
+    "batch_size": 32,
+}
 
 COLOURS = {
     "red": (240, 50, 50), "orange": (255, 150, 20), "yellow": (250, 235, 60),
@@ -147,13 +160,11 @@ def draw(scene, size):
         mask = Image.new("1", (w, h))
         pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
         line = side // 80  # width of the white line: about one pixel of the result
-        points = [((1 + x) / 2 * w, (1 + y) / 2 * h) for x, y in OUTLINES[o["shape"]]]
-        pen.line(points + points[:2], fill="white", width=2 * line, joint="curve")
-        cut.polygon(points, fill=1)
-        if o["shape"] == "ring":
-            hole = [((1 + HOLE * x) / 2 * w, (1 + HOLE * y) / 2 * h) for x, y in OUTLINES["ring"]]
-            pen.line(hole + hole[:2], fill="white", width=2 * line, joint="curve")
-            cut.polygon(hole, fill=0)
+        for scale in (1, HOLE) if o["shape"] == "ring" else (1,):
+            outline = [(scale * x, scale * y) for x, y in OUTLINES[o["shape"]]]
+            points = [((1 + x) / 2 * w, (1 + y) / 2 * h) for x, y in outline]
+            pen.line(points + points[:2], fill="white", width=2 * line, joint="curve")
+            cut.polygon(points, fill=int(scale == 1))
         image.paste(sheet, (x0, y0), mask)
     return image.reduce(4)
 
@@ -262,44 +273,36 @@ def write_classes(out_dir, size, seed, per_class):
 
 def make_shapes(out_dir, train=20_000, val=1_000, size=72, per_class=40, seed=0, per_shard=1_000):
     """Draw the data set into `out_dir`, which appears complete or not at all. `size` in pixels."""
-    if os.path.exists(out_dir):
-        raise InputError(f"{out_dir} is there already: remove it to draw the shapes again")
-    parent = os.path.dirname(os.path.abspath(out_dir))
-    os.makedirs(parent, exist_ok=True)
-    temp = tempfile.mkdtemp(prefix=".shapes-", dir=parent)
+    out_dir = os.path.abspath(out_dir)
+    check(not os.path.exists(out_dir), f"{out_dir} is there already: remove it to draw it again")
+    os.makedirs(os.path.dirname(out_dir), exist_ok=True)
     starts = range(0, train, per_shard)
     tasks = [("val", 0, 0, val)]
     tasks += [("train", k, start, min(start + per_shard, train)) for k, start in enumerate(starts)]
     words = {*PROMPT_WORDS.split(), *COLOURS, *BACKGROUNDS, *SHAPES, *SIZES, *TEXTURES}
-    try:
-        write = functools.partial(write_shard, out_dir=temp, size=size, seed=seed)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=os.path.dirname(out_dir)) as temp:
+        folder = os.path.join(temp, "shapes")
+        os.mkdir(folder)
+        write = functools.partial(write_shard, out_dir=folder, size=size, seed=seed)
         # spawn: to fork a process that has threads, as any that imported torch, may hang
         with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:
-            classes = pool.apply_async(write_classes, (temp, size, seed, per_class))
-            for found in tqdm(
-                pool.imap(write, tasks), "drawing shapes", len(tasks), unit="shard", disable=None
-            ):
+            classes = pool.apply_async(write_classes, (folder, size, seed, per_class))
+            shards = pool.imap(write, tasks)
+            for found in tqdm(shards, "drawing shapes", len(tasks), unit="shard", disable=None):
                 words |= found
             classes.get()  # raises what went wrong in there
-        with open(os.path.join(temp, "vocab.tiktoken"), "w") as f:
-            f.write(data.vocabulary_from_words(sorted(words)))
-        os.chmod(temp, 0o755)  # mkdtemp made it private
-        os.rename(temp, out_dir)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
+        vocabulary = vocabulary_from_words(sorted(words))
+        data.write_file(f"{folder}/vocab.tiktoken", lambda file: file.write(vocabulary.encode()))
+        os.rename(folder, out_dir)
 
 
-def main(argv=None):
+def main(argv):
     parser = argparse.ArgumentParser(description="Draw the shapes as shards.", allow_abbrev=False)
-    parser.add_argument("--out", default="shapes", help="folder to make")
-    parser.add_argument("--train", type=int, default=20_000, help="training scenes")
-    parser.add_argument("--val", type=int, default=1_000, help="validation scenes")
-    parser.add_argument("--size", type=int, default=72, help="side of the pictures in pixels")
+    parser.add_argument("--out", default="shapes", help="folder to make (default shapes)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes")
     args = parser.parse_args(argv)
-    make_shapes(args.out, args.train, args.val, args.size, seed=args.seed)
+    make_shapes(args.out, seed=args.seed)
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

@@ -1,40 +1,45 @@
 """Look at shards before training on them:
 
-    python data.py show SHARDS [--n 8] [--picture grid.png]
+    python data.py show SHARDS --picture grid.png
 
-Prints counts, caption lengths, what is dropped and why, and samples with their tokens and label
-weights: what the word head is asked to predict. The weights are the IDF over the captions of these
-shards.
+Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
+their tokens and label weights: what the word head is asked to predict. The weights are the IDF over
+the captions of these shards.
 """
 
 import argparse
 import math
+import sys
 import textwrap
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-import data
-from superclip import PAD, InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from scripts.pictures import contact_sheet, picture_format  # noqa: E402
+from scripts.vocab import find_tokenizer  # noqa: E402
+from superclip import PAD, cli, number  # noqa: E402
 
-CELL, GAP = 240, 16  # pixels of the picture: side of an image, and what lies between
+SIDE = 240  # pixels of an image in the picture
+fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
+
+
+def texts_of(pairs, row):
+    """All captions of a sample. Raises BadSample."""
+    return [text for source in dict.fromkeys(pairs.captions) for text in pairs.texts(row, source)]
 
 
 def examine(pairs):
-    """All captions of the shards, as one pass: dict of counts. Images are not decoded here."""
-    lengths, document_counts, seen, bad = [], Counter(), Counter(), []
-    for row in tqdm(
-        pairs.index.tolist(),
-        desc="reading captions",
-        unit="sample",
-        delay=1,
-        leave=False,
-        disable=None,
-    ):
+    """Read all captions -> (lengths: list of tokens in each; document_counts: in how many captions
+    a token is; repeats: how many samples have a caption; bad: list of (shard, key, reason)). Images
+    are not decoded."""
+    lengths, document_counts, repeats, bad = [], Counter(), Counter(), []
+    for row in data.progress(pairs.index.tolist(), "reading captions", unit="sample"):
         try:
-            texts = pairs.texts(row, pairs.captions)
+            texts = texts_of(pairs, row)
         except (data.BadSample, OSError) as error:
             bad.append((pairs.shards[row[0]], pairs.key(row), str(error)))
             continue
@@ -42,176 +47,107 @@ def examine(pairs):
             ids = pairs.tokenizer.encode(text)
             lengths.append(len(ids))
             document_counts.update(set(ids))
-            seen[" ".join(data.clean(text).split())] += 1
-    return dict(lengths=lengths, document_counts=document_counts, seen=seen, bad=bad)
+        # Within one sample, twins do no harm: they count once.
+        repeats.update({" ".join(data.clean(text).split()) for text in texts})
+    return lengths, document_counts, repeats, bad
 
 
-def label(ids, document_counts, n):
-    """ids of a caption -> list of (id, share of the label): the set of tokens, by IDF, normalised
-    to sum 1."""
-    weights = {
-        i: math.log((n + 1) / (document_counts[i] + 1)) for i in dict.fromkeys(ids) if i != PAD
-    }
-    total = sum(weights.values()) or 1.0
-    return [(i, weight / total) for i, weight in weights.items()]
-
-
-def report(pairs, found, context_length):
-    n, lengths = len(found["lengths"]), sorted(found["lengths"])
-    print(
-        f"{len(pairs):,} samples in {len(pairs.shards):,} shards, "
-        f"{n:,} captions from {pairs.captions}"
-    )
-    if n:
-        at = {q: lengths[min(n - 1, q * n // 100)] for q in (1, 25, 50, 75, 99)}
-        print(
-            "tokens a caption: "
-            + ", ".join(f"{q} % {length}" for q, length in at.items())
-            + f", longest {lengths[-1]}"
-        )
-        # start and end need a place, too
-        long = sum(length + 2 > context_length for length in lengths)
-        print(
-            f"longer than {context_length} tokens with start and end: {long:,} ({long / n:.1%}); "
-            "labels use all of it"
-        )
-        repeated = sum(count - 1 for count in found["seen"].values())
-        print(f"captions that another caption repeats: {repeated:,} ({repeated / n:.1%})")
-        for text, count in found["seen"].most_common(3):
-            if count > 1:
-                print(f"{count:9,} x {textwrap.shorten(text, 90)}")
-
-
-def report_bad(bad):
-    print(f"dropped or doubtful: {len(bad):,}")
-    kinds = Counter(kind(reason) for _, _, reason in bad)
-    for name, count in kinds.most_common():
-        print(f"{count:9,}  {name}")
-        for shard, key, reason in [entry for entry in bad if kind(entry[2]) == name and entry[0]][
-            :3
-        ]:
-            print(f"{'':11}{shard} {key}: {textwrap.shorten(reason, 100)}")
-
-
-def kind(reason):
-    """A reason without what belongs to one sample: numbers, and names of files."""
-    head = reason.partition(":")[0]
-    return " ".join(word for word in head.split() if not any(c.isdigit() or c == "/" for c in word))
-
-
-def choose(pairs, n, seed=0):
-    """n samples of which image and captions can be used, drawn at random: list of (row, image
-    tensor, captions), and what was bad on the way."""
+def choose(pairs, n, seed):
+    """n samples at random -> (list of (row, image, captions), bad as in examine: images that cannot
+    be decoded)."""
     chosen, bad = [], []
     for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(chosen) == n or len(bad) > 1000:
-            break
         row = pairs.index[i].tolist()
         try:
-            texts = pairs.texts(row, pairs.captions)
-            chosen.append((row, data.load_image(pairs.read(row, data.IMAGE), CELL), texts))
+            texts = texts_of(pairs, row)
+            chosen.append((row, data.load_image(pairs.read(row, data.IMAGE), SIDE), texts))
         except (data.BadSample, OSError) as error:
             bad.append((pairs.shards[row[0]], pairs.key(row), str(error)))
+        if len(chosen) == n or len(bad) == 1000:
+            break
     return chosen, bad
 
 
-def print_samples(pairs, chosen, found):
-    n = len(found["lengths"])
-    for row, _, texts in chosen:
-        print(f"\n{pairs.shards[row[0]]} {pairs.key(row)}")
-        for text in texts:
-            print(
-                textwrap.fill(
-                    " ".join(text.split()), 100, initial_indent="  ", subsequent_indent="    "
-                )
-            )
-        ids = pairs.tokenizer.encode(texts[0])
-        shares = sorted(label(ids, found["document_counts"], n), key=lambda entry: -entry[1])
-        words = "  ".join(f"{pairs.tokenizer.decode([i])} {share:.2f}" for i, share in shares[:20])
-        print(
-            f"  {len(ids)} tokens of the first caption: "
-            + textwrap.shorten(" ".join(map(str, ids)), 80)
-        )
-        print(textwrap.fill(f"label: {words}", 100, initial_indent="  ", subsequent_indent="    "))
+def report_captions(lengths, repeats, context_length):
+    n, lengths = len(lengths), sorted(lengths)
+    quantiles = [f"{lengths[q * n // 100]} ({q} %)" for q in (1, 25, 50, 75, 99)]
+    print(f"tokens per caption: {', '.join(quantiles)}, longest {lengths[-1]}")
+    # Start and end need a place, too.
+    long = sum(length + 2 > context_length for length in lengths)
+    print(f"longer than {context_length} tokens: {long:,} ({long / n:.1%}); labels use all of it")
+    # The contrastive loss treats the image of a caption's twin as wrong, though it fits as well.
+    twins = sum(count for count in repeats.values() if count > 1)
+    print(f"captions with a twin: {twins:,} ({twins / n:.1%}); in one batch, false negatives")
+    for text, count in repeats.most_common(3):
+        if count > 1:
+            print(f"{count:9,} x {textwrap.shorten(text, 90)}")
 
 
-def draw(chosen, path):
-    """The images as the model sees them, their first captions below, as a picture of at most four
-    columns."""
-    font = ImageFont.load_default(size=15)
-    columns = min(4, len(chosen))
-    captions = [wrap(" ".join(texts[0].split()), font, lines=4) for _, _, texts in chosen]
-    line = 19  # pixels
-    height = CELL + 6 + line * max(len(lines) for lines in captions)
-    rows = math.ceil(len(chosen) / columns)
-    picture = Image.new("RGB", (GAP + columns * (CELL + GAP), GAP + rows * (height + GAP)), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, ((_, image, _), lines) in enumerate(zip(chosen, captions, strict=True)):
-        x, y = GAP + i % columns * (CELL + GAP), GAP + i // columns * (height + GAP)
-        picture.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (x, y))
-        for j, text in enumerate(lines):
-            pen.text((x, y + CELL + 4 + j * line), text, fill="black", font=font)
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:  # ValueError: an extension that Pillow does not know
-        raise InputError(f"cannot write the picture {path}: {error}") from None
+def report_unused(unused):
+    """unused: list of (shard, key, reason). Prints their number by reason, with three examples."""
+    print(f"not used: {len(unused):,}")
+    kinds = Counter(reason.partition(":")[0] for _, _, reason in unused)
+    for kind, count in kinds.most_common():
+        print(f"{count:9,}  {kind}")
+        examples = [entry for entry in unused if entry[2].partition(":")[0] == kind][:3]
+        for shard, key, reason in examples:
+            # tarfile turns a name that is not UTF-8 into one that cannot be printed.
+            example = f"{'':11}{shard} {key}: {textwrap.shorten(reason, 90)}"
+            print(example.encode(errors="replace").decode())
 
 
-def wrap(text, font, lines):
-    """text -> list of at most `lines` lines that fit below an image; the last ends in dots if there
-    is more."""
-    out, words = [""], text.split()
-    for word in words:
-        while font.getlength(word) > CELL:  # a word without end, such as an address
-            word = word[:-1]
-        if font.getlength(f"{out[-1]} {word}") > CELL and out[-1]:
-            out.append("")
-        out[-1] = f"{out[-1]} {word}".strip()
-    if len(out) > lines:
-        last = out[lines - 1]
-        while font.getlength(last + "...") > CELL:
-            last = last[:-1]
-        out = [*out[: lines - 1], last.rstrip() + "..."]
-    return out
+def label(ids, document_counts, n):
+    """ids of one of n captions -> its label as a list of (id, weight), the largest weight first:
+    the set of its tokens, weighted by IDF and normalised, as classification_loss has it."""
+    idf = {i: math.log((n + 1) / (document_counts[i] + 1)) for i in ids if i != PAD}
+    total = sum(idf.values()) or 1.0
+    return sorted(((i, value / total) for i, value in idf.items()), key=lambda pair: -pair[1])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="data.py show",
-        description="Look at shards before training on them.",
-        allow_abbrev=False,
-    )
+def print_sample(pairs, row, texts, document_counts, n):
+    """The captions of a sample, and what training makes of the first one."""
+    print(f"\n{pairs.shards[row[0]]} {pairs.key(row)}")
+    for text in texts:
+        print(fill(text))
+    ids = pairs.tokenizer.encode(texts[0])
+    shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
+    print(f"  {len(ids)} tokens of the first caption: {shortened}")
+    weights = label(ids, document_counts, n)[:20]
+    words = [f"{pairs.tokenizer.decode([i])} {weight:.2f}" for i, weight in weights]
+    print(fill("label: " + "  ".join(words)))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("shards", nargs="+", help="tar files, folders, globs or braces")
-    add("--n", type=int, default=8, metavar="N", help="samples to print and draw (default 8)")
-    add(
-        "--picture",
-        metavar="FILE",
-        help="draw the samples with their captions into this file, such as grid.png",
-    )
-    add("--captions", default="txt", metavar="SOURCE", help="txt, or json.FIELD (default txt)")
-    add(
-        "--vocab",
-        metavar="FILE",
-        help="clip or a file (default: vocab.tiktoken beside the shards, else clip)",
-    )
-    add(
-        "--context_length",
-        type=int,
-        default=77,
-        metavar="TOKENS",
-        help="of the text tower (default 77)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of the choice of samples (default 0)")
+    add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
+    add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
+    add("--picture", help="file to draw the samples into, such as grid.png")
+    add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--context_length", type=number(int, 3), default=77, help="in tokens (default 77)")
+    add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
     args = parser.parse_args(argv)
+    if args.picture:
+        picture_format(args.picture)  # a mistake is told before the work
     shards = data.expand(args.shards)
-    pairs = data.Pairs(shards, data.find_tokenizer(args.vocab, shards), CELL, args.captions)
-    found = examine(pairs)
+    pairs = data.Pairs(shards, find_tokenizer(args.vocab, shards), SIDE, args.captions)
+    lengths, document_counts, repeats, bad = examine(pairs)
     chosen, bad_images = choose(pairs, args.n, args.seed)
-    report(pairs, found, args.context_length)
-    # a sample may turn up in both passes; it is named once
-    report_bad(list(dict.fromkeys([*pairs.bad, *found["bad"], *bad_images])))
-    print_samples(pairs, chosen, found)
+    sources = ", ".join(args.captions)
+    print(
+        f"{len(pairs):,} samples in {len(shards):,} shards, {len(lengths):,} captions ({sources})"
+    )
+    if lengths:
+        report_captions(lengths, repeats, args.context_length)
+    report_unused(list(dict.fromkeys([*pairs.unused, *bad, *bad_images])))
+    for row, _, texts in chosen:
+        print_sample(pairs, row, texts, document_counts, len(lengths))
     if args.picture and chosen:
-        draw(chosen, args.picture)
+        images, captions = zip(*[(image, texts[0]) for _, image, texts in chosen])
+        contact_sheet(images, captions, args.picture)
         print(f"\n{args.picture}: {len(chosen)} images with their captions")
+
+
+if __name__ == "__main__":
+    cli(main)

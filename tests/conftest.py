@@ -2,8 +2,10 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
+from material import COLOURS, make_model, png, write_checkpoint
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 
@@ -22,3 +24,20 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a small model with random weights."""
+    return write_checkpoint(tmp_path / "model.pt", make_model())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder for each of three colours, with four pictures in each."""
+    for c, name in enumerate(("red", "green", "blue")):
+        folder = tmp_path / "classes" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            (folder / f"{i}.png").write_bytes(png(COLOURS[name], np.random.default_rng([c, i])))
+    return tmp_path / "classes"

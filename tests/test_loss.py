@@ -1,4 +1,4 @@
-"""The losses: by hand, against the dense formula, against open_clip, and at the first step."""
+"""The losses: by hand, against the paper's formula, against open_clip, and at the first step."""
 
 import math
 
@@ -34,7 +34,7 @@ def small(**changes):
 
 
 def dense_label(tokens, weights):
-    """The (B, V) label of the paper, equations 2-3, as it is written there."""
+    """The label (B, V) as the paper writes it, equations 2 and 3."""
     y = torch.zeros(len(tokens), len(weights)).scatter_(1, tokens, 1.0) * weights
     return y / y.sum(dim=1, keepdim=True).clamp_min(1e-8)
 
@@ -61,7 +61,8 @@ def test_start_end_and_padding_weigh_nothing_even_where_they_are_rare():
     torch.testing.assert_close(model.token_weights(), expected)
 
 
-def test_counts_are_integers_that_run_on_in_training_mode_only():
+def test_counts_are_integers_that_grow_in_training_mode_only():
+    """They go on where float32 stops at 2**24, and stay integers in a bfloat16 model."""
     model = small().train()
     for _ in range(2):
         model.count_tokens(CAPTIONS)
@@ -73,17 +74,19 @@ def test_counts_are_integers_that_run_on_in_training_mode_only():
     model.token_counts.fill_(2**24)  # where float32 stops counting
     model.count_tokens(CAPTIONS)
     assert model.token_counts[5].item() == 2**24 + 2
-    bf16 = small().to(torch.bfloat16)  # which stops at 256
+    bf16 = small().to(torch.bfloat16)
     assert bf16.token_counts.dtype == torch.int64
 
 
 def test_a_word_beyond_the_context_counts_and_is_learned():
+    """Token 9 of a caption of 11 tokens, with a context of 8: its count, and the gradient of its
+    logit's bias."""
     model = small(context_length=8).train()
     tokens = torch.tensor([[START, 1, 1, 1, 1, 1, 1, END]])
     labels = torch.tensor([[START, 1, 1, 1, 1, 1, 1, 1, 1, 9, END]])
     model(torch.rand(1, 3, 16, 16), tokens, labels)["loss"].backward()
     assert model.token_counts[9].item() == 1
-    assert model.head.linear.bias.grad[9] == 0  # N = n = 1: a word of every caption weighs log(1)
+    assert model.head.linear.bias.grad[9] == 0  # a word of every caption weighs log(1)
     model.num_captions += 1
     model.zero_grad()
     model.eval()(torch.rand(1, 3, 16, 16), tokens, labels)["loss"].backward()
@@ -96,17 +99,17 @@ def test_a_word_beyond_the_context_counts_and_is_learned():
 
 
 def test_classification_loss_by_hand():
+    """Token c has probability (c + 1) / 78. The mean is over three captions, one of them empty."""
     model = small()
     model.count_tokens(CAPTIONS)
-    p = torch.arange(1.0, V + 1) / 78  # 1 + 2 + ... + 12 = 78: token c has probability (c + 1) / 78
+    p = torch.arange(1.0, V + 1) / 78  # 1 + 2 + ... + 12 = 78
     logits = p.log().expand(3, V) + torch.tensor([[0.0], [5.0], [-5.0]])  # a shift changes nothing
     once, twice = math.log(4 / 2), math.log(4 / 3)
     first = -(once * math.log(4 / 78) + twice * math.log(6 / 78)) / (once + twice)
     second = -(once * math.log(3 / 78) + twice * math.log(6 / 78) + once * math.log(8 / 78))
     second /= once + twice + once
     loss = classification_loss(logits, CAPTIONS, model.token_weights())
-    third = 0  # the empty caption, which counts in the mean
-    assert loss.item() == pytest.approx((first + second + third) / 3, rel=1e-6)
+    assert loss.item() == pytest.approx((first + second) / 3, rel=1e-6)
 
 
 def test_order_repetition_and_padding_do_not_matter():
@@ -131,6 +134,7 @@ def test_captions_without_weight_give_zero_loss_and_zero_gradient():
 
 
 def test_value_and_gradient_equal_those_of_the_dense_formula():
+    """Equation 4 on a (B, V) label, and its gradient for the logits."""
     tokens, weights = torch.randint(0, 50, (16, 20)), torch.rand(50)
     logits = torch.randn(16, 50, requires_grad=True)
     ours = classification_loss(logits, tokens, weights)
@@ -142,7 +146,7 @@ def test_value_and_gradient_equal_those_of_the_dense_formula():
 
 
 class Made(TorchDispatchMode):
-    """Keeps the shape and dtype of every tensor that an operation makes anew."""
+    """Keeps every tensor that an operation returns, with the name of the operation."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +160,8 @@ class Made(TorchDispatchMode):
 
 
 def test_no_dense_label_is_made_nor_anything_of_its_size_kept():
-    """The loss makes no (B, V) tensor, and of that size it keeps only the logits for backward."""
+    """No operation makes a tensor as large as (B, V). Of that size, the backward pass keeps only
+    the logits."""
     B, V, T = 8, 1000, 16
     logits = torch.randn(B, V, requires_grad=True)
     tokens, kept = torch.randint(0, V, (B, T)), []
@@ -200,12 +205,31 @@ def test_sigmoid_loss_equals_open_clips(scale, bias):
     same_value_and_gradients(sigmoid_loss(*inputs), theirs, inputs)
 
 
+def loss_and_inputs(loss):
+    """A contrastive loss and its inputs for 24 pairs, all of them with gradients."""
+    if loss == "softmax":
+        return contrastive_loss, (*features(), torch.tensor(14.3, requires_grad=True))
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-8.0, requires_grad=True)
+    return sigmoid_loss, (*features(), scale, bias)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_mean_over_slices_of_rows_is_the_loss_of_the_whole_batch(loss):
+    """Value, and gradients of features, scale and bias: three processes with 8 rows each against
+    one with 24."""
+    function, inputs = loss_and_inputs(loss)
+    parts = [function(*inputs, rows=slice(i, i + 8)) for i in (0, 8, 16)]
+    assert len({part.item() for part in parts}) == 3
+    same_value_and_gradients(torch.stack(parts).mean(), function(*inputs), inputs)
+
+
 def test_unrelated_features_give_ln_B():
-    """Similarities of random directions have variance 1 / E, which adds scale^2 / 2E to ln B."""
+    """Random directions: similarities have variance 1 / E, which adds scale^2 / 2E to ln B. Equal
+    features: ln B."""
     for scale in (1.0, 1 / 0.07):
         loss = contrastive_loss(*features(B=64, E=2048), torch.tensor(scale))
         assert loss.item() == pytest.approx(math.log(64) + scale**2 / 4096, abs=0.03)
-    same = F.normalize(torch.ones(64, 8), dim=-1)  # nothing tells the pairs apart
+    same = F.normalize(torch.ones(64, 8), dim=-1)
     assert contrastive_loss(same, same, 100.0).item() == pytest.approx(math.log(64), rel=1e-6)
 
 
@@ -218,7 +242,8 @@ def test_perfect_features_give_zero_at_the_largest_scale():
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_contrastive_logits_are_fp32_under_autocast(loss):
-    """In bf16 logits near 100 lie 0.5 apart; here the loss is that of double precision."""
+    """All matrix products are float32, and the loss equals one computed in float64. In bfloat16,
+    logits near 100 are 0.5 apart."""
     images, texts = F.normalize(torch.randn(2, 32, 64) * 0.05 + torch.randn(64), dim=-1)
     extra = (torch.tensor(100.0),) if loss == "softmax" else (torch.tensor(100.0), -95.0)
     function = contrastive_loss if loss == "softmax" else sigmoid_loss
@@ -241,7 +266,7 @@ def test_contrastive_logits_are_fp32_under_autocast(loss):
 
 
 def test_losses_at_the_first_step_are_those_that_theory_gives():
-    """Contrastive near ln B. Classification near ln V + 1/2 = 11.31: the logits have variance 1."""
+    """Contrastive: ln B. Classification: ln V + 1/2 = 11.31, since the logits have variance 1."""
     model = small(vocab_size=49408, context_length=77, embed_dim=512)
     tokens = torch.randint(1, 49000, (64, 20))
     tokens[:, 0], tokens[:, -1] = 49406, 49407
@@ -270,7 +295,7 @@ def test_one_batch_can_be_overfitted():
     assert out["contrastive_loss"].item() < 0.02
     assert entropy <= out["classification_loss"].item() < entropy + 0.05
     top = model.eval().class_logits(images).topk(3).indices
-    assert all(label[i, top[i]].min() > 0 for i in range(B))  # it names words of the caption
+    assert all(label[i, top[i]].min() > 0 for i in range(B))  # words of the caption
 
 
 def test_cls_weight_scales_the_word_loss_and_nothing_else():

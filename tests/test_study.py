@@ -1,4 +1,4 @@
-"""The study, scripts/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
+"""The study, study/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import torch
 
 import data
-from scripts import compare_log, shapes, small_batch, small_batch_run
+from scripts import shapes
+from scripts.vocab import vocabulary_from_words
+from study import small_batch, small_batch_run
 
 
 def study_args(folder, **changes):
@@ -88,9 +90,12 @@ def test_groups_contrast_within_themselves():
     whole = small_batch_run.make_model(spec, 50)
     parted = small_batch_run.make_model({**spec, "group": 4}, 50)
     images, texts = torch.randn(2, 8, 128).div(12)
-    by_hand = (whole.pair_loss(images[:4], texts[:4]) + whole.pair_loss(images[4:], texts[4:])) / 2
-    assert torch.allclose(parted.pair_loss(images, texts), by_hand)
-    assert not torch.allclose(whole.pair_loss(images, texts), by_hand)
+    rest = whole.logit_scale, None
+    halves = [whole.pair_loss(images[half], texts[half], *rest) for half in (slice(4), slice(4, 8))]
+    by_hand = sum(halves) / 2
+    everything = slice(None)
+    assert torch.allclose(parted.pair_loss(images, texts, *rest, everything), by_hand)
+    assert not torch.allclose(whole.pair_loss(images, texts, *rest, everything), by_hand)
 
 
 def test_runs_and_report(tmp_path, monkeypatch):
@@ -99,8 +104,8 @@ def test_runs_and_report(tmp_path, monkeypatch):
     scenes = [shapes.make_scene(rng) for _ in range(64)]
     texts = [shapes.describe(scene, rng) for scene in scenes]
     words = sorted({w for pair in texts for text in pair for w in data.WORD.findall(text)})
-    tokenizer = data.Tokenizer(data.vocabulary_from_words(words))
-    images = torch.stack([data.Preprocess(72)(shapes.draw(scene, 72)) for scene in scenes])
+    tokenizer = data.Tokenizer(vocabulary_from_words(words))
+    images = torch.stack([data.load_image(shapes.draw(scene, 72), 72) for scene in scenes])
     tokens = torch.stack([tokenizer([*pair]) for pair in texts]).int()
     table = {"images": images, "tokens": tokens, "scenes": json.dumps(scenes)}
     for name in ("train", "val"):
@@ -121,26 +126,6 @@ def test_runs_and_report(tmp_path, monkeypatch):
         if spec["cls_weight"]:  # a bag of words cannot tell
             assert result["scores"]["head swap"]["value"] == 0.5
     small_batch.report(args)
-    text = Path(tmp_path / "small_batch.md").read_text()
+    text = Path(tmp_path / "results.md").read_text()
     assert "*gain*" in text and "swap" in text and args.figure.stat().st_size > 10_000
     assert not small_batch.missing(args, rows)
-
-
-def test_logs_are_compared_at_equal_samples_seen(tmp_path, capsys):
-    """A log goes on with another batch size: a stretch is a stretch of samples, not of steps."""
-    for name, batches in (("a", [16] * 10), ("b", [16] * 5 + [80])):
-        rows = [{"header": {"batch_size": 16}}]
-        seen = 0
-        for step, batch_size in enumerate(batches, start=1):
-            seen += batch_size
-            losses = {"contrastive_loss": seen / 100, "classification_loss": 1.0}
-            rows.append({"step": step, "samples": seen, **losses})
-        rows.append({"step": step, "samples": seen, "mean_r1": 0.5})
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    compare_log.main([str(tmp_path / "b"), "--reference", str(tmp_path / "a")])
-    lines = capsys.readouterr().out.splitlines()
-    for i in range(10):
-        own = "-" if 5 <= i < 9 else f"{16 * (i + 1) / 100:.3f}"
-        expected = [f"{16 * (i + 1)}", own, f"{16 * (i + 1) / 100:.3f}"]
-        assert lines[2 + i].split()[:3] == expected
-    assert lines[12].endswith("mean R@1 50.0 % after 160 samples")

@@ -6,11 +6,11 @@ augmentation, the one thing that differs from a step of train.py, whose function
 """
 
 import json
-import math
 import os
 import platform
 import random
 import re
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ import eval as evaluation
 import superclip
 import train
 from scripts import shapes
+from scripts.vocab import find_tokenizer
 
 # What there is to say of a run, and what it is if nothing is said.
 RUN = dict(
@@ -84,7 +85,7 @@ def questions(scene, i):
 def right(scores, answers):
     """scores (N, C), answers (N,) -> score dict of the share that is right, ties as by chance."""
     own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, answers[:, None], True)
-    hits = evaluation._recall(*evaluation._first_hit(scores, own), 1)
+    hits = evaluation.recall(*evaluation.place(scores, own), 1)
     return evaluation.score(hits, 1 / scores.shape[1])
 
 
@@ -168,7 +169,7 @@ class Table:
 
 
 def write_table(path, shards, tokenizer, image_size, jobs):
-    pairs = data.Pairs(data.expand(shards), tokenizer, image_size, "json.captions")
+    pairs = data.Pairs(data.expand(shards), tokenizer, image_size, ["json.captions"])
     images, ids = [], []
     dataset = evaluation.ShardImages(pairs)
     for pixels, texts in evaluation.batches(dataset, 256, jobs, f"decoding {path.stem}"):
@@ -193,7 +194,7 @@ def prepare(args, cache):
     tokenizer = shapes_tokenizer()
     for name in ("train", "val"):
         path = cache / f"shapes-{name}.pt"
-        write_table(path, f"shapes/{name}-*.tar", tokenizer, 72, args.jobs)
+        write_table(path, [f"shapes/{name}-*.tar"], tokenizer, 72, args.jobs)
     singles = []
     for pair in shapes.COMBINATIONS:
         for i in range(PER_CLASS):
@@ -201,7 +202,7 @@ def prepare(args, cache):
             singles.append(data.load_image(shapes.jpeg(scene, 72), 72))
     torch.save(torch.stack(singles), cache / "singles.pt")
     if args.flickr and "flickr" in args.only:
-        tokenizer = data.find_tokenizer("clip")
+        tokenizer = find_tokenizer("clip")
         for name, shards in (("train", args.flickr), ("val", args.flickr_val)):
             write_table(cache / f"flickr-{name}.pt", shards, tokenizer, 72, args.jobs)
 
@@ -212,7 +213,7 @@ def trim(tokens):
 
 
 def read_batch(table, spec, step):
-    """-> images (B, 3, S, S), tokens (B, T), label_tokens (B, T'), as train.py would draw them."""
+    """-> dict of images (B, 3, S, S), tokens (B, T), label_tokens (B, T'), as train.py loads it."""
     pairs = data.batch_indices(len(table), spec["batch_size"], spec["seed"], step)
     samples = torch.tensor([sample for _, sample in pairs])
 
@@ -225,7 +226,7 @@ def read_batch(table, spec, step):
 
     tokens = captions(spec["captions"])
     labels = captions(spec["label_captions"]) if spec["label_captions"] else tokens
-    return table.images[samples], tokens, labels
+    return {"images": table.images[samples], "tokens": tokens, "label_tokens": labels}
 
 
 def make_model(spec, vocab_size):
@@ -240,9 +241,9 @@ def make_model(spec, vocab_size):
     if spec["group"]:  # each image is told from the captions of its own group only
         pair_loss = model.pair_loss
 
-        def loss_of_groups(*features):
-            groups = zip(*(f.split(spec["group"]) for f in features), strict=True)
-            return torch.stack([pair_loss(*group) for group in groups]).mean()
+        def loss_of_groups(images, texts, scale, bias, rows):  # rows: all, in one process
+            groups = zip(images.split(spec["group"]), texts.split(spec["group"]), strict=True)
+            return torch.stack([pair_loss(*group, scale, bias) for group in groups]).mean()
 
         model.pair_loss = loss_of_groups
     return model.train()
@@ -250,7 +251,7 @@ def make_model(spec, vocab_size):
 
 def set_up():
     """-> device, dtype, autocast, scaler: bf16 if the CPU has units for it, as a bare train.py."""
-    machine = SimpleNamespace(device="cpu", dtype=None, train_data=train.BUILT_IN["train_data"])
+    machine = SimpleNamespace(device="cpu", dtype=None, train_data=shapes.BUILT_IN["train_data"])
     _, _, device, dtype = train.set_up(machine)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
@@ -266,20 +267,16 @@ def run(task):
     table = Table(cache / f"{spec['data']}-train.pt", slice(-1000) if search else slice(None))
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
-    settings = SimpleNamespace(**spec, weight_decay=train.BUILT_IN["weight_decay"])
-    optimizer = train.make_optimizer(model, settings, device)
+    settings = SimpleNamespace(**spec, weight_decay=shapes.BUILT_IN["weight_decay"])
+    optimizer, towers = train.make_optimizer(model, settings), train.Towers(model)
     steps, patches = spec["samples"] // spec["batch_size"], model.visual.grid**2
+    everything = slice(None)
     for step in range(steps):
-        batch = read_batch(table, spec, step)
-        keep = train.patches_to_keep(settings, step, patches, 0, 1, device)
-        optimizer.zero_grad(set_to_none=True)
-        losses = train.forward_backward(model, *batch, keep, None, autocast, scaler)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate_at(step, spec["learning_rate"], steps // 10, steps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
+        parts = [read_batch(table, spec, step)]
+        keep = train.patches_to_keep(settings, step, patches, everything, device)
+        losses = train.forward_backward(towers, model, parts, keep, everything, autocast, scaler)
+        rate = train.learning_rate_at(step, spec["learning_rate"], steps // 10, steps)
+        train.update(model, optimizer, scaler, rate)
     trained = time.perf_counter() - start
     name = "train" if search else "val"
     held_out = Table(cache / f"{spec['data']}-{name}.pt", slice(-1000 if search else 0, None))
@@ -301,10 +298,14 @@ def provenance():
     info = Path("/proc/cpuinfo")  # on Linux; platform is vague there
     names = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
     machine = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
-    date = time.strftime("%Y-%m-%d %H:%M")
+    describe, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    git = subprocess.run(describe, cwd=here, capture_output=True, text=True)
     return {
-        "commit": train.git_commit(), "torch": torch.__version__, "machine": machine, "date": date
-    }  # fmt: skip
+        "commit": git.stdout.strip(),
+        "torch": torch.__version__,
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 def write_json(path, content):

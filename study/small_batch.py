@@ -1,8 +1,8 @@
 """The paper's claims, reproduced small: CLIP against SuperCLIP on the built-in shapes.
 
-    python scripts/small_batch.py --quick        the effect, in four minutes
-    python scripts/small_batch.py                everything, an hour and a half on two cores
-    python scripts/small_batch.py report         figure and tables again, from results/
+    python study/small_batch.py --quick        the effect, in four minutes
+    python study/small_batch.py                everything, an hour and a half on two cores
+    python study/small_batch.py report         figure and tables again, from study/
 
 Parts, for --only: negatives (how many pairs a pair is told from), length (of training), main (batch
 sizes), captions (mixes), ablations, flickr (photographs, if --flickr names shards of them), cost.
@@ -27,14 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
 import superclip
 import train
-from scripts import small_batch_run
-from scripts.small_batch_run import KINDS, RUN
+from study import small_batch_run
+from study.small_batch_run import KINDS, RUN
 
 PARTS = ("negatives", "length", "main", "captions", "ablations", "flickr", "cost")
 METHODS = {"CLIP": 0.0, "SuperCLIP": 1.0}  # name -> cls_weight
@@ -211,12 +211,15 @@ def step_seconds(config, batch_size, pairs):
     images = torch.randint(256, (batch_size, 3, config.image_size, config.image_size)).byte()
     tokens = torch.randint(1, config.vocab_size - 1, (batch_size, 32))
     tokens[:, -1] = config.vocab_size - 1
+    part = {"images": images, "tokens": tokens, "label_tokens": tokens}
     times = [[], []]
     for _ in tqdm(range(pairs), desc=f"timing {config.vision_width} wide", leave=False):
         for model, own in zip(models, times, strict=True):
             model.zero_grad(set_to_none=True)
             start = time.perf_counter()
-            train.forward_backward(model, images, tokens, tokens, None, None, autocast, scaler)
+            train.forward_backward(
+                train.Towers(model), model, [part], None, slice(None), autocast, scaler
+            )
             own.append(time.perf_counter() - start)
     return [min(own) for own in times]
 
@@ -228,11 +231,14 @@ def cost(args):
     for name, batch_size, pairs in (("tiny", 32, 50), ("ViT-B-16", 4, 8), ("ViT-L-16", 0, 0)):
         vocab = tiny_vocab if name == "tiny" else 49408
         config = superclip.SuperCLIPConfig.preset(name, vocab_size=vocab)
-        with torch.device("meta"):  # shapes alone: nothing is computed
+        # The counter knows matrix products, but not the CPU's flash attention.
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model = superclip.SuperCLIP(config)
             image = torch.zeros(1, 3, config.image_size, config.image_size)
             text = torch.zeros(1, config.context_length, dtype=torch.long)
-            towers, linear = flops_of(lambda m=model, i=image, t=text: m.encode_pairs(i, t))
+            towers, linear = flops_of(
+                lambda m=model, i=image, t=text: (m.encode_image(i), m.encode_text(t))
+            )
             head, _ = flops_of(lambda m=model, c=config: m.head(torch.zeros(1, 2, c.vision_width)))
         result["models"][name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -446,20 +452,20 @@ def figure(args):
 def report(args):
     lines = ["# CLIP and SuperCLIP on small batches", "",
              "Mean ± standard deviation over seeds, in percent; *gain*: SuperCLIP minus CLIP of "
-             "the same seed. Made by `python scripts/small_batch.py`; each run's "
+             "the same seed. Made by `python study/small_batch.py`; each run's "
              "arguments, versions, commit, machine and seconds are in runs/.", ""]  # fmt: skip
     for part in COLUMNS:
         lines += table_of(args, part)
         if part == "negatives":
             lines += attribute_table(args)
     lines += cost_table(args) + search_table(args)
-    (args.out_dir / "small_batch.md").write_text("\n".join(lines))
-    for made in (args.out_dir / "small_batch.md", figure(args)):
+    (args.out_dir / "results.md").write_text("\n".join(lines))
+    for made in (args.out_dir / "results.md", figure(args)):
         if made:
             print(f"wrote {made}")
 
 
-def main(argv=None):
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("command", nargs="?", choices=("run", "report"), default="run")
@@ -473,7 +479,7 @@ def main(argv=None):
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
     add("--flickr_samples", type=int, default=36_000, help="seen by each run (default 36000)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
-    add("--out_dir", type=Path, help="(default results; with --quick out-quick)")
+    add("--out_dir", type=Path, help="(default study; with --quick out-quick)")
     add("--figure", type=Path, help="(default assets/small_batch.png; else in out_dir)")
     args = parser.parse_args(argv)
     if args.quick:
@@ -481,7 +487,7 @@ def main(argv=None):
     args.figure = args.figure or Path(
         args.out_dir or ("out-quick" if args.quick else "assets"), "small_batch.png"
     )
-    args.out_dir = args.out_dir or Path("out-quick" if args.quick else "results")
+    args.out_dir = args.out_dir or Path("out-quick" if args.quick else "study")
     args.batch_sizes = [int(B) for B in args.batch_sizes.split(",")]
     args.groups = [int(g) for g in args.groups.split(",")]
     args.only = args.only.split(",") if args.only else list(PARTS)
@@ -501,4 +507,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    superclip.cli(main)
