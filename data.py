@@ -175,7 +175,6 @@ class Tokenizer:
 # Columns of an index row: shard number, then block and size in bytes of image, text and json.
 IMAGE, TEXT, JSON = 1, 3, 5
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
-INDEX_VERSION = 3  # raise it when read_headers changes, and old caches are not used
 BLOCK = 512  # bytes; a tar is made of such blocks, and 32 bits count the blocks of a terabyte
 
 
@@ -214,14 +213,16 @@ def split_name(name):
 def read_headers(path, number):
     """A shard and its number -> (index rows, an int32 array (n, 7); list of (key, reason) of the
     samples and parts that are not used)."""
-    rows, unused = {}, {}
+    rows, unused, others = {}, {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
+                if column is None and member.isfile():  # metadata, or a key with a dot in it
+                    others[extension] = others.get(extension, 0) + 1
                 if column is None or not key or not member.isfile():
-                    continue  # folders, links, hidden files, and other metadata
+                    continue
                 row = rows.setdefault(key, [number] + [0] * 6)
                 if row[column]:
                     unused[key] = f"there twice, the first one is used: {member.name}"
@@ -232,6 +233,7 @@ def read_headers(path, number):
                 unused[""] = f"damaged header, the rest is not read: byte {tar.offset}"
     except (tarfile.TarError, OSError) as error:
         unused[""] = f"{error}; the rest is not read"
+    unused |= {f"*{e}": f"not an image, a .txt or a .json: {n:,} files" for e, n in others.items()}
     for key in [key for key, row in rows.items() if not row[IMAGE]]:
         del rows[key]
         unused.setdefault(key, "no image, or an empty one")
@@ -246,9 +248,10 @@ def build_index(shards):
     That is 28 bytes a sample in one tensor, which worker processes share. Python objects would be
     copied to each of them. The index is cached until the size or mtime of a shard changes.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip"
+    # The folder has another name when read_headers changes, so that old caches are not used.
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip-4"
     name = hashlib.sha1("\n".join(map(os.path.abspath, shards)).encode()).hexdigest()
-    stamp = [INDEX_VERSION, *((s.st_size, s.st_mtime_ns) for s in map(os.stat, shards))]
+    stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
     with suppress(Exception):  # there is no cache, or a damaged one
         cached = torch.load(folder / name, weights_only=True)
         if cached["stamp"] == stamp:
@@ -344,9 +347,7 @@ def load_image(source, size, rng=None):
 MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
 
 
-@lru_cache(maxsize=500)  # a process may open about a thousand files
-def open_shard(path):
-    return open(path, "rb")
+open_shard = lru_cache(maxsize=500)(partial(open, mode="rb"))  # a process may open a thousand
 
 
 class Pairs(Dataset):

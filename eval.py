@@ -264,9 +264,8 @@ def print_retrieval(result):
     """A line for each score of retrieval()."""
     for way, part in result.items():
         for name, value in part.items():
-            if name != "median_rank":
-                print(line(f"{way.replace('_', ' ')} {name}", value))
-        print(f"{way.replace('_', ' ')} median rank {part['median_rank']:.0f}")
+            label = f"{way} {name}".replace("_", " ")
+            print(line(label, value) if isinstance(value, dict) else f"{label} {value:.0f}")
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates=TEMPLATES):
@@ -510,7 +509,9 @@ def main(argv):
     if argv[:1] == ["words"]:  # it draws, and lives in scripts/
         return data.run_script(("words",), __doc__)
     args = make_parser().parse_args(argv)
-    check(not args.json or Path(args.json).parent.is_dir(), f"there is no folder for {args.json}")
+    # Checked now, and not after an evaluation. The suffix protects checkpoints and shards.
+    fine = not args.json or (args.json.endswith(".json") and Path(args.json).parent.is_dir())
+    check(fine, "--json needs a name that ends in .json, in a folder that exists")
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)
     if args.json:

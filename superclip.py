@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         # Embeddings are float32 even under autocast. Cast them once, and the residual stream has
         # autocast's dtype from the first block to the last.
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -36,7 +36,7 @@ import eval as evaluation
 from scripts.report import Log, describe_run, fingerprint, summary, validate
 from scripts.shapes import BUILT_IN, make_shapes
 from scripts.vocab import find_tokenizer
-from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # -----------------------------------------------------------------------------
 # Options
@@ -188,9 +188,9 @@ def gather(features):
     works on copies of the features anyway."""
     if not dist.is_initialized():
         return features
-    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, features)
-    return torch.cat(parts)
+    everyone = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
+    dist.all_gather_into_tensor(everyone, features)
+    return everyone
 
 
 class Stop:
@@ -349,7 +349,7 @@ def make_model(args, start_from, tokenizer, device):
         if new.keys() > loaded.keys():
             print("the checkpoint has no word head: it starts from random weights")
     if device.type == "cpu" and model.visual.grid < 10:
-        # This setting governs the CPU, too, whose flash kernel is slower for so few tokens.
+        # It governs the CPU, too, whose flash kernel is slow in bfloat16 for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
     for tower in (model.visual, model.text):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
@@ -408,14 +408,10 @@ def train(args, saved, rank, world, device, dtype):
     out_dir, local = Path(args.out_dir), args.batch_size // world
     taken = (out_dir / "last.pt").exists() and not args.resume
     check(not taken, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
-    shared = args.batch_size % world == 0
-    check(shared, f"--batch_size {args.batch_size} cannot be shared by {world} processes")
+    check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
     # What the run is made of: data, model, optimizer
     start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
-    if start_from:
-        tokenizer = data.Tokenizer(start_from["vocab"])
-    else:
-        tokenizer = find_tokenizer(args.vocab, data.expand(args.train_data))
+    tokenizer = find_tokenizer(args.vocab, data.expand(args.train_data), checkpoint=start_from)
     model = make_model(args, start_from, tokenizer, device)
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size, rank)
     optimizer = make_optimizer(model, args)
@@ -502,8 +498,11 @@ def main(argv):
         dist.barrier()
     try:
         train(args, saved, rank, world, device, dtype)
-    except torch.OutOfMemoryError:
-        raise InputError("out of memory: a smaller --micro_batch_size gives the same") from None
+    except RuntimeError as error:  # torch's own, of which there are no classes to catch
+        check("by peer" not in str(error), f"process {rank} ends, because another one has ended")
+        memory = any(text in str(error) for text in ("out of memory", "allocate memory"))
+        check(not memory, "out of memory: a smaller --micro_batch_size gives the same gradients")
+        raise
     if world > 1:
         dist.destroy_process_group()
 

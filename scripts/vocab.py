@@ -24,9 +24,11 @@ CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_
 CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
-def find_tokenizer(vocab, shards=(), context_length=77):
-    """The tokenizer that --vocab names: a file, or "clip". None means vocab.tiktoken beside the
-    shards if it is there, else clip. Raises InputError."""
+def find_tokenizer(vocab, shards=(), context_length=77, checkpoint=None):
+    """The tokenizer of a checkpoint (a dict), or else the one that --vocab names: a file or "clip".
+    None means vocab.tiktoken beside the shards if it is there, else clip. Raises InputError."""
+    if checkpoint:
+        return data.Tokenizer(checkpoint["vocab"], context_length)
     if vocab is None:
         beside = [Path(shard).parent / "vocab.tiktoken" for shard in shards[:1]]
         vocab = beside[0] if beside and beside[0].is_file() else "clip"
@@ -73,6 +75,7 @@ def main(argv):
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
     add("--out", default="vocab.tiktoken", help="file to write (default vocab.tiktoken)")
     args = parser.parse_args(argv)
+    check(args.out.endswith(".tiktoken"), f"--out {args.out} must end in .tiktoken")
     text = make_vocabulary(data.expand(args.shards), args.size, args.captions)
     data.write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")
