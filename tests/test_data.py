@@ -176,7 +176,7 @@ def test_the_cache_is_used_until_a_shard_of_the_list_changes(tmp_path, reads):
     shard(tmp_path / "1.tar", 30)
     os.utime(paths[1], ns=(time, time))  # another size
     assert len(data.build_index(paths)[0]) == 32
-    for cached in (tmp_path / "cache" / "superclip").iterdir():
+    for cached in (tmp_path / "cache" / "superclip-4").iterdir():
         cached.write_bytes(b"damaged")
     assert len(data.build_index(paths)[0]) == 32
     reads.clear()
@@ -190,7 +190,7 @@ def test_an_index_takes_less_than_40_bytes_a_sample_also_on_the_disk(tmp_path, r
     path = write_tar(tmp_path / "0.tar", [(f"{i}.jpg", b"x") for i in range(2000)])
     index, _ = data.build_index([path])
     assert index.element_size() * index.shape[1] < 40
-    (cached,) = (tmp_path / "cache" / "superclip").iterdir()
+    (cached,) = (tmp_path / "cache" / "superclip-4").iterdir()
     assert cached.stat().st_size < 40 * 2000
 
 
@@ -651,7 +651,7 @@ def test_a_sample_that_is_there_twice_is_named_and_the_first_is_used(tmp_path, t
     assert [key for _, key, _ in pairs.unused] == ["a"] and "twice" in pairs.unused[0][2]
 
 
-def test_what_is_no_sample_is_passed_over(tmp_path, tokenizer):
+def test_what_is_no_part_of_a_sample_is_counted_by_its_extension(tmp_path, tokenizer):
     others = [
         special("dir.jpg", tarfile.DIRTYPE),
         special("link.jpg", tarfile.SYMTYPE, "a.jpg"),
@@ -661,10 +661,15 @@ def test_what_is_no_sample_is_passed_over(tmp_path, tokenizer):
         ("a.mask.png", b"x"),  # a webdataset key of its own, not a second image of sample a
         ("README", b"x"),
         ("a.cls", b"3"),
+        ("b.v2.jpg", JPEG),  # a key with a dot in it: not found, but not silently
+        ("c.v2.jpg", JPEG),
     ]
     path = write_tar(tmp_path / "0.tar", [*good("a"), *others, *good("d/b.c/e", 1)])
     pairs = Pairs([path], tokenizer, 16)
-    assert len(pairs) == 2 and pairs.unused == []
+    assert len(pairs) == 2
+    counts = {key: reason.rpartition(": ")[2] for _, key, reason in pairs.unused}
+    one = dict.fromkeys(("*._a.jpg", "*.mask.png", "*", "*.cls"), "1 files")
+    assert counts == {**one, "*.v2.jpg": "2 files"}
     assert [pairs.key(row) for row in pairs.index.tolist()] == ["a", "d/b.c/e"]
 
 

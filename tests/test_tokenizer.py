@@ -295,7 +295,9 @@ def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
 def test_vocab_says_what_is_wrong(tmp_path, capsys):
     path = write_tar(tmp_path / "0.tar", [("0.jpg", JPEG)])
     with pytest.raises(InputError, match="no words in txt"):
-        vocab.main([path, "--out", str(tmp_path / "v")])
+        vocab.main([path, "--out", str(tmp_path / "v.tiktoken")])
+    with pytest.raises(InputError, match="must end in .tiktoken"):
+        vocab.main([path, "--out", path])
     with pytest.raises(SystemExit):  # no room for a single word
         vocab.main([path, "--size", "514"])
     assert "514 is not between 515" in capsys.readouterr().err
