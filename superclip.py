@@ -272,11 +272,9 @@ def contrastive_loss(image_features, text_features, logit_scale, rows=slice(None
     images, texts = image_features.float(), text_features.float()
     target = torch.arange(len(images), device=images.device)[rows]
     with torch.autocast(images.device.type, enabled=False):
-        logits_per_image = logit_scale * images[rows] @ texts.T  # (B, N)
-        logits_per_text = logit_scale * texts[rows] @ images.T
-    image_loss = F.cross_entropy(logits_per_image, target)
-    text_loss = F.cross_entropy(logits_per_text, target)
-    return (image_loss + text_loss) / 2
+        per_image = logit_scale * images[rows] @ texts.T  # (B, N)
+        per_text = logit_scale * texts[rows] @ images.T
+    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
 def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, rows=slice(None)):
@@ -380,10 +378,14 @@ class SuperCLIP(nn.Module):
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = F.normalize((image_tokens[:, 0] @ self.visual.proj).float(), dim=-1)
         text_features = self.encode_text(tokens)
-        if self.head is None:
-            return image_features, text_features, image_features.new_zeros(())
-        word_loss = classification_loss(self.head(image_tokens), label_tokens, token_weights)
+        word_loss = self.word_loss(image_tokens, label_tokens, token_weights)
         return image_features, text_features, word_loss
+
+    def word_loss(self, image_tokens, label_tokens, token_weights):
+        """The head's answer for the patches of an image, against the words of its caption."""
+        if self.head is None:
+            return image_tokens.new_zeros((), dtype=torch.float32)
+        return classification_loss(self.head(image_tokens), label_tokens, token_weights)
 
     def pair_loss(self, image_features, text_features, scale, bias, rows=slice(None)):
         """The part of a step that compares pairs: the contrastive loss. scale and bias are the

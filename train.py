@@ -48,10 +48,10 @@ SEVERAL = {"nargs": "+"}
 FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
 # Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
 # default is None, the option is left out or its value depends on the situation: see below, and the
-# start of a run. A string starts a group of --help.
+# start of a run.
 # fmt: off
 OPTIONS = (
-    "data",
+    # the data
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
     ("val_data", "SHARDS", SEVERAL, None, "shards for validation by retrieval"),
     ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored at the end"),
@@ -60,14 +60,14 @@ OPTIONS = (
     ("val_captions", "SOURCE", SEVERAL, None, "of the validation data (default: --captions)"),
     ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, else clip)"),
     ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: the CPU's cores)"),
-    "model",
+    # the model
     ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
     ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
     ("context_length", "TOKENS", COUNT, None, "that the text tower sees (default: the model's)"),
     ("init_from", "FILE", {}, None, "checkpoint to take the model and vocabulary from"),
     ("cls_weight", "LAMBDA", POSITIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
     ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
-    "training",
+    # the training
     ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
     ("epochs", "N", POSITIVE, None, "passes over the data (default 30)"),
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
@@ -77,12 +77,12 @@ OPTIONS = (
     ("weight_decay", "W", POSITIVE, None, "of matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
     ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
-    "machine",
+    # the machine
     ("device", "NAME", {}, None, "cuda, mps or cpu (default: the first there is)"),
     ("dtype", None, {"choices": ("float32", "bfloat16", "float16")}, None, "of autocast"),
     ("compile", None, FLAG, None, "torch.compile the towers (default: on CUDA)"),
     ("grad_checkpointing", None, FLAG, False, "less memory, a third slower"),
-    "run",
+    # the run
     ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
     ("resume", None, FLAG, False, "go on with the run in out_dir, with its options"),
     ("log_every", "STEPS", COUNT, 50, "steps between rows of the log"),
@@ -105,14 +105,10 @@ def make_parser():
         epilog="Without --train_data: the built-in shapes, with defaults that a run prints.",
         allow_abbrev=False,  # a typo should not become another option
     )
-    for row in OPTIONS:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-            continue
-        name, placeholder, settings, default, text = row
+    for name, placeholder, settings, default, text in OPTIONS:
         text += f" (default {default})" if default else ""
         settings = settings | ({"metavar": placeholder} if placeholder else {})
-        group.add_argument(f"--{name}", default=default, help=text, **settings)
+        parser.add_argument(f"--{name}", default=default, help=text, **settings)
     return parser
 
 
@@ -353,8 +349,14 @@ def make_model(args, start_from, tokenizer, device):
         torch.backends.cuda.enable_flash_sdp(False)
     for tower in (model.visual, model.text):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
-        if args.compile or (args.compile is None and device.type == "cuda"):
-            tower.compile()
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.get_device_capability(device) < (7, 0) and args.compile is not False:
+        print("this GPU is too old for torch.compile: the run goes without it")
+    elif args.compile or (cuda and args.compile is None):
+        # One by one, so that captions of another length do not recompile the image tower.
+        model.visual.compile()
+        model.text.compile()
+        model.word_loss, model.pair_loss = map(torch.compile, (model.word_loss, model.pair_loss))
     tokenizer.context_length = model.config.context_length
     return model.to(device).train()
 

@@ -182,6 +182,7 @@ class Log:
             self.restart(row["step"])
 
 
+@torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
 def validate(model, pairs, workers, log, step):
     """Retrieval among the validation pairs, logged, and the head's top words for the first four."""
     paused = time.perf_counter()
@@ -200,6 +201,7 @@ def validate(model, pairs, workers, log, step):
     return result
 
 
+@torch.compiler.set_stance("force_eager")
 def summary(model, tokenizer, args, result, best, log, step):
     """Print what the run has reached, beside what chance would give, and what to do next."""
     model.eval()
