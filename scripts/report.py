@@ -15,14 +15,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from superclip import InputError, check
+from superclip import InputError, SuperCLIP, SuperCLIPConfig, check
 
 
 def fingerprint(pairs):
@@ -56,6 +58,36 @@ def describe_run(args, steps, world, device, dtype, pairs, model):
     }
 
 
+# Dense matrix products with bfloat16 (float16 before Ampere) inputs and float32 sums, in TFLOP/s,
+# from the vendors' data sheets. A name is looked for in the order of this table.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362,
+    "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_tflops(name):
+    """What a device can do at most, by its name; None where that is not known."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@cache
+def pair_flops(config, length, patches):
+    """Floating point operations of one pair, forward and backward: a caption of `length` tokens, an
+    image of which `patches` are kept. `config` is a tuple of items, which can be cached. Counted on
+    the meta device, which computes shapes only. Recomputation does not count."""
+    config = SuperCLIPConfig(**dict(config))
+    with torch.device("meta"):
+        model = SuperCLIP(config)
+        images = torch.empty(1, 3, config.image_size, config.image_size)
+        tokens, weights = torch.zeros(1, length, dtype=torch.long), torch.zeros(config.vocab_size)
+        keep = torch.zeros(1, patches, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        outputs = model.features_and_word_loss(images, tokens, tokens, weights, keep)
+        sum(output.sum() for output in outputs).backward()
+    return counter.get_total_flops()
+
+
 def peak_memory_gb(device):
     """Of the device if it is a GPU, else of this process."""
     if device.type == "cuda":
@@ -72,6 +104,10 @@ class Log:
     def __init__(self, args, rank, step, header, unused):
         self.header, self.batch_size, self.rank = header, args.batch_size, rank
         self.first_step, self.bad_samples, self.named, self.wandb = step, 0, set(), None
+        # Counted only where the device's peak is known, for the share of it that a run reaches.
+        self.peak = peak_tflops(header["device"]) if header["dtype"] != "float32" else None
+        grid = header["config"]["image_size"] // header["config"]["patch_size"]
+        self.patches = max(1, round(grid**2 * (1 - args.patch_dropout)))
         hidden = rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=hidden)
         self.restart(step)
@@ -110,7 +146,7 @@ class Log:
 
     def restart(self, step):
         """Start the interval over which the next row measures speed and waiting."""
-        self.clock, self.waited, self.last_step = time.perf_counter(), 0.0, step
+        self.clock, self.waited, self.flops, self.last_step = time.perf_counter(), 0.0, 0, step
 
     def wait_for(self, batches, n):
         """The next n micro-batches. Measures the wait, and counts and names bad samples."""
@@ -118,6 +154,11 @@ class Log:
         parts = [next(batches) for _ in range(n)]
         self.waited += time.perf_counter() - start
         self.bar.update()
+        if self.peak:
+            config = tuple(self.header["config"].items())
+            for part in parts:
+                length = part["tokens"].shape[1]
+                self.flops += len(part["tokens"]) * pair_flops(config, length, self.patches)
         for entry in (entry for part in parts for entry in part["replaced"]):
             self.bad_samples += 1
             if entry not in self.named:
@@ -157,6 +198,7 @@ class Log:
             "bad_samples": round(bad),
             "images_per_second": round((step - self.last_step) * self.batch_size / seconds, 1),
             "data_wait": round(self.waited / seconds, 3),  # share of the time
+            "mfu": round(self.flops / seconds / self.peak / 1e12, 3) if self.peak else None,
             "memory_gb": round(peak_memory_gb(grad_norm.device), 2),
         }
 
@@ -176,6 +218,7 @@ class Log:
             text = (text + "{images_per_second:.0f} images/s, {data_wait:.0%} waiting").format(
                 **row
             )
+            text += f", {row['mfu']:.0%} of the peak" if row["mfu"] else ""
             self.bar.set_postfix_str(text)
             if self.bar.disable:  # there is no terminal, so no bar
                 print(f"step {row['step']:6d}  {text}", flush=True)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -36,7 +37,7 @@ from scripts import report
 from scripts.vocab import vocabulary_from_words
 from superclip import InputError, SuperCLIP, SuperCLIPConfig, cli
 
-TIMES = ("images_per_second", "data_wait", "memory_gb")  # what may differ between equal runs
+TIMES = ("images_per_second", "data_wait", "memory_gb", "mfu")  # what may differ between equal runs
 NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -393,10 +394,42 @@ def test_a_run_learns_and_its_log_says_how(whole):
         assert row["bad_samples"] == 0
     assert losses[-1]["classification_loss"] < losses[0]["classification_loss"] - 0.5
     timed = log_of(whole)[1]
-    assert all(timed[name] >= 0 for name in TIMES)
+    assert all(timed[name] >= 0 for name in TIMES if name != "mfu") and timed["mfu"] is None
     validations = [row for row in rows(whole) if "validation" in row]
     assert [row["step"] for row in validations] == [4, 8, 12]
     assert max(row["mean_r1"] for row in validations) == last(whole)["best"]
+
+
+def test_flops_are_those_of_the_papers_formula():
+    """Three times the forward pass of every matrix product, two operations a multiplication; the
+    patch convolution needs no gradient at its input. ViT-B/16 by hand."""
+    config = tuple(asdict(SuperCLIPConfig.preset("ViT-B-16")).items())
+
+    def tower(tokens, width, layers):  # qkv, out, MLP; queries x keys, weights x values
+        return layers * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    for T, K in ((16, 196), (77, 98)):
+        patches = 196 * 768 * 768  # all of them are embedded, before some are dropped
+        macs = tower(K + 1, 768, 12) + 768 * 512 + 768 * 49408 + tower(T, 512, 12) + 512 * 512
+        assert report.pair_flops(config, T, K) == pytest.approx(6 * macs + 4 * patches, rel=1e-3)
+
+
+def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(shards, tmp_path, monkeypatch):
+    assert report.peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert report.peak_tflops("NVIDIA H100 PCIe") == 756
+    assert (
+        report.peak_tflops("NVIDIA A100-SXM4-40GB") == 312
+        and report.peak_tflops("NVIDIA A10") == 125
+    )
+    assert report.peak_tflops("cpu, x86_64, 2 cores") is None
+    monkeypatch.setattr(report, "PEAK_TFLOPS", {"cpu": 1e-3})
+    train.main(flags(shards, tmp_path, "--dtype", "bfloat16", "--patch_dropout", 0.5))
+    config = tuple(last(tmp_path)["config"].items())
+    for row in log_of(tmp_path)[1:]:
+        if "loss" in row:  # captions have 16 or 32 tokens
+            low, high = (row["images_per_second"] * report.pair_flops(config, T, 8) / 1e9
+                         for T in (16, 32))  # fmt: skip
+            assert 0.98 * low - 0.001 <= row["mfu"] <= 1.02 * high + 0.001
 
 
 def test_the_summary_says_which_model_its_scores_are_of(shards, tmp_path, capsys):
