@@ -491,18 +491,15 @@ def start_worker(_):
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def default_workers():
-    """The cores that this process may use (fewer than there are, in a container or under a
-    scheduler), shared among the processes of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def make_loader(dataset, workers=None, **settings):
-    """Yield the batches of a DataLoader; workers=None means default_workers(). The processes share
-    the index instead of copying it: they are forked. (Python 3.14 would start them in another way.)
-    Raises InputError if one of them dies."""
-    settings["num_workers"] = default_workers() if workers is None else workers
+    """Yield the batches of a DataLoader. The processes share the index instead of copying it: they
+    are forked. (Python 3.14 would start them in another way.) Raises InputError if one dies.
+
+    workers: by default, the cores that this process may use, which are fewer than there are in a
+    container or under a scheduler, shared among the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    settings["num_workers"] = share if workers is None else workers
     if settings["num_workers"] and sys.platform == "linux":
         settings["multiprocessing_context"] = "fork"
     try:

@@ -440,6 +440,8 @@ def train(args, saved, rank, world, device, dtype):
         step = saved["samples"] // args.batch_size
         if saved["data_fingerprints"] == fingerprints:  # else the old best score is not comparable
             best = saved["best"]
+    if start_from:
+        start_from.clear()  # its tensors are copied, and would take as much memory as the model
     rows, micro = slice(rank * local, (rank + 1) * local), args.micro_batch_size or local
     order = data.micro_batches(len(pairs), args.batch_size, rows, micro, args.seed, step, steps)
     batches = data.load(pairs, order, args.workers, device)

@@ -62,7 +62,8 @@ def describe_run(args, steps, world, device, dtype, pairs, model):
 # from the vendors' data sheets. A name is looked for in the order of this table.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70,
-    "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+    "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71,
+    "V100": 125, "T4": 65,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Nothing lost, nothing silently wrong: faults that a hostile user found once, and what must happen
 instead. Faults of a single function are tested beside it, in the other files."""
 
-# ruff: noqa: F401, F811: fixtures are imported, and look like arguments that hide them
+# Fixtures are imported, and arguments look as if they hid them.
+# ruff: noqa: F401, F811
 
 import errno
 import json
@@ -41,6 +42,7 @@ from scripts import pack, show, vocab, words
 from superclip import InputError, cli
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+IMAGES = evaluation.ShardImages
 EVAL = ["--workers", 0, "--device", "cpu"]
 
 
@@ -68,16 +70,23 @@ def no_shared_memory(*_):
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left")
 
 
-def die_in_a_worker(*_):
-    die() if torch.utils.data.get_worker_info() else None
+def deadly(function):
+    """The function, which kills a loading process."""
+
+    def dying(*args, **options):
+        if torch.utils.data.get_worker_info():
+            die()
+        return function(*args, **options)
+
+    return dying
 
 
 SABOTAGE = {
     # A batch is collated into shared memory, or moved there on its way out of the worker.
     "collate": lambda: setattr(torch.UntypedStorage, "_new_using_fd_cpu", no_shared_memory),
     "send": lambda: setattr(torch.UntypedStorage, "_share_fd_cpu_", no_shared_memory),
-    "kill": lambda: setattr(data, "load_image", die_in_a_worker),
-    "validation": lambda: setattr(evaluation.ShardImages, "__getitem__", die_in_a_worker),
+    "kill": lambda: setattr(data, "load_image", deadly(data.load_image)),
+    "validation": lambda: setattr(IMAGES, "__getitem__", deadly(IMAGES.__getitem__)),
 }
 
 
@@ -237,7 +246,7 @@ def test_if_one_process_fails_the_other_ends_too(shards, start, tmp_path, how, s
     assert codes == ([2, -signal.SIGKILL] if how == "killed" else [2, 2])
     assert output.count(sentence) == 1 and "Traceback" not in output, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    others = [line for line in errors if "another one has ended" in line]
+    others = [line for line in errors if "because another one has ended" in line]
     assert len(errors) == (1 if how == "killed" else 2) and len(others) == 1, output
 
 
@@ -297,8 +306,8 @@ def odd_shards(folder, text):
 def print_odd(argv, shard, encoding):
     sys.stdout.reconfigure(encoding=encoding)
     sys.stderr.reconfigure(encoding=encoding)
-    show.main([str(shard), "--captions", "json.captions"])
-    cli(lambda _: train.main(argv))
+    shown = ["--captions", "json.captions", shard]
+    cli(lambda _: (show.main(list(map(str, shown))), train.main(argv))[1])
 
 
 @pytest.mark.parametrize("text, encoding", [("a \ud83d red", "utf-8"), ("a réd 🐕", "ascii")])
@@ -324,7 +333,7 @@ def waiting(argv):
 
     def stepping(step, *args):
         if step == 4:
-            print("waiting", flush=True)
+            print("It holds still.", flush=True)
             time.sleep(100)
         return rate(step, *args)
 
@@ -338,17 +347,21 @@ def test_a_folder_is_for_one_run_at_a_time_and_killing_it_frees_the_folder(
     out, output = tmp_path / "out", tmp_path / "output.txt"
     argv = flags(shards, out, "--workers", 2)
     process = start(waiting, output, argv)
-    while "waiting" not in (output.read_text() if output.exists() else ""):
+    while "It holds still." not in (output.read_text() if output.exists() else ""):
         assert process.is_alive()
         time.sleep(0.05)
     before = contents(out)
     for more, sentence in (([], "--resume"), (["--resume"], "another run")):
         assert sentence in error_of(capsys, train.main, *argv, *more)
         assert contents(out) == before
-    (out / "last.pt").rename(tmp_path / "last.pt")  # as if it had not saved yet
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("best.pt", "last.pt"):  # as if it had not saved yet
+        (out / name).rename(hidden / name)
     assert "another run" in error_of(capsys, train.main, *argv)
-    assert (out / "log.jsonl").read_bytes() == before["log.jsonl"]
-    (tmp_path / "last.pt").rename(out / "last.pt")
+    assert contents(out) | contents(hidden) == before
+    for name in contents(hidden):
+        (hidden / name).rename(out / name)
     process.kill()
     process.join()
     train.main([*argv, "--resume", "--workers", "0"])  # its workers may still be there
