@@ -392,8 +392,8 @@ class Pairs(Dataset):
     def key(self, row):
         """The sample's name. Memory does not hold it: it stands in the tar header before the image.
         If it is long or not ASCII, the header has most of it."""
-        header = self.read_blocks(row[0], row[IMAGE] - 1, BLOCK)
-        with suppress(tarfile.TarError):  # the shard has changed
+        with suppress(tarfile.TarError, OSError):  # the shard has changed, or is gone
+            header = self.read_blocks(row[0], row[IMAGE] - 1, BLOCK)
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
         return "?"
 

@@ -184,9 +184,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
-        patch = config.patch_size
-        self.grid = config.image_size // patch  # patches per side
-        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.grid = config.image_size // config.patch_size  # patches per side
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
@@ -433,7 +432,7 @@ def check(condition, message):
         raise InputError(message)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**12):
     """A type for argparse: an int or a float, from low to high."""
 
     def parse(text):
@@ -448,11 +447,13 @@ def number(kind, low, high=math.inf):
 def cli(main):
     """Run a command. A user's mistake ends it with one sentence and exit code 2, not a trace."""
     try:
+        sys.stdout.reconfigure(errors="replace")  # a caption must not end a run on an odd terminal
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stdout = None
     except (InputError, OSError) as error:
-        traceback.clear_frames(error.__traceback__)  # so that loading processes end at once
+        # So that loading processes end at once: the frames of the first error hold them.
+        traceback.clear_frames((error.__context__ or error).__traceback__)
         # A worker's message comes with its trace, and the system's with a number.
         message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error))
         print(f"error: {message.strip()}", file=sys.stderr)

@@ -375,6 +375,7 @@ def open_data(args, tokenizer, image_size, rank):
         both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
         val_pairs = data.Pairs(val_shards, tokenizer, image_size, captions)
+        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
     return pairs, val_pairs
 
 
@@ -408,7 +409,7 @@ def save(path, model, tokenizer, **more):
 def train(args, saved, rank, world, device, dtype):
     """A run from its first step, or from a checkpoint, to its last."""
     out_dir, local = Path(args.out_dir), args.batch_size // world
-    taken = (out_dir / "last.pt").exists() and not args.resume
+    taken = any(out_dir.glob("*.pt")) and not args.resume
     check(not taken, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
     check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
     # What the run is made of: data, model, optimizer
@@ -430,7 +431,7 @@ def train(args, saved, rank, world, device, dtype):
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
     fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
-    step, best, result, is_saved = 0, -1.0, None, True
+    step, best, result, is_saved, leave = 0, -1.0, None, True, False
     if saved:
         same = saved["data_fingerprints"][0] == fingerprints[0]
         check(same, f"the training data is not that of the run in {out_dir}: start a new run")
@@ -469,9 +470,9 @@ def train(args, saved, rank, world, device, dtype):
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
             result = stop.unless_asked(validate, model, val_pairs, args.workers, log, step)
-            if result and (score := evaluation.mean_r1(result)) > best:
+            score = evaluation.mean_r1(result) if result else -1.0
+            if score > best and save(out_dir / "best.pt", model, tokenizer, step=step):
                 best = score
-                save(out_dir / "best.pt", model, tokenizer, step=step)
         # 7. the checkpoint, from which the run can be resumed
         leave = stop.agreed()
         if save_due or leave:
@@ -485,7 +486,7 @@ def train(args, saved, rank, world, device, dtype):
 
     log.bar.close()
     check(is_saved, f"stopped after step {step}, and {out_dir / 'last.pt'} could not be written")
-    if rank == 0 and step < steps:
+    if rank == 0 and leave:
         print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
     elif rank == 0:
         if result is None and val_pairs:  # the run was complete when it was resumed

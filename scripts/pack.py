@@ -297,6 +297,8 @@ def main(argv):
     args.images = (args.images or args.csv.parent).resolve()
     check(args.images.is_dir(), f"there is no folder {args.images}")
     samples, bad = read_list(args.csv, args.image_column, args.caption_column)
+    replaced = args.csv.resolve() == (args.out / "bad_rows.csv").resolve()
+    check(not replaced, f"the list {args.csv} would be replaced: choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     done = make_shards(args, samples)
     bad = sorted(bad + [tuple(row) for part in done.values() for row in part["bad"]])

@@ -119,14 +119,14 @@ class Log:
             self.wandb = importlib.import_module("wandb").init(project=args.wandb, config=header)
         path = Path(args.out_dir) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a+")
+        self.file = open(path, "a+", errors="replace")
         try:  # The lock ends with this process, however that ends. Workers do not inherit it.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another run is using {args.out_dir}: name another --out_dir"
             ) from None
-        for temporary in path.parent.glob(".*.tmp"):  # from a run that was killed as it saved
+        for temporary in path.parent.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
             temporary.unlink()
         if step == 0:  # what an earlier attempt has logged, without ever saving, is not of this run
             self.file.truncate(0)
@@ -259,7 +259,8 @@ def summary(model, tokenizer, args, result, best, log, step):
         row[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
         print(evaluation.line(f"zero-shot {Path(folder).name}", row[folder]))
     log.write({"step": step, "final": row})
-    path = Path(args.out_dir) / ("last.pt" if best < 0 else "best.pt")
+    is_best = result and evaluation.mean_r1(result) <= best  # else best.pt could not be written
+    path = Path(args.out_dir) / ("best.pt" if is_best else "last.pt")
     if result and evaluation.mean_r1(result) < best:
         print(f"\nThese are the scores of the last step, which is in {args.out_dir}/last.pt.")
         print(f"An earlier step had a mean R@1 of {100 * best:.1f} %: {path} holds that one.")

@@ -144,7 +144,8 @@ def main(argv):
     args = parser.parse_args(argv)
     files = image_files(args.image)
     check(files or (args.data and not args.out), "name images or folders of images with --image")
-    check(not args.json or Path(args.json).parent.is_dir(), f"there is no folder for {args.json}")
+    fine = not args.json or (args.json.endswith(".json") and Path(args.json).parent.is_dir())
+    check(fine, "--json needs a name that ends in .json, in a folder that exists")
     if args.out:
         picture_format(args.out)
         inputs = [file.resolve() for file in files]

@@ -159,6 +159,7 @@ def stopped_in_validation(argv, number):
         for batch in batches(dataset, *args):
             count.append(args[-1] == "encoding")
             if sum(count) == number and args[-1] == "encoding":
+                time.sleep(0.3)  # until all workers have started
                 # not from the parent of the workers
                 kill = ["kill", "-TERM", "--", f"-{os.getpgrp()}"]
                 subprocess.run(kill, start_new_session=True)
@@ -306,7 +307,7 @@ def odd_shards(folder, text):
 def print_odd(argv, shard, encoding):
     sys.stdout.reconfigure(encoding=encoding)
     sys.stderr.reconfigure(encoding=encoding)
-    shown = ["--captions", "json.captions", shard]
+    shown = [shard, "--captions", "json.captions"]
     cli(lambda _: (show.main(list(map(str, shown))), train.main(argv))[1])
 
 

@@ -187,7 +187,7 @@ def test_mistakes_are_one_sentence(folders, checkpoint, tmp_path, capsys):
         ([*early, "--out", tmp_path / "nowhere" / "words.png"], "nowhere"),
         ([*early, "--out", photo], "overwrite"),
         ([*early, "--image", folders, "--out", photo], "overwrite"),
-        ([*early, "--json", tmp_path / "nowhere" / "x.json"], "nowhere"),
+        ([*early, "--json", tmp_path / "nowhere" / "x.json"], "folder that exists"),
     ):
         assert sentence in error_of(capsys, words.main, *argv), argv
     assert photo.read_bytes() == before and not (tmp_path / "words.png").exists()
