@@ -69,9 +69,7 @@ WORD = regex.compile(rf"(?i){START}|{END}|{SHORT}|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p
 QUOTES = str.maketrans("‘’‚‛ʼ“”„‟", "'''''\"\"\"\"")
 CONTROL = regex.compile("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 # Letters of full and half width, and ligatures
-WIDE = regex.compile(
-    "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\uffef]+"
-)
+WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\uffef]+"
 
 
 def clean(text):
@@ -85,7 +83,8 @@ def clean(text):
     if "&" in text:
         text = html.unescape(html.unescape(text))  # captions off the web are often escaped twice
     if not text.isascii():
-        text = WIDE.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), text.translate(QUOTES))
+        text = text.translate(QUOTES)
+        text = regex.sub(WIDE, lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
         text = unicodedata.normalize("NFC", text)
     return CONTROL.sub("", text).lower()
 
@@ -142,9 +141,7 @@ class Tokenizer:
             if text.startswith('"bpe_simple_vocab'):
                 text = merges_to_tiktoken(text)
             return cls(text, context_length)
-        raise InputError(
-            f"{path} is neither a .tiktoken file nor CLIP's bpe_simple_vocab_16e6.txt.gz"
-        )
+        raise InputError(f"{path} is neither a .tiktoken file nor CLIP's file of merges")
 
     def encode(self, text):
         """str -> list of ids of any length, without start and end."""
@@ -190,7 +187,7 @@ def braces(pattern):
 
 def expand(patterns):
     """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each brace must
-    match, so that a shard that was not downloaded is missed. Raises InputError."""
+    match, so that a missing download is noticed. Raises InputError."""
     shards = {}  # real path -> path: a shard that is given twice counts once
     for path in [path for pattern in patterns for path in braces(str(pattern))]:
         found = glob.glob(f"{glob.escape(path)}/*.tar*") if Path(path).is_dir() else [path]
@@ -225,10 +222,10 @@ def read_headers(path, number):
                     continue
                 row = rows.setdefault(key, [number] + [0] * 6)
                 if row[column]:
-                    unused[key] = f"there twice, the first one is used: {member.name}"
+                    unused[key] = f"appears twice, the first one is used: {member.name}"
                 elif 0 < member.size < 2**31:
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
-            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+            tar.fileobj.seek(tar.offset)  # tarfile stops at a damaged header, silently
             if any(tar.fileobj.read(BLOCK)):
                 unused[""] = f"damaged header, the rest is not read: byte {tar.offset}"
     except (tarfile.TarError, OSError) as error:
@@ -248,7 +245,7 @@ def build_index(shards):
     That is 28 bytes a sample in one tensor, which worker processes share. Python objects would be
     copied to each of them. The index is cached until the size or mtime of a shard changes.
     """
-    # The folder has another name when read_headers changes, so that old caches are not used.
+    # Rename this folder when read_headers changes, so that old caches are ignored.
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip-4"
     name = hashlib.sha1("\n".join(map(os.path.abspath, shards)).encode()).hexdigest()
     stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
@@ -273,7 +270,7 @@ def build_index(shards):
 # -----------------------------------------------------------------------------
 # Images
 
-Image.MAX_IMAGE_PIXELS = 50_000_000  # at twice as many, Pillow refuses a decompression bomb
+Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompression bombs
 # The formats of web images. Pillow knows stranger ones, and some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
@@ -297,7 +294,7 @@ def crop_box(width, height, rng=None):
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return rng.randint(0, width - w), rng.randint(0, height - h), w, h
-    side = min(width, height)  # also for a long image, which has no such rectangle
+    side = min(width, height)  # also if the image is too long for such a rectangle
     return (width - side) // 2, (height - side) // 2, side, side
 
 
@@ -327,18 +324,16 @@ def load_image(source, size, rng=None):
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng)
         scale = max(size / w, size / h)
-        if fresh and scale <= 0.5:  # draft halves the picture, but keeps what the crop needs
+        if fresh and scale <= 0.5:  # draft halves the picture while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
         x, y, w, h = (round(v * image.width / width) for v in (x, y, w, h))
         image = upright_rgb(image.crop((x, y, x + w, y + h)))
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         reason = str(error).partition(" <")[0]
         raise BadSample(f"the image cannot be decoded: {reason}") from None
-    pixels = torch.from_numpy(np.asarray(image))[None]  # (1, h, w, 3)
     # With a batch axis in front, torch sees that this is channels last.
-    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[
-        0
-    ]
+    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -347,7 +342,7 @@ def load_image(source, size, rng=None):
 MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
 
 
-open_shard = lru_cache(maxsize=500)(partial(open, mode="rb"))  # a process may open a thousand
+open_shard = lru_cache(maxsize=500)(partial(open, mode="rb"))  # processes may open a thousand files
 
 
 class Pairs(Dataset):
@@ -355,7 +350,7 @@ class Pairs(Dataset):
 
     shards: paths. captions, label_captions: lists of sources, each "txt" or "json.FIELD", where the
     field holds a string or a list of strings. One text is drawn each time; a source that is named
-    twice is drawn twice as often. Items are asked for as (visit, sample): `visit` counts the
+    twice is drawn twice as often. Index it with (visit, sample): `visit` counts the
     samples of the whole run and seeds the crop and the choice of the caption, so that they do not
     depend on which worker does the work. Raises InputError.
     """
@@ -377,7 +372,7 @@ class Pairs(Dataset):
         return len(self.index)
 
     def read_blocks(self, shard, block, size):
-        """`size` bytes from a block of a shard on."""
+        """Read `size` bytes of a shard, from a block on."""
         return os.pread(open_shard(self.shards[shard]).fileno(), size, block * BLOCK)
 
     def read(self, row, column):
@@ -390,8 +385,8 @@ class Pairs(Dataset):
         return content
 
     def key(self, row):
-        """The sample's name. Memory does not hold it: it stands in the tar header before the image.
-        If it is long or not ASCII, the header has most of it."""
+        """The sample's name, read from the tar header before the image to save memory. The header
+        may shorten a name that is long or not ASCII."""
         with suppress(tarfile.TarError, OSError):  # the shard has changed, or is gone
             header = self.read_blocks(row[0], row[IMAGE] - 1, BLOCK)
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
@@ -405,10 +400,10 @@ class Pairs(Dataset):
             else:
                 texts = json.loads(self.read(row, JSON))[source.removeprefix("json.")]
             texts = texts if isinstance(texts, list) else [texts]
-            # JSON may hold half of a surrogate pair, which no file and no terminal takes.
+            # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise BadSample(f"{source} is not UTF-8, or not a text or a list of texts") from None
+            raise BadSample(f"{source} is missing, or is not UTF-8 text or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
@@ -482,8 +477,8 @@ def micro_batches(n, batch_size, rows, micro_batch_size, seed, start, stop):
 
 
 def start_worker(_):
-    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process to answer. It
-    # needs its workers until it has saved. After half a minute nobody does.
+    # The main process answers Ctrl-C and SIGTERM, and needs its workers until it has saved. So they
+    # ignore the first, and end half a minute after the second.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     # If a batch cannot be put into shared memory, the worker would drop it and the main process
@@ -492,8 +487,8 @@ def start_worker(_):
 
 
 def make_loader(dataset, workers=None, **settings):
-    """Yield the batches of a DataLoader. The processes share the index instead of copying it: they
-    are forked. (Python 3.14 would start them in another way.) Raises InputError if one dies.
+    """Yield the batches of a DataLoader. Its workers are forked, so that they share the index.
+    (Python 3.14's default would copy it.) Raises InputError if one of them dies.
 
     workers: by default, the cores that this process may use, which are fewer than there are in a
     container or under a scheduler, shared among the processes of this machine."""
@@ -508,17 +503,23 @@ def make_loader(dataset, workers=None, **settings):
     except RuntimeError as error:
         if not any(text in str(error) for text in ("DataLoader worker (", "shared memory")):
             raise
-        error.__traceback__ = None  # it would hold the loader, and the other workers would go on
+        error.__traceback__ = None  # it would keep the other workers alive
     raise InputError("a loading process has died: try docker run --shm-size 8g, or --workers 0")
 
 
-def load(pairs, order, workers, device):
-    """Yield the micro-batches of `order` as dicts of tensors on the device. Images travel as uint8,
-    a quarter of their size as floats. Copies from pinned memory do not hold up the CPU."""
-    settings = {"collate_fn": pairs.collate, "pin_memory": device.type == "cuda"}
+def load_batches(pairs, order, workers, device):
+    """Yield the micro-batches of `order` as dicts of tensors on the device. A GPU copies them on a
+    stream of their own, while the step before is still computing. Images travel as uint8."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    settings = {"collate_fn": pairs.collate, "pin_memory": side is not None}
     for part in make_loader(pairs, workers, batch_sampler=order, **settings):
-        tensors = {k: x.to(device, non_blocking=True) for k, x in part.items() if k != "replaced"}
-        yield {**tensors, "replaced": part["replaced"]}
+        replaced = list(map(tuple, part.pop("replaced")))  # pin_memory may have made lists of them
+        with torch.cuda.stream(side):  # which does nothing for None
+            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
+        for x in part.values() if side else ():
+            torch.cuda.current_stream().wait_stream(side)
+            x.record_stream(torch.cuda.current_stream())  # else its memory is reused too early
+        yield {**part, "replaced": replaced}
 
 
 # -----------------------------------------------------------------------------

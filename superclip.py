@@ -1,10 +1,10 @@
 """SuperCLIP: CLIP plus one linear layer that names the words of the caption (arXiv 2512.14480).
 
 CLIP trains an image encoder and a text encoder so that an image and its caption end up close
-together. Each image must find its caption among those of the batch. That teaches whatever tells
-the pairs of this batch apart, and in a small batch little is needed for that. SuperCLIP adds a
-question that needs no other pair: *which words does the caption contain?* One linear layer answers
-it from the mean of the image's patch tokens, and rare words count more than common ones.
+together. Each image must find its caption among those of the batch. So the model learns what tells
+the pairs of a batch apart. In a small batch, very little does. SuperCLIP adds a question that needs
+no other pair: *which words does the caption contain?* One linear layer answers it from the mean of
+the image's patch tokens, and rare words count more than common ones.
 
                   .-> mean of patches -> LayerNorm -> Linear -> classification loss --.
     image -> ViT -+                                                                   +-> loss
@@ -57,8 +57,8 @@ class SuperCLIPConfig:
     context_length: int = 77  # tokens that the text tower sees; labels use the whole caption
     vocab_size: int = 49408  # V; the last two ids are start and end of text
     quick_gelu: bool = False  # x * sigmoid(1.702 x): OpenAI's weights need it
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the RGB channels that CLIP
-    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # was trained on, in 0..1
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1, CLIP's by default
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # and their standard deviations
     loss: str = "softmax"  # how pairs are contrasted: softmax (CLIP) or sigmoid (SigLIP)
     cls_weight: float = 1.0  # lambda, the weight of the word loss; 0 builds no head: plain CLIP
 
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's default, which the image tower keeps
+        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's default; text replaces it
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, causal):
@@ -264,8 +264,8 @@ def contrastive_loss(image_features, text_features, logit_scale, rows=slice(None
     """CLIP's loss: each image must pick its caption out of the batch, and each caption its image.
 
     image_features, text_features (N, E) of length 1, of the global batch; logit_scale: inverse
-    temperature, a scalar; rows: the pairs that this process answers for (all by default). The mean
-    over the processes is the loss of the global batch. It starts near ln N.
+    temperature, a scalar; rows: the slice of the pairs that this process scores (default: all). The
+    mean over the processes is the loss of the global batch. At the start it is near ln N.
     """
     # float32 even under autocast: near 100, the largest logit, bfloat16 numbers are 0.5 apart.
     images, texts = image_features.float(), text_features.float()
@@ -284,7 +284,7 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, rows=sl
     images, texts = image_features.float(), text_features.float()
     with torch.autocast(images.device.type, enabled=False):
         logits = logit_scale * images[rows] @ texts.T + logit_bias  # (B, N)
-    answers = torch.eye(len(texts), device=logits.device)[rows]
+    answers = F.one_hot(torch.arange(len(texts), device=logits.device)[rows], len(texts)).float()
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 
@@ -329,7 +329,7 @@ class SuperCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
         if self.head is not None:
-            # n_c and N in the paper. Integers, because floats stop counting at some point.
+            # n_c and N in the paper. Integers, because float32 stops counting at 2**24.
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 
@@ -350,7 +350,7 @@ class SuperCLIP(nn.Module):
         return self.head(self.visual(images, keep))
 
     def count_tokens(self, label_tokens):
-        """Add captions (B, T), of all processes together, to the token statistics."""
+        """Add the captions (B, T) of a batch, summed over all processes, to the statistics."""
         if self.head is None:  # plain CLIP keeps none
             return
         tokens, is_new = token_sets(label_tokens)
@@ -436,7 +436,7 @@ def number(kind, low, high=10**12):
     """A type for argparse: an int or a float, from low to high."""
 
     def parse(text):
-        if not low <= (value := kind(text)) <= high:  # NaN is not, either
+        if not low <= (value := kind(text)) <= high:  # false for NaN, too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -449,12 +449,12 @@ def cli(main):
     try:
         sys.stdout.reconfigure(errors="replace")  # a caption must not end a run on an odd terminal
         sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         sys.stdout = None
     except (InputError, OSError) as error:
         # So that loading processes end at once: the frames of the first error hold them.
         traceback.clear_frames((error.__context__ or error).__traceback__)
-        # A worker's message comes with its trace, and the system's with a number.
+        # Drop the trace from a worker's message, and the number from the system's.
         message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error))
         print(f"error: {message.strip()}", file=sys.stderr)
         sys.exit(2)

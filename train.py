@@ -7,10 +7,10 @@
 The file reads from top to bottom: the options, the processes and the device, one step, the parts of
 a run, and the run. What a run prints and logs is in scripts/report.py.
 
-Apart from the weights, everything that a step needs is a function of the options and the step
-number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint needs no state
-of a random generator, and a run that was killed and resumed ends with the same bits as one that was
-not. (That holds on a CPU. Some CUDA kernels add numbers in any order.)
+Apart from weights, counts and optimizer state, what a step needs is a function of the options and
+the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint needs
+no state of a random generator, and a run that was killed and resumed ends with the same bits as one
+that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
 
 Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
 patches (K of them kept), E embedding. `rows` is the slice of the N pairs that are this process's.
@@ -20,6 +20,7 @@ import argparse
 import math
 import os
 import signal
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -43,38 +44,37 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # What argparse needs to know of an option: the range of a number, or its kind.
 COUNT, ZERO_OR_MORE = {"type": number(int, 1)}, {"type": number(int, 0)}
-POSITIVE = {"type": number(float, 0)}
+NOT_NEGATIVE = {"type": number(float, 0)}
 SEVERAL = {"nargs": "+"}
 FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
 # Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
-# default is None, the option is left out or its value depends on the situation: see below, and the
-# start of a run.
+# default is None, the option is off, or DEFAULTS, BUILT_IN or train() sets it.
 # fmt: off
 OPTIONS = (
     # the data
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
     ("val_data", "SHARDS", SEVERAL, None, "shards for validation by retrieval"),
     ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored at the end"),
-    ("captions", "SOURCE", SEVERAL, None, "txt or json.FIELD; named twice, drawn twice as often"),
-    ("label_captions", "SOURCE", SEVERAL, None, "for the word labels (default: --captions)"),
-    ("val_captions", "SOURCE", SEVERAL, None, "of the validation data (default: --captions)"),
-    ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, else clip)"),
-    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: the CPU's cores)"),
+    ("captions", "SOURCE", SEVERAL, None, "their sources: txt or json.FIELD, one drawn each time"),
+    ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
+    ("val_captions", "SOURCE", SEVERAL, None, "sources for the validation data"),
+    ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, or clip)"),
+    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: its CPU cores)"),
     # the model
     ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
     ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
-    ("context_length", "TOKENS", COUNT, None, "that the text tower sees (default: the model's)"),
+    ("context_length", "TOKENS", {"type": number(int, 3)}, None, "that the text tower sees"),
     ("init_from", "FILE", {}, None, "checkpoint to take the model and vocabulary from"),
-    ("cls_weight", "LAMBDA", POSITIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
+    ("cls_weight", "LAMBDA", NOT_NEGATIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
     ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
     # the training
     ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
-    ("epochs", "N", POSITIVE, None, "passes over the data (default 30)"),
+    ("epochs", "N", NOT_NEGATIVE, None, "passes over the data (default 30)"),
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
-    ("micro_batch_size", "PAIRS", COUNT, None, "pairs at a time: less memory, same gradients"),
-    ("learning_rate", "LR", POSITIVE, None, "peak of the schedule (default 5e-4)"),
-    ("warmup_steps", "N", ZERO_OR_MORE, None, "(default: a tenth of the steps, at most 1000)"),
-    ("weight_decay", "W", POSITIVE, None, "of matrices (default 0.2)"),
+    ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
+    ("learning_rate", "LR", NOT_NEGATIVE, None, "peak of the schedule (default 5e-4)"),
+    ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
+    ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
     ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
     # the machine
@@ -84,23 +84,23 @@ OPTIONS = (
     ("grad_checkpointing", None, FLAG, False, "less memory, a third slower"),
     # the run
     ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
-    ("resume", None, FLAG, False, "go on with the run in out_dir, with its options"),
+    ("resume", None, FLAG, False, "continue the run in out_dir with its saved options"),
     ("log_every", "STEPS", COUNT, 50, "steps between rows of the log"),
-    ("eval_every", "STEPS", COUNT, None, "(default: a fifth of the run, at most 2000)"),
+    ("eval_every", "STEPS", COUNT, None, "between validations (default: a fifth, at most 2000)"),
     ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
     ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
 )
-# What is used if an option is not given. Without --train_data, BUILT_IN of scripts/shapes.py comes
-# first: settings that were chosen together with the built-in data.
+# Without --train_data, BUILT_IN of scripts/shapes.py takes precedence: settings that were chosen
+# together with the built-in data.
 DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
 # fmt: on
-# What a checkpoint brings along. --resume and --init_from do not change it.
-BROUGHT = ("model", "vocab", "loss", "image_size", "context_length")
+# Options that a checkpoint fixes for --resume and --init_from.
+FIXED = ("model", "vocab", "loss", "image_size", "context_length")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(
-        usage="python train.py [options]   (--help explains them)",  # else all 32 of them
+        usage="python train.py [options]   (--help explains them)",  # not a list of all options
         description=__doc__.partition("\n")[0],
         epilog="Without --train_data: the built-in shapes, with defaults that a run prints.",
         allow_abbrev=False,  # a typo should not become another option
@@ -120,27 +120,24 @@ def parse(argv):
     last = Path(args.out_dir) / "last.pt"
     if args.resume and last.exists():
         saved = evaluation.read_checkpoint(last)
-        check(
-            "optimizer" in saved, f"{last} cannot be resumed: it has weights only, as best.pt has"
-        )
+        check("optimizer" in saved, f"{last} cannot be resumed: it holds weights only")
         # A new length replaces the old one, whichever of the two options gave it.
         length = {"steps": None, "epochs": None} if args.steps or args.epochs else {}
         parser.set_defaults(**{**saved["arguments"], "out_dir": args.out_dir, **length})
         args = parser.parse_args(argv)
-        for name in (*BROUGHT, "init_from", "cls_weight", "weight_decay"):
+        for name in (*FIXED, "init_from", "cls_weight", "weight_decay"):
             old, new = saved["arguments"][name], getattr(args, name)
             check(old == new, f"--resume cannot change --{name} from {old} to {new}")
     check(not (args.steps and args.epochs), "give --steps or --epochs, not both")
-    for name in BROUGHT if args.init_from and not saved else ():
-        check(getattr(args, name) is None, f"--init_from brings its own {name}: leave --{name} out")
+    for name in FIXED if args.init_from and not saved else ():
+        check(getattr(args, name) is None, f"--init_from sets the {name}: leave --{name} out")
     chosen = {**DEFAULTS, **({} if args.train_data else BUILT_IN)}
-    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
-    if args.steps:
-        del chosen["epochs"]
+    needless = {"epochs": args.steps, "model": args.init_from}  # the one is known from the other
+    chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
     vars(args).update(chosen)
     if chosen and os.environ.get("RANK", "0") == "0":
         texts = (f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items())
-        print(f"not given, so chosen: {' '.join(texts)}")
+        print(f"defaults: {' '.join(texts)}")
     return args, saved
 
 
@@ -151,10 +148,9 @@ def parse(argv):
 def set_up(args):
     """-> rank, number of processes, device, dtype. Under torchrun every process has its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first, or all would use GPU 0
     device = evaluation.pick_device(args.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     if world > 1:
         # CPU tensors travel by gloo, so that processes can agree on something without waiting for
         # their GPUs. Two hours, because all others wait while rank 0 validates.
@@ -166,7 +162,7 @@ def set_up(args):
         # a small range, which the loss scaler of train() makes up for.
         dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
     elif args.dtype is None and args.train_data == BUILT_IN["train_data"]:
-        units = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10 or so
+        units = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
         if units.get("avx512_bf16") or units.get("amx_bf16"):
             dtype = "bfloat16"  # the built-in run takes half the time
     return rank, world, device, getattr(torch, dtype)
@@ -185,7 +181,7 @@ def gather(features):
     if not dist.is_initialized():
         return features
     everyone = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
-    dist.all_gather_into_tensor(everyone, features)
+    dist.all_gather(list(everyone.chunk(dist.get_world_size())), features)
     return everyone
 
 
@@ -194,11 +190,13 @@ class Stop:
     second signal kills it."""
 
     def __init__(self):
-        self.asked = self.abandon = False
+        self.asked, self.abandon, self.process = False, False, os.getpid()
         for number_of_signal in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number_of_signal, self.ask)
 
     def ask(self, number_of_signal, _):
+        if os.getpid() != self.process:  # a loading process that has just been forked: see data.py
+            return
         self.asked = True
         signal.signal(number_of_signal, signal.SIG_DFL)
         if self.abandon:
@@ -210,14 +208,16 @@ class Stop:
         try:
             self.abandon = True
             return None if self.asked else function(*args)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            traceback.clear_frames(stop.__traceback__)  # they hold the loading processes
             return None
         finally:
             self.abandon = False
 
     def agreed(self):
         """Was any process asked? All of them get the same answer in the same step, or some would
-        leave while others wait for their features. The tensor is on the CPU, so the GPU goes on."""
+        leave while others wait for their features. The tensor is on the CPU, so this does not wait
+        for the GPU."""
         return bool(all_sum(torch.tensor(float(self.asked))))
 
 
@@ -266,10 +266,10 @@ def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
     patches_to_keep; rows: where these pairs lie in the global batch; scaler: for float16.
 
     The contrastive loss needs all features at once, but the towers do not. So the loss is computed
-    on copies of the features, and then each micro-batch is pulled along the gradients of its copies
-    (GradCache, arXiv 2101.06983): d loss / d weights = d loss / d features * d features / d
-    weights, and the second factor is a sum over the micro-batches. Several of them run through the
-    towers twice, which takes a third more time, and need the memory of one.
+    on copies of the features. Then each micro-batch runs alone and backpropagates the gradient of
+    its copies (GradCache, arXiv 2101.06983). By the chain rule d loss / d weights is the sum over
+    micro-batches of d loss / d features * d features / d weights. With several micro-batches the
+    towers run forward twice, which takes a third more time, and need the memory of one.
     """
     for part in parts:  # the whole batch is counted before any of it is weighted
         model.count_tokens(part["label_tokens"])
@@ -293,8 +293,8 @@ def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
     scale, bias = (p if p is None else p.detach().requires_grad_() for p in scalars)
     contrastive = model.pair_loss(images, texts, scale, bias, rows)
     scaler.scale(contrastive).backward()
-    # Each process has compared all features with its own rows. Together they have the gradient.
-    image_pull, text_pull = (all_sum(x.grad)[rows].split(sizes) for x in (images, texts))
+    # Each process has the gradient of its own rows' loss. The sum is the whole.
+    image_grad, text_grad = (all_sum(x.grad)[rows].split(sizes) for x in (images, texts))
     # 3. The same gradient at the parameters. Only the last part's backward pass is synchronised.
     classification = 0
     for i, inputs in enumerate(zip(parts, keeps)):
@@ -303,11 +303,11 @@ def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
         with nullcontext() if last or not dist.is_initialized() else towers.no_sync():
             image, text, word_loss = outputs[0] if len(parts) == 1 else run_towers(*inputs)
             word_loss = word_loss * len(image) / sum(sizes)  # its share of the mean over B pairs
-            pull = (image * image_pull[i]).sum() + (text * text_pull[i]).sum()
+            surrogate = (image * image_grad[i]).sum() + (text * text_grad[i]).sum()
             if last:  # the scale and the bias, too, or their gradients would not be averaged
                 copies = zip(scalars, (scale, bias))
-                pull = pull + sum(p * copy.grad for p, copy in copies if p is not None)
-            (pull + scaler.scale(model.config.cls_weight * word_loss)).backward()
+                surrogate = surrogate + sum(p * copy.grad for p, copy in copies if p is not None)
+            (surrogate + scaler.scale(model.config.cls_weight * word_loss)).backward()
         classification = classification + word_loss.detach()
     return {"contrastive_loss": contrastive.detach(), "classification_loss": classification}
 
@@ -345,7 +345,7 @@ def make_model(args, start_from, tokenizer, device):
         if new.keys() > loaded.keys():
             print("the checkpoint has no word head: it starts from random weights")
     if device.type == "cpu" and model.visual.grid < 10:
-        # It governs the CPU, too, whose flash kernel is slow in bfloat16 for so few tokens.
+        # Despite its name this governs the CPU, too. Its flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
     for tower in (model.visual, model.text):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
@@ -362,8 +362,8 @@ def make_model(args, start_from, tokenizer, device):
 
 
 def open_data(args, tokenizer, image_size, rank):
-    """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError for all
-    that can be wrong with the data of a run before it starts."""
+    """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError if
+    anything is wrong with the data, before the run starts."""
     shards, sources = data.expand(args.train_data), (args.captions, args.label_captions)
     pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
@@ -409,8 +409,8 @@ def save(path, model, tokenizer, **more):
 def train(args, saved, rank, world, device, dtype):
     """A run from its first step, or from a checkpoint, to its last."""
     out_dir, local = Path(args.out_dir), args.batch_size // world
-    taken = any(out_dir.glob("*.pt")) and not args.resume
-    check(not taken, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
+    exists = any(out_dir.glob("*.pt")) and not args.resume
+    check(not exists, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
     check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
     # What the run is made of: data, model, optimizer
     start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
@@ -421,8 +421,8 @@ def train(args, saved, rank, world, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     towers = Towers(model)
-    if world > 1:  # the token counts are summed where they are made, so buffers need no broadcast
-        towers = DistributedDataParallel(towers, broadcast_buffers=False)
+    if world > 1:  # gradients live in the buckets that are sent, or they would be stored twice
+        towers = DistributedDataParallel(towers, gradient_as_bucket_view=True)
 
     # Where the run starts and ends. By default it validates five times, and more often if it is
     # long. A run that is resumed may have other options than before, but the same data.
@@ -445,7 +445,7 @@ def train(args, saved, rank, world, device, dtype):
         start_from.clear()  # its tensors are copied, and would take as much memory as the model
     rows, micro = slice(rank * local, (rank + 1) * local), args.micro_batch_size or local
     order = data.micro_batches(len(pairs), args.batch_size, rows, micro, args.seed, step, steps)
-    batches = data.load(pairs, order, args.workers, device)
+    batches = data.load_batches(pairs, order, args.workers, device)
     about = describe_run(args, steps, world, device, dtype, pairs, model)
     log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
@@ -459,7 +459,7 @@ def train(args, saved, rank, world, device, dtype):
         learning_rate = learning_rate_at(step, args.learning_rate, warmup_steps, steps)
         grad_norm = update(model, optimizer, scaler, learning_rate)
         step += 1
-        # 4. what is due after this step; the last step brings everything
+        # 4. what is due after this step; at the last step, everything is
         log_due, eval_due, save_due = (
             step % every == 0 or step == steps for every in (args.log_every, eval_every, save_every)
         )
@@ -503,8 +503,10 @@ def main(argv):
         dist.barrier()
     try:
         train(args, saved, rank, world, device, dtype)
-    except RuntimeError as error:  # torch's own, of which there are no classes to catch
-        check("by peer" not in str(error), f"process {rank} ends, because another one has ended")
+    except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
+        check(
+            "by peer" not in str(error), f"process {rank} stops because another process has ended"
+        )
         memory = any(text in str(error) for text in ("out of memory", "allocate memory"))
         check(not memory, "out of memory: a smaller --micro_batch_size gives the same gradients")
         raise

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -68,16 +69,15 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(name):
-    """What a device can do at most, by its name; None where that is not known."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    """What a device can do at most, by the words of its name; None where that is not known."""
+    found = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    return next(found, None)
 
 
-@cache
 def pair_flops(config, length, patches):
     """Floating point operations of one pair, forward and backward: a caption of `length` tokens, an
-    image of which `patches` are kept. `config` is a tuple of items, which can be cached. Counted on
-    the meta device, which computes shapes only. Recomputation does not count."""
-    config = SuperCLIPConfig(**dict(config))
+    image of which `patches` are kept. Counted on the meta device, which computes shapes only.
+    Recomputation does not count."""
     with torch.device("meta"):
         model = SuperCLIP(config)
         images = torch.empty(1, 3, config.image_size, config.image_size)
@@ -107,8 +107,9 @@ class Log:
         self.first_step, self.bad_samples, self.named, self.wandb = step, 0, set(), None
         # Counted only where the device's peak is known, for the share of it that a run reaches.
         self.peak = peak_tflops(header["device"]) if header["dtype"] != "float32" else None
-        grid = header["config"]["image_size"] // header["config"]["patch_size"]
-        self.patches = max(1, round(grid**2 * (1 - args.patch_dropout)))
+        config = SuperCLIPConfig(**header["config"])
+        kept = (config.image_size // config.patch_size) ** 2 * (1 - args.patch_dropout)
+        self.pair_flops = cache(partial(pair_flops, config, patches=max(1, round(kept))))
         hidden = rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=hidden)
         self.restart(step)
@@ -156,10 +157,8 @@ class Log:
         self.waited += time.perf_counter() - start
         self.bar.update()
         if self.peak:
-            config = tuple(self.header["config"].items())
-            for part in parts:
-                length = part["tokens"].shape[1]
-                self.flops += len(part["tokens"]) * pair_flops(config, length, self.patches)
+            for tokens in (part["tokens"] for part in parts):
+                self.flops += len(tokens) * self.pair_flops(length=tokens.shape[1])
         for entry in (entry for part in parts for entry in part["replaced"]):
             self.bad_samples += 1
             if entry not in self.named:

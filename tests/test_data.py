@@ -596,7 +596,7 @@ NASTY = {
     "empty image": ([("x.jpg", b""), ("x.txt", b"a dog")], "x", "no image, or an empty one"),
     "empty caption": ([("x.jpg", JPEG), ("x.txt", b"")], "x", "no txt, or an empty one"),
     "white-space caption": ([("x.jpg", JPEG), ("x.txt", b" \n\t ")], "x", "caption is empty"),
-    "caption not UTF-8": ([("x.jpg", JPEG), ("x.txt", b"caf\xe9")], "x", "txt is n"),
+    "caption not UTF-8": ([("x.jpg", JPEG), ("x.txt", b"caf\xe9")], "x", "not UTF-8 text"),
     "caption absurdly long": ([("x.jpg", JPEG), ("x.txt", b"a " * 20_000)], "x", "20,000 char"),
     "image without caption": ([("x.jpg", JPEG)], "x", "no txt"),
     "caption without image": ([("x.txt", b"a dog")], "x", "no image"),

@@ -234,7 +234,7 @@ def run_two(start, folder, how, argv):
 @pytest.mark.parametrize(
     "how, sentence",
     [
-        ("killed", "process 0 ends"),
+        ("killed", "process 0 stops"),
         ("raises", "cat has eaten"),
         ("worker", "dog has eaten"),
         ("nowhere.tar", "nowhere.tar"),  # validation data: only process 0 looks for it
@@ -247,7 +247,7 @@ def test_if_one_process_fails_the_other_ends_too(shards, start, tmp_path, how, s
     assert codes == ([2, -signal.SIGKILL] if how == "killed" else [2, 2])
     assert output.count(sentence) == 1 and "Traceback" not in output, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    others = [line for line in errors if "because another one has ended" in line]
+    others = [line for line in errors if "because another process has ended" in line]
     assert len(errors) == (1 if how == "killed" else 2) and len(others) == 1, output
 
 
