@@ -178,7 +178,7 @@ BLOCK = 512  # bytes; a tar is made of such blocks, and 32 bits count the blocks
 def braces(pattern):
     """ "a{00..02}.tar" -> a00.tar a01.tar a02.tar; without braces, the pattern itself."""
     match = regex.fullmatch(r"(.*?){(\d+)\.\.(\d+)}(.*)", pattern)
-    if not match:
+    if not match or int(match[2]) > int(match[3]):
         return [pattern]
     head, low, high, tail = match.groups()
     numbers = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
@@ -216,7 +216,7 @@ def read_headers(path, number):
             for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
-                if column is None and member.isfile():  # metadata, or a key with a dot in it
+                if not (member.isdir() or column and member.isfile()):  # metadata, links, a.b.jpg
                     others[extension] = others.get(extension, 0) + 1
                 if column is None or not key or not member.isfile():
                     continue
@@ -230,7 +230,7 @@ def read_headers(path, number):
                 unused[""] = f"damaged header, the rest is not read: byte {tar.offset}"
     except (tarfile.TarError, OSError) as error:
         unused[""] = f"{error}; the rest is not read"
-    unused |= {f"*{e}": f"not an image, a .txt or a .json: {n:,} files" for e, n in others.items()}
+    unused |= {f"*{e}": f"a link or another kind: {n:,} files" for e, n in others.items()}
     for key in [key for key, row in rows.items() if not row[IMAGE]]:
         del rows[key]
         unused.setdefault(key, "no image, or an empty one")
@@ -246,7 +246,7 @@ def build_index(shards):
     copied to each of them. The index is cached until the size or mtime of a shard changes.
     """
     # Rename this folder when read_headers changes, so that old caches are ignored.
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip-4"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip-5"
     name = hashlib.sha1("\n".join(map(os.path.abspath, shards)).encode()).hexdigest()
     stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
     with suppress(Exception):  # there is no cache, or a damaged one
@@ -411,8 +411,8 @@ class Pairs(Dataset):
     def __getitem__(self, item):
         """(visit, sample) -> (image, ids of the caption, ids of the label caption, replaced).
 
-        The next sample replaces a bad one, so that batches have the same size everywhere; replaced
-        is the list of (shard, key, reason) of the bad ones."""
+        Another sample, at random, replaces a bad one, so that batches have the same size on every
+        process; replaced is the list of (shard, key, reason) of the bad ones."""
         visit, sample = item
         rng = random.Random(self.seed << 40 | visit)
         replaced = []
@@ -426,7 +426,7 @@ class Pairs(Dataset):
                 return image, *map(self.tokenizer.encode, (caption, label)), replaced
             except (BadSample, OSError) as error:
                 replaced.append((self.shards[row[0]], self.key(row), str(error)))
-                sample = (sample + 1) % len(self)
+                sample = rng.randrange(len(self))
         shard, _, reason = replaced[-1]
         raise InputError(f"a hundred bad samples in a row, the last one in {shard}: {reason}")
 

@@ -69,7 +69,7 @@ OPTIONS = (
     ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
     # the training
     ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
-    ("epochs", "N", NOT_NEGATIVE, None, "passes over the data (default 30)"),
+    ("epochs", "N", {"type": number(float, 1e-6)}, None, "passes over the data (default 30)"),
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak of the schedule (default 5e-4)"),
@@ -409,8 +409,6 @@ def save(path, model, tokenizer, **more):
 def train(args, saved, rank, world, device, dtype):
     """A run from its first step, or from a checkpoint, to its last."""
     out_dir, local = Path(args.out_dir), args.batch_size // world
-    exists = any(out_dir.glob("*.pt")) and not args.resume
-    check(not exists, f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
     check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
     # What the run is made of: data, model, optimizer
     start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
@@ -504,11 +502,11 @@ def main(argv):
     try:
         train(args, saved, rank, world, device, dtype)
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
-        check(
-            "by peer" not in str(error), f"process {rank} stops because another process has ended"
-        )
-        memory = any(text in str(error) for text in ("out of memory", "allocate memory"))
-        check(not memory, "out of memory: a smaller --micro_batch_size gives the same gradients")
+        text = str(error)
+        check("by peer" not in text, f"process {rank} stops because another process has ended")
+        check("DataLoader worker" not in text, "a loading process has died: see --workers")
+        check(" compiler" not in text, "torch.compile needs a C++ compiler: --no-compile")
+        check("memory" not in text, "out of memory: a smaller --micro_batch_size needs less")
         raise
     if world > 1:
         dist.destroy_process_group()

@@ -22,6 +22,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
@@ -240,7 +241,9 @@ def make_shards(args, samples):
     recipe = {k: str(v) for k, v in vars(args).items() if k not in ("csv", "out")}
     recipe["list"] = hashlib.sha1(args.csv.read_bytes()).hexdigest()
     record = args.out / "pack.json"
-    before = json.loads(record.read_text()) if record.is_file() else {"recipe": None}
+    before = {"recipe": None}
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        before = json.loads(record.read_text())
     done = before["shards"] if before["recipe"] == recipe else {}
     strange = any(args.out.glob("*.tar")) and not done
     check(not strange, f"{args.out} is of another list or other options: choose a new --out")

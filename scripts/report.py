@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -97,12 +98,32 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class Output:
+    """A terminal or pipe that may fail. The Ctrl-C that stops a run may also end the `tee` that it
+    prints to, and what cannot be printed is no reason to lose a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 class Log:
     """The progress of a run. Rank 0 shows a bar and appends to log.jsonl: a header, a row for each
     logged step, a row for each validation, and the final scores. A resumed run may log a step
     twice, and the later row counts. Every process names the bad samples that it meets, once."""
 
     def __init__(self, args, rank, step, header, unused):
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
         self.header, self.batch_size, self.rank = header, args.batch_size, rank
         self.first_step, self.bad_samples, self.named, self.wandb = step, 0, set(), None
         # Counted only where the device's peak is known, for the share of it that a run reaches.
@@ -127,6 +148,9 @@ class Log:
             raise InputError(
                 f"another run is using {args.out_dir}: name another --out_dir"
             ) from None
+        # Checked here, with the lock: another run may have begun while this one was starting.
+        exists = any(path.parent.glob("*.pt")) and not args.resume
+        check(not exists, f"{path.parent} holds a run: add --resume, or name another --out_dir")
         for temporary in path.parent.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
             temporary.unlink()
         if step == 0:  # what an earlier attempt has logged, without ever saving, is not of this run
@@ -180,11 +204,12 @@ class Log:
         seen = (step - self.first_step) * self.batch_size
         loss = contrastive + model.config.cls_weight * words
         check(
-            math.isfinite(loss),
-            f"the loss is {loss} at step {step}. The last checkpoint is from before. A lower "
-            "--learning_rate, more --warmup_steps or another --dtype may help; then --resume",
+            math.isfinite(loss) and math.isfinite(model.logit_scale.item()),  # NaN spreads to all
+            f"the loss is {loss}, or the weights are NaN, at step {step}. The checkpoint is from "
+            "before: try a lower --learning_rate, more --warmup_steps, another --dtype; --resume",
         )
-        check(bad <= seen / 2, f"more than half of the samples are bad: {bad:,.0f} of {seen:,}")
+        # A bad sample may be replaced by another one, so that one pair may count several.
+        check(bad <= seen, f"more than half are bad: {bad:,.0f} of {seen + bad:,.0f} samples read")
         return {
             "step": step,
             "samples": samples,

@@ -352,8 +352,8 @@ def test_a_folder_is_for_one_run_at_a_time_and_killing_it_frees_the_folder(
         assert process.is_alive()
         time.sleep(0.05)
     before = contents(out)
-    for more, sentence in (([], "--resume"), (["--resume"], "another run")):
-        assert sentence in error_of(capsys, train.main, *argv, *more)
+    for more in ([], ["--resume"]):
+        assert "another run" in error_of(capsys, train.main, *argv, *more)
         assert contents(out) == before
     hidden = tmp_path / "hidden"
     hidden.mkdir()
