@@ -369,6 +369,55 @@ def test_a_folder_is_for_one_run_at_a_time_and_killing_it_frees_the_folder(
     assert_same(last(out)["model"], last(whole)["model"])
 
 
+# ---- found later
+
+
+def printing_to_nobody(argv):
+    """From the fourth step on."""
+    read, write = os.pipe()
+    sys.stdout = sys.stderr = open(write, "w")
+    update, calls = train.update, []
+
+    def updating(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.close(read)
+        return update(*args)
+
+    train.update = updating
+    cli(lambda _: train.main(argv))
+
+
+def test_a_pipe_that_is_closed_loses_no_step(whole, shards, start, tmp_path):
+    """As when Ctrl-C ends `python train.py | tee log`: tee first, and then the run has to save."""
+    argv = flags(shards, tmp_path / "out", "--log_every", 1)
+    finish(start(printing_to_nobody, tmp_path / "output.txt", argv))
+    assert_same(last(tmp_path / "out")["model"], last(whole)["model"])
+
+
+def test_weights_that_are_nan_do_not_replace_a_good_checkpoint(shards, tmp_path, capsys):
+    """The loss is of before the update, and still finite."""
+    update, calls = train.update, []
+
+    def poisoned(model, *args):
+        calls.append(1)
+        if len(calls) == 6:
+            model.visual.proj.grad[0, 0] = torch.nan
+        return update(model, *args)
+
+    with mock.patch("train.update", poisoned):
+        assert "NaN" in error_of(capsys, train.main, *flags(shards, tmp_path))
+    assert last(tmp_path)["step"] == 3
+
+
+def test_a_block_of_bad_samples_is_replaced_by_samples_from_elsewhere(shards, tmp_path):
+    shutil.copy(shards / "vocab.tiktoken", tmp_path)
+    samples = [sample(i) | ({"txt": b" "} if 40 <= i < 160 else {}) for i in range(400)]
+    write_shard(tmp_path / "block.tar", samples)  # more than a hundred in a row
+    train.main(flags(shards, tmp_path / "out", "--train_data", tmp_path / "block.tar"))
+    assert last(tmp_path / "out")["step"] == 12
+
+
 # ---- nothing writes over its input
 
 
