@@ -29,16 +29,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from scripts.convert import open_clip_config  # noqa: E402
-from scripts.report import peak_memory_gb  # noqa: E402
+from scripts.report import pair_flops, peak_memory_gb  # noqa: E402
 from scripts.vocab import find_tokenizer  # noqa: E402
-from superclip import SuperCLIP, check, cli, number  # noqa: E402
+from superclip import check, cli, number  # noqa: E402
 
 WORDS = 14  # tokens of a caption, which is usual on the web
 
@@ -255,18 +253,6 @@ def synthetic_batch(args, config, tokenizer, device):
     return [dict(zip(batch, part)) for part in zip(*split)]
 
 
-def step_flops(run):
-    """Floating point operations of the forward and backward pass, counted with one pair on the CPU.
-    The counter does not know the CPU's flash attention, but it knows the matrix products."""
-    first = [x[:1].cpu() for x in run.parts[0].values()]
-    keep = None if run.keep is None else run.keep[:1].cpu()
-    model, weights = SuperCLIP(run.model.config), torch.ones(run.model.config.vocab_size)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        image, text, word_loss = model.features_and_word_loss(*first, weights, keep)
-        (image.sum() + text.sum() + word_loss).backward()
-    return counter.get_total_flops() * run.args.batch_size
-
-
 def bench_step(options, args, _):
     runs = {
         "SuperCLIP": Run(options),
@@ -284,7 +270,9 @@ def bench_step(options, args, _):
     peak = 2 * n**3 / min(seconds.pop("matrix product"))
     print(f"{run.args.model}, batch {run.args.batch_size}, {run.args.dtype}, {WORDS} tokens a text")
     print_times(seconds, run.args.batch_size, "ms a step", 1e3, "CLIP (--cls_weight 0)")
-    flops = step_flops(run)
+    patches = run.model.visual.grid**2 if run.keep is None else run.keep.shape[1]
+    length = run.parts[0]["tokens"].shape[1]
+    flops = run.args.batch_size * pair_flops(run.model.config, length, patches)
     share = flops / statistics.median(seconds["SuperCLIP"]) / peak
     print(f"SuperCLIP: {flops / 1e12:.3f} TFLOP a step, at {share:.0%} of a matrix product's speed")
 
