@@ -361,10 +361,10 @@ def make_model(args, start_from, tokenizer, device):
     return model.to(device).train()
 
 
-def open_data(args, tokenizer, image_size, rank):
+def open_data(args, shards, tokenizer, image_size, rank):
     """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError if
     anything is wrong with the data, before the run starts."""
-    shards, sources = data.expand(args.train_data), (args.captions, args.label_captions)
+    sources = args.captions, args.label_captions
     pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     for folder in args.zeroshot_data or ():
@@ -412,9 +412,10 @@ def train(args, saved, rank, world, device, dtype):
     check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
     # What the run is made of: data, model, optimizer
     start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
-    tokenizer = find_tokenizer(args.vocab, data.expand(args.train_data), checkpoint=start_from)
+    shards = data.expand(args.train_data)
+    tokenizer = find_tokenizer(args.vocab, shards, checkpoint=start_from)
     model = make_model(args, start_from, tokenizer, device)
-    pairs, val_pairs = open_data(args, tokenizer, model.config.image_size, rank)
+    pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -504,9 +505,10 @@ def main(argv):
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
         text = str(error)
         check("by peer" not in text, f"process {rank} stops because another process has ended")
-        check("DataLoader worker" not in text, "a loading process has died: see --workers")
+        check("DataLoader worker (" not in text, "a loading process has died: see --workers")
         check(" compiler" not in text, "torch.compile needs a C++ compiler: --no-compile")
-        check("memory" not in text, "out of memory: a smaller --micro_batch_size needs less")
+        memory = "out of memory" in text or "allocate memory" in text
+        check(not memory, "out of memory: a smaller --micro_batch_size needs less")
         raise
     if world > 1:
         dist.destroy_process_group()

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from scripts.convert import open_clip_config  # noqa: E402
+from scripts.pack import add_member  # noqa: E402
 from scripts.report import pair_flops, peak_memory_gb  # noqa: E402
 from scripts.vocab import find_tokenizer  # noqa: E402
 from superclip import check, cli, number  # noqa: E402
@@ -90,9 +91,7 @@ def write_shard(path, samples):
     with tarfile.open(path, "w") as tar:
         for i, sample in enumerate(samples):
             for extension, content in sample.items():
-                info = tarfile.TarInfo(f"{i:08d}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_member(tar, f"{i:08d}.{extension}", content)
 
 
 def enlarge(image, short_side):

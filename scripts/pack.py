@@ -207,6 +207,13 @@ def merge(rows):
     return distinct(text for _, captions, _ in rows for text in captions), fields
 
 
+def add_member(tar, name, content):
+    """Add bytes as a member of a tar that is open for writing."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
 def write_shard(path, shard, samples, encoded):
     """Write one shard. encoded: what `encode` gives for each of its images. Returns a dict of the
     number of samples `n` and the `bad` rows."""
@@ -223,9 +230,7 @@ def write_shard(path, shard, samples, encoded):
                 fields |= {"image": image, "captions": captions, "width": width, "height": height}
                 text, more = captions[0].encode(), json.dumps(fields).encode()
                 for name, member in ((suffix, content), (".txt", text), (".json", more)):
-                    info = tarfile.TarInfo(key + name)
-                    info.size = len(member)
-                    tar.addfile(info, io.BytesIO(member))
+                    add_member(tar, key + name, member)
                 part["n"] += 1
 
     data.write_file(path, write)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+from scripts.pack import add_member  # noqa: E402
 from scripts.vocab import vocabulary_from_words  # noqa: E402
 from superclip import check, cli  # noqa: E402
 
@@ -250,9 +251,7 @@ def write_shard(task, out_dir, size, seed):
             meta = {"short": short, "long": long, "captions": [short, long], "scene": scene}
             texts = short.encode(), json.dumps(meta).encode()
             for ending, content in zip(("jpg", "txt", "json"), (jpeg(scene, size), *texts)):
-                info = tarfile.TarInfo(f"{i:08d}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_member(tar, f"{i:08d}.{ending}", content)
             words.update(re.findall(r"[a-z]+|[^a-z ]", f"{short} {long}"))
     return words
 

@@ -934,9 +934,14 @@ def test_out_of_memory_turns_into_advice(shards, tmp_path, capsys):
     ):
         with mock.patch("train.forward_backward", side_effect=error):
             assert "--micro_batch_size" in error_of(flags(shards, tmp_path), capsys)
-    with mock.patch("train.forward_backward", side_effect=RuntimeError("a bug")):
-        with pytest.raises(RuntimeError, match="a bug"):
-            train.main(flags(shards, tmp_path))
+    for text in (  # these need their trace
+        "a bug",
+        "CUDA error: an illegal memory access was encountered",
+        "Caught KeyError in DataLoader worker process 0.",
+    ):
+        with mock.patch("train.forward_backward", side_effect=RuntimeError(text)):
+            with pytest.raises(RuntimeError, match=text):
+                train.main(flags(shards, tmp_path))
 
 
 def test_bad_samples_are_named_once_and_counted(shards, bad_shard, tmp_path, capsys):
