@@ -11,7 +11,7 @@ index, and then any sample is two or three reads away. That gives a true global 
 length, and equal batches on every process. It also makes resuming a run a matter of one integer,
 the step.
 
-    python data.py shapes            draw the built-in data set
+    python data.py scenes            draw the built-in data set
     python data.py vocab SHARDS      make a word vocabulary from the shards' captions
     python data.py pack --csv FILE   make shards from a list of images and captions
     python data.py show SHARDS       look at shards: samples, tokens, what is skipped, a picture
@@ -348,19 +348,17 @@ open_shard = lru_cache(maxsize=500)(partial(open, mode="rb"))  # processes may o
 class Pairs(Dataset):
     """Image-caption pairs in tar shards.
 
-    shards: paths. captions, label_captions: lists of sources, each "txt" or "json.FIELD", where the
+    shards: paths. captions, labels: lists of sources, each "txt" or "json.FIELD", where the
     field holds a string or a list of strings. One text is drawn each time; a source that is named
     twice is drawn twice as often. Index it with (visit, sample): `visit` counts the
     samples of the whole run and seeds the crop and the choice of the caption, so that they do not
     depend on which worker does the work. Raises InputError.
     """
 
-    def __init__(
-        self, shards, tokenizer, image_size, captions=("txt",), label_captions=None, seed=0
-    ):
+    def __init__(self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0):
         self.shards, self.tokenizer = shards, tokenizer
         self.image_size, self.seed = image_size, seed
-        self.captions, self.label_captions = captions, label_captions or captions
+        self.captions, self.label_captions = captions, labels or captions
         self.index, self.unused = build_index(shards)
         for source in (*self.captions, *self.label_captions):
             known = source == "txt" or regex.fullmatch(r"json\.\w+", source)
@@ -486,14 +484,16 @@ def start_worker(_):
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def make_loader(dataset, workers=None, **settings):
+def make_loader(dataset, workers=None, batch_bytes=1, **settings):
     """Yield the batches of a DataLoader. Its workers are forked, so that they share the index.
     (Python 3.14's default would copy it.) Raises InputError if one of them dies.
 
     workers: by default, the cores that this process may use, which are fewer than there are in a
-    container or under a scheduler, shared among the processes of this machine."""
+    container or under a scheduler, shared among the processes of this machine. Each keeps two
+    batches ready in shared memory, so large batches get fewer workers: 4 GiB must do for all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = min(share, max(1, 2**32 // (2 * batch_bytes)))
     settings["num_workers"] = share if workers is None else workers
     if settings["num_workers"] and sys.platform == "linux":
         settings["multiprocessing_context"] = "fork"
@@ -507,12 +507,13 @@ def make_loader(dataset, workers=None, **settings):
     raise InputError("a loading process has died: try docker run --shm-size 8g, or --workers 0")
 
 
-def load_batches(pairs, order, workers, device):
+def load_batches(pairs, order, micro_batch_size, workers, device):
     """Yield the micro-batches of `order` as dicts of tensors on the device. A GPU copies them on a
     stream of their own, while the step before is still computing. Images travel as uint8."""
+    batch_bytes = micro_batch_size * 3 * pairs.image_size**2
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     settings = {"collate_fn": pairs.collate, "pin_memory": side is not None}
-    for part in make_loader(pairs, workers, batch_sampler=order, **settings):
+    for part in make_loader(pairs, workers, batch_bytes, batch_sampler=order, **settings):
         replaced = list(map(tuple, part.pop("replaced")))  # pin_memory may have made lists of them
         with torch.cuda.stream(side):  # which does nothing for None
             part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
@@ -550,4 +551,4 @@ def run_script(commands, usage):
 
 
 if __name__ == "__main__":
-    run_script(("shapes", "vocab", "pack", "show"), __doc__)
+    run_script(("scenes", "vocab", "pack", "show"), __doc__)

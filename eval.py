@@ -4,6 +4,8 @@
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
     python eval.py words     --checkpoint out/best.pt --image FILE ...   top words, and where
+    python eval.py search    --checkpoint out/best.pt --images DIR "a red mug"
+    python eval.py report    --checkpoint out/best.pt --data SHARDS --out report.html
 
 The checkpoint alone is enough: it carries the configuration and the vocabulary. Every score is
 printed with its chance level, the number of images or captions, and a 95 % interval; --json FILE
@@ -30,6 +32,8 @@ from tqdm import tqdm
 
 import data
 from superclip import PAD, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+
+DRAWING = ("words", "search", "report")  # commands that draw: they live in scripts/
 
 # A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -95,10 +99,12 @@ def read_image(path, size):
 
 
 class ClassFolders(datasets.ImageFolder):
-    """A folder with a folder of images per class; labels are class numbers, by sorted name."""
+    """A folder with a folder of images per class; labels are class numbers, by sorted name. An
+    empty folder is a class to be confused with."""
 
     def __init__(self, folder, image_size):
-        super().__init__(folder, loader=partial(read_image, size=image_size))
+        super().__init__(folder, loader=partial(read_image, size=image_size), allow_empty=True)
+        check(self.samples, f"there are no images in the folders of {folder}")
 
     def find_classes(self, folder):
         # As torchvision does it, but without hidden folders such as .ipynb_checkpoints.
@@ -235,11 +241,8 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     number_of_image = torch.arange(len(image_features), device=owner.device)
     # Each side with the number of the image that it belongs to: equal numbers are right answers.
     images, texts = (image_features, number_of_image), (text_features, owner)
-    result = {}
-    for way, (questions, asked), (answers, given) in (
-        ("image_to_text", images, texts),
-        ("text_to_image", texts, images),
-    ):
+    ways, result = {"image_to_text": (images, texts), "text_to_image": (texts, images)}, {}
+    for way, ((questions, asked), (answers, given)) in ways.items():
         places, counts = [], []  # counts: right answers to each question
         chunk = max(1, 2**24 // len(answers))  # 64 MB of scores
         for i in data.progress(range(0, len(questions), chunk), way):
@@ -287,8 +290,7 @@ def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size
         labels += label
     places, labels = torch.cat(places, dim=1), torch.tensor(labels)
     top1 = recall(*places, 1)
-    ks = (1, 5) if C > 5 else (1,)
-    result = {f"top{k}": score(recall(*places, k), k / C) for k in ks}
+    result = {f"top{k}": score(recall(*places, k), k / C) for k in (1, 5) if k == 1 or k < C}
     # A list, not a dict: two of ImageNet's classes may have the same name.
     counted = [(name, top1[labels == c]) for c, name in enumerate(classes)]
     result["per_class"] = [{"name": n, **score(hits, 1 / C)} for n, hits in counted if len(hits)]
@@ -502,12 +504,14 @@ def make_parser():
     add("--test", required=True, help="the same classes, other images")
     add("--untrained", action="store_true", help="random weights, as a baseline")
     commands.add_parser("words", help="the head's top words, and where each is seen")
+    commands.add_parser("search", help="find images by text, or by another image")
+    commands.add_parser("report", help="write a page that shows what the model has learned")
     return parser
 
 
 def main(argv):
-    if argv[:1] == ["words"]:  # it draws, and lives in scripts/
-        return data.run_script(("words",), __doc__)
+    if argv and argv[0] in DRAWING:
+        return data.run_script(DRAWING, __doc__)
     args = make_parser().parse_args(argv)
     # Checked now, and not after an evaluation. The suffix protects checkpoints and shards.
     fine = not args.json or (args.json.endswith(".json") and Path(args.json).parent.is_dir())
@@ -515,8 +519,7 @@ def main(argv):
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)
     if args.json:
-        content = json.dumps(result, indent=2) + "\n"
-        data.write_file(args.json, lambda file: file.write(content.encode()))
+        data.write_file(args.json, lambda file: file.write(json.dumps(result, indent=2).encode()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in shapes, minutes on a laptop
+    python train.py                       built-in scenes, minutes on a laptop
     python train.py --batch_size 256 --train_data 'cc3m/*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/*.tar'
 
 The file reads from top to bottom: the options, the processes and the device, one step, the parts of
-a run, and the run. What a run prints and logs is in scripts/report.py.
+a run, and the run. What a run prints and logs is in scripts/log.py.
 
 Apart from weights, counts and optimizer state, what a step needs is a function of the options and
 the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint needs
@@ -17,12 +17,13 @@ patches (K of them kept), E embedding. `rows` is the slice of the N pairs that a
 """
 
 import argparse
+import fcntl
 import math
 import os
 import signal
+import tempfile
 import traceback
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from scripts.report import Log, describe_run, fingerprint, summary, validate
-from scripts.shapes import BUILT_IN, make_shapes
+from scripts.log import Log, describe_run, fingerprint, summary, validate
+from scripts.scenes import TRAIN_DATA, built_in, make_scenes
 from scripts.vocab import find_tokenizer
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
@@ -48,7 +49,7 @@ NOT_NEGATIVE = {"type": number(float, 0)}
 SEVERAL = {"nargs": "+"}
 FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
 # Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
-# default is None, the option is off, or DEFAULTS, BUILT_IN or train() sets it.
+# default is None, the option is off, or DEFAULTS, built_in() or train() sets it.
 # fmt: off
 OPTIONS = (
     # the data
@@ -90,7 +91,7 @@ OPTIONS = (
     ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
     ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
 )
-# Without --train_data, BUILT_IN of scripts/shapes.py takes precedence: settings that were chosen
+# Without --train_data, built_in() of scripts/scenes.py takes precedence: settings that were chosen
 # together with the built-in data.
 DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
 # fmt: on
@@ -102,7 +103,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [options]   (--help explains them)",  # not a list of all options
         description=__doc__.partition("\n")[0],
-        epilog="Without --train_data: the built-in shapes, with defaults that a run prints.",
+        epilog="Without --train_data: the built-in scenes, with defaults that a run prints.",
         allow_abbrev=False,  # a typo should not become another option
     )
     for name, placeholder, settings, default, text in OPTIONS:
@@ -131,7 +132,7 @@ def parse(argv):
     check(not (args.steps and args.epochs), "give --steps or --epochs, not both")
     for name in FIXED if args.init_from and not saved else ():
         check(getattr(args, name) is None, f"--init_from sets the {name}: leave --{name} out")
-    chosen = {**DEFAULTS, **({} if args.train_data else BUILT_IN)}
+    chosen = {**DEFAULTS, **({} if args.train_data else built_in(args.batch_size))}
     needless = {"epochs": args.steps, "model": args.init_from}  # the one is known from the other
     chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
     vars(args).update(chosen)
@@ -161,7 +162,7 @@ def set_up(args):
         # Ampere, compute capability 8, is the first with bfloat16 units. float16 on older GPUs has
         # a small range, which the loss scaler of train() makes up for.
         dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    elif args.dtype is None and args.train_data == BUILT_IN["train_data"]:
+    elif args.dtype is None and args.train_data == TRAIN_DATA:
         units = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
         if units.get("avx512_bf16") or units.get("amx_bf16"):
             dtype = "bfloat16"  # the built-in run takes half the time
@@ -353,6 +354,8 @@ def make_model(args, start_from, tokenizer, device):
     if cuda and torch.cuda.get_device_capability(device) < (7, 0) and args.compile is not False:
         print("this GPU is too old for torch.compile: the run goes without it")
     elif args.compile or (cuda and args.compile is None):
+        # Older torch cannot split what it compiles where recomputation begins.
+        torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         # One by one, so that captions of another length do not recompile the image tower.
         model.visual.compile()
         model.text.compile()
@@ -364,8 +367,7 @@ def make_model(args, start_from, tokenizer, device):
 def open_data(args, shards, tokenizer, image_size, rank):
     """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError if
     anything is wrong with the data, before the run starts."""
-    sources = args.captions, args.label_captions
-    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed)
+    pairs = data.Pairs(shards, tokenizer, image_size, args.captions, args.label_captions, args.seed)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     for folder in args.zeroshot_data or ():
         evaluation.ClassFolders(folder, image_size)  # it is scored at the end, but checked now
@@ -393,7 +395,7 @@ def save(path, model, tokenizer, **more):
     whether that worked. If not, as on a full disk, the one before is still there and the run goes
     on."""
     state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
-    content = {"model": state, "config": asdict(model.config), "vocab": tokenizer.vocab, **more}
+    content = {"model": state, "config": vars(model.config), "vocab": tokenizer.vocab, **more}
     try:
         data.write_file(path, lambda file: torch.save(content, file))
         return True
@@ -444,7 +446,7 @@ def train(args, saved, rank, world, device, dtype):
         start_from.clear()  # its tensors are copied, and would take as much memory as the model
     rows, micro = slice(rank * local, (rank + 1) * local), args.micro_batch_size or local
     order = data.micro_batches(len(pairs), args.batch_size, rows, micro, args.seed, step, steps)
-    batches = data.load_batches(pairs, order, args.workers, device)
+    batches = data.load_batches(pairs, order, micro, args.workers, device)
     about = describe_run(args, steps, world, device, dtype, pairs, model)
     log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
@@ -469,9 +471,9 @@ def train(args, saved, rank, world, device, dtype):
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
             result = stop.unless_asked(validate, model, val_pairs, args.workers, log, step)
-            score = evaluation.mean_r1(result) if result else -1.0
-            if score > best and save(out_dir / "best.pt", model, tokenizer, step=step):
-                best = score
+            better = result and evaluation.mean_r1(result) > best
+            if better and save(out_dir / "best.pt", model, tokenizer, step=step):
+                best = evaluation.mean_r1(result)
         # 7. the checkpoint, from which the run can be resumed
         leave = stop.agreed()
         if save_due or leave:
@@ -488,29 +490,30 @@ def train(args, saved, rank, world, device, dtype):
     if rank == 0 and leave:
         print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
     elif rank == 0:
-        if result is None and val_pairs:  # the run was complete when it was resumed
-            result = validate(model, val_pairs, args.workers, log, step)
-        summary(model, tokenizer, args, result, best, log, step)
+        summary(model, tokenizer, args, val_pairs, result, best, log, step)
 
 
 def main(argv):
     args, saved = parse(argv)
-    rank, world, device, dtype = set_up(args)
-    if args.train_data == BUILT_IN["train_data"] and rank == 0 and not Path("shapes").exists():
-        make_shapes("shapes")
-    if world > 1:
-        dist.barrier()
+    # Drawing and indexing start processes, so they come before CUDA does. On each machine the first
+    # process does the work, while the others wait for the lock and find it done.
+    with open(Path(tempfile.gettempdir(), f"superclip-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if args.train_data == TRAIN_DATA and not Path("scenes").exists():
+            make_scenes("scenes")
+        for patterns in filter(None, (args.train_data, args.val_data)):
+            data.build_index(data.expand(patterns))
     try:
-        train(args, saved, rank, world, device, dtype)
+        train(args, saved, *set_up(args))
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
         text = str(error)
-        check("by peer" not in text, f"process {rank} stops because another process has ended")
+        check("by peer" not in text, "stopped because another process has ended")
         check("DataLoader worker (" not in text, "a loading process has died: see --workers")
         check(" compiler" not in text, "torch.compile needs a C++ compiler: --no-compile")
         memory = "out of memory" in text or "allocate memory" in text
         check(not memory, "out of memory: a smaller --micro_batch_size needs less")
         raise
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -1,292 +1,249 @@
-"""What a run tells its user: progress bar and log.jsonl, validations, and a summary at the end.
+"""Write one page that shows what a model has learned, and what it makes of validation pictures:
 
-train.py calls these functions, so that its own loop stays the algorithm.
+    python eval.py report --checkpoint out/best.pt --data SHARDS --out report.html
+
+The page needs no network and no library. All its numbers are computed here, from the model, the
+validation pairs and the run's log, and they travel in the page as one JSON object. The HTML, CSS
+and JavaScript that show them are in report.html. train.py writes such a page at the end of a run.
+
+Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
 
-import fcntl
-import hashlib
-import importlib.util
+import argparse
+import base64
+import io
 import json
-import math
-import os
-import platform
-import re
-import resource
-import subprocess
 import sys
-import time
 from contextlib import suppress
-from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import Subset
 
-import eval as evaluation
-from superclip import InputError, SuperCLIP, SuperCLIPConfig, check
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+from superclip import check, cli, number  # noqa: E402
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PLACE = "/* the numbers */"  # in the template: where the JSON goes
+REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.jsonl"
+SEARCHED = 1000  # pairs that a caption is searched among
+WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; searches of each kind
+SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
+POINTS = 300  # of a curve: a long run has logged more steps than a screen has pixels
 
 
-def fingerprint(pairs):
-    """A short text that changes when the shards or the source of the captions do; None for None."""
-    if pairs is None:
-        return None
-    content = pairs.index.numpy().tobytes() + str(pairs.captions).encode()
-    return hashlib.sha1(content).hexdigest()[:12]
+def spread(items, k):
+    """At most k items of a list, evenly spaced."""
+    k = min(k, len(items))
+    return [items[i * len(items) // k] for i in range(k)]
 
 
-def describe_run(args, steps, world, device, dtype, pairs, model):
-    """The header of a log: what a reader needs to know to believe the rows that follow."""
-    # In a shell, so that a machine without git needs no special case.
-    command, here = "git describe --always --dirty 2>/dev/null", Path(__file__).parent
-    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-    cpu = f"{device.type}, {platform.machine()}, {os.cpu_count()} cores"
+def rounded(x, digits=4):
+    """A tensor -> (nested lists of) numbers that are short when written."""
+    return x.cpu().double().round(decimals=digits).tolist()
+
+
+# -----------------------------------------------------------------------------
+# The run, from its log
+
+
+def read_log(path):
+    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
+    [step, value ...], and the last scores. Raises InputError."""
+    rows = []
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):  # a run that was killed may have left half a line
+            rows.append(json.loads(line))
+    rows = [row for row in rows if isinstance(row, dict)]
+    headers = [row["header"] for row in rows if "header" in row]
+    complete = headers and {"arguments", "config", "parameters", "steps"} <= headers[-1].keys()
+    check(complete, f"{path} is not a log of this version of train.py")
+    # A resumed run may have logged a step twice. The later row counts.
+    losses = {row["step"]: row for row in rows if "loss" in row}
+    losses = [losses[step] for step in sorted(losses)]
+    validations = {row["step"]: row["mean_r1"] for row in rows if "validation" in row}
+    scored = [row for row in rows if "validation" in row or "final" in row]
+    # Each row gives the speed since the row before it, so that validations are left out.
+    starts = [0] + [row["samples"] for row in losses]
+    intervals = zip(losses, starts)
+    seconds = sum((r["samples"] - s) / max(r["images_per_second"], 0.1) for r, s in intervals)
+    keys = ("step", "contrastive_loss", "classification_loss")
     return {
-        "arguments": vars(args),
-        "config": asdict(model.config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "samples": len(pairs),
-        "data_fingerprint": fingerprint(pairs),
-        "steps": steps,
-        "processes": world,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "dtype": str(dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "header": headers[-1],
+        "seconds": round(seconds),
+        "losses": [[row[key] for key in keys] for row in spread(losses[:-1], POINTS) + losses[-1:]],
+        "validations": sorted(validations.items()),
+        "step": scored[-1]["step"] if scored else None,
+        "scores": list_scores(scored[-1]) if scored else [],
     }
 
 
-# Dense matrix products with bfloat16 (float16 before Ampere) inputs and float32 sums, in TFLOP/s,
-# from the vendors' data sheets. A name is looked for in the order of this table.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70,
-    "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71,
-    "V100": 125, "T4": 65,
-}  # fmt: skip
+def list_scores(row):
+    """A row of the log with final scores, or else with a validation -> a list of scores as
+    eval.score gives them, each with a name."""
+    final = row.get("final") or {"retrieval": row.get("validation")}
+    parts = final["retrieval"] or {}  # None without validation data
+    named = {f"{way} {k}": s for way, part in parts.items() for k, s in part.items()}
+    named |= {f"zero-shot {Path(k).name}": s for k, s in final.items() if k != "retrieval"}
+    # The median rank is a number without chance and interval.
+    scores = [(name, s) for name, s in named.items() if isinstance(s, dict)]
+    return [{"name": name.replace("_", " "), **s} for name, s in scores]
 
 
-def peak_tflops(name):
-    """What a device can do at most, by the words of its name; None where that is not known."""
-    found = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
-    return next(found, None)
+def comparable(log, reference):
+    """Do two logs belong to equal models, trained on as many pairs?"""
+    one, other = log["header"], reference["header"]
+    return all(one.get(key) == other.get(key) for key in ("samples", "config"))
 
 
-def pair_flops(config, length, patches):
-    """Floating point operations of one pair, forward and backward: a caption of `length` tokens, an
-    image of which `patches` are kept. Counted on the meta device, which computes shapes only.
-    Recomputation does not count."""
-    with torch.device("meta"):
-        model = SuperCLIP(config)
-        images = torch.empty(1, 3, config.image_size, config.image_size)
-        tokens, weights = torch.zeros(1, length, dtype=torch.long), torch.zeros(config.vocab_size)
-        keep = torch.zeros(1, patches, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        outputs = model.features_and_word_loss(images, tokens, tokens, weights, keep)
-        sum(output.sum() for output in outputs).backward()
-    return counter.get_total_flops()
+# -----------------------------------------------------------------------------
+# What the model makes of validation pairs
 
 
-def peak_memory_gb(device):
-    """Of the device if it is a GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def read_pairs(model, pairs):
+    """Up to SEARCHED pairs -> images (N, 3, S, S), the first caption of each, and image features
+    (N, E)."""
+    images, captions, features = [], [], []
+    chosen = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
+    for pixels, texts in evaluation.batches(chosen, 128, 0, "encoding"):
+        images.append(pixels)
+        captions += [own[0] for own in texts]
+        features.append(model.encode_image(pixels.to(evaluation.device_of(model))).cpu())
+    return torch.cat(images), captions, torch.cat(features)
 
 
-class Output:
-    """A terminal or pipe that may fail. The Ctrl-C that stops a run may also end the `tee` that it
-    prints to, and what cannot be printed is no reason to lose a run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with suppress(OSError):
-            self.stream.flush()
+def data_uri(image):
+    """image (3, S, S) -> a small JPEG as the text of a data: address."""
+    picture, buffer = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class Log:
-    """The progress of a run. Rank 0 shows a bar and appends to log.jsonl: a header, a row for each
-    logged step, a row for each validation, and the final scores. A resumed run may log a step
-    twice, and the later row counts. Every process names the bad samples that it meets, once."""
-
-    def __init__(self, args, rank, step, header, unused):
-        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-        self.header, self.batch_size, self.rank = header, args.batch_size, rank
-        self.first_step, self.bad_samples, self.named, self.wandb = step, 0, set(), None
-        # Counted only where the device's peak is known, for the share of it that a run reaches.
-        self.peak = peak_tflops(header["device"]) if header["dtype"] != "float32" else None
-        config = SuperCLIPConfig(**header["config"])
-        kept = (config.image_size // config.patch_size) ** 2 * (1 - args.patch_dropout)
-        self.pair_flops = cache(partial(pair_flops, config, patches=max(1, round(kept))))
-        hidden = rank > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=hidden)
-        self.restart(step)
-        if rank > 0:
-            return
-        if args.wandb:
-            check(importlib.util.find_spec("wandb"), "--wandb needs a package: pip install wandb")
-            self.wandb = importlib.import_module("wandb").init(project=args.wandb, config=header)
-        path = Path(args.out_dir) / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a+", errors="replace")
-        try:  # The lock ends with this process, however that ends. Workers do not inherit it.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run is using {args.out_dir}: name another --out_dir"
-            ) from None
-        # Checked here, with the lock: another run may have begun while this one was starting.
-        exists = any(path.parent.glob("*.pt")) and not args.resume
-        check(not exists, f"{path.parent} holds a run: add --resume, or name another --out_dir")
-        for temporary in path.parent.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
-            temporary.unlink()
-        if step == 0:  # what an earlier attempt has logged, without ever saving, is not of this run
-            self.file.truncate(0)
-        self.file.seek(max(0, self.file.tell() - 1))
-        self.file.write("" if self.file.read() in ("", "\n") else "\n")  # killed in mid-line
-        self.write({"header": header})
-        tqdm.write(
-            f"{args.init_from or args.model or 'ViT-B-16'}: {header['parameters']:,} parameters, "
-            f"{header['config']['vocab_size']:,} tokens; {header['samples']:,} pairs; "
-            f"steps {step:,} to {header['steps']:,} of {args.batch_size} pairs; "
-            f"{header['device']}, {header['dtype']}"
-        )
-        for entry in unused[:20]:
-            text = "not used: {} {}: {}".format(*entry)
-            tqdm.write(text.encode(errors="replace").decode())  # names in a tar may be any bytes
-        if len(unused) > 20:
-            tqdm.write(f"not used: {len(unused) - 20:,} more (see python data.py show)")
-
-    def restart(self, step):
-        """Start the interval over which the next row measures speed and waiting."""
-        self.clock, self.waited, self.flops, self.last_step = time.perf_counter(), 0.0, 0, step
-
-    def wait_for(self, batches, n):
-        """The next n micro-batches. Measures the wait, and counts and names bad samples."""
-        start = time.perf_counter()
-        parts = [next(batches) for _ in range(n)]
-        self.waited += time.perf_counter() - start
-        self.bar.update()
-        if self.peak:
-            for tokens in (part["tokens"] for part in parts):
-                self.flops += len(tokens) * self.pair_flops(length=tokens.shape[1])
-        for entry in (entry for part in parts for entry in part["replaced"]):
-            self.bad_samples += 1
-            if entry not in self.named:
-                tqdm.write("bad sample: {} {}: {}".format(*entry))
-            self.named.add(entry)
-        return parts
-
-    def measure(self, step, losses, grad_norm, learning_rate, model):
-        """The row of a step, which is the same on all processes. Speed and waiting are of the steps
-        since the last row, bad samples of those since the start or the resumption. Raises
-        InputError if the loss is not finite, or if more than half of the samples were bad."""
-        bad = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        sums = torch.stack([*losses.values(), bad])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        contrastive, words, bad = sums.tolist()
-        contrastive, words = (x / self.header["processes"] for x in (contrastive, words))
-        seconds, samples = time.perf_counter() - self.clock, step * self.batch_size
-        seen = (step - self.first_step) * self.batch_size
-        loss = contrastive + model.config.cls_weight * words
-        check(
-            math.isfinite(loss) and math.isfinite(model.logit_scale.item()),  # NaN spreads to all
-            f"the loss is {loss}, or the weights are NaN, at step {step}. The checkpoint is from "
-            "before: try a lower --learning_rate, more --warmup_steps, another --dtype; --resume",
-        )
-        # A bad sample may be replaced by another one, so that one pair may count several.
-        check(bad <= seen, f"more than half are bad: {bad:,.0f} of {seen + bad:,.0f} samples read")
-        return {
-            "step": step,
-            "samples": samples,
-            "epoch": round(samples / self.header["samples"], 4),
-            "loss": loss,
-            "contrastive_loss": contrastive,
-            "classification_loss": words,
-            "logit_scale": model.logit_scale.exp().item(),
-            "grad_norm": grad_norm.item(),
-            "learning_rate": learning_rate,
-            "bad_samples": round(bad),
-            "images_per_second": round((step - self.last_step) * self.batch_size / seconds, 1),
-            "data_wait": round(self.waited / seconds, 3),  # share of the time
-            "mfu": round(self.flops / seconds / self.peak / 1e12, 3) if self.peak else None,
-            "memory_gb": round(peak_memory_gb(grad_norm.device), 2),
-        }
-
-    def write(self, row):
-        """Add a row to the log, and show it if it is one of training."""
-        if self.rank > 0:
-            return
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        except OSError as error:  # a lost line is no reason to lose a run
-            tqdm.write(f"warning: cannot write the log: {error}")
-        if self.wandb and "header" not in row:
-            self.wandb.log(row, step=row["step"])
-        if "loss" in row:
-            text = "contrastive {contrastive_loss:.3f}, words {classification_loss:.3f}, "
-            text = (text + "{images_per_second:.0f} images/s, {data_wait:.0%} waiting").format(
-                **row
-            )
-            text += f", {row['mfu']:.0%} of the peak" if row["mfu"] else ""
-            self.bar.set_postfix_str(text)
-            if self.bar.disable:  # there is no terminal, so no bar
-                print(f"step {row['step']:6d}  {text}", flush=True)
-            self.restart(row["step"])
+def words_of(model, tokenizer, image, caption, window):
+    """The head's top words for an image (3, S, S): word, probability, whether the caption has it,
+    and its map (G, G) in nats (see eval.word_maps)."""
+    words = evaluation.top_words(model, tokenizer, image[None], WORDS)[0]
+    ids = [i for _, _, i in words]
+    maps, said = evaluation.word_maps(model, image, ids, window)[1], {*tokenizer.encode(caption)}
+    return [
+        {"word": word, "probability": p, "said": i in said, "map": rounded(m, 3)}
+        for (word, p, i), m in zip(words, maps)
+    ]
 
 
-@torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
-def validate(model, pairs, workers, log, step):
-    """Retrieval among the validation pairs, logged, and the head's top words for the first four."""
-    paused = time.perf_counter()
-    model.eval()
-    result = evaluation.retrieval(*evaluation.encode_shards(model, pairs, workers=workers))
-    score = evaluation.mean_r1(result)
-    log.write({"step": step, "validation": result, "mean_r1": score})
-    tqdm.write(f"step {step:6d}  validation: mean R@1 {100 * score:.1f} % of {len(pairs):,} pairs")
-    if model.head is not None:
-        images, texts = next(evaluation.batches(evaluation.ShardImages(pairs), 4, 0, "words"))
-        for captions, words in zip(texts, evaluation.top_words(model, pairs.tokenizer, images)):
-            tqdm.write(f'  "{captions[0]}"')
-            tqdm.write("    " + ", ".join(f"{word} {p:.2f}" for word, p, _ in words))
-    model.train()
-    log.clock += time.perf_counter() - paused  # not counted in images per second
+def label_of(model, tokenizer, image, caption):
+    """What the head should answer for an image (3, S, S): each token of the caption once, with its
+    IDF, its share of the label (see superclip.classification_loss), and what the head says."""
+    ids = list(dict.fromkeys(tokenizer.encode(caption)))
+    idf = model.token_weights()[ids].cpu()
+    share = idf / idf.sum().clamp_min(1e-8)
+    logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0].float()
+    log_probabilities = logits.log_softmax(dim=0).cpu()[ids]
+    whole = (tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ") for i in ids)
+    names = [tokenizer.decode([i]) + ("" if ends else "-") for i, ends in zip(ids, whole)]
+    columns = (rounded(x, 6) for x in (idf, share, log_probabilities))
+    keys = ("token", "idf", "share", "log_probability")
+    return [dict(zip(keys, row)) for row in zip(names, *columns)]
+
+
+def searches(similarity):
+    """similarity (N, N) of captions and images -> a few searches whose first picture is right, and
+    a few whose first is not: number of the caption, place of its own picture, and the best pictures
+    with their scores. The right picture comes last where it is not among the best."""
+    right = torch.eye(len(similarity), dtype=torch.bool)
+    above, level, _ = evaluation.place(similarity, right)
+    result = []
+    for group in (above + level == 0, above > 0):
+        for i in spread(group.nonzero().flatten().tolist(), EXAMPLES):
+            best = similarity[i].topk(min(FOUND, len(similarity))).indices.tolist()
+            found = [[j, rounded(similarity[i, j])] for j in dict.fromkeys([*best, i])]
+            result.append({"caption": i, "place": int(above[i]) + 1, "found": found})
     return result
 
 
-@torch.compiler.set_stance("force_eager")
-def summary(model, tokenizer, args, result, best, log, step):
-    """Print what the run has reached, beside what chance would give, and what to do next."""
-    model.eval()
-    row = {"retrieval": result}
-    if result:
-        print("\nretrieval among the validation pairs")
-        evaluation.print_retrieval(result)
-    for folder in args.zeroshot_data or []:
-        dataset = evaluation.ClassFolders(folder, model.config.image_size)
-        classes = evaluation.class_names(dataset, None)
-        row[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
-        print(evaluation.line(f"zero-shot {Path(folder).name}", row[folder]))
-    log.write({"step": step, "final": row})
-    is_best = result and evaluation.mean_r1(result) <= best  # else best.pt could not be written
-    path = Path(args.out_dir) / ("best.pt" if is_best else "last.pt")
-    if result and evaluation.mean_r1(result) < best:
-        print(f"\nThese are the scores of the last step, which is in {args.out_dir}/last.pt.")
-        print(f"An earlier step had a mean R@1 of {100 * best:.1f} %: {path} holds that one.")
-    print(f"\nThe model is in {path}. What it sees, and where, in a picture of your own:")
-    print(f"  python eval.py words --checkpoint {path} --image FILE --out words.png")
+@torch.no_grad()
+def examine(model, tokenizer, pairs, n):
+    """All numbers of the page that come from the model, as a dict. Raises InputError."""
+    images, captions, image_features = read_pairs(model, pairs)
+    text_features = evaluation.encode_texts(model, tokenizer, captions).cpu()
+    similarity = image_features @ text_features.T  # (N, N)
+    check(similarity.isfinite().all(), "the model has diverged: its features are not finite")
+    owner = torch.arange(len(captions))
+    scores = evaluation.retrieval(image_features, text_features, owner)
+    shown = spread(owner.tolist(), n)
+    found = searches(similarity.T)
+    grid = model.visual.grid
+    window = max(1, round(grid / 4))  # as scripts/words.py has it
+    content = {
+        "head": model.head is not None and window < grid,
+        "loss": model.config.loss,
+        "logit_scale": model.logit_scale.exp().item(),
+        "size": model.config.image_size,
+        "window": window,
+        "pairs": len(captions),
+        "similarity": rounded(similarity[shown][:, shown], 6),
+        "searches": found,
+        "recall": scores["text_to_image"]["R@1"],
+        "pictures": [{"number": i} for i in shown],
+    }
+    for picture in data.progress(content["pictures"] if content["head"] else [], "mapping words"):
+        pair = images[picture["number"]], captions[picture["number"]]
+        picture["words"] = words_of(model, tokenizer, *pair, window)
+        picture["label"] = label_of(model, tokenizer, *pair)
+    used = {*shown, *(j for search in found for j, _ in search["found"])}
+    shortened = [caption[:300] + "…" * (len(caption) > 300) for caption in captions]
+    content["images"] = {i: {"source": data_uri(images[i]), "caption": shortened[i]} for i in used}
+    return content
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+
+def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12):
+    """Write the page to `out_path`.
+
+    model: in eval mode; pairs: validation data (data.Pairs); log_path: the run's log.jsonl, or
+    None; reference_path: the log of a run to compare with, used if it is comparable; n: pictures to
+    show. Raises InputError.
+    """
+    run, reference = read_log(log_path) if log_path else None, None
+    if run and reference_path and Path(reference_path).is_file():
+        reference = read_log(reference_path)
+        reference = reference if comparable(run, reference) else None
+    content = {"run": run, "reference": reference, **examine(model, tokenizer, pairs, n)}
+    # A caption may hold "</script>". Without "<" nothing in a script element can end it.
+    numbers = json.dumps(content).replace("<", "\\u003c")
+    page = TEMPLATE.read_text("utf-8").replace(PLACE, numbers)
+    data.write_file(out_path, lambda file: file.write(page.encode()))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    add("--data", nargs="+", required=True, help="validation shards: paths, folders, globs, braces")
+    add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
+    add("--out", required=True, help="page to write, such as report.html")
+    add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
+    add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    args = parser.parse_args(argv)
+    # Checked before the work. The suffix protects checkpoints and shards.
+    fine = args.out.endswith(".html") and Path(args.out).parent.is_dir()
+    check(fine, "--out needs a name that ends in .html, in a folder that exists")
+    beside = Path(args.checkpoint).with_name("log.jsonl")
+    log = args.log or (beside if beside.is_file() else None)
+    check(not log or Path(log).is_file(), f"there is no file {log}")
+    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
+    pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
+    write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n)
+    print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, open it in a browser")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from scripts.shapes import describe, draw, make_scene  # noqa: E402
+from scripts.scenes import PAIRS, describe, draw, make_scene  # noqa: E402
 from scripts.vocab import vocabulary_from_words  # noqa: E402
 from superclip import PAD, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss  # noqa: E402
 
@@ -63,7 +63,7 @@ def show_label(model, tokenizer, tokens):
 def main(argv):
     rng = random.Random(1)
     torch.manual_seed(0)
-    scenes = [make_scene(rng, count=2)] + [make_scene(rng) for _ in range(B - 1)]
+    scenes = [make_scene(rng, PAIRS) for _ in range(B)]
     captions = [describe(scene, rng)[1] for scene in scenes]
     words = {word for caption in captions for word in data.WORD.findall(caption)}
     tokenizer = data.Tokenizer(vocabulary_from_words(sorted(words)))

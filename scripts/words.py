@@ -1,7 +1,7 @@
 """Which words the head sees in an image, and where:
 
     python eval.py words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
-    python eval.py words --checkpoint out/best.pt --data 'shapes/val-*.tar'
+    python eval.py words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
 The first command prints the most probable words of each image. With --out it also draws a map for
 each word: red where the word becomes less probable if these patches are left out. The second

@@ -293,6 +293,26 @@ def two_shards(tmp_path_factory):
     return [first, shard(folder / "1.tar", 6, 6)]
 
 
+def test_workers_follow_the_cores_and_hold_four_gib_at_most(two_shards, tokenizer, monkeypatch):
+    asked = []
+    loader = lambda *_, num_workers, **__: asked.append(num_workers) or []  # noqa: E731
+    monkeypatch.setattr(data, "DataLoader", loader)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(32), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    pairs, device = Pairs(two_shards, tokenizer, 224), torch.device("cpu")
+    for micro_batch_size, workers, expected in (
+        (256, None, 16),  # the cores of this process; two batches of 256 take 77 MB a worker
+        (4096, None, 3),  # two of 4,096 take 1.2 GB
+        (10**6, None, 1),
+        (10**6, 5, 5),  # whoever asks for them gets them
+        (256, 0, 0),
+    ):
+        assert list(data.load_batches(pairs, [], micro_batch_size, workers, device)) == []
+        assert asked[-1] == expected
+        images = 2 * micro_batch_size * 3 * 224**2
+        assert workers or expected <= 1 or expected * images <= 4 * 2**30
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])  # three: more than there are shards
 def test_batches_do_not_depend_on_the_workers(two_shards, tokenizer, workers):

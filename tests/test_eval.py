@@ -394,7 +394,7 @@ def test_mistakes_are_one_sentence(folders, checkpoint, tmp_path, capsys):
     for argv, words in (
         ([*zeroshot, tmp_path / "nowhere"], "nowhere"),
         ([*zeroshot, tmp_path / "flat"], "one folder of images per class"),
-        ([*zeroshot, tmp_path / "hollow"], "empty"),
+        ([*zeroshot, tmp_path / "hollow"], "no images"),
         ([*zeroshot, tmp_path / "broken"], "none of the images"),
         ([*zeroshot, folders, "--classes", tmp_path / "two.txt"], "names 2 classes"),
         ([*zeroshot, folders, "--classes", tmp_path / "none.txt"], "none.txt"),

@@ -215,6 +215,17 @@ def one_of_two(rank, port, how, argv):
         time.sleep(100)
 
     train.update, data.Pairs.__getitem__ = updating, reading
+    if how == "index":
+        pool = data.ProcessPoolExecutor
+        os.environ["XDG_CACHE_HOME"] = argv[-1]  # nothing is cached there yet
+
+        def noted(workers):
+            with open(Path(argv[-1]) / "indexed.txt", "a") as file:
+                file.write(f"{workers} shards, {torch.distributed.is_initialized()}\n")
+            time.sleep(0.5)  # long enough for the other process to want the same
+            return pool(workers)
+
+        data.ProcessPoolExecutor = noted
     if how == "signal":
         (Path(argv[-1]) / f"{rank}.pid").write_text(str(os.getpid()))
         evaluation.encode_texts = slow
@@ -234,21 +245,30 @@ def run_two(start, folder, how, argv):
 @pytest.mark.parametrize(
     "how, sentence",
     [
-        ("killed", "process 0 stops"),
+        ("killed", "another process has ended"),
         ("raises", "cat has eaten"),
         ("worker", "dog has eaten"),
-        ("nowhere.tar", "nowhere.tar"),  # validation data: only process 0 looks for it
     ],
 )
 def test_if_one_process_fails_the_other_ends_too(shards, start, tmp_path, how, sentence):
-    more = ["--val_data", how] if how == "nowhere.tar" else []
-    argv = flags(shards, tmp_path / "out", "--workers", 1, *more)
+    argv = flags(shards, tmp_path / "out", "--workers", 1)
     codes, output = run_two(start, tmp_path, how, argv)
     assert codes == ([2, -signal.SIGKILL] if how == "killed" else [2, 2])
     assert output.count(sentence) == 1 and "Traceback" not in output, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     others = [line for line in errors if "because another process has ended" in line]
     assert len(errors) == (1 if how == "killed" else 2) and len(others) == 1, output
+
+
+def test_two_processes_of_a_machine_index_once_and_before_the_gpu_is_needed(
+    shards, start, tmp_path
+):
+    (tmp_path / "out").mkdir()
+    argv = flags(shards, tmp_path / "out", "--steps", 1, "--out_dir", tmp_path / "out")
+    codes, output = run_two(start, tmp_path, "index", argv)
+    assert codes == [0, 0], output
+    notes = (tmp_path / "out" / "indexed.txt").read_text().splitlines()
+    assert notes == ["2 shards, False", "1 shards, False"]  # training and validation data
 
 
 def test_a_signal_to_both_processes_abandons_the_validation_of_one(shards, start, tmp_path):
@@ -279,7 +299,7 @@ class FullDisk:
 
 
 def test_a_lost_log_line_loses_no_step(whole, shards, tmp_path, capsys):
-    with mock.patch("scripts.report.open", FullDisk, create=True):
+    with mock.patch("scripts.log.open", FullDisk, create=True):
         train.main(flags(shards, tmp_path))
     assert "No space left on device" in capsys.readouterr().out
     assert_same(last(tmp_path)["model"], last(whole)["model"])

@@ -1,94 +1,117 @@
-"""The study, study/small_batch.py: what it asks, which runs it plans, one tiny run a method."""
+"""The study: what it asks, which runs it plans, its intervals, and one tiny run a method."""
 
 import json
 import math
 import random
-from pathlib import Path
-from types import SimpleNamespace
+import re
 
+import pytest
 import torch
 
-import data
-from scripts import shapes
-from scripts.vocab import vocabulary_from_words
-from study import small_batch, small_batch_run
+from scripts import scenes
+from study import run, study
 
-
-def study_args(folder, **changes):
-    args = dict(out_dir=folder, samples=128, seeds=2, batch_sizes=[16, 32], groups=[2, 4],
-                flickr_samples=128, only=small_batch.PARTS, quick=False)  # fmt: skip
-    return SimpleNamespace(**{**args, **changes})
+ATTRIBUTES = (*run.ATTRIBUTES, "swap")
 
 
 def test_a_question_changes_one_thing():
-    for seed in range(30):
-        scene = shapes.make_scene(random.Random(seed))
-        asked = small_batch_run.questions(scene, seed)
-        assert ("relation" in asked) == ("swap" in asked) == (len(scene["objects"]) > 1)
+    for seed in range(60):
+        scene = scenes.make_scene(random.Random(seed), scenes.PAIRS)
+        asked = run.questions(scene, seed)
+        assert ("swap" in asked) == (len(scene["objects"]) == 2)
         for kind, (true, *others) in asked.items():
             assert len({true, *others}) == 1 + len(others)
+            words = [sorted(set(re.findall(r"\w+", t)) - {"a", "an"}) for t in (true, *others)]
             if kind == "swap":  # the same bag of words
-                words = [sorted(t.replace("an ", "a ").split()) for t in (true, *others)]
                 assert words[0] == words[1]
                 continue
-            values = small_batch_run.KINDS[kind]
-            assert len(others) + 1 == (2 if kind == "relation" else len(values))
-            if kind not in ("position", "relation"):  # their values are phrases of several words
-                for other in others:
-                    changed = set(true.split()) ^ set(other.split())
-                    words = {"a", "an", *" ".join(values).split()}
-                    assert {word.strip(":,.") for word in changed} <= words
+            assert len(others) == len(run.ATTRIBUTES[kind]) - 1
+            for other in words[1:]:
+                changed = set(words[0]) ^ set(other)
+                assert 1 <= len(changed) <= 2 and changed <= set(run.ATTRIBUTES[kind])
 
 
-def test_the_plan_compares_like_with_like(tmp_path):
-    args = study_args(tmp_path)
-    paths = {}
-    for part in small_batch.PARTS:
-        for _, specs in small_batch.plan(args, part):
-            for spec in specs:
-                assert paths.setdefault(small_batch.path_of(spec, args), spec) == spec
-    for part in small_batch.PARTS:
-        rows = dict(small_batch.plan(args, part))
-        for name, specs in rows.items():
-            assert len({s["samples"] for s in specs}) == 1
-            if other := rows.get("Super" + name):  # the other method: nothing but the head differs
-                for a, b in zip(specs, other, strict=True):
-                    assert {k for k in a if a[k] != b[k]} == {"cls_weight"}
-    rates = {}  # batch size -> the ranges of its searches
-    for _, specs in small_batch.searches(args, small_batch.PARTS):
-        assert all(s["split"] == "search" and s["seed"] == 100 for s in specs)
-        rates.setdefault(specs[0]["batch_size"], set()).add(
-            tuple(s["learning_rate"] for s in specs)
-        )
-    assert all(len(ranges) == 1 for ranges in rates.values()), rates
+def fake(spec, value):
+    scores = {name: {"value": value, "chance": 0.1, "n": 100} for name in METRICS}
+    return {"spec": spec, "scores": scores, "seconds": 1.0, "dtype": "float32"}
+
+
+METRICS = {m for part in study.PARTS.values() for m in part.metrics} | {"R@10"}
+METRICS |= {f"head {kind}" for kind in ATTRIBUTES}
+
+
+def finish(plan, parts, value_of):
+    """Pretend to run what is planned."""
+    for part in parts:
+        while todo := plan.todo(part):
+            for spec in todo:
+                plan.add({**fake(spec, value_of(spec)), "device": "x", "torch": "y"})
+
+
+def test_both_methods_get_the_same_searches_and_the_rest_differs_in_one_thing(tmp_path):
+    plan = study.Study(tmp_path / "runs.jsonl")
+    finish(plan, study.PARTS, lambda spec: -abs(math.log(spec["learning_rate"] / 3e-4 or 1)))
+    searches = {}
+    for result in plan.results.values():
+        spec = result["spec"]
+        if spec["search"]:
+            assert spec["seed"] == 100 and spec["settings"] == 256 and spec["loss"] == "softmax"
+            kind = spec["data"], spec["batch_size"], spec["samples"]
+            searches.setdefault(kind, {0.0: [], 1.0: []})[spec["cls_weight"]].append(
+                spec["learning_rate"]
+            )
+    assert len(searches) == 6 + 2
+    assert all(rates[0.0] == rates[1.0] for rates in searches.values())
+    for name, part in study.PARTS.items():
+        for label, *pair in part.rows:
+            a, b = (plan.specs(name, changes) for changes in pair)
+            assert len(a) == len(b) == part.seeds
+            for x, y in zip(a, b):
+                differs = {k for k in x if x[k] != y[k]} - {"learning_rate"}
+                assert x["seed"] == y["seed"]
+                allowed = {"samples", "cls_weight"} if "untrained" in label else differs
+                assert len(differs) == 1 or differs <= allowed
 
 
 def test_a_search_goes_on_at_its_edge(tmp_path):
-    args = study_args(tmp_path)
-    (tmp_path / "runs").mkdir()
-    spec = small_batch.variants(args, "main")["SuperCLIP, batch 32"]
+    for best, tried in (
+        (1e-4, [4.37e-05, 8.75e-05, 0.000175, 0.00035, 0.0007]),
+        (3.5e-4, [0.000175, 0.00035, 0.0007]),
+        (1.4e-3, [0.000175, 0.00035, 0.0007, 0.0014, 0.0028]),
+    ):
+        plan = study.Study(tmp_path / f"{best}.jsonl")
+        finish(
+            plan, ["length"], lambda spec, best=best: -abs(math.log(spec["learning_rate"] / best))
+        )
+        specs, found = plan.search({**run.RUN, "loss": "sigmoid"})
+        assert [spec["learning_rate"] for spec in specs] == tried
+        assert found == min(tried, key=lambda rate: abs(math.log(rate / best)))
 
-    def answer(best):  # R@1 falls with the distance from the best rate
-        while todo := small_batch.missing(args, [("", small_batch.search_specs(args, spec))]):
-            for path, own in todo.items():
-                value = -abs(math.log(own["learning_rate"] / best))
-                path.write_text(json.dumps({"scores": {"R@1": {"value": value}}}))
-        return [s["learning_rate"] for s in small_batch.search_specs(args, spec)]
 
-    assert answer(1.25e-4) == [6.3e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3]
-    assert small_batch.rate(args, spec) == 1.25e-4
-    for path in (tmp_path / "runs").iterdir():
-        path.unlink()
-    assert answer(2e-3) == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
-    # a rate found for one batch size is not taken for another
-    assert small_batch.rate(args, {**spec, "loss": "sigmoid", "cls_weight": 0.5}) == 2e-3
-    assert small_batch.rate(args, {**spec, "batch_size": 8}) == 1.5e-4
+def test_a_study_goes_on_where_it_was(tmp_path):
+    plan = study.Study(tmp_path / "runs.jsonl")
+    finish(plan, ["length"], lambda _: 0.5)
+    again = study.Study(tmp_path / "runs.jsonl")
+    assert again.todo("length") == [] and again.results == plan.results
+    # Its runs of three seeds are the first ones of batch 32, which is to have five.
+    assert {(s["cls_weight"], s["seed"]) for s in again.todo("visual")} == {
+        (0.0, 3), (0.0, 4), (1.0, 3), (1.0, 4)
+    }  # fmt: skip
+
+
+def test_intervals_are_students():
+    """By hand: 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
+    mean, half = study.interval([1, 2, 3])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
+    assert study.interval([7]) == (7, None)
+    text = study.cell({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.11, 1: 0.22, 2: 0.33, 3: 0.9})
+    assert text == "20.0 -> 22.0, +2.0 ± 2.5 (no reliable difference)"
+    assert study.cell({0: 0.1}, {0: 0.2}) == "10.0 -> 20.0, +10.0" and study.cell({}, {0: 1}) == ""
 
 
 def test_groups_contrast_within_themselves():
-    spec = {**small_batch_run.RUN, "seed": 0}
-    whole = small_batch_run.make_model(spec, 50)
-    parted = small_batch_run.make_model({**spec, "group": 4}, 50)
+    whole = run.make_model(run.RUN, 50)
+    parted = run.make_model({**run.RUN, "group": 4}, 50)
     images, texts = torch.randn(2, 8, 128).div(12)
     rest = whole.logit_scale, None
     halves = [whole.pair_loss(images[half], texts[half], *rest) for half in (slice(4), slice(4, 8))]
@@ -99,33 +122,25 @@ def test_groups_contrast_within_themselves():
 
 
 def test_runs_and_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(small_batch_run, "PER_CLASS", 2)
-    rng = random.Random(0)
-    scenes = [shapes.make_scene(rng) for _ in range(64)]
-    texts = [shapes.describe(scene, rng) for scene in scenes]
-    words = sorted({w for pair in texts for text in pair for w in data.WORD.findall(text)})
-    tokenizer = data.Tokenizer(vocabulary_from_words(words))
-    images = torch.stack([data.load_image(shapes.draw(scene, 72), 72) for scene in scenes])
-    tokens = torch.stack([tokenizer([*pair]) for pair in texts]).int()
-    table = {"images": images, "tokens": tokens, "scenes": json.dumps(scenes)}
-    for name in ("train", "val"):
-        torch.save({**table, "vocab": tokenizer.vocab}, tmp_path / f"shapes-{name}.pt")
-    singles = images[:1].expand(64 * small_batch_run.PER_CLASS, -1, -1, -1)
-    torch.save(singles.contiguous(), tmp_path / "singles.pt")
-
-    args = study_args(tmp_path, seeds=1, batch_sizes=[16], figure=tmp_path / "figure.png")
-    (tmp_path / "runs").mkdir()
-    rows = small_batch.plan(args, "main") + small_batch.plan(args, "negatives")[:2]
-    for _, (spec,) in rows:
-        path = small_batch.path_of(spec, args)
-        small_batch_run.run((spec, tmp_path, path))
-        result = json.loads(path.read_text())
-        assert result["samples_seen"] == spec["samples"] and result["commit"]
-        # one picture for all 64 classes: exactly chance
-        assert abs(result["scores"]["both"]["value"] - 1 / 64) < 1e-6
-        if spec["cls_weight"]:  # a bag of words cannot tell
+    monkeypatch.setattr(run, "PER_PAIR", 4)
+    monkeypatch.setattr(run, "HELD_OUT", 50)
+    make_scenes = scenes.make_scenes
+    small = lambda out, settings: make_scenes(out, train=200, val=50, settings=settings)  # noqa: E731
+    monkeypatch.setattr(scenes, "make_scenes", small)
+    run.prepare_scenes(tmp_path, 4)
+    plan = study.Study(tmp_path / "runs.jsonl", seeds=2)
+    for changes in (study.CLIP, study.SUPERCLIP, dict(patch_dropout=0.5, idf=False, search=True)):
+        spec = {**run.RUN, **changes, "settings": 4, "samples": 96, "learning_rate": 1e-3}
+        result = run.run((spec, tmp_path))
+        assert result["spec"] == spec and math.isfinite(result["losses"]["contrastive_loss"])
+        assert ("pair" in result["scores"]) == (not spec["search"])
+        if spec["cls_weight"] and not spec["search"]:  # a bag of words cannot tell
             assert result["scores"]["head swap"]["value"] == 0.5
-    small_batch.report(args)
-    text = Path(tmp_path / "results.md").read_text()
-    assert "*gain*" in text and "swap" in text and args.figure.stat().st_size > 10_000
-    assert not small_batch.missing(args, rows)
+        assert ("head swap" in result["scores"]) == (changes == study.SUPERCLIP)
+        json.dumps(result)
+    finish(plan, study.PARTS, lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])
+    study.report(plan, tmp_path / "figure.png")
+    text = (tmp_path / "results.md").read_text()
+    assert "| batch 8 | 2 |" in text and "30.0 -> 75.0" not in text
+    assert "35.0 -> 75.0, +40.0 ± 0.0" in text and "no reliable difference" in text
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

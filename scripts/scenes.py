@@ -1,0 +1,305 @@
+"""The built-in world: scenes drawn offline in seconds and written as real tar shards, so that the
+first `python train.py` walks the same path as CC3M does.
+
+    python data.py scenes --out scenes
+
+A scene has a *setting*, a cloth of some colour and pattern with a border, 256 in all, and one or
+two *details*, coloured objects that lie on it. It comes with two captions. The short one is like
+alt text on the web: it says a thing or two. The long one names everything.
+
+This world is made to show what SuperCLIP is for. In a small batch hardly two scenes have the same
+setting. So CLIP can tell which caption is whose by the setting alone, and learns little about the
+objects. The word head asks for them in every picture. Captions off the web are like that: a picture
+of a kitchen is found among 31 others by "kitchen", whatever stands on the table. This world leaves
+out photographs, thousands of words, captions that are wrong, and objects that hide each other.
+
+Some pairs of colour and shape never occur in training (HELD_OUT). Whoever knows them has learnt
+"red" and "star" as two words.
+
+The drawing is kind to a vision transformer that has two minutes to learn. Objects lie in a 3 x 3
+grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
+darker than every object, and a white line runs round each object, so that a star has the same edge
+in all colours.
+
+Lengths and places are in 0..1 of the picture's side, x to the right, y down.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.pack import add_member  # noqa: E402
+from scripts.vocab import vocabulary_from_words  # noqa: E402
+from superclip import check, cli  # noqa: E402
+
+SIZE = 72  # pixels: side of a picture
+
+# The names of all colours differ, so that each belongs to cloth, border, or object.
+CLOTHS = {
+    "black": (10, 10, 12), "gray": (72, 74, 80), "navy": (16, 24, 88), "maroon": (88, 14, 34),
+    "brown": (84, 52, 24), "olive": (62, 70, 18), "teal": (0, 72, 74), "indigo": (52, 6, 92),
+}  # fmt: skip
+PATTERNS = ("plain", "striped", "checked", "dotted")
+BORDERS = {
+    "ivory": (240, 238, 212), "gold": (204, 166, 20), "rose": (204, 64, 124),
+    "mint": (70, 220, 164), "sky": (84, 172, 240), "coral": (250, 122, 92),
+    "lilac": (182, 142, 242), "slate": (110, 122, 142),
+}  # fmt: skip
+SETTINGS = list(itertools.product(CLOTHS, PATTERNS, BORDERS))
+
+COLOURS = {
+    "red": (240, 50, 50), "orange": (255, 150, 20), "yellow": (250, 235, 60),
+    "green": (60, 200, 80), "cyan": (80, 230, 240), "blue": (70, 120, 255),
+    "purple": (170, 80, 240), "pink": (255, 150, 205),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
+PAIRS = list(itertools.product(COLOURS, SHAPES))
+# One partner of each colour and each shape, 8 of 64.
+HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)]
+SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+
+TRAIN_DATA = ["scenes/train-*.tar"]  # of a bare `python train.py`
+
+
+def built_in(batch_size=None):
+    """What a bare `python train.py` trains with. These settings were chosen together. A batch four
+    times as large takes half as many steps, at twice the rate."""
+    ratio = math.sqrt((batch_size or 32) / 32)
+    kinds = "colour", "shape", "pair", "held_out"
+    return {
+        "train_data": TRAIN_DATA,
+        "val_data": ["scenes/val-*.tar"],
+        "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in kinds],
+        "captions": ["json.short", "json.long"],
+        "val_captions": ["json.long"],
+        "model": "tiny",
+        "batch_size": 32,
+        "epochs": round(3.6 * ratio, 3),
+        "learning_rate": round(4e-4 * ratio, 6),
+        "weight_decay": 0.1,
+    }
+
+
+# -----------------------------------------------------------------------------
+# Scenes
+
+
+def make_scene(rng, pairs, count=None, settings=SETTINGS):
+    """A scene as a plain dict, ready for JSON. rng: a random.Random; pairs: the (colour, shape)
+    that its objects may have; count: of objects, by default one, in a quarter of the scenes two."""
+    first = rng.choice(pairs)
+    # The objects differ in colour and in shape, so that each word belongs to one of them.
+    others = [pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]]
+    chosen = [first] if (count or rng.choice((1, 1, 1, 2))) == 1 else [first, rng.choice(others)]
+    cells = rng.sample(range(9), len(chosen))  # one object a cell: nothing overlaps
+    objects = [make_object(rng, *pair, *divmod(cell, 3)) for pair, cell in zip(chosen, cells)]
+    cloth, pattern, border = rng.choice(settings)
+    return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
+
+
+def make_object(rng, colour, shape, row, column):
+    """An object in a cell of the 3 x 3 grid, which the largest one just fills."""
+    radius = rng.uniform(0.145, 0.155)
+    x, y = ((2 * cell + 1) / 6 for cell in (column, row))  # the centre
+    box = [round(v, 4) for v in (x - radius, y - radius, x + radius, y + radius)]
+    return {"colour": colour, "shape": shape, "box": box}
+
+
+# -----------------------------------------------------------------------------
+# Captions
+
+
+def describe(scene, rng):
+    """(short, long): alt text that says a thing or two; a caption that leaves nothing out."""
+    names = ["{colour} {shape}".format(**o) for o in scene["objects"]]
+    names = [f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in names]
+    things, ground = " and ".join(names), "{pattern} {cloth} with {border}"
+    picture, first = rng.choice(("photo", "picture")), scene["objects"][0]
+    short = (
+        ground,
+        "{cloth} {pattern}, {border}",
+        f"a {first['shape']} on {{cloth}}",
+        f"something {first['colour']} on {{cloth}}",
+        f"a {picture} of {names[0]}",
+    )
+    # With start and end these have 16 tokens at most. One more would double the text tower's work.
+    long = f"{things} on {ground}.", f"{ground} and {things}", f"{picture} of {things} on {ground}"
+    return tuple(rng.choice(texts).format(**scene) for texts in (short, long))
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+
+
+def ngon(n, *radii):
+    """n corners round the origin, the first one up; radii taken in turn (two make a star)."""
+    turns = [(radii[i % len(radii)], 2 * math.pi * i / n) for i in range(n)]
+    return [(r * math.sin(t), -r * math.cos(t)) for r, t in turns]
+
+
+def heart(t):
+    """The point of a heart's outline at angle t."""
+    y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return math.sin(t) ** 3, -y / 17 - 0.15
+
+
+ARM = 0.32  # half the width of the cross's bars
+HOLE = 0.45  # radius of the ring's hole
+OUTLINES = {  # corners in -1..1
+    "circle": ngon(48, 1),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "star": ngon(10, 1.05, 0.45),
+    "ring": ngon(48, 1),
+    "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+              (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)],
+    "diamond": ngon(4, 1, 0.72),
+    "heart": [heart(2 * math.pi * i / 48) for i in range(48)],
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=len(SETTINGS))
+def draw_setting(cloth, pattern, border, side):
+    """The cloth with its border: a picture of side x side pixels. Its pattern is a lighter shade,
+    and repeats every sixth of the side."""
+    image = Image.new("RGB", (side, side), CLOTHS[cloth])
+    pen, light, step = ImageDraw.Draw(image), tuple(v + 22 for v in CLOTHS[cloth]), side // 6
+    for x, y in itertools.product(range(0, side, step), repeat=2):
+        if pattern == "striped":
+            pen.rectangle((x, y, x + step // 3, y + step), fill=light)
+        elif pattern == "checked" and (x + y) // step % 2:
+            pen.rectangle((x, y, x + step - 1, y + step - 1), fill=light)
+        elif pattern == "dotted":
+            pen.ellipse(
+                (x + step // 3, y + step // 3, x + 2 * step // 3, y + 2 * step // 3), fill=light
+            )
+    pen.rectangle((0, 0, side - 1, side - 1), outline=BORDERS[border], width=side // 24)
+    return image
+
+
+def draw(scene, size=SIZE):
+    """The scene as an RGB picture of size x size pixels: drawn 4 x as large, then averaged."""
+    side = 4 * size
+    image = draw_setting(scene["cloth"], scene["pattern"], scene["border"], side).copy()
+    for o in scene["objects"]:
+        x0, y0, x1, y1 = (round(v * side) for v in o["box"])
+        w, h = x1 - x0, y1 - y0
+        sheet, mask = Image.new("RGB", (w, h), COLOURS[o["colour"]]), Image.new("1", (w, h))
+        pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
+        for scale in (1, HOLE) if o["shape"] == "ring" else (1,):
+            outline = [(scale * x, scale * y) for x, y in OUTLINES[o["shape"]]]
+            points = [((1 + x) / 2 * w, (1 + y) / 2 * h) for x, y in outline]
+            cut.polygon(points, fill=int(scale == 1))
+            # Half of the line lies outside the mask. About one pixel of the result is left.
+            pen.line(points + points[:2], fill="white", width=side // 28, joint="curve")
+        image.paste(sheet, (x0, y0), mask)
+    return image.reduce(4)
+
+
+def jpeg(scene):
+    """The scene as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    # full chroma (subsampling 0): lines are one or two pixels wide
+    draw(scene).save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+# What captions and prompts are made of, beside the names above.
+WORDS = "a an the of in on with and photo picture something , .".split()
+
+
+def write_shard(task, folder, settings):
+    """Write one tar of the samples `numbers`. Each depends on its own number only."""
+    name, split, numbers = task
+    seen = set()
+    with tarfile.open(folder / name, "w") as tar:
+        for i in numbers:
+            rng = random.Random(f"{split} {i}")
+            pairs = SEEN if split == "train" else PAIRS
+            scene = make_scene(rng, pairs, settings=settings)
+            # In validation, each long caption is true of one picture alone.
+            while split == "val" and facts(scene) in seen:
+                scene = make_scene(rng, pairs, settings=settings)
+            seen.add(facts(scene))
+            short, long = describe(scene, rng)
+            about = json.dumps({"short": short, "long": long, "scene": scene})
+            for ending, content in (("jpg", jpeg(scene)), ("txt", short), ("json", about)):
+                content = content.encode() if isinstance(content, str) else content
+                add_member(tar, f"{i:08d}.{ending}", content)
+
+
+def facts(scene):
+    """What the long caption says, whatever comes first."""
+    objects = sorted(str({**o, "box": None}) for o in scene["objects"])
+    return str({**scene, "objects": objects})
+
+
+def write_classes(folder):
+    """Folders of single objects for zero-shot classification. In held_out only the pairs that
+    training never shows have pictures, and the 56 other names are there to be confused with."""
+    for kind, names, n in (
+        ("colour", COLOURS, 40),
+        ("shape", SHAPES, 40),
+        ("pair", map(" ".join, PAIRS), 10),
+        ("held_out", map(" ".join, PAIRS), 40),
+    ):
+        for name in names:
+            (folder / "zeroshot" / kind / name).mkdir(parents=True)
+            pairs = HELD_OUT if kind == "held_out" else PAIRS
+            pairs = [pair for pair in pairs if name in (*pair, " ".join(pair))]
+            for i in range(n if pairs else 0):
+                rng = random.Random(f"{kind} {name} {i}")
+                scene = make_scene(rng, [pairs[i % len(pairs)]], count=1)
+                (folder / "zeroshot" / kind / name / f"{i:03d}.jpg").write_bytes(jpeg(scene))
+
+
+def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1_000):
+    """Draw the data set into `out_dir`, which appears complete or not at all."""
+    out_dir = Path(out_dir).absolute()
+    check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    tasks = [("val-00000.tar", "val", range(val))]
+    for k, start in enumerate(range(0, train, per_shard)):
+        numbers = range(start, min(start + per_shard, train))
+        tasks.append((f"train-{k:05d}.tar", "train", numbers))
+    with tempfile.TemporaryDirectory(prefix=".scenes-", dir=out_dir.parent) as temporary:
+        folder = Path(temporary) / "scenes"
+        folder.mkdir()
+        names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
+        vocabulary = vocabulary_from_words(sorted(names | {*WORDS}))
+        (folder / "vocab.tiktoken").write_text(vocabulary)
+        write = functools.partial(write_shard, folder=folder, settings=settings)
+        # spawn: to fork a process that has threads, as any that imported torch, may hang
+        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:
+            classes = pool.apply_async(write_classes, (folder,))
+            shards = pool.imap(write, tasks)
+            list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
+            classes.get()  # raises what went wrong in there
+        folder.rename(out_dir)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Draw scenes as shards.", allow_abbrev=False)
+    parser.add_argument("--out", default="scenes", help="folder to make (default scenes)")
+    make_scenes(parser.parse_args(argv).out)
+
+
+if __name__ == "__main__":
+    cli(main)

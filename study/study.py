@@ -1,0 +1,410 @@
+"""The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
+
+    python study/study.py --quick        the effect, in four minutes
+    python study/study.py                everything, five hours on two cores
+    python study/study.py --report       figure and tables again, from study/runs.jsonl
+
+Each row of a table compares two kinds of runs that differ in one thing. The differences are paired
+by seed, and have a 95 % interval (Student's t). Learning rates are searched first, for both methods
+alike. A finished run is a line in runs.jsonl, and what is there is not run again: a study that was
+stopped goes on where it was.
+
+This file is the plan and the report. run.py is one run.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from scripts.log import machine  # noqa: E402
+from study import run  # noqa: E402
+from superclip import check, cli  # noqa: E402
+
+FOLDER = Path(__file__).parent
+FIGURE = FOLDER.parent / "assets" / "study.png"
+CLIP, SUPERCLIP = dict(cls_weight=0.0), dict(cls_weight=1.0)
+# Of Student's distribution: 95 % of the means of n pairs lie within so many standard errors.
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+BATCH_SIZES, SETTINGS, GROUPS = (8, 16, 32, 64, 128, 256), (1, 4, 16, 64, 256), (4, 16, 64)
+SAMPLES = run.RUN["samples"]
+
+
+# -----------------------------------------------------------------------------
+# The plan
+
+
+def both(label, **changes):
+    """A row that compares the two methods."""
+    return label, {**CLIP, **changes}, {**SUPERCLIP, **changes}
+
+
+def needed(batch_size):
+    """Samples seen: the same for all batch sizes but 256, which would make too few updates."""
+    return SAMPLES * 3 if batch_size == 256 else SAMPLES
+
+
+class Part(NamedTuple):
+    """A table of the report."""
+
+    about: str
+    seeds: int
+    metrics: tuple
+    rows: list  # label, one kind of run, another kind of run
+
+
+OBJECTS = ("R@1", "pair", "colour", "shape")
+PARTS = {
+    "batch": Part(
+        "Batch size, at equal samples seen (256: three times as many).",
+        5, ("R@1", "pair", "held-out pair", "colour", "shape"),
+        [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in BATCH_SIZES],
+    ),
+    "settings": Part(
+        "Number of settings, at batch 32. The fewer there are, the more pairs of a batch share "
+        "theirs, so that only the details tell them apart.",
+        5, OBJECTS, [both(f"{n} settings", settings=n) for n in SETTINGS],
+    ),
+    "groups": Part(
+        "Pairs contrasted, at batch 64 and equal updates: each image is told from the captions of "
+        "its own group only.",
+        5, OBJECTS,
+        [both(f"groups of {g}", batch_size=64, group=g if g < 64 else None) for g in GROUPS],
+    ),
+    "visual": Part(
+        "Purely visual: a linear probe on the frozen class token, at batch 32, beside a model with "
+        "random weights.",
+        5, ("probe colour", "probe shape"),
+        [both("CLIP -> SuperCLIP"), ("untrained -> CLIP", dict(samples=0), CLIP),
+         ("untrained -> SuperCLIP", dict(samples=0), SUPERCLIP)],
+    ),
+    "attributes": Part(
+        "The true caption of a validation scene against captions in which one thing was changed, "
+        "at batch 32. Swap: two objects exchange their colours, so that the words are the same.",
+        5, tuple(f"choose {kind}" for kind in (*run.ATTRIBUTES, "swap")), [both("batch 32")],
+    ),
+    "length": Part(
+        "Samples seen, at batch 32.",
+        3, OBJECTS,
+        [both(f"{n:,} samples", samples=n) for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)],
+    ),
+    "captions": Part(
+        "Captions, at batch 32. Dual: contrastive loss on the short ones, labels from the long.",
+        3, OBJECTS,
+        [*(both(c, captions=c) for c in ("short", "long", "mixed")),
+         ("SuperCLIP: short -> dual", dict(captions="short"),
+          dict(captions="short", label_captions="long"))],
+    ),
+    "ablations": Part(
+        "Ablations, at batch 32: SuperCLIP changed in one thing, or CLIP against SuperCLIP.",
+        3, OBJECTS,
+        [*((f"SuperCLIP: lambda {w}", SUPERCLIP, dict(cls_weight=w)) for w in (0.25, 0.5, 2.0)),
+         ("SuperCLIP: IDF -> all words alike", SUPERCLIP, dict(idf=False)),
+         both("sigmoid loss", loss="sigmoid"), both("patch dropout 0.5", patch_dropout=0.5)],
+    ),
+    "flickr": Part(
+        "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary, all captions of the dev set.",
+        3, ("R@1", "R@5", "R@10"),
+        [both(f"batch {B}", data="flickr", samples=48_000, batch_size=B) for B in (32, 128)],
+    ),
+}  # fmt: skip
+
+
+def key(spec):
+    return json.dumps(spec, sort_keys=True)
+
+
+class Study:
+    """The finished runs of a runs.jsonl, and what is still to do."""
+
+    def __init__(self, path, seeds=5):
+        self.path, self.seeds = path, seeds
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.results = {key(result["spec"]): result for result in map(json.loads, lines)}
+
+    def add(self, result):
+        self.results[key(result["spec"])] = result
+        with open(self.path, "a") as file:
+            file.write(json.dumps(result) + "\n")
+
+    def search(self, spec):
+        """The runs that look for the learning rate of a spec. They go on for as long as the best
+        rate is at an end. Kinds that differ in settings, captions, loss and the like share it."""
+        shared = {k: spec[k] for k in ("data", "batch_size")}
+        shared["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
+        shared["samples"] = 48_000 if spec["data"] == "flickr" else needed(spec["batch_size"])
+        middle, exponents = 3.5e-4 * math.sqrt(spec["batch_size"] / 32), [-1, 0, 1]
+        while True:
+            rates = [float(f"{middle * 2**e:.3g}") for e in exponents]
+            specs = [
+                {**run.RUN, **shared, "search": True, "seed": 100, "learning_rate": r}
+                for r in rates
+            ]
+            found = [self.results.get(key(s)) for s in specs]
+            if None in found:
+                return specs, None
+            metric = "R@10" if spec["data"] == "flickr" else "R@1"
+            values = [result["scores"][metric]["value"] for result in found]
+            best = values.index(max(values))
+            if best == 0 and exponents[0] > -4:
+                exponents.insert(0, exponents[0] - 1)
+            elif best == len(values) - 1 and exponents[-1] < 3:
+                exponents.append(exponents[-1] + 1)
+            else:
+                return specs, rates[best]
+
+    def specs(self, part, changes):
+        """One kind of run, with each of its seeds; None if its learning rate is not known yet."""
+        spec = {**run.RUN, **changes}
+        spec["learning_rate"] = self.search(spec)[1] if spec["samples"] else 0.0
+        if spec["learning_rate"] is None:
+            return None
+        return [{**spec, "seed": seed} for seed in range(min(self.seeds, PARTS[part].seeds))]
+
+    def todo(self, part):
+        """What the first unfinished row of a part needs next: its searches, or its runs."""
+        for _, *pair in PARTS[part].rows:
+            specs, searches = [], []
+            for changes in pair:
+                known = self.specs(part, changes)
+                specs += known or []
+                searches += [] if known else self.search({**run.RUN, **changes})[0]
+            new = {key(spec): spec for spec in searches or specs if key(spec) not in self.results}
+            if new:
+                return list(new.values())
+        return []
+
+    def values(self, part, changes, metric):
+        """{seed: value} of the finished runs of one kind."""
+        results = {s["seed"]: self.results.get(key(s)) for s in self.specs(part, changes) or []}
+        return {seed: r["scores"][metric]["value"] for seed, r in results.items() if r}
+
+
+def work(study, parts, flickr, flickr_val, jobs):
+    """Run what is missing."""
+    about, made = machine(), set()
+    # spawn: to fork a process that has threads may hang
+    context = torch.multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        context.Pool(jobs, torch.set_num_threads, (1,)) as pool,
+    ):
+        for part in parts:
+            while todo := study.todo(part):
+                for name, settings in {(spec["data"], spec["settings"]) for spec in todo} - made:
+                    made.add((name, settings))
+                    if name == "flickr":
+                        run.prepare_flickr(Path(folder), flickr, flickr_val)
+                    else:
+                        run.prepare_scenes(Path(folder), settings)
+                tasks = [(spec, Path(folder)) for spec in todo]
+                bar = tqdm(pool.imap_unordered(run.run, tasks), part, len(todo), unit="run")
+                for result in bar:
+                    study.add({**result, **about})
+                    scores = {k: f"{100 * s['value']:.1f}" for k, s in result["scores"].items()}
+                    changed = {k: v for k, v in result["spec"].items() if v != run.RUN[k]}
+                    told = f"R@1 {scores['R@1']}, pair {scores.get('pair')}"
+                    tqdm.write(f"{changed}: {told}, {result['seconds']:.0f} s")
+
+
+# -----------------------------------------------------------------------------
+# The report
+
+
+def interval(differences):
+    """-> mean, and half of the width of its 95 % interval; None with fewer than two."""
+    n, mean = len(differences), statistics.mean(differences)
+    if n < 2:
+        return mean, None
+    return mean, QUANTILE[n] * statistics.stdev(differences) / math.sqrt(n)
+
+
+def cell(a, b):
+    """{seed: value} of both kinds -> "12.3 -> 45.6, +33.3 ± 2.0" in percent."""
+    seeds = a.keys() & b.keys()
+    if not seeds:
+        return ""
+    mean, half = interval([100 * (b[s] - a[s]) for s in sorted(seeds)])
+    text = f"{100 * statistics.mean(a[s] for s in seeds):.1f} -> "
+    text += f"{100 * statistics.mean(b[s] for s in seeds):.1f}, {mean:+.1f}"
+    if half is None:
+        return text
+    return text + f" ± {half:.1f}" + (" (no reliable difference)" if abs(mean) <= half else "")
+
+
+def table_of(study, part):
+    """A part's table in Markdown, a list of lines; [] if nothing of it was run."""
+    about, _, metrics, rows = PARTS[part]
+    lines, chance = [], {}
+    for label, a, b in rows:
+        cells = [cell(*(study.values(part, c, m) for c in (a, b))) for m in metrics]
+        if any(cells):
+            results = [study.results.get(key(s)) for s in study.specs(part, b) or []]
+            done = [r for r in results if r]
+            rates = " / ".join(f"{study.specs(part, c)[0]['learning_rate']:g}" for c in (a, b))
+            lines.append([label, len(done), rates, *cells])
+            chance = done[0]["scores"]
+    if not lines:
+        return []
+    heads = [f"{m} (chance {100 * chance[m]['chance']:.1f}, n {chance[m]['n']:,})" for m in metrics]
+    lines = [["", "seeds", "learning rates", *heads], ["---"] * (3 + len(heads)), *lines]
+    return [
+        f"## {part}",
+        "",
+        about,
+        "",
+        *(f"| {' | '.join(map(str, line))} |" for line in lines),
+        "",
+    ]
+
+
+def head_table(study):
+    """What the words of the head alone tell of the attributes, at batch 32."""
+    kinds = (*run.ATTRIBUTES, "swap")
+    values = [study.values("attributes", SUPERCLIP, f"head {kind}").values() for kind in kinds]
+    if not all(values):
+        return []
+    cells = [f"{100 * statistics.mean(v):.1f}" for v in values]
+    return ["The same by the words of SuperCLIP's head, whose swap must be at chance, 50 %:", "",
+            f"| {' | '.join(kinds)} |", f"| {' | '.join(['---'] * len(kinds))} |",
+            f"| {' | '.join(cells)} |", ""]  # fmt: skip
+
+
+def search_table(study):
+    """Every learning rate that was tried, and what it gave."""
+    lines = {}
+    for part in PARTS.values():
+        for _, *pair in part.rows:
+            for changes in pair:
+                specs, best = study.search({**run.RUN, **changes})
+                if best and changes.get("samples") != 0:
+                    metric = "R@10" if specs[0]["data"] == "flickr" else "R@1"
+                    found = [study.results[key(s)]["scores"][metric]["value"] for s in specs]
+                    tried = ", ".join(
+                        f"{s['learning_rate']:g}: {100 * value:.1f}"
+                        for s, value in zip(specs, found)
+                    )
+                    name = "SuperCLIP" if specs[0]["cls_weight"] else "CLIP"
+                    name = f"{name}, {specs[0]['data']}, batch {specs[0]['batch_size']}"
+                    lines[name] = f"| {name} | {best:g} | {tried} |"
+    about = (
+        "R@1 in percent (photographs: R@10) of one seed, among a thousand training pairs held out "
+        "for this. CLIP and SuperCLIP have the same range, which goes on while its end is best."
+    )
+    head = ["| | best | learning rate: score |", "| --- | --- | --- |"]
+    return ["## Learning rates", "", about, "", *head, *lines.values(), ""] if lines else []
+
+
+def draw_panel(axis, study, part, places, label):
+    """Zero-shot accuracy of both methods against a number: seeds, means, intervals."""
+    for name, kind, colour in (("CLIP", 1, "#6b7280"), ("SuperCLIP", 2, "#d1495b")):
+        points = []
+        for place, row in zip(places, PARTS[part].rows):
+            values = [100 * v for v in study.values(part, row[kind], "pair").values()]
+            if values:
+                points.append((place, *interval(values)))
+                axis.scatter([place] * len(values), values, color=colour, s=12, alpha=0.5)
+        if points:
+            x, y, half = zip(*points)
+            axis.errorbar(x, y, [h or 0 for h in half], color=colour, capsize=3)
+            axis.annotate(
+                name,
+                (x[0], y[0]),
+                (0, 10),
+                textcoords="offset points",
+                color=colour,
+                ha="center",
+                weight="bold",
+            )
+    axis.axhline(100 / 64, color="black", ls=":", lw=1)
+    axis.annotate(
+        "chance, 1.6 %", (places[-1], 100 / 64), (0, 4), textcoords="offset points", ha="right"
+    )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places, labels=map(str, places))
+    axis.set(xlabel=label, ylim=(0, 102))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def figure(study, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11})
+    _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    draw_panel(left, study, "batch", BATCH_SIZES, "batch size")
+    draw_panel(right, study, "settings", SETTINGS, "settings in the world, batch 32")
+    left.set_ylabel("zero-shot, 64 pairs of colour and shape (%)")
+    plt.tight_layout()
+    plt.savefig(path, dpi=150)
+
+
+def quick(jobs):
+    """One row of the first table, with the learning rates that the whole study has found."""
+    PARTS["batch"] = PARTS["batch"]._replace(rows=[both("batch 32")])
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder) / "runs.jsonl", seeds=1)
+        known = Study(FOLDER / "runs.jsonl").results
+        study.results |= {k: result for k, result in known.items() if result["spec"]["search"]}
+        work(study, ["batch"], None, None, jobs)
+        print("\n".join(table_of(study, "batch")))
+
+
+def report(study, figure_path):
+    results = list(study.results.values())
+    check(results, f"{study.path} holds no run yet")
+    hours = sum(r["seconds"] for r in results) / 3600
+    lines = [
+        "# CLIP and SuperCLIP on the built-in scenes", "",
+        "Made by `python study/study.py`. A cell reads: mean of the first kind -> mean of the "
+        "second, and their difference with its 95 % interval (paired by seed, Student's t), in "
+        "percent. R@1 is the mean of both ways among 1,000 validation scenes with their long "
+        "captions. pair, colour and shape are zero-shot scores of pictures of one object. Training "
+        "never shows a held-out pair.", "",
+        f"{len(results)} runs, {hours:.1f} core-hours on {results[-1]['device']}, "
+        f"{results[-1]['dtype']}, torch {results[-1]['torch']}. runs.jsonl has the seconds, commit "
+        "and date of each.", "",
+    ]  # fmt: skip
+    for part in PARTS:
+        lines += table_of(study, part)
+        lines += head_table(study) if part == "attributes" else []
+    lines += search_table(study)
+    path = study.path.with_name("results.md")
+    path.write_text("\n".join(lines))
+    figure(study, figure_path)
+    print(f"wrote {path} and {figure_path}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one seed of both methods at batch 32; keeps nothing")
+    add("--report", action="store_true", help="do not train: write results.md and the figure")
+    add("--only", nargs="+", choices=PARTS, help="parts of the study (default: all)")
+    add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
+    add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        return quick(args.jobs)
+    study, flickr = Study(FOLDER / "runs.jsonl"), args.flickr and args.flickr_val
+    parts = args.only or [part for part in PARTS if part != "flickr" or flickr]
+    check("flickr" not in parts or flickr, "flickr needs shards: --flickr and --flickr_val")
+    if not args.report:
+        work(study, parts, args.flickr, args.flickr_val, args.jobs)
+    report(study, FIGURE)
+
+
+if __name__ == "__main__":
+    cli(main)
