@@ -1,4 +1,4 @@
-"""One run of the study in study.py: train a model on the CPU, score it, and return the numbers.
+"""One run of the study in compare.py: train a model on the CPU, score it, and return the numbers.
 
 A run is one process with one thread, and there are as many at a time as there are cores: for models
 of this size that trains more than one process with all cores does. Images are decoded once, and

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts import scenes
-from study import run, study
+from study import compare, run
 
 ATTRIBUTES = (*run.ATTRIBUTES, "swap")
 
@@ -36,7 +36,7 @@ def fake(spec, value):
     return {"spec": spec, "scores": scores, "seconds": 1.0, "dtype": "float32"}
 
 
-METRICS = {m for part in study.PARTS.values() for m in part.metrics} | {"R@10"}
+METRICS = {m for part in compare.PARTS.values() for m in part.metrics} | {"R@10"}
 METRICS |= {f"head {kind}" for kind in ATTRIBUTES}
 
 
@@ -49,8 +49,8 @@ def finish(plan, parts, value_of):
 
 
 def test_both_methods_get_the_same_searches_and_the_rest_differs_in_one_thing(tmp_path):
-    plan = study.Study(tmp_path / "runs.jsonl")
-    finish(plan, study.PARTS, lambda spec: -abs(math.log(spec["learning_rate"] / 3e-4 or 1)))
+    plan = compare.Study(tmp_path / "runs.jsonl")
+    finish(plan, compare.PARTS, lambda spec: -abs(math.log(spec["learning_rate"] / 3e-4 or 1)))
     searches = {}
     for result in plan.results.values():
         spec = result["spec"]
@@ -62,7 +62,7 @@ def test_both_methods_get_the_same_searches_and_the_rest_differs_in_one_thing(tm
             )
     assert len(searches) == 6 + 2
     assert all(rates[0.0] == rates[1.0] for rates in searches.values())
-    for name, part in study.PARTS.items():
+    for name, part in compare.PARTS.items():
         for label, *pair in part.rows:
             a, b = (plan.specs(name, changes) for changes in pair)
             assert len(a) == len(b) == part.seeds
@@ -79,7 +79,7 @@ def test_a_search_goes_on_at_its_edge(tmp_path):
         (3.5e-4, [0.000175, 0.00035, 0.0007]),
         (1.4e-3, [0.000175, 0.00035, 0.0007, 0.0014, 0.0028]),
     ):
-        plan = study.Study(tmp_path / f"{best}.jsonl")
+        plan = compare.Study(tmp_path / f"{best}.jsonl")
         finish(
             plan, ["length"], lambda spec, best=best: -abs(math.log(spec["learning_rate"] / best))
         )
@@ -89,9 +89,9 @@ def test_a_search_goes_on_at_its_edge(tmp_path):
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
-    plan = study.Study(tmp_path / "runs.jsonl")
+    plan = compare.Study(tmp_path / "runs.jsonl")
     finish(plan, ["length"], lambda _: 0.5)
-    again = study.Study(tmp_path / "runs.jsonl")
+    again = compare.Study(tmp_path / "runs.jsonl")
     assert again.todo("length") == [] and again.results == plan.results
     # Its runs of three seeds are the first ones of batch 32, which is to have five.
     assert {(s["cls_weight"], s["seed"]) for s in again.todo("visual")} == {
@@ -101,12 +101,13 @@ def test_a_study_goes_on_where_it_was(tmp_path):
 
 def test_intervals_are_students():
     """By hand: 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
-    mean, half = study.interval([1, 2, 3])
+    mean, half = compare.interval([1, 2, 3])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
-    assert study.interval([7]) == (7, None)
-    text = study.cell({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.11, 1: 0.22, 2: 0.33, 3: 0.9})
+    assert compare.interval([7]) == (7, None)
+    text = compare.cell({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.11, 1: 0.22, 2: 0.33, 3: 0.9})
     assert text == "20.0 -> 22.0, +2.0 ± 2.5 (no reliable difference)"
-    assert study.cell({0: 0.1}, {0: 0.2}) == "10.0 -> 20.0, +10.0" and study.cell({}, {0: 1}) == ""
+    assert compare.cell({0: 0.1}, {0: 0.2}) == "10.0 -> 20.0, +10.0"
+    assert compare.cell({}, {0: 1}) == ""
 
 
 def test_groups_contrast_within_themselves():
@@ -128,18 +129,19 @@ def test_runs_and_report(tmp_path, monkeypatch):
     small = lambda out, settings: make_scenes(out, train=200, val=50, settings=settings)  # noqa: E731
     monkeypatch.setattr(scenes, "make_scenes", small)
     run.prepare_scenes(tmp_path, 4)
-    plan = study.Study(tmp_path / "runs.jsonl", seeds=2)
-    for changes in (study.CLIP, study.SUPERCLIP, dict(patch_dropout=0.5, idf=False, search=True)):
+    plan = compare.Study(tmp_path / "runs.jsonl", seeds=2)
+    other = dict(patch_dropout=0.5, idf=False, search=True)
+    for changes in (compare.CLIP, compare.SUPERCLIP, other):
         spec = {**run.RUN, **changes, "settings": 4, "samples": 96, "learning_rate": 1e-3}
         result = run.run((spec, tmp_path))
         assert result["spec"] == spec and math.isfinite(result["losses"]["contrastive_loss"])
         assert ("pair" in result["scores"]) == (not spec["search"])
         if spec["cls_weight"] and not spec["search"]:  # a bag of words cannot tell
             assert result["scores"]["head swap"]["value"] == 0.5
-        assert ("head swap" in result["scores"]) == (changes == study.SUPERCLIP)
+        assert ("head swap" in result["scores"]) == (changes == compare.SUPERCLIP)
         json.dumps(result)
-    finish(plan, study.PARTS, lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])
-    study.report(plan, tmp_path / "figure.png")
+    finish(plan, compare.PARTS, lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])
+    compare.report(plan, tmp_path / "figure.png")
     text = (tmp_path / "results.md").read_text()
     assert "| batch 8 | 2 |" in text and "30.0 -> 75.0" not in text
     assert "35.0 -> 75.0, +40.0 ± 0.0" in text and "no reliable difference" in text

@@ -1,8 +1,8 @@
 """The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
 
-    python study/study.py --quick        the effect, in four minutes
-    python study/study.py                everything, five hours on two cores
-    python study/study.py --report       figure and tables again, from study/runs.jsonl
+    python study/compare.py --quick        the effect, in four minutes
+    python study/compare.py                everything, five hours on two cores
+    python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
 Each row of a table compares two kinds of runs that differ in one thing. The differences are paired
 by seed, and have a 95 % interval (Student's t). Learning rates are searched first, for both methods
@@ -367,7 +367,7 @@ def report(study, figure_path):
     hours = sum(r["seconds"] for r in results) / 3600
     lines = [
         "# CLIP and SuperCLIP on the built-in scenes", "",
-        "Made by `python study/study.py`. A cell reads: mean of the first kind -> mean of the "
+        "Made by `python study/compare.py`. A cell reads: mean of the first kind -> mean of the "
         "second, and their difference with its 95 % interval (paired by seed, Student's t), in "
         "percent. R@1 is the mean of both ways among 1,000 validation scenes with their long "
         "captions. pair, colour and shape are zero-shot scores of pictures of one object. Training "
