@@ -112,8 +112,9 @@ PARTS = {
          both("sigmoid loss", loss="sigmoid"), both("patch dropout 0.5", patch_dropout=0.5)],
     ),
     "flickr": Part(
-        "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary, all captions of the dev set.",
-        3, ("R@1", "R@5", "R@10"),
+        "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary. R@k among all captions of the dev "
+        "set; zero-shot and linear probe on folders of other photographs, in ten classes.",
+        3, ("R@1", "R@5", "R@10", "zero-shot", "probe"),
         [both(f"batch {B}", data="flickr", samples=48_000, batch_size=B) for B in (32, 128)],
     ),
 }  # fmt: skip
@@ -183,14 +184,19 @@ class Study:
                 return list(new.values())
         return []
 
+    def runs(self, part, changes):
+        """The finished runs of one kind."""
+        found = [self.results.get(key(spec)) for spec in self.specs(part, changes) or []]
+        return [result for result in found if result]
+
     def values(self, part, changes, metric):
         """{seed: value} of the finished runs of one kind."""
-        results = {s["seed"]: self.results.get(key(s)) for s in self.specs(part, changes) or []}
-        return {seed: r["scores"][metric]["value"] for seed, r in results.items() if r}
+        runs = self.runs(part, changes)
+        return {r["spec"]["seed"]: r["scores"][metric]["value"] for r in runs}
 
 
-def work(study, parts, flickr, flickr_val, jobs):
-    """Run what is missing."""
+def work(study, parts, flickr, jobs):
+    """Run what is missing. flickr: shards to train on, shards to be scored on, class folders."""
     about, made = machine(), set()
     # spawn: to fork a process that has threads may hang
     context = torch.multiprocessing.get_context("spawn")
@@ -203,7 +209,7 @@ def work(study, parts, flickr, flickr_val, jobs):
                 for name, settings in {(spec["data"], spec["settings"]) for spec in todo} - made:
                     made.add((name, settings))
                     if name == "flickr":
-                        run.prepare_flickr(Path(folder), flickr, flickr_val)
+                        run.prepare_flickr(Path(folder), *flickr)
                     else:
                         run.prepare_scenes(Path(folder), settings)
                 tasks = [(spec, Path(folder)) for spec in todo]
@@ -241,42 +247,43 @@ def cell(a, b):
     return text + f" ± {half:.1f}" + (" (no reliable difference)" if abs(mean) <= half else "")
 
 
+def markdown(heads, lines):
+    rows = [heads, ["---"] * len(heads), *lines]
+    return [*(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
+
+
+def head_of(metric, scores):
+    return f"{metric} (chance {100 * scores[metric]['chance']:.1f}, n {scores[metric]['n']:,})"
+
+
 def table_of(study, part):
     """A part's table in Markdown, a list of lines; [] if nothing of it was run."""
     about, _, metrics, rows = PARTS[part]
-    lines, chance = [], {}
+    lines, scores = [], None
     for label, a, b in rows:
         cells = [cell(*(study.values(part, c, m) for c in (a, b))) for m in metrics]
         if any(cells):
-            results = [study.results.get(key(s)) for s in study.specs(part, b) or []]
-            done = [r for r in results if r]
-            rates = " / ".join(f"{study.specs(part, c)[0]['learning_rate']:g}" for c in (a, b))
-            lines.append([label, len(done), rates, *cells])
-            chance = done[0]["scores"]
+            one, other = study.runs(part, a), study.runs(part, b)
+            rates = f"{one[0]['spec']['learning_rate']:g} / {other[0]['spec']['learning_rate']:g}"
+            lines.append([label, min(len(one), len(other)), rates, *cells])
+            scores = other[0]["scores"]
     if not lines:
         return []
-    heads = [f"{m} (chance {100 * chance[m]['chance']:.1f}, n {chance[m]['n']:,})" for m in metrics]
-    lines = [["", "seeds", "learning rates", *heads], ["---"] * (3 + len(heads)), *lines]
-    return [
-        f"## {part}",
-        "",
-        about,
-        "",
-        *(f"| {' | '.join(map(str, line))} |" for line in lines),
-        "",
-    ]
+    heads = ["", "seeds", "learning rates", *(head_of(m, scores) for m in metrics)]
+    return [f"## {part}", "", about, "", *markdown(heads, lines)]
 
 
-def head_table(study):
-    """What the words of the head alone tell of the attributes, at batch 32."""
-    kinds = (*run.ATTRIBUTES, "swap")
-    values = [study.values("attributes", SUPERCLIP, f"head {kind}").values() for kind in kinds]
-    if not all(values):
-        return []
-    cells = [f"{100 * statistics.mean(v):.1f}" for v in values]
-    return ["The same by the words of SuperCLIP's head, whose swap must be at chance, 50 %:", "",
-            f"| {' | '.join(kinds)} |", f"| {' | '.join(['---'] * len(kinds))} |",
-            f"| {' | '.join(cells)} |", ""]  # fmt: skip
+def head_table(study, part, metrics, about):
+    """What the word head does alone. There is nothing to compare: CLIP has none."""
+    lines, scores = [], None
+    for label, _, superclip in PARTS[part].rows:
+        runs = study.runs(part, superclip)
+        if runs:
+            scores = runs[0]["scores"]
+            values = [[r["scores"][m]["value"] for r in runs] for m in metrics]
+            lines.append([label, len(runs), *(f"{100 * statistics.mean(v):.1f}" for v in values)])
+    heads = ["", "seeds", *(head_of(m, scores) for m in metrics)] if lines else []
+    return [about, "", *markdown(heads, lines)] if lines else []
 
 
 def search_table(study):
@@ -357,7 +364,7 @@ def quick(jobs):
         study = Study(Path(folder) / "runs.jsonl", seeds=1)
         known = Study(FOLDER / "runs.jsonl").results
         study.results |= {k: result for k, result in known.items() if result["spec"]["search"]}
-        work(study, ["batch"], None, None, jobs)
+        work(study, ["batch"], None, jobs)
         print("\n".join(table_of(study, "batch")))
 
 
@@ -378,7 +385,13 @@ def report(study, figure_path):
     ]  # fmt: skip
     for part in PARTS:
         lines += table_of(study, part)
-        lines += head_table(study) if part == "attributes" else []
+        if part == "attributes":
+            about = "The same by the words of SuperCLIP's head alone. Its swap must be at chance."
+            kinds = [f"head {kind}" for kind in (*run.ATTRIBUTES, "swap")]
+            lines += head_table(study, part, kinds, about)
+        if part == "flickr":
+            about = "How well the head's words rank the dev images: mean average precision."
+            lines += head_table(study, part, ["words, AP"], about)
     lines += search_table(study)
     path = study.path.with_name("results.md")
     path.write_text("\n".join(lines))
@@ -394,15 +407,17 @@ def main(argv):
     add("--only", nargs="+", choices=PARTS, help="parts of the study (default: all)")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
+    add("--classes", metavar="DIR", help="folders of photographs, a folder per class")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
     args = parser.parse_args(argv)
     if args.quick:
         return quick(args.jobs)
-    study, flickr = Study(FOLDER / "runs.jsonl"), args.flickr and args.flickr_val
-    parts = args.only or [part for part in PARTS if part != "flickr" or flickr]
-    check("flickr" not in parts or flickr, "flickr needs shards: --flickr and --flickr_val")
+    study, flickr = Study(FOLDER / "runs.jsonl"), (args.flickr, args.flickr_val, args.classes)
+    parts = args.only or [part for part in PARTS if part != "flickr" or all(flickr)]
+    fine = "flickr" not in parts or all(flickr)
+    check(fine, "photographs need --flickr, --flickr_val and --classes")
     if not args.report:
-        work(study, parts, args.flickr, args.flickr_val, args.jobs)
+        work(study, parts, flickr, args.jobs)
     report(study, FIGURE)
 
 

@@ -7,6 +7,7 @@ these are.
 """
 
 import json
+import os
 import random
 import time
 from types import SimpleNamespace
@@ -84,10 +85,11 @@ def prepare_scenes(folder, settings):
         write_table(path, [f"{world}/{part}-*.tar"], tokenizer, ["json.short", "json.long"])
 
 
-def prepare_flickr(folder, train_shards, val_shards):
+def prepare_flickr(folder, train_shards, val_shards, classes):
     for part, shards in (("train", train_shards), ("val", val_shards)):
         path = folder / f"flickr-256-{part}.pt"
         write_table(path, shards, find_tokenizer("clip"), ["json.captions"])
+    os.symlink(os.path.abspath(classes), folder / "classes")
 
 
 def trim(tokens):
@@ -164,6 +166,38 @@ def object_scores(model, tokenizer):
                 parts = ((frozen[which], labels[which]) for which in (~test, test))
                 scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
     return scores
+
+
+def photograph_scores(model, tokenizer, table, folder):
+    """Of photographs: zero-shot and a linear probe on folders of classes, and how well the head's
+    logit of a word ranks the images that have it in a caption (mean average precision over the
+    words of at least ten images; chance is the share of images that have the word)."""
+    dataset = evaluation.ClassFolders(folder, scenes.SIZE)
+    zeroshot = evaluation.zeroshot(model, tokenizer, dataset, dataset.classes)["top1"]
+    features, labels = evaluation.frozen_features(model, dataset)
+    test = torch.arange(len(labels)) % 2 == 0
+    with torch.enable_grad():
+        parts = ((features[which], labels[which]) for which in (~test, test))
+        probe = evaluation.probe(*parts, len(dataset.classes))[0]
+    scores = {"zero-shot": zeroshot, "probe": probe}
+    if model.head is not None:
+        logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
+        has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
+        has.scatter_(1, table.tokens.flatten(1).long(), True)
+        has[:, [PAD, tokenizer.start, tokenizer.end]] = False
+        words = (has.sum(dim=0) >= 10).nonzero().flatten()
+        precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
+        chance = has[:, words].float().mean()
+        scores["words, AP"] = evaluation.score(precisions, chance)
+    return scores
+
+
+def average_precision(scores, right):
+    """scores (N,), right (N,) bool -> going down the scores, the share of right ones so far, as a
+    mean over the right ones."""
+    right = right[scores.argsort(descending=True)].double()
+    precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
+    return (precision * right).sum() / right.sum()
 
 
 def questions(scene, i):
@@ -281,6 +315,8 @@ def run(task):
             scores |= attribute_scores(
                 model, tokenizer, held_out.images[:500], held_out.scenes[:500]
             )
+        else:
+            scores |= photograph_scores(model, tokenizer, held_out, folder / "classes")
     scores = {k: {x: round(s[x], 5) for x in ("value", "chance", "n")} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}

@@ -4,9 +4,11 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from material import TOKENIZER
 
 from scripts import scenes
 from study import compare, run
@@ -37,7 +39,7 @@ def fake(spec, value):
 
 
 METRICS = {m for part in compare.PARTS.values() for m in part.metrics} | {"R@10"}
-METRICS |= {f"head {kind}" for kind in ATTRIBUTES}
+METRICS |= {f"head {kind}" for kind in ATTRIBUTES} | {"words, AP"}
 
 
 def finish(plan, parts, value_of):
@@ -108,6 +110,24 @@ def test_intervals_are_students():
     assert text == "20.0 -> 22.0, +2.0 ± 2.5 (no reliable difference)"
     assert compare.cell({0: 0.1}, {0: 0.2}) == "10.0 -> 20.0, +10.0"
     assert compare.cell({}, {0: 1}) == ""
+
+
+def test_average_precision_by_hand():
+    """Right ones at places 1 and 3 of 4: the mean of 1/1 and 2/3."""
+    scores, right = torch.tensor([0.1, 0.9, 0.5, 0.7]), torch.tensor([False, True, True, False])
+    assert run.average_precision(scores, right).item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_photographs_are_scored(folders):
+    model = run.make_model({**run.RUN, "search": True}, TOKENIZER.vocab_size).eval()
+    model.requires_grad_(False)
+    red = TOKENIZER(["a red thing", "red"], 8)
+    images = torch.randint(256, (24, 3, 72, 72), dtype=torch.uint8)
+    table = SimpleNamespace(images=images, tokens=red[None].expand(24, -1, -1))
+    scores = run.photograph_scores(model, TOKENIZER, table, folders)
+    assert scores["words, AP"]["n"] == 3 and scores["words, AP"]["value"] == 1  # all have them
+    assert scores["zero-shot"]["n"] == 12 and scores["probe"]["n"] == 6
+    assert scores["probe"]["chance"] == pytest.approx(1 / 3)
 
 
 def test_groups_contrast_within_themselves():
