@@ -20,9 +20,7 @@ import argparse
 import fcntl
 import math
 import os
-import signal
 import tempfile
-import traceback
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +35,7 @@ import data
 import eval as evaluation
 from scripts.log import Log, describe_run, fingerprint, summary, validate
 from scripts.scenes import TRAIN_DATA, built_in, make_scenes
+from scripts.stop import Stop
 from scripts.vocab import find_tokenizer
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
@@ -54,8 +53,8 @@ FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
 OPTIONS = (
     # the data
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
-    ("val_data", "SHARDS", SEVERAL, None, "shards for validation by retrieval"),
-    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored at the end"),
+    ("val_data", "SHARDS", SEVERAL, None, "or none (default: holds out 1 pair in 100, up to 1000)"),
+    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, to be classified"),
     ("captions", "SOURCE", SEVERAL, None, "their sources: txt or json.FIELD, one drawn each time"),
     ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
     ("val_captions", "SOURCE", SEVERAL, None, "sources for the validation data"),
@@ -73,7 +72,8 @@ OPTIONS = (
     ("epochs", "N", {"type": number(float, 1e-6)}, None, "passes over the data (default 30)"),
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
-    ("learning_rate", "LR", NOT_NEGATIVE, None, "peak of the schedule (default 5e-4)"),
+    ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
+    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (default: the same)"),
     ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
     ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
@@ -94,6 +94,7 @@ OPTIONS = (
 # Without --train_data, built_in() of scripts/scenes.py takes precedence: settings that were chosen
 # together with the built-in data.
 DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
+GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, so that what is there is not destroyed
 # fmt: on
 # Options that a checkpoint fixes for --resume and --init_from.
 FIXED = ("model", "vocab", "loss", "image_size", "context_length")
@@ -133,6 +134,7 @@ def parse(argv):
     for name in FIXED if args.init_from and not saved else ():
         check(getattr(args, name) is None, f"--init_from sets the {name}: leave --{name} out")
     chosen = {**DEFAULTS, **({} if args.train_data else built_in(args.batch_size))}
+    chosen |= GENTLE if args.init_from else {}
     needless = {"epochs": args.steps, "model": args.init_from}  # the one is known from the other
     chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
     vars(args).update(chosen)
@@ -184,42 +186,6 @@ def gather(features):
     everyone = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
     dist.all_gather(list(everyone.chunk(dist.get_world_size())), features)
     return everyone
-
-
-class Stop:
-    """SIGINT (Ctrl-C) and SIGTERM (from schedulers) ask a run to save and leave at the next step. A
-    second signal kills it."""
-
-    def __init__(self):
-        self.asked, self.abandon, self.process = False, False, os.getpid()
-        for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_of_signal, self.ask)
-
-    def ask(self, number_of_signal, _):
-        if os.getpid() != self.process:  # a loading process that has just been forked: see data.py
-            return
-        self.asked = True
-        signal.signal(number_of_signal, signal.SIG_DFL)
-        if self.abandon:
-            raise KeyboardInterrupt
-
-    def unless_asked(self, function, *args):
-        """What the function returns, or None if a signal comes before its end. A validation may
-        take long, and schedulers kill what has not left after half a minute."""
-        try:
-            self.abandon = True
-            return None if self.asked else function(*args)
-        except KeyboardInterrupt as stop:
-            traceback.clear_frames(stop.__traceback__)  # they hold the loading processes
-            return None
-        finally:
-            self.abandon = False
-
-    def agreed(self):
-        """Was any process asked? All of them get the same answer in the same step, or some would
-        leave while others wait for their features. The tensor is on the CPU, so this does not wait
-        for the GPU."""
-        return bool(all_sum(torch.tensor(float(self.asked))))
 
 
 # -----------------------------------------------------------------------------
@@ -313,10 +279,10 @@ def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
     return {"contrastive_loss": contrastive.detach(), "classification_loss": classification}
 
 
-def update(model, optimizer, scaler, learning_rate):
+def update(model, optimizer, scaler, learning_rate, head_learning_rate):
     """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = head_learning_rate if group["in_head"] else learning_rate
     scaler.unscale_(optimizer)  # float16's gradients were scaled up, or small ones would be 0
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
@@ -344,7 +310,10 @@ def make_model(args, start_from, tokenizer, device):
         loaded = {name: x for name, x in start_from["model"].items() if name in new}
         model.load_state_dict({**new, **loaded})
         if new.keys() > loaded.keys():
-            print("the checkpoint has no word head: it starts from random weights")
+            if args.head_learning_rate is None:
+                args.head_learning_rate = DEFAULTS["learning_rate"]
+            rate = f"its learning rate is {args.head_learning_rate:g}"
+            print(f"the checkpoint has no word head: it starts from random weights, and {rate}")
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too. Its flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
@@ -368,26 +337,38 @@ def open_data(args, shards, tokenizer, image_size, rank):
     """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError if
     anything is wrong with the data, before the run starts."""
     pairs = data.Pairs(shards, tokenizer, image_size, args.captions, args.label_captions, args.seed)
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     for folder in args.zeroshot_data or ():
-        evaluation.ClassFolders(folder, image_size)  # it is scored at the end, but checked now
-    val_pairs = None
-    if args.val_data and rank == 0:
-        val_shards, captions = data.expand(args.val_data), args.val_captions or args.captions
+        evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
+    val_pairs, val_captions = None, args.val_captions or args.captions
+    if args.val_data is None and len(pairs) >= 200:
+        held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
+        val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
+        pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
+        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
+    elif args.val_data not in (None, ["none"]):
+        val_shards = data.expand(args.val_data)
         both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
-        val_pairs = data.Pairs(val_shards, tokenizer, image_size, captions)
-        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
+        val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    if not val_pairs or rank > 0:
+        return pairs, None
+    next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
     return pairs, val_pairs
 
 
 def make_optimizer(model, args):
-    """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
+    The word head is apart, because it may have a learning rate of its own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        groups.setdefault((name.startswith("head."), p.ndim >= 2), []).append(p)
+    groups = [
+        {"params": parameters, "in_head": in_head, "weight_decay": args.weight_decay * is_matrix}
+        for (in_head, is_matrix), parameters in groups.items()
+    ]
     # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
-    options = {"weight_decay": args.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
-    return torch.optim.AdamW([{"params": matrices}, others], args.learning_rate, **options)
+    return torch.optim.AdamW(groups, args.learning_rate, (0.9, 0.98), 1e-6, fused=True)
 
 
 def save(path, model, tokenizer, **more):
@@ -418,6 +399,8 @@ def train(args, saved, rank, world, device, dtype):
     tokenizer = find_tokenizer(args.vocab, shards, checkpoint=start_from)
     model = make_model(args, start_from, tokenizer, device)
     pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
+    if args.head_learning_rate is None:
+        args.head_learning_rate = args.learning_rate
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -450,6 +433,8 @@ def train(args, saved, rank, world, device, dtype):
     about = describe_run(args, steps, world, device, dtype, pairs, model)
     log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
+    if args.init_from and step == 0 and val_pairs:  # what there is before the run adds to it
+        stop.unless_asked(validate, model, val_pairs, args, log, step)
     while step < steps:
         # 1. the batch: this process's rows of it, in one micro-batch or several
         parts = log.wait_for(batches, math.ceil(local / micro))
@@ -457,20 +442,21 @@ def train(args, saved, rank, world, device, dtype):
         keep = patches_to_keep(args, step, model.visual.grid**2, rows, device)
         losses = forward_backward(towers, model, parts, keep, rows, autocast, scaler)
         # 3. the update
-        learning_rate = learning_rate_at(step, args.learning_rate, warmup_steps, steps)
-        grad_norm = update(model, optimizer, scaler, learning_rate)
+        of_peak = learning_rate_at(step, 1.0, warmup_steps, steps)
+        rates = of_peak * args.learning_rate, of_peak * args.head_learning_rate
+        grad_norm = update(model, optimizer, scaler, *rates)
         step += 1
         # 4. what is due after this step; at the last step, everything is
         log_due, eval_due, save_due = (
             step % every == 0 or step == steps for every in (args.log_every, eval_every, save_every)
         )
-        numbers = step, losses, grad_norm, learning_rate, model
+        numbers = step, losses, grad_norm, rates[0], model
         # 5. the log: reading the losses waits for the device, so most steps go without
         if log_due:
             log.write(log.measure(*numbers))
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
-            result = stop.unless_asked(validate, model, val_pairs, args.workers, log, step)
+            result = stop.unless_asked(validate, model, val_pairs, args, log, step)
             better = result and evaluation.mean_r1(result) > best
             if better and save(out_dir / "best.pt", model, tokenizer, step=step):
                 best = evaluation.mean_r1(result)
@@ -501,8 +487,9 @@ def main(argv):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if args.train_data == TRAIN_DATA and not Path("scenes").exists():
             make_scenes("scenes")
-        for patterns in filter(None, (args.train_data, args.val_data)):
-            data.build_index(data.expand(patterns))
+        for patterns in (args.train_data, args.val_data):
+            if patterns not in (None, ["none"]):
+                data.build_index(data.expand(patterns))
     try:
         train(args, saved, *set_up(args))
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell

@@ -250,7 +250,7 @@ class Run:
         )
 
     def update(self):
-        train.update(self.model, self.optimizer, self.scaler, self.args.learning_rate)
+        train.update(self.model, self.optimizer, self.scaler, *[self.args.learning_rate] * 2)
 
     def step(self):
         self.backward()

@@ -259,15 +259,30 @@ class Log:
             self.restart(row["step"])
 
 
+def score_classes(model, tokenizer, args):
+    """Zero-shot accuracy on each folder of --zeroshot_data, by its path."""
+    scores = {}
+    for folder in args.zeroshot_data or ():
+        dataset = evaluation.ClassFolders(folder, model.config.image_size)
+        classes = evaluation.class_names(dataset, None)
+        scores[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
+    return scores
+
+
 @torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
-def validate(model, pairs, workers, log, step):
-    """Retrieval among the validation pairs, logged, and the head's top words for the first four."""
+def validate(model, pairs, args, log, step):
+    """Retrieval among the validation pairs and zero-shot classification, logged, and the head's top
+    words for the first four."""
     paused = time.perf_counter()
     model.eval()
-    result = evaluation.retrieval(*evaluation.encode_shards(model, pairs, workers=workers))
+    result = evaluation.retrieval(*evaluation.encode_shards(model, pairs, workers=args.workers))
     score = evaluation.mean_r1(result)
-    log.write({"step": step, "validation": result, "mean_r1": score})
-    tqdm.write(f"step {step:6d}  validation: mean R@1 {100 * score:.1f} % of {len(pairs):,} pairs")
+    log.zeroshot = score_classes(model, pairs.tokenizer, args)
+    log.write({"step": step, "validation": result, "mean_r1": score, "zeroshot": log.zeroshot})
+    text = f"step {step:6d}  validation: mean R@1 {100 * score:.1f} % of {len(pairs):,} pairs"
+    for name, s in log.zeroshot.items():
+        text += f", {Path(name).name} {100 * s['value']:.1f} %"
+    tqdm.write(text)
     if model.head is not None:
         images, texts = next(evaluation.batches(evaluation.ShardImages(pairs), 4, 0, "words"))
         for captions, words in zip(texts, evaluation.top_words(model, pairs.tokenizer, images)):
@@ -282,18 +297,15 @@ def validate(model, pairs, workers, log, step):
 def summary(model, tokenizer, args, val_pairs, result, best, log, step):
     """Print what the run has reached, beside what chance would give, and what to do next."""
     if result is None and val_pairs:  # the run was complete when it was resumed
-        result = validate(model, val_pairs, args.workers, log, step)
+        result = validate(model, val_pairs, args, log, step)
     model.eval()
-    row = {"retrieval": result}
+    zeroshot = log.zeroshot if val_pairs else score_classes(model, tokenizer, args)
     if result:
         print("\nretrieval among the validation pairs")
         evaluation.print_retrieval(result)
-    for folder in args.zeroshot_data or []:
-        dataset = evaluation.ClassFolders(folder, model.config.image_size)
-        classes = evaluation.class_names(dataset, None)
-        row[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
-        print(evaluation.line(f"zero-shot {Path(folder).name}", row[folder]))
-    log.write({"step": step, "final": row})
+    for folder, s in zeroshot.items():
+        print(evaluation.line(f"zero-shot {Path(folder).name}", s))
+    log.write({"step": step, "final": {"retrieval": result, **zeroshot}})
     is_best = result and evaluation.mean_r1(result) <= best  # else best.pt could not be written
     path = Path(args.out_dir) / ("best.pt" if is_best else "last.pt")
     if result and evaluation.mean_r1(result) < best:

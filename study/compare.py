@@ -35,7 +35,7 @@ FIGURE = FOLDER.parent / "assets" / "study.png"
 CLIP, SUPERCLIP = dict(cls_weight=0.0), dict(cls_weight=1.0)
 # Of Student's distribution: 95 % of the means of n pairs lie within so many standard errors.
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-BATCH_SIZES, SETTINGS, GROUPS = (8, 16, 32, 64, 128, 256), (1, 4, 16, 64, 256), (4, 16, 64)
+BATCH_SIZES, SETTINGS, GROUPS = (16, 32, 64, 128, 256), (1, 16, 256), (4, 16, 64)
 SAMPLES = run.RUN["samples"]
 
 
@@ -82,8 +82,8 @@ PARTS = {
     ),
     "visual": Part(
         "Purely visual: a linear probe on the frozen class token, at batch 32, beside a model with "
-        "random weights.",
-        5, ("probe colour", "probe shape"),
+        "random weights. The probe learns from two pictures of each pair of colour and shape.",
+        5, ("probe pair", "probe colour", "probe shape"),
         [both("CLIP -> SuperCLIP"), ("untrained -> CLIP", dict(samples=0), CLIP),
          ("untrained -> SuperCLIP", dict(samples=0), SUPERCLIP)],
     ),

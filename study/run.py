@@ -39,6 +39,7 @@ RUN = dict(
     idf=True,
 )
 PER_PAIR = 20  # single objects drawn for each of the 64 pairs of colour and shape
+SHOTS = 2  # of these, the ones that a linear probe learns from: few, for it to depend on features
 HELD_OUT = 1000  # training pairs that a search is judged by
 ATTRIBUTES = {
     "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
@@ -149,7 +150,7 @@ def object_scores(model, tokenizer):
     images = torch.stack([data.load_image(scenes.jpeg(scene), scenes.SIZE) for scene in drawn])
     features = torch.cat([model.encode_image(part) for part in images.split(256)])
     frozen = torch.cat([model.visual(part)[:, 0] for part in images.split(256)])
-    test, scores = torch.arange(len(own)) % PER_PAIR >= PER_PAIR * 3 // 4, {}
+    test, scores = torch.arange(len(own)) % PER_PAIR >= SHOTS, {}
     for name, classes, labels in (
         ("colour", [*scenes.COLOURS], [c for c, _ in own]),
         ("shape", [*scenes.SHAPES], [s for _, s in own]),
@@ -161,10 +162,9 @@ def object_scores(model, tokenizer):
         if name == "pair":
             unseen = torch.tensor([pair in scenes.HELD_OUT for pair in own])
             scores["held-out pair"] = right(logits[unseen], labels[unseen])
-        else:
-            with torch.enable_grad():
-                parts = ((frozen[which], labels[which]) for which in (~test, test))
-                scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
+        with torch.enable_grad():
+            parts = ((frozen[which], labels[which]) for which in (~test, test))
+            scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
     return scores
 
 
@@ -289,7 +289,7 @@ def optimise(model, table, spec):
         keep = train.patches_to_keep(settings, step, patches, everything, device)
         losses = train.forward_backward(towers, model, parts, keep, everything, autocast, scaler)
         rate = train.learning_rate_at(step, spec["learning_rate"], steps // 10, steps)
-        train.update(model, optimizer, scaler, rate)
+        train.update(model, optimizer, scaler, rate, rate)
     return {name: float(loss) for name, loss in losses.items()}, str(dtype).removeprefix("torch.")
 
 
