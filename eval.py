@@ -19,6 +19,7 @@ embedding, P patches, W windows, K words.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 from functools import partial
@@ -338,14 +339,13 @@ def probe(train, test, classes, seed=0):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held_out, rest = order[: max(1, len(x) // 5)], order[max(1, len(x) // 5) :]
 
-    def accuracy(penalty):
-        guess = fit_linear(x[rest], y[rest], classes, penalty)(x[held_out]).argmax(dim=1)
-        return (guess == y[held_out]).double().mean().item()
+    def hits(x, y, x_test, y_test, penalty):
+        return (fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1) == y_test).double()
 
-    penalties = [10.0**e for e in range(-6, 1)]
-    penalty = max(data.progress(penalties, "choosing the penalty"), key=accuracy)
-    guess = fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1)
-    return score((guess == y_test).double(), 1 / classes), penalty
+    parts = x[rest], y[rest], x[held_out], y[held_out]
+    penalties = data.progress([10.0**e for e in range(-6, 1)], "choosing the penalty")
+    penalty = max(penalties, key=lambda penalty: hits(*parts, penalty).mean())
+    return score(hits(x, y, x_test, y_test, penalty), 1 / classes), penalty
 
 
 # -----------------------------------------------------------------------------
@@ -421,12 +421,19 @@ def read_lines(path):
     return [s.strip() for s in Path(path).read_text("utf-8", "replace").splitlines() if s.strip()]
 
 
-def class_names(dataset, path):
+def published(name):
+    """A list that open_clip comes with. Raises InputError."""
+    check(importlib.util.find_spec("open_clip"), "this needs: pip install open_clip_torch")
+    return getattr(importlib.import_module("open_clip"), name)
+
+
+def class_names(dataset, path=None):
     """A name for each class: the lines of --classes, or else the names of the folders."""
     if path is None:
         return [name.replace("_", " ") for name in dataset.classes]
-    names, n = read_lines(path), len(dataset.classes)
-    check(len(names) == n, f"{path} names {len(names)} classes, but there are {n} folders")
+    names = published("IMAGENET_CLASSNAMES") if path == "imagenet" else read_lines(path)
+    n, given = len(dataset.classes), len(names)
+    check(given == n, f"{path} names {given} classes, but there are {n} folders")
     return names
 
 
@@ -436,15 +443,16 @@ def class_names(dataset, path):
 def command_zeroshot(model, tokenizer, args):
     dataset, templates = ClassFolders(args.images, model.config.image_size), TEMPLATES
     classes = class_names(dataset, args.classes)
-    if args.templates:
-        templates = ["{}"] if args.templates == "none" else read_lines(args.templates)
+    if args.templates == "openai":
+        templates = [template("{}") for template in published("OPENAI_IMAGENET_TEMPLATES")]
+    elif args.templates:
+        templates = read_lines(args.templates)
         usable = templates and all("{}" in template for template in templates)
         check(usable, f"every line of {args.templates} must have {{}} where the class name goes")
-    print(f"{len(classes)} classes, prompts: {' | '.join(templates)}")
+    print(f"{len(classes)} classes, {len(templates)} prompts: {' | '.join(templates)}")
     result = zeroshot(model, tokenizer, dataset, classes, templates, args.batch_size, args.workers)
-    print(line("top-1", result["top1"]))
-    if "top5" in result:
-        print(line("top-5", result["top5"]))
+    for name in sorted(result.keys() - {"per_class"}):
+        print(line(name, result[name]))
     for part in result["per_class"] if len(classes) <= 30 else ():
         print(line(f"  {part['name']}", part))
     return {"templates": list(templates), **result}
@@ -460,9 +468,6 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
-    if args.untrained:
-        torch.manual_seed(0)
-        model = SuperCLIP(model.config).requires_grad_(False).to(device_of(model)).eval()
     folders = [ClassFolders(f, model.config.image_size) for f in (args.train, args.test)]
     same = folders[0].classes == folders[1].classes
     check(same, f"{args.train} and {args.test} have different class folders")
@@ -494,15 +499,17 @@ def make_parser():
 
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, help="a folder with a folder of images per class")
-    add("--classes", help="file of class names, one a line, in the sorted order of the folders")
-    add("--templates", help="file of prompts with {}, one a line; none: the bare class name")
+    add("--classes", help="file of names, a line for each folder in sorted order; or imagenet")
+    add(
+        "--templates",
+        help="file of prompts, one a line, with {} for the name; or openai: CLIP's 80",
+    )
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
     add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, help="a folder with a folder of images per class")
     add("--test", required=True, help="the same classes, other images")
-    add("--untrained", action="store_true", help="random weights, as a baseline")
     commands.add_parser("words", help="the head's top words, and where each is seen")
     commands.add_parser("search", help="find images by text, or by another image")
     commands.add_parser("report", help="write a page that shows what the model has learned")

@@ -264,7 +264,7 @@ def score_classes(model, tokenizer, args):
     scores = {}
     for folder in args.zeroshot_data or ():
         dataset = evaluation.ClassFolders(folder, model.config.image_size)
-        classes = evaluation.class_names(dataset, None)
+        classes = evaluation.class_names(dataset)
         scores[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
     return scores
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -343,8 +344,43 @@ def test_zeroshot_command(folders, checkpoint, tmp_path, capsys):
     assert all(template in printed for template in evaluation.TEMPLATES)
     (tmp_path / "braces.txt").write_text("a {} with {braces}\n")
     assert not run(evaluation.main, *argv, "--templates", tmp_path / "braces.txt")
-    result, printed = result_of(*command, *argv, "--templates", "none")
+    (tmp_path / "bare.txt").write_text("{}\n")
+    result, printed = result_of(*command, *argv, "--templates", tmp_path / "bare.txt")
     assert result["templates"] == ["{}"] and result["top1"]["n"] == 12
+
+
+def test_prompts_and_class_names_of_published_scores(folders, checkpoint, tmp_path, capsys):
+    """--templates openai and --classes imagenet give the scores of open_clip's own classifier."""
+    for i in range(1000):
+        (tmp_path / "imagenet" / f"n{i:08d}").mkdir(parents=True)
+    for i, colour in ((3, "red"), (7, "green"), (900, "blue")):
+        shutil.copytree(folders / colour, tmp_path / "imagenet" / f"n{i:08d}", dirs_exist_ok=True)
+    (tmp_path / "bare.txt").write_text("{}\n")
+    model, tokenizer, _ = evaluation.load(checkpoint)
+    argv = ["zeroshot", "--checkpoint", checkpoint, "--workers", 0]
+    command = capsys, evaluation.main, tmp_path / "result.json", *argv
+    imagenet = ["--classes", "imagenet"]
+    for folder, names, templates, more in (
+        (folders, sorted(NAMES), open_clip.OPENAI_IMAGENET_TEMPLATES, ["--templates", "openai"]),
+        (
+            tmp_path / "imagenet",
+            open_clip.IMAGENET_CLASSNAMES,
+            ["{}"],
+            [*imagenet, "--templates", tmp_path / "bare.txt"],
+        ),
+    ):
+        result, printed = result_of(*command, "--images", folder, *more)
+        assert f"{len(names)} classes, {len(templates)} prompts" in printed
+        theirs = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)  # (E, C)
+        dataset = evaluation.ClassFolders(folder, model.config.image_size)
+        logits = torch.cat([model.encode_image(image[None]) for image, _ in dataset]) @ theirs
+        hits = logits.argmax(dim=1) == torch.tensor(dataset.targets)
+        assert result["top1"]["value"] == hits.double().mean().item()
+        assert {part["name"] for part in result["per_class"]} == {
+            names[i] for i in {*dataset.targets}
+        }
+    few = [*argv, "--images", folders, *imagenet]
+    assert "names 1000 classes" in error_of(capsys, evaluation.main, *few)
 
 
 def test_retrieval_command(checkpoint, tmp_path, capsys):
@@ -371,8 +407,6 @@ def test_probe_command(folders, checkpoint, tmp_path, capsys):
     assert list(result) == ["class token", "patch mean"]
     assert_printed(printed, result.values())
     assert result["patch mean"]["value"] == 1  # colours are easy, and these are its training images
-    other, _ = result_of(*command, "--untrained")
-    assert other.keys() == result.keys()
 
 
 def test_mistakes_are_one_sentence(folders, checkpoint, tmp_path, capsys):

@@ -224,6 +224,17 @@ def test_weight_decay_is_for_matrices_alone():
         assert decay[id(p)] == (0.3 if matrix else 0.0), name
 
 
+def test_the_head_has_a_learning_rate_of_its_own():
+    model = small_model()
+    optimizer = train.make_optimizer(model, SimpleNamespace(weight_decay=0.0, learning_rate=1.0))
+    step_of(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train.update(model, optimizer, NOT_SCALED, 1e-4, 1e-2)
+    for name, p in model.named_parameters():
+        step = (p - before[name]).abs().max().item()  # Adam's first step is as long as the rate
+        assert step == pytest.approx(1e-2 if name.startswith("head.") else 1e-4, rel=0.05), name
+
+
 # ---- one step
 
 
@@ -523,6 +534,67 @@ def test_init_from_plain_clip_gets_a_new_head_and_cls_weight_0_takes_it_away(
         model = last(tmp_path / name)["model"]
         assert said == ("head.linear.weight" in model) == bool(weight)
         assert torch.equal(model["visual.proj"], last(whole)["model"]["visual.proj"])
+
+
+def test_fine_tuning_is_gentle_and_says_what_there_was_before(
+    whole, shards, tmp_path, monkeypatch, capsys
+):
+    """Loaded weights get a low rate and a new head a higher one; a run is scored before step 1."""
+    train.main([*flags(shards, tmp_path / "clip", "--steps", 1), "--cls_weight", "0"])
+    used = []
+    update = train.update
+    monkeypatch.setattr(train, "update", lambda *args: used.append(args[3:]) or update(*args))
+    argv = without_model(flags(shards, tmp_path, "--steps", 4))
+    rate = argv.index("--learning_rate")
+    for start, head_rate in ((whole / "last.pt", 5e-5), (tmp_path / "clip" / "last.pt", 5e-4)):
+        out, _ = tmp_path / f"out{head_rate}", used.clear()
+        argv[argv.index("--out_dir") + 1] = str(out)
+        capsys.readouterr()
+        train.main([*argv[:rate], *argv[rate + 2 :], "--init_from", str(start)])
+        printed = capsys.readouterr().out
+        assert "--learning_rate 5e-05" in printed
+        assert ("its learning rate is 0.0005" in printed) == (head_rate == 5e-4)
+        assert max(used) == pytest.approx((5e-5, head_rate))
+        first = log_of(out)[1]
+        model, tokenizer, _ = evaluation.load(start)
+        pairs = data.Pairs([str(shards / "val-0.tar")], tokenizer, 16, ["txt"])
+        result = evaluation.retrieval(*evaluation.encode_shards(model, pairs))
+        assert first["step"] == 0 and first["validation"] == result
+
+
+def test_one_pair_in_a_hundred_is_held_out(shards, tmp_path, capsys):
+    """Without --val_data. The others are trained on; none is lost, and none is in both."""
+    samples = [sample(i) for i in range(5)]
+    path = write_shard(tmp_path / "train.tar", samples * 50)
+    shutil.copy(shards / "vocab.tiktoken", tmp_path)
+    tokenizer = data.Tokenizer.from_file(shards / "vocab.tiktoken")
+
+    def open_data(rank, *more):
+        args, _ = train.parse(["--train_data", str(path), "--model", "tiny", *more])
+        parts = train.open_data(args, [str(path)], tokenizer, 16, rank)
+        return [None if pairs is None else pairs.index.tolist() for pairs in parts]
+
+    everything = data.Pairs([str(path)], tokenizer, 16, ["txt"]).index.tolist()
+    kept, held_out = open_data(0, "--batch_size", "247")
+    assert "3 pairs are held out" in capsys.readouterr().out
+    assert len(kept) == 247 and sorted(kept + held_out) == sorted(everything)
+    assert open_data(1, "--batch_size", "247") == [kept, None]  # rank 0 validates
+    assert open_data(0, "--val_data", "none", "--batch_size", "250") == [everything, None]
+    with pytest.raises(InputError, match="--batch_size is more than the 247 pairs"):
+        open_data(0, "--batch_size", "248")
+
+
+def test_zeroshot_is_scored_at_every_validation(whole, shards, folders, tmp_path, capsys):
+    train.main(flags(shards, tmp_path / "out", "--zeroshot_data", folders))
+    validations = [row for row in log_of(tmp_path / "out") if "validation" in row]
+    assert [row["step"] for row in validations] == [4, 8, 12]
+    model, tokenizer, _ = evaluation.load(tmp_path / "out" / "last.pt")
+    dataset = evaluation.ClassFolders(folders, 16)
+    expected = evaluation.zeroshot(model, tokenizer, dataset, dataset.classes)["top1"]
+    assert validations[-1]["zeroshot"] == {str(folders): expected}
+    assert log_of(tmp_path / "out")[-1]["final"][str(folders)] == expected
+    output = capsys.readouterr().out
+    assert output.count(f"{folders.name} {100 * expected['value']:.1f} %") >= 1
 
 
 # ---- many processes
