@@ -500,10 +500,7 @@ def make_parser():
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, help="a folder with a folder of images per class")
     add("--classes", help="file of names, a line for each folder in sorted order; or imagenet")
-    add(
-        "--templates",
-        help="file of prompts, one a line, with {} for the name; or openai: CLIP's 80",
-    )
+    add("--templates", help="file of prompts, one a line, {} for the name; or openai: CLIP's 80")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
     add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
