@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import train  # noqa: E402
 from scripts.log import machine  # noqa: E402
 from study import run  # noqa: E402
 from superclip import check, cli  # noqa: E402
@@ -37,6 +38,8 @@ CLIP, SUPERCLIP = dict(cls_weight=0.0), dict(cls_weight=1.0)
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 BATCH_SIZES, SETTINGS, GROUPS = (16, 32, 64, 128, 256), (1, 16, 256), (4, 16, 64)
 SAMPLES = run.RUN["samples"]
+GENTLE = train.GENTLE["learning_rate"]  # of train.py --init_from
+STARTED = dict(start=32_000, samples=16_000)
 
 
 # -----------------------------------------------------------------------------
@@ -111,6 +114,17 @@ PARTS = {
          ("SuperCLIP: IDF -> all words alike", SUPERCLIP, dict(idf=False)),
          both("sigmoid loss", loss="sigmoid"), both("patch dropout 0.5", patch_dropout=0.5)],
     ),
+    "finetune": Part(
+        "Fine-tuning, at batch 32: 32,000 samples of scenes that know one half of the cloths and "
+        "of the shapes (old), then 16,000 of those that know the other half (new). From scratch: "
+        "the second part alone. R@1 among the validation scenes of either half.",
+        3, ("R@1 old", "R@1 new"),
+        [(f"before -> {GENTLE:g}", dict(STARTED, samples=0), dict(STARTED, learning_rate=GENTLE)),
+         (f"{GENTLE:g} -> 5e-4", dict(STARTED, learning_rate=GENTLE),
+          dict(STARTED, learning_rate=5e-4)),
+         (f"from scratch at 5e-4 -> {GENTLE:g}", dict(STARTED, start=0, learning_rate=5e-4),
+          dict(STARTED, learning_rate=GENTLE))],
+    ),
     "flickr": Part(
         "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary. R@k among all captions of the dev "
         "set; zero-shot and linear probe on folders of other photographs, in ten classes.",
@@ -130,7 +144,9 @@ class Study:
     def __init__(self, path, seeds=5):
         self.path, self.seeds = path, seeds
         lines = path.read_text().splitlines() if path.exists() else []
-        self.results = {key(result["spec"]): result for result in map(json.loads, lines)}
+        self.results = {}
+        for result in map(json.loads, lines):
+            self.results[key({**run.RUN, **result["spec"]})] = result
 
     def add(self, result):
         self.results[key(result["spec"])] = result
@@ -166,7 +182,8 @@ class Study:
     def specs(self, part, changes):
         """One kind of run, with each of its seeds; None if its learning rate is not known yet."""
         spec = {**run.RUN, **changes}
-        spec["learning_rate"] = self.search(spec)[1] if spec["samples"] else 0.0
+        if spec["learning_rate"] is None:
+            spec["learning_rate"] = self.search(spec)[1] if spec["samples"] else 0.0
         if spec["learning_rate"] is None:
             return None
         return [{**spec, "seed": seed} for seed in range(min(self.seeds, PARTS[part].seeds))]
@@ -216,10 +233,10 @@ def work(study, parts, flickr, jobs):
                 bar = tqdm(pool.imap_unordered(run.run, tasks), part, len(todo), unit="run")
                 for result in bar:
                     study.add({**result, **about})
-                    scores = {k: f"{100 * s['value']:.1f}" for k, s in result["scores"].items()}
                     changed = {k: v for k, v in result["spec"].items() if v != run.RUN[k]}
-                    told = f"R@1 {scores['R@1']}, pair {scores.get('pair')}"
-                    tqdm.write(f"{changed}: {told}, {result['seconds']:.0f} s")
+                    scores = {k: result["scores"].get(k) for k in PARTS[part].metrics}
+                    scores = (f"{k} {100 * s['value']:.1f}" for k, s in scores.items() if s)
+                    tqdm.write(f"{changed}: {', '.join(scores)}, {result['seconds']:.0f} s")
 
 
 # -----------------------------------------------------------------------------

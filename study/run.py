@@ -6,6 +6,7 @@ there is no crop augmentation, the one thing that differs from a step of train.p
 these are.
 """
 
+import copy
 import json
 import os
 import random
@@ -37,10 +38,12 @@ RUN = dict(
     loss="softmax",  # or sigmoid
     patch_dropout=0.0,
     idf=True,
+    start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
 PER_PAIR = 20  # single objects drawn for each of the 64 pairs of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, for it to depend on features
 HELD_OUT = 1000  # training pairs that a search is judged by
+START_RATE = 3.5e-4  # of a model that is fine-tuned later: what the search found at batch 32
 ATTRIBUTES = {
     "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
     "pattern": scenes.PATTERNS, "border": scenes.BORDERS,
@@ -59,6 +62,20 @@ class Table:
         content = torch.load(path, mmap=True, weights_only=True)
         self.images, self.tokens = content["images"][part], content["tokens"][part]
         self.scenes, self.vocab = json.loads(content["scenes"])[part], content["vocab"]
+
+    def half(self, second):
+        """The scenes that know one half of the cloths and of the shapes alone, as a new table."""
+        cloths, shapes = (
+            set(list(names)[4:] if second else list(names)[:4])
+            for names in (scenes.CLOTHS, scenes.SHAPES)
+        )
+        rows = [
+            i for i, scene in enumerate(self.scenes)
+            if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes
+        ]  # fmt: skip
+        table = copy.copy(self)
+        table.images, table.tokens = self.images[rows], self.tokens[rows]
+        return table
 
 
 def write_table(path, shards, tokenizer, captions):
@@ -293,30 +310,38 @@ def optimise(model, table, spec):
     return {name: float(loss) for name, loss in losses.items()}, str(dtype).removeprefix("torch.")
 
 
+def score_run(model, tokenizer, spec, held_out, folder):
+    """What a run is judged by -> dict of score dicts."""
+    if spec["start"] is not None:
+        halves = {"old": held_out.half(0), "new": held_out.half(1)}
+        return {f"R@1 {k}": retrieval_scores(model, spec, t)["R@1"] for k, t in halves.items()}
+    scores = retrieval_scores(model, spec, held_out)
+    if spec["search"]:
+        return scores
+    if spec["data"] == "flickr":
+        return scores | photograph_scores(model, tokenizer, held_out, folder / "classes")
+    few = held_out.images[:500], held_out.scenes[:500]
+    return scores | object_scores(model, tokenizer) | attribute_scores(model, tokenizer, *few)
+
+
 def run(task):
     """Train and score one model. task: a spec, and the folder of the tables."""
     spec, folder = task
     start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
-    # A search holds out training pairs, so that no learning rate is chosen by the validation data.
-    table = Table(folder / f"{name}-train.pt", slice(-HELD_OUT if spec["search"] else None))
+    if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
+        parts = slice(-HELD_OUT), slice(-HELD_OUT, None)
+        table, held_out = (Table(folder / f"{name}-train.pt", part) for part in parts)
+    else:
+        table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
+    if spec["start"] is not None:  # fine-tuning: first one half of the concepts, then the other
+        before = {**spec, "samples": spec["start"], "learning_rate": START_RATE}
+        optimise(model, table.half(0), before)
+        table = table.half(1)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
-    if spec["search"]:
-        scores = retrieval_scores(
-            model, spec, Table(folder / f"{name}-train.pt", slice(-HELD_OUT, None))
-        )
-    else:
-        held_out = Table(folder / f"{name}-val.pt")
-        scores = retrieval_scores(model, spec, held_out)
-        if spec["data"] == "scenes":
-            scores |= object_scores(model, tokenizer)
-            scores |= attribute_scores(
-                model, tokenizer, held_out.images[:500], held_out.scenes[:500]
-            )
-        else:
-            scores |= photograph_scores(model, tokenizer, held_out, folder / "classes")
+    scores = score_run(model, tokenizer, spec, held_out, folder)
     scores = {k: {x: round(s[x], 5) for x in ("value", "chance", "n")} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}
