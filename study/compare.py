@@ -51,8 +51,11 @@ def both(label, **changes):
     return label, {**CLIP, **changes}, {**SUPERCLIP, **changes}
 
 
-def needed(batch_size):
-    """Samples seen: the same for all batch sizes but 256, which would make too few updates."""
+def needed(batch_size, data="scenes"):
+    """Samples seen: six epochs of the photographs; of scenes the same for all batch sizes but 256,
+    which would make too few updates."""
+    if data == "flickr":
+        return 36_000
     return SAMPLES * 3 if batch_size == 256 else SAMPLES
 
 
@@ -129,7 +132,8 @@ PARTS = {
         "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary. R@k among all captions of the dev "
         "set; zero-shot and linear probe on folders of other photographs, in ten classes.",
         3, ("R@1", "R@5", "R@10", "zero-shot", "probe"),
-        [both(f"batch {B}", data="flickr", samples=48_000, batch_size=B) for B in (32, 128)],
+        [both(f"batch {B}", data="flickr", samples=needed(B, "flickr"), batch_size=B)
+         for B in (32, 128)],
     ),
 }  # fmt: skip
 
@@ -158,7 +162,7 @@ class Study:
         rate is at an end. Kinds that differ in settings, captions, loss and the like share it."""
         shared = {k: spec[k] for k in ("data", "batch_size")}
         shared["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
-        shared["samples"] = 48_000 if spec["data"] == "flickr" else needed(spec["batch_size"])
+        shared["samples"] = needed(spec["batch_size"], spec["data"])
         middle, exponents = 3.5e-4 * math.sqrt(spec["batch_size"] / 32), [-1, 0, 1]
         while True:
             rates = [float(f"{middle * 2**e:.3g}") for e in exponents]
