@@ -1,5 +1,6 @@
 """What all tests share: one thread, a fixed seed, a cache of their own."""
 
+import gc
 import os
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 import torch
 from material import COLOURS, make_model, png, write_checkpoint
 
+from superclip import PRESETS
+
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,9 +25,21 @@ def cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def freeze():
+    """A search for garbage skips what was imported: half a million objects that stay."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """The tiny model has two blocks and one block in its towers, instead of four and two."""
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(vision_layers=2, text_layers=1))
 
 
 @pytest.fixture

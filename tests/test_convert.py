@@ -495,10 +495,9 @@ def test_a_checkpoint_of_this_project_stays_what_it_is(changes, tmp_path, capsys
 
 def test_a_vocabulary_of_words_is_said_not_to_fit_open_clips_tokenizer(tmp_path, capsys):
     """A note is printed for a word vocabulary, and none for CLIP's."""
-    words = vocabulary_from_words(["photo", "red", "ring"])
-    clips = find_tokenizer("clip").vocab
-    for vocab, fits in ((words, False), (clips, True)):
-        size = data.Tokenizer(vocab).vocab_size
-        path = save_ours(small(vocab_size=size), tmp_path / "best.pt", vocab=vocab)
+    words = data.Tokenizer(vocabulary_from_words(["photo", "red", "ring"]))
+    for tokenizer, fits in ((words, False), (find_tokenizer("clip"), True)):
+        model = small(vocab_size=tokenizer.vocab_size)
+        path = save_ours(model, tmp_path / "best.pt", vocab=tokenizer.vocab)
         assert not run(main, path, tmp_path / "out.pt", "--to", "open_clip")
         assert ("tokenizer does not fit" in capsys.readouterr().out) != fits

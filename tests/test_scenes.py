@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ from scripts import scenes
 from superclip import InputError
 
 
+def draw(folder):
+    with mock.patch("os.cpu_count", return_value=1):  # each process imports torch, which is slow
+        scenes.make_scenes(folder, train=150, val=300, per_shard=100)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds") / "scenes"
-    scenes.make_scenes(folder, train=150, val=300, per_shard=100)
+    draw(folder)
     return folder
 
 
@@ -122,7 +128,7 @@ def test_class_folders_hold_what_their_names_say(world):
 
 
 def test_a_world_is_drawn_whole_or_not_at_all_and_the_same_each_time(world, tmp_path, capsys):
-    scenes.make_scenes(tmp_path / "again", train=150, val=300, per_shard=100)
+    draw(tmp_path / "again")
     for path in world.rglob("*.tar"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert "is there already" in error_of(capsys, scenes.main, "--out", world)

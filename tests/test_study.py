@@ -5,6 +5,7 @@ import math
 import random
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -156,8 +157,12 @@ def test_halves_share_neither_cloth_nor_shape():
     assert seen[0].isdisjoint(seen[1]) and seen[0] | seen[1] == {*scenes.CLOTHS, *scenes.SHAPES}
 
 
-def test_runs_and_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "PER_PAIR", 4)
+def test_runs_and_report(shallow, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    lbfgs = torch.optim.LBFGS  # two iterations of a probe are enough to see it run
+    few = lambda weights, **options: lbfgs(weights, **{**options, "max_iter": 2})  # noqa: E731
+    monkeypatch.setattr(torch.optim, "LBFGS", few)
+    monkeypatch.setattr(run, "PER_PAIR", 3)
     monkeypatch.setattr(run, "HELD_OUT", 50)
     make_scenes = scenes.make_scenes
     small = lambda out, settings: make_scenes(out, train=200, val=50, settings=settings)  # noqa: E731
@@ -176,7 +181,10 @@ def test_runs_and_report(tmp_path, monkeypatch):
         json.dumps(result)
     # A rate of 0 keeps what was learnt of the first half, whatever is trained on later.
     spec = {**run.RUN, "settings": 4, "batch_size": 4, "start": 16, "learning_rate": 0.0}
-    scores = [run.run(({**spec, "samples": n}, tmp_path)) for n in (0, 16)]
+    with mock.patch("study.run.optimise", wraps=run.optimise) as optimise:
+        scores = [run.run(({**spec, "samples": n}, tmp_path)) for n in (0, 16)]
+    rates = [call.args[2]["learning_rate"] for call in optimise.call_args_list]
+    assert rates == [run.START_RATE, 0.0] * 2
     assert scores[0]["scores"] == scores[1]["scores"]
     assert scores[0]["scores"].keys() == {"R@1 old", "R@1 new"}
     finish(plan, compare.PARTS, lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])

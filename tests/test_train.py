@@ -346,8 +346,7 @@ def test_logits_of_the_contrastive_loss_are_fp32_under_bfloat16(loss):
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 4])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("micro_batch_size, dropout", [(8, 0.0), (4, 0.5)])
 def test_captions_of_other_lengths_recompile_the_text_tower_alone(
     micro_batch_size, dropout, monkeypatch
 ):
