@@ -78,7 +78,7 @@ PARTS = {
     "settings": Part(
         "Number of settings, at batch 32. The fewer there are, the more pairs of a batch share "
         "theirs, so that only the details tell them apart.",
-        5, OBJECTS, [both(f"{n} settings", settings=n) for n in SETTINGS],
+        5, OBJECTS, [both(f"{n} setting" + "s" * (n > 1), settings=n) for n in SETTINGS],
     ),
     "groups": Part(
         "Pairs contrasted, at batch 64 and equal updates: each image is told from the captions of "
