@@ -151,7 +151,7 @@ def batches(dataset, batch_size, workers, description):
         if labels:
             any_good = True
             yield images, labels
-    check(any_good, "none of the images can be read: " + "".join(reasons[-1:]))
+    check(any_good, "none of the samples can be used: " + "".join(reasons[-1:]))
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ OPTIONS = (
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
-    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (default: the same)"),
+    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the head (default: that, or 5e-4 if new)"),
     ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
     ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
@@ -86,7 +86,7 @@ OPTIONS = (
     # the run
     ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
     ("resume", None, FLAG, False, "continue the run in out_dir with its saved options"),
-    ("log_every", "STEPS", COUNT, 50, "steps between rows of the log"),
+    ("log_every", "STEPS", COUNT, None, "between rows of the log (default: a 20th, at most 50)"),
     ("eval_every", "STEPS", COUNT, None, "between validations (default: a fifth, at most 2000)"),
     ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
     ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
@@ -412,6 +412,7 @@ def train(args, saved, rank, world, device, dtype):
     # long. A run that is resumed may have other options than before, but the same data.
     steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
     warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
+    log_every = args.log_every or max(1, min(50, steps // 20))
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
     fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
@@ -448,7 +449,7 @@ def train(args, saved, rank, world, device, dtype):
         step += 1
         # 4. what is due after this step; at the last step, everything is
         log_due, eval_due, save_due = (
-            step % every == 0 or step == steps for every in (args.log_every, eval_every, save_every)
+            step % every == 0 or step == steps for every in (log_every, eval_every, save_every)
         )
         numbers = step, losses, grad_norm, rates[0], model
         # 5. the log: reading the losses waits for the device, so most steps go without
@@ -457,7 +458,7 @@ def train(args, saved, rank, world, device, dtype):
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
             result = stop.unless_asked(validate, model, val_pairs, args, log, step)
-            better = result and evaluation.mean_r1(result) > best
+            better = result and evaluation.mean_r1(result) >= best
             if better and save(out_dir / "best.pt", model, tokenizer, step=step):
                 best = evaluation.mean_r1(result)
         # 7. the checkpoint, from which the run can be resumed

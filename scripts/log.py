@@ -170,7 +170,8 @@ class Log:
         tqdm.write(
             f"{args.init_from or args.model or 'ViT-B-16'}: {header['parameters']:,} parameters, "
             f"{header['config']['vocab_size']:,} tokens; {header['samples']:,} pairs; "
-            f"steps {step:,} to {header['steps']:,} of {args.batch_size} pairs; "
+            f"steps {step:,} to {header['steps']:,} of {args.batch_size} pairs, "
+            f"{header['samples'] // args.batch_size:,} an epoch; "
             f"{header['device']}, {header['dtype']}"
         )
         for entry in unused[:20]:
@@ -272,7 +273,7 @@ def score_classes(model, tokenizer, args):
 @torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
 def validate(model, pairs, args, log, step):
     """Retrieval among the validation pairs and zero-shot classification, logged, and the head's top
-    words for the first four."""
+    words for the first two."""
     paused = time.perf_counter()
     model.eval()
     result = evaluation.retrieval(*evaluation.encode_shards(model, pairs, workers=args.workers))
@@ -284,7 +285,7 @@ def validate(model, pairs, args, log, step):
         text += f", {Path(name).name} {100 * s['value']:.1f} %"
     tqdm.write(text)
     if model.head is not None:
-        images, texts = next(evaluation.batches(evaluation.ShardImages(pairs), 4, 0, "words"))
+        images, texts = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
         for captions, words in zip(texts, evaluation.top_words(model, pairs.tokenizer, images)):
             tqdm.write(f'  "{captions[0]}"')
             tqdm.write("    " + ", ".join(f"{word} {p:.2f}" for word, p, _ in words))

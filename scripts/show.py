@@ -70,8 +70,8 @@ def choose(pairs, n, seed):
 
 def report_captions(lengths, repeats, context_length):
     n, lengths = len(lengths), sorted(lengths)
-    quantiles = [f"{lengths[q * n // 100]} ({q} %)" for q in (1, 25, 50, 75, 99)]
-    print(f"tokens per caption: {', '.join(quantiles)}, longest {lengths[-1]}")
+    parts = [f"{q} % have at most {lengths[q * n // 100]}" for q in (1, 25, 50, 75, 99)]
+    print(f"tokens per caption: {', '.join(parts)}, the longest {lengths[-1]}")
     # Start and end need a place, too.
     long = sum(length + 2 > context_length for length in lengths)
     print(f"longer than {context_length} tokens: {long:,} ({long / n:.1%}); labels use all of it")

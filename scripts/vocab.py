@@ -40,7 +40,10 @@ def find_tokenizer(vocab, shards=(), context_length=77, checkpoint=None):
     try:  # tiktoken's cache, else the download
         merges = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
     except Exception:  # whatever the network raises
-        raise InputError(f"cannot download {CLIP_VOCAB_URL}: name a copy with --vocab") from None
+        raise InputError(
+            f"cannot download {CLIP_VOCAB_URL}: pip install open_clip_torch brings it along, "
+            "--vocab names a copy, and python data.py vocab makes a vocabulary of your captions"
+        ) from None
     return data.Tokenizer(data.merges_to_tiktoken(gzip.decompress(merges).decode()), context_length)
 
 

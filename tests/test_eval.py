@@ -429,7 +429,7 @@ def test_mistakes_are_one_sentence(folders, checkpoint, tmp_path, capsys):
         ([*zeroshot, tmp_path / "nowhere"], "nowhere"),
         ([*zeroshot, tmp_path / "flat"], "one folder of images per class"),
         ([*zeroshot, tmp_path / "hollow"], "no images"),
-        ([*zeroshot, tmp_path / "broken"], "none of the images"),
+        ([*zeroshot, tmp_path / "broken"], "none of the samples"),
         ([*zeroshot, folders, "--classes", tmp_path / "two.txt"], "names 2 classes"),
         ([*zeroshot, folders, "--classes", tmp_path / "none.txt"], "none.txt"),
         ([*zeroshot, folders, "--templates", tmp_path / "templates.txt"], "{}"),
