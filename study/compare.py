@@ -98,6 +98,10 @@ PARTS = {
         "at batch 32. Swap: two objects exchange their colours, so that the words are the same.",
         5, tuple(f"choose {kind}" for kind in (*run.ATTRIBUTES, "swap")), [both("batch 32")],
     ),
+    "rates": Part(
+        "Is it the learning rate? Batch 32 at half of the rate that the search found.",
+        5, OBJECTS, [both("half the rate", learning_rate=1.75e-4)],
+    ),
     "length": Part(
         "Samples seen, at batch 32.",
         3, OBJECTS,
