@@ -43,7 +43,7 @@ RUN = dict(
 PER_PAIR = 20  # single objects drawn for each of the 64 pairs of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, for it to depend on features
 HELD_OUT = 1000  # training pairs that a search is judged by
-START_RATE = 3.5e-4  # of a model that is fine-tuned later: what the search found at batch 32
+START_RATE = 3.5e-4  # of a model that is fine-tuned later
 ATTRIBUTES = {
     "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
     "pattern": scenes.PATTERNS, "border": scenes.BORDERS,

@@ -93,6 +93,14 @@ def test_a_search_goes_on_at_its_edge(tmp_path):
         assert found == min(tried, key=lambda rate: abs(math.log(rate / best)))
 
 
+def test_of_rates_that_are_as_good_the_lowest_is_taken(tmp_path):
+    plan = compare.Study(tmp_path / "runs.jsonl")
+    score = {8.75e-05: 0.9, 0.000175: 0.965, 0.00035: 0.97, 0.0007: 0.3}
+    finish(plan, ["visual"], lambda spec: score.get(spec["learning_rate"], 0.0))
+    specs, found = plan.search({**run.RUN})
+    assert found == 0.000175 and [spec["learning_rate"] for spec in specs] == [*score]
+
+
 def test_a_study_goes_on_where_it_was(tmp_path):
     plan = compare.Study(tmp_path / "runs.jsonl")
     finish(plan, ["length"], lambda _: 0.5)
