@@ -83,6 +83,14 @@ PARTS = {
         5, OBJECTS,
         [both(f"{n} setting" + "s" * (n > 1), settings=n, learning_rate=BOLD) for n in SETTINGS],
     ),
+    "rates": Part(
+        "Learning rates, at batch 32. The last row gives each method the rate at which its R@1 is "
+        "best over the five seeds.",
+        5, ("R@1", "pair", "held-out pair", "colour", "shape", "probe pair"),
+        [*(both(f"{rate:g}", learning_rate=rate) for rate in (BOLD / 2, BOLD)),
+         (f"CLIP at {BOLD / 2:g}, SuperCLIP at {BOLD:g}", {**CLIP, "learning_rate": BOLD / 2},
+          {**SUPERCLIP, "learning_rate": BOLD})],
+    ),
     "groups": Part(
         "Pairs contrasted, at batch 64 and equal updates: each image is told from the captions of "
         "its own group only.",
