@@ -53,8 +53,8 @@ FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
 OPTIONS = (
     # the data
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
-    ("val_data", "SHARDS", SEVERAL, None, "or none (default: holds out 1 pair in 100, up to 1000)"),
-    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, to be classified"),
+    ("val_data", "SHARDS", SEVERAL, None, "or none (default: hold out 1 of 100 pairs, up to 1000)"),
+    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored like val_data"),
     ("captions", "SOURCE", SEVERAL, None, "their sources: txt or json.FIELD, one drawn each time"),
     ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
     ("val_captions", "SOURCE", SEVERAL, None, "sources for the validation data"),
@@ -63,7 +63,7 @@ OPTIONS = (
     # the model
     ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
     ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
-    ("context_length", "TOKENS", {"type": number(int, 3)}, None, "that the text tower sees"),
+    ("context_length", "TOKENS", {"type": number(int, 3)}, None, "tokens that the text tower sees"),
     ("init_from", "FILE", {}, None, "checkpoint to take the model and vocabulary from"),
     ("cls_weight", "LAMBDA", NOT_NEGATIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
     ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
@@ -73,10 +73,10 @@ OPTIONS = (
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
-    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the head (default: that, or 5e-4 if new)"),
+    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (default: that; new: 5e-4)"),
     ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
     ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
-    ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches (FLIP)"),
+    ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches to drop (FLIP)"),
     ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
     # the machine
     ("device", "NAME", {}, None, "cuda, mps or cpu (default: the first there is)"),
@@ -94,7 +94,7 @@ OPTIONS = (
 # Without --train_data, built_in() of scripts/scenes.py takes precedence: settings that were chosen
 # together with the built-in data.
 DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
-GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, so that what is there is not destroyed
+GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, or the old knowledge would be lost
 # fmt: on
 # Options that a checkpoint fixes for --resume and --init_from.
 FIXED = ("model", "vocab", "loss", "image_size", "context_length")
@@ -135,7 +135,7 @@ def parse(argv):
         check(getattr(args, name) is None, f"--init_from sets the {name}: leave --{name} out")
     chosen = {**DEFAULTS, **({} if args.train_data else built_in(args.batch_size))}
     chosen |= GENTLE if args.init_from else {}
-    needless = {"epochs": args.steps, "model": args.init_from}  # the one is known from the other
+    needless = {"epochs": args.steps, "model": args.init_from}  # they say it already
     chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
     vars(args).update(chosen)
     if chosen and os.environ.get("RANK", "0") == "0":
@@ -399,8 +399,8 @@ def train(args, saved, rank, world, device, dtype):
     tokenizer = find_tokenizer(args.vocab, shards, checkpoint=start_from)
     model = make_model(args, start_from, tokenizer, device)
     pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
-    if args.head_learning_rate is None:
-        args.head_learning_rate = args.learning_rate
+    head_rate = args.head_learning_rate
+    head_rate = args.learning_rate if head_rate is None else head_rate
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -434,7 +434,7 @@ def train(args, saved, rank, world, device, dtype):
     about = describe_run(args, steps, world, device, dtype, pairs, model)
     log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
-    if args.init_from and step == 0 and val_pairs:  # what there is before the run adds to it
+    if args.init_from and step == 0 and val_pairs:  # the score before training
         stop.unless_asked(validate, model, val_pairs, args, log, step)
     while step < steps:
         # 1. the batch: this process's rows of it, in one micro-batch or several
@@ -444,7 +444,7 @@ def train(args, saved, rank, world, device, dtype):
         losses = forward_backward(towers, model, parts, keep, rows, autocast, scaler)
         # 3. the update
         of_peak = learning_rate_at(step, 1.0, warmup_steps, steps)
-        rates = of_peak * args.learning_rate, of_peak * args.head_learning_rate
+        rates = of_peak * args.learning_rate, of_peak * head_rate
         grad_norm = update(model, optimizer, scaler, *rates)
         step += 1
         # 4. what is due after this step; at the last step, everything is
@@ -452,8 +452,9 @@ def train(args, saved, rank, world, device, dtype):
             step % every == 0 or step == steps for every in (log_every, eval_every, save_every)
         )
         numbers = step, losses, grad_norm, rates[0], model
-        # 5. the log: reading the losses waits for the device, so most steps go without
-        if log_due:
+        # 5. the log: reading the losses waits for the device, so most steps go without. It comes
+        # before a validation, because it raises if the loss is not finite.
+        if log_due or eval_due:
             log.write(log.measure(*numbers))
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:

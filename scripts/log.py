@@ -266,7 +266,9 @@ def score_classes(model, tokenizer, args):
     for folder in args.zeroshot_data or ():
         dataset = evaluation.ClassFolders(folder, model.config.image_size)
         classes = evaluation.class_names(dataset)
-        scores[folder] = evaluation.zeroshot(model, tokenizer, dataset, classes)["top1"]
+        scores[folder] = evaluation.zeroshot(
+            model, tokenizer, dataset, classes, workers=args.workers
+        )["top1"]
     return scores
 
 

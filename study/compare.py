@@ -4,7 +4,8 @@
     python study/compare.py                everything, five hours on two cores
     python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
-Each row of a table compares two kinds of runs that differ in one thing. The differences are paired
+Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
+the table says so. The differences are paired
 by seed, and have a 95 % interval (Student's t). Learning rates are searched first, for both methods
 alike. A finished run is a line in runs.jsonl, and what is there is not run again: a study that was
 stopped goes on where it was.
@@ -84,8 +85,8 @@ PARTS = {
         [both(f"{n} setting" + "s" * (n > 1), settings=n, learning_rate=BOLD) for n in SETTINGS],
     ),
     "rates": Part(
-        "Learning rates, at batch 32. The last row gives each method the rate at which its R@1 is "
-        "best over the five seeds.",
+        "Learning rates, at batch 32. The last row is chosen afterwards: of these two rates, each "
+        "method has the one at which it names more pairs.",
         5, ("R@1", "pair", "held-out pair", "colour", "shape", "probe pair"),
         [*(both(f"{rate:g}", learning_rate=rate) for rate in (BOLD / 2, BOLD)),
          (f"CLIP at {BOLD / 2:g}, SuperCLIP at {BOLD:g}", {**CLIP, "learning_rate": BOLD / 2},
@@ -172,8 +173,8 @@ class Study:
         """The runs that look for the learning rate of a spec, and what they found, or None. Scores
         within a point of the best one are as good as that: a thousand pairs tell no more. The
         lowest of these rates is taken, because it is the farthest from those at which training
-        fails. The search goes on for as long as that rate, or the best one, is at an end. Kinds
-        that differ in settings, captions, loss and the like share a rate."""
+        fails. The search adds a lower rate while the lowest is taken, and a higher one while the
+        highest is best. Kinds that differ in settings, captions, loss and the like share a rate."""
         shared = {k: spec[k] for k in ("data", "batch_size")}
         shared["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
         shared["samples"] = needed(spec["batch_size"], spec["data"])

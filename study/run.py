@@ -22,7 +22,7 @@ from scripts import scenes
 from scripts.vocab import find_tokenizer
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
 
-# What there is to say of a run, and what it is if nothing is said.
+# The settings of a run, and their defaults.
 RUN = dict(
     data="scenes",  # or flickr
     settings=256,  # of the scenes
@@ -41,7 +41,7 @@ RUN = dict(
     start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
 PER_PAIR = 20  # single objects drawn for each of the 64 pairs of colour and shape
-SHOTS = 2  # of these, the ones that a linear probe learns from: few, for it to depend on features
+SHOTS = 2  # the ones that a linear probe learns from: few, so that it needs good features
 HELD_OUT = 1000  # training pairs that a search is judged by
 START_RATE = 3.5e-4  # of a model that is fine-tuned later
 ATTRIBUTES = {
@@ -64,7 +64,7 @@ class Table:
         self.scenes, self.vocab = json.loads(content["scenes"])[part], content["vocab"]
 
     def half(self, second):
-        """The scenes that know one half of the cloths and of the shapes alone, as a new table."""
+        """The scenes with one half of the cloths and of the shapes alone, as a new table."""
         cloths, shapes = (
             set(list(names)[4:] if second else list(names)[:4])
             for names in (scenes.CLOTHS, scenes.SHAPES)

@@ -561,6 +561,13 @@ def test_fine_tuning_is_gentle_and_says_what_there_was_before(
         assert first["step"] == 0 and first["validation"] == result
 
 
+def test_a_new_rate_of_a_resumed_run_is_the_heads_too(copy, shards, monkeypatch):
+    used, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda *args: used.append(args[3:]) or update(*args))
+    train.main(flags(shards, copy, "--resume", "--steps", 14, "--learning_rate", 1e-5))
+    assert len(used) == 2 and all(0 < head == rate <= 1e-5 for rate, head in used)
+
+
 def test_one_pair_in_a_hundred_is_held_out(shards, tmp_path, capsys):
     """Without --val_data. The others are trained on; none is lost, and none is in both."""
     samples = [sample(i) for i in range(5)]
