@@ -381,8 +381,8 @@ def figure(study, path):
 
     plt.rcParams.update({"font.size": 12})
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    draw_panel(left, study, "batch", BATCH_SIZES, "batch size")
-    draw_panel(right, study, "settings", SETTINGS, "settings in the world, batch 32")
+    draw_panel(left, study, "batch", BATCH_SIZES, "batch size (each at its own rate)")
+    draw_panel(right, study, "settings", SETTINGS, f"settings (batch 32, rate {BOLD:g})")
     left.set_ylabel("zero-shot, colour + shape (%)")
     plt.tight_layout()
     plt.savefig(path, dpi=150)
@@ -403,6 +403,7 @@ def report(study, figure_path):
     results = list(study.results.values())
     check(results, f"{study.path} holds no run yet")
     hours = sum(r["seconds"] for r in results) / 3600
+    devices = " and ".join(sorted({r["device"] for r in results}))
     lines = [
         "# CLIP and SuperCLIP on the built-in scenes", "",
         "Made by `python study/compare.py`. A cell reads: mean of the first kind -> mean of the "
@@ -410,9 +411,9 @@ def report(study, figure_path):
         "percent. R@1 is the mean of both ways among 1,000 validation scenes with their long "
         "captions. pair, colour and shape are zero-shot scores of pictures of one object. Training "
         "never shows a held-out pair.", "",
-        f"{len(results)} runs, {hours:.1f} core-hours on {results[-1]['device']}, "
-        f"{results[-1]['dtype']}, torch {results[-1]['torch']}. runs.jsonl has the seconds, commit "
-        "and date of each.", "",
+        f"{len(results)} runs, {hours:.1f} core-hours on {devices}, {results[-1]['dtype']}, torch "
+        f"{results[-1]['torch']}. runs.jsonl has the seconds, commit and date of each. Rows that "
+        "have not been run are left out; the command above goes on with them.", "",
     ]  # fmt: skip
     for part in PARTS:
         lines += table_of(study, part)

@@ -47,6 +47,10 @@ def test_a_block_prints_what_the_page_says(printed, i):
     assert same(printed[i], expected), f"{code}\nprints\n{printed[i]}\nand not\n{expected}"
 
 
+def test_no_number_is_missing():
+    assert "{{" not in re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
+
+
 def test_every_python_block_is_found_and_is_short():
     assert len(BLOCKS) == PAGE.count("```python") >= 11
     assert [code for code, _ in BLOCKS if len(code.splitlines()) > 15] == []

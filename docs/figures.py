@@ -1,0 +1,290 @@
+"""Draw the figures of the tutorial and the README into assets/:
+
+    python docs/figures.py [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
+
+All numbers are computed here, by the project's functions, or read from the logs of runs with the
+built-in scenes (the second one with --cls_weight 0). Figures are 8.5 inches wide with letters of 11
+points, so that they are legible at a README's width.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from scripts import scenes  # noqa: E402
+from scripts.vocab import vocabulary_from_words  # noqa: E402
+from superclip import SuperCLIP, SuperCLIPConfig, check, cli  # noqa: E402
+
+INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
+BLUE, GREEN, AMBER = "#2563a8", "#2f7d4f", "#b45f06"
+VIOLET, TEAL = "#7b4fa3", "#0e8a8f"
+STYLE = {
+    "font.size": 11, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
+    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 11, "axes.titlelocation": "left", "figure.facecolor": "white",
+}  # fmt: skip
+
+
+def save(name):
+    plt.savefig(ROOT / "assets" / f"{name}.png", dpi=200)
+    plt.close()
+    print(f"wrote assets/{name}.png")
+
+
+def tutorial_world():
+    """The 256 scenes of the tutorial, their long captions and the tokenizer."""
+    rng = random.Random(0)
+    world = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
+    captions = [scenes.describe(scene, rng)[1] for scene in world]
+    names = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
+    return world, captions, data.Tokenizer(vocabulary_from_words(sorted(names | {*scenes.WORDS})))
+
+
+# -----------------------------------------------------------------------------
+# The architecture
+
+
+def box(x, y, w, h, text, added=False):
+    fill, edge = (ROSE, RED) if added else (PALE, GREY)
+    style = "round,pad=0,rounding_size=1.2"
+    plt.gca().add_patch(FancyBboxPatch((x, y), w, h, style, fc=fill, ec=edge, lw=1.4))
+    plt.text(x + w / 2, y + h / 2, text, ha="center", va="center", linespacing=1.35)
+
+
+def arrow(*points, added=False):
+    """A line through the points, with a head at the last one."""
+    colour = RED if added else GREY
+    plt.plot(*zip(*points[:-1]), color=colour, lw=1.4, solid_joinstyle="miter")
+    line = dict(arrowstyle="-|>", color=colour, lw=1.4, shrinkA=0, shrinkB=0, mutation_scale=13)
+    plt.annotate("", points[-1], points[-2], arrowprops=line)
+
+
+def architecture():
+    world, captions, tokenizer = tutorial_world()
+    axis = plt.figure(figsize=(8.5, 4.6)).add_axes((0, 0, 1, 1), xlim=(0, 170), ylim=(0, 92))
+    axis.axis("off")
+    # what goes in, and the towers
+    axis.imshow(scenes.draw(world[0], 288), extent=(3, 31, 34, 62), aspect="auto")
+    for i in range(7):
+        plt.plot((3 + 28 * i / 6,) * 2, (34, 62), color="white", lw=0.7)
+        plt.plot((3, 31), (34 + 28 * i / 6,) * 2, color="white", lw=0.7)
+    plt.text(3, 64, "image, 36 patches")
+    plt.text(3, 29, "caption")
+    box(3, 5, 28, 22, textwrap.fill(captions[0], 15))
+    box(40, 34, 20, 28, "image\ntower")
+    box(40, 5, 20, 22, "text\ntower")
+    arrow((31, 48), (40, 48))
+    arrow((31, 16), (40, 16))
+    # tokens, embeddings and CLIP's loss
+    for i in (0, 1, 2, 5, 6, 7):  # the class token, and five of the patch tokens
+        fill, edge = (ROSE, RED) if i else (PALE, GREY)
+        axis.add_patch(Rectangle((66, 34.2 + 3.5 * i), 3, 3, fc=fill, ec=edge, lw=1.2))
+    plt.text(67.5, 47.9, "⋮", ha="center", va="center", color=RED)
+    arrow((60, 48), (65.5, 48))
+    plt.text(71, 50.5, "36 patch\ntokens", va="center", color=RED)
+    plt.text(71, 37.5, "class token")
+    plt.text(62, 18, "end token")
+    arrow((69.5, 35.7), (90, 35.7))
+    arrow((60, 16), (90, 16))
+    box(90, 30, 26, 11.4, "embedding u,\nlength 1")
+    box(90, 10.3, 26, 11.4, "embedding v,\nlength 1")
+    box(130, 17, 29, 18, "contrastive loss:\nwhich u fits\nwhich v?")
+    arrow((116, 35.7), (122, 35.7), (122, 28.5), (130, 28.5))
+    arrow((116, 16), (122, 16), (122, 23.5), (130, 23.5))
+    # what SuperCLIP adds
+    plt.text(54, 84, "what SuperCLIP adds: the word head", color=RED, weight="bold")
+    box(54, 68, 27, 12, "mean of the\npatch tokens", added=True)
+    box(90, 68, 26, 12, "LayerNorm,\nLinear", added=True)
+    box(130, 65, 34, 18, "word loss:\nwhich words does\nthe caption have?", added=True)
+    arrow((67.5, 62.3), (67.5, 68), added=True)
+    arrow((81, 74), (90, 74), added=True)
+    arrow((116, 74), (130, 74), added=True)
+    plt.text(123, 76, f"{tokenizer.vocab_size}\nlogits", color=RED, ha="center")
+    arrow((17, 5), (17, 1.8), (166, 1.8), (166, 48), (147, 48), (147, 65), added=True)
+    plt.text(145, 50.5, "label: its words,\nweighted by IDF", color=RED, ha="right")
+    save("architecture")
+
+
+# -----------------------------------------------------------------------------
+# The label of a caption, and the matrix of four pairs
+
+
+def label():
+    _, captions, tokenizer = tutorial_world()
+    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=tokenizer.vocab_size))
+    model.count_tokens(tokenizer(captions, 16))
+    ids = list(dict.fromkeys(tokenizer.encode(captions[0])))
+    idf, words = model.token_weights()[ids], [tokenizer.decode([i]) for i in ids]
+    columns = (
+        ("n, of 256 captions", model.token_counts[ids], "{:.0f}", GREY),
+        ("IDF, ln(257 / (n + 1))", idf, "{:.2f}", BLUE),
+        ("share of the label", idf / idf.sum(), "{:.2f}", RED),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(8.5, 4.5), sharey=True)
+    for axis, (title, values, form, colour) in zip(axes, columns):
+        bars = axis.barh(words, values.tolist(), color=colour, height=0.68)
+        axis.bar_label(bars, [form.format(v) for v in values.tolist()], padding=3)
+        axis.set(title=title, xlim=(0, 1.22 * float(values.max())), xticks=[])
+        axis.spines["bottom"].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"“{captions[0]}”", x=0.015, ha="left", fontsize=12)
+    plt.tight_layout()
+    save("label")
+
+
+def matrix():
+    images, texts = (torch.tensor(x).deg2rad() for x in ((0.0, 90, 180, 270), (30.0, 90, 120, 300)))
+    cosines = (images[:, None] - texts).cos()
+    figure = plt.figure(figsize=(8.5, 3.7))
+    compass = figure.add_axes((0, 0.03, 0.44, 0.94), xlim=(-1.8, 1.8), ylim=(-1.5, 1.5))
+    compass.set_aspect("equal")
+    compass.axis("off")
+    compass.add_patch(plt.Circle((0, 0), 1, fill=False, ec="#c7ccd4"))
+    # All arrows have length 1. A caption's is thin and dashed, so that image 1 stays visible.
+    for name, angles, colour, style in (("i", images, BLUE, "-"), ("c", texts, AMBER, "--")):
+        width = 3.5 if name == "i" else 1.6
+        line = dict(arrowstyle="-|>", color=colour, lw=width, ls=style, mutation_scale=15)
+        for i, angle in enumerate(angles.tolist()):
+            x, y = math.cos(angle), math.sin(angle)
+            compass.annotate("", (x, y), (0, 0), arrowprops={**line, "shrinkA": 0, "shrinkB": 0})
+            side = "left" if x > 0.1 else "right" if x < -0.1 else "center"
+            up = 1.34 if name == "c" and side == "center" else 1.14  # caption 1 above image 1
+            text = f"{name}{i}, {round(math.degrees(angle))}°"
+            compass.text(1.06 * x, up * y, text, color=colour, ha=side, va="center")
+    axis = figure.add_axes((0.52, 0.13, 0.46, 0.76))
+    axis.imshow(cosines, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    for i, j in itertools.product(range(4), repeat=2):
+        text, weight = f"{round(float(cosines[i, j]), 2) + 0:.2f}", "bold" if i == j else "normal"
+        axis.text(j, i, text, ha="center", va="center", weight=weight)
+    axis.xaxis.tick_top()
+    axis.set_xticks(range(4), [f"caption {j}" for j in range(4)])
+    axis.set_yticks(range(4), [f"image {i}" for i in range(4)])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.add_patch(Rectangle((1.53, 0.53), 0.94, 0.94, fill=False, ec=INK, lw=2))
+    axis.set_xlabel("bold: right pairs; frame: what caption 2 picks", labelpad=8)
+    save("tutorial_matrix")
+
+
+# -----------------------------------------------------------------------------
+# The curve of a run
+
+
+def floor():
+    """The word loss of the best head, on the tutorial's scenes with captions as in training: the
+    entropy of the mean label of a hundred captions of each scene."""
+    world, captions, tokenizer = tutorial_world()
+    rng, V = random.Random(1), tokenizer.vocab_size
+    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=V))
+    tokens = tokenizer([rng.choice(scenes.describe(x, rng)) for x in world for _ in range(100)], 16)
+    model.count_tokens(tokens)
+    labels = torch.zeros(len(tokens), V).scatter_(1, tokens, model.token_weights()[tokens])
+    labels = F.normalize(labels, p=1, dim=1).view(len(world), 100, V).mean(dim=1)
+    return float(torch.special.entr(labels).sum(dim=1).mean())
+
+
+def blind():
+    """R@1 in percent among 1,000 scenes of a model that sees the setting alone. The number of
+    others with the same setting, k, has a Poisson distribution, and a guess is right in 1/(k+1)."""
+    others = 1000 / len(scenes.SETTINGS)
+    return 100 * (1 - math.exp(-others)) / others
+
+
+def read_log(path):
+    """-> the options and model configuration of a run, its rows of losses, its validations."""
+    check(Path(path).suffix == ".jsonl", f"{path} is not a log.jsonl")
+    header, *rows = (json.loads(line) for line in Path(path).read_text().splitlines())
+    losses = [row for row in rows if "loss" in row]
+    return header["header"], losses, [row for row in rows if "validation" in row]
+
+
+def zero_shot(scored, kind, batch_size):
+    """[(samples seen, percent) ...] of the built-in scores colour, shape, pair or held_out."""
+    name = f"scenes/zeroshot/{kind}"
+    found = [(row["step"] * batch_size, row.get("zeroshot", {}).get(name)) for row in scored]
+    return [(x, 100 * score["value"]) for x, score in found if score]
+
+
+def draw_lines(axis, lines, gap):
+    """lines: [(name, colour, style, [(x, y) ...])], each labelled at its end. Labels are moved up
+    until neighbours are at least `gap` apart."""
+    last, place = max(points[-1][0] for *_, points in lines), -gap
+    for name, colour, style, points in sorted(lines, key=lambda line: line[-1][-1][1]):
+        axis.plot(*zip(*points), color=colour, ls=style, lw=1.3 if style == ":" else 2)
+        place = max(points[-1][1], place + gap)
+        axis.text(1.03 * last, place, name, color=colour, va="center")
+    axis.set(xlim=(0, last), xlabel="samples seen")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+
+
+def curve(path, clip_path):
+    header, losses, scored = read_log(path)
+    B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
+    last = losses[-1]["samples"]
+
+    def level(name, y):  # what theory says
+        return name, GREY, ":", [(0, y), (last, y)]
+
+    lines = [level(f"floor {floor():.1f}", floor())]
+    for name, colour, key, start, text in (
+        ("word loss", RED, "classification_loss", math.log(V) + 0.5, f"ln {V} + 1/2"),
+        ("contrastive\nloss", INK, "contrastive_loss", math.log(B), f"ln {B}"),
+    ):
+        points = [(0, start), *((row["samples"], row[key]) for row in losses)]
+        lines.append((name, colour, "-", points))
+        left.text(0.13 * last, start + 0.2, f"starts at {text} = {start:.1f}", color=colour)
+    draw_lines(left, lines, 0.4)
+    left.set(title="losses", ylim=(0, 7.6))
+
+    lines = [level(f"blind R@1 {blind():.0f} %", blind()), level("chance, pair 1.6 %", 100 / 64)]
+    lines.append(level("chance, R@1 0.1 %", 0.1))
+    r1 = [(row["step"] * B, 100 * row["mean_r1"]) for row in scored]
+    lines.append(("R@1", BLUE, "-", r1))
+    for kind, colour in dict(colour=GREEN, shape=TEAL, pair=AMBER, held_out=VIOLET).items():
+        if points := zero_shot(scored, kind, B):
+            lines.append((kind, colour, "-", points))
+    if clip_path:
+        header, _, scored = read_log(clip_path)
+        points = zero_shot(scored, "pair", header["arguments"]["batch_size"])
+        lines.append(("pair, plain CLIP", AMBER, "--", points))
+    draw_lines(right, lines, 6)
+    right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))
+    plt.tight_layout(w_pad=1.5)
+    save("curve")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    study = ROOT / "study"
+    log, clip_log = study / "reference_log.jsonl", study / "clip_log.jsonl"
+    parser.add_argument("--log", default=log, help=f"of a run (default study/{log.name})")
+    default = clip_log if clip_log.exists() else None
+    text = f"of a run with --cls_weight 0 (default study/{clip_log.name}, if it exists)"
+    parser.add_argument("--clip_log", default=default, help=text)
+    args = parser.parse_args(argv)
+    matplotlib.use("Agg")
+    plt.rcParams.update(STYLE)
+    architecture()
+    label()
+    matrix()
+    curve(args.log, args.clip_log)
+
+
+if __name__ == "__main__":
+    cli(main)
