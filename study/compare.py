@@ -1,6 +1,6 @@
 """The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
 
-    python study/compare.py --quick        the effect, in four minutes
+    python study/compare.py --quick        the effect, in three minutes
     python study/compare.py                everything, five hours on two cores
     python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
