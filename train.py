@@ -35,7 +35,7 @@ import data
 import eval as evaluation
 from scripts.log import Log, describe_run, fingerprint, summary, validate
 from scripts.scenes import TRAIN_DATA, built_in, make_scenes
-from scripts.stop import Stop
+from scripts.stop import Stop, all_sum
 from scripts.vocab import find_tokenizer
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
@@ -169,13 +169,6 @@ def set_up(args):
         if units.get("avx512_bf16") or units.get("amx_bf16"):
             dtype = "bfloat16"  # the built-in run takes half the time
     return rank, world, device, getattr(torch, dtype)
-
-
-def all_sum(tensor):
-    """The sum over all processes, in place. With one process, the tensor itself."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def gather(features):
@@ -345,7 +338,7 @@ def open_data(args, shards, tokenizer, image_size, rank):
         val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
         pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
         print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
-    elif args.val_data not in (None, ["none"]):
+    elif args.val_data not in (None, ["none"]) and rank == 0:
         val_shards = data.expand(args.val_data)
         both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
@@ -399,8 +392,7 @@ def train(args, saved, rank, world, device, dtype):
     tokenizer = find_tokenizer(args.vocab, shards, checkpoint=start_from)
     model = make_model(args, start_from, tokenizer, device)
     pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
-    head_rate = args.head_learning_rate
-    head_rate = args.learning_rate if head_rate is None else head_rate
+    head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -416,7 +408,7 @@ def train(args, saved, rank, world, device, dtype):
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
     fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
-    step, best, result, is_saved, leave = 0, -1.0, None, True, False
+    step, best, validation, is_saved, leave = 0, -1.0, None, True, False
     if saved:
         same = saved["data_fingerprints"][0] == fingerprints[0]
         check(same, f"the training data is not that of the run in {out_dir}: start a new run")
@@ -458,10 +450,10 @@ def train(args, saved, rank, world, device, dtype):
             log.write(log.measure(*numbers))
         # 6. validation, on rank 0; the others wait for it in stop.agreed()
         if eval_due and val_pairs:
-            result = stop.unless_asked(validate, model, val_pairs, args, log, step)
-            better = result and evaluation.mean_r1(result) >= best
+            validation = stop.unless_asked(validate, model, val_pairs, args, log, step)
+            better = validation and validation["mean_r1"] >= best
             if better and save(out_dir / "best.pt", model, tokenizer, step=step):
-                best = evaluation.mean_r1(result)
+                best = validation["mean_r1"]
         # 7. the checkpoint, from which the run can be resumed
         leave = stop.agreed()
         if save_due or leave:
@@ -478,7 +470,7 @@ def train(args, saved, rank, world, device, dtype):
     if rank == 0 and leave:
         print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
     elif rank == 0:
-        summary(model, tokenizer, args, val_pairs, result, best, log, step)
+        summary(model, tokenizer, args, val_pairs, validation, best, log, step)
 
 
 def main(argv):

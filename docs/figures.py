@@ -9,7 +9,6 @@ points, so that they are legible at a README's width.
 
 import argparse
 import itertools
-import json
 import math
 import random
 import sys
@@ -26,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from scripts import scenes  # noqa: E402
-from scripts.vocab import vocabulary_from_words  # noqa: E402
-from superclip import SuperCLIP, SuperCLIPConfig, check, cli  # noqa: E402
+from scripts.report import of_kind, read_rows  # noqa: E402
+from superclip import SuperCLIP, SuperCLIPConfig, cli  # noqa: E402
 
 INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
 BLUE, GREEN, AMBER = "#2563a8", "#2f7d4f", "#b45f06"
@@ -50,8 +49,7 @@ def tutorial_world():
     rng = random.Random(0)
     world = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
     captions = [scenes.describe(scene, rng)[1] for scene in world]
-    names = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
-    return world, captions, data.Tokenizer(vocabulary_from_words(sorted(names | {*scenes.WORDS})))
+    return world, captions, data.Tokenizer(scenes.vocabulary())
 
 
 # -----------------------------------------------------------------------------
@@ -205,14 +203,6 @@ def blind():
     return 100 * (1 - math.exp(-others)) / others
 
 
-def read_log(path):
-    """-> the options and model configuration of a run, its rows of losses, its validations."""
-    check(Path(path).suffix == ".jsonl", f"{path} is not a log.jsonl")
-    header, *rows = (json.loads(line) for line in Path(path).read_text().splitlines())
-    losses = [row for row in rows if "loss" in row]
-    return header["header"], losses, [row for row in rows if "validation" in row]
-
-
 def zero_shot(scored, kind, batch_size):
     """[(samples seen, percent) ...] of the built-in scores colour, shape, pair or held_out."""
     name = f"scenes/zeroshot/{kind}"
@@ -233,7 +223,8 @@ def draw_lines(axis, lines, gap):
 
 
 def curve(path, clip_path):
-    header, losses, scored = read_log(path)
+    header, rows = read_rows(path)
+    losses, scored = of_kind(rows, "loss"), of_kind(rows, "validation")
     B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
     last = losses[-1]["samples"]
@@ -241,7 +232,8 @@ def curve(path, clip_path):
     def level(name, y):  # what theory says
         return name, GREY, ":", [(0, y), (last, y)]
 
-    lines = [level(f"floor {floor():.1f}", floor())]
+    least, r1_of_blind = floor(), blind()
+    lines = [level(f"floor {least:.1f}", least)]
     for name, colour, key, start, text in (
         ("word loss", RED, "classification_loss", math.log(V) + 0.5, f"ln {V} + 1/2"),
         ("contrastive\nloss", INK, "contrastive_loss", math.log(B), f"ln {B}"),
@@ -252,7 +244,10 @@ def curve(path, clip_path):
     draw_lines(left, lines, 0.4)
     left.set(title="losses", ylim=(0, 7.6))
 
-    lines = [level(f"blind R@1 {blind():.0f} %", blind()), level("chance, pair 1.6 %", 100 / 64)]
+    lines = [
+        level(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind),
+        level("chance, pair 1.6 %", 100 / 64),
+    ]
     lines.append(level("chance, R@1 0.1 %", 0.1))
     r1 = [(row["step"] * B, 100 * row["mean_r1"]) for row in scored]
     lines.append(("R@1", BLUE, "-", r1))
@@ -260,7 +255,8 @@ def curve(path, clip_path):
         if points := zero_shot(scored, kind, B):
             lines.append((kind, colour, "-", points))
     if clip_path:
-        header, _, scored = read_log(clip_path)
+        header, rows = read_rows(clip_path)
+        scored = of_kind(rows, "validation")
         points = zero_shot(scored, "pair", header["arguments"]["batch_size"])
         lines.append(("pair, plain CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)

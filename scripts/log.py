@@ -20,12 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
 from scripts.report import REFERENCE, write_report
+from scripts.stop import all_sum
 from superclip import InputError, SuperCLIP, SuperCLIPConfig, check
 
 
@@ -205,10 +205,7 @@ class Log:
         since the last row, bad samples of those since the start or the resumption. Raises
         InputError if the loss is not finite, or if more than half of the samples were bad."""
         bad = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        sums = torch.stack([*losses.values(), bad])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        contrastive, words, bad = sums.tolist()
+        contrastive, words, bad = all_sum(torch.stack([*losses.values(), bad])).tolist()
         contrastive, words = (x / self.header["processes"] for x in (contrastive, words))
         seconds, samples = time.perf_counter() - self.clock, step * self.batch_size
         seen = (step - self.first_step) * self.batch_size
@@ -274,16 +271,16 @@ def score_classes(model, tokenizer, args):
 
 @torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
 def validate(model, pairs, args, log, step):
-    """Retrieval among the validation pairs and zero-shot classification, logged, and the head's top
-    words for the first two."""
+    """Retrieval among the validation pairs and zero-shot classification: the row of the log, which
+    is returned. Prints the head's top words for the first two pairs."""
     paused = time.perf_counter()
     model.eval()
     result = evaluation.retrieval(*evaluation.encode_shards(model, pairs, workers=args.workers))
-    score = evaluation.mean_r1(result)
-    log.zeroshot = score_classes(model, pairs.tokenizer, args)
-    log.write({"step": step, "validation": result, "mean_r1": score, "zeroshot": log.zeroshot})
+    score, zeroshot = evaluation.mean_r1(result), score_classes(model, pairs.tokenizer, args)
+    row = {"step": step, "validation": result, "mean_r1": score, "zeroshot": zeroshot}
+    log.write(row)
     text = f"step {step:6d}  validation: mean R@1 {100 * score:.1f} % of {len(pairs):,} pairs"
-    for name, s in log.zeroshot.items():
+    for name, s in zeroshot.items():
         text += f", {Path(name).name} {100 * s['value']:.1f} %"
     tqdm.write(text)
     if model.head is not None:
@@ -293,25 +290,27 @@ def validate(model, pairs, args, log, step):
             tqdm.write("    " + ", ".join(f"{word} {p:.2f}" for word, p, _ in words))
     model.train()
     log.clock += time.perf_counter() - paused  # not counted in images per second
-    return result
+    return row
 
 
 @torch.compiler.set_stance("force_eager")
-def summary(model, tokenizer, args, val_pairs, result, best, log, step):
-    """Print what the run has reached, beside what chance would give, and what to do next."""
-    if result is None and val_pairs:  # the run was complete when it was resumed
-        result = validate(model, val_pairs, args, log, step)
+def summary(model, tokenizer, args, val_pairs, row, best, log, step):
+    """Print what the run has reached, beside what chance would give, and what to do next. row: of
+    the last validation, or None."""
+    if row is None and val_pairs:  # the run was complete when it was resumed
+        row = validate(model, val_pairs, args, log, step)
     model.eval()
-    zeroshot = log.zeroshot if val_pairs else score_classes(model, tokenizer, args)
+    result = row and row["validation"]
+    zeroshot = row["zeroshot"] if row else score_classes(model, tokenizer, args)
     if result:
         print("\nretrieval among the validation pairs")
         evaluation.print_retrieval(result)
     for folder, s in zeroshot.items():
         print(evaluation.line(f"zero-shot {Path(folder).name}", s))
     log.write({"step": step, "final": {"retrieval": result, **zeroshot}})
-    is_best = result and evaluation.mean_r1(result) <= best  # else best.pt could not be written
+    is_best = row and row["mean_r1"] <= best  # else best.pt could not be written
     path = Path(args.out_dir) / ("best.pt" if is_best else "last.pt")
-    if result and evaluation.mean_r1(result) < best:
+    if row and row["mean_r1"] < best:
         print(f"\nThese are the scores of the last step, which is in {args.out_dir}/last.pt.")
         print(f"An earlier step had a mean R@1 of {100 * best:.1f} %: {path} holds that one.")
     if val_pairs:

@@ -50,9 +50,8 @@ def rounded(x, digits=4):
 # The run, from its log
 
 
-def read_log(path):
-    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
-    [step, value ...], and the last scores. Raises InputError."""
+def read_rows(path):
+    """A log.jsonl -> its last header, and its other rows. Raises InputError."""
     rows = []
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         with suppress(ValueError):  # a run that was killed may have left half a line
@@ -61,10 +60,21 @@ def read_log(path):
     headers = [row["header"] for row in rows if "header" in row]
     complete = headers and {"arguments", "config", "parameters", "steps"} <= headers[-1].keys()
     check(complete, f"{path} is not a log of this version of train.py")
-    # A resumed run may have logged a step twice. The later row counts.
-    losses = {row["step"]: row for row in rows if "loss" in row}
-    losses = [losses[step] for step in sorted(losses)]
-    validations = {row["step"]: row["mean_r1"] for row in rows if "validation" in row}
+    return headers[-1], rows
+
+
+def of_kind(rows, kind):
+    """The rows of a kind (loss or validation), one for each step, in order. A resumed run may have
+    logged a step twice: the later row counts."""
+    found = {row["step"]: row for row in rows if kind in row}
+    return [found[step] for step in sorted(found)]
+
+
+def read_log(path):
+    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
+    [step, value ...], and the last scores. Raises InputError."""
+    header, rows = read_rows(path)
+    losses, validations = of_kind(rows, "loss"), of_kind(rows, "validation")
     scored = [row for row in rows if "validation" in row or "final" in row]
     # Each row gives the speed since the row before it, so that validations are left out.
     starts = [0] + [row["samples"] for row in losses]
@@ -72,10 +82,10 @@ def read_log(path):
     seconds = sum((r["samples"] - s) / max(r["images_per_second"], 0.1) for r, s in intervals)
     keys = ("step", "contrastive_loss", "classification_loss")
     return {
-        "header": headers[-1],
+        "header": header,
         "seconds": round(seconds),
         "losses": [[row[key] for key in keys] for row in spread(losses[:-1], POINTS) + losses[-1:]],
-        "validations": sorted(validations.items()),
+        "validations": [(row["step"], row["mean_r1"]) for row in validations],
         "step": scored[-1]["step"] if scored else None,
         "scores": list_scores(scored[-1]) if scored else [],
     }

@@ -225,6 +225,12 @@ def jpeg(scene):
 WORDS = "a an the of in on with and photo picture something , .".split()
 
 
+def vocabulary():
+    """The text of a .tiktoken file in which each word of the captions is one token."""
+    names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
+    return vocabulary_from_words(sorted(names | {*WORDS}))
+
+
 def write_shard(task, folder, settings):
     """Write one tar of the samples `numbers`. Each depends on its own number only."""
     name, split, numbers = task
@@ -282,9 +288,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
     with tempfile.TemporaryDirectory(prefix=".scenes-", dir=out_dir.parent) as temporary:
         folder = Path(temporary) / "scenes"
         folder.mkdir()
-        names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
-        vocabulary = vocabulary_from_words(sorted(names | {*WORDS}))
-        (folder / "vocab.tiktoken").write_text(vocabulary)
+        (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
         # spawn: to fork a process that has threads, as any that imported torch, may hang
         with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by Ctrl-C, or by a scheduler's SIGTERM."""
+"""What the processes of a run agree on: sums, and when to stop (Ctrl-C, a scheduler's SIGTERM)."""
 
 import os
 import signal
@@ -6,6 +6,13 @@ import traceback
 
 import torch
 import torch.distributed as dist
+
+
+def all_sum(tensor):
+    """The sum over all processes, in place. With one process, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class Stop:
@@ -41,7 +48,4 @@ class Stop:
         """Was any process asked? All of them get the same answer in the same step, or some would
         leave while others wait for their features. The tensor is on the CPU, so this does not wait
         for the GPU."""
-        asked = torch.tensor(float(self.asked))
-        if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
+        return bool(all_sum(torch.tensor(float(self.asked))))

@@ -65,16 +65,15 @@ class Table:
 
     def half(self, second):
         """The scenes with one half of the cloths and of the shapes alone, as a new table."""
-        cloths, shapes = (
-            set(list(names)[4:] if second else list(names)[:4])
-            for names in (scenes.CLOTHS, scenes.SHAPES)
-        )
+        part = slice(4, 8) if second else slice(4)
+        cloths, shapes = ({*list(names)[part]} for names in (scenes.CLOTHS, scenes.SHAPES))
         rows = [
             i for i, scene in enumerate(self.scenes)
             if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes
         ]  # fmt: skip
         table = copy.copy(self)
         table.images, table.tokens = self.images[rows], self.tokens[rows]
+        table.scenes = [self.scenes[i] for i in rows]
         return table
 
 

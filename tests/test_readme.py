@@ -34,7 +34,8 @@ def test_every_function_that_the_tables_name_is_there():
 
 def test_every_flag_that_the_pages_name_exists():
     flags = set(re.findall(r"(?<![\w-])--([a-z]\w+)", "".join(PAGES.values())))
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    folders = ("", "scripts/", "study/")
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]
     known = set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in paths)))
     known |= {row[0] for row in train.OPTIONS if isinstance(row, tuple)}
     foreign = {"nproc_per_node", "check", "help", "repo", "local"}  # of torchrun, ruff and hf
@@ -49,10 +50,18 @@ def test_every_difference_is_one_of_the_study():
     assert [cell for cell in cells if f"| {cell} |" not in study] == []
 
 
-def test_every_file_that_a_page_links_exists():
+def anchors_of(page):
+    headings = re.findall(r"^##? (.+)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+
+
+def test_every_file_and_heading_that_a_page_links_exists():
     for page, text in PAGES.items():
-        for path in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
-            assert (page.parent / path).exists(), f"{page}: {path}"
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page}: {link}"
+            assert not heading or heading in anchors_of(target), f"{page}: {link}"
 
 
 def test_the_three_lines_of_inference_run_as_printed(tmp_path):

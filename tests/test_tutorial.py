@@ -75,15 +75,9 @@ def test_every_shell_block_says_how_long_it_takes():
         assert said or not blocks, section[:30]
 
 
-def test_every_picture_and_file_that_the_page_links_exists():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", PAGE)
-    assert sum(link.endswith(".png") for link in links) >= 4
-    for link in links:
-        path, _, heading = link.partition("#")
-        assert (ROOT / "docs" / path).exists(), link
-        headings = re.findall(r"^## (.+)", PAGE, re.MULTILINE)
-        anchors = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
-        assert not heading or heading in anchors, link
+def test_the_page_has_pictures():
+    """tests/test_readme.py sees to it that they and all other links are there."""
+    assert len(re.findall(r"\]\([^)]+\.png\)", PAGE)) >= 4
 
 
 def test_every_option_that_the_page_names_exists():
