@@ -426,8 +426,10 @@ def train(args, saved, rank, world, device, dtype):
     about = describe_run(args, steps, world, device, dtype, pairs, model)
     log, stop = Log(args, rank, step, about, pairs.unused), Stop()
 
-    if args.init_from and step == 0 and val_pairs:  # the score before training
-        stop.unless_asked(validate, model, val_pairs, args, log, step)
+    if args.init_from and step == 0 and val_pairs:  # the start counts, too: training may harm it
+        validation = stop.unless_asked(validate, model, val_pairs, args, log, step)
+        if validation and save(out_dir / "best.pt", model, tokenizer, step=step):
+            best = validation["mean_r1"]
     while step < steps:
         # 1. the batch: this process's rows of it, in one micro-batch or several
         parts = log.wait_for(batches, math.ceil(local / micro))

@@ -69,6 +69,8 @@ def describe_run(args, steps, world, device, dtype, pairs, model):
     }
 
 
+FEW_STEPS = 200  # in all: with fewer, even a model that is fine-tuned hardly moves
+
 # Dense matrix products with bfloat16 (float16 before Ampere) inputs and float32 sums, in TFLOP/s,
 # from the vendors' data sheets. A name is looked for in the order of this table.
 PEAK_TFLOPS = {
@@ -174,6 +176,8 @@ class Log:
             f"{header['samples'] // args.batch_size:,} an epoch; "
             f"{header['device']}, {header['dtype']}"
         )
+        if not args.steps and header["steps"] < FEW_STEPS:
+            tqdm.write("these are few steps: a smaller --batch_size or more --epochs makes more")
         for entry in unused[:20]:
             text = "not used: {} {}: {}".format(*entry)
             tqdm.write(text.encode(errors="replace").decode())  # names in a tar may be any bytes

@@ -322,6 +322,8 @@ def main(argv):
     print(f"\nnext: python data.py show '{args.out}/train-*.tar' --picture grid.png")
     print(f"      python train.py --train_data '{args.out}/train-*.tar'{val}", end="")
     print(" --captions json.captions" if several else "")
+    if len(samples) < 1_000_000:
+        print("      so few pairs are best used to fine-tune: see --init_from in the README")
 
 
 if __name__ == "__main__":

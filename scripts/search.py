@@ -166,7 +166,7 @@ def main(argv):
     add("--like", help="image to look for")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--out", help="picture to draw: .png, .jpg or .webp")
-    add("--features", help="file ending in .npz that keeps the features for the next search")
+    add("--features", help="file ending in .npz that keeps them, of this checkpoint")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
     args = parser.parse_intermixed_args(argv)

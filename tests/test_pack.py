@@ -80,6 +80,7 @@ def test_pack_makes_shards_that_pairs_reads(pictures_and_list, capsys):
     assert all(expected in reason for expected, (_, _, reason) in zip(reasons, bad))
     printed = capsys.readouterr().out
     assert "4 rows cannot be used" in printed and "--captions json.captions" in printed
+    assert "fine-tune" in printed  # few pairs
 
 
 def test_pack_makes_only_what_is_missing(pictures_and_list, monkeypatch):

@@ -455,6 +455,26 @@ def test_the_summary_says_which_model_its_scores_are_of(shards, tmp_path, capsys
     assert evaluation.read_checkpoint(tmp_path / "best.pt")["step"] == 8
 
 
+def test_a_fine_tuning_that_harms_ends_with_its_start_as_the_best(whole, shards, tmp_path, capsys):
+    argv = without_model(flags(shards, tmp_path, "--init_from", whole / "last.pt"))
+    with mock.patch("eval.mean_r1", side_effect=[0.9, *[0.5] * 99]):
+        train.main(argv)
+    assert "R@1 of 90.0 %" in capsys.readouterr().out
+    start, best = last(whole)["model"], last(tmp_path, "best.pt")
+    assert best["step"] == 0 and all(torch.equal(start[k], x) for k, x in best["model"].items())
+    assert last(tmp_path)["best"] == 0.9
+
+
+@pytest.mark.parametrize("length, few", [(["--epochs", 3], True), (["--steps", 3], False)])
+def test_a_run_of_few_steps_says_so_unless_they_were_asked_for(
+    length, few, shards, tmp_path, capsys
+):
+    argv = flags(shards, tmp_path)
+    steps = argv.index("--steps")
+    train.main([*argv[:steps], *argv[steps + 2 :], *map(str, length)])
+    assert ("these are few steps" in capsys.readouterr().out) == few
+
+
 def test_wandb_gets_what_the_log_gets(shards, tmp_path, monkeypatch):
     sent = []
     run = SimpleNamespace(log=lambda row, step: sent.append((row, step)))
