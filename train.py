@@ -71,7 +71,7 @@ OPTIONS = (
     ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
     ("epochs", "N", {"type": number(float, 1e-6)}, None, "passes over the data (default 30)"),
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
-    ("micro_batch_size", "PAIRS", COUNT, None, "a divisor of the pairs per process: saves memory"),
+    ("micro_batch_size", "PAIRS", COUNT, None, "pairs in memory at a time (default: all of them)"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
     ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (default: that; new: 5e-4)"),
     ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
@@ -98,6 +98,12 @@ GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, or the old knowledge 
 # fmt: on
 # Options that a checkpoint fixes for --resume and --init_from.
 FIXED = ("model", "vocab", "loss", "image_size", "context_length")
+
+
+def say(text):
+    """Print, in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def make_parser():
@@ -138,9 +144,9 @@ def parse(argv):
     needless = {"epochs": args.steps, "model": args.init_from}  # they say it already
     chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
     vars(args).update(chosen)
-    if chosen and os.environ.get("RANK", "0") == "0":
+    if chosen:
         texts = (f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items())
-        print(f"defaults: {' '.join(texts)}")
+        say(f"defaults: {' '.join(texts)}")
     return args, saved
 
 
@@ -306,7 +312,7 @@ def make_model(args, start_from, tokenizer, device):
             if args.head_learning_rate is None:
                 args.head_learning_rate = DEFAULTS["learning_rate"]
             rate = f"its learning rate is {args.head_learning_rate:g}"
-            print(f"the checkpoint has no word head: it starts from random weights, and {rate}")
+            say(f"the checkpoint has no word head: it starts from random weights, and {rate}")
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too. Its flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
@@ -314,7 +320,7 @@ def make_model(args, start_from, tokenizer, device):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
     cuda = device.type == "cuda"
     if cuda and torch.cuda.get_device_capability(device) < (7, 0) and args.compile is not False:
-        print("this GPU is too old for torch.compile: the run goes without it")
+        say("this GPU is too old for torch.compile: the run goes without it")
     elif args.compile or (cuda and args.compile is None):
         # Older torch cannot split what it compiles where recomputation begins.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
@@ -337,7 +343,7 @@ def open_data(args, shards, tokenizer, image_size, rank):
         held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
         val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
         pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
-        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
+        say(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
     elif args.val_data not in (None, ["none"]) and rank == 0:
         val_shards = data.expand(args.val_data)
         both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}

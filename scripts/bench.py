@@ -4,7 +4,7 @@
     python scripts/bench.py index    the pass over the tar headers, and its cache
     python scripts/bench.py step     one update of the weights, beside open_clip
     python scripts/bench.py memory   what a step needs by batch size, predicted without a GPU
-    python scripts/bench.py cuda     all that needs a GPU, in at most eight minutes
+    python scripts/bench.py cuda     all that needs a GPU, planned for eight minutes
 
 train.py's options set the rest. `data` needs --train_data, shards of photographs, and looks at
 --image_size and --batch_size. step, memory and cuda take --model, --batch_size, --dtype, --device,

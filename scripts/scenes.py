@@ -280,6 +280,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
     """Draw the data set into `out_dir`, which appears complete or not at all."""
     out_dir = Path(out_dir).absolute()
     check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
+    check(val <= 1000 * len(settings), "so many different scenes need more settings")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, per_shard)):

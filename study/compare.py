@@ -5,10 +5,9 @@
     python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
 Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
-the table says so. The differences are paired
-by seed, and have a 95 % interval (Student's t). Learning rates are searched first, for both methods
-alike. A finished run is a line in runs.jsonl, and what is there is not run again: a study that was
-stopped goes on where it was.
+the table says so. The differences are paired by seed, and have a 95 % interval (Student's t).
+Learning rates are searched first, for both methods alike. A finished run is a line in runs.jsonl,
+and what is there is not run again: a study that was stopped goes on where it was.
 
 This file is the plan and the report. run.py is one run.
 """
@@ -30,18 +29,18 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from scripts.log import machine  # noqa: E402
 from study import run  # noqa: E402
-from superclip import check, cli  # noqa: E402
+from superclip import check, cli, number  # noqa: E402
 
 FOLDER = Path(__file__).parent
 FIGURE = FOLDER.parent / "assets" / "study.png"
 CLIP, SUPERCLIP = dict(cls_weight=0.0), dict(cls_weight=1.0)
 # Of Student's distribution: 95 % of the means of n pairs lie within so many standard errors.
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-BATCH_SIZES, SETTINGS, GROUPS = (16, 32, 64, 128, 256), (1, 16, 256), (4, 16, 64)
+BATCH_SIZES, SETTING_COUNTS, GROUPS = (16, 32, 64, 128, 256), (1, 16, 64, 256), (4, 16, 64)
 SAMPLES = run.RUN["samples"]
 BOLD = 3.5e-4
-GENTLE = train.GENTLE["learning_rate"]  # of train.py --init_from
-STARTED = dict(start=32_000, samples=16_000)
+STARTED = dict(start=32_000, samples=16_000)  # fine-tuning
+GENTLY = dict(STARTED, learning_rate=train.GENTLE["learning_rate"])  # as train.py --init_from
 
 
 # -----------------------------------------------------------------------------
@@ -74,15 +73,16 @@ OBJECTS = ("R@1", "pair", "colour", "shape")
 PARTS = {
     "batch": Part(
         "Batch size, at equal samples seen (256: three times as many).",
-        5, ("R@1", "pair", "held-out pair", "colour", "shape"),
+        5, ("R@1", "pair", "held-out pair", "colour", "shape", "probe pair"),
         [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in BATCH_SIZES],
     ),
     "settings": Part(
         "Number of settings, at batch 32. The fewer there are, the more pairs of a batch share "
-        "theirs, so that only the details tell them apart. All at one learning rate, a bold one: "
-        "twice the one in the other tables.",
+        "theirs, so that only the details tell them apart. All at one learning rate, twice "
+        "the one that the search chose for batch 32.",
         5, OBJECTS,
-        [both(f"{n} setting" + "s" * (n > 1), settings=n, learning_rate=BOLD) for n in SETTINGS],
+        [both(f"{n} setting" + "s" * (n > 1), settings=n, learning_rate=BOLD)
+         for n in SETTING_COUNTS],
     ),
     "rates": Part(
         "Learning rates, at batch 32. The last row is chosen afterwards: of these two rates, each "
@@ -134,11 +134,9 @@ PARTS = {
         "of the shapes (old), then 16,000 of those that know the other half (new). From scratch: "
         "the second part alone. R@1 among the validation scenes of either half.",
         3, ("R@1 old", "R@1 new"),
-        [(f"before -> {GENTLE:g}", dict(STARTED, samples=0), dict(STARTED, learning_rate=GENTLE)),
-         (f"{GENTLE:g} -> 5e-4", dict(STARTED, learning_rate=GENTLE),
-          dict(STARTED, learning_rate=5e-4)),
-         (f"from scratch at 5e-4 -> {GENTLE:g}", dict(STARTED, start=0, learning_rate=5e-4),
-          dict(STARTED, learning_rate=GENTLE))],
+        [("before -> fine-tuned", dict(STARTED, samples=0), GENTLY),
+         ("fine-tuned -> so at 5e-4", GENTLY, dict(STARTED, learning_rate=5e-4)),
+         ("from scratch -> fine-tuned", dict(STARTED, start=0, learning_rate=5e-4), GENTLY)],
     ),
     "flickr": Part(
         "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary. R@k among all captions of the dev "
@@ -352,6 +350,8 @@ def search_table(study):
 def draw_panel(axis, study, part, places, label):
     """Zero-shot accuracy of both methods against a number: seeds, means, intervals."""
     rows = {place: row for place, row in zip(places, PARTS[part].rows) if study.runs(part, row[2])}
+    if not rows:
+        return
     for name, kind, colour, aside in (("CLIP", 1, "#4b5563", 0.96), ("SuperCLIP", 2, "#d1495b", 1)):
         points = []
         for place, row in rows.items():
@@ -382,7 +382,7 @@ def figure(study, path):
     plt.rcParams.update({"font.size": 12})
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     draw_panel(left, study, "batch", BATCH_SIZES, "batch size (each at its own rate)")
-    draw_panel(right, study, "settings", SETTINGS, f"settings (batch 32, rate {BOLD:g})")
+    draw_panel(right, study, "settings", SETTING_COUNTS, f"settings (batch 32, rate {BOLD:g})")
     left.set_ylabel("zero-shot, colour + shape (%)")
     plt.tight_layout()
     plt.savefig(path, dpi=150)
@@ -440,15 +440,20 @@ def main(argv):
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
     add("--classes", metavar="DIR", help="folders of photographs, a folder per class")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores)")
+    add(
+        "--jobs",
+        type=number(int, 1),
+        default=os.cpu_count(),
+        help="runs at a time (default: the cores)",
+    )
     args = parser.parse_args(argv)
     if args.quick:
         return quick(args.jobs)
     study, flickr = Study(FOLDER / "runs.jsonl"), (args.flickr, args.flickr_val, args.classes)
-    parts = args.only or [part for part in PARTS if part != "flickr" or all(flickr)]
-    fine = "flickr" not in parts or all(flickr)
-    check(fine, "photographs need --flickr, --flickr_val and --classes")
     if not args.report:
+        parts = args.only or [part for part in PARTS if part != "flickr" or all(flickr)]
+        fine = "flickr" not in parts or all(flickr)
+        check(fine, "photographs need --flickr, --flickr_val and --classes")
         work(study, parts, flickr, args.jobs)
     report(study, FIGURE)
 

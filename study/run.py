@@ -251,7 +251,7 @@ def attribute_scores(model, tokenizer, images, about):
     for kind, items in asked.items():
         texts = [text for _, captions in items for text in captions]
         rows, true = torch.tensor([i for i, _ in items]), torch.zeros(len(items), dtype=torch.long)
-        answers = evaluation.encode_texts(model, tokenizer, texts).view(len(items), -1, 128)
+        answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(items), -1))
         scores[f"choose {kind}"] = right(torch.einsum("ne,nce->nc", features[rows], answers), true)
         if log_probs is not None:  # mean log-probability of the caption's words
             owners = rows.repeat_interleave(answers.shape[1]).tolist()

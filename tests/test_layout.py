@@ -55,6 +55,11 @@ def test_the_four_files_keep_their_budgets_and_explain_themselves(name):
     assert comments >= 0.35 * code
 
 
+@pytest.mark.parametrize("name", BUDGET)
+def test_the_readme_says_how_long_the_four_files_are(name):
+    assert f"| [{name}.py]({name}.py) | {count(name)[0]} |" in (ROOT / "README.md").read_text()
+
+
 def test_no_function_is_longer_than_a_screen():
     for name, tree in TREES.items():
         for node in ast.walk(tree):

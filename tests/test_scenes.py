@@ -134,8 +134,10 @@ def test_a_world_is_drawn_whole_or_not_at_all_and_the_same_each_time(world, tmp_
     assert "is there already" in error_of(capsys, scenes.main, "--out", world)
     with pytest.raises(InputError):
         scenes.make_scenes(world)
-    with pytest.raises(IndexError):  # there is no setting to choose from
-        scenes.make_scenes(tmp_path / "broken", train=1, val=1, settings=[])
+    with pytest.raises(ValueError):  # in a process that draws
+        scenes.make_scenes(tmp_path / "broken", train=1, val=1, settings=["no setting"])
+    with pytest.raises(InputError):  # or it would look for another scene forever
+        scenes.make_scenes(tmp_path / "few", val=1001, settings=scenes.SETTINGS[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 

@@ -588,7 +588,7 @@ def test_a_new_rate_of_a_resumed_run_is_the_heads_too(copy, shards, monkeypatch)
     assert len(used) == 2 and all(0 < head == rate <= 1e-5 for rate, head in used)
 
 
-def test_one_pair_in_a_hundred_is_held_out(shards, tmp_path, capsys):
+def test_one_pair_in_a_hundred_is_held_out(shards, tmp_path, monkeypatch, capsys):
     """Without --val_data. The others are trained on; none is lost, and none is in both."""
     samples = [sample(i) for i in range(5)]
     path = write_shard(tmp_path / "train.tar", samples * 50)
@@ -604,7 +604,9 @@ def test_one_pair_in_a_hundred_is_held_out(shards, tmp_path, capsys):
     kept, held_out = open_data(0, "--batch_size", "247")
     assert "3 pairs are held out" in capsys.readouterr().out
     assert len(kept) == 247 and sorted(kept + held_out) == sorted(everything)
+    monkeypatch.setenv("RANK", "1")
     assert open_data(1, "--batch_size", "247") == [kept, None]  # rank 0 validates
+    assert capsys.readouterr().out == ""  # and speaks
     assert open_data(0, "--val_data", "none", "--batch_size", "250") == [everything, None]
     with pytest.raises(InputError, match="--batch_size is more than the 247 pairs"):
         open_data(0, "--batch_size", "248")

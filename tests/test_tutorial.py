@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import train
-
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 # Python blocks, each with the text block that follows at once.
@@ -47,10 +45,6 @@ def test_a_block_prints_what_the_page_says(printed, i):
     assert same(printed[i], expected), f"{code}\nprints\n{printed[i]}\nand not\n{expected}"
 
 
-def test_no_number_is_missing():
-    assert "{{" not in re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
-
-
 def test_every_python_block_is_found_and_is_short():
     assert len(BLOCKS) == PAGE.count("```python") >= 11
     assert [code for code, _ in BLOCKS if len(code.splitlines()) > 15] == []
@@ -78,10 +72,3 @@ def test_every_shell_block_says_how_long_it_takes():
 def test_the_page_has_pictures():
     """tests/test_readme.py sees to it that they and all other links are there."""
     assert len(re.findall(r"\]\([^)]+\.png\)", PAGE)) >= 4
-
-
-def test_every_option_that_the_page_names_exists():
-    paths = [ROOT / "eval.py", *ROOT.glob("scripts/*.py")]
-    known = set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in paths)))
-    known |= {name for name, *_ in train.OPTIONS}
-    assert set(re.findall(r"(?<![\w-])--([a-z]\w+)", PAGE)) - known == set()
