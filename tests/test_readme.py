@@ -50,6 +50,15 @@ def test_every_difference_is_one_of_the_study():
     assert [cell for cell in cells if f"| {cell} |" not in study] == []
 
 
+def test_every_interval_is_one_of_the_study():
+    """A difference such as "47.4 ± 3.1" of the README and the tutorial, in a sentence or a table."""
+    text = README + PAGES[ROOT / "docs" / "tutorial.md"]
+    study = (ROOT / "study" / "results.md").read_text()
+    found = re.findall(r"\b\d+\.\d ± \d+\.\d\b", " ".join(text.split()))
+    assert len(found) >= 20
+    assert [interval for interval in found if not re.search(rf"[+-]{interval}\b", study)] == []
+
+
 def anchors_of(page):
     headings = re.findall(r"^##? (.+)", page.read_text(), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
