@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,6 +258,8 @@ def work(study, parts, flickr, jobs):
                     scores = {k: result["scores"].get(k) for k in PARTS[part].metrics}
                     scores = (f"{k} {100 * s['value']:.1f}" for k, s in scores.items() if s)
                     tqdm.write(f"{changed}: {', '.join(scores)}, {result['seconds']:.0f} s")
+        pool.close()
+        pool.join()  # or the processes end before they have tidied up, and Python complains
 
 
 # -----------------------------------------------------------------------------
@@ -407,6 +410,8 @@ def report(study, figure_path):
     check(results, f"{study.path} holds no run yet")
     hours = sum(r["seconds"] for r in results) / 3600
     devices = " and ".join(sorted({r["device"] for r in results}))
+    dtypes = Counter(r["dtype"] for r in results)
+    dtypes = ", ".join(f"{n} in {dtype}" for dtype, n in sorted(dtypes.items()))
     lines = [
         "# CLIP and SuperCLIP on the built-in scenes", "",
         "Made by `python study/compare.py`. A cell reads: mean of the first kind -> mean of the "
@@ -414,9 +419,9 @@ def report(study, figure_path):
         "percent. R@1 is the mean of both ways among 1,000 validation scenes with their long "
         "captions. pair, colour and shape are zero-shot scores of pictures of one object. Training "
         "never shows a held-out pair.", "",
-        f"{len(results)} runs, {hours:.1f} core-hours on {devices}, {results[-1]['dtype']}, torch "
-        f"{results[-1]['torch']}. runs.jsonl has the seconds, commit and date of each. Rows that "
-        "have not been run are left out; the command above goes on with them.", "",
+        f"{len(results)} runs ({dtypes}), {hours:.1f} core-hours on {devices}, torch "
+        f"{results[-1]['torch']}. runs.jsonl has the seconds, dtype, commit and date of each. Rows "
+        "that have not been run are left out; the command above goes on with them.", "",
     ]  # fmt: skip
     for part in PARTS:
         lines += table_of(study, part)

@@ -51,7 +51,7 @@ def test_every_difference_is_one_of_the_study():
 
 
 def test_every_interval_is_one_of_the_study():
-    """A difference such as "47.4 ± 3.1" of the README and the tutorial, in a sentence or a table."""
+    """Each "47.4 ± 3.1" of the README and the tutorial, in a sentence or a table."""
     text = README + PAGES[ROOT / "docs" / "tutorial.md"]
     study = (ROOT / "study" / "results.md").read_text()
     found = re.findall(r"\b\d+\.\d ± \d+\.\d\b", " ".join(text.split()))
