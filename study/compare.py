@@ -176,7 +176,7 @@ class Study:
         lowest of these rates is taken, because it is the farthest from those at which training
         fails. The search adds a lower rate while the lowest is taken, and a higher one while the
         highest is best. Kinds that differ in settings, captions, loss and the like share a rate."""
-        shared = {k: spec[k] for k in ("data", "batch_size")}
+        shared = {k: spec[k] for k in ("data", "batch_size", "group")}
         shared["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
         shared["samples"] = needed(spec["batch_size"], spec["data"])
         middle, exponents = 3.5e-4 * math.sqrt(spec["batch_size"] / 32), [-1, 0, 1]
@@ -342,6 +342,7 @@ def search_table(study):
                     )
                     name = "SuperCLIP" if specs[0]["cls_weight"] else "CLIP"
                     name = f"{name}, {specs[0]['data']}, batch {specs[0]['batch_size']}"
+                    name += f" in groups of {specs[0]['group']}" if specs[0]["group"] else ""
                     lines[name] = f"| {name} | {best:g} | {tried} |"
     about = (
         "R@1 in percent (photographs: R@10) of one seed, among a thousand training pairs held out "
