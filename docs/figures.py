@@ -238,9 +238,9 @@ def curve(path, clip_path):
         ("word loss", RED, "classification_loss", math.log(V) + 0.5, f"ln {V} + 1/2"),
         ("contrastive\nloss", INK, "contrastive_loss", math.log(B), f"ln {B}"),
     ):
-        points = [(0, start), *((row["samples"], row[key]) for row in losses)]
-        lines.append((name, colour, "-", points))
-        left.text(0.13 * last, start + 0.2, f"starts at {text} = {start:.1f}", color=colour)
+        lines.append((name, colour, "-", [(row["samples"], row[key]) for row in losses]))
+        left.plot(0, start, "o", color=colour, clip_on=False)
+        left.text(0.13 * last, start + 0.2, f"starts near {text} = {start:.1f}", color=colour)
     draw_lines(left, lines, 0.4)
     left.set(title="losses", ylim=(0, 7.6))
 

@@ -4,19 +4,19 @@ first `python train.py` walks the same path as CC3M does.
     python data.py scenes --out scenes
 
 A scene has a *setting*, a cloth of some colour and pattern with a border, 256 in all, and one or
-two *details*, coloured objects that lie on it. It comes with two captions. The short one is like
-alt text on the web: it says a thing or two. The long one names everything.
+two *objects* on it, each of some shape and colour. It comes with two captions. The short one is
+like alt text on the web: it says a thing or two. The long one names everything.
 
 This world is made to show what SuperCLIP is for. In a small batch hardly two scenes have the same
-setting. So CLIP can tell which caption is whose by the setting alone, and learns little about the
-objects. The word head asks for them in every picture. Captions off the web are like that: a picture
-of a kitchen is found among 31 others by "kitchen", whatever stands on the table. This world leaves
-out photographs, thousands of words, captions that are wrong, and objects that hide each other.
+setting. So CLIP can tell most captions apart by the setting alone, and needs the objects only now
+and then. The word head asks for them in every picture. Captions off the web are like that: a
+picture of a kitchen is found among 31 others by "kitchen", whatever stands on the table. This world
+leaves out photographs, thousands of words, captions that are wrong, and objects that hide others.
 
 Some pairs of colour and shape never occur in training (HELD_OUT). Whoever knows them has learnt
 "red" and "star" as two words.
 
-The drawing is kind to a vision transformer that has two minutes to learn. Objects lie in a 3 x 3
+The drawing is kind to a vision transformer that has three minutes to learn. Objects lie in a 3 x 3
 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
 darker than every object, and a white line runs round each object, so that a star has the same edge
 in all colours.

@@ -1,12 +1,13 @@
 """The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
 
-    python study/compare.py --quick        the effect, in three minutes
-    python study/compare.py                everything, five hours on two cores
+    python study/compare.py --quick        one run of each method, five minutes
+    python study/compare.py                everything, eight hours on two cores
     python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
 Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
 the table says so. The differences are paired by seed, and have a 95 % interval (Student's t).
-Learning rates are searched first, for both methods alike. A finished run is a line in runs.jsonl,
+The rate is searched first, for both methods alike, at each batch size and size of the groups. Rows
+that differ in something else borrow it, or name their own. A finished run is a line in runs.jsonl,
 and what is there is not run again: a study that was stopped goes on where it was.
 
 This file is the plan and the report. run.py is one run.
@@ -94,7 +95,7 @@ PARTS = {
           {**SUPERCLIP, "learning_rate": BOLD})],
     ),
     "groups": Part(
-        "Pairs contrasted, at batch 64 and equal updates: each image is told from the captions of "
+        "Pairs compared, at batch 64 and equal updates: each image is told from the captions of "
         "its own group only.",
         5, (*OBJECTS, "probe pair"),
         [both(f"groups of {g}", batch_size=64, group=g if g < 64 else None) for g in GROUPS],
@@ -133,17 +134,17 @@ PARTS = {
          both("sigmoid loss", loss="sigmoid"), both("patch dropout 0.5", patch_dropout=0.5)],
     ),
     "finetune": Part(
-        "Fine-tuning, at batch 32: 32,000 samples of scenes that know one half of the cloths and "
-        "of the shapes (old), then 16,000 of those that know the other half (new). From scratch: "
-        "the second part alone. R@1 among the validation scenes of either half.",
+        "Fine-tuning SuperCLIP, at batch 32: 32,000 samples of scenes that know one half of the "
+        "cloths and of the shapes (old), then 16,000 of those that know the other half (new). From "
+        "scratch: these 16,000 alone. R@1 among the validation scenes of either half.",
         3, ("R@1 old", "R@1 new"),
         [("before -> fine-tuned", dict(STARTED, samples=0), GENTLY),
-         ("fine-tuned -> so at 5e-4", GENTLY, dict(STARTED, learning_rate=5e-4)),
+         ("fine-tuned at 5e-5 -> at 5e-4", GENTLY, dict(STARTED, learning_rate=5e-4)),
          ("from scratch -> fine-tuned", dict(STARTED, start=0, learning_rate=5e-4), GENTLY)],
     ),
     "flickr": Part(
         "Photographs: Flickr8k at 72 pixels, CLIP's vocabulary. R@k among all captions of the dev "
-        "set; zero-shot and linear probe on folders of other photographs, in ten classes.",
+        "set; zero-shot and linear probe (class token and patch mean) on photographs of CIFAR-10.",
         3, ("R@1", "R@5", "R@10", "zero-shot", "probe"),
         [both(f"batch {B}", data="flickr", samples=needed(B, "flickr"), batch_size=B)
          for B in (32, 128)],
@@ -387,8 +388,8 @@ def figure(study, path):
 
     plt.rcParams.update({"font.size": 12})
     _, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
-    draw_panel(axes[0], study, "groups", GROUPS, "pairs contrasted (of a batch of 64)")
-    draw_panel(axes[1], study, "batch", BATCH_SIZES, "batch size (larger: fewer updates)")
+    draw_panel(axes[0], study, "batch", BATCH_SIZES, "batch size (larger: fewer updates)")
+    draw_panel(axes[1], study, "groups", GROUPS, "pairs compared (of a batch of 64)")
     draw_panel(axes[2], study, "settings", SETTING_COUNTS, f"settings (batch 32, rate {BOLD:g})")
     axes[0].set_ylabel("zero-shot, colour + shape (%)")
     plt.tight_layout()

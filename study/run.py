@@ -286,8 +286,8 @@ def make_model(spec, vocab_size):
 
 def optimise(model, table, spec):
     """Train as train.py does. Returns the last losses and the dtype, which is bfloat16 if the CPU
-    has units for it. float32 ends at the same scores: with seed 0 of the groups of 4, CLIP has
-    38.8 % R@1 and 3.0 % pair (bfloat16 38.5 and 2.9), SuperCLIP 80.3 and 27.6 (80.1 and 27.7)."""
+    has units for it, and else float32. (That has not mattered: one pair of runs had R@1 of 38.5 and
+    80.1 % in bfloat16, and of 38.8 and 80.3 % in float32.)"""
     machine = SimpleNamespace(device="cpu", dtype=None, train_data=scenes.TRAIN_DATA)
     _, _, device, dtype = train.set_up(machine)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
