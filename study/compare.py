@@ -80,7 +80,7 @@ PARTS = {
     ),
     "settings": Part(
         "Number of settings, at batch 32. The fewer there are, the more pairs of a batch share "
-        "theirs, so that only the details tell them apart. All at one learning rate, twice "
+        "theirs, so that only the objects tell them apart. All at one learning rate, twice "
         "the one that the search chose for batch 32.",
         5, OBJECTS,
         [both(f"{n} setting" + "s" * (n > 1), settings=n, learning_rate=BOLD)
@@ -121,7 +121,7 @@ PARTS = {
     ),
     "captions": Part(
         "Captions, at batch 32. Dual: contrastive loss on the short ones, labels from the long.",
-        3, OBJECTS,
+        5, OBJECTS,
         [*(both(c, captions=c) for c in ("short", "long", "mixed")),
          ("SuperCLIP: short -> dual", dict(captions="short"),
           dict(captions="short", label_captions="long"))],
