@@ -397,7 +397,7 @@ def figure(study, path):
 
 
 def quick(jobs):
-    """The row with the largest gain, with the learning rates that the whole study has found."""
+    """One seed of the groups of 4, with the learning rates that the whole study has found."""
     PARTS["groups"] = PARTS["groups"]._replace(rows=PARTS["groups"].rows[:1])
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder) / "runs.jsonl", seeds=1)
