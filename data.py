@@ -326,8 +326,8 @@ def load_image(source, size, rng=None):
         scale = max(size / w, size / h)
         if fresh and scale <= 0.5:  # draft halves the picture while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        x, y, w, h = (round(v * image.width / width) for v in (x, y, w, h))
-        image = upright_rgb(image.crop((x, y, x + w, y + h)))
+        fx, fy = image.width / width, image.height / height  # not quite equal: draft rounds up
+        image = upright_rgb(image.crop((x * fx, y * fy, (x + w) * fx, (y + h) * fy)))
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         reason = str(error).partition(" <")[0]
         raise BadSample(f"the image cannot be decoded: {reason}") from None

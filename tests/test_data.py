@@ -476,6 +476,14 @@ def test_draft_never_decodes_below_the_crop(monkeypatch):
             assert factor < 0.6  # and it is used where it can be
 
 
+def test_a_crop_of_a_draft_stays_inside_the_picture():
+    """A crop that ran past the edge would be black there."""
+    for size in ((375, 500), (1023, 768), (301, 203)):
+        white = encoded(Image.new("RGB", size, "white"))
+        for seed in range(60):
+            assert load_image(white, 72, random.Random(seed)).min() == 255
+
+
 def test_draft_changes_little():
     image = photo(4, (400, 300))
     box = data.crop_box(400, 300, random.Random(1))
