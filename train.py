@@ -45,8 +45,8 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 # What argparse needs to know of an option: the range of a number, or its kind.
 COUNT, ZERO_OR_MORE = {"type": number(int, 1)}, {"type": number(int, 0)}
 NOT_NEGATIVE = {"type": number(float, 0)}
-SEVERAL = {"nargs": "+"}
-FLAG = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+SEVERAL, FLAG = {"nargs": "+"}, {"action": argparse.BooleanOptionalAction}  # --name, --no-name
+DTYPES = "float32", "bfloat16", "float16"
 # Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
 # default is None, the option is off, or DEFAULTS, built_in() or train() sets it.
 # fmt: off
@@ -55,11 +55,11 @@ OPTIONS = (
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
     ("val_data", "SHARDS", SEVERAL, None, "or none (default: hold out 1 of 100 pairs, up to 1000)"),
     ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored like val_data"),
-    ("captions", "SOURCE", SEVERAL, None, "their sources: txt or json.FIELD, one drawn each time"),
+    ("captions", "SOURCE", SEVERAL, None, "sources of the captions: txt (default) or json.FIELD"),
     ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
-    ("val_captions", "SOURCE", SEVERAL, None, "sources for the validation data"),
+    ("val_captions", "SOURCE", SEVERAL, None, "sources for val_data (default: --captions)"),
     ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, or clip)"),
-    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: its CPU cores)"),
+    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: its share of cores)"),
     # the model
     ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
     ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
@@ -73,21 +73,21 @@ OPTIONS = (
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "pairs in memory at a time (default: all of them)"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
-    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (default: that; new: 5e-4)"),
-    ("warmup_steps", "N", ZERO_OR_MORE, None, "of linear warm-up (default: a tenth, at most 1000)"),
+    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (--init_from a CLIP: 5e-4)"),
+    ("warmup_steps", "N", ZERO_OR_MORE, None, "linear warm-up (default: steps / 10, at most 1000)"),
     ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches to drop (FLIP)"),
     ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
     # the machine
     ("device", "NAME", {}, None, "cuda, mps or cpu (default: the first there is)"),
-    ("dtype", None, {"choices": ("float32", "bfloat16", "float16")}, None, "of autocast"),
+    ("dtype", None, {"choices": DTYPES}, None, "of autocast (default: what suits the device)"),
     ("compile", None, FLAG, None, "torch.compile the towers (default: on CUDA)"),
     ("grad_checkpointing", None, FLAG, False, "less memory, a third slower"),
     # the run
     ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
     ("resume", None, FLAG, False, "continue the run in out_dir with its saved options"),
-    ("log_every", "STEPS", COUNT, None, "between rows of the log (default: a 20th, at most 50)"),
-    ("eval_every", "STEPS", COUNT, None, "between validations (default: a fifth, at most 2000)"),
+    ("log_every", "STEPS", COUNT, None, "between log rows (default: steps / 20, at most 50)"),
+    ("eval_every", "STEPS", COUNT, None, "between validations (default: steps / 5, at most 2000)"),
     ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
     ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
 )
@@ -126,7 +126,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     # A resumed run gets its options from the checkpoint, except for those that are given again.
     last = Path(args.out_dir) / "last.pt"
-    if args.resume and last.exists():
+    if args.resume and not last.exists():  # killed before it could save anything
+        say(f"there is no {last}: a new run starts")
+    elif args.resume:
         saved = evaluation.read_checkpoint(last)
         check("optimizer" in saved, f"{last} cannot be resumed: it holds weights only")
         # A new length replaces the old one, whichever of the two options gave it.
@@ -350,10 +352,9 @@ def open_data(args, shards, tokenizer, image_size, rank):
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
         val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    if not val_pairs or rank > 0:
-        return pairs, None
-    next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
-    return pairs, val_pairs
+    if val_pairs:
+        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
+    return pairs, val_pairs if rank == 0 else None
 
 
 def make_optimizer(model, args):
@@ -414,7 +415,7 @@ def train(args, saved, rank, world, device, dtype):
     eval_every = args.eval_every or max(1, min(2000, steps // 5))
     save_every = args.save_every or eval_every
     fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
-    step, best, validation, is_saved, leave = 0, -1.0, None, True, False
+    step, best, validation, is_saved = 0, -1.0, None, True
     if saved:
         same = saved["data_fingerprints"][0] == fingerprints[0]
         check(same, f"the training data is not that of the run in {out_dir}: start a new run")
@@ -436,7 +437,8 @@ def train(args, saved, rank, world, device, dtype):
         validation = stop.unless_asked(validate, model, val_pairs, args, log, step)
         if validation and save(out_dir / "best.pt", model, tokenizer, step=step):
             best = validation["mean_r1"]
-    while step < steps:
+    leave = stop.agreed()
+    while step < steps and not leave:
         # 1. the batch: this process's rows of it, in one micro-batch or several
         parts = log.wait_for(batches, math.ceil(local / micro))
         # 2. its gradient
@@ -470,13 +472,11 @@ def train(args, saved, rank, world, device, dtype):
             content |= {"arguments": vars(args), "data_fingerprints": fingerprints}
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             is_saved = rank > 0 or save(out_dir / "last.pt", model, tokenizer, **content)
-        if leave:
-            break
 
     log.bar.close()
     check(is_saved, f"stopped after step {step}, and {out_dir / 'last.pt'} could not be written")
-    if rank == 0 and leave:
-        print(f"stopped after step {step}. To go on: python train.py --out_dir {out_dir} --resume")
+    if leave:
+        say(f"stopped after step {step}. To go on, give the same command with --resume")
     elif rank == 0:
         summary(model, tokenizer, args, val_pairs, validation, best, log, step)
 

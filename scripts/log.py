@@ -147,9 +147,6 @@ class Log:
         self.restart(step)
         if rank > 0:
             return
-        if args.wandb:
-            check(importlib.util.find_spec("wandb"), "--wandb needs a package: pip install wandb")
-            self.wandb = importlib.import_module("wandb").init(project=args.wandb, config=header)
         path = Path(args.out_dir) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+", errors="replace")
@@ -162,6 +159,9 @@ class Log:
         # Checked here, with the lock: another run may have begun while this one was starting.
         exists = any(path.parent.glob("*.pt")) and not args.resume
         check(not exists, f"{path.parent} holds a run: add --resume, or name another --out_dir")
+        if args.wandb:
+            check(importlib.util.find_spec("wandb"), "--wandb needs a package: pip install wandb")
+            self.wandb = importlib.import_module("wandb").init(project=args.wandb, config=header)
         for temporary in path.parent.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
             temporary.unlink()
         if step == 0:  # what an earlier attempt has logged, without ever saving, is not of this run
@@ -216,7 +216,7 @@ class Log:
         loss = contrastive + model.config.cls_weight * words
         check(
             math.isfinite(loss) and math.isfinite(model.logit_scale.item()),  # NaN spreads to all
-            f"the loss is {loss}, or the weights are NaN, at step {step}. The checkpoint is from "
+            f"the loss is {loss}, or the weights are NaN, at step {step}. A last.pt is from "
             "before: try a lower --learning_rate, more --warmup_steps, another --dtype; --resume",
         )
         # A bad sample may be replaced by another one, so that one pair may count several.

@@ -33,6 +33,7 @@ from test_train import (
     small_preset_and_own_signals,
     start,
     whole,
+    without_model,
 )
 
 import data
@@ -179,11 +180,28 @@ def test_a_signal_abandons_a_validation_and_loses_no_step(
     assert finish(start(stopped_in_validation, output, argv, number)) == 0
     assert last(out)["step"] == 4 * number
     assert "Traceback" not in output.read_text() and "Alarm" not in output.read_text()
-    assert f"python train.py --out_dir {out} --resume" in output.read_text()
+    assert "with --resume" in output.read_text()
     train.main(["--out_dir", str(out), "--resume", "--workers", "0"])
     for name in ("model", "optimizer", "samples"):
         assert_same(last(out)[name], last(whole)[name])
     assert rows(out)[-1] == rows(whole)[-1]
+
+
+def test_a_fine_tuning_that_was_stopped_as_it_scored_its_start_scores_it_later(
+    whole, shards, start, tmp_path, capsys
+):
+    def argv(folder):
+        init = "--init_from", whole / "last.pt", "--workers", 2
+        return without_model(flags(shards, tmp_path / folder, *init))
+
+    assert finish(start(stopped_in_validation, tmp_path / "output.txt", argv("out"), 1)) == 0
+    assert not [*tmp_path.glob("out/*.pt")]
+    for folder, more in (("out", ["--resume"]), ("undisturbed", [])):
+        train.main([*argv(folder), *more])
+    assert "a new run starts" in capsys.readouterr().out
+    assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
+    for name in ("best.pt", "last.pt"):
+        assert_same(*(last(tmp_path / f, name)["model"] for f in ("out", "undisturbed")))
 
 
 # ---- several processes

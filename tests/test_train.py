@@ -83,9 +83,7 @@ def shards(tmp_path_factory):
 def small_preset_and_own_signals(monkeypatch):
     monkeypatch.setitem(superclip.PRESETS, "tiny", TINY)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    precision = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision(precision)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -813,7 +811,7 @@ def test_sigterm_saves_and_leaves_with_a_hint(whole, shards, tmp_path, capsys):
         cli(lambda _: recorded(argv, signal_at=5) and None)
     assert not ended.value.code
     assert last(tmp_path)["step"] == 5
-    assert f"python train.py --out_dir {tmp_path} --resume" in capsys.readouterr().out
+    assert "with --resume" in capsys.readouterr().out
     train.main(flags(shards, tmp_path, "--resume"))
     assert_same(last(tmp_path)["model"], last(whole)["model"])
     assert_same(last(tmp_path)["optimizer"], last(whole)["optimizer"])
