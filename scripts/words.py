@@ -61,7 +61,8 @@ def localisation(model, pairs, window, limit=200):
 
     A word is right if the window whose removal lowers its probability most has its centre on the
     word's object. Windows that are level count as their mean. Chance is the share of windows with
-    their centre on the object. Raises InputError.
+    their centre on the object. The words of a scene are not independent, so each scene counts once,
+    with their mean. Raises InputError.
     """
     grid = model.visual.grid
     centre = (torch.arange(grid - window + 1) + window / 2) / grid  # in 0..1 of the image's side
@@ -69,12 +70,13 @@ def localisation(model, pairs, window, limit=200):
     hits, chances = [], []
     for row in data.progress(pairs.index[:limit].tolist(), "localising", unit="scene"):
         image, words = read_scene(pairs, row)
-        ids = [i for i, _ in words]
-        falls = evaluation.word_maps(model, image, ids, window)[0] if ids else ()  # (K, W)
-        for fall, (_, (x0, y0, x1, y1)) in zip(falls, words):
-            on = (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
-            most = fall >= fall.max() - 1e-6  # none if the model has diverged to NaN
-            hits.append((on & most).sum() / most.sum().clamp(min=1))
+        if words:
+            falls = evaluation.word_maps(model, image, [i for i, _ in words], window)[0]  # (K, W)
+            most = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # none if the model is NaN
+            boxes = torch.tensor([box for _, box in words])[:, :, None]  # (K, 4, 1)
+            x0, y0, x1, y1 = boxes.unbind(dim=1)
+            on = (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)  # (K, W)
+            hits.append(((on & most).sum(dim=1) / most.sum(dim=1).clamp(min=1)).mean())
             chances.append(on.double().mean())
     check(hits, "no scene has a colour or shape that is one token and belongs to one object only")
     return evaluation.score(torch.stack(hits), torch.stack(chances).mean())
