@@ -484,7 +484,7 @@ def start_worker(_):
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def make_loader(dataset, workers=None, batch_bytes=1, **settings):
+def make_loader(dataset, workers=None, batch_bytes=1, **options):
     """Yield the batches of a DataLoader. Its workers are forked, so that they share the index.
     (Python 3.14's default would copy it.) Raises InputError if one of them dies.
 
@@ -494,11 +494,11 @@ def make_loader(dataset, workers=None, batch_bytes=1, **settings):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     share = min(share, max(1, 2**32 // (2 * batch_bytes)))
-    settings["num_workers"] = share if workers is None else workers
-    if settings["num_workers"] and sys.platform == "linux":
-        settings["multiprocessing_context"] = "fork"
+    options["num_workers"] = share if workers is None else workers
+    if options["num_workers"] and sys.platform == "linux":
+        options["multiprocessing_context"] = "fork"
     try:
-        yield from DataLoader(dataset, worker_init_fn=start_worker, **settings)
+        yield from DataLoader(dataset, worker_init_fn=start_worker, **options)
         return
     except RuntimeError as error:
         if not any(text in str(error) for text in ("DataLoader worker (", "shared memory")):
@@ -512,8 +512,8 @@ def load_batches(pairs, order, micro_batch_size, workers, device):
     stream of their own, while the step before is still computing. Images travel as uint8."""
     batch_bytes = micro_batch_size * 3 * pairs.image_size**2
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    settings = {"collate_fn": pairs.collate, "pin_memory": side is not None}
-    for part in make_loader(pairs, workers, batch_bytes, batch_sampler=order, **settings):
+    options = {"collate_fn": pairs.collate, "pin_memory": side is not None}
+    for part in make_loader(pairs, workers, batch_bytes, batch_sampler=order, **options):
         replaced = list(map(tuple, part.pop("replaced")))  # pin_memory may have made lists of them
         with torch.cuda.stream(side):  # which does nothing for None
             part = {name: x.to(device, non_blocking=True) for name, x in part.items()}

@@ -91,7 +91,7 @@ OPTIONS = (
     ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
     ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
 )
-# Without --train_data, built_in() of scripts/scenes.py takes precedence: settings that were chosen
+# Without --train_data, built_in() of scripts/scenes.py takes precedence: options that were chosen
 # together with the built-in data.
 DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
 GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, or the old knowledge would be lost
@@ -113,10 +113,10 @@ def make_parser():
         epilog="Without --train_data: the built-in scenes, with defaults that a run prints.",
         allow_abbrev=False,  # a typo should not become another option
     )
-    for name, placeholder, settings, default, text in OPTIONS:
+    for name, placeholder, kind, default, text in OPTIONS:
         text += f" (default {default})" if default else ""
-        settings = settings | ({"metavar": placeholder} if placeholder else {})
-        parser.add_argument(f"--{name}", default=default, help=text, **settings)
+        kind = kind | ({"metavar": placeholder} if placeholder else {})
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
     return parser
 
 

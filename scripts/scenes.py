@@ -76,7 +76,7 @@ TRAIN_DATA = ["scenes/train-*.tar"]  # of a bare `python train.py`
 
 
 def built_in(batch_size=None):
-    """What a bare `python train.py` trains with. These settings were chosen together. A batch four
+    """What a bare `python train.py` trains with. These options were chosen together. A batch four
     times as large takes half as many steps, at twice the rate."""
     ratio = math.sqrt((batch_size or 32) / 32)
     kinds = "colour", "shape", "pair", "held_out"
