@@ -53,7 +53,7 @@ DTYPES = "float32", "bfloat16", "float16"
 OPTIONS = (
     # the data
     ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
-    ("val_data", "SHARDS", SEVERAL, None, "or none (default: hold out 1 of 100 pairs, up to 1000)"),
+    ("val_data", "SHARDS", SEVERAL, None, "the same, or none (default: hold out 1 pair in 100)"),
     ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored like val_data"),
     ("captions", "SOURCE", SEVERAL, None, "sources of the captions: txt (default) or json.FIELD"),
     ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
@@ -73,7 +73,7 @@ OPTIONS = (
     ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
     ("micro_batch_size", "PAIRS", COUNT, None, "pairs in memory at a time (default: all of them)"),
     ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
-    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the word head (--init_from a CLIP: 5e-4)"),
+    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the head (default: the same; new: 5e-4)"),
     ("warmup_steps", "N", ZERO_OR_MORE, None, "linear warm-up (default: steps / 10, at most 1000)"),
     ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
     ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches to drop (FLIP)"),
