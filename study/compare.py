@@ -115,7 +115,7 @@ PARTS = {
     ),
     "length": Part(
         "Samples seen, at batch 32.",
-        3, OBJECTS,
+        3, (*OBJECTS, "probe pair"),
         [both(f"{n:,} samples", samples=n) for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)],
     ),
     "captions": Part(
