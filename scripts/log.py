@@ -147,6 +147,8 @@ class Log:
         self.restart(step)
         if rank > 0:
             return
+        found = not args.wandb or importlib.util.find_spec("wandb")
+        check(found, "--wandb needs a package: pip install wandb")
         path = Path(args.out_dir) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+", errors="replace")
@@ -160,7 +162,6 @@ class Log:
         exists = any(path.parent.glob("*.pt")) and not args.resume
         check(not exists, f"{path.parent} holds a run: add --resume, or name another --out_dir")
         if args.wandb:
-            check(importlib.util.find_spec("wandb"), "--wandb needs a package: pip install wandb")
             self.wandb = importlib.import_module("wandb").init(project=args.wandb, config=header)
         for temporary in path.parent.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
             temporary.unlink()
