@@ -1,6 +1,6 @@
 """The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
 
-    python study/compare.py --quick        one run of each method, five minutes
+    python study/compare.py --quick        one run of each method, three to five minutes
     python study/compare.py                everything, eight hours on two cores
     python study/compare.py --report       figure and tables again, from study/runs.jsonl
 
