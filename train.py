@@ -352,7 +352,7 @@ def open_data(args, shards, tokenizer, image_size, rank):
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
         val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    if val_pairs:
+    if val_pairs and rank == 0:
         next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
     return pairs, val_pairs if rank == 0 else None
 

@@ -217,7 +217,7 @@ class Log:
         loss = contrastive + model.config.cls_weight * words
         check(
             math.isfinite(loss) and math.isfinite(model.logit_scale.item()),  # NaN spreads to all
-            f"the loss is {loss}, or the weights are NaN, at step {step}. A last.pt is from "
+            f"the loss is {loss}, or the weights are NaN, at step {step}. What is saved is from "
             "before: try a lower --learning_rate, more --warmup_steps, another --dtype; --resume",
         )
         # A bad sample may be replaced by another one, so that one pair may count several.

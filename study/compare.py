@@ -82,7 +82,7 @@ PARTS = {
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
         "theirs, so that only the objects tell them apart. With one setting most captions repeat. "
-        "So the scores of its search end at 26 %, and can hardly tell the rates apart.",
+        "So the scores of its search are low, and can hardly tell the rates apart.",
         5, (*OBJECTS, "probe pair"),
         [both(f"{n} setting" + "s" * (n > 1), settings=n, batch_size=8) for n in SETTING_COUNTS],
     ),

@@ -180,7 +180,8 @@ def test_a_signal_abandons_a_validation_and_loses_no_step(
     assert finish(start(stopped_in_validation, output, argv, number)) == 0
     assert last(out)["step"] == 4 * number
     assert "Traceback" not in output.read_text() and "Alarm" not in output.read_text()
-    assert "with --resume" in output.read_text()
+    hint = f"stopped after step {4 * number}. To go on, give the same command with --resume"
+    assert hint in output.read_text()
     train.main(["--out_dir", str(out), "--resume", "--workers", "0"])
     for name in ("model", "optimizer", "samples"):
         assert_same(last(out)[name], last(whole)[name])

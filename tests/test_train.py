@@ -811,7 +811,8 @@ def test_sigterm_saves_and_leaves_with_a_hint(whole, shards, tmp_path, capsys):
         cli(lambda _: recorded(argv, signal_at=5) and None)
     assert not ended.value.code
     assert last(tmp_path)["step"] == 5
-    assert "with --resume" in capsys.readouterr().out
+    hint = "stopped after step 5. To go on, give the same command with --resume"
+    assert hint in capsys.readouterr().out
     train.main(flags(shards, tmp_path, "--resume"))
     assert_same(last(tmp_path)["model"], last(whole)["model"])
     assert_same(last(tmp_path)["optimizer"], last(whole)["optimizer"])
