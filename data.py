@@ -10,26 +10,20 @@ caption, .json optional metadata. Shards are not streamed. One pass over the tar
 index, and then any sample is two or three reads away. That gives a true global shuffle, an exact
 length, and equal batches on every process. It also makes resuming a run a matter of one integer,
 the step.
-
-    python data.py scenes            draw the built-in data set
-    python data.py vocab SHARDS      make a word vocabulary from the shards' captions
-    python data.py pack --csv FILE   make shards from a list of images and captions
-    python data.py show SHARDS       look at shards: samples, tokens, what is skipped, a picture
 """
 
-import argparse
 import base64
 import glob
 import gzip
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import math
 import multiprocessing.queues
 import os
 import random
-import runpy
 import signal
 import sys
 import tarfile
@@ -43,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
+import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -61,6 +56,9 @@ progress = partial(tqdm, delay=1, leave=False, disable=None)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [b for b in range(256) if b not in BYTES]
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
+
+CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
 # What counts as a word: CLIP's pattern, case ignored. Every digit is a word of its own.
@@ -94,6 +92,11 @@ def tiktoken_text(tokens):
     return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
 
 
+def words_to_tiktoken(words):
+    """list of words -> the text of a .tiktoken file: all bytes, then each word as one token."""
+    return tiktoken_text(dict.fromkeys(BYTE_TOKENS + [word.encode() + b" " for word in words]))
+
+
 def merges_to_tiktoken(text):
     """CLIP's file of BPE merges -> the text of a .tiktoken file of the same vocabulary."""
     # The file writes each byte as a printable character, and the end of a word as </w>.
@@ -104,6 +107,29 @@ def merges_to_tiktoken(text):
         word = bytes(byte_of[c] for c in token.removesuffix("</w>"))
         tokens.append(word + b" " if token.endswith("</w>") else word)
     return tiktoken_text(tokens)
+
+
+def clip_vocabulary():
+    """The text of a .tiktoken file of CLIP's vocabulary: from an installed open_clip_torch, from
+    tiktoken's cache, or by download. Raises InputError."""
+    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
+    if spec:
+        content = Path(spec.origin).with_name(CLIP_VOCAB_URL.rpartition("/")[2]).read_bytes()
+    else:
+        try:
+            content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
+        except Exception:  # whatever the network raises
+            raise InputError(
+                f"cannot download {CLIP_VOCAB_URL}: pip install open_clip_torch brings it along, "
+                "--vocab names a copy, and python -m scripts.vocab makes one of your captions"
+            ) from None
+    return merges_to_tiktoken(gzip.decompress(content).decode())
+
+
+def vocabulary_beside(shards):
+    """The default of --vocab: vocab.tiktoken beside the shards if it is there, else clip."""
+    path = Path(shards[0]).with_name("vocab.tiktoken")
+    return path if path.is_file() else "clip"
 
 
 class Tokenizer:
@@ -133,7 +159,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """path: a .tiktoken file, or CLIP's bpe_simple_vocab_16e6.txt.gz. Raises InputError."""
+        """path: a .tiktoken file, CLIP's bpe_simple_vocab_16e6.txt.gz, or "clip", which finds that
+        one. Raises InputError."""
+        if path == "clip":
+            return cls(clip_vocabulary(), context_length)
         check(Path(path).is_file(), f"there is no vocabulary file {path}")
         content = Path(path).read_bytes()
         with suppress(ValueError, EOFError, OSError, KeyError):  # InputError is a ValueError
@@ -524,7 +553,7 @@ def load_batches(pairs, order, micro_batch_size, workers, device):
 
 
 # -----------------------------------------------------------------------------
-# What all commands share: options, files, errors
+# What all commands share: files that are written whole
 
 
 def write_file(path, write):
@@ -539,16 +568,3 @@ def write_file(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # it is still there after an error
-
-
-def run_script(commands, usage):
-    """`python data.py pack ...` starts scripts/pack.py, if pack is among the commands."""
-    parser = argparse.ArgumentParser(usage=usage)
-    parser.add_argument("command", choices=commands)
-    name = parser.parse_args(sys.argv[1:2]).command
-    sys.argv[:2] = [str(Path(__file__).parent / "scripts" / f"{name}.py")]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    run_script(("scenes", "vocab", "pack", "show"), __doc__)

@@ -1,11 +1,8 @@
-"""Evaluate a checkpoint, and see what it sees.
+"""Score a checkpoint.
 
     python eval.py zeroshot  --checkpoint out/best.pt --images DIR       a folder per class
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
-    python eval.py words     --checkpoint out/best.pt --image FILE ...   top words, and where
-    python eval.py search    --checkpoint out/best.pt --images DIR "a red mug"
-    python eval.py report    --checkpoint out/best.pt --data SHARDS --out report.html
 
 The checkpoint alone is enough: it carries the configuration and the vocabulary. Every score is
 printed with its chance level, the number of images or captions, and a 95 % interval; --json FILE
@@ -33,8 +30,6 @@ from tqdm import tqdm
 
 import data
 from superclip import PAD, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
-
-DRAWING = ("words", "search", "report")  # commands that draw: they live in scripts/
 
 # A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -507,15 +502,10 @@ def make_parser():
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, help="a folder with a folder of images per class")
     add("--test", required=True, help="the same classes, other images")
-    commands.add_parser("words", help="the head's top words, and where each is seen")
-    commands.add_parser("search", help="find images by text, or by another image")
-    commands.add_parser("report", help="write a page that shows what the model has learned")
     return parser
 
 
 def main(argv):
-    if argv and argv[0] in DRAWING:
-        return data.run_script(DRAWING, __doc__)
     args = make_parser().parse_args(argv)
     # Checked now, and not after an evaluation. The suffix protects checkpoints and shards.
     fine = not args.json or (args.json.endswith(".json") and Path(args.json).parent.is_dir())

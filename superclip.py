@@ -13,7 +13,7 @@ the image's patch tokens, and rare words count more than common ones.
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. `python scripts/walk.py` follows
+towers, the word head, the losses, and the model that joins them. `python -m scripts.walk` follows
 one pair through it and prints every shape.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,

@@ -36,7 +36,6 @@ import eval as evaluation
 from scripts.log import Log, describe_run, fingerprint, summary, validate
 from scripts.scenes import TRAIN_DATA, built_in, make_scenes
 from scripts.stop import Stop, all_sum
-from scripts.vocab import find_tokenizer
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # -----------------------------------------------------------------------------
@@ -396,7 +395,10 @@ def train(args, saved, rank, world, device, dtype):
     # What the run is made of: data, model, optimizer
     start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
     shards = data.expand(args.train_data)
-    tokenizer = find_tokenizer(args.vocab, shards, checkpoint=start_from)
+    if start_from:
+        tokenizer = data.Tokenizer(start_from["vocab"])
+    else:
+        tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
     model = make_model(args, start_from, tokenizer, device)
     pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
     head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate

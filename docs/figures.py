@@ -1,6 +1,6 @@
 """Draw the figures of the tutorial and the README into assets/:
 
-    python docs/figures.py [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
+    python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
 built-in scenes (the second one with --cls_weight 0). Figures are 8.5 inches wide with letters of 11
@@ -11,7 +11,6 @@ import argparse
 import itertools
 import math
 import random
-import sys
 import textwrap
 from pathlib import Path
 
@@ -21,13 +20,12 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-from scripts import scenes  # noqa: E402
-from scripts.report import of_kind, read_rows  # noqa: E402
-from superclip import SuperCLIP, SuperCLIPConfig, cli  # noqa: E402
+import data
+from scripts import scenes
+from scripts.report import of_kind, read_rows
+from superclip import SuperCLIP, SuperCLIPConfig, cli
 
+ROOT = Path(__file__).resolve().parent.parent
 INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
 BLUE, GREEN, AMBER = "#2563a8", "#2f7d4f", "#b45f06"
 VIOLET, TEAL = "#7b4fa3", "#0e8a8f"
@@ -257,7 +255,7 @@ def curve(path, clip_path):
     if clip_path:
         header, rows = read_rows(clip_path)
         scored = of_kind(rows, "validation")
-        points = zero_shot(scored, "pair", header["arguments"]["batch_size"])
+        points = zero_shot(scored, "colour_shape", header["arguments"]["batch_size"])
         lines.append(("pair, plain CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)
     right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))

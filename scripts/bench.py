@@ -1,10 +1,10 @@
 """Measure speed and memory on this machine, beside the packages that do the same work.
 
-    python scripts/bench.py data     from shard to batch, beside webdataset
-    python scripts/bench.py index    the pass over the tar headers, and its cache
-    python scripts/bench.py step     one update of the weights, beside open_clip
-    python scripts/bench.py memory   what a step needs by batch size, predicted without a GPU
-    python scripts/bench.py cuda     all that needs a GPU, planned for eight minutes
+    python -m scripts.bench data     from shard to batch, beside webdataset
+    python -m scripts.bench index    the pass over the tar headers, and its cache
+    python -m scripts.bench step     one update of the weights, beside open_clip
+    python -m scripts.bench memory   what a step needs by batch size, predicted without a GPU
+    python -m scripts.bench cuda     all that needs a GPU, planned for eight minutes
 
 train.py's options set the rest. `data` needs --train_data, shards of photographs, and looks at
 --image_size and --batch_size. step, memory and cuda take --model, --batch_size, --dtype, --device,
@@ -39,17 +39,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
-from scripts.convert import open_clip_config  # noqa: E402
-from scripts.log import machine, pair_flops  # noqa: E402
-from scripts.pack import add_member  # noqa: E402
-from scripts.vocab import find_tokenizer  # noqa: E402
-from superclip import LayerNorm, SuperCLIPConfig, check, cli, number  # noqa: E402
+import data
+import eval as evaluation
+import train
+from scripts.convert import open_clip_config
+from scripts.log import machine, pair_flops
+from scripts.pack import add_member
+from superclip import LayerNorm, SuperCLIPConfig, check, cli, number
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = 14  # tokens of a caption, which is usual on the web
 
 
@@ -151,7 +149,7 @@ def bench_data(options, args, folder):
 
 
 def compare_loaders(path, image_size, batch_size, rounds):
-    pairs = data.Pairs([path], find_tokenizer("clip"), image_size)
+    pairs = data.Pairs([path], data.Tokenizer.from_file("clip"), image_size)
     steps = len(pairs) // batch_size
     check(steps, f"--batch_size is more than the {len(pairs)} images")
     jpegs = [pairs.read(row, data.IMAGE) for row in pairs.index[: steps * batch_size].tolist()]
@@ -227,7 +225,7 @@ class Run:
     def __init__(self, options):
         self.args = parse(options)
         _, _, self.device, self.dtype = train.set_up(self.args)
-        tokenizer = find_tokenizer(self.args.vocab or "clip")
+        tokenizer = data.Tokenizer.from_file(self.args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
         self.model = train.make_model(self.args, None, tokenizer, self.device)
@@ -525,7 +523,9 @@ def time_loader(options, shards, seconds, step_speed):
     settings = parse(options)
     _, _, device, _ = train.set_up(settings)
     image_size = settings.image_size or SuperCLIPConfig.preset(settings.model).image_size
-    pairs = data.Pairs(data.expand([shards]), find_tokenizer(settings.vocab or "clip"), image_size)
+    pairs = data.Pairs(
+        data.expand([shards]), data.Tokenizer.from_file(settings.vocab or "clip"), image_size
+    )
     size = settings.batch_size
     order = data.micro_batches(len(pairs), size, slice(None), size, 0, 0, stop=10**9)
     batches = data.load_batches(pairs, order, size, settings.workers, device)

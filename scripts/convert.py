@@ -1,7 +1,7 @@
 """Convert weights: what others have trained into a checkpoint of this project, and back.
 
-    python scripts/convert.py ViT-B-16.pt clip.pt
-    python scripts/convert.py out/best.pt model.safetensors --to open_clip
+    python -m scripts.convert ViT-B-16.pt clip.pt
+    python -m scripts.convert out/best.pt model.safetensors --to open_clip
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of the
 authors' SuperCLIP, or of this project. The shapes of its tensors tell most of the configuration.
@@ -13,17 +13,14 @@ adds a head.
 import argparse
 import importlib.util
 import json
-import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from scripts.vocab import find_tokenizer  # noqa: E402
-from superclip import InputError, SuperCLIP, SuperCLIPConfig, check, cli, number  # noqa: E402
+import data
+from superclip import InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # -----------------------------------------------------------------------------
 # Weights in
@@ -200,7 +197,7 @@ def main(argv):
             print("open_clip's tokenizer does not fit: this model has a vocabulary of its own")
         return write_open_clip(model, args.output)
     if args.vocab or not vocab:
-        vocab = find_tokenizer(args.vocab).vocab
+        vocab = data.Tokenizer.from_file(args.vocab or "clip").vocab
     n, V = data.Tokenizer(vocab).vocab_size, model.config.vocab_size
     check(n == V, f"{args.input} has {V:,} tokens, but the vocabulary has {n:,}: see --vocab")
     content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}

@@ -183,7 +183,7 @@ class Log:
             text = "not used: {} {}: {}".format(*entry)
             tqdm.write(text.encode(errors="replace").decode())  # names in a tar may be any bytes
         if len(unused) > 20:
-            tqdm.write(f"not used: {len(unused) - 20:,} more (see python data.py show)")
+            tqdm.write(f"not used: {len(unused) - 20:,} more (see python -m scripts.show)")
 
     def restart(self, step):
         """Start the interval over which the next row measures speed and waiting."""
@@ -326,4 +326,4 @@ def summary(model, tokenizer, args, val_pairs, row, best, log, step):
         except (OSError, InputError) as error:  # the run itself is complete
             print(f"\nwarning: cannot write {page}: {error}")
     print(f"\nThe model is in {path}. What it sees, and where, in a picture of your own:")
-    print(f"  python eval.py words --checkpoint {path} --image FILE --out words.png")
+    print(f"  python -m scripts.words --checkpoint {path} --image FILE --out words.png")

@@ -1,6 +1,6 @@
 """Make shards from a list of images and captions:
 
-    python data.py pack --csv pairs.csv --images photos/ --out shards/
+    python -m scripts.pack --csv pairs.csv --images photos/ --out shards/
 
 The list is a CSV, TSV or JSONL file with column names. All rows of one image become one sample:
 .txt holds its first caption, and .json holds all `captions` and the other columns of the list (so
@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import sys
 import tarfile
 from collections import Counter
 from contextlib import suppress
@@ -29,9 +28,8 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from superclip import check, cli, number  # noqa: E402
+import data
+from superclip import check, cli, number
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
@@ -319,7 +317,7 @@ def main(argv):
     summary(args.out, shards, bad)
     val = f" --val_data '{args.out}/val-*.tar'" if "val-00000.tar" in shards else ""
     several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
-    print(f"\nnext: python data.py show '{args.out}/train-*.tar' --picture grid.png")
+    print(f"\nnext: python -m scripts.show '{args.out}/train-*.tar' --picture grid.png")
     print(f"      python train.py --train_data '{args.out}/train-*.tar'{val}", end="")
     print(" --captions json.captions" if several else "")
     if len(samples) < 1_000_000:

@@ -1,6 +1,6 @@
 """Write one page that shows what a model has learned, and what it makes of validation pictures:
 
-    python eval.py report --checkpoint out/best.pt --data SHARDS --out report.html
+    python -m scripts.report --checkpoint out/best.pt --data SHARDS --out report.html
 
 The page needs no network and no library. All its numbers are computed here, from the model, the
 validation pairs and the run's log, and they travel in the page as one JSON object. The HTML, CSS
@@ -13,7 +13,6 @@ import argparse
 import base64
 import io
 import json
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,10 +20,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-from superclip import check, cli, number  # noqa: E402
+import data
+import eval as evaluation
+from superclip import check, cli, number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = "/* the numbers */"  # in the template: where the JSON goes

@@ -1,7 +1,7 @@
 """The built-in world: scenes drawn offline in seconds and written as real tar shards, so that the
 first `python train.py` walks the same path as CC3M does.
 
-    python data.py scenes --out scenes
+    python -m scripts.scenes --out scenes
 
 A scene has a *setting*, a cloth of some colour and pattern with a border, 256 in all, and one or
 two *objects* on it, each of some shape and colour. It comes with two captions. The short one is
@@ -13,8 +13,8 @@ and then. The word head asks for them in every picture. Captions off the web are
 picture of a kitchen is found among 31 others by "kitchen", whatever stands on the table. This world
 leaves out photographs, thousands of words, captions that are wrong, and objects that hide others.
 
-Some pairs of colour and shape never occur in training (HELD_OUT). Whoever knows them has learnt
-"red" and "star" as two words.
+Some combinations of colour and shape never occur in training (HELD_OUT). Whoever knows them has
+learnt "red" and "star" as two words.
 
 The drawing is kind to a vision transformer that has three minutes to learn. Objects lie in a 3 x 3
 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
@@ -33,7 +33,6 @@ import math
 import multiprocessing
 import os
 import random
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -41,10 +40,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.pack import add_member  # noqa: E402
-from scripts.vocab import vocabulary_from_words  # noqa: E402
-from superclip import check, cli  # noqa: E402
+import data
+from scripts.pack import add_member
+from superclip import check, cli
 
 SIZE = 72  # pixels: side of a picture
 
@@ -67,10 +65,10 @@ COLOURS = {
     "purple": (170, 80, 240), "pink": (255, 150, 205),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-PAIRS = list(itertools.product(COLOURS, SHAPES))
+COMBINATIONS = list(itertools.product(COLOURS, SHAPES))
 # One partner of each colour and each shape, 8 of 64.
 HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)]
-SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+SEEN = [look for look in COMBINATIONS if look not in HELD_OUT]
 
 TRAIN_DATA = ["scenes/train-*.tar"]  # of a bare `python train.py`
 
@@ -79,7 +77,7 @@ def built_in(batch_size=None):
     """What a bare `python train.py` trains with. These options were chosen together. A batch four
     times as large takes half as many steps, at twice the rate."""
     ratio = math.sqrt((batch_size or 32) / 32)
-    kinds = "colour", "shape", "pair", "held_out"
+    kinds = "colour", "shape", "colour_shape", "held_out"
     return {
         "train_data": TRAIN_DATA,
         "val_data": ["scenes/val-*.tar"],
@@ -98,15 +96,16 @@ def built_in(batch_size=None):
 # Scenes
 
 
-def make_scene(rng, pairs, count=None, settings=SETTINGS):
-    """A scene as a plain dict, ready for JSON. rng: a random.Random; pairs: the (colour, shape)
-    that its objects may have; count: of objects, by default one, in a quarter of the scenes two."""
-    first = rng.choice(pairs)
+def make_scene(rng, combinations, count=None, settings=SETTINGS):
+    """A scene as a plain dict, ready for JSON. rng: a random.Random; combinations: of colour and
+    shape that its objects may have; count: of objects, by default one, in a quarter of the scenes
+    two."""
+    first = rng.choice(combinations)
     # The objects differ in colour and in shape, so that each word belongs to one of them.
-    others = [pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]]
+    others = [look for look in combinations if look[0] != first[0] and look[1] != first[1]]
     chosen = [first] if (count or rng.choice((1, 1, 1, 2))) == 1 else [first, rng.choice(others)]
     cells = rng.sample(range(9), len(chosen))  # one object a cell: nothing overlaps
-    objects = [make_object(rng, *pair, *divmod(cell, 3)) for pair, cell in zip(chosen, cells)]
+    objects = [make_object(rng, *look, *divmod(cell, 3)) for look, cell in zip(chosen, cells)]
     cloth, pattern, border = rng.choice(settings)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
 
@@ -228,7 +227,7 @@ WORDS = "a an the of in on with and photo picture something , .".split()
 def vocabulary():
     """The text of a .tiktoken file in which each word of the captions is one token."""
     names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
-    return vocabulary_from_words(sorted(names | {*WORDS}))
+    return data.words_to_tiktoken(sorted(names | {*WORDS}))
 
 
 def write_shard(task, folder, settings):
@@ -238,11 +237,11 @@ def write_shard(task, folder, settings):
     with tarfile.open(folder / name, "w") as tar:
         for i in numbers:
             rng = random.Random(f"{split} {i}")
-            pairs = SEEN if split == "train" else PAIRS
-            scene = make_scene(rng, pairs, settings=settings)
+            combinations = SEEN if split == "train" else COMBINATIONS
+            scene = make_scene(rng, combinations, settings=settings)
             # In validation, each long caption is true of one picture alone.
             while split == "val" and facts(scene) in seen:
-                scene = make_scene(rng, pairs, settings=settings)
+                scene = make_scene(rng, combinations, settings=settings)
             seen.add(facts(scene))
             short, long = describe(scene, rng)
             about = json.dumps({"short": short, "long": long, "scene": scene})
@@ -258,21 +257,21 @@ def facts(scene):
 
 
 def write_classes(folder):
-    """Folders of single objects for zero-shot classification. In held_out only the pairs that
+    """Folders of single objects for zero-shot classification. In held_out only combinations that
     training never shows have pictures, and the 56 other names are there to be confused with."""
     for kind, names, n in (
         ("colour", COLOURS, 40),
         ("shape", SHAPES, 40),
-        ("pair", map(" ".join, PAIRS), 10),
-        ("held_out", map(" ".join, PAIRS), 40),
+        ("colour_shape", map(" ".join, COMBINATIONS), 10),
+        ("held_out", map(" ".join, COMBINATIONS), 40),
     ):
         for name in names:
             (folder / "zeroshot" / kind / name).mkdir(parents=True)
-            pairs = HELD_OUT if kind == "held_out" else PAIRS
-            pairs = [pair for pair in pairs if name in (*pair, " ".join(pair))]
-            for i in range(n if pairs else 0):
+            looks = HELD_OUT if kind == "held_out" else COMBINATIONS
+            looks = [look for look in looks if name in (*look, " ".join(look))]
+            for i in range(n if looks else 0):
                 rng = random.Random(f"{kind} {name} {i}")
-                scene = make_scene(rng, [pairs[i % len(pairs)]], count=1)
+                scene = make_scene(rng, [looks[i % len(looks)]], count=1)
                 (folder / "zeroshot" / kind / name / f"{i:03d}.jpg").write_bytes(jpeg(scene))
 
 

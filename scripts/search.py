@@ -1,9 +1,9 @@
 """Search images by text, or by another image:
 
-    python eval.py search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
-    python eval.py search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
-    python eval.py search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
-    python eval.py search ... --features photos.npz
+    python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
+    python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
+    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
+    python -m scripts.search ... --features photos.npz
 
 The first command prints the best images for each text, with their scores. --out draws them as well.
 A score is the cosine similarity of two features. Compare scores of one text only.
@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +33,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-from scripts.pictures import contact_sheet, picture_format, wrap  # noqa: E402
-from scripts.words import image_files  # noqa: E402
-from superclip import InputError, check, cli, number  # noqa: E402
+import data
+import eval as evaluation
+from scripts.pictures import contact_sheet, picture_format, wrap
+from scripts.words import image_files
+from superclip import InputError, check, cli, number
 
 # -----------------------------------------------------------------------------
 # Where images are
@@ -60,7 +58,7 @@ def shard_entries(shards):
     """list of shards -> entries of all their images, with or without captions. Raises
     InputError."""
     pairs = data.Pairs(shards, tokenizer=None, image_size=None)  # for its index and keys alone
-    print(f"parts of shards not used: {len(pairs.unused):,} (python data.py show says why)")
+    print(f"parts of shards not used: {len(pairs.unused):,} (python -m scripts.show says why)")
     files = [(os.path.abspath(shard), os.stat(shard).st_mtime_ns) for shard in pairs.shards]
     for row in pairs.index.tolist():
         file, mtime = files[row[0]]

@@ -1,6 +1,6 @@
 """Look at shards before training on them:
 
-    python data.py show SHARDS --picture grid.png
+    python -m scripts.show SHARDS --picture grid.png
 
 Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
 their tokens and label weights: what the word head is asked to predict. The weights are the IDF over
@@ -9,19 +9,15 @@ the captions of these shards.
 
 import argparse
 import math
-import sys
 import textwrap
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from scripts.pictures import contact_sheet, picture_format  # noqa: E402
-from scripts.vocab import find_tokenizer  # noqa: E402
-from superclip import PAD, cli, number  # noqa: E402
+import data
+from scripts.pictures import contact_sheet, picture_format
+from superclip import PAD, cli, number
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -131,7 +127,8 @@ def main(argv):
     if args.picture:
         picture_format(args.picture)  # a mistake is told before the work
     shards = data.expand(args.shards)
-    pairs = data.Pairs(shards, find_tokenizer(args.vocab, shards), SIDE, args.captions)
+    tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
+    pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
     lengths, document_counts, repeats, bad = examine(pairs)
     chosen, bad_images = choose(pairs, args.n, args.seed)
     sources = ", ".join(args.captions)

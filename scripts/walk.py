@@ -1,6 +1,6 @@
 """Follow one picture and its caption through an untrained SuperCLIP, and print every shape:
 
-    python scripts/walk.py
+    python -m scripts.walk
 
 Read it beside superclip.py. It takes seconds on a CPU and needs no data. At the end it compares
 both losses with what theory says of a model that knows nothing yet. If you change the model and a
@@ -11,17 +11,13 @@ Axes are those of superclip.py: B pairs, P patches, T tokens, D width, V vocabul
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from scripts.scenes import PAIRS, describe, draw, make_scene  # noqa: E402
-from scripts.vocab import vocabulary_from_words  # noqa: E402
-from superclip import PAD, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss  # noqa: E402
+import data
+from scripts.scenes import COMBINATIONS, describe, draw, make_scene
+from superclip import PAD, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss
 
 B = 256  # pairs in the batch whose losses are compared with theory
 
@@ -63,10 +59,10 @@ def show_label(model, tokenizer, tokens):
 def main(argv):
     rng = random.Random(1)
     torch.manual_seed(0)
-    scenes = [make_scene(rng, PAIRS) for _ in range(B)]
+    scenes = [make_scene(rng, COMBINATIONS) for _ in range(B)]
     captions = [describe(scene, rng)[1] for scene in scenes]
     words = {word for caption in captions for word in data.WORD.findall(caption)}
-    tokenizer = data.Tokenizer(vocabulary_from_words(sorted(words)))
+    tokenizer = data.Tokenizer(data.words_to_tiktoken(sorted(words)))
     tokens, V = tokenizer(captions), tokenizer.vocab_size
     model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=V))
     size = model.config.image_size

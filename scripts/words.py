@@ -1,7 +1,7 @@
 """Which words the head sees in an image, and where:
 
-    python eval.py words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
-    python eval.py words --checkpoint out/best.pt --data 'scenes/val-*.tar'
+    python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
+    python -m scripts.words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
 The first command prints the most probable words of each image. With --out it also draws a map for
 each word: red where the word becomes less probable if these patches are left out. The second
@@ -13,17 +13,15 @@ Axes: S pixels a side, K words, W windows, G patches a side.
 import argparse
 import glob
 import json
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-from scripts.pictures import GAP, LINE, fit, picture_format, save_picture, wrap  # noqa: E402
-from superclip import InputError, check, cli, number  # noqa: E402
+import data
+import eval as evaluation
+from scripts.pictures import GAP, LINE, fit, picture_format, save_picture, wrap
+from superclip import InputError, check, cli, number
 
 
 def image_files(paths):

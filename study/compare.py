@@ -1,8 +1,8 @@
 """The paper's claims made small: CLIP against SuperCLIP on the built-in scenes.
 
-    python study/compare.py --quick        one run of each method, three to five minutes
-    python study/compare.py                everything, eight hours on two cores
-    python study/compare.py --report       figure and tables again, from study/runs.jsonl
+    python -m study.compare --quick        one run of each method, three to five minutes
+    python -m study.compare                everything, eight hours on two cores
+    python -m study.compare --report       figure and tables again, from study/runs.jsonl
 
 Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
 the table says so. The differences are paired by seed, and have a 95 % interval (Student's t).
@@ -19,20 +19,18 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import train  # noqa: E402
-from scripts.log import machine  # noqa: E402
-from study import run  # noqa: E402
-from superclip import check, cli, number  # noqa: E402
+import train
+from scripts.log import machine
+from study import run
+from superclip import check, cli, number
 
 FOLDER = Path(__file__).parent
 FIGURE = FOLDER.parent / "assets" / "study.png"
@@ -72,24 +70,24 @@ class Part(NamedTuple):
     rows: list  # label, one kind of run, another kind of run
 
 
-OBJECTS = ("R@1", "pair", "colour", "shape")
+OBJECTS = ("R@1", "colour_shape", "colour", "shape")
 PARTS = {
     "batch": Part(
         "Batch size, at equal samples seen (256: three times as many).",
-        5, ("R@1", "pair", "held-out pair", "colour", "shape", "probe pair"),
+        5, ("R@1", "colour_shape", "held_out", "colour", "shape", "probe colour_shape"),
         [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in BATCH_SIZES],
     ),
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
         "theirs, so that only the objects tell them apart. With one setting most captions repeat. "
         "So the scores of its search are low, and can hardly tell the rates apart.",
-        5, (*OBJECTS, "probe pair"),
+        5, (*OBJECTS, "probe colour_shape"),
         [both(f"{n} setting" + "s" * (n > 1), settings=n, batch_size=8) for n in SETTING_COUNTS],
     ),
     "rates": Part(
         "Learning rates, at batch 32. The last row is chosen afterwards: of these two rates, each "
         "method has the one at which it names more objects.",
-        5, ("R@1", "pair", "held-out pair", "colour", "shape", "probe pair"),
+        5, ("R@1", "colour_shape", "held_out", "colour", "shape", "probe colour_shape"),
         [*(both(f"{rate:g}", learning_rate=rate) for rate in (BOLD / 2, BOLD)),
          (f"CLIP at {BOLD / 2:g}, SuperCLIP at {BOLD:g}", {**CLIP, "learning_rate": BOLD / 2},
           {**SUPERCLIP, "learning_rate": BOLD})],
@@ -97,13 +95,13 @@ PARTS = {
     "groups": Part(
         "Pairs compared, at batch 64 and equal updates: each image is told from the captions of "
         "its own group only.",
-        5, (*OBJECTS, "probe pair"),
+        5, (*OBJECTS, "probe colour_shape"),
         [both(f"groups of {g}", batch_size=64, group=g if g < 64 else None) for g in GROUPS],
     ),
     "visual": Part(
         "Purely visual: a linear probe on the frozen class token, at batch 32, beside a model with "
-        "random weights. The probe learns from two pictures of each pair of colour and shape.",
-        5, ("probe pair", "probe colour", "probe shape"),
+        "random weights. The probe learns from two pictures of each combination.",
+        5, ("probe colour_shape", "probe colour", "probe shape"),
         [both("CLIP -> SuperCLIP"), ("untrained -> CLIP", dict(samples=0), CLIP),
          ("untrained -> CLIP, groups of 4", dict(samples=0),
           {**CLIP, "batch_size": 64, "group": 4}),
@@ -116,7 +114,7 @@ PARTS = {
     ),
     "length": Part(
         "Samples seen, at batch 32.",
-        3, (*OBJECTS, "probe pair"),
+        3, (*OBJECTS, "probe colour_shape"),
         [both(f"{n:,} samples", samples=n) for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)],
     ),
     "captions": Part(
@@ -365,7 +363,7 @@ def draw_panel(axis, study, part, places, label):
     for name, kind, colour, aside in (("CLIP", 1, "#4b5563", 0.96), ("SuperCLIP", 2, "#d1495b", 1)):
         points = []
         for place, row in rows.items():
-            values = [100 * v for v in study.values(part, row[kind], "pair").values()]
+            values = [100 * v for v in study.values(part, row[kind], "colour_shape").values()]
             if values:
                 points.append((place * aside, *interval(values)))
                 axis.scatter([place * aside] * len(values), values, color=colour, s=14, alpha=0.5)
@@ -422,11 +420,11 @@ def report(study, figure_path):
     dtypes = ", ".join(f"{n} in {dtype}" for dtype, n in sorted(dtypes.items()))
     lines = [
         "# CLIP and SuperCLIP on the built-in scenes", "",
-        "Made by `python study/compare.py`. A cell reads: mean of the first kind -> mean of the "
+        "Made by `python -m study.compare`. A cell reads: mean of the first kind -> mean of the "
         "second, and their difference with its 95 % interval (paired by seed, Student's t), in "
         "percent. R@1 is the mean of both ways among 1,000 validation scenes with their long "
-        "captions. pair, colour and shape are zero-shot scores of pictures of one object. Training "
-        "never shows a held-out pair.", "",
+        "captions. colour_shape, colour and shape are zero-shot scores of pictures of one object, "
+        "held_out those of combinations that training never shows.", "",
         f"{len(results)} runs ({dtypes}), {hours:.1f} core-hours on {devices}, torch "
         f"{results[-1]['torch']}. runs.jsonl has the seconds, dtype, commit and date of each. Rows "
         "that have not been run are left out; the command above goes on with them.", "",

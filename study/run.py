@@ -19,7 +19,6 @@ import data
 import eval as evaluation
 import train
 from scripts import scenes
-from scripts.vocab import find_tokenizer
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
 
 # The options of a run, and their defaults.
@@ -40,7 +39,7 @@ RUN = dict(
     idf=True,
     start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
-PER_PAIR = 20  # single objects drawn for each of the 64 pairs of colour and shape
+PER_LOOK = 20  # single objects drawn for each of the 64 combinations of colour and shape
 SHOTS = 2  # the ones that a linear probe learns from: few, so that it needs good features
 HELD_OUT = 1000  # training pairs that a search is judged by
 START_RATE = 3.5e-4  # of a model that is fine-tuned later
@@ -105,7 +104,7 @@ def prepare_scenes(folder, settings):
 def prepare_flickr(folder, train_shards, val_shards, classes):
     for part, shards in (("train", train_shards), ("val", val_shards)):
         path = folder / f"flickr-256-{part}.pt"
-        write_table(path, shards, find_tokenizer("clip"), ["json.captions"])
+        write_table(path, shards, data.Tokenizer.from_file("clip"), ["json.captions"])
     os.symlink(os.path.abspath(classes), folder / "classes")
 
 
@@ -159,25 +158,25 @@ def retrieval_scores(model, spec, table):
 
 def object_scores(model, tokenizer):
     """Zero-shot classification of pictures of one object, and linear probes on the class token."""
-    own = [pair for pair in scenes.PAIRS for _ in range(PER_PAIR)]
+    own = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
     drawn = [
-        scenes.make_scene(random.Random(f"object {i}"), [pair], 1) for i, pair in enumerate(own)
+        scenes.make_scene(random.Random(f"object {i}"), [look], 1) for i, look in enumerate(own)
     ]
     images = torch.stack([data.load_image(scenes.jpeg(scene), scenes.SIZE) for scene in drawn])
     features = torch.cat([model.encode_image(part) for part in images.split(256)])
     frozen = torch.cat([model.visual(part)[:, 0] for part in images.split(256)])
-    test, scores = torch.arange(len(own)) % PER_PAIR >= SHOTS, {}
+    test, scores = torch.arange(len(own)) % PER_LOOK >= SHOTS, {}
     for name, classes, labels in (
         ("colour", [*scenes.COLOURS], [c for c, _ in own]),
         ("shape", [*scenes.SHAPES], [s for _, s in own]),
-        ("pair", [" ".join(p) for p in scenes.PAIRS], [" ".join(p) for p in own]),
+        ("colour_shape", [" ".join(p) for p in scenes.COMBINATIONS], [" ".join(p) for p in own]),
     ):
         labels = torch.tensor([classes.index(label) for label in labels])
         logits = features @ evaluation.zeroshot_classifier(model, tokenizer, classes).T
         scores[name] = right(logits, labels)
-        if name == "pair":
-            unseen = torch.tensor([pair in scenes.HELD_OUT for pair in own])
-            scores["held-out pair"] = right(logits[unseen], labels[unseen])
+        if name == "colour_shape":
+            unseen = torch.tensor([look in scenes.HELD_OUT for look in own])
+            scores["held_out"] = right(logits[unseen], labels[unseen])
         with torch.enable_grad():
             parts = ((frozen[which], labels[which]) for which in (~test, test))
             scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
@@ -287,7 +286,7 @@ def make_model(spec, vocab_size):
 def optimise(model, table, spec):
     """Train as train.py does. Returns the last losses and the dtype, which is bfloat16 if the CPU
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
-    differed by 0.2 points at most, and pair by 1.6.)"""
+    differed by 0.2 points at most, and colour_shape by 1.6.)"""
     machine = SimpleNamespace(device="cpu", dtype=None, train_data=scenes.TRAIN_DATA)
     _, _, device, dtype = train.set_up(machine)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from scripts.vocab import vocabulary_from_words
+from data import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig, cli
 
 TINY = dict(image_size=16, patch_size=4, vision_width=64, vision_layers=1, text_width=64)
@@ -41,7 +41,7 @@ def write_shard(path, samples):
 # ---- for tests that evaluate a checkpoint
 
 WORDS = "a photo picture of the red green blue grey square ring thing".split()
-TOKENIZER = data.Tokenizer(vocabulary_from_words(WORDS))
+TOKENIZER = data.Tokenizer(words_to_tiktoken(WORDS))
 
 
 def make_model(**changes):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from material import error_of, run
 
+from data import words_to_tiktoken
 from scripts import bench
-from scripts.vocab import vocabulary_from_words
 from superclip import LayerNorm, contrastive_loss
 
 
@@ -17,7 +17,7 @@ def options(shallow, tmp_path, monkeypatch):
     fake tensors take as long for a small block as for a large one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # main() changes it
     vocab = tmp_path / "words.tiktoken"
-    vocab.write_text(vocabulary_from_words("a photo of the red dog and its ball".split()))
+    vocab.write_text(words_to_tiktoken("a photo of the red dog and its ball".split()))
     return ["--model=tiny", "--device=cpu", f"--vocab={vocab}", "--batch_size=8", "--workers=1"]
 
 

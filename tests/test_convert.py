@@ -17,8 +17,8 @@ from test_model import SMALL, close, open_clip_of, pairs, same_features, small
 
 import data
 import eval as evaluation
+from data import words_to_tiktoken
 from scripts.convert import convert, main, open_clip_config, open_clip_state
-from scripts.vocab import find_tokenizer, vocabulary_from_words
 from superclip import InputError, SuperCLIPConfig
 
 OFFICIAL = torch.load(Path(__file__).parent / "official_tiny.pt", weights_only=True)
@@ -495,8 +495,8 @@ def test_a_checkpoint_of_this_project_stays_what_it_is(changes, tmp_path, capsys
 
 def test_a_vocabulary_of_words_is_said_not_to_fit_open_clips_tokenizer(tmp_path, capsys):
     """A note is printed for a word vocabulary, and none for CLIP's."""
-    words = data.Tokenizer(vocabulary_from_words(["photo", "red", "ring"]))
-    for tokenizer, fits in ((words, False), (find_tokenizer("clip"), True)):
+    words = data.Tokenizer(words_to_tiktoken(["photo", "red", "ring"]))
+    for tokenizer, fits in ((words, False), (data.Tokenizer.from_file("clip"), True)):
         model = small(vocab_size=tokenizer.vocab_size)
         path = save_ours(model, tmp_path / "best.pt", vocab=tokenizer.vocab)
         assert not run(main, path, tmp_path / "out.pt", "--to", "open_clip")

@@ -21,8 +21,7 @@ from PIL.Image import Transpose
 
 import data
 import train
-from data import Pairs, Tokenizer, batch_indices, load_image
-from scripts.vocab import vocabulary_from_words
+from data import Pairs, Tokenizer, batch_indices, load_image, words_to_tiktoken
 from superclip import InputError, cli
 
 ROOT = Path(data.__file__).parent
@@ -31,7 +30,7 @@ WORDS = "a red green blue dog cat runs sits on the grass".split()
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer(vocabulary_from_words(WORDS))
+    return Tokenizer(words_to_tiktoken(WORDS))
 
 
 def photo(seed=0, size=(40, 30), mode="RGB"):
@@ -390,7 +389,7 @@ def test_half_of_a_surrogate_pair_does_not_break_what_prints_it(tmp_path, tokeni
 
 
 def test_labels_are_not_cut_to_the_context(tmp_path):
-    tokenizer = Tokenizer(vocabulary_from_words(WORDS), context_length=8)
+    tokenizer = Tokenizer(words_to_tiktoken(WORDS), context_length=8)
     path = write_tar(tmp_path / "0.tar", [("0.jpg", JPEG), ("0.txt", b"a red dog " * 9)])
     pairs = Pairs([path], tokenizer, 8)
     batch = pairs.collate([pairs[0, 0]])
@@ -786,7 +785,7 @@ def nasty_shards(tmp_path_factory):
     path = Path(shard(folder / "90.tar", 3))
     path.write_bytes(path.read_bytes()[:-11_000])
     (folder / "91.tar").write_bytes(b"")
-    (folder / "vocab.tiktoken").write_text(vocabulary_from_words(WORDS))
+    (folder / "vocab.tiktoken").write_text(words_to_tiktoken(WORDS))
     return folder
 
 

@@ -19,7 +19,6 @@ from material import (
     png,
     result_of,
     run,
-    write_checkpoint,
     write_shard,
 )
 from PIL import Image
@@ -450,14 +449,3 @@ def test_mistakes_are_one_sentence(folders, checkpoint, tmp_path, capsys):
     ):
         assert words in error_of(capsys, evaluation.main, *argv), argv
     assert not list(tmp_path.glob("**/*.json"))
-
-
-def test_words_are_asked_of_a_script(folders, checkpoint, tmp_path, monkeypatch, capsys):
-    """`python eval.py words ...` is a front door: it starts scripts/words.py."""
-    argv = ["words", "--checkpoint", checkpoint, "--image", folders / "red" / "0.png", "--k", 2]
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
-    assert not run(evaluation.main, *argv)
-    assert f"{folders / 'red' / '0.png'}: " in capsys.readouterr().out
-    write_checkpoint(checkpoint, make_model(cls_weight=0))
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
-    assert "no word head" in error_of(capsys, evaluation.main, *argv)

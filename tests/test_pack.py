@@ -3,19 +3,16 @@
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import JPEG, ROOT, WORDS, encoded, good, photo, write_tar
+from test_data import JPEG, WORDS, encoded, good, photo, write_tar
 
 import data
-from data import Pairs
+from data import Pairs, words_to_tiktoken
 from scripts import pack, pictures, show
-from scripts.vocab import vocabulary_from_words
 from superclip import InputError
 
 # -----------------------------------------------------------------------------
@@ -341,19 +338,13 @@ def test_pack_says_what_is_wrong(pictures_and_list, tmp_path):
         run_pack(pictures_and_list)
 
 
-def test_data_py_starts_the_scripts(tmp_path):
-    command = [sys.executable, "data.py", "pack", "--csv", "nowhere.csv", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr == "error: there is no file nowhere.csv\n"
-
-
 # -----------------------------------------------------------------------------
 # show
 
 
 @pytest.fixture
 def word_folder(tmp_path):
-    (tmp_path / "vocab.tiktoken").write_text(vocabulary_from_words(WORDS))
+    (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(WORDS))
     return tmp_path
 
 

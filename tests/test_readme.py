@@ -78,9 +78,9 @@ def test_the_three_lines_of_inference_run_as_printed(tmp_path):
     code = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
     setup = (
         "import torch, superclip, data; from PIL import Image\n"
-        "from scripts.vocab import vocabulary_from_words\n"
+        "from data import words_to_tiktoken\n"
         "import os; os.makedirs('out')\n"
-        "tokenizer = data.Tokenizer(vocabulary_from_words(['dog', 'cat']))\n"
+        "tokenizer = data.Tokenizer(words_to_tiktoken(['dog', 'cat']))\n"
         "config = superclip.SuperCLIPConfig.preset('tiny', vocab_size=tokenizer.vocab_size)\n"
         "model = superclip.SuperCLIP(config)\n"
         "torch.save({'model': model.state_dict(), 'config': vars(config),"

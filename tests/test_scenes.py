@@ -77,7 +77,7 @@ def test_long_captions_of_validation_are_true_of_one_picture_only(world):
 def test_objects_lie_inside_the_picture_and_apart_from_each_other():
     rng = random.Random(0)
     for _ in range(300):
-        boxes = [o["box"] for o in scenes.make_scene(rng, scenes.PAIRS)["objects"]]
+        boxes = [o["box"] for o in scenes.make_scene(rng, scenes.COMBINATIONS)["objects"]]
         assert all(0 <= v <= 1 for box in boxes for v in box)
         if len(boxes) == 2:
             a, b = boxes
@@ -117,11 +117,11 @@ def test_class_folders_hold_what_their_names_say(world):
 
     assert names("colour") == dict.fromkeys(scenes.COLOURS, 40)
     assert names("shape") == dict.fromkeys(scenes.SHAPES, 40)
-    assert names("pair") == {f"{c} {s}": 10 for c, s in scenes.PAIRS}
-    held_out = {f"{c} {s}": 40 if (c, s) in scenes.HELD_OUT else 0 for c, s in scenes.PAIRS}
+    assert names("colour_shape") == {f"{c} {s}": 10 for c, s in scenes.COMBINATIONS}
+    held_out = {f"{c} {s}": 40 if (c, s) in scenes.HELD_OUT else 0 for c, s in scenes.COMBINATIONS}
     assert names("held_out") == held_out
     picture = data.load_image(
-        (world / "zeroshot" / "pair" / "red star" / "000.jpg").read_bytes(), 72
+        (world / "zeroshot" / "colour_shape" / "red star" / "000.jpg").read_bytes(), 72
     )
     red = torch.tensor(scenes.COLOURS["red"])[:, None, None]
     assert ((picture - red).abs().amax(dim=0) < 20).sum() > 30

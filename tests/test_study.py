@@ -19,7 +19,7 @@ ATTRIBUTES = (*run.ATTRIBUTES, "swap")
 
 def test_a_question_changes_one_thing():
     for seed in range(60):
-        scene = scenes.make_scene(random.Random(seed), scenes.PAIRS)
+        scene = scenes.make_scene(random.Random(seed), scenes.COMBINATIONS)
         asked = run.questions(scene, seed)
         assert ("swap" in asked) == (len(scene["objects"]) == 2)
         for kind, (true, *others) in asked.items():
@@ -158,7 +158,7 @@ def test_groups_contrast_within_themselves():
 
 def test_halves_share_neither_cloth_nor_shape():
     table = run.Table.__new__(run.Table)
-    table.scenes = [scenes.make_scene(random.Random(i), scenes.PAIRS) for i in range(200)]
+    table.scenes = [scenes.make_scene(random.Random(i), scenes.COMBINATIONS) for i in range(200)]
     table.images = table.tokens = torch.arange(200)
     seen = []
     for second in (0, 1):
@@ -173,7 +173,7 @@ def test_runs_and_report(shallow, tmp_path, monkeypatch):
     lbfgs = torch.optim.LBFGS  # two iterations of a probe are enough to see it run
     few = lambda weights, **options: lbfgs(weights, **{**options, "max_iter": 2})  # noqa: E731
     monkeypatch.setattr(torch.optim, "LBFGS", few)
-    monkeypatch.setattr(run, "PER_PAIR", 3)
+    monkeypatch.setattr(run, "PER_LOOK", 3)
     monkeypatch.setattr(run, "HELD_OUT", 50)
     make_scenes = scenes.make_scenes
     small = lambda out, settings: make_scenes(out, train=200, val=50, settings=settings)  # noqa: E731
@@ -185,7 +185,7 @@ def test_runs_and_report(shallow, tmp_path, monkeypatch):
         spec = {**run.RUN, **changes, "settings": 4, "samples": 96, "learning_rate": 1e-3}
         result = run.run((spec, tmp_path))
         assert result["spec"] == spec and math.isfinite(result["losses"]["contrastive_loss"])
-        assert ("pair" in result["scores"]) == (not spec["search"])
+        assert ("colour_shape" in result["scores"]) == (not spec["search"])
         if spec["cls_weight"] and not spec["search"]:  # a bag of words cannot tell
             assert result["scores"]["head swap"]["value"] == 0.5
         assert ("head swap" in result["scores"]) == (changes == compare.SUPERCLIP)

@@ -16,8 +16,8 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TE
 from test_data import JPEG, write_tar
 
 import data
+from data import words_to_tiktoken
 from scripts import vocab
-from scripts.vocab import find_tokenizer, vocabulary_from_words
 from superclip import PAD, InputError
 
 ORACLE = SimpleTokenizer()
@@ -169,7 +169,7 @@ def test_start_and_end_are_the_last_two_ids(clip):
     assert (clip.start, clip.end, clip.vocab_size) == (49406, 49407, 49408)
     # literal text becomes the special token, as in open_clip
     assert clip.encode("<START_OF_TEXT> <end_of_text>") == [clip.start, clip.end]
-    words = data.Tokenizer(vocabulary_from_words(["dog"]))
+    words = data.Tokenizer(words_to_tiktoken(["dog"]))
     assert (words.start, words.end, words.vocab_size) == (513, 514, 515)
     assert words(["dog"], 5).tolist() == [[513, 512, 514, PAD, PAD]]
 
@@ -180,7 +180,7 @@ def test_start_and_end_are_the_last_two_ids(clip):
 
 def test_in_a_word_vocabulary_a_known_word_is_one_token_and_others_are_bytes():
     known = ["red", "circle", "café", "собака", "ed", "!!"]
-    tokenizer = data.Tokenizer(vocabulary_from_words(known))
+    tokenizer = data.Tokenizer(words_to_tiktoken(known))
     assert tokenizer.vocab_size == 512 + len(known) + 2
     for i, word in enumerate(known):
         assert tokenizer.encode(word.upper()) == [512 + i]
@@ -202,8 +202,8 @@ WRONG = {
     "empty": b"",
     "JSON": b'{"a": 1,\n "b": 2}\n',
     "prose": b"a dog\non a sofa\n" * 300,
-    "a hole in the ranks": vocabulary_from_words(["a"]).replace(" 300\n", " 600\n").encode(),
-    "a rank twice": vocabulary_from_words(["a"]).replace(" 300\n", " 301\n").encode(),
+    "a hole in the ranks": words_to_tiktoken(["a"]).replace(" 300\n", " 600\n").encode(),
+    "a rank twice": words_to_tiktoken(["a"]).replace(" 300\n", " 301\n").encode(),
     "no single bytes": vocabulary_lines([f"word{i} ".encode() for i in range(600)]),
     "a cut gzip": Path(default_bpe()).read_bytes()[:5000],
     "a damaged gzip": gzip.compress(b"x" * 999)[:12] + b"\xff" * 40,
@@ -226,22 +226,24 @@ def test_a_path_without_a_file_is_an_input_error(tmp_path):
             data.Tokenizer.from_file(path)
 
 
-def test_find_tokenizer_takes_a_path_then_what_lies_beside_the_shards(tmp_path):
+def test_the_vocabulary_beside_the_shards_is_found(tmp_path):
     mine, shards = tmp_path / "mine.tiktoken", [str(tmp_path / "a" / "0.tar")]
-    mine.write_text(vocabulary_from_words(["x", "yy", "zz"]))
-    assert find_tokenizer(str(mine), shards, 9)(["yy"]).shape == (1, 9)
-    assert find_tokenizer(None, shards).vocab_size == 49408  # nothing beside: clip
+    mine.write_text(words_to_tiktoken(["x", "yy", "zz"]))
+    assert data.Tokenizer.from_file(mine, 9)(["yy"]).shape == (1, 9)
+    assert (
+        data.Tokenizer.from_file(data.vocabulary_beside(shards)).vocab_size == 49408
+    )  # nothing beside: clip
     beside = tmp_path / "a" / "vocab.tiktoken"
     beside.parent.mkdir()
-    beside.write_text(vocabulary_from_words(["yy"]))
-    assert find_tokenizer(None, shards).vocab_size == 515
-    assert find_tokenizer("clip", shards).vocab_size == 49408  # when asked for
+    beside.write_text(words_to_tiktoken(["yy"]))
+    assert data.Tokenizer.from_file(data.vocabulary_beside(shards)).vocab_size == 515
+    assert data.Tokenizer.from_file("clip").vocab_size == 49408  # when asked for
 
 
-def test_find_tokenizer_reads_open_clips_copy_without_importing_open_clip(monkeypatch):
+def test_from_file_reads_open_clips_copy_without_importing_open_clip(monkeypatch):
     monkeypatch.delitem(sys.modules, "open_clip")
     monkeypatch.setattr(requests, "get", lambda url: pytest.fail("asked the network"))
-    assert find_tokenizer("clip").encode("a photo") == [320, 1125]
+    assert data.Tokenizer.from_file("clip").encode("a photo") == [320, 1125]
     assert "open_clip" not in sys.modules
 
 
@@ -262,7 +264,7 @@ def test_without_any_copy_the_error_says_what_to_get(monkeypatch, tmp_path):
     with pytest.raises(
         InputError, match="cannot download .*bpe_simple_vocab_16e6.txt.gz.* --vocab"
     ):
-        find_tokenizer("clip")
+        data.Tokenizer.from_file("clip")
 
 
 def test_with_the_file_in_tiktokens_cache_nothing_is_downloaded(monkeypatch, tmp_path):
@@ -271,9 +273,9 @@ def test_with_the_file_in_tiktokens_cache_nothing_is_downloaded(monkeypatch, tmp
     response = requests.Response()
     response.status_code, response._content = 200, Path(default_bpe()).read_bytes()
     monkeypatch.setattr(requests, "get", lambda url: response)
-    find_tokenizer("clip")  # the download, which fills the cache
+    data.Tokenizer.from_file("clip")  # the download, which fills the cache
     monkeypatch.setattr(requests, "get", lambda url: pytest.fail("asked the network"))
-    assert find_tokenizer("clip").encode("a photo") == [320, 1125]
+    assert data.Tokenizer.from_file("clip").encode("a photo") == [320, 1125]
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
     out = tmp_path / "vocab.tiktoken"
     vocab.main([path, "--size", "517", "--out", str(out)])
     assert "517 entries" in capsys.readouterr().out
-    tokenizer = find_tokenizer(None, [path])
+    tokenizer = data.Tokenizer.from_file(data.vocabulary_beside([path]))
     assert tokenizer.vocab_size == 517
     assert [tokenizer.decode([i]) for i in (512, 513)] == ["dog", "red"]
     assert tokenizer.encode("a Red dog")[1:] == [513, 512]

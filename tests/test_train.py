@@ -32,8 +32,8 @@ import data
 import eval as evaluation
 import superclip
 import train
+from data import words_to_tiktoken
 from scripts import log
-from scripts.vocab import vocabulary_from_words
 from superclip import InputError, SuperCLIP, SuperCLIPConfig, cli
 
 TIMES = ("images_per_second", "data_wait", "memory_gb", "mfu")  # what may differ between equal runs
@@ -75,7 +75,7 @@ def shards(tmp_path_factory):
     write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70: no multiple of a batch
     write_shard(folder / "val-0.tar", map(sample, range(70, 90)))
     words = "a red green blue grey square thing and nothing else on it".split()
-    (folder / "vocab.tiktoken").write_text(vocabulary_from_words(words))
+    (folder / "vocab.tiktoken").write_text(words_to_tiktoken(words))
     return folder
 
 
@@ -527,7 +527,7 @@ def test_init_from_starts_with_the_weights_and_the_vocabulary_of_the_checkpoint(
     for shard in shards.glob("train-*.tar"):
         shutil.copy(shard, tmp_path)
     words = "a red green blue grey square thing and nothing else on that".split()
-    (tmp_path / "vocab.tiktoken").write_text(vocabulary_from_words(words))
+    (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(words))
     argv = without_model(flags(tmp_path, tmp_path / "out", "--learning_rate", 0, "--steps", 1))
     train.main(
         [*argv, "--val_data", str(shards / "val-0.tar"), "--init_from", str(whole / "best.pt")]
@@ -927,7 +927,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(shards, tmp_path, ca
 )
 def test_another_model_is_refused_by_name(copy, shards, capsys, monkeypatch, more, name):
     monkeypatch.chdir(copy)
-    Path("other.tiktoken").write_text(vocabulary_from_words(["other", "words"]))
+    Path("other.tiktoken").write_text(words_to_tiktoken(["other", "words"]))
     before = (copy / "log.jsonl").read_bytes()
     assert name in error_of(flags(shards, copy, "--resume", *more), capsys)
     assert (copy / "log.jsonl").read_bytes() == before and last(copy)["step"] == 12

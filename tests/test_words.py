@@ -20,8 +20,8 @@ from material import (
 from PIL import Image
 
 import data
+from data import words_to_tiktoken
 from scripts import words
-from scripts.vocab import vocabulary_from_words
 
 
 class Seer:
@@ -83,7 +83,7 @@ def test_a_head_that_does_not_look_localises_by_chance_and_one_of_nan_not_at_all
 
 
 def test_words_of_several_tokens_are_not_asked(scenes):
-    vocab = data.Tokenizer(vocabulary_from_words(["ring", "square", "blue"]))  # no "red"
+    vocab = data.Tokenizer(words_to_tiktoken(["ring", "square", "blue"]))  # no "red"
     pairs = data.Pairs([str(scenes)], vocab, 24)
     image, found = words.read_scene(pairs, pairs.index[0].tolist())
     assert image.shape == (3, 24, 24)
