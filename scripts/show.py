@@ -8,6 +8,7 @@ the captions of these shards.
 """
 
 import argparse
+import itertools
 import math
 import textwrap
 from collections import Counter
@@ -23,57 +24,59 @@ SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
 
 
-def texts_of(pairs, row):
-    """All captions of a sample. Raises BadSample."""
-    return [text for source in dict.fromkeys(pairs.captions) for text in pairs.texts(row, source)]
-
-
-def examine(pairs):
-    """Read all captions -> (lengths: list of tokens in each; document_counts: in how many captions
-    a token is; repeats: how many samples have a caption; bad: list of (shard, key, reason)). Images
-    are not decoded."""
-    lengths, document_counts, repeats, bad = [], Counter(), Counter(), []
-    for row in data.progress(pairs.index.tolist(), "reading captions", unit="sample"):
+def read_samples(pairs, rows, unused, images=False):
+    """Yield (row, list of all captions, image or None). What is bad goes to `unused`, a list of
+    (shard, key, reason)."""
+    for row in rows:
         try:
-            texts = texts_of(pairs, row)
+            sources = dict.fromkeys(pairs.captions)
+            texts = [text for source in sources for text in pairs.texts(row, source)]
+            image = data.load_image(pairs.read(row, data.IMAGE), SIDE) if images else None
+            yield row, texts, image
         except (data.BadSample, OSError) as error:
-            bad.append((pairs.shards[row[0]], pairs.key(row), str(error)))
-            continue
+            unused.append((pairs.shards[row[0]], pairs.key(row), str(error)))
+
+
+def count_tokens(pairs, unused):
+    """Read all captions -> (lengths: list of tokens in each; document_counts: in how many captions
+    a token is; repeats: in how many samples a caption is)."""
+    lengths, document_counts, repeats = [], Counter(), Counter()
+    rows = data.progress(pairs.index.tolist(), "reading captions", unit="sample")
+    for _, texts, _ in read_samples(pairs, rows, unused):
         for text in texts:
             ids = pairs.tokenizer.encode(text)
             lengths.append(len(ids))
             document_counts.update(set(ids))
-        # Within one sample, twins do no harm: they count once.
+        # Equal captions of one sample count once, because they are no false negatives.
         repeats.update({" ".join(data.clean(text).split()) for text in texts})
-    return lengths, document_counts, repeats, bad
+    return lengths, document_counts, repeats
 
 
-def choose(pairs, n, seed):
-    """n samples at random -> (list of (row, image, captions), bad as in examine: images that cannot
-    be decoded)."""
-    chosen, bad = [], []
-    for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist():
-        row = pairs.index[i].tolist()
-        try:
-            texts = texts_of(pairs, row)
-            chosen.append((row, data.load_image(pairs.read(row, data.IMAGE), SIDE), texts))
-        except (data.BadSample, OSError) as error:
-            bad.append((pairs.shards[row[0]], pairs.key(row), str(error)))
-        if len(chosen) == n or len(bad) == 1000:
-            break
-    return chosen, bad
+def share_with_twin(repeats, batch_size):
+    """The share of pairs that meet a twin, a pair with the same caption, in a random batch.
+
+    repeats: Counter of captions. If c of n pairs have a caption, each of them has n - c that do not
+    share it. It meets no twin if the B - 1 others of its batch, drawn without replacement, are all
+    among these: in C(n - c, B - 1) of C(n - 1, B - 1) cases.
+    """
+    n = repeats.total()
+    others = min(batch_size, n) - 1
+    counts = Counter(repeats.values())
+    alone = sum(c * captions * math.comb(n - c, others) for c, captions in counts.items())
+    return 1 - alone / (n * math.comb(n - 1, others))
 
 
 def report_captions(lengths, repeats, context_length):
     n, lengths = len(lengths), sorted(lengths)
     parts = [f"{q} % have at most {lengths[q * n // 100]}" for q in (1, 25, 50, 75, 99)]
     print(f"tokens per caption: {', '.join(parts)}, the longest {lengths[-1]}")
-    # Start and end need a place, too.
-    long = sum(length + 2 > context_length for length in lengths)
+    long = sum(length + 2 > context_length for length in lengths)  # with start and end
     print(f"longer than {context_length} tokens: {long:,} ({long / n:.1%}); labels use all of it")
-    # The contrastive loss treats the image of a caption's twin as wrong, though it fits as well.
+    # The contrastive loss pushes an image away from its caption's twin, though both fit as well.
     twins = sum(count for count in repeats.values() if count > 1)
-    print(f"captions with a twin: {twins:,} ({twins / n:.1%}); in one batch, false negatives")
+    print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
+    small, large = (share_with_twin(repeats, batch_size) for batch_size in (32, 256))
+    print(f"false negatives: {small:.2%} of pairs meet a twin in a batch of 32, {large:.2%} of 256")
     for text, count in repeats.most_common(3):
         if count > 1:
             print(f"{count:9,} x {textwrap.shorten(text, 90)}")
@@ -97,11 +100,11 @@ def label(ids, document_counts, n):
     the set of its tokens, weighted by IDF and normalised, as classification_loss has it."""
     idf = {i: math.log((n + 1) / (document_counts[i] + 1)) for i in ids if i != PAD}
     total = sum(idf.values()) or 1.0
-    return sorted(((i, value / total) for i, value in idf.items()), key=lambda pair: -pair[1])
+    return sorted(((i, value / total) for i, value in idf.items()), key=lambda item: -item[1])
 
 
 def print_sample(pairs, row, texts, document_counts, n):
-    """The captions of a sample, and what training makes of the first one."""
+    """The captions of a sample, and what training makes of the first one. n: of all captions."""
     print(f"\n{pairs.shards[row[0]]} {pairs.key(row)}")
     for text in texts:
         print(fill(text))
@@ -125,25 +128,26 @@ def main(argv):
     add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
     args = parser.parse_args(argv)
     if args.picture:
-        picture_format(args.picture)  # a mistake is told before the work
+        picture_format(args.picture)  # finds a mistake before the work
     shards = data.expand(args.shards)
     tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
     pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
-    lengths, document_counts, repeats, bad = examine(pairs)
-    chosen, bad_images = choose(pairs, args.n, args.seed)
-    sources = ", ".join(args.captions)
-    print(
-        f"{len(pairs):,} samples in {len(shards):,} shards, {len(lengths):,} captions ({sources})"
-    )
+    unused = list(pairs.unused)
+    lengths, document_counts, repeats = count_tokens(pairs, unused)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed))
+    rows = pairs.index[order[: args.n + 1000]].tolist()  # a thousand bad images are enough
+    samples = [*itertools.islice(read_samples(pairs, rows, unused, images=True), args.n)]
+    captions = f"{len(lengths):,} captions ({', '.join(args.captions)})"
+    print(f"{len(pairs):,} samples in {len(shards):,} shards, {captions}")
     if lengths:
         report_captions(lengths, repeats, args.context_length)
-    report_unused(list(dict.fromkeys([*pairs.unused, *bad, *bad_images])))
-    for row, _, texts in chosen:
+    report_unused(list(dict.fromkeys(unused)))  # a bad caption may have been read twice
+    for row, texts, _ in samples:
         print_sample(pairs, row, texts, document_counts, len(lengths))
-    if args.picture and chosen:
-        images, captions = zip(*[(image, texts[0]) for _, image, texts in chosen])
+    if args.picture and samples:
+        images, captions = zip(*[(image, texts[0]) for _, texts, image in samples])
         contact_sheet(images, captions, args.picture)
-        print(f"\n{args.picture}: {len(chosen)} images with their captions")
+        print(f"\n{args.picture}: {len(samples)} images with their captions")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     python -m scripts.vocab SHARDS --out FOLDER/vocab.tiktoken
 
-Each word is one token, and all 256 bytes are tokens, too, so that any other word can be spelled.
-A file vocab.tiktoken beside the shards is found by itself. For a small or special domain it makes
-a smaller head than CLIP's vocabulary of 49,408 subwords, and labels that are whole words.
+Each word is one token, and so is each of the 256 bytes, which spell all other words. train.py and
+show find a file vocab.tiktoken beside the shards by themselves. For a small or special domain, such
+a vocabulary makes a smaller head than CLIP's 49,408 subwords, and labels that are whole words.
 """
 
 import argparse
 from collections import Counter
+from contextlib import suppress
 
 import data
 from superclip import check, cli, number
@@ -20,11 +21,9 @@ def make_vocabulary(shards, size, captions):
     pairs, counts = data.Pairs(shards, None, 0, captions), Counter()
     for row in data.progress(pairs.index.tolist(), "counting words", unit="sample"):
         for source in dict.fromkeys(captions):
-            try:
+            with suppress(data.BadSample):  # training will name it
                 for text in pairs.texts(row, source):
                     counts.update(data.WORD.findall(data.clean(text)))
-            except data.BadSample:  # training will name it
-                pass
     check(counts, f"there are no words in {', '.join(captions)} of these shards")
     # Words of one byte are in every vocabulary.
     words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]

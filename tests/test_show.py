@@ -1,0 +1,110 @@
+"""scripts/show.py and vocab.py: what shards hold, told before training, and a vocabulary of it."""
+
+import json
+import math
+import random
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from material import COLOURS, png, write_shard
+from PIL import Image, ImageFont
+
+import data
+from scripts import pictures, show, vocab
+
+PNG = png(COLOURS["red"], np.random.default_rng(0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    words = "a red green blue dog cat 1 2 3".split()
+    (tmp_path / "vocab.tiktoken").write_text(data.words_to_tiktoken(words))
+    return tmp_path
+
+
+def printed_by(capsys, *argv):
+    show.main(list(map(str, argv)))
+    return capsys.readouterr().out
+
+
+def captioned(*captions):
+    return [{"png": PNG, "txt": caption.encode()} for caption in captions]
+
+
+def test_show_counts_prints_and_draws(folder, capsys):
+    samples = captioned(*(f"a red dog {i}" for i in range(5)), "A red  dog 1")
+    samples += [{"png": b"?", "txt": b"a dog"}, {"txt": b"a cat"}, {"png": PNG}, {"v2.png": PNG}]
+    path = write_shard(folder / "0.tar", samples)
+    printed = printed_by(capsys, path, path, "--picture", folder / "grid.png")
+    lines = [line.split() for line in printed.splitlines()]
+    assert "8 samples in 1 shards, 7 captions (txt)" in printed
+    assert "captions with a twin: 2 (28.6%)" in printed and "2 x a red dog 1" in printed
+    assert ["not", "used:", "4"] in lines
+    named = {line[1].rstrip(":") for line in lines if line and line[0].endswith("0.tar")}
+    assert {"0006", "0007", "0008", "*.v2.png"} <= named
+    # Label weights by hand: caption "a red dog 3", seven captions, "3" in one of them.
+    weights = {"a": math.log(8 / 8), "red": math.log(8 / 7), "3": math.log(8 / 2)}
+    share = {word: weight / sum(weights.values()) for word, weight in weights.items()}
+    assert f"label: 3 {share['3']:.2f}  red {share['red']:.2f}  a 0.00  dog 0.00" in printed
+    picture = Image.open(folder / "grid.png")
+    assert picture.width > 4 * show.SIDE and picture.height > 2 * show.SIDE
+
+
+def test_the_share_of_pairs_that_meet_a_twin_is_what_a_simulation_finds():
+    repeats = Counter(a=1, b=2, c=5, d=12, e=1)
+    pairs, rng = list(repeats.elements()), random.Random(0)
+    for batch_size in (2, 6, 15):
+        batches = [Counter(rng.sample(pairs, batch_size)).values() for _ in range(10_000)]
+        met = [sum(n for n in counts if n > 1) / batch_size for counts in batches]
+        expected = show.share_with_twin(repeats, batch_size)
+        assert expected == pytest.approx(np.mean(met), abs=4 * np.std(met) / 100)
+    assert show.share_with_twin(repeats, 256) == pytest.approx(19 / 21)  # all are in the batch
+    assert show.share_with_twin(Counter(a=1), 32) == 0
+    large = Counter({i: 2 for i in range(10_000)})  # one of 19,999 others is the twin
+    assert show.share_with_twin(large, 256) == pytest.approx(255 / 19_999)
+
+
+def test_twins_within_a_sample_do_no_harm(folder, capsys):
+    captions = json.dumps({"captions": ["a red dog", "A red dog", "\ud800 \ud83d\ude00 cat"]})
+    write_shard(folder / "0.tar", [{"png": PNG, "json": captions.encode()}])
+    printed = printed_by(capsys, folder, "--captions", "json.captions")
+    assert "3 captions" in printed and "captions with a twin: 0" in printed
+    printed.encode()  # half of a surrogate pair would be an error here, and on a terminal
+
+
+def test_shards_without_any_caption_and_names_that_are_not_utf8(folder, capsys):
+    (folder / "file").write_bytes(PNG)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name in ("caf\udce9.png", "a.png", "\udce9.txt"):
+            tar.add(folder / "file", name)
+    printed = printed_by(capsys, folder / "0.tar", "--picture", folder / "grid.png")
+    assert "2 samples in 1 shards, 0 captions" in printed and "not used: 3" in printed
+    printed.encode()
+
+
+def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
+    captions = ["A red dog", "a Red dog!!", "the dog's red ball", "a dog"]
+    path = write_shard(tmp_path / "0.tar", [*captioned(*captions), {"png": PNG, "txt": b"\xff"}])
+    out = tmp_path / "vocab.tiktoken"
+    vocab.main([str(path), "--size", "517", "--out", str(out)])
+    assert "517 entries" in capsys.readouterr().out
+    tokenizer = data.Tokenizer.from_file(data.vocabulary_beside([path]))
+    assert [tokenizer.decode([i]) for i in (512, 513)] == ["dog", "red"]
+    assert tokenizer.encode("a Red dog")[1:] == [513, 512]
+    vocab.main([str(path), "--out", str(out)])  # all: dog, red, !!, the, 's, ball
+    assert data.Tokenizer.from_file(out).vocab_size == 514 + 6
+
+
+def test_text_that_is_too_wide_ends_in_dots():
+    font = ImageFont.load_default(size=15)
+    text = "a red dog runs on the grass, and a green cat sits on it"
+    assert pictures.fit(text, font, 1000) == text
+    short = pictures.fit(text, font, 100)
+    assert short.endswith("…") and text.startswith(short[:-1]) and 5 < len(short)
+    assert font.getlength(short) <= 100
+    lines = pictures.wrap(f"{text} {'x' * 500} {text}", font, 200, 4)
+    assert len(lines) == 4 and all(font.getlength(line) <= 200 for line in lines)
+    assert " ".join(lines[:2]) == text and lines[2].startswith("xxx") and lines[3].endswith("…")
+    assert pictures.wrap("a dog", font, 200, 4) == ["a dog"] and pictures.wrap("", font, 9, 4) == []
