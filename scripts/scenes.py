@@ -1,27 +1,29 @@
-"""The built-in world: scenes drawn offline in seconds and written as real tar shards, so that the
-first `python train.py` walks the same path as CC3M does.
+"""The built-in world: scenes that are drawn offline in seconds and written as real tar shards, so
+that the first `python train.py` takes the same path as a run on CC3M.
 
     python -m scripts.scenes --out scenes
 
-A scene has a *setting*, a cloth of some colour and pattern with a border, 256 in all, and one or
-two *objects* on it, each of some shape and colour. It comes with two captions. The short one is
-like alt text on the web: it says a thing or two. The long one names everything.
+A scene has a *setting*, which is a cloth of some colour and pattern with a border around it (there
+are 256), and on it lie one or two *objects*, each of some colour and shape. It has two captions.
+The short one is like alt text on the web, which mentions a thing or two, and the long one names
+everything.
 
-This world is made to show what SuperCLIP is for. In a small batch hardly two scenes have the same
-setting. So CLIP can tell most captions apart by the setting alone, and needs the objects only now
-and then. The word head asks for them in every picture. Captions off the web are like that: a
-picture of a kitchen is found among 31 others by "kitchen", whatever stands on the table. This world
-leaves out photographs, thousands of words, captions that are wrong, and objects that hide others.
+This world is made to show what SuperCLIP is for. A small batch rarely holds two scenes with the
+same setting, so CLIP can tell most captions apart by the setting alone and needs the objects only
+now and then. The word head, however, asks for the objects in every picture. Captions off the web
+are like that: among 32 of them, "kitchen" finds the picture of a kitchen, whatever stands on its
+table. What this world leaves out are photographs, thousands of words, captions that are wrong, and
+objects that hide each other.
 
-Some combinations of colour and shape never occur in training (HELD_OUT). Whoever knows them has
-learnt "red" and "star" as two words.
+Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
+them has learnt "red" and "star" as two words.
 
-The drawing is kind to a vision transformer that has three minutes to learn. Objects lie in a 3 x 3
-grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
-darker than every object, and a white line runs round each object, so that a star has the same edge
-in all colours.
+The drawing makes things easy for a vision transformer that has three minutes to learn. Objects lie
+in a 3 x 3 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way.
+Every cloth is darker than every object, and a white line surrounds each object, so that a star has
+the same edge in all colours.
 
-Lengths and places are in 0..1 of the picture's side, x to the right, y down.
+Lengths and positions are in 0..1 of the picture's side, with x to the right and y down.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from superclip import check, cli
 
 SIZE = 72  # pixels: side of a picture
 
-# The names of all colours differ, so that each belongs to cloth, border, or object.
+# No two colours share a name, so that a word tells whether it means a cloth, a border or an object.
 CLOTHS = {
     "black": (10, 10, 12), "gray": (72, 74, 80), "navy": (16, 24, 88), "maroon": (88, 14, 34),
     "brown": (84, 52, 24), "olive": (62, 70, 18), "teal": (0, 72, 74), "indigo": (52, 6, 92),
@@ -66,16 +68,16 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 COMBINATIONS = list(itertools.product(COLOURS, SHAPES))
-# One partner of each colour and each shape, 8 of 64.
+# 8 of the 64 combinations: each colour once, and each shape once.
 HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)]
-SEEN = [look for look in COMBINATIONS if look not in HELD_OUT]
+SEEN = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
 
 TRAIN_DATA = ["scenes/train-*.tar"]  # of a bare `python train.py`
 
 
 def built_in(batch_size=None):
-    """What a bare `python train.py` trains with. These options were chosen together. A batch four
-    times as large takes half as many steps, at twice the rate."""
+    """The options of a bare `python train.py`, which were chosen together. A batch four times as
+    large takes half as many steps, at twice the learning rate."""
     ratio = math.sqrt((batch_size or 32) / 32)
     kinds = "colour", "shape", "colour_shape", "held_out"
     return {
@@ -97,21 +99,22 @@ def built_in(batch_size=None):
 
 
 def make_scene(rng, combinations, count=None, settings=SETTINGS):
-    """A scene as a plain dict, ready for JSON. rng: a random.Random; combinations: of colour and
-    shape that its objects may have; count: of objects, by default one, in a quarter of the scenes
-    two."""
+    """A scene as a plain dict, ready for JSON. rng: a random.Random; combinations: list of the
+    (colour, shape) that its objects may have; count: the number of objects, which by default is
+    two in a quarter of the scenes and one in the others."""
     first = rng.choice(combinations)
     # The objects differ in colour and in shape, so that each word belongs to one of them.
-    others = [look for look in combinations if look[0] != first[0] and look[1] != first[1]]
-    chosen = [first] if (count or rng.choice((1, 1, 1, 2))) == 1 else [first, rng.choice(others)]
-    cells = rng.sample(range(9), len(chosen))  # one object a cell: nothing overlaps
-    objects = [make_object(rng, *look, *divmod(cell, 3)) for look, cell in zip(chosen, cells)]
+    seconds = [(c, s) for c, s in combinations if c != first[0] and s != first[1]]
+    # The look of an object is its colour and shape.
+    looks = [first] if (count or rng.choice((1, 1, 1, 2))) == 1 else [first, rng.choice(seconds)]
+    cells = rng.sample(range(9), len(looks))  # one object a cell, so that none overlap
+    objects = [make_object(rng, *look, *divmod(cell, 3)) for look, cell in zip(looks, cells)]
     cloth, pattern, border = rng.choice(settings)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
 
 
 def make_object(rng, colour, shape, row, column):
-    """An object in a cell of the 3 x 3 grid, which the largest one just fills."""
+    """An object in a cell of the 3 x 3 grid, which it all but fills."""
     radius = rng.uniform(0.145, 0.155)
     x, y = ((2 * cell + 1) / 6 for cell in (column, row))  # the centre
     box = [round(v, 4) for v in (x - radius, y - radius, x + radius, y + radius)]
@@ -123,7 +126,8 @@ def make_object(rng, colour, shape, row, column):
 
 
 def describe(scene, rng):
-    """(short, long): alt text that says a thing or two; a caption that leaves nothing out."""
+    """A scene -> its captions (short, long): alt text that mentions a thing or two, and a caption
+    that leaves nothing out."""
     names = ["{colour} {shape}".format(**o) for o in scene["objects"]]
     names = [f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in names]
     things, ground = " and ".join(names), "{pattern} {cloth} with {border}"
@@ -135,7 +139,8 @@ def describe(scene, rng):
         f"something {first['colour']} on {{cloth}}",
         f"a {picture} of {names[0]}",
     )
-    # With start and end these have 16 tokens at most. One more would double the text tower's work.
+    # With start and end these have 16 tokens at most. One more would double the text tower's work,
+    # because batches are padded to a multiple of 16.
     long = f"{things} on {ground}.", f"{ground} and {things}", f"{picture} of {things} on {ground}"
     return tuple(rng.choice(texts).format(**scene) for texts in (short, long))
 
@@ -145,13 +150,14 @@ def describe(scene, rng):
 
 
 def ngon(n, *radii):
-    """n corners round the origin, the first one up; radii taken in turn (two make a star)."""
+    """n corners around the origin as (x, y), the first one at the top. Their radii are taken in
+    turn, so that two radii make a star."""
     turns = [(radii[i % len(radii)], 2 * math.pi * i / n) for i in range(n)]
     return [(r * math.sin(t), -r * math.cos(t)) for r, t in turns]
 
 
 def heart(t):
-    """The point of a heart's outline at angle t."""
+    """The point (x, y) of a heart's outline at angle t."""
     y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
     return math.sin(t) ** 3, -y / 17 - 0.15
 
@@ -173,8 +179,8 @@ OUTLINES = {  # corners in -1..1
 
 @functools.lru_cache(maxsize=len(SETTINGS))
 def draw_setting(cloth, pattern, border, side):
-    """The cloth with its border: a picture of side x side pixels. Its pattern is a lighter shade,
-    and repeats every sixth of the side."""
+    """The cloth with its border, as a picture of side x side pixels. The pattern is in a lighter
+    shade and repeats after a sixth of the side."""
     image = Image.new("RGB", (side, side), CLOTHS[cloth])
     pen, light, step = ImageDraw.Draw(image), tuple(v + 22 for v in CLOTHS[cloth]), side // 6
     for x, y in itertools.product(range(0, side, step), repeat=2):
@@ -191,7 +197,8 @@ def draw_setting(cloth, pattern, border, side):
 
 
 def draw(scene, size=SIZE):
-    """The scene as an RGB picture of size x size pixels: drawn 4 x as large, then averaged."""
+    """The scene as an RGB picture of size x size pixels. It is drawn four times as large and then
+    averaged, which smooths its edges."""
     side = 4 * size
     image = draw_setting(scene["cloth"], scene["pattern"], scene["border"], side).copy()
     for o in scene["objects"]:
@@ -203,7 +210,7 @@ def draw(scene, size=SIZE):
             outline = [(scale * x, scale * y) for x, y in OUTLINES[o["shape"]]]
             points = [((1 + x) / 2 * w, (1 + y) / 2 * h) for x, y in outline]
             cut.polygon(points, fill=int(scale == 1))
-            # Half of the line lies outside the mask. About one pixel of the result is left.
+            # Half of the line lies outside the mask, so about one pixel is left after averaging.
             pen.line(points + points[:2], fill="white", width=side // 28, joint="curve")
         image.paste(sheet, (x0, y0), mask)
     return image.reduce(4)
@@ -212,7 +219,7 @@ def draw(scene, size=SIZE):
 def jpeg(scene):
     """The scene as the bytes of a JPEG file."""
     buffer = io.BytesIO()
-    # full chroma (subsampling 0): lines are one or two pixels wide
+    # Full chroma (subsampling 0), because lines are one or two pixels wide.
     draw(scene).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
@@ -220,18 +227,19 @@ def jpeg(scene):
 # -----------------------------------------------------------------------------
 # Files
 
-# What captions and prompts are made of, beside the names above.
+# What captions and prompts contain beside the names above.
 WORDS = "a an the of in on with and photo picture something , .".split()
 
 
 def vocabulary():
-    """The text of a .tiktoken file in which each word of the captions is one token."""
+    """The text of a .tiktoken file in which every word of the captions is one token."""
     names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
     return data.words_to_tiktoken(sorted(names | {*WORDS}))
 
 
 def write_shard(task, folder, settings):
-    """Write one tar of the samples `numbers`. Each depends on its own number only."""
+    """Write one tar. task: its name, its split, and the numbers of its samples. Each sample has its
+    own random numbers, so that it is the same whichever process draws it."""
     name, split, numbers = task
     seen = set()
     with tarfile.open(folder / name, "w") as tar:
@@ -239,26 +247,28 @@ def write_shard(task, folder, settings):
             rng = random.Random(f"{split} {i}")
             combinations = SEEN if split == "train" else COMBINATIONS
             scene = make_scene(rng, combinations, settings=settings)
-            # In validation, each long caption is true of one picture alone.
+            # In validation each long caption describes one picture only, so that R@1 can be 100 %.
             while split == "val" and facts(scene) in seen:
                 scene = make_scene(rng, combinations, settings=settings)
             seen.add(facts(scene))
             short, long = describe(scene, rng)
-            about = json.dumps({"short": short, "long": long, "scene": scene})
-            for ending, content in (("jpg", jpeg(scene)), ("txt", short), ("json", about)):
-                content = content.encode() if isinstance(content, str) else content
-                add_member(tar, f"{i:08d}.{ending}", content)
+            fields = {"short": short, "long": long, "scene": scene}
+            add_member(tar, f"{i:08d}.jpg", jpeg(scene))
+            add_member(tar, f"{i:08d}.txt", short.encode())
+            add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
 
 
 def facts(scene):
-    """What the long caption says, whatever comes first."""
+    """What a long caption says of the scene, in one order: two scenes with equal facts fit the same
+    captions."""
     objects = sorted(str({**o, "box": None}) for o in scene["objects"])
     return str({**scene, "objects": objects})
 
 
 def write_classes(folder):
-    """Folders of single objects for zero-shot classification. In held_out only combinations that
-    training never shows have pictures, and the 56 other names are there to be confused with."""
+    """Folders of single objects for zero-shot classification. In held_out, only the combinations
+    that training never shows have pictures. The 56 other folders are empty, because a
+    name alone is a class that a picture can be mistaken for."""
     for kind, names, n in (
         ("colour", COLOURS, 40),
         ("shape", SHAPES, 40),
@@ -268,7 +278,7 @@ def write_classes(folder):
         for name in names:
             (folder / "zeroshot" / kind / name).mkdir(parents=True)
             looks = HELD_OUT if kind == "held_out" else COMBINATIONS
-            looks = [look for look in looks if name in (*look, " ".join(look))]
+            looks = [(c, s) for c, s in looks if name in (c, s, f"{c} {s}")]
             for i in range(n if looks else 0):
                 rng = random.Random(f"{kind} {name} {i}")
                 scene = make_scene(rng, [looks[i % len(looks)]], count=1)
@@ -276,7 +286,8 @@ def write_classes(folder):
 
 
 def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1_000):
-    """Draw the data set into `out_dir`, which appears complete or not at all."""
+    """Draw the data set into `out_dir`, which appears complete or not at all. train, val: numbers
+    of samples; settings: those that may occur; per_shard: training samples in a shard."""
     out_dir = Path(out_dir).absolute()
     check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
     check(val <= 1000 * len(settings), "so many different scenes need more settings")
@@ -290,7 +301,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
-        # spawn: to fork a process that has threads, as any that imported torch, may hang
+        # spawn, because a fork may hang in a process with threads, which torch has started.
         with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:
             classes = pool.apply_async(write_classes, (folder,))
             shards = pool.imap(write, tasks)

@@ -2,11 +2,11 @@
 
     python -m scripts.walk
 
-Read it beside superclip.py. It takes seconds on a CPU and needs no data. At the end it compares
-both losses with what theory says of a model that knows nothing yet. If you change the model and a
-loss no longer starts there, look for a mistake.
+Read it beside superclip.py. It takes seconds on a CPU and needs no data, because it draws its own
+scenes. At the end it compares both losses with what theory says of a model that knows nothing yet.
+If you change the model and a loss starts elsewhere, look for a mistake.
 
-Axes are those of superclip.py: B pairs, P patches, T tokens, D width, V vocabulary, S pixels.
+The axes are those of superclip.py: B pairs, P patches, T tokens, D width, V vocabulary, S pixels.
 """
 
 import math
@@ -27,7 +27,7 @@ def show(name, x):
 
 
 def walk_pair(model, image, tokens):
-    """One pair through both towers and the head; image (1, 3, S, S) uint8, tokens (1, T)."""
+    """Take one pair through both towers and the head. image (1, 3, S, S) uint8; tokens (1, T)."""
     show("image", image)
     show("tokens: start, words, end, padding", tokens)
     print("image tower")
@@ -45,7 +45,8 @@ def walk_pair(model, image, tokens):
 
 
 def show_label(model, tokenizer, tokens):
-    """The label of one caption, a list of token ids: the *set* of its tokens, weighted by IDF."""
+    """Print the label of a caption, given as a list of token ids: the *set* of its tokens, weighted
+    by IDF."""
     names = {PAD: "padding", tokenizer.start: "start", tokenizer.end: "end"}
     ids, weights = list(dict.fromkeys(tokens)), model.token_weights()
     print("\nthe label: token, id, IDF, share of the label")
@@ -70,11 +71,11 @@ def main(argv):
     print(f'the pair: a picture of "{captions[0]}"')
     walk_pair(model, images[:1], tokens[:1])
 
-    # IDF needs statistics. A model in training mode counts each batch before it computes the loss.
+    # IDF needs statistics, so a model in training mode counts a batch before it computes the loss.
     out = model.train()(images, tokens)
     show_label(model, tokenizer, tokens[0].tolist())
 
-    # Nothing is known at step 0. The features of different images are then alike or unrelated.
+    # At step 0 the model knows nothing, so the features of different pairs are alike or unrelated.
     noise = F.normalize(torch.randn(2, B, model.config.embed_dim), dim=-1)
     unrelated = contrastive_loss(*noise, model.logit_scale.exp())
     print(f"\nlosses of {B} pairs at step 0")
