@@ -283,11 +283,11 @@ def recall(counts, k):
 
     The tied ones share the k - above places that are left. A wrong one takes the first of them with
     probability wrong / (wrong + right), the second with (wrong - 1) / (wrong - 1 + right) ... The
-    product is the probability that no right answer is found.
+    product is the probability that no right answer is found. It is 0 if there are fewer wrong ones.
     """
     above, wrong, right = counts.double()
     taken = torch.arange(k, device=counts.device)[:, None]  # places taken by wrong ones so far
-    missed = (wrong - taken).clamp(min=0) / (wrong - taken + right).clamp(min=1)  # (k, Q)
+    missed = (wrong - taken) / (wrong - taken + right).clamp(min=1)  # (k, Q)
     return 1 - missed.where(taken < k - above, 1.0).prod(dim=0)
 
 

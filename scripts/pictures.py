@@ -33,7 +33,8 @@ def image_files(paths, out=None):
         inside = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # nothing in a file
         found = [path / name for name in inside if is_image(path / name)]
         check(found or path.is_file(), f"there is no image file or folder of images {path}")
-        files |= {file.resolve(): file for file in found or [path]}
+        for file in found or [path]:
+            files.setdefault(file.resolve(), file)
     check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
     return [*files.values()]
 

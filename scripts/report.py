@@ -77,9 +77,11 @@ def summarise_log(rows):
     losses = ("step", "contrastive_loss", "classification_loss")
     validations = {row["step"]: row["mean_r1"] for row in rows if "mean_r1" in row}
     last = ([{}] + [row for row in rows if "zeroshot" in row])[-1]  # validation
-    scores = {f"zero-shot {Path(folder).name}": s for folder, s in last.get("zeroshot", {}).items()}
+    scores = {}
     for way, part in (last.get("validation") or {}).items():
         scores |= {f"{way} {k}": s for k, s in part.items() if k.startswith("R@")}
+    for folder, s in (last.get("zeroshot") or {}).items():
+        scores[f"zero-shot {Path(folder).name}"] = s
     return {
         "header": {key: header[key] for key in HEADER},
         "seconds": round(seconds),

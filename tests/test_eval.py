@@ -143,7 +143,8 @@ def test_equal_features_score_exactly_chance_and_features_of_nan_nothing():
     """Also with five captions an image, or unequal numbers of them."""
     for numbers in ([5, 5, 5, 5], [3, 1, 2, 5]):
         N, M = len(numbers), sum(numbers)
-        owner, equal = torch.arange(N).repeat_interleave(torch.tensor(numbers)), torch.ones(M, 7)
+        owner = torch.arange(N).repeat_interleave(torch.tensor(numbers))
+        equal = torch.full((M, 7), 0.3) + 1e-8 * torch.randn(M, 7)  # up to the last bits
         result = evaluation.retrieval(equal[:N], equal, owner, range(1, 6))
         for k in range(1, 6):
             formula = np.mean([1 - math.comb(M - n, k) / math.comb(M, k) for n in numbers])
@@ -218,8 +219,9 @@ def test_zeroshot_by_hand(folders, capsys):
     and what is no image is named."""
     (folders / "red" / "0.png").rename(folders / "blue" / "9.PNG")  # a red one among the blue
     (folders / "green" / "0.png").write_bytes(b"no image")
-    for name in (".ipynb_checkpoints", "red/folder.png", "dark_red"):
+    for name in (".ipynb_checkpoints", "dark_red"):
         (folders / name).mkdir()
+    os.mkfifo(folders / "red" / "pipe.png")
     Image.open(folders / "red" / "1.png").save(folders / "dark_red" / "0.gif")
     dataset = evaluation.ClassFolders(folders, 16)
     assert evaluation.class_names(dataset) == ["blue", "dark red", "green", "red"]

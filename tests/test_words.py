@@ -129,12 +129,16 @@ def test_words_command(folders, scenes, checkpoint, tmp_path, capsys):
         (folders / name).write_text("no image")
     for i in range(20):
         Image.new("RGB", (9, 9), COLOURS["grey"]).save(folders / "blue" / f"grey{i}.png")
+    (folders / "green" / "link.png").symlink_to("0.png")
     out, files = tmp_path / "words.png", [folders / "blue" / "1.png", folders]
     argv = ["--checkpoint", checkpoint, "--k", 3, "--image", *files, "--out", out]
     argv += ["--data", scenes, "--limit", 1]
     result, printed = result_of(capsys, words.main, tmp_path / "result.json", *argv)
-    readable = {str(file) for file in folders.glob("[!.]*/*.png")} - {str(folders / "red/0.png")}
-    assert result["images"].keys() == readable
+    readable = {str(file) for file in folders.glob("[!.]*/*.png")}
+    assert result["images"].keys() == readable - {
+        f"{folders}/red/0.png",
+        f"{folders}/green/link.png",
+    }
     for file, found in result["images"].items():
         top = ", ".join(f"{part['word']} {part['probability']:.3f}" for part in found)
         assert f"{file}: {top}\n" in printed and len(found) == 3
