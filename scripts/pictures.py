@@ -40,11 +40,14 @@ def image_files(paths, out=None):
 
 
 def wrap(text, font, width, lines):
-    """text -> at most `lines` lines of about `width` pixels, as a list. The last may end in "…"."""
-    text = " ".join(text.split())
-    # The characters that fit are counted by their mean width, less a little for wide ones.
-    fitting = 0.95 * width * len(text) / max(1, font.getlength(text))
-    return textwrap.wrap(text, max(1, int(fitting)), max_lines=lines, placeholder="…")
+    """text -> at most `lines` lines of at most `width` pixels, as a list. The last one may end in
+    "…"."""
+    text = " ".join(text.split())[: lines * width]  # a character is at least a pixel wide
+    for characters in range(width // 3, 0, -1):
+        wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder="…")
+        if all(font.getlength(line) <= width for line in wrapped):
+            break
+    return wrapped
 
 
 def contact_sheet(images, captions, path, columns=4, legend=""):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from material import run, write_shard
-from PIL import Image
+from PIL import Image, ImageFont
 
 import eval as evaluation
 from scripts import search
-from scripts.pictures import GAP
+from scripts.pictures import GAP, wrap
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -155,6 +155,23 @@ def test_only_new_and_changed_images_are_encoded_also_after_ctrl_c(
 
 
 # ---- the picture
+
+
+def test_text_stays_in_its_cell():
+    font = ImageFont.load_default(15)
+    for text in (
+        "",
+        "a dog",
+        "a dog " * 20,
+        "x" * 500,
+        "ill " * 5 + "WWW " * 9,
+        "WWW" * 9 + " ill",
+    ):
+        lines = wrap(text, font, 180, lines=4)
+        shown = "".join(lines).replace(" ", "")
+        whole = shown == text.replace(" ", "") or len(lines) == 4 and shown.endswith("…")
+        assert whole and text.replace(" ", "").startswith(shown.rstrip("…"))
+        assert all(font.getlength(line) <= 180 for line in lines)
 
 
 def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, capsys):
