@@ -1,8 +1,4 @@
-"""Weights in and out: the authors' files, OpenAI's, open_clip's, and files that fit nowhere.
-
-The oracles are the authors' outputs (official_tiny.pt) and open_clip. Mistakes in the options are
-in test_mistakes.py.
-"""
+"""Weights in and out. The oracles are the authors' outputs (official_tiny.pt) and open_clip."""
 
 import json
 import math
@@ -19,7 +15,7 @@ from test_model import SMALL, close, open_clip_of, pairs, same_features, small
 
 import data
 import eval as evaluation
-from scripts.convert import main, open_clip_config, open_clip_state
+from scripts.convert import main, open_clip_config, open_clip_state, our_name
 from superclip import SuperCLIPConfig
 
 OFFICIAL = torch.load(Path(__file__).parent / "official_tiny.pt", weights_only=True)
@@ -60,11 +56,6 @@ def same_weights(model, state):
 
 
 # ---- the authors' files
-
-
-def our_name(name):
-    name = name.replace("text_decoder.ln_mlp", "head.ln")
-    return name.replace("text_decoder.text_projection", "head.linear")
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -38,14 +38,12 @@ eval zeroshot NONE --images classes --json folder.json            | folder.json
 eval zeroshot --checkpoint two.txt --images classes               | two.txt
 eval zeroshot --checkpoint damaged.pt --images classes            | damaged.pt
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
-eval zeroshot --checkpoint classes --images classes               | classes
 eval retrieval MODEL --data nowhere.tar                           | nowhere.tar
 eval retrieval MODEL --data pairs.tar none-{0..3}.tar             | none-0.tar
 eval retrieval MODEL --data html.tar                              | html.tar
 eval retrieval MODEL --data packed                                | x.tar.gz
 eval retrieval MODEL --data pairs.tar --captions caption          | caption
 eval retrieval MODEL --data pairs.tar --captions json.nope        | json.nope
-eval retrieval NONE --data pairs.tar --json pairs.tar             | --json
 eval probe MODEL --train classes --test broken                    | broken
 eval probe MODEL --train one --test one                           | two training images
 words MODEL                                                       | --image
@@ -55,18 +53,15 @@ words MODEL --image photo.png --window 4                          | --window
 words MODEL --data pairs.tar                                      | pairs.tar
 words MODEL --data pairs.tar --out x.png                          | --image
 words --checkpoint clip.pt --image photo.png                      | clip.pt
-words NONE --image photo.png                                      | none.pt
 words NONE --image photo.png --window 0                           | --window
 words NONE --image photo.png --k 21                               | --k
 words NONE --image photo.png --out x.txt                          | --out
 words NONE --image photo.png --out photo.png                      | photo.png
-words NONE --image classes --out classes/red/0.png                | classes/red/0.png
 words NONE --image photo.png --json model.pt                      | --json
 search MODEL --images classes                                     | --like
 search MODEL "a text"                                             | --images
 search MODEL --images hollow "a text"                             | hollow
 search MODEL --images broken "a text"                             | broken/red/x.png
-search MODEL --data nowhere.tar "a text"                          | nowhere.tar
 search MODEL --images classes --like nowhere.png                  | nowhere.png
 search MODEL --images classes --like broken/red/x.png             | broken/red/x.png
 search MODEL --images classes ""                                  | empty
@@ -75,13 +70,11 @@ search NONE --images classes "a text"                             | none.pt
 search NONE --images classes "a text" --k 0                       | --k
 search NONE --images classes "a text" --out classes/red/0.png     | classes/red/0.png
 search NONE --images classes "a text" --out link.png              | link.png
-search NONE --images link.png "a text" --out classes/red/0.png    | classes/red/0.png
 search NONE --images classes --like photo.png --out photo.png     | photo.png
 search NONE --images classes "a text" --features x.npy            | --features
 search MODEL --images classes "a text" --features cut.npz         | cut.npz
 search MODEL --images classes "a text" --features clip.npz        | clip.npz
 report MODEL --data pairs.tar                                     | --out
-report MODEL --data nowhere.tar --out x.html                      | nowhere.tar
 report MODEL --data pairs.tar --out x.html --log none.jsonl       | none.jsonl
 report MODEL --data pairs.tar --out x.html --log other.jsonl      | other.jsonl
 report NONE --data pairs.tar --out x.html --n 1                   | --n
@@ -89,7 +82,6 @@ report NONE --data pairs.tar --out model.pt                       | --out
 report NONE --data pairs.tar --out nowhere/x.html                 | nowhere/x.html
 convert none.pt x.pt                                              | none.pt
 convert two.txt x.pt                                              | two.txt
-convert classes x.pt                                              | classes
 convert model.pt nowhere/x.pt                                     | nowhere/x.pt
 convert model.pt x.json --to open_clip                            | x.json
 convert model.pt x.safetensors                                    | x.safetensors
@@ -107,10 +99,8 @@ pack --csv list.csv --out x --val 1                               | --val
 pack --csv good.csv --out full                                    | full
 show nowhere.tar                                                  | nowhere.tar
 show nowhere.tar --picture x.xyz                                  | x.xyz
-show nowhere.tar --picture nowhere/x.png                          | nowhere/x.png
 show pairs.tar --picture pairs.tar                                | pairs.tar
 show pairs.tar --vocab two.txt                                    | two.txt
-show pairs.tar --vocab none.tiktoken                              | none.tiktoken
 show pairs.tar --n 0                                              | --n
 vocab nowhere.tar                                                 | nowhere.tar
 vocab pairs.tar --out pairs.tar                                   | --out
@@ -118,7 +108,6 @@ vocab pairs.tar --out folder.tiktoken                             | folder.tikto
 vocab pairs.tar --size 514                                        | --size
 vocab silent.tar --out x.tiktoken                                 | txt
 scenes --out classes                                              | classes
-bench                                                             | command
 bench data --samples 0                                            | --samples
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
