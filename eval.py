@@ -4,19 +4,20 @@
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
-The checkpoint alone is enough: it carries the configuration and the vocabulary. Every score is
-printed with its chance level, the number of images or captions, and a 95 % interval; --json FILE
-keeps it all. train.py calls the same functions for its validation, in float32 as they are here.
+A checkpoint carries its configuration and its vocabulary, so it is all that these commands need to
+know of a model. Every score is printed with its chance level, the number of images or captions that
+it is a mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the
+same functions, in float32 as they are here, so that a checkpoint has one score.
 
-The file reads from top to bottom: loading a checkpoint, images and texts to features, features to
-scores, the head's words and where they are seen, and the commands.
+The file reads from top to bottom: a file becomes a model, images and texts become features, and
+features become scores. Then come the head's words and where they are seen, and the commands.
 
 Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
-embedding, P patches, W windows, K words.
+embedding, F features of a probe, P patches, W windows, K words.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import math
 from functools import partial
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 from tqdm import tqdm
@@ -38,37 +40,78 @@ TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a 
 # -----------------------------------------------------------------------------
 # Checkpoints
 
+# weights_only, because any other pickle can run code as it is loaded, and weights come from
+# strangers.
+read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
-def read_checkpoint(path):
-    """A file of train.py or scripts/convert.py -> dict with model, config, vocab and more. Raises
-    InputError."""
+
+def read_file(path, read=read_pickle):
+    """A file of weights -> what it holds. Raises InputError."""
     check(Path(path).is_file(), f"there is no file {path}")
     try:
-        # weights_only: other pickles can run code as they load, and weights come from strangers
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds
-        unsafe = "GLOBAL" in str(error)  # the pickle names a class or a function
-        reason = "could run code and is refused" if unsafe else "is damaged or not a checkpoint"
+        return read(path)
+    except Exception as error:  # torch and safetensors raise a dozen kinds
+        reason = "is damaged, or not a file of weights"
+        if "GLOBAL" in str(error):  # the pickle names a class or a function
+            reason = "could run code and is refused"
+        elif "TorchScript" in str(error):
+            reason = "is a TorchScript archive: save torch.jit.load(path).state_dict() instead"
         raise InputError(f"{path} {reason}") from None
-    known = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
-    check(known, f"{path} is not a checkpoint of this project: see scripts/convert.py")
+
+
+def check_weights(path, weights, config, vocab=None):
+    """Whatever becomes a model passes through here. weights: dict of name -> tensor; config: dict
+    of SuperCLIPConfig's fields; vocab: text of the vocabulary, or None. Returns a SuperCLIPConfig.
+
+    Raises InputError unless all tensors of such a model are there, and no others, with the right
+    shapes, dtypes (floating point; counts int64) and finite values, and the vocabulary has as many
+    tokens. load_state_dict alone would turn int8, bool or complex weights into float32.
+    """
+    try:
+        config = SuperCLIPConfig(**config)
+        with torch.device("meta"):  # names, shapes and dtypes, but no numbers
+            expected = SuperCLIP(config).state_dict()
+        n = data.Tokenizer(vocab).vocab_size if vocab is not None else config.vocab_size
+    except Exception as error:  # an unknown field, a size of 0, a text in place of a number ...
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} holds no model of this version: {reason}") from None
+    reason = f"{path} has {config.vocab_size:,} tokens, but its vocabulary has {n:,}"
+    check(n == config.vocab_size, f"{reason}: see --vocab of scripts.convert")
+    unknown = [name for name in weights if name not in expected]
+    check(not unknown, f"{path} does not fit its configuration: {unknown[:1]} is unknown")
+    for name, wanted in expected.items():
+        tensor, floats = weights.get(name), wanted.is_floating_point()
+        fits = isinstance(tensor, torch.Tensor) and tensor.shape == wanted.shape
+        fits = fits and (tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype)
+        numbers = f"finite numbers ({wanted.dtype}) of shape {[*wanted.shape]}"
+        fits = fits and tensor.float().isfinite().all()
+        check(fits, f"{path} does not fit its configuration: {name} must be {numbers}")
+    return config
+
+
+def read_checkpoint(path):
+    """A file of train.py or scripts/convert.py -> dict with model (tensors by name), config (a
+    dict), vocab (a text) and whatever else train.py keeps there. Raises InputError unless the three
+    fit each other."""
+    content = read_file(path)
+    kinds = {"model": dict, "config": dict, "vocab": str}
+    ours = isinstance(content, dict) and all(isinstance(content.get(k), kinds[k]) for k in kinds)
+    check(ours, f"{path} is not a checkpoint of this project: see scripts.convert")
+    check_weights(path, *(content[k] for k in kinds))
     return content
 
 
 def load(checkpoint, device="cpu"):
     """A checkpoint, ready for inference: (model, tokenizer, preprocess). Raises InputError.
 
-    The model is in eval mode and its parameters need no gradient, so that a loop over photographs
-    keeps no graph: model.encode_image(preprocess(pil_image)[None]), model.encode_text(
-    tokenizer(["a dog"])).
+    The model is in eval mode and its parameters need no gradient, so a loop over photographs keeps
+    no graph: model.encode_image(preprocess(pil_image)[None]), model.encode_text(tokenizer(["a
+    dog"])).
     """
     content = read_checkpoint(checkpoint)
-    try:
-        config = SuperCLIPConfig(**content["config"])
-        model = SuperCLIP(config)
-        model.load_state_dict(content["model"])
-    except (TypeError, RuntimeError):  # another version had other fields or other tensors
-        raise InputError(f"{checkpoint} is of another version of this project") from None
+    config = SuperCLIPConfig(**content["config"])
+    model = SuperCLIP(config)
+    model.load_state_dict(content["model"])
     tokenizer = data.Tokenizer(content["vocab"], config.context_length)
     preprocess = partial(data.load_image, size=config.image_size)
     return model.requires_grad_(False).to(device).eval(), tokenizer, preprocess
@@ -83,7 +126,14 @@ def device_of(model):
 
 
 # The datasets below give (image, label). In place of an image that cannot be read they give the
-# reason, a string, so that one broken file does not end an evaluation of thousands.
+# reason, a string, so that one broken file does not end the evaluation of thousands.
+
+SUFFIXES = {s for s, name in Image.registered_extensions().items() if name in data.FORMATS}
+
+
+def is_image(path):
+    """Is there a file that has the name of an image? Neither a folder nor a FIFO is one."""
+    return Path(path).suffix.lower() in SUFFIXES and Path(path).is_file()
 
 
 def read_image(path, size):
@@ -95,22 +145,23 @@ def read_image(path, size):
 
 
 class ClassFolders(datasets.ImageFolder):
-    """A folder with a folder of images per class; labels are class numbers, by sorted name. An
-    empty folder is a class to be confused with."""
+    """A folder with a folder of images per class. Labels are the numbers of the sorted names, and a
+    folder without images still is a class that others can be mistaken for."""
 
     def __init__(self, folder, image_size):
-        super().__init__(folder, loader=partial(read_image, size=image_size), allow_empty=True)
+        load_one = partial(read_image, size=image_size)
+        super().__init__(folder, loader=load_one, is_valid_file=is_image, allow_empty=True)
         check(self.samples, f"there are no images in the folders of {folder}")
 
     def find_classes(self, folder):
-        # As torchvision does it, but without hidden folders such as .ipynb_checkpoints.
+        # torchvision would take hidden folders, such as .ipynb_checkpoints, for classes.
         names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
         check(names, f"{folder} has no folders in it: there must be one folder of images per class")
         return names, {name: i for i, name in enumerate(names)}
 
 
 class ShardImages(Dataset):
-    """The pairs of shards, in order; labels are lists of all captions of an image."""
+    """The pairs of shards in order. The label of an image is the list of all its captions."""
 
     def __init__(self, pairs):
         self.pairs = pairs
@@ -136,17 +187,18 @@ def collate(samples):
     return images, [label for _, label in good], [why for why, _ in samples if isinstance(why, str)]
 
 
-def batches(dataset, batch_size, workers, description):
-    """Yield (images (B, 3, S, S) uint8, list of B labels). Images that cannot be read are named."""
+def batches(dataset, batch_size, workers, description, any_good=False):
+    """Yield (images (B, 3, S, S) uint8, list of B labels), and name the images that cannot be read.
+    Raises InputError if none can, unless any_good says that there are others."""
     loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
-    total, any_good = math.ceil(len(dataset) / batch_size), False
+    total, reasons = math.ceil(len(dataset) / batch_size), []
     for images, labels, reasons in data.progress(loader, description, total, unit="batch"):
         for reason in reasons:
             tqdm.write(f"skipped {reason}")
         if labels:
             any_good = True
             yield images, labels
-    check(any_good, "none of the samples can be used: " + "".join(reasons[-1:]))
+    check(any_good, "none of the images can be used: " + "".join(reasons[-1:]))
 
 
 @torch.no_grad()
@@ -154,28 +206,36 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
     """list of M strings -> features (M, E)."""
     features = []
     for i in data.progress(range(0, len(texts), batch_size), "encoding texts"):
-        ids = [tokenizer.encode(text) for text in texts[i : i + batch_size]]
-        tokens = tokenizer.rows(ids, min(tokenizer.context_length, data.round_up(ids)))
+        tokens = tokenizer(texts[i : i + batch_size])  # (B, T)
+        tokens = tokens[:, : tokens.argmax(dim=1).max() + 1]  # up to the last end token
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
 
 @torch.no_grad()
+def encode_images(model, encode, dataset, batch_size, workers):
+    """encode: what makes features of images (B, 3, S, S), such as model.encode_image -> features of
+    all images of the dataset (N, ...), and the list of their N labels."""
+    features, labels = [], []
+    for images, labels_of_batch in batches(dataset, batch_size, workers, "encoding"):
+        features.append(encode(images.to(device_of(model))))
+        labels += labels_of_batch
+    return torch.cat(features), labels
+
+
 def encode_shards(model, pairs, batch_size=128, workers=0):
     """Pairs -> image features (N, E), text features (M, E) of all their captions, and owner (M,):
-    the image of each text. Says how many captions are not unique."""
-    images, texts, owner = [], [], []
-    for pixels, captions in batches(ShardImages(pairs), batch_size, workers, "encoding"):
-        for number_of_image, own in enumerate(captions, start=sum(map(len, images))):
-            owner += [number_of_image] * len(own)
-            texts += own
-        images.append(model.encode_image(pixels.to(device_of(model))))
-    # Each text is encoded once: identical captions get identical features.
-    place_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    if repeated := len(texts) - len(place_of):
+    the number of each caption's image. Says how many captions are not unique."""
+    dataset = ShardImages(pairs)
+    images, captions = encode_images(model, model.encode_image, dataset, batch_size, workers)
+    texts = [text for texts_of_image in captions for text in texts_of_image]
+    # Each text is encoded once, so that equal captions get equal features and tie.
+    number_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    if repeated := len(texts) - len(number_of):
         tqdm.write(f"{repeated:,} of {len(texts):,} captions repeat another one: they tie with it")
-    features = encode_texts(model, pairs.tokenizer, list(place_of))[[place_of[t] for t in texts]]
-    return torch.cat(images), features, torch.tensor(owner, device=features.device)
+    features = encode_texts(model, pairs.tokenizer, [*number_of])[[number_of[t] for t in texts]]
+    owner = torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
+    return images, features, owner.to(features.device)
 
 
 # -----------------------------------------------------------------------------
@@ -183,8 +243,8 @@ def encode_shards(model, pairs, batch_size=128, workers=0):
 
 
 def score(hits, chance):
-    """hits: n numbers in 0..1 -> dict of value, chance, n and the 95 % interval (Wilson's, which
-    stays inside 0..1 and is right near its ends)."""
+    """hits: n numbers in 0..1 -> dict of value, chance, n and the 95 % interval. The interval is
+    Wilson's, which stays inside 0..1 and is right near its ends, too."""
     n, p, z = len(hits), float(hits.double().mean()), 1.96
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -202,69 +262,72 @@ def line(name, s):
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
-# hits it would score 100 %, and if they counted as misses 0 %. Here it scores what chance would.
+# hits it would score 100 %, and if they counted as misses, 0 %. Here it scores what chance would.
 
 
-def place(scores, right):
-    """scores (Q, A) of A answers to Q questions, right (Q, A): which answers are right. Returns
-    three counts (Q,): wrong answers above the best right one, wrong ones level with it, and right
-    ones level with it."""
+def rank_counts(scores, right):
+    """scores (Q, A) of A answers to Q questions, right (Q, A): which answers are right -> counts
+    (3, Q), which decide whether a right answer is found: wrong answers above the best right one,
+    and wrong and right answers that tie with it."""
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     # Equal features may differ in the last bit. NaN, from a model that has diverged, counts as
-    # above: it is never right.
+    # above, so that it is never right.
     above = ~(scores <= best + 1e-6) & ~right
-    level = (scores - best).abs() <= 1e-6
-    return above.sum(dim=1), (level & ~right).sum(dim=1), (level & right).sum(dim=1)
+    tied = (scores - best).abs() <= 1e-6
+    return torch.stack([above.sum(dim=1), (tied & ~right).sum(dim=1), (tied & right).sum(dim=1)])
 
 
-def recall(above, wrong, right, k):
-    """R@k of each question (Q,), from its place: the probability that a right answer is among the
-    first k if those level with it come in random order. They have m = k - above places, and miss
-    them all in C(wrong, m) of C(wrong + right, m) cases."""
-    m, wrong, right = k - above, wrong.double(), right.double()
-    miss = torch.ones_like(wrong)
-    for j in range(k):  # the next of the m places goes to a wrong answer, too
-        miss *= torch.where(j < m, (wrong - j).clamp(min=0) / (wrong + right - j).clamp(min=1), 1.0)
-    return 1 - miss
+def recall(counts, k):
+    """counts (3, Q) -> R@k of each question (Q,): the probability that a right answer is among the
+    first k if tied ones come in random order.
+
+    The tied ones share the k - above places that are left. A wrong one takes the first of them with
+    probability wrong / (wrong + right), the second with (wrong - 1) / (wrong - 1 + right) ... The
+    product is the probability that no right answer is found. It is 0 if there are fewer wrong ones.
+    """
+    above, wrong, right = counts.double()
+    taken = torch.arange(k, device=counts.device)[:, None]  # places taken by wrong ones so far
+    missed = (wrong - taken) / (wrong - taken + right).clamp(min=1)  # (k, Q)
+    return 1 - missed.where(taken < k - above, 1.0).prod(dim=0)
+
+
+def search_counts(questions, question_label, answers, answer_label):
+    """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> the
+    counts (3, Q) of rank_counts, and those of a model for which all answers look the same. Works in
+    chunks, so that the matrix (Q, A) never exists."""
+    counts, guesses, chunk = [], [], max(1, 2**24 // len(answers))  # 64 MB of scores
+    for i in data.progress(range(0, len(questions), chunk), "searching"):
+        right = question_label[i : i + chunk, None] == answer_label
+        scores = questions[i : i + chunk] @ answers.T
+        counts.append(rank_counts(scores, right).cpu())
+        guesses.append(rank_counts(torch.zeros_like(scores), right).cpu())
+    return torch.cat(counts, dim=1), torch.cat(guesses, dim=1)
 
 
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
-    """R@k and median rank, image to text and text to image, as a dict of dicts.
+    """R@k from image to text and from text to image, as a dict of dicts.
 
-    image_features (N, E), text_features (M, E), owner (M,). Chance is the score of a model for
-    which all answers look the same. Works in chunks, so an (N, M) matrix never exists.
+    image_features (N, E), text_features (M, E), owner (M,): the number of each text's image. Chance
+    is the score of a model for which all answers look the same.
     """
-    number_of_image = torch.arange(len(image_features), device=owner.device)
-    # Each side with the number of the image that it belongs to: equal numbers are right answers.
-    images, texts = (image_features, number_of_image), (text_features, owner)
-    ways, result = {"image_to_text": (images, texts), "text_to_image": (texts, images)}, {}
-    for way, ((questions, asked), (answers, given)) in ways.items():
-        places, counts = [], []  # counts: right answers to each question
-        chunk = max(1, 2**24 // len(answers))  # 64 MB of scores
-        for i in data.progress(range(0, len(questions), chunk), way):
-            right = asked[i : i + chunk, None] == given
-            places.append(torch.stack(place(questions[i : i + chunk] @ answers.T, right)).cpu())
-            counts.append(right.sum(dim=1).cpu())
-        (above, wrong, level), counts = torch.cat(places, dim=1), torch.cat(counts)
-        blind = torch.zeros_like(counts), len(answers) - counts, counts  # the place of a guess
-        result[way] = {
-            f"R@{k}": score(recall(above, wrong, level, k), recall(*blind, k).mean()) for k in ks
-        }
-        result[way]["median_rank"] = float((above + 1 + wrong / (level + 1)).median())
+    images = image_features, torch.arange(len(image_features), device=owner.device)
+    texts, result = (text_features, owner), {}
+    for way, asked, given in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        counts, guesses = search_counts(*asked, *given)
+        result[way] = {f"R@{k}": score(recall(counts, k), recall(guesses, k).mean()) for k in ks}
     return result
 
 
 def mean_r1(result):
-    """The number that validation goes by: R@1, the mean of both ways."""
+    """What the best model is chosen by: R@1, as the mean of both ways."""
     return (result["image_to_text"]["R@1"]["value"] + result["text_to_image"]["R@1"]["value"]) / 2
 
 
 def print_retrieval(result):
     """A line for each score of retrieval()."""
-    for way, part in result.items():
-        for name, value in part.items():
-            label = f"{way} {name}".replace("_", " ")
-            print(line(label, value) if isinstance(value, dict) else f"{label} {value:.0f}")
+    for way, scores in result.items():
+        for name, value in scores.items():
+            print(line(f"{way} {name}".replace("_", " "), value))
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates=TEMPLATES):
@@ -274,40 +337,35 @@ def zeroshot_classifier(model, tokenizer, classes, templates=TEMPLATES):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-@torch.no_grad()
 def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size=128, workers=0):
-    """Top-1 and top-5 accuracy, and top-1 of each class, for a dataset of (image, class number)."""
+    """Top-1 and top-5 accuracy, and top-1 of each class, for a dataset of (image, class number). It
+    is a search for the class among all C classes, so its top-k is R@k."""
     classifier, C = zeroshot_classifier(model, tokenizer, classes, templates), len(classes)
-    places, labels = [], []
-    for images, label in batches(dataset, batch_size, workers, "classifying"):
-        logits = model.encode_image(images.to(device_of(model))) @ classifier.T  # (B, C)
-        right = F.one_hot(torch.tensor(label), C).bool().to(logits.device)
-        places.append(torch.stack(place(logits, right)).cpu())
-        labels += label
-    places, labels = torch.cat(places, dim=1), torch.tensor(labels)
-    top1 = recall(*places, 1)
-    result = {f"top{k}": score(recall(*places, k), k / C) for k in (1, 5) if k == 1 or k < C}
-    # A list, not a dict: two of ImageNet's classes may have the same name.
-    counted = [(name, top1[labels == c]) for c, name in enumerate(classes)]
-    result["per_class"] = [{"name": n, **score(hits, 1 / C)} for n, hits in counted if len(hits)]
+    features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
+    labels, numbers = torch.tensor(labels), torch.arange(C).to(classifier.device)
+    counts, _ = search_counts(features, labels.to(classifier.device), classifier, numbers)
+    result = {f"top{k}": score(recall(counts, k), k / C) for k in (1, 5) if k == 1 or k < C}
+    # A list, not a dict, because two of ImageNet's classes have the same name.
+    hits = [(name, recall(counts[:, labels == c], 1)) for c, name in enumerate(classes)]
+    result["per_class"] = [{"name": name, **score(h, 1 / C)} for name, h in hits if len(h)]
     return result
 
 
-@torch.no_grad()
 def frozen_features(model, dataset, batch_size=128, workers=0):
-    """What a linear probe reads: class token and mean of the patch tokens, side by side (N, 2D);
-    and the labels (N,)."""
-    features, labels = [], []
-    for images, label in batches(dataset, batch_size, workers, "encoding"):
-        tokens = model.visual(images.to(device_of(model)))
-        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float().cpu())
-        labels += label
-    return torch.cat(features), torch.tensor(labels)
+    """What a linear probe learns from: class token and mean of the patch tokens, side by side (N,
+    2D), and the labels (N,)."""
+
+    def encode(images):
+        tokens = model.visual(images)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float().cpu()
+
+    features, labels = encode_images(model, encode, dataset, batch_size, workers)
+    return features, torch.tensor(labels)
 
 
 def fit_linear(x, y, classes, penalty):
-    """Multinomial logistic regression by L-BFGS, x (N, F), y (N,) -> nn.Linear. The problem is
-    convex, so that it has one solution and needs no learning rate."""
+    """Multinomial logistic regression by L-BFGS: features x (N, F), labels y (N,) -> nn.Linear. The
+    problem is convex, so it has one solution and needs no learning rate."""
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -324,11 +382,11 @@ def fit_linear(x, y, classes, penalty):
 
 
 def probe(train, test, classes, seed=0):
-    """Linear probe; train, test: (features (N, F), labels (N,)). The penalty is chosen on a fifth
-    of the training images; the fit then uses all of them. Returns (score on test, penalty)."""
+    """Linear probe; train, test: (features (N, F), labels (N,)). A fifth of the training images
+    chooses the penalty, and then all of them are fitted. Returns (score on test, penalty)."""
     (x, y), (x_test, y_test) = train, test
     check(len(x) > 1, "a probe needs at least two training images")
-    # Standardised features make one penalty mean the same for all of them.
+    # Standardised, so that one penalty means the same for all features.
     mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -347,45 +405,40 @@ def probe(train, test, classes, seed=0):
 # Words, and where they are seen
 
 
+def token_text(tokenizer, i):
+    """A token as a word. One that is only the beginning of a word is written "skate-"."""
+    whole = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
+    return tokenizer.decode([i]) + ("" if whole else "-")
+
+
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
-    """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as
-    [(word, probability, id)]. Probabilities are a softmax over all tokens. A token that is only the
-    beginning of a word is written "skate-"."""
+    """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as a
+    list of (word, probability, id). Probabilities are a softmax over all tokens."""
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
     probabilities[:, [PAD, tokenizer.start, tokenizer.end]] = 0  # these are not words
-    values, ids = probabilities.topk(k)
-
-    def word(i):
-        ends = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
-        return tokenizer.decode([i]) + ("" if ends else "-")
-
-    rows = zip(ids.tolist(), values.tolist())
-    return [[(word(i), p, i) for i, p in zip(*row)] for row in rows]
-
-
-def windows_of(grid, window):
-    """All window x window squares in a grid x grid of patches: bool (W, P), True inside."""
-    # Row i of a band matrix: the patches of the i-th window along one side. A square is the product
-    # of two sides, and kron multiplies every row with every row.
-    side = torch.ones(grid - window + 1, grid).triu().tril(window - 1)
-    return torch.kron(side, side).bool()
+    values, ids = (x.tolist() for x in probabilities.topk(k))
+    return [[(token_text(tokenizer, i), p, i) for i, p in zip(*row)] for row in zip(ids, values)]
 
 
 @torch.no_grad()
 def word_maps(model, image, ids, window, batch_size=64):
     """Where an image (3, S, S) shows each of K tokens (a list of ids).
 
-    Returns falls (K, W): by how much the word's log-probability falls, in nats, when a window of
-    patches is left out; and maps (K, grid, grid): for each patch the mean over its windows.
+    Returns falls (K, W): by how much the word's log-probability falls, in nats, when one of the W
+    windows of window x window patches is left out; and maps (K, grid, grid): for each patch the
+    mean over its windows.
 
     Why by leaving out? The head is linear on the mean of the patch tokens, so its logit also splits
     exactly into one part per token. But attention has mixed the patches by then, and those parts
     light up the background as much as the object. A window that is left out is simply missing.
     """
     grid = model.visual.grid
-    inside = windows_of(grid, window)  # (W, P)
-    keep = torch.stack([(~row).nonzero().flatten() for row in inside]).to(device_of(model))
+    # Row i of a band matrix: the patches of the i-th window along one side. A square is the product
+    # of two sides, and kron multiplies every row with every row.
+    side = torch.ones(grid - window + 1, grid).triu().tril(window - 1)
+    inside = torch.kron(side, side)  # (W, P): 1 for the patches of a window
+    keep = torch.stack([(row == 0).nonzero().flatten() for row in inside]).to(device_of(model))
     image = image[None].to(device_of(model))
 
     def log_probability(keep, n):
@@ -393,8 +446,7 @@ def word_maps(model, image, ids, window, batch_size=64):
 
     without = torch.cat([log_probability(k, len(k)) for k in keep.split(batch_size)])  # (W, K)
     falls = (log_probability(None, 1) - without).T.cpu()  # (K, W)
-    weight = inside.float()
-    return falls, (falls @ weight / weight.sum(dim=0)).unflatten(1, (grid, grid))
+    return falls, (falls @ inside / inside.sum(dim=0)).unflatten(1, (grid, grid))
 
 
 # -----------------------------------------------------------------------------
@@ -402,7 +454,7 @@ def word_maps(model, image, ids, window, batch_size=64):
 
 
 def pick_device(name):
-    """--device, or the first one there is. Raises InputError."""
+    """--device, or the first one there is, as a torch.device. Raises InputError."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     name = name or ("cuda" if torch.cuda.is_available() else mps)
     try:
@@ -411,24 +463,53 @@ def pick_device(name):
         raise InputError(f"no device {name}: {str(error).splitlines()[0]}") from None
 
 
-def read_lines(path):
-    check(Path(path).is_file(), f"there is no file {path}")
+def output_file(*suffixes):
+    """A type for argparse: a file to write, with one of these suffixes, in a folder that exists. It
+    is checked when the option is parsed, so that no work is lost, and the suffix keeps checkpoints
+    and shards from being written over."""
+
+    def parse(text):
+        path = Path(text)
+        if path.suffix.lower() not in suffixes or not path.parent.is_dir() or path.is_dir():
+            wanted = f"a file that ends in {' or '.join(suffixes)}, in a folder that exists"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return path
+
+    return parse
+
+
+def write_json(path, content):
+    """Write what a command has found to the file of --json, if there is one."""
+    if path:
+        data.write_file(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def optional(module, package):
+    """Import a module of a package that requirements.txt does not name. Raises InputError."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise InputError(f"this needs: pip install {package}") from None
+
+
+# Words in place of a file's name, and the lists of open_clip that they stand for.
+PUBLISHED = {"imagenet": "IMAGENET_CLASSNAMES", "openai": "OPENAI_IMAGENET_TEMPLATES"}
+
+
+def read_list(path):
+    """The lines of a file, or one of the PUBLISHED lists."""
+    if path in PUBLISHED:
+        items = getattr(optional("open_clip", "open_clip_torch"), PUBLISHED[path])
+        return [item if isinstance(item, str) else item("{}") for item in items]
     return [s.strip() for s in Path(path).read_text("utf-8", "replace").splitlines() if s.strip()]
-
-
-def published(name):
-    """A list that open_clip comes with. Raises InputError."""
-    check(importlib.util.find_spec("open_clip"), "this needs: pip install open_clip_torch")
-    return getattr(importlib.import_module("open_clip"), name)
 
 
 def class_names(dataset, path=None):
     """A name for each class: the lines of --classes, or else the names of the folders."""
-    if path is None:
-        return [name.replace("_", " ") for name in dataset.classes]
-    names = published("IMAGENET_CLASSNAMES") if path == "imagenet" else read_lines(path)
-    n, given = len(dataset.classes), len(names)
-    check(given == n, f"{path} names {given} classes, but there are {n} folders")
+    folders = dataset.classes
+    names = read_list(path) if path else [name.replace("_", " ") for name in folders]
+    n, n_folders = len(names), len(folders)
+    check(n == n_folders, f"{path} names {n} classes, but there are {n_folders} folders")
     return names
 
 
@@ -436,14 +517,11 @@ def class_names(dataset, path=None):
 
 
 def command_zeroshot(model, tokenizer, args):
-    dataset, templates = ClassFolders(args.images, model.config.image_size), TEMPLATES
+    dataset = ClassFolders(args.images, model.config.image_size)
     classes = class_names(dataset, args.classes)
-    if args.templates == "openai":
-        templates = [template("{}") for template in published("OPENAI_IMAGENET_TEMPLATES")]
-    elif args.templates:
-        templates = read_lines(args.templates)
-        usable = templates and all("{}" in template for template in templates)
-        check(usable, f"every line of {args.templates} must have {{}} where the class name goes")
+    templates = read_list(args.templates) if args.templates else TEMPLATES
+    complete = templates and all("{}" in template for template in templates)
+    check(complete, f"every line of {args.templates} must have {{}} where the class name goes")
     print(f"{len(classes)} classes, {len(templates)} prompts: {' | '.join(templates)}")
     result = zeroshot(model, tokenizer, dataset, classes, templates, args.batch_size, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
@@ -464,19 +542,19 @@ def command_retrieval(model, tokenizer, args):
 
 def command_probe(model, _, args):
     folders = [ClassFolders(f, model.config.image_size) for f in (args.train, args.test)]
-    same = folders[0].classes == folders[1].classes
-    check(same, f"{args.train} and {args.test} have different class folders")
-    parts = [frozen_features(model, f, args.batch_size, args.workers) for f in folders]
+    train, test = folders
+    check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
+    features = [frozen_features(model, f, args.batch_size, args.workers) for f in folders]
     result, D = {}, model.config.vision_width
     for name, columns in (("class token", slice(D)), ("patch mean", slice(D, None))):
-        train, test = ((x[:, columns], y) for x, y in parts)
-        value, penalty = probe(train, test, len(folders[0].classes))
+        halves = ((x[:, columns], y) for x, y in features)
+        value, penalty = probe(*halves, len(train.classes))
         result[name] = {**value, "penalty": penalty}
         print(line(f"linear probe {name}", value) + f"   penalty {penalty:g}")
     return result
 
 
-def make_parser():
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -487,7 +565,7 @@ def make_parser():
         sub.set_defaults(function=function)
         sub.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
         sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-        sub.add_argument("--json", help="file to write the numbers to")
+        sub.add_argument("--json", type=output_file(".json"), help="file to write the numbers to")
         sub.add_argument("--batch_size", type=number(int, 1), default=128, help="(default 128)")
         sub.add_argument("--workers", type=number(int, 0), default=2, help="(default 2 processes)")
         return sub.add_argument
@@ -502,18 +580,9 @@ def make_parser():
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, help="a folder with a folder of images per class")
     add("--test", required=True, help="the same classes, other images")
-    return parser
-
-
-def main(argv):
-    args = make_parser().parse_args(argv)
-    # Checked now, and not after an evaluation. The suffix protects checkpoints and shards.
-    fine = not args.json or (args.json.endswith(".json") and Path(args.json).parent.is_dir())
-    check(fine, "--json needs a name that ends in .json, in a folder that exists")
+    args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
-    result = args.function(model, tokenizer, args)
-    if args.json:
-        data.write_file(args.json, lambda file: file.write(json.dumps(result, indent=2).encode()))
+    write_json(args.json, args.function(model, tokenizer, args))
 
 
 if __name__ == "__main__":

@@ -1,68 +1,74 @@
-"""Drawing that commands share: text that fits, a sheet of captioned images, a picture's file."""
+"""What commands about pictures share: finding image files, and drawing a sheet of images."""
 
+import argparse
+import glob
 import math
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from superclip import check
+from eval import is_image, output_file
+from superclip import InputError, check
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+picture_file = output_file(*FORMATS)  # a type for argparse
 
 
-def fit(text, font, width):
-    """The text, or as much of its beginning as fits into `width` pixels, with "…" at the end."""
-    if font.getlength(text) <= width:
-        return text
-    text = text[: int(width)]  # a character is at least a pixel wide: no need to measure more
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+def picture_format(path):
+    """What picture_file checks, for scripts/show.py, which does not use that type yet."""
+    try:
+        picture_file(path)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(str(error)) from None
+
+
+def image_files(paths, out=None):
+    """Image files, and folders with all images in them -> list of files, each real file once. out:
+    the picture to draw, which must not be one of them. Raises InputError."""
+    files = {}
+    for path in map(Path, paths):
+        inside = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # nothing in a file
+        found = [path / name for name in inside if is_image(path / name)]
+        check(found or path.is_file(), f"there is no image file or folder of images {path}")
+        for file in found or [path]:
+            files.setdefault(file.resolve(), file)
+    check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
+    return [*files.values()]
 
 
 def wrap(text, font, width, lines):
-    """text -> list of at most `lines` lines of `width` pixels. The last one may end in "…"."""
-    words, wrapped = text.split(), []
-    while words and len(wrapped) < lines - 1:
-        n = 1  # words in this line; a single word that is too wide is shortened
-        while n < len(words) and font.getlength(" ".join(words[: n + 1])) <= width:
-            n += 1
-        wrapped.append(fit(" ".join(words[:n]), font, width))
-        words = words[n:]
-    return wrapped + [fit(" ".join(words), font, width)] * bool(words)
+    """text -> at most `lines` lines of at most `width` pixels, as a list. The last one may end in
+    "…"."""
+    text = " ".join(text.split())[: lines * width]  # a character is at least a pixel wide
+    for characters in range(width // 3, 0, -1):
+        wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder="…")
+        if all(font.getlength(line) <= width for line in wrapped):
+            break
+    return wrapped
 
 
-def contact_sheet(images, captions, path, columns=4):
-    """Draw images with a caption of up to four lines below each, and write the picture to `path`.
+def contact_sheet(images, captions, path, columns=4, legend=""):
+    """Draw images with a caption of up to four lines below each, and a legend below all of them.
 
-    images: list of uint8 tensors (3, S, S); captions: as many strings. Raises InputError.
+    images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
+    whose suffix tells its format.
     """
     side, font = images[0].shape[-1], ImageFont.load_default(size=15)
-    captions = [wrap(caption, font, side, 4) for caption in captions]
+    captions = [wrap(caption, font, side, lines=4) for caption in captions]
     columns = min(columns, len(images))
     width, height = side + GAP, side + GAP + LINE * max(map(len, captions))
-    size = GAP + columns * width, GAP + math.ceil(len(images) / columns) * height
+    bottom = GAP + math.ceil(len(images) / columns) * height
+    legend = wrap(legend, font, columns * width, lines=12)
+    size = GAP + columns * width, bottom + LINE * len(legend)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, captions)):
         x, y = GAP + i % columns * width, GAP + i // columns * height
         sheet.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
-    save_picture(sheet, path)
-
-
-def picture_format(path):
-    """The image format that a path's suffix stands for. Raises InputError if no picture can be
-    written there. A command calls it early, before the work that leads to the picture."""
-    path = Path(path)
-    check(path.suffix.lower() in FORMATS, f"{path} must end in {', '.join(FORMATS)}")
-    check(path.parent.is_dir(), f"there is no folder {path.parent}")
-    return FORMATS[path.suffix.lower()]
-
-
-def save_picture(picture, path):
-    """Write a PIL image. Raises InputError."""
-    format = picture_format(path)
-    data.write_file(path, lambda file: picture.save(file, format))
+    pen.multiline_text((GAP, bottom - GAP // 2), "\n".join(legend), "black", font)
+    format = FORMATS[Path(path).suffix.lower()]
+    data.write_file(path, lambda file: sheet.save(file, format))

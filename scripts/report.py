@@ -4,7 +4,7 @@
 
 The page needs no network and no library. All its numbers are computed here, from the model, the
 validation pairs and the run's log, and they travel in the page as one JSON object. The HTML, CSS
-and JavaScript that show them are in report.html. train.py writes such a page at the end of a run.
+and JavaScript that show them are in report.html.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -22,15 +22,17 @@ from torch.utils.data import Subset
 
 import data
 import eval as evaluation
-from superclip import check, cli, number
+from scripts.words import default_window
+from superclip import InputError, cli, number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PLACE = "/* the numbers */"  # in the template: where the JSON goes
+PLACEHOLDER = "/* the numbers */"  # in the template: where the JSON goes
 REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.jsonl"
 SEARCHED = 1000  # pairs that a caption is searched among
 WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; searches of each kind
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
-POINTS = 300  # of a curve: a long run has logged more steps than a screen has pixels
+HEADER = "arguments config parameters samples steps device dtype torch commit date".split()
+POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
 
 
 def spread(items, k):
@@ -48,63 +50,46 @@ def rounded(x, digits=4):
 # The run, from its log
 
 
-def read_rows(path):
-    """A log.jsonl -> its last header, and its other rows. Raises InputError."""
+def read_log(path):
+    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
+    [step, value ...], and the last scores. Raises InputError."""
     rows = []
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         with suppress(ValueError):  # a run that was killed may have left half a line
             rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict)]
-    headers = [row["header"] for row in rows if "header" in row]
-    complete = headers and {"arguments", "config", "parameters", "steps"} <= headers[-1].keys()
-    check(complete, f"{path} is not a log of this version of train.py")
-    return headers[-1], rows
+    try:
+        return summarise_log(rows)
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{path} is not a log of this version of train.py") from None
 
 
-def of_kind(rows, kind):
-    """The rows of a kind (loss or validation), one for each step, in order. A resumed run may have
-    logged a step twice: the later row counts."""
-    found = {row["step"]: row for row in rows if kind in row}
-    return [found[step] for step in sorted(found)]
-
-
-def read_log(path):
-    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
-    [step, value ...], and the last scores. Raises InputError."""
-    header, rows = read_rows(path)
-    losses, validations = of_kind(rows, "loss"), of_kind(rows, "validation")
-    scored = [row for row in rows if "validation" in row or "final" in row]
+def summarise_log(rows):
+    """The rows of a log.jsonl -> what read_log returns. A resumed run may have logged a step twice:
+    the later row counts."""
+    header = [row["header"] for row in rows if "header" in row][-1]
+    training = {row["step"]: row for row in rows if "contrastive_loss" in row}
+    training = [training[step] for step in sorted(training)]
     # Each row gives the speed since the row before it, so that validations are left out.
-    starts = [0] + [row["samples"] for row in losses]
-    intervals = zip(losses, starts)
-    seconds = sum((r["samples"] - s) / max(r["images_per_second"], 0.1) for r, s in intervals)
-    keys = ("step", "contrastive_loss", "classification_loss")
+    starts = [0] + [row["samples"] for row in training]
+    speeds = [max(row["images_per_second"], 0.1) for row in training]
+    seconds = sum((end - start) / v for start, end, v in zip(starts, starts[1:], speeds))
+    curve = spread(training[:-1], POINTS) + training[-1:]
+    losses = ("step", "contrastive_loss", "classification_loss")
+    validations = {row["step"]: row["mean_r1"] for row in rows if "mean_r1" in row}
+    last = ([{}] + [row for row in rows if "zeroshot" in row])[-1]  # validation
+    scores = {}
+    for way, part in (last.get("validation") or {}).items():
+        scores |= {f"{way} {k}": s for k, s in part.items() if k.startswith("R@")}
+    for folder, s in (last.get("zeroshot") or {}).items():
+        scores[f"zero-shot {Path(folder).name}"] = s
     return {
-        "header": header,
+        "header": {key: header[key] for key in HEADER},
         "seconds": round(seconds),
-        "losses": [[row[key] for key in keys] for row in spread(losses[:-1], POINTS) + losses[-1:]],
-        "validations": [(row["step"], row["mean_r1"]) for row in validations],
-        "step": scored[-1]["step"] if scored else None,
-        "scores": list_scores(scored[-1]) if scored else [],
+        "losses": [[row[key] for key in losses] for row in curve],
+        "validations": sorted(validations.items()),
+        "step": last.get("step"),
+        "scores": [{"name": name.replace("_", " "), **s} for name, s in scores.items()],
     }
-
-
-def list_scores(row):
-    """A row of the log with final scores, or else with a validation -> a list of scores as
-    eval.score gives them, each with a name."""
-    final = row.get("final") or {"retrieval": row.get("validation")}
-    parts = final["retrieval"] or {}  # None without validation data
-    named = {f"{way} {k}": s for way, part in parts.items() for k, s in part.items()}
-    named |= {f"zero-shot {Path(k).name}": s for k, s in final.items() if k != "retrieval"}
-    # The median rank is a number without chance and interval.
-    scores = [(name, s) for name, s in named.items() if isinstance(s, dict)]
-    return [{"name": name.replace("_", " "), **s} for name, s in scores]
-
-
-def comparable(log, reference):
-    """Do two logs belong to equal models, trained on as many pairs?"""
-    one, other = log["header"], reference["header"]
-    return all(one.get(key) == other.get(key) for key in ("samples", "config"))
 
 
 # -----------------------------------------------------------------------------
@@ -115,10 +100,10 @@ def read_pairs(model, pairs):
     """Up to SEARCHED pairs -> images (N, 3, S, S), the first caption of each, and image features
     (N, E)."""
     images, captions, features = [], [], []
-    chosen = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
-    for pixels, texts in evaluation.batches(chosen, 128, 0, "encoding"):
+    some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
+    for pixels, texts in evaluation.batches(some, 128, 0, "encoding"):
         images.append(pixels)
-        captions += [own[0] for own in texts]
+        captions += [texts_of_image[0] for texts_of_image in texts]
         features.append(model.encode_image(pixels.to(evaluation.device_of(model))).cpu())
     return torch.cat(images), captions, torch.cat(features)
 
@@ -131,14 +116,14 @@ def data_uri(image):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def words_of(model, tokenizer, image, caption, window):
+def words_of(model, tokenizer, image, caption):
     """The head's top words for an image (3, S, S): word, probability, whether the caption has it,
     and its map (G, G) in nats (see eval.word_maps)."""
     words = evaluation.top_words(model, tokenizer, image[None], WORDS)[0]
-    ids = [i for _, _, i in words]
-    maps, said = evaluation.word_maps(model, image, ids, window)[1], {*tokenizer.encode(caption)}
+    ids, in_caption = [i for _, _, i in words], {*tokenizer.encode(caption)}
+    _, maps = evaluation.word_maps(model, image, ids, default_window(model.visual.grid))
     return [
-        {"word": word, "probability": p, "said": i in said, "map": rounded(m, 3)}
+        {"word": word, "probability": p, "said": i in in_caption, "map": rounded(m, 3)}
         for (word, p, i), m in zip(words, maps)
     ]
 
@@ -148,24 +133,21 @@ def label_of(model, tokenizer, image, caption):
     IDF, its share of the label (see superclip.classification_loss), and what the head says."""
     ids = list(dict.fromkeys(tokenizer.encode(caption)))
     idf = model.token_weights()[ids].cpu()
-    share = idf / idf.sum().clamp_min(1e-8)
     logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0].float()
-    log_probabilities = logits.log_softmax(dim=0).cpu()[ids]
-    whole = (tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ") for i in ids)
-    names = [tokenizer.decode([i]) + ("" if ends else "-") for i, ends in zip(ids, whole)]
-    columns = (rounded(x, 6) for x in (idf, share, log_probabilities))
+    numbers = (idf, idf / idf.sum().clamp_min(1e-8), logits.log_softmax(dim=0).cpu()[ids])
+    names = [evaluation.token_text(tokenizer, i) for i in ids]
     keys = ("token", "idf", "share", "log_probability")
-    return [dict(zip(keys, row)) for row in zip(names, *columns)]
+    return [dict(zip(keys, row)) for row in zip(names, *(rounded(x, 6) for x in numbers))]
 
 
 def searches(similarity):
     """similarity (N, N) of captions and images -> a few searches whose first picture is right, and
-    a few whose first is not: number of the caption, place of its own picture, and the best pictures
-    with their scores. The right picture comes last where it is not among the best."""
+    a few whose first is not: number of the caption, rank of its own picture, and the best pictures
+    with their scores. The right picture comes last if it is not among the best."""
     right = torch.eye(len(similarity), dtype=torch.bool)
-    above, level, _ = evaluation.place(similarity, right)
+    above, tied, _ = evaluation.rank_counts(similarity, right)
     result = []
-    for group in (above + level == 0, above > 0):
+    for group in (above + tied == 0, above > 0):
         for i in spread(group.nonzero().flatten().tolist(), EXAMPLES):
             best = similarity[i].topk(min(FOUND, len(similarity))).indices.tolist()
             found = [[j, rounded(similarity[i, j])] for j in dict.fromkeys([*best, i])]
@@ -178,16 +160,12 @@ def examine(model, tokenizer, pairs, n):
     """All numbers of the page that come from the model, as a dict. Raises InputError."""
     images, captions, image_features = read_pairs(model, pairs)
     text_features = evaluation.encode_texts(model, tokenizer, captions).cpu()
-    similarity = image_features @ text_features.T  # (N, N)
-    check(similarity.isfinite().all(), "the model has diverged: its features are not finite")
-    owner = torch.arange(len(captions))
+    similarity, owner = image_features @ text_features.T, torch.arange(len(captions))  # (N, N)
     scores = evaluation.retrieval(image_features, text_features, owner)
-    shown = spread(owner.tolist(), n)
-    found = searches(similarity.T)
-    grid = model.visual.grid
-    window = max(1, round(grid / 4))  # as scripts/words.py has it
+    shown, found = spread(owner.tolist(), n), searches(similarity.T)
+    window = default_window(model.visual.grid)
     content = {
-        "head": model.head is not None and window < grid,
+        "head": model.head is not None and window < model.visual.grid,
         "loss": model.config.loss,
         "logit_scale": model.logit_scale.exp().item(),
         "size": model.config.image_size,
@@ -200,7 +178,7 @@ def examine(model, tokenizer, pairs, n):
     }
     for picture in data.progress(content["pictures"] if content["head"] else [], "mapping words"):
         pair = images[picture["number"]], captions[picture["number"]]
-        picture["words"] = words_of(model, tokenizer, *pair, window)
+        picture["words"] = words_of(model, tokenizer, *pair)
         picture["label"] = label_of(model, tokenizer, *pair)
     used = {*shown, *(j for search in found for j, _ in search["found"])}
     shortened = [caption[:300] + "…" * (len(caption) > 300) for caption in captions]
@@ -216,41 +194,37 @@ def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=Non
     """Write the page to `out_path`.
 
     model: in eval mode; pairs: validation data (data.Pairs); log_path: the run's log.jsonl, or
-    None; reference_path: the log of a run to compare with, used if it is comparable; n: pictures to
-    show. Raises InputError.
+    None; reference_path: the log of a run to compare with, used if its model is equal and has
+    trained on as many pairs; n: pictures to show. Raises InputError.
     """
-    run, reference = read_log(log_path) if log_path else None, None
-    if run and reference_path and Path(reference_path).is_file():
-        reference = read_log(reference_path)
-        reference = reference if comparable(run, reference) else None
+    run = read_log(log_path) if log_path else None
+    reference = read_log(reference_path) if run and reference_path else None
+    if reference and any(run["header"][k] != reference["header"][k] for k in ("config", "samples")):
+        reference = None
     content = {"run": run, "reference": reference, **examine(model, tokenizer, pairs, n)}
     # A caption may hold "</script>". Without "<" nothing in a script element can end it.
     numbers = json.dumps(content).replace("<", "\\u003c")
-    page = TEMPLATE.read_text("utf-8").replace(PLACE, numbers)
+    page = TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, numbers)
     data.write_file(out_path, lambda file: file.write(page.encode()))
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    add = parser.add_argument
+    add, page = parser.add_argument, evaluation.output_file(".html")
     add("--checkpoint", required=True, help="best.pt or last.pt of a run")
     add("--data", nargs="+", required=True, help="validation shards: paths, folders, globs, braces")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
-    add("--out", required=True, help="page to write, such as report.html")
+    add("--out", type=page, required=True, help="page to write, such as report.html")
     add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
     add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
-    # Checked before the work. The suffix protects checkpoints and shards.
-    fine = args.out.endswith(".html") and Path(args.out).parent.is_dir()
-    check(fine, "--out needs a name that ends in .html, in a folder that exists")
-    beside = Path(args.checkpoint).with_name("log.jsonl")
-    log = args.log or (beside if beside.is_file() else None)
-    check(not log or Path(log).is_file(), f"there is no file {log}")
+    log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
+    log = log if args.log or log.is_file() else None
     model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
     pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
     write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n)
-    print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, open it in a browser")
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
 if __name__ == "__main__":

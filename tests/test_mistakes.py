@@ -1,0 +1,170 @@
+"""Mistakes of users, in one table for all commands. A mistake ends with exit code 2 and one line
+that names the option or the file, without a trace, and nothing is written, nor written over."""
+
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from material import COLOURS, make_model, png, run, write_checkpoint, write_shard
+
+import eval as evaluation
+from scripts import bench, convert, pack, report, scenes, search, show, vocab, words
+
+COMMANDS = {"eval": evaluation.main, "words": words.main, "search": search.main}
+COMMANDS |= {"report": report.main, "convert": convert.main, "pack": pack.main, "show": show.main}
+COMMANDS |= {"vocab": vocab.main, "scenes": scenes.main, "bench": bench.main}
+
+# A command with its arguments, and what the message must name. Options are checked before any work
+# is done: that the checkpoint is none.pt is not noticed then.
+TABLE = """
+eval                                                              | COMMAND
+eval zeroshot MODEL --images nowhere                              | nowhere
+eval zeroshot MODEL --images flat                                 | flat
+eval zeroshot MODEL --images hollow                               | hollow
+eval zeroshot MODEL --images broken                               | broken/red/x.png
+eval zeroshot MODEL --images classes --workers -1                 | --workers
+eval zeroshot MODEL --images classes --batch_size 0               | --batch_size
+eval zeroshot MODEL --images classes --device toaster             | toaster
+eval zeroshot MODEL --images classes --classes two.txt            | two.txt
+eval zeroshot MODEL --images classes --classes none.txt           | none.txt
+eval zeroshot MODEL --images classes --classes imagenet           | imagenet names 1000
+eval zeroshot MODEL --images classes --templates two.txt          | two.txt
+eval zeroshot MODEL --images classes --templates utf16.txt        | utf16.txt
+eval zeroshot NONE --images classes                               | none.pt
+eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.json
+eval zeroshot NONE --images classes --json model.pt               | --json
+eval zeroshot NONE --images classes --json folder.json            | folder.json
+eval zeroshot --checkpoint two.txt --images classes               | two.txt
+eval zeroshot --checkpoint damaged.pt --images classes            | damaged.pt
+eval zeroshot --checkpoint other.pt --images classes              | other.pt
+eval retrieval MODEL --data nowhere.tar                           | nowhere.tar
+eval retrieval MODEL --data pairs.tar none-{0..3}.tar             | none-0.tar
+eval retrieval MODEL --data html.tar                              | html.tar
+eval retrieval MODEL --data packed                                | x.tar.gz
+eval retrieval MODEL --data pairs.tar --captions caption          | caption
+eval retrieval MODEL --data pairs.tar --captions json.nope        | json.nope
+eval probe MODEL --train classes --test broken                    | broken
+eval probe MODEL --train one --test one                           | two training images
+words MODEL                                                       | --image
+words MODEL --image broken/red/x.png                              | broken/red/x.png
+words MODEL --image photo.png hollow                              | hollow
+words MODEL --image photo.png --window 4                          | --window
+words MODEL --data pairs.tar                                      | pairs.tar
+words MODEL --data pairs.tar --out x.png                          | --image
+words --checkpoint clip.pt --image photo.png                      | clip.pt
+words NONE --image photo.png --window 0                           | --window
+words NONE --image photo.png --k 21                               | --k
+words NONE --image photo.png --out x.txt                          | --out
+words NONE --image photo.png --out photo.png                      | photo.png
+words NONE --image photo.png --json model.pt                      | --json
+search MODEL --images classes                                     | --like
+search MODEL "a text"                                             | --images
+search MODEL --images hollow "a text"                             | hollow
+search MODEL --images broken "a text"                             | broken/red/x.png
+search MODEL --images classes --like nowhere.png                  | nowhere.png
+search MODEL --images classes --like broken/red/x.png             | broken/red/x.png
+search MODEL --images classes ""                                  | empty
+search MODEL --images classes photo.png                           | repeat --images
+search NONE --images classes "a text"                             | none.pt
+search NONE --images classes "a text" --k 0                       | --k
+search NONE --images classes "a text" --out classes/red/0.png     | classes/red/0.png
+search NONE --images classes "a text" --out link.png              | link.png
+search NONE --images classes --like photo.png --out photo.png     | photo.png
+search NONE --images classes "a text" --features x.npy            | --features
+search MODEL --images classes "a text" --features cut.npz         | cut.npz
+search MODEL --images classes "a text" --features clip.npz        | clip.npz
+report MODEL --data pairs.tar                                     | --out
+report MODEL --data pairs.tar --out x.html --log none.jsonl       | none.jsonl
+report MODEL --data pairs.tar --out x.html --log other.jsonl      | other.jsonl
+report NONE --data pairs.tar --out x.html --n 1                   | --n
+report NONE --data pairs.tar --out model.pt                       | --out
+report NONE --data pairs.tar --out nowhere/x.html                 | nowhere/x.html
+convert none.pt x.pt                                              | none.pt
+convert two.txt x.pt                                              | two.txt
+convert model.pt nowhere/x.pt                                     | nowhere/x.pt
+convert model.pt x.json --to open_clip                            | x.json
+convert model.pt x.safetensors                                    | x.safetensors
+convert model.pt x.pt --vocab two.txt                             | two.txt
+convert model.pt x.pt --vocab clip                                | --vocab
+convert model.pt x.pt --image_size 17                             | image_size
+convert model.pt model.pt                                         | model.pt
+convert model.pt link.pt --to open_clip                           | model.pt
+pack --csv none.csv --out x                                       | none.csv
+pack --csv empty.csv --out x                                      | empty.csv
+pack --csv list.csv --out x                                       | --image_column
+pack --csv list.csv --out x --image_column a                      | --caption_column
+pack --csv list.csv --out x --size -1                             | --size
+pack --csv list.csv --out x --val 1                               | --val
+pack --csv good.csv --out full                                    | full
+show nowhere.tar                                                  | nowhere.tar
+show nowhere.tar --picture x.xyz                                  | x.xyz
+show pairs.tar --picture pairs.tar                                | pairs.tar
+show pairs.tar --vocab two.txt                                    | two.txt
+show pairs.tar --n 0                                              | --n
+vocab nowhere.tar                                                 | nowhere.tar
+vocab pairs.tar --out pairs.tar                                   | --out
+vocab pairs.tar --out folder.tiktoken                             | folder.tiktoken
+vocab pairs.tar --size 514                                        | --size
+vocab silent.tar --out x.tiktoken                                 | txt
+scenes --out classes                                              | classes
+bench data --samples 0                                            | --samples
+"""
+ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
+SHORT = {"MODEL": "--checkpoint model.pt --device cpu", "NONE": "--checkpoint none.pt"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with all files that the table names."""
+    world, picture = tmp_path_factory.mktemp("world"), png(COLOURS["red"], np.random.default_rng(0))
+    files = {f"classes/{name}/{i}.png": picture for name in ("red", "green") for i in range(3)}
+    files |= {"photo.png": picture, "one/red/0.png": picture, "broken/red/x.png": b"no image"}
+    files |= {"two.txt": b"one\ntwo\nthree\n", "utf16.txt": "a {}\n".encode("utf-16")}
+    files |= {
+        "html.tar": b"<html>" * 500,
+        "packed/x.tar.gz": b"",
+        "other.jsonl": b'[1]\n{"a": 1}\n',
+    }
+    files |= {
+        "empty.csv": b"",
+        "list.csv": b"a,c\n1,2\n",
+        "good.csv": b"image,caption\nphoto.png,a\n",
+    }
+    for name, content in files.items():
+        (world / name).parent.mkdir(parents=True, exist_ok=True)
+        (world / name).write_bytes(content)
+    for name in ("flat", "hollow/empty", "folder.json", "folder.tiktoken", "full"):
+        (world / name).mkdir(parents=True)
+    pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
+    for name in ("pairs.tar", "full/mine.tar"):
+        write_shard(world / name, [pair, pair])
+    write_shard(world / "silent.tar", [{"png": picture}])
+    model = write_checkpoint(world / "model.pt", make_model())
+    write_checkpoint(world / "clip.pt", make_model(cls_weight=0))
+    clip = ["--checkpoint", world / "clip.pt", "--features", world / "clip.npz"]
+    assert not run(search.main, *clip, "--images", world / "classes", "a red thing")
+    (world / "cut.npz").write_bytes((world / "clip.npz").read_bytes()[:-100])
+    (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
+    torch.save({"epoch": 1}, world / "other.pt")
+    (world / "link.pt").symlink_to(model)
+    (world / "link.png").symlink_to("classes/red/0.png")
+    return world
+
+
+@pytest.mark.parametrize("command, named", ROWS, ids=[command for command, _ in ROWS])
+def test_a_mistake_is_one_line_and_changes_nothing(command, named, world, capsys, monkeypatch):
+    def contents():
+        return {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+
+    monkeypatch.chdir(world)
+    before = contents()
+    for short, options in SHORT.items():
+        command = command.replace(short, options)
+    name, *argv = shlex.split(command)
+    capsys.readouterr()
+    assert run(COMMANDS[name], *argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and named in lines[-1], lines
+    assert len(lines) == 1 or lines[0].startswith("usage: ")  # argparse shows the options, too
+    assert not any(line.startswith("Traceback") for line in lines) and contents() == before
