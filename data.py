@@ -1,18 +1,18 @@
 """The path from tar shards of image-caption pairs to batches, from top to bottom:
 
     caption --> Tokenizer ------------------------------.
-    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> batch with uint8 images
+    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> join --> batch on the GPU
                            ^ batch_indices(seed, step)
 
 A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them. Members of
 one sample share their name up to the first dot: .jpg|.jpeg|.png|.webp is the image, .txt the
-caption, .json optional metadata. Shards are not streamed. One pass over the tar headers makes an
-index, and then any sample is two or three reads away. That gives a true global shuffle, an exact
-length, and equal batches on every process. It also makes resuming a run a matter of one integer,
-the step.
+caption, .json optional metadata. Shards are not streamed: one pass over the tar headers makes an
+index, after which any sample is two or three reads away. So the shuffle is global, the length is
+exact, batches are equal on every process, and a run can be resumed from one integer, its step.
 """
 
 import base64
+import errno
 import glob
 import gzip
 import hashlib
@@ -27,11 +27,13 @@ import random
 import signal
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from superclip import PAD, InputError, check
@@ -52,7 +54,8 @@ progress = partial(tqdm, delay=1, leave=False, disable=None)
 # -----------------------------------------------------------------------------
 # Tokenizer
 
-# CLIP's order of the 256 bytes: printable ones first. Their ids are 0-255; 256-511 end a word.
+# CLIP's order of the 256 bytes: printable ones first. Their ids are 0-255, and 256-511 are the same
+# bytes at the end of a word.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [b for b in range(256) if b not in BYTES]
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
@@ -61,9 +64,14 @@ CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_
 CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
-# What counts as a word: CLIP's pattern, case ignored. Every digit is a word of its own.
-SHORT = "'s|'t|'re|'ve|'m|'ll|'d"
-WORD = regex.compile(rf"(?i){START}|{END}|{SHORT}|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+")
+# CLIP splits a caption into English suffixes, letters, single digits, and runs of anything else.
+OTHER = r"[^\s\p{L}\p{N}]+"
+CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
+# In a vocabulary of whole words, a word is letters and digits with inner hyphens and apostrophes,
+# as in "t-shirt" and "women's". Scripts without spaces have one word per character.
+ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
+PART = rf"(?:(?!{ALONE})[\p{{L}}\p{{M}}\p{{N}}])+"
+WORD = regex.compile(rf"{START}|{END}|{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")
 QUOTES = str.maketrans("‘’‚‛ʼ“”„‟", "'''''\"\"\"\"")
 CONTROL = regex.compile("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 # Letters of full and half width, and ligatures
@@ -74,12 +82,11 @@ def clean(text):
     """A caption as CLIP's tokenizer sees it: HTML entities decoded, quotes straightened, letters
     composed (NFC), of normal width and in lower case.
 
-    This is what open_clip's cleaning does to the captions people write. It leaves out what the
-    library ftfy does beyond that, above all the repair of text that was decoded with the wrong
-    encoding ("cafÃ©"). Such a caption costs a few odd tokens, not an error.
+    This is what open_clip's cleaning does to the captions people write. The library ftfy, which
+    open_clip uses, also repairs text that was decoded with the wrong encoding ("cafÃ©"). We leave
+    that out, because such a caption costs only a few odd tokens.
     """
-    if "&" in text:
-        text = html.unescape(html.unescape(text))  # captions off the web are often escaped twice
+    text = html.unescape(html.unescape(text))  # captions off the web are often escaped twice
     if not text.isascii():
         text = text.translate(QUOTES)
         text = regex.sub(WIDE, lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
@@ -92,38 +99,26 @@ def tiktoken_text(tokens):
     return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
 
 
-def words_to_tiktoken(words):
-    """list of words -> the text of a .tiktoken file: all bytes, then each word as one token."""
-    return tiktoken_text(dict.fromkeys(BYTE_TOKENS + [word.encode() + b" " for word in words]))
-
-
 def merges_to_tiktoken(text):
     """CLIP's file of BPE merges -> the text of a .tiktoken file of the same vocabulary."""
-    # The file writes each byte as a printable character, and the end of a word as </w>.
-    byte_of = dict(zip(map(chr, [*BYTES[:188], *range(256, 324)]), BYTES))
-    tokens = list(BYTE_TOKENS)
-    for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]:  # CLIP uses no more of its merges
-        token = line.replace(" ", "")
-        word = bytes(byte_of[c] for c in token.removesuffix("</w>"))
-        tokens.append(word + b" " if token.endswith("</w>") else word)
-    return tiktoken_text(tokens)
+    # The file writes each byte as a printable character, and the end of a word as </w>. CLIP uses
+    # no more merges than fill up its vocabulary.
+    byte_of = dict(zip(map(chr, [*BYTES[:188], *range(256, 324)]), BYTES)) | {" ": 32}
+    merges = text.replace(" ", "").replace("</w>", " ").split("\n")[1 : 49152 - 256 - 2 + 1]
+    return tiktoken_text(BYTE_TOKENS + [bytes(byte_of[c] for c in merge) for merge in merges])
 
 
 def clip_vocabulary():
     """The text of a .tiktoken file of CLIP's vocabulary: from an installed open_clip_torch, from
-    tiktoken's cache, or by download. Raises InputError."""
+    tiktoken's cache, or by download."""
     spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
-    if spec:
-        content = Path(spec.origin).with_name(CLIP_VOCAB_URL.rpartition("/")[2]).read_bytes()
-    else:
-        try:
+    with suppress(Exception):  # whatever the network raises
+        if spec:
+            content = Path(spec.origin).with_name(CLIP_VOCAB_URL.rpartition("/")[2]).read_bytes()
+        else:
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
-        except Exception:  # whatever the network raises
-            raise InputError(
-                f"cannot download {CLIP_VOCAB_URL}: pip install open_clip_torch brings it along, "
-                "--vocab names a copy, and python -m scripts.vocab makes one of your captions"
-            ) from None
-    return merges_to_tiktoken(gzip.decompress(content).decode())
+        return merges_to_tiktoken(gzip.decompress(content).decode())
+    raise InputError(f"cannot download {CLIP_VOCAB_URL}: install open_clip_torch, or give --vocab")
 
 
 def vocabulary_beside(shards):
@@ -135,23 +130,23 @@ def vocabulary_beside(shards):
 class Tokenizer:
     """Byte-pair encoding on tiktoken. With CLIP's vocabulary its ids are open_clip's.
 
-    The trick: CLIP's end-of-word mark is written as a trailing space byte. Then CLIP's ids are
-    tiktoken's ranks, and a word that the vocabulary has as a whole becomes one token.
+    The trick is to write CLIP's end-of-word mark as a trailing space byte. Then CLIP's ids are
+    tiktoken's ranks, and a word that the vocabulary has as a whole becomes one token. A vocabulary
+    of whole words is one in which every token of several bytes ends in that space.
     """
 
     def __init__(self, vocab, context_length=77):
-        """vocab: the text of a .tiktoken file; context_length: the default row length of __call__.
-        Raises InputError."""
+        """vocab: the text of a .tiktoken file; context_length: tokens of a caption in __call__."""
         self.vocab, self.context_length = vocab, context_length
-        try:
+        ranks = {}
+        with suppress(ValueError):
             lines = [line.split() for line in vocab.splitlines() if line]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except ValueError:
-            ranks = {}
         whole = sorted(ranks.values()) == [*range(len(ranks))] and {*BYTE_TOKENS[:256]} <= {*ranks}
         check(whole, "a vocabulary has ranks from 0 up, and all 256 single bytes among its tokens")
-        self.start, self.end = len(ranks), len(ranks) + 1
-        self.vocab_size = len(ranks) + 2
+        self.start, self.end, self.vocab_size = (len(ranks) + i for i in range(3))
+        has_parts = any(len(token) > 1 and not token.endswith(b" ") for token in ranks)
+        self.pattern = CLIP_WORD if has_parts else WORD
         special = {START: self.start, END: self.end}
         self.encoding = tiktoken.Encoding(
             "superclip", pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens=special
@@ -159,40 +154,37 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """path: a .tiktoken file, CLIP's bpe_simple_vocab_16e6.txt.gz, or "clip", which finds that
-        one. Raises InputError."""
+        """path: a .tiktoken file, CLIP's bpe_simple_vocab_16e6.txt.gz, or "clip" to find the latter
+        (clip_vocabulary)."""
         if path == "clip":
             return cls(clip_vocabulary(), context_length)
-        check(Path(path).is_file(), f"there is no vocabulary file {path}")
         content = Path(path).read_bytes()
-        with suppress(ValueError, EOFError, OSError, KeyError):  # InputError is a ValueError
+        with suppress(Exception):  # gzip, zlib, UTF-8, merges and base64 have errors of their own
             text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-            if text.startswith('"bpe_simple_vocab'):
-                text = merges_to_tiktoken(text)
-            return cls(text, context_length)
+            is_clip = text.startswith('"bpe_simple_vocab')
+            return cls(merges_to_tiktoken(text) if is_clip else text, context_length)
         raise InputError(f"{path} is neither a .tiktoken file nor CLIP's file of merges")
 
     def encode(self, text):
         """str -> list of ids of any length, without start and end."""
-        words = WORD.findall(clean(text))
+        words = self.pattern.findall(clean(text))
         return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
 
     def decode(self, ids):
         """ids -> str in lower case with a space after each word, without start, end and padding."""
-        ids = [int(i) for i in ids if i != self.start]
-        ids = ids[: ids.index(self.end)] if self.end in ids else ids  # padding follows the end
-        return self.encoding.decode(ids).strip()
+        ids = takewhile(lambda i: i != self.end, map(int, ids))  # padding follows the end
+        return self.encoding.decode([i for i in ids if i != self.start]).strip()
 
     def __call__(self, texts, context_length=None):
         """list of B strings -> LongTensor (B, context_length): start, tokens, end, padding. A text
         that is too long is cut, and still ends with the end token."""
         texts = [texts] if isinstance(texts, str) else texts
-        return self.rows(map(self.encode, texts), context_length or self.context_length)
+        return self.pad(map(self.encode, texts), context_length or self.context_length)
 
-    def rows(self, ids, length):
-        """B lists of ids -> LongTensor (B, length) with start, end and padding."""
-        rows = [[self.start, *tokens[: length - 2], self.end] for tokens in ids]
-        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows]).view(-1, length)
+    def pad(self, captions, length):
+        """B lists of ids -> LongTensor (B, length): start, ids, end, padding."""
+        captions = [[self.start, *ids[: length - 2], self.end] for ids in captions]
+        return torch.tensor([c + [PAD] * (length - len(c)) for c in captions]).view(-1, length)
 
 
 # -----------------------------------------------------------------------------
@@ -202,6 +194,8 @@ class Tokenizer:
 IMAGE, TEXT, JSON = 1, 3, 5
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
 BLOCK = 512  # bytes; a tar is made of such blocks, and 32 bits count the blocks of a terabyte
+# How the names of shards end. Those after the first are compressed, which rules out random access.
+ENDINGS = ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
 
 
 def braces(pattern):
@@ -210,21 +204,21 @@ def braces(pattern):
     if not match or int(match[2]) > int(match[3]):
         return [pattern]
     head, low, high, tail = match.groups()
-    numbers = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
-    return [path for i in numbers for path in braces(head + i + tail)]
+    paths = (f"{head}{i:0{len(low)}d}{tail}" for i in range(int(low), int(high) + 1))
+    return [path for one_brace_less in paths for path in braces(one_brace_less)]
 
 
 def expand(patterns):
-    """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each brace must
-    match, so that a missing download is noticed. Raises InputError."""
+    """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
+    braces must match, so that a missing download is noticed."""
     shards = {}  # real path -> path: a shard that is given twice counts once
     for path in [path for pattern in patterns for path in braces(str(pattern))]:
-        found = glob.glob(f"{glob.escape(path)}/*.tar*") if Path(path).is_dir() else [path]
-        found = found if Path(path).exists() else glob.glob(path)
+        found = [path] if Path(path).exists() else glob.glob(path)
+        if Path(path).is_dir():  # it may also hold files such as a.tar.part and a.tar.md5
+            found = [p for p in glob.glob(f"{glob.escape(path)}/*") if p.endswith(ENDINGS)]
         check(found, f"no shards match {path}")
         for shard in found:
-            packed = shard.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
-            check(not packed, f"{shard} is compressed and has no random access: unpack it to .tar")
+            check(not shard.endswith(ENDINGS[1:]), f"{shard} is compressed: unpack it to .tar")
             shards[os.path.realpath(shard)] = shard
     return sorted(shards.values())
 
@@ -245,55 +239,53 @@ def read_headers(path, number):
             for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
-                if not (member.isdir() or column and member.isfile()):  # metadata, links, a.b.jpg
+                if column and key and member.isfile():
+                    row = rows.setdefault(key, [number] + [0] * 6)
+                    if row[column]:
+                        unused[key] = f"appears twice, the first one is used: {member.name}"
+                    elif 0 < member.size < 2**31:
+                        row[column : column + 2] = member.offset_data // BLOCK, member.size
+                elif not member.isdir():  # metadata, links, a.b.jpg
                     others[extension] = others.get(extension, 0) + 1
-                if column is None or not key or not member.isfile():
-                    continue
-                row = rows.setdefault(key, [number] + [0] * 6)
-                if row[column]:
-                    unused[key] = f"appears twice, the first one is used: {member.name}"
-                elif 0 < member.size < 2**31:
-                    row[column : column + 2] = member.offset_data // BLOCK, member.size
-            tar.fileobj.seek(tar.offset)  # tarfile stops at a damaged header, silently
-            if any(tar.fileobj.read(BLOCK)):
-                unused[""] = f"damaged header, the rest is not read: byte {tar.offset}"
+            # tarfile stops silently at a damaged header, and at the end of an archive although
+            # another one may follow.
+            tar.fileobj.seek(tar.offset)
+            if any(chunk.strip(b"\0") for chunk in iter(partial(tar.fileobj.read, 2**20), b"")):
+                size = tar.fileobj.seek(0, os.SEEK_END) - tar.offset
+                unused[""] = f"the archive ends, or is damaged: {size:,} bytes are not used"
     except (tarfile.TarError, OSError) as error:
         unused[""] = f"{error}; the rest is not read"
     unused |= {f"*{e}": f"a link or another kind: {n:,} files" for e, n in others.items()}
-    for key in [key for key, row in rows.items() if not row[IMAGE]]:
-        del rows[key]
-        unused.setdefault(key, "no image, or an empty one")
+    without = {key: "no image, or an empty one" for key, row in rows.items() if not row[IMAGE]}
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
-    return np.array(list(rows.values()), dtype=np.int32).reshape(-1, 7), list(unused.items())
+    rows = np.array([row for row in rows.values() if row[IMAGE]], dtype=np.int32).reshape(-1, 7)
+    return rows, list((without | unused).items())
 
 
 def build_index(shards):
     """list of shards -> (int32 tensor (N, 7), list of (shard, key, reason) of what is not used).
 
-    That is 28 bytes a sample in one tensor, which worker processes share. Python objects would be
-    copied to each of them. The index is cached until the size or mtime of a shard changes.
+    The index takes 28 bytes a sample, in one tensor that all loading processes share, where Python
+    objects would be copied to each of them. It is cached until the size or mtime of a shard
+    changes.
     """
-    # Rename this folder when read_headers changes, so that old caches are ignored.
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superclip-5"
-    name = hashlib.sha1("\n".join(map(os.path.abspath, shards)).encode()).hexdigest()
+    name = hashlib.sha1(os.fsencode("\n".join(map(os.path.abspath, shards)))).hexdigest()
+    # Count up when read_headers changes, so that old caches are ignored.
+    path = cache_folder() / f"index-6-{name}"
     stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
     with suppress(Exception):  # there is no cache, or a damaged one
-        cached = torch.load(folder / name, weights_only=True)
-        if cached["stamp"] == stamp:
-            return cached["index"], cached["unused"]
+        cached_stamp, index, unused = torch.load(path, weights_only=True)
+        if cached_stamp == stamp:
+            return index, unused
     with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
         results = pool.map(read_headers, shards, range(len(shards)))
         results = list(progress(results, "indexing shards", len(shards), unit="shard"))
-    content = {
-        "stamp": stamp,
-        "index": torch.from_numpy(np.concatenate([rows for rows, _ in results])),
-        "unused": [(shard, *e) for shard, (_, unused) in zip(shards, results) for e in unused],
-    }
+    index = torch.from_numpy(np.concatenate([rows for rows, _ in results]))
+    unused = [(shard, *entry) for shard, (_, entries) in zip(shards, results) for entry in entries]
     with suppress(OSError, RuntimeError):  # a cache that cannot be written is no reason to stop
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, lambda file: torch.save(content, file))
-    return content["index"], content["unused"]
+        write_file(path, lambda file: torch.save((stamp, index, unused), file))
+    return index, unused
 
 
 # -----------------------------------------------------------------------------
@@ -302,6 +294,8 @@ def build_index(shards):
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompression bombs
 # The formats of web images. Pillow knows stranger ones, and some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# How the names of such files end, for all commands
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
 
@@ -314,26 +308,31 @@ def crop_box(width, height, rng=None):
     """The part of an image to look at, as x, y, width, height in pixels.
 
     Without rng: the largest central square. With rng (a random.Random): CLIP's only augmentation,
-    a random rectangle of 90-100 % of the area. It is never flipped, since captions say "left".
+    a random rectangle of 90-100 % of the area. It is not mirrored, because captions say "left".
     """
-    if rng is not None:
-        for _ in range(10):  # as torchvision's RandomResizedCrop does it
-            area = width * height * rng.uniform(0.9, 1.0)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, width - w), rng.randint(0, height - h), w, h
+    for _ in range(10 if rng else 0):  # as torchvision's RandomResizedCrop does it
+        area = width * height * rng.uniform(0.9, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, width - w), rng.randint(0, height - h), w, h
     side = min(width, height)  # also if the image is too long for such a rectangle
     return (width - side) // 2, (height - side) // 2, side, side
 
 
-def upright_rgb(image):
-    """PIL image -> decoded RGB image, turned as its EXIF data says, transparent parts white."""
+def upright_rgb(image, box=None):
+    """PIL image -> the part of it in the box (x0, y0, x1, y1), or all, as an RGB image: turned as
+    its EXIF data says, with transparent parts white."""
+    # Older versions of Pillow have mode I for PNGs of 16 bits, too.
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        raise BadSample(f"32-bit pixels (mode {image.mode}) have no fixed range of brightness")
+    image = image.crop(box)
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
-        ImageOps.exif_transpose(image, in_place=True)
+        if image.getexif().get(0x0112, 1) != 1:  # the tag of the orientation
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -343,23 +342,22 @@ def load_image(source, size, rng=None):
     """Bytes of an image file, or a PIL image -> uint8 tensor (3, size, size), cropped (crop_box)
     and resized, bicubic with antialiasing. Raises BadSample.
 
-    Three things make it fast. A JPEG is decoded at a fraction of its size where the crop allows it
-    (`draft`). It stays uint8 to the end. And the three values of a pixel stay side by side, as the
-    decoder wrote them ("channels last").
+    Three things make it fast: a JPEG is decoded at a fraction of its size where the crop allows it
+    (`draft`), pixels stay uint8 to the end, and the three values of a pixel stay side by side, as
+    the decoder wrote them ("channels last").
     """
     try:
-        fresh = isinstance(source, bytes)  # a caller's image is left as it is
-        image = Image.open(io.BytesIO(source), formats=FORMATS) if fresh else source
+        is_file = isinstance(source, bytes)
+        image = Image.open(io.BytesIO(source), formats=FORMATS) if is_file else source
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng)
         scale = max(size / w, size / h)
-        if fresh and scale <= 0.5:  # draft halves the picture while the crop allows it
+        if is_file and scale <= 0.5:  # draft halves the picture while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        fx, fy = image.width / width, image.height / height  # not quite equal: draft rounds up
-        image = upright_rgb(image.crop((x * fx, y * fy, (x + w) * fx, (y + h) * fy)))
+        k = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8; draft rounds the size up
+        image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        reason = str(error).partition(" <")[0]
-        raise BadSample(f"the image cannot be decoded: {reason}") from None
+        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
     # With a batch axis in front, torch sees that this is channels last.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
@@ -371,7 +369,16 @@ def load_image(source, size, rng=None):
 MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
 
 
-open_shard = lru_cache(maxsize=500)(partial(open, mode="rb"))  # processes may open a thousand files
+@lru_cache(max(16, min(500, os.sysconf("SC_OPEN_MAX") // 2)))
+def open_shard(path):
+    """A shard, open for reading. Up to 500 shards stay open, and at most half as many as a process
+    may have open files."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        # That says nothing about the sample.
+        check(error.errno != errno.EMFILE, f"too many open files to open {path}: raise ulimit -n")
+        raise
 
 
 class Pairs(Dataset):
@@ -379,9 +386,9 @@ class Pairs(Dataset):
 
     shards: paths. captions, labels: lists of sources, each "txt" or "json.FIELD", where the
     field holds a string or a list of strings. One text is drawn each time; a source that is named
-    twice is drawn twice as often. Index it with (visit, sample): `visit` counts the
-    samples of the whole run and seeds the crop and the choice of the caption, so that they do not
-    depend on which worker does the work. Raises InputError.
+    twice is drawn twice as often. Index it with (visit, sample): `visit` counts the samples of the
+    whole run and seeds the crop and the choice of the caption, so that these do not depend on which
+    process loads the sample.
     """
 
     def __init__(self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0):
@@ -390,42 +397,36 @@ class Pairs(Dataset):
         self.captions, self.label_captions = captions, labels or captions
         self.index, self.unused = build_index(shards)
         for source in (*self.captions, *self.label_captions):
-            known = source == "txt" or regex.fullmatch(r"json\.\w+", source)
-            check(known, f"captions come from txt or json.FIELD, not from {source!r}")
+            check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
         why = f" ({self.unused[0][0]}: {self.unused[0][2]})" if self.unused else ""
-        check(len(self.index), f"no image-caption pairs in {self.shards[0]}{why}")
+        check(len(self.index), printable(f"no image-caption pairs in {self.shards[0]}{why}"))
 
     def __len__(self):
         return len(self.index)
 
-    def read_blocks(self, shard, block, size):
-        """Read `size` bytes of a shard, from a block on."""
-        return os.pread(open_shard(self.shards[shard]).fileno(), size, block * BLOCK)
-
     def read(self, row, column):
         """The bytes of one member: IMAGE, TEXT or JSON. Raises BadSample."""
-        if not row[column]:
+        shard, block, size = self.shards[row[0]], row[column], row[column + 1]
+        if size == 0:
             raise BadSample(f"no {'txt' if column == TEXT else 'json'}, or an empty one")
-        content = self.read_blocks(row[0], row[column], row[column + 1])
-        if len(content) < row[column + 1]:
+        content = os.pread(open_shard(shard).fileno(), size, block * BLOCK)
+        if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
 
     def key(self, row):
         """The sample's name, read from the tar header before the image to save memory. The header
         may shorten a name that is long or not ASCII."""
-        with suppress(tarfile.TarError, OSError):  # the shard has changed, or is gone
-            header = self.read_blocks(row[0], row[IMAGE] - 1, BLOCK)
+        with suppress(tarfile.TarError, BadSample, OSError):  # the shard has changed, or is gone
+            header = self.read([row[0], row[IMAGE] - 1, BLOCK], IMAGE)  # one block before the image
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
         return "?"
 
     def texts(self, row, source):
         """All captions that a sample has in a source, a list of strings. Raises BadSample."""
         try:
-            if source == "txt":
-                texts = self.read(row, TEXT).decode()
-            else:
-                texts = json.loads(self.read(row, JSON))[source.removeprefix("json.")]
+            texts = self.read(row, TEXT if source == "txt" else JSON).decode("utf-8-sig")
+            texts = texts if source == "txt" else json.loads(texts)[source.removeprefix("json.")]
             texts = texts if isinstance(texts, list) else [texts]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
@@ -466,8 +467,8 @@ class Pairs(Dataset):
         length = min(self.tokenizer.context_length, round_up(captions))
         return {
             "images": images.permute(0, 3, 1, 2),  # channels last, which convolutions like
-            "tokens": self.tokenizer.rows(captions, length),
-            "label_tokens": self.tokenizer.rows(labels, round_up(labels)),  # the whole captions
+            "tokens": self.tokenizer.pad(captions, length),
+            "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # the whole captions
             "replaced": [entry for entries in replaced for entry in entries],
         }
 
@@ -495,12 +496,20 @@ def batch_indices(n, batch_size, seed, step):
     return list(enumerate(order.tolist(), start=step * batch_size))
 
 
-def micro_batches(n, batch_size, rows, micro_batch_size, seed, start, stop):
-    """Yield what one process loads from step `start` to `stop`: its rows of each global batch, in
-    parts of micro_batch_size."""
+# -----------------------------------------------------------------------------
+# Loading: small batches in many processes, joined on the device
+
+SMALL = 64  # pairs that a process loads at a time, so that it soon has something to hand over
+
+
+def small_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
+    """Yield what one process of a run loads from step `start` to `stop`, as lists of (visit,
+    sample): its slice `local` of each global batch, in small batches of at most SMALL pairs, none
+    of which reaches across a micro-batch."""
     for step in range(start, stop):
-        batch = batch_indices(n, batch_size, seed, step)[rows]
-        yield from (batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size))
+        batch = batch_indices(n, batch_size, seed, step)[local]
+        for micro_batch in BatchSampler(batch, micro_batch_size, drop_last=False):
+            yield from BatchSampler(micro_batch, SMALL, drop_last=False)
 
 
 def start_worker(_):
@@ -513,47 +522,111 @@ def start_worker(_):
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def make_loader(dataset, workers=None, batch_bytes=1, **options):
-    """Yield the batches of a DataLoader. Its workers are forked, so that they share the index.
-    (Python 3.14's default would copy it.) Raises InputError if one of them dies.
+def plan_workers(workers=None, ahead=0, batch_bytes=1):
+    """-> (number of workers, batches that each of them keeps ready), for a loader that should be
+    `ahead` batches of batch_bytes ahead of the training.
 
-    workers: by default, the cores that this process may use, which are fewer than there are in a
-    container or under a scheduler, shared among the processes of this machine. Each keeps two
-    batches ready in shared memory, so large batches get fewer workers: 4 GiB must do for all."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    share = min(share, max(1, 2**32 // (2 * batch_bytes)))
-    options["num_workers"] = share if workers is None else workers
-    if options["num_workers"] and sys.platform == "linux":
-        options["multiprocessing_context"] = "fork"
+    By default there are as many workers as cores that this process may use (in a container or
+    under a scheduler, fewer than the machine has), shared among the processes of a run. All the
+    batches that are ready on a machine fit into 4 GiB of shared memory.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = 2**32 // processes // batch_bytes  # batches
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(cores // processes, max(1, room // 2))
+    share = max(1, workers)
+    return workers, max(2, min(math.ceil(ahead / share), room // share))
+
+
+def make_loader(dataset, workers=None, ahead=0, batch_bytes=1, **options):
+    """Yield the batches of a DataLoader, made by workers (plan_workers). These are forked, so that
+    they share the index, which Python 3.14's default would copy."""
+    workers, ready = plan_workers(workers, ahead, batch_bytes)
+    if workers:
+        fork = "fork" if sys.platform == "linux" else None
+        options |= {"prefetch_factor": ready, "multiprocessing_context": fork}
+    options |= {"num_workers": workers, "worker_init_fn": start_worker}
     try:
-        yield from DataLoader(dataset, worker_init_fn=start_worker, **options)
-        return
-    except RuntimeError as error:
-        if not any(text in str(error) for text in ("DataLoader worker (", "shared memory")):
-            raise
-        error.__traceback__ = None  # it would keep the other workers alive
-    raise InputError("a loading process has died: try docker run --shm-size 8g, or --workers 0")
+        batches = iter(DataLoader(dataset, **options))
+        # torch's handler would raise the death of a worker wherever this process happens to be, as
+        # in the middle of an update. Without it, the death is noticed when a batch is fetched.
+        with suppress(ValueError):  # this is not the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from batches
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        text = r"DataLoader worker \(|shared memory|open files|ancdata"
+        died = not isinstance(error, RuntimeError) or regex.search(text, str(error))
+        check(not died, "a loading process has died: try docker --shm-size, ulimit -n, --workers 0")
+        raise
 
 
-def load_batches(pairs, order, micro_batch_size, workers, device):
-    """Yield the micro-batches of `order` as dicts of tensors on the device. A GPU copies them on a
-    stream of their own, while the step before is still computing. Images travel as uint8."""
-    batch_bytes = micro_batch_size * 3 * pairs.image_size**2
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    options = {"collate_fn": pairs.collate, "pin_memory": side is not None}
-    for part in make_loader(pairs, workers, batch_bytes, batch_sampler=order, **options):
-        replaced = list(map(tuple, part.pop("replaced")))  # pin_memory may have made lists of them
-        with torch.cuda.stream(side):  # which does nothing for None
-            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
-        for x in part.values() if side else ():
-            torch.cuda.current_stream().wait_stream(side)
-            x.record_stream(torch.cuda.current_stream())  # else its memory is reused too early
-        yield {**part, "replaced": replaced}
+def pad_and_join(captions):
+    """list of tokens (B, T), with a T of their own each -> one tensor, padded to the longest."""
+    T = max(tokens.shape[1] for tokens in captions)
+    return torch.cat([F.pad(x, (0, T - x.shape[1]), value=PAD) for x in captions])
+
+
+def join(batches):
+    """list of small batches -> one batch: images one after the other, captions padded."""
+    parts = {name: [batch[name] for batch in batches] for name in batches[0]}
+    return {k: (torch.cat if k == "images" else pad_and_join)(part) for k, part in parts.items()}
+
+
+def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, device):
+    """Yield the micro-batches of one process from step `start` to `stop`, each as soon as its small
+    batches are there: (dict of images, tokens and label_tokens on the device, number of the bad
+    samples that were replaced in it). Each bad sample is named once.
+
+    local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
+    A GPU copies and joins on a stream of its own, while it computes the batch before. Images travel
+    as uint8.
+    """
+    order = small_batches(len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop)
+    micro_batches = len(range(batch_size)[local]) // micro_batch_size  # in a step
+    parts, named = math.ceil(micro_batch_size / SMALL), set()  # in a micro-batch; bad samples
+    part_bytes = min(SMALL, micro_batch_size) * 3 * pairs.image_size**2
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": bool(stream)}
+    loader = make_loader(pairs, workers, micro_batches * parts, part_bytes, **options)
+    for _ in range((stop - start) * micro_batches):
+        batch, replaced = [], []
+        with torch.cuda.stream(stream):  # which does nothing for None
+            for part in islice(loader, parts):
+                replaced += map(tuple, part.pop("replaced"))  # pin_memory makes lists of them
+                batch.append({k: x.to(device, non_blocking=True) for k, x in part.items()})
+            batch = join(batch)
+        for x in batch.values() if stream else ():
+            torch.cuda.current_stream(device).wait_stream(stream)
+            x.record_stream(torch.cuda.current_stream(device))  # else its memory is reused too soon
+        for entry in sorted({*replaced} - named):
+            tqdm.write(printable("bad sample: {} {}: {}".format(*entry)), sys.stderr)
+        named.update(replaced)
+        yield batch, len(replaced)
 
 
 # -----------------------------------------------------------------------------
-# What all commands share: files that are written whole
+# What all commands share
+
+# Control characters, halves of surrogate pairs, line breaks, and what turns the writing direction
+ESCAPED = regex.compile(r"[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text):
+    """The text with control characters as escapes, so that a caption or the name of a file cannot
+    give orders to the terminal that shows it."""
+    return ESCAPED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def cache_folder():
+    """A folder of this user's alone, for what can be made again: below XDG_CACHE_HOME or ~/.cache,
+    or a new one where there is no home."""
+    with suppress(OSError, RuntimeError):  # without a home, Path.home raises RuntimeError
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "superclip")
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.mkdtemp())
 
 
 def write_file(path, write):

@@ -25,13 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision import datasets
 from tqdm import tqdm
 
 import data
-from superclip import PAD, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+from superclip import InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
 
 # A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -51,12 +49,11 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise a dozen kinds
-        reason = "is damaged, or not a file of weights"
-        if "GLOBAL" in str(error):  # the pickle names a class or a function
-            reason = "could run code and is refused"
-        elif "TorchScript" in str(error):
-            reason = "is a TorchScript archive: save torch.jit.load(path).state_dict() instead"
-        raise InputError(f"{path} {reason}") from None
+        script = "is a TorchScript archive: save torch.jit.load(path).state_dict() instead"
+        # GLOBAL: the pickle names a class or a function
+        reasons = {"GLOBAL": "could run code and is refused", "TorchScript": script}
+        known = [reason for word, reason in reasons.items() if word in str(error)]
+        raise InputError(f"{path} {(known or ['is damaged, or holds no weights'])[0]}") from None
 
 
 def check_weights(path, weights, config, vocab=None):
@@ -71,21 +68,20 @@ def check_weights(path, weights, config, vocab=None):
         config = SuperCLIPConfig(**config)
         with torch.device("meta"):  # names, shapes and dtypes, but no numbers
             expected = SuperCLIP(config).state_dict()
+        names = [*weights.keys(), *expected]
         n = data.Tokenizer(vocab).vocab_size if vocab is not None else config.vocab_size
     except Exception as error:  # an unknown field, a size of 0, a text in place of a number ...
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} holds no model of this version: {reason}") from None
     reason = f"{path} has {config.vocab_size:,} tokens, but its vocabulary has {n:,}"
     check(n == config.vocab_size, f"{reason}: see --vocab of scripts.convert")
-    unknown = [name for name in weights if name not in expected]
-    check(not unknown, f"{path} does not fit its configuration: {unknown[:1]} is unknown")
-    for name, wanted in expected.items():
-        tensor, floats = weights.get(name), wanted.is_floating_point()
-        fits = isinstance(tensor, torch.Tensor) and tensor.shape == wanted.shape
-        fits = fits and (tensor.is_floating_point() if floats else tensor.dtype == wanted.dtype)
-        numbers = f"finite numbers ({wanted.dtype}) of shape {[*wanted.shape]}"
-        fits = fits and tensor.float().isfinite().all()
-        check(fits, f"{path} does not fit its configuration: {name} must be {numbers}")
+    for name in names:
+        tensor, wanted = weights.get(name), expected.get(name)
+        fits = torch.is_tensor(tensor) and torch.is_tensor(wanted) and tensor.shape == wanted.shape
+        floats = fits and tensor.is_floating_point() and wanted.is_floating_point()
+        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.isfinite().all()
+        wanted = f"finite {wanted.dtype} {[*wanted.shape]}" if wanted is not None else "unknown"
+        check(fits, f"{path} does not fit its configuration: {name} ({wanted})")
     return config
 
 
@@ -94,11 +90,28 @@ def read_checkpoint(path):
     dict), vocab (a text) and whatever else train.py keeps there. Raises InputError unless the three
     fit each other."""
     content = read_file(path)
-    kinds = {"model": dict, "config": dict, "vocab": str}
-    ours = isinstance(content, dict) and all(isinstance(content.get(k), kinds[k]) for k in kinds)
+    ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
     check(ours, f"{path} is not a checkpoint of this project: see scripts.convert")
-    check_weights(path, *(content[k] for k in kinds))
+    check_weights(path, content["model"], content["config"], content["vocab"])
     return content
+
+
+DIVERGED = "resume with a lower --learning_rate, more --warmup_steps or another --dtype"
+
+
+def write_checkpoint(path, model, vocab, **more):
+    """Write what read_checkpoint reads, and return whether that worked. If not, as on a full disk,
+    the file that was there before is still there. Weights that are not finite are never written."""
+    try:
+        state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
+        finite = all(value.isfinite().all() for value in state.values())
+        check(finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
+        content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
+        data.write_file(path, lambda file: torch.save(content, file))
+        return True
+    except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
+        tqdm.write(f"warning: cannot write {path}: {error}")
+        return False
 
 
 def load(checkpoint, device="cpu"):
@@ -109,11 +122,10 @@ def load(checkpoint, device="cpu"):
     dog"])).
     """
     content = read_checkpoint(checkpoint)
-    config = SuperCLIPConfig(**content["config"])
-    model = SuperCLIP(config)
+    model = SuperCLIP(SuperCLIPConfig(**content["config"]))
     model.load_state_dict(content["model"])
-    tokenizer = data.Tokenizer(content["vocab"], config.context_length)
-    preprocess = partial(data.load_image, size=config.image_size)
+    tokenizer = data.Tokenizer(content["vocab"], model.config.context_length)
+    preprocess = partial(data.load_image, size=model.config.image_size)
     return model.requires_grad_(False).to(device).eval(), tokenizer, preprocess
 
 
@@ -128,12 +140,12 @@ def device_of(model):
 # The datasets below give (image, label). In place of an image that cannot be read they give the
 # reason, a string, so that one broken file does not end the evaluation of thousands.
 
-SUFFIXES = {s for s, name in Image.registered_extensions().items() if name in data.FORMATS}
 
-
-def is_image(path):
-    """Is there a file that has the name of an image? Neither a folder nor a FIFO is one."""
-    return Path(path).suffix.lower() in SUFFIXES and Path(path).is_file()
+def images_in(folder):
+    """The image files below a folder, by name, each real file once. Links to folders are not
+    followed, because they may run in circles, and pipes and the like are not opened."""
+    found = sorted(p for p in Path(folder).rglob("*.*") if p.suffix.lower() in data.SUFFIXES)
+    return sorted({p.resolve(): p for p in reversed(found) if p.is_file()}.values())
 
 
 def read_image(path, size):
@@ -144,20 +156,23 @@ def read_image(path, size):
         return f"{path}: {error}"
 
 
-class ClassFolders(datasets.ImageFolder):
+class ClassFolders(Dataset):
     """A folder with a folder of images per class. Labels are the numbers of the sorted names, and a
     folder without images still is a class that others can be mistaken for."""
 
     def __init__(self, folder, image_size):
-        load_one = partial(read_image, size=image_size)
-        super().__init__(folder, loader=load_one, is_valid_file=is_image, allow_empty=True)
+        # Hidden folders, such as .ipynb_checkpoints, are no classes.
+        folders = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
+        check(folders, f"{folder} has no folders in it: there must be one of images per class")
+        self.classes, self.image_size = [p.name for p in folders], image_size
+        self.samples = [(path, c) for c, p in enumerate(folders) for path in images_in(p)]
         check(self.samples, f"there are no images in the folders of {folder}")
 
-    def find_classes(self, folder):
-        # torchvision would take hidden folders, such as .ipynb_checkpoints, for classes.
-        names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
-        check(names, f"{folder} has no folders in it: there must be one folder of images per class")
-        return names, {name: i for i, name in enumerate(names)}
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return read_image(self.samples[i][0], self.image_size), self.samples[i][1]
 
 
 class ShardImages(Dataset):
@@ -194,7 +209,7 @@ def batches(dataset, batch_size, workers, description, any_good=False):
     total, reasons = math.ceil(len(dataset) / batch_size), []
     for images, labels, reasons in data.progress(loader, description, total, unit="batch"):
         for reason in reasons:
-            tqdm.write(f"skipped {reason}")
+            tqdm.write(data.printable(f"skipped {reason}"))
         if labels:
             any_good = True
             yield images, labels
@@ -254,11 +269,9 @@ def score(hits, chance):
 
 def line(name, s):
     """A score as a line of text."""
-    low, high = s["interval"]
-    return (
-        f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %   "
-        f"95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
-    )
+    value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
+    text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
+    return f"{text}   n {s['n']:,}"
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
@@ -304,8 +317,16 @@ def search_counts(questions, question_label, answers, answer_label):
     return torch.cat(counts, dim=1), torch.cat(guesses, dim=1)
 
 
+def mean_by_image(hits, image):
+    """hits (Q,) of questions, image (Q,): their images -> the mean of each image (N,). The captions
+    of one image are not independent, so an interval must not count each of them."""
+    total = torch.zeros(int(image.max()) + 1).double().index_add(0, image, hits)
+    return total[image.unique()] / image.unique(return_counts=True)[1]
+
+
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
-    """R@k from image to text and from text to image, as a dict of dicts.
+    """R@k from image to text and from text to image, as a dict of dicts. Each image counts once,
+    with the mean of its captions.
 
     image_features (N, E), text_features (M, E), owner (M,): the number of each text's image. Chance
     is the score of a model for which all answers look the same.
@@ -313,8 +334,11 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     images = image_features, torch.arange(len(image_features), device=owner.device)
     texts, result = (text_features, owner), {}
     for way, asked, given in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        counts, guesses = search_counts(*asked, *given)
-        result[way] = {f"R@{k}": score(recall(counts, k), recall(guesses, k).mean()) for k in ks}
+        counts = search_counts(*asked, *given)
+        found = {k: [mean_by_image(recall(x, k), asked[1].cpu()) for x in counts] for k in ks}
+        result[way] = {
+            f"R@{k}": score(hits, guesses.mean()) for k, (hits, guesses) in found.items()
+        }
     return result
 
 
@@ -367,8 +391,8 @@ def fit_linear(x, y, classes, penalty):
     """Multinomial logistic regression by L-BFGS: features x (N, F), labels y (N,) -> nn.Linear. The
     problem is convex, so it has one solution and needs no learning rate."""
     layer = torch.nn.Linear(x.shape[1], classes)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
+    for p in layer.parameters():
+        torch.nn.init.zeros_(p)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
@@ -416,9 +440,10 @@ def top_words(model, tokenizer, images, k=8):
     """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as a
     list of (word, probability, id). Probabilities are a softmax over all tokens."""
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
-    probabilities[:, [PAD, tokenizer.start, tokenizer.end]] = 0  # these are not words
-    values, ids = (x.tolist() for x in probabilities.topk(k))
-    return [[(token_text(tokenizer, i), p, i) for i, p in zip(*row)] for row in zip(ids, values)]
+    best = zip(*(x.tolist() for x in probabilities.topk(min(8 * k, tokenizer.vocab_size))))
+    tokens = [[(token_text(tokenizer, i), p, i) for p, i in zip(*row)] for row in best]
+    # Punctuation, padding, start and end are not words: they have no letter or digit.
+    return [[x for x in row if any(map(str.isalnum, x[0]))][:k] for row in tokens]
 
 
 @torch.no_grad()
@@ -469,11 +494,10 @@ def output_file(*suffixes):
     and shards from being written over."""
 
     def parse(text):
-        path = Path(text)
-        if path.suffix.lower() not in suffixes or not path.parent.is_dir() or path.is_dir():
-            wanted = f"a file that ends in {' or '.join(suffixes)}, in a folder that exists"
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return path
+        path, endings = Path(text), " or ".join(suffixes)
+        if path.suffix.lower() in suffixes and path.parent.is_dir() and not path.is_dir():
+            return path
+        raise argparse.ArgumentTypeError(f"{text} does not end in {endings}, in an existing folder")
 
     return parse
 
@@ -484,12 +508,12 @@ def write_json(path, content):
         data.write_file(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def optional(module, package):
+def optional(module, package=None):
     """Import a module of a package that requirements.txt does not name. Raises InputError."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise InputError(f"this needs: pip install {package}") from None
+        raise InputError(f"this needs: pip install {package or module}") from None
 
 
 # Words in place of a file's name, and the lists of open_clip that they stand for.
@@ -506,10 +530,9 @@ def read_list(path):
 
 def class_names(dataset, path=None):
     """A name for each class: the lines of --classes, or else the names of the folders."""
-    folders = dataset.classes
-    names = read_list(path) if path else [name.replace("_", " ") for name in folders]
-    n, n_folders = len(names), len(folders)
-    check(n == n_folders, f"{path} names {n} classes, but there are {n_folders} folders")
+    names = read_list(path) if path else [name.replace("_", " ") for name in dataset.classes]
+    n = len(dataset.classes)
+    check(len(names) == n, f"{path} names {len(names)} classes, but there are {n} folders")
     return names
 
 
@@ -547,17 +570,15 @@ def command_probe(model, _, args):
     features = [frozen_features(model, f, args.batch_size, args.workers) for f in folders]
     result, D = {}, model.config.vision_width
     for name, columns in (("class token", slice(D)), ("patch mean", slice(D, None))):
-        halves = ((x[:, columns], y) for x, y in features)
-        value, penalty = probe(*halves, len(train.classes))
+        parts = ((x[:, columns], y) for x, y in features)
+        value, penalty = probe(*parts, len(train.classes))
         result[name] = {**value, "penalty": penalty}
         print(line(f"linear probe {name}", value) + f"   penalty {penalty:g}")
     return result
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(usage=__doc__.replace("%", "%%"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):

@@ -1,10 +1,10 @@
 """SuperCLIP: CLIP plus one linear layer that names the words of the caption (arXiv 2512.14480).
 
 CLIP trains an image encoder and a text encoder so that an image and its caption end up close
-together. Each image must find its caption among those of the batch. So the model learns what tells
-the pairs of a batch apart. In a small batch, very little does. SuperCLIP adds a question that needs
-no other pair: *which words does the caption contain?* One linear layer answers it from the mean of
-the image's patch tokens, and rare words count more than common ones.
+together. Each image must find its caption among those of the batch, so the model learns what tells
+the pairs of a batch apart, and in a small batch very little is enough. SuperCLIP adds a question
+that needs no other pair: *which words does the caption contain?* One linear layer answers it from
+the mean of the image's patch tokens, and rare words count more than common ones.
 
                   .-> mean of patches -> LayerNorm -> Linear -> classification loss --.
     image -> ViT -+                                                                   +-> loss
@@ -13,19 +13,19 @@ the image's patch tokens, and rare words count more than common ones.
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. `python -m scripts.walk` follows
-one pair through it and prints every shape.
+towers, the word head, the losses, and the model that joins them. Its `forward` is what train.py
+calls. `python -m scripts.walk` follows one pair through it and prints every shape.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.
 """
 
 import argparse
+import errno
 import math
 import re
 import sys
 import traceback
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -65,19 +65,13 @@ class SuperCLIPConfig:
     def __post_init__(self):
         self.vision_heads = self.vision_heads or max(1, self.vision_width // 64)
         self.text_heads = self.text_heads or max(1, self.text_width // 64)
-        check(self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size")
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            check(width % heads == 0, f"a width of {width} cannot be split into {heads} heads")
+        check(self.image_size % self.patch_size == 0, "patch_size must divide image_size")
+        check(self.vision_width % self.vision_heads == 0, "vision_heads must divide vision_width")
+        check(self.text_width % self.text_heads == 0, "text_heads must divide text_width")
         check(self.loss in ("softmax", "sigmoid"), f"loss is softmax or sigmoid, not {self.loss!r}")
 
-    @classmethod
-    def preset(cls, name, **changes):
-        """The configuration PRESETS[name], with some fields changed. Raises InputError."""
-        check(name in PRESETS, f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
 
-
+# SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560) is a configuration.
 # fmt: off
 SHAPE = ("image_size", "patch_size", "vision_width", "vision_layers",
          "text_width", "text_layers", "embed_dim")
@@ -97,22 +91,20 @@ PRESETS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that returns the dtype it was given. CUDA's autocast would return float32."""
+    """Layer norm that returns the dtype it was given, because CUDA's autocast returns float32."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
 
 
-class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Only their weights need it."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+def quick_gelu(x):
+    """OpenAI's approximation of GELU, which weights that were trained with it need."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Its parameters have the names of nn.MultiheadAttention's, so that
-    published weights load."""
+    """Multi-head self-attention. Its parameters are named as those of nn.MultiheadAttention, so
+    that published weights load."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -128,7 +120,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        # is_causal instead of a mask tensor: a mask would rule out the flash kernels.
+        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -136,33 +128,33 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: tokens exchange information, then each is transformed alone."""
 
-    def __init__(self, width, heads, quick_gelu):
+    def __init__(self, width, heads, quick):
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         wider, back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        gelu = QuickGELU() if quick_gelu else nn.GELU()
-        self.mlp = nn.Sequential(OrderedDict(c_fc=wider, gelu=gelu, c_proj=back))
+        self.mlp = nn.ModuleDict({"c_fc": wider, "c_proj": back})
+        self.gelu = quick_gelu if quick else F.gelu
 
     def forward(self, x, causal):
         x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp.c_proj(self.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. In the image tower every token sees all tokens, in the text tower only
-    those before it (causal)."""
+    """A stack of blocks. In the image tower every token sees all others. In the text tower it sees
+    only those before it (causal)."""
 
-    def __init__(self, width, layers, heads, quick_gelu, causal):
+    def __init__(self, width, layers, heads, quick, causal):
         super().__init__()
         self.causal = causal
-        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, quick) for _ in range(layers))
         self.grad_checkpointing = False  # recompute blocks in the backward pass to save memory
 
     def forward(self, x):
-        # Embeddings are float32 even under autocast. Cast them once, and the residual stream has
-        # autocast's dtype from the first block to the last.
+        # Embeddings are float32 even under autocast. They are cast once, here, so that the residual
+        # stream has one dtype from the first block to the last.
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -196,8 +188,8 @@ class VisionTransformer(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, images, keep=None):
-        """images (B, 3, S, S): uint8, or floats that are already normalised. keep (B, K): the
-        patches to look at, as indices in reading order; None means all. Returns (B, 1 + K, D)."""
+        """images (B, 3, S, S), uint8 or already normalised floats -> tokens (B, 1 + K, D), the
+        class token first. keep (B, K): indices of the patches to look at; None means all."""
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
@@ -229,11 +221,11 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
     def forward(self, tokens):
-        """tokens (B, T), T <= context_length -> (B, E). Attention is causal, so whatever follows
-        the end token changes nothing, and captions may be trimmed to any length that holds it."""
+        """tokens (B, T), T <= context_length -> (B, E). What follows the end token changes nothing,
+        because attention is causal, so captions may be trimmed to any length that holds it."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, T, D)
         x = self.transformer(x)
-        # The end token has the largest id. argmax finds it, or the first one if there are two.
+        # The end token has the largest id, so argmax finds it, or the first one if there are two.
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # (B, D)
         return self.ln_final(x) @ self.text_projection
 
@@ -241,14 +233,16 @@ class TextTransformer(nn.Module):
 class WordHead(nn.Module):
     """All that SuperCLIP adds: mean of the patch tokens -> LayerNorm -> one logit per token.
 
-    The paper says "a linear layer". The authors' code puts a LayerNorm before it, and so do we.
+    The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we:
+    the less the patches of an image agree, the shorter their mean is, and without the norm such an
+    image would get weak logits whatever is in it.
     """
 
     def __init__(self, width, vocab_size):
         super().__init__()
         self.ln = LayerNorm(width)
         self.linear = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits start with variance 1
+        nn.init.normal_(self.linear.weight, std=width**-0.5)  # so logits start with variance 1
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, image_tokens):
@@ -260,37 +254,38 @@ class WordHead(nn.Module):
 # The losses: free functions of tensors
 
 
-def contrastive_loss(image_features, text_features, logit_scale, rows=slice(None)):
+def contrastive_loss(image_features, text_features, logit_scale, local=slice(None)):
     """CLIP's loss: each image must pick its caption out of the batch, and each caption its image.
 
-    image_features, text_features (N, E) of length 1, of the global batch; logit_scale: inverse
-    temperature, a scalar; rows: the slice of the pairs that this process scores (default: all). The
-    mean over the processes is the loss of the global batch. At the start it is near ln N.
+    image_features, text_features (N, E), of length 1, of the global batch; logit_scale: inverse
+    temperature, a scalar; local: the slice of the N pairs that this process scores, by default all.
+    Starts near ln N, because a model that knows nothing gives each candidate 1/N.
     """
-    # float32 even under autocast: near 100, the largest logit, bfloat16 numbers are 0.5 apart.
+    # float32 even under autocast: near 100, the largest logit, bfloat16 numbers are 0.5 apart
     images, texts = image_features.float(), text_features.float()
-    target = torch.arange(len(images), device=images.device)[rows]
+    target = torch.arange(len(images), device=images.device)[local]
     with torch.autocast(images.device.type, enabled=False):
-        per_image = logit_scale * images[rows] @ texts.T  # (B, N)
-        per_text = logit_scale * texts[rows] @ images.T
+        per_image = logit_scale * images[local] @ texts.T  # (B, N)
+        per_text = logit_scale * texts[local] @ images.T
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
-def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, rows=slice(None)):
+def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=slice(None)):
     """SigLIP's loss (arXiv 2303.15343): do this image and this caption belong together, yes or no?
 
-    Arguments are those of contrastive_loss. Summed over columns and averaged over rows, as there.
+    Arguments are those of contrastive_loss. The answers for an image are summed over all captions,
+    and the sums averaged over the images, as in the paper.
     """
     images, texts = image_features.float(), text_features.float()
     with torch.autocast(images.device.type, enabled=False):
-        logits = logit_scale * images[rows] @ texts.T + logit_bias  # (B, N)
-    answers = F.one_hot(torch.arange(len(texts), device=logits.device)[rows], len(texts)).float()
+        logits = logit_scale * images[local] @ texts.T + logit_bias  # (B, N)
+    answers = F.one_hot(torch.arange(len(texts), device=logits.device)[local], len(texts)).float()
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 
 def token_sets(label_tokens):
-    """Captions (B, T) -> their tokens sorted, and False where a token repeats the one before it,
-    both (B, T). Counting only the True ones counts every token of a caption once."""
+    """Captions (B, T) -> their tokens, sorted, and False where a token repeats the one before it,
+    both (B, T). Whoever counts only the True ones counts every token of a caption once."""
     tokens = label_tokens.sort(dim=1).values
     return tokens, F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
 
@@ -300,9 +295,9 @@ def classification_loss(logits, label_tokens, token_weights):
 
     logits (B, V) from the head; label_tokens (B, T), the whole captions; token_weights (V,), the
     IDF, which is 0 for tokens that are not words. A label is the *set* of the caption's tokens,
-    weighted and normalised to sum 1. A caption without weight adds 0. Starts near ln V + 1/2.
+    weighted and normalised to sum 1. A caption without any weight adds 0. Starts near ln V + 1/2.
     """
-    # A label has at most T entries, so it stays (B, T). A dense (B, V) label is never made.
+    # A label has at most T entries, so it stays (B, T), and no dense (B, V) label is ever made.
     tokens, is_new = token_sets(label_tokens)
     label = token_weights[tokens] * is_new  # (B, T)
     label = label / label.sum(dim=1, keepdim=True).clamp_min(1e-8)
@@ -315,6 +310,26 @@ def classification_loss(logits, label_tokens, token_weights):
 # The model
 
 
+class Gather(torch.autograd.Function):
+    """Features (B, E) of this process -> those of all processes (N, E), in the order of the ranks.
+
+    The loss of each process depends on the features of all of them. So backward adds up what all
+    the losses say about a feature, and each process takes the sum for its own.
+    """
+
+    @staticmethod
+    def forward(ctx, features):
+        gathered = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
+        dist.all_gather([*gathered.chunk(dist.get_world_size())], features.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class SuperCLIP(nn.Module):
     """Both towers, the word head, and the statistics that weight its words."""
 
@@ -324,12 +339,13 @@ class SuperCLIP(nn.Module):
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
         self.head = WordHead(config.vision_width, config.vocab_size) if config.cls_weight else None
-        # CLIP starts at temperature 0.07. SigLIP's 10 and -10 make most answers "no" at first.
+        # CLIP starts at temperature 0.07. SigLIP's 10 and -10 make most answers "no" at first,
+        # because most are: of the N captions, one belongs to an image.
         sigmoid = config.loss == "sigmoid"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
         if self.head is not None:
-            # n_c and N in the paper. Integers, because float32 stops counting at 2**24.
+            # n_c and N in the paper; integers, because float32 stops counting at 2**24
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 
@@ -355,60 +371,66 @@ class SuperCLIP(nn.Module):
             return
         tokens, is_new = token_sets(label_tokens)
         counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
-        counts.scatter_add_(0, tokens.flatten(), is_new.flatten().long())
-        counts[-1] = len(tokens)  # travels with the counts: one all_reduce serves both
-        if dist.is_available() and dist.is_initialized():
+        # Padding is not counted: how much there is depends on how the batch was put together.
+        counts.scatter_add_(0, tokens.flatten(), (is_new & (tokens != PAD)).flatten().long())
+        counts[-1] = len(tokens)  # travels with the counts, so that one all_reduce serves both
+        if dist.is_initialized():
             dist.all_reduce(counts)
         self.token_counts += counts[:-1]
         self.num_captions += counts[-1]
 
     def token_weights(self):
-        """IDF of every token, (V,): log((N + 1) / (n_c + 1)), and 0 for start, end and padding.
-        None in plain CLIP."""
-        if self.head is None:
-            return None
+        """IDF of every token, (V,): log((N + 1) / (n_c + 1)), and 0 for start, end and padding."""
         weights = ((self.num_captions + 1) / (self.token_counts + 1)).log()
         ids = torch.arange(len(weights), device=weights.device)
         return weights.masked_fill((ids == PAD) | (ids >= len(weights) - 2), 0.0)
 
-    def features_and_word_loss(self, images, tokens, label_tokens, token_weights, keep=None):
-        """The part of a step that looks at each pair alone: image and text features (B, E) of
+    def word_loss(self, image_tokens, label_tokens):
+        """What the head makes of the patches of the images, against the words of their captions."""
+        return classification_loss(self.head(image_tokens), label_tokens, self.token_weights())
+
+    def pair_loss(self, image_features, text_features, local):
+        """The contrastive loss that the configuration names. Arguments as in contrastive_loss."""
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            return contrastive_loss(image_features, text_features, scale, local)
+        return sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
+
+    def features_and_word_loss(self, images, tokens, label_tokens, keep=None):
+        """The part of a step that looks at each pair alone: image and text features (B, E), of
         length 1, and the word loss, which is 0 in plain CLIP."""
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = F.normalize((image_tokens[:, 0] @ self.visual.proj).float(), dim=-1)
         text_features = self.encode_text(tokens)
-        word_loss = self.word_loss(image_tokens, label_tokens, token_weights)
-        return image_features, text_features, word_loss
-
-    def word_loss(self, image_tokens, label_tokens, token_weights):
-        """The head's answer for the patches of an image, against the words of its caption."""
         if self.head is None:
-            return image_tokens.new_zeros((), dtype=torch.float32)
-        return classification_loss(self.head(image_tokens), label_tokens, token_weights)
+            return image_features, text_features, image_features.new_zeros(())
+        return image_features, text_features, self.word_loss(image_tokens, label_tokens)
 
-    def pair_loss(self, image_features, text_features, scale, bias, rows=slice(None)):
-        """The part of a step that compares pairs: the contrastive loss. scale and bias are the
-        parameters logit_scale and logit_bias, or copies of them; rows as in contrastive_loss."""
-        if bias is None:
-            return contrastive_loss(image_features, text_features, scale.exp(), rows)
-        return sigmoid_loss(image_features, text_features, scale.exp(), bias, rows)
+    def compare(self, image_features, text_features):
+        """The part of a step that compares pairs: the contrastive loss of features (B, E).
+
+        In training the features of all processes are gathered, and each process scores its own
+        pairs against all of them. The mean over the processes is the loss of the global batch.
+        """
+        rank, B = 0, len(image_features)
+        if self.training and dist.is_initialized():
+            rank = dist.get_rank()
+            image_features, text_features = map(Gather.apply, (image_features, text_features))
+        return self.pair_loss(image_features, text_features, slice(rank * B, (rank + 1) * B))
 
     def forward(self, images, tokens, label_tokens=None, keep=None):
-        """The whole method on one batch of pairs.
+        """The whole method on one batch of pairs, the one of this process.
 
         images (B, 3, S, S); tokens (B, T); label_tokens (B, T'): captions to take the labels from,
         by default the tokens; keep (B, K): patches to look at. In training mode the batch is first
         counted into the token statistics. Returns a dict with loss = contrastive_loss +
         cls_weight * classification_loss, its two terms, and image_features, text_features (B, E).
-        It knows only the pairs of this process: train.py contrasts those of all.
         """
         label_tokens = tokens if label_tokens is None else label_tokens
         if self.training:
             self.count_tokens(label_tokens)
-        image, text, word_loss = self.features_and_word_loss(
-            images, tokens, label_tokens, self.token_weights(), keep
-        )
-        pair_loss = self.pair_loss(image, text, self.logit_scale, self.logit_bias)
+        image, text, word_loss = self.features_and_word_loss(images, tokens, label_tokens, keep)
+        pair_loss = self.compare(image, text)
         return {
             "loss": pair_loss + self.config.cls_weight * word_loss,
             "contrastive_loss": pair_loss,
@@ -422,7 +444,7 @@ class SuperCLIP(nn.Module):
 # Not the method: how every command of this project treats a user's mistakes
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """What the user gave cannot work. The message says why, in one sentence."""
 
 
@@ -445,16 +467,22 @@ def number(kind, low, high=10**12):
 
 
 def cli(main):
-    """Run a command. A user's mistake ends it with one sentence and exit code 2, not a trace."""
+    """Run a command. A user's mistake ends it with a sentence and exit code 2, Ctrl-C with a
+    sentence and code 130. A mistake of ours keeps its trace."""
     try:
         sys.stdout.reconfigure(errors="replace")  # a caption must not end a run on an odd terminal
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         sys.stdout = None
-    except (InputError, OSError) as error:
-        # So that loading processes end at once: the frames of the first error hold them.
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        # The system's error is a user's mistake if it names a file, or says that the disk is full
+        # or broken, or that too many files are open.
+        resources = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE
+        if not getattr(error, "filename", True) and error.errno not in resources:
+            raise
+        # The frames of the first error hold loading processes, which end at once without them.
         traceback.clear_frames((error.__context__ or error).__traceback__)
         # Drop the trace from a worker's message, and the number from the system's.
-        message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error))
-        print(f"error: {message.strip()}", file=sys.stderr)
-        sys.exit(2)
+        message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error)).strip()
+        print(f"error: {message or 'stopped by Ctrl-C'}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

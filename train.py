@@ -4,188 +4,200 @@
     python train.py --batch_size 256 --train_data 'cc3m/*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/*.tar'
 
-The file reads from top to bottom: the options, the processes and the device, one step, the parts of
-a run, and the run. What a run prints and logs is in scripts/log.py.
+The file reads from top to bottom: the options, the processes and the device, one step, what a run
+is made of, its log, validation, and the run.
 
-Apart from weights, counts and optimizer state, what a step needs is a function of the options and
-the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint needs
-no state of a random generator, and a run that was killed and resumed ends with the same bits as one
-that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
+Apart from weights, token counts and optimizer state, what a step needs is a function of the options
+and the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint
+needs no state of a random generator, and a run that was killed and resumed ends with the same bits
+as one that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
 
 Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
-patches (K of them kept), E embedding. `rows` is the slice of the N pairs that are this process's.
+patches (K of them kept), E embedding.
 """
 
 import argparse
-import fcntl
+import hashlib
+import json
 import math
 import os
-import tempfile
-from contextlib import nullcontext
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-from scripts.log import Log, describe_run, fingerprint, summary, validate
 from scripts.scenes import TRAIN_DATA, built_in, make_scenes
-from scripts.stop import Stop, all_sum
-from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, check, cli, number
+from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("error: train.py needs Linux, macOS or WSL")
+warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
+
+# torchrun tells each process its number, and how many there are.
+NAMES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+started = dist.is_torchelastic_launched()
+RANK, WORLD, LOCAL_RANK = (int(os.environ[k]) if started else v for k, v in NAMES.items())
 
 # -----------------------------------------------------------------------------
 # Options
 
-# What argparse needs to know of an option: the range of a number, or its kind.
-COUNT, ZERO_OR_MORE = {"type": number(int, 1)}, {"type": number(int, 0)}
-NOT_NEGATIVE = {"type": number(float, 0)}
-SEVERAL, FLAG = {"nargs": "+"}, {"action": argparse.BooleanOptionalAction}  # --name, --no-name
-DTYPES = "float32", "bfloat16", "float16"
-# Each option has a name, a placeholder for --help, one of these, a default, and a help text. If the
-# default is None, the option is off, or DEFAULTS, built_in() or train() sets it.
-# fmt: off
-OPTIONS = (
-    # the data
-    ("train_data", "SHARDS", SEVERAL, None, "tar shards: paths, folders, globs, {0000..0575}"),
-    ("val_data", "SHARDS", SEVERAL, None, "the same, or none (default: hold out 1 pair in 100)"),
-    ("zeroshot_data", "DIR", SEVERAL, None, "folders of class folders, scored like val_data"),
-    ("captions", "SOURCE", SEVERAL, None, "sources of the captions: txt (default) or json.FIELD"),
-    ("label_captions", "SOURCE", SEVERAL, None, "sources of the word labels (default: --captions)"),
-    ("val_captions", "SOURCE", SEVERAL, None, "sources for val_data (default: --captions)"),
-    ("vocab", "FILE", {}, None, "or clip (default: vocab.tiktoken beside the shards, or clip)"),
-    ("workers", "N", ZERO_OR_MORE, None, "loading processes per GPU (default: its share of cores)"),
-    # the model
-    ("model", None, {"choices": PRESETS}, None, "preset (default ViT-B-16)"),
-    ("image_size", "PIXELS", COUNT, None, "side of the square input (default: the model's)"),
-    ("context_length", "TOKENS", {"type": number(int, 3)}, None, "tokens that the text tower sees"),
-    ("init_from", "FILE", {}, None, "checkpoint to take the model and vocabulary from"),
-    ("cls_weight", "LAMBDA", NOT_NEGATIVE, 1.0, "weight of the word loss; 0 is plain CLIP"),
-    ("loss", None, {"choices": ("softmax", "sigmoid")}, None, "CLIP's (default) or SigLIP's"),
-    # the training
-    ("steps", "N", COUNT, None, "updates in all (default: from --epochs)"),
-    ("epochs", "N", {"type": number(float, 1e-6)}, None, "passes over the data (default 30)"),
-    ("batch_size", "PAIRS", COUNT, None, "pairs per update, of all processes (default 256)"),
-    ("micro_batch_size", "PAIRS", COUNT, None, "pairs in memory at a time (default: all of them)"),
-    ("learning_rate", "LR", NOT_NEGATIVE, None, "peak (default 5e-4; with --init_from 5e-5)"),
-    ("head_learning_rate", "LR", NOT_NEGATIVE, None, "of the head (default: the same; new: 5e-4)"),
-    ("warmup_steps", "N", ZERO_OR_MORE, None, "linear warm-up (default: steps / 10, at most 1000)"),
-    ("weight_decay", "W", NOT_NEGATIVE, None, "AdamW's decay of the weight matrices (default 0.2)"),
-    ("patch_dropout", "SHARE", {"type": number(float, 0, 0.99)}, 0.0, "of patches to drop (FLIP)"),
-    ("seed", "N", {"type": number(int, 0, 2**31)}, 0, "of weights, order, crops, dropout"),
-    # the machine
-    ("device", "NAME", {}, None, "cuda, mps or cpu (default: the first there is)"),
-    ("dtype", None, {"choices": DTYPES}, None, "of autocast (default: what suits the device)"),
-    ("compile", None, FLAG, None, "torch.compile the towers (default: on CUDA)"),
-    ("grad_checkpointing", None, FLAG, False, "less memory, a third slower"),
-    # the run
-    ("out_dir", "DIR", {}, "out", "folder for checkpoints and log.jsonl"),
-    ("resume", None, FLAG, False, "continue the run in out_dir with its saved options"),
-    ("log_every", "STEPS", COUNT, None, "between log rows (default: steps / 20, at most 50)"),
-    ("eval_every", "STEPS", COUNT, None, "between validations (default: steps / 5, at most 2000)"),
-    ("save_every", "STEPS", COUNT, None, "between saves of last.pt (default: --eval_every)"),
-    ("wandb", "PROJECT", {}, None, "log to Weights & Biases, too (needs the package wandb)"),
-)
-# Without --train_data, built_in() of scripts/scenes.py takes precedence: options that were chosen
-# together with the built-in data.
-DEFAULTS = dict(captions=["txt"], epochs=30.0, batch_size=256, learning_rate=5e-4, weight_decay=0.2)
-GENTLE = dict(learning_rate=5e-5)  # --init_from: a tenth, or the old knowledge would be lost
-# fmt: on
-# Options that a checkpoint fixes for --resume and --init_from.
-FIXED = ("model", "vocab", "loss", "image_size", "context_length")
-
-
-def say(text):
-    """Print, in the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
-
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage="python train.py [options]   (--help explains them)",  # not a list of all options
-        description=__doc__.partition("\n")[0],
-        epilog="Without --train_data: the built-in scenes, with defaults that a run prints.",
-        allow_abbrev=False,  # a typo should not become another option
-    )
-    for name, placeholder, kind, default, text in OPTIONS:
-        text += f" (default {default})" if default else ""
-        kind = kind | ({"metavar": placeholder} if placeholder else {})
-        parser.add_argument(f"--{name}", default=default, help=text, **kind)
+    """All options, one a line: name, type, default and help. A default of None is a rule that the
+    help states, because it depends on the data or on the length of the run."""
+    # no abbreviations, because a typo should not become another option
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.usage = "python train.py [options]   (--help explains them)"  # not a list of them all
+    parser.epilog = "Other defaults, of built-in scenes and --init_from, are printed at the start."
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    count, rate = number(int, 1), number(float, 0)
+    # fmt: off
+    # the data
+    add("--train_data", nargs="+", metavar="SHARDS", help="tars, folders, globs, {0000..0575}")
+    add("--val_data", nargs="+", metavar="SHARDS", help="or none (default: hold 1 pair in 100 out)")
+    add("--zeroshot_data", nargs="+", metavar="DIR", help="folders of class folders, to score")
+    add("--captions", nargs="+", default=["txt"], help="txt (default) or json.FIELD, one or more")
+    add("--label_captions", nargs="+", help="for the word labels (default: --captions)")
+    add("--val_captions", nargs="+", help="for --val_data (default: --captions)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--workers", type=number(int, 0), help="loading processes per GPU (default: its cores)")
+    # the model
+    add("--model", choices=PRESETS, default="ViT-B-16", help="(default %(default)s)")
+    add("--image_size", type=count, metavar="PIXELS", help="a side (default: the model's)")
+    add("--context_length", type=number(int, 3), metavar="TOKENS", help="(default: the model's)")
+    add("--init_from", metavar="FILE", help="checkpoint to take model and vocabulary from")
+    add("--cls_weight", type=rate, default=1.0, help="of the word loss; 0 is CLIP (default 1)")
+    add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="CLIP's, or SigLIP's")
+    # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
+    add("--steps", type=count, help="updates in all (default: as many as --epochs makes)")
+    add("--epochs", type=number(float, 1e-6), default=30.0, help="over the data (default 30)")
+    add("--batch_size", type=count, default=256, help="pairs, of all processes (default 256)")
+    add("--micro_batch_size", type=count, help="pairs in memory at a time (default: all)")
+    add("--learning_rate", type=rate, default=5e-4, help="peak (5e-4; with --init_from 5e-5)")
+    add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
+    add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
+    add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share of the patches")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
+    # the machine
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: what suits it)")
+    add("--compile", action=flag, help="torch.compile towers and losses (default: on CUDA)")
+    add("--grad_checkpointing", action=flag, default=False, help="less memory, a third slower")
+    # the run
+    add("--out_dir", default="out", help="folder for checkpoints and log.jsonl (default out)")
+    add("--resume", action=flag, default=False, help="go on in --out_dir, with its saved options")
+    add("--log_every", type=count, help="steps (default: steps / 20, at most 50)")
+    add("--eval_every", type=count, help="steps (default: steps / 5, at most 2000)")
+    add("--save_every", type=count, help="steps (default: before each validation)")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (needs the package wandb)")
+    # fmt: on
     return parser
 
 
+# What defines a run, so that --resume keeps it. Batch size, rates, warm-up and length may change.
+FIXED = {"model", "image_size", "context_length", "init_from", "vocab", "captions"}
+FIXED |= {"label_captions", "loss", "cls_weight", "weight_decay", "patch_dropout", "seed"}
+IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from
+GENTLE = {"learning_rate": 5e-5}  # for --init_from: larger steps destroy what the weights know
+
+
 def parse(argv):
-    """-> (options with all defaults filled in, checkpoint to resume or None). Raises InputError."""
+    """-> (options with all defaults, the checkpoint to resume or None)"""
     parser, saved = make_parser(), None
-    args = parser.parse_args(argv)
-    # A resumed run gets its options from the checkpoint, except for those that are given again.
-    last = Path(args.out_dir) / "last.pt"
-    if args.resume and not last.exists():  # killed before it could save anything
-        say(f"there is no {last}: a new run starts")
-    elif args.resume:
+    defaults = vars(parser.parse_args([]))
+    # argparse leaves alone what a namespace has, so None marks the options that were not given.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    check(not {"steps", "epochs"} <= given.keys(), "give --steps or --epochs, not both")
+    last = Path({**defaults, **given}["out_dir"], "last.pt")
+    if given.get("resume") and last.exists():
         saved = evaluation.read_checkpoint(last)
-        check("optimizer" in saved, f"{last} cannot be resumed: it holds weights only")
-        # A new length replaces the old one, whichever of the two options gave it.
-        length = {"steps": None, "epochs": None} if args.steps or args.epochs else {}
-        parser.set_defaults(**{**saved["arguments"], "out_dir": args.out_dir, **length})
-        args = parser.parse_args(argv)
-        for name in (*FIXED, "init_from", "cls_weight", "weight_decay"):
-            old, new = saved["arguments"][name], getattr(args, name)
-            check(old == new, f"--resume cannot change --{name} from {old} to {new}")
-    check(not (args.steps and args.epochs), "give --steps or --epochs, not both")
-    for name in FIXED if args.init_from and not saved else ():
-        check(getattr(args, name) is None, f"--init_from sets the {name}: leave --{name} out")
-    chosen = {**DEFAULTS, **({} if args.train_data else built_in(args.batch_size))}
-    chosen |= GENTLE if args.init_from else {}
-    needless = {"epochs": args.steps, "model": args.init_from}  # they say it already
-    chosen = {k: v for k, v in chosen.items() if getattr(args, k) is None and not needless.get(k)}
-    vars(args).update(chosen)
-    if chosen:
-        texts = (f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items())
-        say(f"defaults: {' '.join(texts)}")
-    return args, saved
+        whole = {"optimizer", "scaler", "arguments", "data_fingerprint", "samples"} <= saved.keys()
+        check(whole, f"{last} cannot be resumed: it holds weights only, or is of another version")
+        situation = saved["arguments"] | ({"steps": None} if "epochs" in given else {})
+        changed = [k for k in given.keys() & FIXED if given[k] != situation.get(k)]
+        check(not changed, f"--resume cannot change --{' --'.join(changed)}")
+    else:
+        # A scheduler that repeats its command may have killed it before the first save.
+        new = "train_data" in given and not last.with_name("best.pt").exists()
+        check(new or not given.get("resume"), f"--resume: there is no {last}")
+        # Options that were chosen together with the built-in scenes, or for fine-tuning
+        situation = {} if "train_data" in given else built_in(given.get("batch_size"))
+        if "init_from" in given:
+            situation |= GENTLE
+            known = given.keys() & IN_A_CHECKPOINT
+            check(not known, f"--init_from sets it: leave --{' --'.join(known)} out")
+        print("defaults unlike --help's:", {k: situation[k] for k in situation if k not in given})
+    return argparse.Namespace(**{**defaults, **situation, **given}), saved
 
 
 # -----------------------------------------------------------------------------
 # Processes and the device
 
 
-def set_up(args):
-    """-> rank, number of processes, device, dtype. Under torchrun every process has its own GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first, or all would use GPU 0
-    device = evaluation.pick_device(args.device)
-    if world > 1:
+def set_up(name):
+    """--device -> device, after the processes have found each other. Each has its own GPU."""
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = evaluation.pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that streams are of this device, too
+    if WORLD > 1:
         # CPU tensors travel by gloo, so that processes can agree on something without waiting for
         # their GPUs. Two hours, because all others wait while rank 0 validates.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    dtype = args.dtype or "float32"
-    if args.dtype is None and device.type == "cuda":
-        # Ampere, compute capability 8, is the first with bfloat16 units. float16 on older GPUs has
-        # a small range, which the loss scaler of train() makes up for.
-        dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    elif args.dtype is None and args.train_data == TRAIN_DATA:
-        units = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
-        if units.get("avx512_bf16") or units.get("amx_bf16"):
-            dtype = "bfloat16"  # the built-in run takes half the time
-    return rank, world, device, getattr(torch, dtype)
+    return device
 
 
-def gather(features):
-    """(B, E) on each process -> (N, E) on all of them, in rank order. Without gradients: the step
-    works on copies of the features anyway."""
-    if not dist.is_initialized():
-        return features
-    everyone = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
-    dist.all_gather(list(everyone.chunk(dist.get_world_size())), features)
-    return everyone
+def pick_dtype(device, scenes):
+    """What suits the device. scenes: are the data the built-in scenes?"""
+    if device.type == "cuda":
+        # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
+        # has a small range, which the loss scaler of train() makes up for.
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    # A CPU with bfloat16 units takes half the time. (Older torch does not tell.)
+    units = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if scenes and units.get("avx512_bf16") else "float32"
+
+
+def all_sum(tensor):
+    """The sum over all processes, in place. With one process, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def listen_for_signals():
+    """-> a list that is empty until SIGINT (Ctrl-C) or SIGTERM (from schedulers) asks the run to
+    save and leave. Within three seconds another signal counts as the same one, because torchrun
+    passes on what a scheduler sends to all processes. A later one ends the process at once."""
+    asked = []  # when, in seconds
+
+    def ask(number_of_signal, _):
+        if not asked:
+            # os.write, because print may be what the signal has interrupted
+            os.write(2, b"\nThe run stops after this step or validation. Again: at once.\n")
+            asked.append(time.monotonic())
+        elif time.monotonic() > asked[0] + 3:
+            os._exit(128 + number_of_signal)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return asked
 
 
 # -----------------------------------------------------------------------------
@@ -197,94 +209,66 @@ def learning_rate_at(step, peak, warmup_steps, steps):
     run needs no scheduler. Early steps are small because Adam's second moments are still noise."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def patches_to_keep(args, step, patches, rows, device):
-    """The patches that this process looks at in a step (FLIP, arXiv 2212.00794): indices (B, K), or
-    None for all. The choice is random for each image. It is made for the global batch, so that it
-    does not depend on the number of processes."""
-    if not args.patch_dropout:
+def patches_to_keep(dropout, grid, batch_size, seed, step, device):
+    """The patches that each image keeps in a step (FLIP, arXiv 2212.00794): indices (N, K), or None
+    for all. They are drawn for the global batch, so that they do not depend on the processes."""
+    if not dropout:
         return None
-    generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-    noise = torch.rand(args.batch_size, patches, generator=generator, device=device)  # (N, P)
-    # The first K of a random permutation of all patches.
-    return noise.argsort(dim=1)[rows, : max(1, round(patches * (1 - args.patch_dropout)))]
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    noise = torch.rand(batch_size, grid**2, generator=generator, device=device)  # (N, P)
+    # the first K of a random permutation of all patches
+    return noise.argsort(dim=1)[:, : max(1, round(grid**2 * (1 - dropout)))]
 
 
-class Towers(nn.Module):
-    """The part of the model that looks at each pair alone, as a module: DistributedDataParallel
-    wraps modules, and averages their gradients over the processes during the backward pass."""
+def grad_cache_step(model, micro_batches, autocast, scaler):
+    """The losses of a batch, as model(**batch) gives them, and in .grad their gradient, with the
+    memory of one micro-batch (GradCache, arXiv 2101.06983). That takes a third more time, because
+    the towers run forward twice.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    The contrastive loss needs the features of all pairs at once, but the towers do not. So the loss
+    is computed on features that have no graph. Then each micro-batch runs again, with a graph, and
+    backpropagates the gradient of its own features: by the chain rule, d loss / d weights is the
+    sum over micro-batches of d loss / d features * d features / d weights.
 
-    def forward(self, *inputs):
-        return self.model.features_and_word_loss(*inputs)
-
-
-def forward_backward(towers, model, parts, keep, rows, autocast, scaler):
-    """The losses of this process's pairs, as a dict. The gradient of the global batch's loss is
-    left in .grad.
-
-    parts: the batch as one micro-batch or several, dicts of images, tokens and label_tokens; keep:
-    patches_to_keep; rows: where these pairs lie in the global batch; scaler: for float16.
-
-    The contrastive loss needs all features at once, but the towers do not. So the loss is computed
-    on copies of the features. Then each micro-batch runs alone and backpropagates the gradient of
-    its copies (GradCache, arXiv 2101.06983). By the chain rule d loss / d weights is the sum over
-    micro-batches of d loss / d features * d features / d weights. With several micro-batches the
-    towers run forward twice, which takes a third more time, and need the memory of one.
+    micro_batches: an iterator over equal parts of the batch, so that the first ones are computed
+    while the loader is at work on the last ones. scaler: for float16, as in the plain step.
     """
-    for part in parts:  # the whole batch is counted before any of it is weighted
-        model.count_tokens(part["label_tokens"])
-    token_weights = model.token_weights()
-    sizes = [len(part["images"]) for part in parts]
-    keeps = [None] * len(parts) if keep is None else keep.split(sizes)
-
-    def run_towers(part, keep):
-        with autocast:
-            inputs = part["images"], part["tokens"], part["label_tokens"]
-            return towers(*inputs, token_weights, keep)
-
-    # 1. The features. A batch in one part keeps its graph and needs no second run.
-    with torch.set_grad_enabled(len(parts) == 1):
-        outputs = [run_towers(*inputs) for inputs in zip(parts, keeps)]
-    # 2. The contrastive loss, and its gradient at copies of all that it depends on: the features
-    # of all processes (N, E), and the scale and bias of the logits.
-    images = gather(torch.cat([image.detach() for image, _, _ in outputs])).requires_grad_()
-    texts = gather(torch.cat([text.detach() for _, text, _ in outputs])).requires_grad_()
-    scalars = model.logit_scale, model.logit_bias  # the bias is None in CLIP's own loss
-    scale, bias = (p if p is None else p.detach().requires_grad_() for p in scalars)
-    contrastive = model.pair_loss(images, texts, scale, bias, rows)
+    batches, features = [], []
+    for batch in micro_batches:
+        with autocast, torch.no_grad():
+            features.append(model.features_and_word_loss(**batch)[:2])
+        batches.append(batch)
+    # All of them are counted before any is weighted, as in the plain step.
+    model.count_tokens(data.pad_and_join([batch["label_tokens"] for batch in batches]))
+    images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))  # (B, E)
+    contrastive, words, n = model.compare(images, texts), 0.0, len(batches)
     scaler.scale(contrastive).backward()
-    # Each process has the gradient of its own rows' loss. The sum is the whole.
-    image_grad, text_grad = (all_sum(x.grad)[rows].split(sizes) for x in (images, texts))
-    # 3. The same gradient at the parameters. Only the last part's backward pass is synchronised.
-    classification = 0
-    for i, inputs in enumerate(zip(parts, keeps)):
-        last = i == len(parts) - 1
-        # no_sync: DistributedDataParallel adds up the gradients of the earlier parts locally.
-        with nullcontext() if last or not dist.is_initialized() else towers.no_sync():
-            image, text, word_loss = outputs[0] if len(parts) == 1 else run_towers(*inputs)
-            word_loss = word_loss * len(image) / sum(sizes)  # its share of the mean over B pairs
-            surrogate = (image * image_grad[i]).sum() + (text * text_grad[i]).sum()
-            if last:  # the scale and the bias, too, or their gradients would not be averaged
-                copies = zip(scalars, (scale, bias))
-                surrogate = surrogate + sum(p * copy.grad for p, copy in copies if p is not None)
-            (surrogate + scaler.scale(model.config.cls_weight * word_loss)).backward()
-        classification = classification + word_loss.detach()
-    return {"contrastive_loss": contrastive.detach(), "classification_loss": classification}
+    for batch, *gradients in zip(batches, images.grad.chunk(n), texts.grad.chunk(n)):
+        with autocast:
+            *pair, word_loss = model.features_and_word_loss(**batch)
+        # A number whose gradient is, by the chain rule, that of the contrastive loss
+        surrogate = sum((x * gradient).sum() for x, gradient in zip(pair, gradients))
+        (surrogate + scaler.scale(model.config.cls_weight * word_loss / n)).backward()
+        words += word_loss.detach() / n
+    for p in model.parameters() if dist.is_initialized() else ():
+        all_sum(p.grad).div_(dist.get_world_size())
+    return {"contrastive_loss": contrastive, "classification_loss": words}
 
 
 def update(model, optimizer, scaler, learning_rate, head_learning_rate):
-    """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1."""
+    """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1.
+
+    The authors, with batches of 16,384, do not clip. A small batch now and then has a gradient many
+    times as long as usual, and clipping keeps such a step from undoing the ones before it.
+    """
     for group in optimizer.param_groups:
         group["lr"] = head_learning_rate if group["in_head"] else learning_rate
-    scaler.unscale_(optimizer)  # float16's gradients were scaled up, or small ones would be 0
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -294,38 +278,50 @@ def update(model, optimizer, scaler, learning_rate, head_learning_rate):
 
 
 # -----------------------------------------------------------------------------
-# The parts of a run
+# What a run is made of
+
+
+def prepare(args, saved):
+    """What the processes of a machine must not do all at once -> (the checkpoint to start from or
+    None, tokenizer). Drawing and indexing start processes, so they come before CUDA does."""
+    with open(data.cache_folder() / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first one does the work, the others find it done
+        if args.train_data == TRAIN_DATA and not Path("scenes").exists():
+            make_scenes("scenes")
+        for patterns in (args.train_data, args.val_data):
+            if patterns not in (None, ["none"]):
+                data.build_index(data.expand(patterns))
+        start_from = saved or (args.init_from and evaluation.read_checkpoint(args.init_from))
+        if start_from:
+            return start_from, data.Tokenizer(start_from["vocab"])
+        vocab = args.vocab or data.vocabulary_beside(data.expand(args.train_data))
+        return None, data.Tokenizer.from_file(vocab)
 
 
 def make_model(args, start_from, tokenizer, device):
     """A new model, or that of a checkpoint (--resume, --init_from). A word head that the checkpoint
     does not have starts from random weights."""
-    base = start_from["config"] if start_from else PRESETS[args.model or "ViT-B-16"]
-    names = ("image_size", "context_length", "loss", "cls_weight")
-    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    new = {**PRESETS[args.model], "loss": args.loss, "vocab_size": tokenizer.vocab_size}
+    new |= {k: v for k, v in vars(args).items() if v and k in ("image_size", "context_length")}
+    config = start_from["config"] if start_from else new
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
-    model = SuperCLIP(SuperCLIPConfig(**{**base, "vocab_size": tokenizer.vocab_size, **changes}))
+    model = SuperCLIP(SuperCLIPConfig(**{**config, "cls_weight": args.cls_weight}))
     if start_from:
-        new = model.state_dict()  # the checkpoint may have no head, or one that is not wanted now
-        loaded = {name: x for name, x in start_from["model"].items() if name in new}
-        model.load_state_dict({**new, **loaded})
-        if new.keys() > loaded.keys():
+        # Not strict: the head may be new, or not be wanted. read_checkpoint has checked the rest.
+        if model.load_state_dict(start_from.pop("model"), strict=False).missing_keys:
             if args.head_learning_rate is None:
-                args.head_learning_rate = DEFAULTS["learning_rate"]
-            rate = f"its learning rate is {args.head_learning_rate:g}"
-            say(f"the checkpoint has no word head: it starts from random weights, and {rate}")
+                args.head_learning_rate = 5e-4  # the usual rate: it knows nothing yet
+            print(f"a new word head: random weights, learning rate {args.head_learning_rate:g}")
     if device.type == "cpu" and model.visual.grid < 10:
-        # Despite its name this governs the CPU, too. Its flash kernel is slow for so few tokens.
+        # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
     for tower in (model.visual, model.text):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.get_device_capability(device) < (7, 0) and args.compile is not False:
-        say("this GPU is too old for torch.compile: the run goes without it")
-    elif args.compile or (cuda and args.compile is None):
+    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    if cuda if args.compile is None else args.compile:  # older GPUs cannot run what it makes
         # Older torch cannot split what it compiles where recomputation begins.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
-        # One by one, so that captions of another length do not recompile the image tower.
+        # one by one, so that captions of another length do not recompile the image tower
         model.visual.compile()
         model.text.compile()
         model.word_loss, model.pair_loss = map(torch.compile, (model.word_loss, model.pair_loss))
@@ -333,173 +329,326 @@ def make_model(args, start_from, tokenizer, device):
     return model.to(device).train()
 
 
-def open_data(args, shards, tokenizer, image_size, rank):
-    """-> training pairs, and on rank 0 validation pairs if there are any. Raises InputError if
-    anything is wrong with the data, before the run starts."""
+def open_data(args, tokenizer, image_size):
+    """-> training pairs, and on rank 0 validation pairs if there are any. What is wrong with the
+    data ends the run before it starts."""
+    shards, val_captions = data.expand(args.train_data), args.val_captions or args.captions
     pairs = data.Pairs(shards, tokenizer, image_size, args.captions, args.label_captions, args.seed)
     for folder in args.zeroshot_data or ():
         evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
-    val_pairs, val_captions = None, args.val_captions or args.captions
+    val_pairs = None
     if args.val_data is None and len(pairs) >= 200:
         held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
         val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
         pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
-        say(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
-    elif args.val_data not in (None, ["none"]) and rank == 0:
+        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
+    elif args.val_data not in (None, ["none"]):
         val_shards = data.expand(args.val_data)
         both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
         check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
         val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    if val_pairs and rank == 0:
+    if val_pairs and RANK == 0:
         next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
-    return pairs, val_pairs if rank == 0 else None
+    return pairs, val_pairs if RANK == 0 else None
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, learning_rate, weight_decay):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
     The word head is apart, because it may have a learning rate of its own."""
     groups = {}
     for name, p in model.named_parameters():
-        groups.setdefault((name.startswith("head."), p.ndim >= 2), []).append(p)
-    groups = [
-        {"params": parameters, "in_head": in_head, "weight_decay": args.weight_decay * is_matrix}
-        for (in_head, is_matrix), parameters in groups.items()
-    ]
+        in_head, is_matrix = name.startswith("head."), p.ndim >= 2
+        new = {"params": [], "in_head": in_head, "weight_decay": weight_decay * is_matrix}
+        groups.setdefault((in_head, is_matrix), new)["params"].append(p)
     # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
-    return torch.optim.AdamW(groups, args.learning_rate, (0.9, 0.98), 1e-6, fused=True)
+    return torch.optim.AdamW([*groups.values()], learning_rate, (0.9, 0.98), 1e-6, fused=True)
 
 
-def save(path, model, tokenizer, **more):
-    """Write a checkpoint: what inference needs, and in last.pt also what resuming needs. Returns
-    whether that worked. If not, as on a full disk, the one before is still there and the run goes
-    on."""
-    state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
-    content = {"model": state, "config": vars(model.config), "vocab": tokenizer.vocab, **more}
+def schedule(args, pairs):
+    """-> steps in all, and steps of warm-up, between rows of the log, between validations, and
+    between saves, by the rules that --help states. Validations are at equal distances, so that no
+    two of them are close."""
+    steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
+    warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
+    log_every = args.log_every or max(1, min(50, steps // 20))
+    eval_every = args.eval_every or math.ceil(steps / max(5, math.ceil(steps / 2000)))
+    return steps, warmup_steps, log_every, eval_every, args.save_every or steps
+
+
+def fingerprint(pairs):
+    """A short text that changes when the shards or the sources of the captions do."""
+    content = pairs.index.numpy().tobytes() + str(pairs.captions).encode()
+    return hashlib.sha1(content).hexdigest()[:12]
+
+
+# -----------------------------------------------------------------------------
+# The log
+
+
+def describe(args, model, pairs, steps, dtype, device):
+    """Print what this run is, and return the header of its log, without which no number in the
+    rows that follow means anything."""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
+    cores, N = f"{os.cpu_count()} CPU cores", args.batch_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    header = {"samples": len(pairs), "parameters": sum(p.numel() for p in model.parameters())}
+    header |= {"steps": steps, "steps_per_epoch": len(pairs) // N, "batch_size": N}
+    header |= {"processes": WORLD, "dtype": dtype, "torch": torch.__version__, "device": name}
+    header |= {"commit": subprocess.getoutput(git)}
+    header |= {"date": time.strftime("%Y-%m-%d %H:%M"), "data_fingerprint": fingerprint(pairs)}
+    print(", ".join(f"{name} {value}" for name, value in header.items()))
+    if pairs.unused:
+        print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
+    return {**header, "arguments": vars(args), "config": vars(model.config)}
+
+
+def open_log(out_dir, resume):
+    """The log of a run, locked, so that no other run writes into this folder. The lock ends with
+    the process, however that ends, and loading processes do not inherit it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = open(out_dir / "log.jsonl", "a+", errors="replace")
     try:
-        data.write_file(path, lambda file: torch.save(content, file))
-        return True
-    except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
-        tqdm.write(f"warning: cannot write {path}: {error}")
-        return False
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is using {out_dir}: name another --out_dir") from None
+    # Checked here, with the lock, because another run may have begun while this one was starting.
+    holds_run = any(out_dir.glob("*.pt"))
+    check(resume or not holds_run, f"{out_dir} holds a run: --resume it, or name another --out_dir")
+    for temporary in out_dir.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
+        temporary.unlink()
+    file.truncate(None if holds_run else 0)  # drop what an earlier attempt, never saved, has logged
+    file.write("\n" if file.tell() else "")  # the last line may have been cut by a kill
+    return file
+
+
+class Log:
+    """The progress of a run: a bar on the terminal, and log.jsonl, which rank 0 writes. It has a
+    header, a row for each logged step and one for each validation. A resumed run adds another
+    header, and may log a step twice: the later row counts."""
+
+    def __init__(self, args, header, step):
+        self.header, self.first_step, self.bad_samples = header, step, 0
+        self.file = open(os.devnull, "a") if RANK else open_log(Path(args.out_dir), args.resume)
+        # None: a bar if this is a terminal
+        self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
+        self.wandb = None
+        self.write({"header": header, "step": step})
+        if args.wandb and RANK == 0:
+            self.wandb = evaluation.optional("wandb").init(project=args.wandb, config=header)
+
+    def fetch(self, batches):
+        """The next micro-batch. Measures the wait, and counts the bad samples in it."""
+        start = time.perf_counter()
+        batch, bad_samples = next(batches)
+        self.waited += time.perf_counter() - start
+        self.bad_samples += bad_samples
+        return batch
+
+    def row(self, step, losses, grad_norm, learning_rate, model):
+        """The row of a step, which is the same on all processes. Speed and waiting are of the steps
+        since the last row, bad samples of those since the start or the resumption."""
+        names, N = ("contrastive_loss", "classification_loss"), self.header["batch_size"]
+        means = [losses[name].detach() / WORLD for name in names]
+        bad = torch.tensor(float(self.bad_samples), device=grad_norm.device)
+        contrastive, words, bad = all_sum(torch.stack([*means, bad])).tolist()
+        loss = contrastive + model.config.cls_weight * words
+        check(math.isfinite(loss), f"the loss is {loss} at step {step}: {evaluation.DIVERGED}")
+        # A bad sample may be replaced by another one, so that one pair may count several.
+        seen, seconds = (step - self.first_step) * N, time.perf_counter() - self.clock
+        check(bad <= seen, f"more than half are bad: {bad:,.0f} of {seen + bad:,.0f} samples read")
+        speed, waiting = (step - self.last_step) * N / seconds, self.waited / seconds
+        memory = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+        row = {"step": step, "samples": step * N, "loss": loss, "contrastive_loss": contrastive}
+        row |= {"classification_loss": words, "logit_scale": model.logit_scale.exp().item()}
+        row |= {"grad_norm": grad_norm.nan_to_num().item(), "learning_rate": learning_rate}
+        row |= {"images_per_second": round(speed, 1), "data_wait": round(waiting, 3)}
+        return row | {"bad_samples": round(bad), "memory_gb": round(memory, 2)}
+
+    def write(self, row):
+        """Add a row to the log, and show it if it is one of training."""
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:  # a lost line is no reason to lose a run
+            tqdm.write(f"warning: cannot write the log: {error}")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        if "loss" in row:
+            text = "step {step:6d}  contrastive {contrastive_loss:.3f}, words {classification_loss"
+            text += ":.3f}, {images_per_second:.0f} images/s, {data_wait:.0%} waiting"
+            tqdm.write(text.format(**row))
+        # Here begins the interval over which the next row measures speed and waiting.
+        self.clock, self.waited, self.last_step = time.perf_counter(), 0.0, row["step"]
+
+
+# -----------------------------------------------------------------------------
+# Validation
+
+
+@torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
+def validate(model, tokenizer, pairs, args, step):
+    """Retrieval among the validation pairs, if there are any, and zero-shot classification. Prints
+    the scores, and the head's top words for two pictures. Returns the row of the log."""
+    row = {"step": step, "zeroshot": {}}
+    tqdm.write(f"\nvalidation after step {step}")
+    model.eval()
+    if pairs:
+        features = evaluation.encode_shards(model, pairs, workers=args.workers)
+        row["validation"] = evaluation.retrieval(*features)
+        row["mean_r1"] = evaluation.mean_r1(row["validation"])
+        evaluation.print_retrieval(row["validation"])
+    for folder in args.zeroshot_data or ():
+        images = evaluation.ClassFolders(folder, model.config.image_size)
+        names = evaluation.class_names(images)
+        score = evaluation.zeroshot(model, tokenizer, images, names, workers=args.workers)["top1"]
+        print(evaluation.line(f"zero-shot {Path(folder).name}", score))
+        row["zeroshot"][folder] = score
+    if pairs and model.head is not None:
+        images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
+        for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
+            print(data.printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
+    model.train()
+    return row
+
+
+def print_next(args, best, last_score):
+    """Say where the model is, and which commands come next. best, last_score: mean R@1 of best.pt
+    and of the last validation, below 0 without validation pairs."""
+    path = f"{args.out_dir}/{'last.pt' if best < 0 else 'best.pt'}"
+    why = f" (an earlier step's, mean R@1 {best:.1%})" if 0 <= last_score < best else ""
+    print(f"\nThe model is in {path}{why}. What it has learned, and what it sees in your pictures:")
+    if args.val_data not in (None, ["none"]):
+        shards = " ".join(map(repr, args.val_data))
+        print(f"  python -m scripts.report --checkpoint {path} --data {shards} --out report.html")
+    print(f"  python -m scripts.words --checkpoint {path} --image FILE --out words.png")
+    print(f'  python -m scripts.search --checkpoint {path} --images DIR "a red star"')
 
 
 # -----------------------------------------------------------------------------
 # The run
 
 
-def train(args, saved, rank, world, device, dtype):
+def resume(args, saved, data_print, val_print, optimizer, scaler):
+    """-> (the step at which a saved run goes on, its best mean R@1 so far). The prints are the
+    fingerprints of training and validation data."""
+    same, path, best = saved["data_fingerprint"] == data_print, Path(args.out_dir, "best.pt"), -1.0
+    check(same, f"--train_data is not that of the run in {args.out_dir}: start a new run")
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
+    if val_print and path.exists():
+        content = evaluation.read_checkpoint(path)
+        # With other validation data the old score is not comparable.
+        best = content["mean_r1"] if content.get("data_fingerprint") == val_print else best
+    # Counted in samples, so that a run may go on with another batch size.
+    return saved["samples"] // args.batch_size, best
+
+
+def train(args, saved, start_from, tokenizer):
     """A run from its first step, or from a checkpoint, to its last."""
-    out_dir, local = Path(args.out_dir), args.batch_size // world
-    check(args.batch_size % world == 0, f"--batch_size is not divisible by {world} processes")
-    # What the run is made of: data, model, optimizer
-    start_from = saved or (evaluation.read_checkpoint(args.init_from) if args.init_from else None)
-    shards = data.expand(args.train_data)
-    if start_from:
-        tokenizer = data.Tokenizer(start_from["vocab"])
-    else:
-        tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
-    model = make_model(args, start_from, tokenizer, device)
-    pairs, val_pairs = open_data(args, shards, tokenizer, model.config.image_size, rank)
+    device, N, B = set_up(args.device), args.batch_size, args.batch_size // WORLD
+    micro, local = args.micro_batch_size or B, slice(RANK * B, (RANK + 1) * B)
+    check(N % WORLD == 0, f"--batch_size is not divisible by {WORLD} processes")
+    check(B % micro == 0, f"--micro_batch_size does not divide the {B} pairs of a process")
+    dtype = args.dtype or pick_dtype(device, args.train_data == TRAIN_DATA)
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    model = wrapped = make_model(args, start_from, tokenizer, device)
+    if WORLD > 1 and not args.micro_batch_size:
+        # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are
+        # not sent, because all processes count the same tokens.
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
-    optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    towers = Towers(model)
-    if world > 1:  # gradients live in the buckets that are sent, or they would be stored twice
-        towers = DistributedDataParallel(towers, gradient_as_bucket_view=True)
+    pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
+    steps, warmup_steps, log_every, eval_every, save_every = schedule(args, pairs)
+    prints = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
+    same = int.from_bytes(hashlib.sha1(f"{vars(args)} {prints[0]}".encode()).digest()[:6], "big")
+    check(all_sum(torch.tensor(same)) == WORLD * same, "the processes differ in options or data")
+    step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)
+    check(step <= steps, f"--resume: step {step} is later than the last of {steps}")
+    batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
+    header = describe(args, model, pairs, steps, dtype, device)
+    log, asked_to_stop = Log(args, header, step), listen_for_signals()
+    out_dir, score = Path(args.out_dir), best
+    counts = [x.clone() for x in model.buffers()]  # as they were after the last whole step
+    # A fine-tuning saves and scores its start, too, because training may harm the model.
+    saved_step = -1 if args.init_from and not saved else step
+    save = partial(evaluation.write_checkpoint, model=model, vocab=tokenizer.vocab)
 
-    # Where the run starts and ends. By default it validates five times, and more often if it is
-    # long. A run that is resumed may have other options than before, but the same data.
-    steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
-    warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
-    log_every = args.log_every or max(1, min(50, steps // 20))
-    eval_every = args.eval_every or max(1, min(2000, steps // 5))
-    save_every = args.save_every or eval_every
-    fingerprints = [fingerprint(pairs), fingerprint(val_pairs)]
-    step, best, validation, is_saved = 0, -1.0, None, True
-    if saved:
-        same = saved["data_fingerprints"][0] == fingerprints[0]
-        check(same, f"the training data is not that of the run in {out_dir}: start a new run")
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
-        # Counted in samples, so that a run may go on with another batch size.
-        step = saved["samples"] // args.batch_size
-        if saved["data_fingerprints"] == fingerprints:  # else the old best score is not comparable
-            best = saved["best"]
-    if start_from:
-        start_from.clear()  # its tensors are copied, and would take as much memory as the model
-    rows, micro = slice(rank * local, (rank + 1) * local), args.micro_batch_size or local
-    order = data.micro_batches(len(pairs), args.batch_size, rows, micro, args.seed, step, steps)
-    batches = data.load_batches(pairs, order, micro, args.workers, device)
-    about = describe_run(args, steps, world, device, dtype, pairs, model)
-    log, stop = Log(args, rank, step, about, pairs.unused), Stop()
+    def due(every):
+        return step % every == 0 or step == steps
 
-    if args.init_from and step == 0 and val_pairs:  # the start counts, too: training may harm it
-        validation = stop.unless_asked(validate, model, val_pairs, args, log, step)
-        if validation and save(out_dir / "best.pt", model, tokenizer, step=step):
-            best = validation["mean_r1"]
-    leave = stop.agreed()
-    while step < steps and not leave:
-        # 1. the batch: this process's rows of it, in one micro-batch or several
-        parts = log.wait_for(batches, math.ceil(local / micro))
-        # 2. its gradient
-        keep = patches_to_keep(args, step, model.visual.grid**2, rows, device)
-        losses = forward_backward(towers, model, parts, keep, rows, autocast, scaler)
-        # 3. the update
-        of_peak = learning_rate_at(step, 1.0, warmup_steps, steps)
-        rates = of_peak * args.learning_rate, of_peak * head_rate
-        grad_norm = update(model, optimizer, scaler, *rates)
-        step += 1
-        # 4. what is due after this step; at the last step, everything is
-        log_due, eval_due, save_due = (
-            step % every == 0 or step == steps for every in (log_every, eval_every, save_every)
-        )
-        numbers = step, losses, grad_norm, rates[0], model
-        # 5. the log: reading the losses waits for the device, so most steps go without. It comes
-        # before a validation, because it raises if the loss is not finite.
-        if log_due or eval_due:
-            log.write(log.measure(*numbers))
-        # 6. validation, on rank 0; the others wait for it in stop.agreed()
-        if eval_due and val_pairs:
-            validation = stop.unless_asked(validate, model, val_pairs, args, log, step)
-            better = validation and validation["mean_r1"] >= best
-            if better and save(out_dir / "best.pt", model, tokenizer, step=step):
-                best = validation["mean_r1"]
-        # 7. the checkpoint, from which the run can be resumed
-        leave = stop.agreed()
-        if save_due or leave:
-            log.measure(*numbers)  # raises if the loss is not finite: the old checkpoint is better
-            content = {"step": step, "samples": step * args.batch_size, "best": best}
-            content |= {"arguments": vars(args), "data_fingerprints": fingerprints}
-            content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            is_saved = rank > 0 or save(out_dir / "last.pt", model, tokenizer, **content)
+    def save_last():
+        nonlocal saved_step
+        for buffer, count in zip(model.buffers(), counts):
+            buffer.copy_(count)
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step}
+        state |= {"arguments": vars(args), "data_fingerprint": prints[0], "samples": step * N}
+        if RANK > 0 or save(out_dir / "last.pt", **state):
+            saved_step = step
 
-    log.bar.close()
-    check(is_saved, f"stopped after step {step}, and {out_dir / 'last.pt'} could not be written")
-    if leave:
-        say(f"stopped after step {step}. To go on, give the same command with --resume")
-    elif rank == 0:
-        summary(model, tokenizer, args, val_pairs, validation, best, log, step)
+    try:
+        while True:
+            # 1. What is due after `step` steps. The save comes first, so that nothing is lost
+            # whatever happens to the validation. Rank 0 does both, and the others wait below.
+            eval_due = due(eval_every) and (step > 0 or args.init_from)
+            if step > saved_step and (eval_due or due(save_every)):
+                save_last()
+            if eval_due and RANK == 0 and not asked_to_stop and (val_pairs or args.zeroshot_data):
+                validation = validate(model, tokenizer, val_pairs, args, step)
+                score = validation.get("mean_r1", -2.0)  # without validation pairs never the best
+                more = {"step": step, "mean_r1": score, "data_fingerprint": prints[1]}
+                if score >= best and save(out_dir / "best.pt", **more):
+                    best = score
+                log.write(validation)
+            # If one process was asked to stop, all leave now, or some would wait for the features
+            # of the others for ever. (A CPU tensor, so that nobody waits for a GPU.)
+            if all_sum(torch.tensor(len(asked_to_stop))) or step == steps:
+                break
+            # 2. the batch, in one micro-batch or several
+            keep = patches_to_keep(
+                args.patch_dropout, model.visual.grid, N, args.seed, step, device
+            )
+            keeps = [None] * (B // micro) if keep is None else keep[local].split(micro)
+            micro_batches = ({**log.fetch(batches), "keep": part} for part in keeps)
+            # 3. its gradient
+            if args.micro_batch_size:
+                losses = grad_cache_step(model, micro_batches, autocast, scaler)
+            else:
+                with autocast:
+                    losses = wrapped(**next(micro_batches))
+                scaler.scale(losses["loss"]).backward()  # float16's small gradients would be 0
+            # 4. the update
+            share = learning_rate_at(step, 1.0, warmup_steps, steps)
+            rates = share * args.learning_rate, share * head_rate
+            grad_norm = update(model, optimizer, scaler, *rates)
+            step, counts = step + 1, [x.clone() for x in model.buffers()]
+            # 5. the log, at a few steps only, because to read the losses is to wait for the device
+            log.bar.update()
+            if due(log_every) or due(eval_every):
+                log.write(log.row(step, losses, grad_norm, rates[0], model))
+    finally:  # whatever has ended the loop, its last whole step is sound
+        log.bar.close()
+        if step > saved_step:
+            save_last()
+        if step < steps:
+            print(f"stopped after step {step}. To go on, give the same command with --resume")
+    check(saved_step == step, f"step {step} was the last, but last.pt could not be written")
+    if step == steps:
+        print_next(args, best, score)
 
 
 def main(argv):
+    if RANK > 0:  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")
     args, saved = parse(argv)
-    # Drawing and indexing start processes, so they come before CUDA does. On each machine the first
-    # process does the work, while the others wait for the lock and find it done.
-    with open(Path(tempfile.gettempdir(), f"superclip-{os.getuid()}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if args.train_data == TRAIN_DATA and not Path("scenes").exists():
-            make_scenes("scenes")
-        for patterns in (args.train_data, args.val_data):
-            if patterns not in (None, ["none"]):
-                data.build_index(data.expand(patterns))
     try:
-        train(args, saved, *set_up(args))
+        train(args, saved, *prepare(args, saved))
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
         text = str(error)
         check("by peer" not in text, "stopped because another process has ended")
-        check("DataLoader worker (" not in text, "a loading process has died: see --workers")
         check(" compiler" not in text, "torch.compile needs a C++ compiler: --no-compile")
         memory = "out of memory" in text or "allocate memory" in text
         check(not memory, "out of memory: a smaller --micro_batch_size needs less")

@@ -3,12 +3,13 @@
     python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
-built-in scenes (the second one with --cls_weight 0). Figures are 8.5 inches wide with letters of 11
-points, so that they are legible at a README's width.
+built-in scenes (the second one with --cls_weight 0). Figures are 8.5 inches wide and have letters
+of 11 points, so that they can be read at a README's width.
 """
 
 import argparse
 import itertools
+import json
 import math
 import random
 import textwrap
@@ -22,8 +23,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 import data
 from scripts import scenes
-from scripts.report import of_kind, read_rows
-from superclip import SuperCLIP, SuperCLIPConfig, cli
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
@@ -42,12 +42,19 @@ def save(name):
     print(f"wrote assets/{name}.png")
 
 
-def tutorial_world():
+def tutorial_scenes():
     """The 256 scenes of the tutorial, their long captions and the tokenizer."""
     rng = random.Random(0)
-    world = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
-    captions = [scenes.describe(scene, rng)[1] for scene in world]
-    return world, captions, data.Tokenizer(scenes.vocabulary())
+    drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
+    captions = [scenes.describe(scene, rng)[1] for scene in drawn]
+    return drawn, captions, data.Tokenizer(scenes.vocabulary())
+
+
+def counted(tokens, vocab_size):
+    """A model whose token statistics hold these captions (B, T)."""
+    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size))
+    model.count_tokens(tokens)
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -70,11 +77,11 @@ def arrow(*points, added=False):
 
 
 def architecture():
-    world, captions, tokenizer = tutorial_world()
+    drawn, captions, tokenizer = tutorial_scenes()
     axis = plt.figure(figsize=(8.5, 4.6)).add_axes((0, 0, 1, 1), xlim=(0, 170), ylim=(0, 92))
     axis.axis("off")
     # what goes in, and the towers
-    axis.imshow(scenes.draw(world[0], 288), extent=(3, 31, 34, 62), aspect="auto")
+    axis.imshow(scenes.draw(drawn[0], 288), extent=(3, 31, 34, 62), aspect="auto")
     for i in range(7):
         plt.plot((3 + 28 * i / 6,) * 2, (34, 62), color="white", lw=0.7)
         plt.plot((3, 31), (34 + 28 * i / 6,) * 2, color="white", lw=0.7)
@@ -120,9 +127,8 @@ def architecture():
 
 
 def label():
-    _, captions, tokenizer = tutorial_world()
-    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=tokenizer.vocab_size))
-    model.count_tokens(tokenizer(captions, 16))
+    _, captions, tokenizer = tutorial_scenes()
+    model = counted(tokenizer(captions, 16), tokenizer.vocab_size)
     ids = list(dict.fromkeys(tokenizer.encode(captions[0])))
     idf, words = model.token_weights()[ids], [tokenizer.decode([i]) for i in ids]
     columns = (
@@ -184,79 +190,86 @@ def matrix():
 def floor():
     """The word loss of the best head, on the tutorial's scenes with captions as in training: the
     entropy of the mean label of a hundred captions of each scene."""
-    world, captions, tokenizer = tutorial_world()
+    drawn, _, tokenizer = tutorial_scenes()
     rng, V = random.Random(1), tokenizer.vocab_size
-    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=V))
-    tokens = tokenizer([rng.choice(scenes.describe(x, rng)) for x in world for _ in range(100)], 16)
-    model.count_tokens(tokens)
-    labels = torch.zeros(len(tokens), V).scatter_(1, tokens, model.token_weights()[tokens])
-    labels = F.normalize(labels, p=1, dim=1).view(len(world), 100, V).mean(dim=1)
+    tokens = tokenizer([rng.choice(scenes.describe(x, rng)) for x in drawn for _ in range(100)], 16)
+    weights = counted(tokens, V).token_weights()
+    labels = torch.zeros(len(tokens), V).scatter_(1, tokens, weights[tokens])
+    labels = F.normalize(labels, p=1, dim=1).view(len(drawn), 100, V).mean(dim=1)
     return float(torch.special.entr(labels).sum(dim=1).mean())
 
 
 def blind():
-    """R@1 in percent among 1,000 scenes of a model that sees the setting alone. The number of
-    others with the same setting, k, has a Poisson distribution, and a guess is right in 1/(k+1)."""
+    """R@1 in percent, among 1,000 scenes, of a model that sees the setting alone. The number k of
+    others with the same setting has a Poisson distribution, and a guess is right in 1/(k+1)."""
     others = 1000 / len(scenes.SETTINGS)
     return 100 * (1 - math.exp(-others)) / others
 
 
-def zero_shot(scored, kind, batch_size):
-    """[(samples seen, percent) ...] of the built-in scores colour, shape, pair or held_out."""
+def read_log(path):
+    """The log of a run that was not resumed -> its header, the rows of training, and those of
+    validations."""
+    first, *rows = map(json.loads, Path(path).read_text().splitlines())
+    training = [row for row in rows if "loss" in row]
+    return first["header"], training, [row for row in rows if "validation" in row]
+
+
+def zero_shot(validations, kind, batch_size):
+    """[(samples seen, percent) ...] of a zero-shot score: colour, shape, colour_shape, held_out."""
     name = f"scenes/zeroshot/{kind}"
-    found = [(row["step"] * batch_size, row.get("zeroshot", {}).get(name)) for row in scored]
+    found = [(row["step"] * batch_size, row["zeroshot"].get(name)) for row in validations]
     return [(x, 100 * score["value"]) for x, score in found if score]
 
 
 def draw_lines(axis, lines, gap):
-    """lines: [(name, colour, style, [(x, y) ...])], each labelled at its end. Labels are moved up
-    until neighbours are at least `gap` apart."""
-    last, place = max(points[-1][0] for *_, points in lines), -gap
+    """lines: [(name, colour, style, [(x, y) ...])]. Each is named at its end, and the names are
+    moved up until neighbours are at least `gap` apart."""
+    last, height = max(points[-1][0] for *_, points in lines), -gap
     for name, colour, style, points in sorted(lines, key=lambda line: line[-1][-1][1]):
         axis.plot(*zip(*points), color=colour, ls=style, lw=1.3 if style == ":" else 2)
-        place = max(points[-1][1], place + gap)
-        axis.text(1.03 * last, place, name, color=colour, va="center")
+        height = max(points[-1][1], height + gap)
+        axis.text(1.03 * last, height, name, color=colour, va="center")
     axis.set(xlim=(0, last), xlabel="samples seen")
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
 
 
 def curve(path, clip_path):
-    header, rows = read_rows(path)
-    losses, scored = of_kind(rows, "loss"), of_kind(rows, "validation")
+    header, training, validations = read_log(path)
     B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
-    last = losses[-1]["samples"]
+    last = training[-1]["samples"]
 
-    def level(name, y):  # what theory says
+    def constant(name, y):  # what theory says
         return name, GREY, ":", [(0, y), (last, y)]
 
     least, r1_of_blind = floor(), blind()
-    lines = [level(f"floor {least:.1f}", least)]
+    lines = [constant(f"floor {least:.1f}", least)]
     for name, colour, key, start, text in (
         ("word loss", RED, "classification_loss", math.log(V) + 0.5, f"ln {V} + 1/2"),
         ("contrastive\nloss", INK, "contrastive_loss", math.log(B), f"ln {B}"),
     ):
-        lines.append((name, colour, "-", [(row["samples"], row[key]) for row in losses]))
+        lines.append((name, colour, "-", [(row["samples"], row[key]) for row in training]))
         left.plot(0, start, "o", color=colour, clip_on=False)
         left.text(0.13 * last, start + 0.2, f"starts near {text} = {start:.1f}", color=colour)
     draw_lines(left, lines, 0.4)
     left.set(title="losses", ylim=(0, 7.6))
 
-    lines = [
-        level(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind),
-        level("chance, pair 1.6 %", 100 / 64),
-    ]
-    lines.append(level("chance, R@1 0.1 %", 0.1))
-    r1 = [(row["step"] * B, 100 * row["mean_r1"]) for row in scored]
+    lines = [constant(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind)]
+    lines += [constant("chance 1.6 % (of 64)", 100 / 64), constant("chance 0.1 % (R@1)", 0.1)]
+    r1 = [(row["step"] * B, 100 * row["mean_r1"]) for row in validations]
     lines.append(("R@1", BLUE, "-", r1))
-    for kind, colour in dict(colour=GREEN, shape=TEAL, pair=AMBER, held_out=VIOLET).items():
-        if points := zero_shot(scored, kind, B):
-            lines.append((kind, colour, "-", points))
+    for kind, name, colour in (
+        ("colour", "colour", GREEN),
+        ("shape", "shape", TEAL),
+        ("colour_shape", "colour + shape", AMBER),
+        ("held_out", "held out", VIOLET),
+    ):
+        if points := zero_shot(validations, kind, B):
+            lines.append((name, colour, "-", points))
     if clip_path:
-        header, rows = read_rows(clip_path)
-        scored = of_kind(rows, "validation")
-        points = zero_shot(scored, "colour_shape", header["arguments"]["batch_size"])
-        lines.append(("pair, plain CLIP", AMBER, "--", points))
+        header, _, validations = read_log(clip_path)
+        points = zero_shot(validations, "colour_shape", header["arguments"]["batch_size"])
+        lines.append(("colour + shape,\nplain CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)
     right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))
     plt.tight_layout(w_pad=1.5)

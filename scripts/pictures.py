@@ -1,7 +1,5 @@
 """What commands about pictures share: finding image files, and drawing a sheet of images."""
 
-import argparse
-import glob
 import math
 import textwrap
 from pathlib import Path
@@ -9,32 +7,22 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from eval import is_image, output_file
-from superclip import InputError, check
+from eval import images_in, output_file
+from superclip import check
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 picture_file = output_file(*FORMATS)  # a type for argparse
 
 
-def picture_format(path):
-    """What picture_file checks, for scripts/show.py, which does not use that type yet."""
-    try:
-        picture_file(path)
-    except argparse.ArgumentTypeError as error:
-        raise InputError(str(error)) from None
-
-
 def image_files(paths, out=None):
     """Image files, and folders with all images in them -> list of files, each real file once. out:
-    the picture to draw, which must not be one of them. Raises InputError."""
+    the picture to draw, which must not be one of them."""
     files = {}
     for path in map(Path, paths):
-        inside = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # nothing in a file
-        found = [path / name for name in inside if is_image(path / name)]
-        check(found or path.is_file(), f"there is no image file or folder of images {path}")
-        for file in found or [path]:
-            files.setdefault(file.resolve(), file)
+        found = images_in(path) or [path] * path.is_file()
+        check(found, f"there is no image file or folder of images {path}")
+        files = {file.resolve(): file for file in found} | files
     check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
     return [*files.values()]
 

@@ -42,8 +42,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import data
 from scripts.pack import add_member
+from scripts.vocab import words_to_tiktoken
 from superclip import check, cli
 
 SIZE = 72  # pixels: side of a picture
@@ -234,7 +234,7 @@ WORDS = "a an the of in on with and photo picture something , .".split()
 def vocabulary():
     """The text of a .tiktoken file in which every word of the captions is one token."""
     names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
-    return data.words_to_tiktoken(sorted(names | {*WORDS}))
+    return words_to_tiktoken(sorted(names | {*WORDS}))
 
 
 def write_shard(task, folder, settings):

@@ -187,10 +187,10 @@ def main(argv):
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)
-        print(f"\n{query if is_text else 'like ' + query.name.removeprefix(here)}")
+        print("\n" + data.printable(query if is_text else f"like {query.name.removeprefix(here)}"))
         blocks.append([(query, "" if is_text else "like this")])
         for i in row.argsort(descending=True, stable=True)[: args.k].tolist():
-            print(f"{row[i]:8.3f}  {entries[i].name.removeprefix(here)}")
+            print(f"{row[i]:8.3f}  {data.printable(entries[i].name.removeprefix(here))}")
             blocks[-1].append((entries[i], f"{row[i]:.3f} {os.path.basename(entries[i].name)}"))
     if args.out:
         draw(blocks, args.out)

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 import data
-from scripts.pictures import contact_sheet, picture_format
+from scripts.pictures import contact_sheet, picture_file
 from superclip import PAD, cli, number
 
 SIDE = 240  # pixels of an image in the picture
@@ -79,7 +79,7 @@ def report_captions(lengths, repeats, context_length):
     print(f"false negatives: {small:.2%} of pairs meet a twin in a batch of 32, {large:.2%} of 256")
     for text, count in repeats.most_common(3):
         if count > 1:
-            print(f"{count:9,} x {textwrap.shorten(text, 90)}")
+            print(f"{count:9,} x {data.printable(textwrap.shorten(text, 90))}")
 
 
 def report_unused(unused):
@@ -90,9 +90,8 @@ def report_unused(unused):
         print(f"{count:9,}  {kind}")
         examples = [entry for entry in unused if entry[2].partition(":")[0] == kind][:3]
         for shard, key, reason in examples:
-            # tarfile turns a name that is not UTF-8 into one that cannot be printed.
-            example = f"{'':11}{shard} {key}: {textwrap.shorten(reason, 90)}"
-            print(example.encode(errors="replace").decode())
+            example = f"{shard} {key}: {textwrap.shorten(reason, 90)}"
+            print(f"{'':11}{data.printable(example)}")
 
 
 def label(ids, document_counts, n):
@@ -105,9 +104,9 @@ def label(ids, document_counts, n):
 
 def print_sample(pairs, row, texts, document_counts, n):
     """The captions of a sample, and what training makes of the first one. n: of all captions."""
-    print(f"\n{pairs.shards[row[0]]} {pairs.key(row)}")
+    print(f"\n{data.printable(f'{pairs.shards[row[0]]} {pairs.key(row)}')}")
     for text in texts:
-        print(fill(text))
+        print(fill(data.printable(text)))
     ids = pairs.tokenizer.encode(texts[0])
     shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
     print(f"  {len(ids)} tokens of the first caption: {shortened}")
@@ -121,14 +120,12 @@ def main(argv):
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
-    add("--picture", help="file to draw the samples into, such as grid.png")
+    add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
     add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--context_length", type=number(int, 3), default=77, help="in tokens (default 77)")
     add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
     args = parser.parse_args(argv)
-    if args.picture:
-        picture_format(args.picture)  # finds a mistake before the work
     shards = data.expand(args.shards)
     tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
     pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)

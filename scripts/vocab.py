@@ -15,6 +15,11 @@ import data
 from superclip import check, cli, number
 
 
+def words_to_tiktoken(words):
+    """list of words -> the text of a .tiktoken file: all bytes, then each word as one token."""
+    return data.tiktoken_text(dict.fromkeys(data.BYTE_TOKENS + [w.encode() + b" " for w in words]))
+
+
 def make_vocabulary(shards, size, captions):
     """The most frequent words of the shards' captions -> the text of a .tiktoken file with `size`
     entries, of which 514 are bytes and special tokens."""
@@ -27,7 +32,7 @@ def make_vocabulary(shards, size, captions):
     check(counts, f"there are no words in {', '.join(captions)} of these shards")
     # Words of one byte are in every vocabulary.
     words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
-    return data.words_to_tiktoken(words[: size - 514])
+    return words_to_tiktoken(words[: size - 514])
 
 
 def main(argv):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import data
 from scripts.scenes import COMBINATIONS, describe, draw, make_scene
-from superclip import PAD, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss
+from scripts.vocab import words_to_tiktoken
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss
 
 B = 256  # pairs in the batch whose losses are compared with theory
 
@@ -63,9 +64,9 @@ def main(argv):
     scenes = [make_scene(rng, COMBINATIONS) for _ in range(B)]
     captions = [describe(scene, rng)[1] for scene in scenes]
     words = {word for caption in captions for word in data.WORD.findall(caption)}
-    tokenizer = data.Tokenizer(data.words_to_tiktoken(sorted(words)))
+    tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
     tokens, V = tokenizer(captions), tokenizer.vocab_size
-    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=V))
+    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=V))
     size = model.config.image_size
     images = torch.stack([data.load_image(draw(scene, size), size) for scene in scenes])
     print(f'the pair: a picture of "{captions[0]}"')

@@ -140,10 +140,10 @@ def main(argv):
         image = evaluation.read_image(file, model.config.image_size)
         if isinstance(image, str):
             check(result["images"] or file != files[-1], image)  # not even the last one
-            print(f"skipped {image}")
+            print(data.printable(f"skipped {image}"))
             continue
         words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
-        print(f"{file}: " + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
+        print(data.printable(f"{file}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
         result["images"][str(file)] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(drawn) < MAX_IMAGES:
             _, maps = evaluation.word_maps(model, image, [i for _, _, i in words], window)

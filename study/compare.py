@@ -5,11 +5,10 @@
     python -m study.compare --report       figure and tables again, from study/runs.jsonl
 
 Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
-the table says so. The differences are paired by seed, and have a 95 % interval (Student's t).
-The rate is searched first, for both methods alike, at each batch size, size of the groups and
-number of settings. Rows that differ in something else borrow it, or name their own. A finished run
-is a line in runs.jsonl, and what is there is not run again: a study that was stopped goes on where
-it was.
+the table says so. The differences are paired by seed, and have a 95 % interval (Student's t). The
+rate is searched first, for both methods alike, at each batch size, size of the groups and number of
+settings. Rows that differ in something else borrow that rate, or name their own. A finished run is
+a line in runs.jsonl and is not run again, so a study that was stopped goes on where it was.
 
 This file is the plan and the report. run.py is one run.
 """
@@ -19,7 +18,9 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,6 @@ import torch
 from tqdm import tqdm
 
 import train
-from scripts.log import machine
 from study import run
 from superclip import check, cli, number
 
@@ -54,8 +54,8 @@ def both(label, **changes):
 
 
 def needed(batch_size, data="scenes"):
-    """Samples seen: six epochs of the photographs; of scenes the same for all batch sizes but 256,
-    which would make too few updates."""
+    """Samples seen: six epochs of the photographs; of the scenes equally many for all batch sizes
+    but 256, because that one would make too few updates."""
     if data == "flickr":
         return 36_000
     return SAMPLES * 3 if batch_size == 256 else SAMPLES
@@ -64,7 +64,7 @@ def needed(batch_size, data="scenes"):
 class Part(NamedTuple):
     """A table of the report."""
 
-    about: str
+    text: str  # what the rows compare
     seeds: int
     metrics: tuple
     rows: list  # label, one kind of run, another kind of run
@@ -170,34 +170,37 @@ class Study:
             file.write(json.dumps(result) + "\n")
 
     def search(self, spec):
-        """The runs that look for the learning rate of a spec, and what they found, or None. Scores
-        within a point of the best one are as good as that: a thousand pairs tell no more. The
-        lowest of these rates is taken, because it is the farthest from those at which training
-        fails. The search adds a lower rate while the lowest is taken, and a higher one while the
-        highest is best. Kinds that differ in captions, loss and the like share a rate."""
+        """The runs that look for the learning rate of a spec, and the rate, or None while some of
+        them are missing. Scores within a point of the best are as good as the best, because a
+        thousand pairs tell no more. Of their rates the lowest is taken, because it is the farthest
+        from those at which training fails. The search adds a lower rate while the lowest is taken,
+        and a higher one while the highest is the best. Kinds that differ in captions, loss and the
+        like share a rate."""
         shared = {k: spec[k] for k in ("data", "settings", "batch_size", "group")}
-        shared["cls_weight"] = 1.0 if spec["cls_weight"] else 0.0
+        shared |= {"cls_weight": 1.0 if spec["cls_weight"] else 0.0, "search": True, "seed": 100}
         shared["samples"] = needed(spec["batch_size"], spec["data"])
         middle, exponents = 3.5e-4 * math.sqrt(spec["batch_size"] / 32), [-1, 0, 1]
         while True:
             rates = [float(f"{middle * 2**e:.3g}") for e in exponents]
-            specs = [
-                {**run.RUN, **shared, "search": True, "seed": 100, "learning_rate": r}
-                for r in rates
-            ]
-            found = [self.results.get(key(s)) for s in specs]
-            if None in found:
+            specs = [{**run.RUN, **shared, "learning_rate": rate} for rate in rates]
+            values = self.searched(specs)
+            if None in values:
                 return specs, None
-            metric = "R@10" if spec["data"] == "flickr" else "R@1"
-            values = [result["scores"][metric]["value"] for result in found]
             best = values.index(max(values))
-            chosen = next(i for i, value in enumerate(values) if value >= max(values) - 0.01)
-            if chosen == 0 and exponents[0] > -4:
+            lowest = next(i for i, value in enumerate(values) if value >= max(values) - 0.01)
+            if lowest == 0 and exponents[0] > -4:
                 exponents.insert(0, exponents[0] - 1)
             elif best == len(values) - 1 and exponents[-1] < 3:
                 exponents.append(exponents[-1] + 1)
             else:
-                return specs, rates[chosen]
+                return specs, rates[lowest]
+
+    def searched(self, specs):
+        """What each of these runs is judged by in a search: R@1, or of photographs R@10. None if
+        the run is missing."""
+        found = [self.results.get(key(spec)) for spec in specs]
+        metric = "R@10" if specs[0]["data"] == "flickr" else "R@1"
+        return [result and result["scores"][metric]["value"] for result in found]
 
     def specs(self, part, changes):
         """One kind of run, with each of its seeds; None if its learning rate is not known yet."""
@@ -210,9 +213,9 @@ class Study:
 
     def todo(self, part):
         """What the first unfinished row of a part needs next: its searches, or its runs."""
-        for _, *pair in PARTS[part].rows:
+        for _, *kinds in PARTS[part].rows:
             specs, searches = [], []
-            for changes in pair:
+            for changes in kinds:
                 known = self.specs(part, changes)
                 specs += known or []
                 searches += [] if known else self.search({**run.RUN, **changes})[0]
@@ -232,10 +235,18 @@ class Study:
         return {r["spec"]["seed"]: r["scores"][metric]["value"] for r in runs}
 
 
+def describe_machine():
+    """Where and when: without it no number means anything."""
+    cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").partition(": ")[2]
+    commit = subprocess.getoutput("git describe --always --dirty")
+    where = {"device": f"{cpu}, {os.cpu_count()} cores", "torch": torch.__version__}
+    return {**where, "commit": commit, "date": time.strftime("%Y-%m-%d %H:%M")}
+
+
 def work(study, parts, flickr, jobs):
     """Run what is missing. flickr: shards to train on, shards to be scored on, class folders."""
-    about, made = machine(), set()
-    # spawn: to fork a process that has threads may hang
+    machine, prepared = describe_machine(), set()
+    # spawn, because to fork a process that has threads may hang
     context = torch.multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -243,8 +254,8 @@ def work(study, parts, flickr, jobs):
     ):
         for part in parts:
             while todo := study.todo(part):
-                for name, settings in {(spec["data"], spec["settings"]) for spec in todo} - made:
-                    made.add((name, settings))
+                for name, settings in {(s["data"], s["settings"]) for s in todo} - prepared:
+                    prepared.add((name, settings))
                     if name == "flickr":
                         run.prepare_flickr(Path(folder), *flickr)
                     else:
@@ -252,7 +263,7 @@ def work(study, parts, flickr, jobs):
                 tasks = [(spec, Path(folder)) for spec in todo]
                 bar = tqdm(pool.imap_unordered(run.run, tasks), part, len(todo), unit="run")
                 for result in bar:
-                    study.add({**result, **about})
+                    study.add({**result, **machine})
                     changed = {k: v for k, v in result["spec"].items() if v != run.RUN[k]}
                     scores = {k: result["scores"].get(k) for k in PARTS[part].metrics}
                     scores = (f"{k} {100 * s['value']:.1f}" for k, s in scores.items() if s)
@@ -266,7 +277,7 @@ def work(study, parts, flickr, jobs):
 
 
 def interval(differences):
-    """-> mean, and half of the width of its 95 % interval; None with fewer than two."""
+    """-> mean, and half of the width of its 95 % interval, or None if there is only one number."""
     n, mean = len(differences), statistics.mean(differences)
     if n < 2:
         return mean, None
@@ -297,7 +308,7 @@ def head_of(metric, scores):
 
 def table_of(study, part):
     """A part's table in Markdown, a list of lines; [] if nothing of it was run."""
-    about, _, metrics, rows = PARTS[part]
+    text, _, metrics, rows = PARTS[part]
     lines, scores = [], None
     for label, a, b in rows:
         cells = [cell(*(study.values(part, c, m) for c in (a, b))) for m in metrics]
@@ -309,11 +320,11 @@ def table_of(study, part):
     if not lines:
         return []
     heads = ["", "seeds", "learning rates", *(head_of(m, scores) for m in metrics)]
-    return [f"## {part}", "", about, "", *markdown(heads, lines)]
+    return [f"## {part}", "", text, "", *markdown(heads, lines)]
 
 
-def head_table(study, part, metrics, about):
-    """What the word head does alone. There is nothing to compare: CLIP has none."""
+def head_table(study, part, metrics, text):
+    """What the word head does alone. There is nothing to compare it with, because CLIP has none."""
     lines, scores = [], None
     for label, _, superclip in PARTS[part].rows:
         runs = study.runs(part, superclip)
@@ -322,60 +333,56 @@ def head_table(study, part, metrics, about):
             values = [[r["scores"][m]["value"] for r in runs] for m in metrics]
             lines.append([label, len(runs), *(f"{100 * statistics.mean(v):.1f}" for v in values)])
     heads = ["", "seeds", *(head_of(m, scores) for m in metrics)] if lines else []
-    return [about, "", *markdown(heads, lines)] if lines else []
+    return [text, "", *markdown(heads, lines)] if lines else []
 
 
 def search_table(study):
     """Every learning rate that was tried, and what it gave."""
     lines = {}
     for part in PARTS.values():
-        for _, *pair in part.rows:
-            for changes in pair:
-                specs, best = study.search({**run.RUN, **changes})
-                if best and changes.get("samples") != 0:
-                    metric = "R@10" if specs[0]["data"] == "flickr" else "R@1"
-                    found = [study.results[key(s)]["scores"][metric]["value"] for s in specs]
-                    tried = ", ".join(
-                        f"{s['learning_rate']:g}: {100 * value:.1f}"
-                        for s, value in zip(specs, found)
-                    )
-                    name = "SuperCLIP" if specs[0]["cls_weight"] else "CLIP"
-                    name = f"{name}, {specs[0]['data']}, batch {specs[0]['batch_size']}"
-                    name += f" in groups of {specs[0]['group']}" if specs[0]["group"] else ""
-                    few = specs[0]["settings"] < run.RUN["settings"]
-                    name += f", settings: {specs[0]['settings']}" if few else ""
-                    lines[name] = f"| {name} | {best:g} | {tried} |"
-    about = (
+        for changes in (changes for _, *kinds in part.rows for changes in kinds):
+            specs, best = study.search({**run.RUN, **changes})
+            if best and changes.get("samples") != 0:
+                spec, values = specs[0], study.searched(specs)
+                name = "SuperCLIP" if spec["cls_weight"] else "CLIP"
+                name = f"{name}, {spec['data']}, batch {spec['batch_size']}"
+                name += f" in groups of {spec['group']}" if spec["group"] else ""
+                few = spec["settings"] < run.RUN["settings"]
+                name += f", settings: {spec['settings']}" if few else ""
+                rates = [s["learning_rate"] for s in specs]
+                tried = (f"{rate:g}: {100 * value:.1f}" for rate, value in zip(rates, values))
+                lines[name] = [name, f"{best:g}", ", ".join(tried)]
+    text = (
         "R@1 in percent (photographs: R@10) of one seed, among a thousand training pairs held out "
         "for this. Rates within a point of the best are as good; the lowest of them is taken. Both "
         "methods start with the same three rates, and go on while the end of the range is taken."
     )
-    head = ["| | best | learning rate: score |", "| --- | --- | --- |"]
-    return ["## Learning rates", "", about, "", *head, *lines.values(), ""] if lines else []
+    table = markdown(["", "best", "learning rate: score"], lines.values())
+    return ["## Learning rates", "", text, "", *table] if lines else []
 
 
-def draw_panel(axis, study, part, places, label):
-    """Zero-shot accuracy of both methods against a number: seeds, means, intervals."""
-    rows = {place: row for place, row in zip(places, PARTS[part].rows) if study.runs(part, row[2])}
+def draw_panel(axis, study, part, numbers, label):
+    """Zero-shot accuracy of both methods against a number, one of which belongs to each row of a
+    part: seeds, means, intervals."""
+    rows = {x: row for x, row in zip(numbers, PARTS[part].rows) if study.runs(part, row[2])}
     if not rows:
         return
     ends = []
     for name, kind, colour, aside in (("CLIP", 1, "#4b5563", 0.96), ("SuperCLIP", 2, "#d1495b", 1)):
         points = []
-        for place, row in rows.items():
+        for x, row in rows.items():
             values = [100 * v for v in study.values(part, row[kind], "colour_shape").values()]
             if values:
-                points.append((place * aside, *interval(values)))
-                axis.scatter([place * aside] * len(values), values, color=colour, s=14, alpha=0.5)
+                points.append((x * aside, *interval(values)))
+                axis.scatter([x * aside] * len(values), values, color=colour, s=14, alpha=0.5)
         if points:
-            x, y, half = zip(*points)
-            axis.errorbar(x, y, [h or 0 for h in half], color=colour, capsize=3)
-            ends.append((y[-1], x[-1], name, colour))
+            xs, means, halves = zip(*points)
+            axis.errorbar(xs, means, [h or 0 for h in halves], color=colour, capsize=3)
+            ends.append((means[-1], xs[-1], name, colour))
     apart = max(0, 9 - (max(ends)[0] - min(ends)[0])) / 2  # or the names would overlap
-    for end, side in zip(sorted(ends), (-apart, apart)):
-        y, x, name, colour = end
-        place = dict(xytext=(12, 0), textcoords="offset points", va="center")
-        axis.annotate(name, (x, y + side), color=colour, **place)
+    for (y, x, name, colour), side in zip(sorted(ends), (-apart, apart)):
+        beside = dict(xytext=(12, 0), textcoords="offset points", va="center")
+        axis.annotate(name, (x, y + side), color=colour, **beside)
     axis.axhline(100 / 64, color="black", ls=":", lw=1)
     axis.text(0.5, 3.5, "chance 1.6 %", ha="center", transform=axis.get_yaxis_transform())
     axis.set_xscale("log", base=2)
@@ -401,7 +408,7 @@ def figure(study, path):
 
 
 def quick(jobs):
-    """One seed of the groups of 4, with the learning rates that the whole study has found."""
+    """One seed of the groups of 4, at the learning rates that the whole study has found."""
     PARTS["groups"] = PARTS["groups"]._replace(rows=PARTS["groups"].rows[:1])
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder) / "runs.jsonl", seeds=1)
@@ -432,12 +439,12 @@ def report(study, figure_path):
     for part in PARTS:
         lines += table_of(study, part)
         if part == "attributes":
-            about = "The same by the words of SuperCLIP's head alone. Its swap must be at chance."
+            text = "The same by the words of SuperCLIP's head alone. Its swap must be at chance."
             kinds = [f"head {kind}" for kind in (*run.ATTRIBUTES, "swap")]
-            lines += head_table(study, part, kinds, about)
+            lines += head_table(study, part, kinds, text)
         if part == "flickr":
-            about = "How well the head's words rank the dev images: mean average precision."
-            lines += head_table(study, part, ["words, AP"], about)
+            text = "How well the head's words rank the dev images: mean average precision."
+            lines += head_table(study, part, ["words, AP"], text)
     lines += search_table(study)
     path = study.path.with_name("results.md")
     path.write_text("\n".join(lines))
@@ -454,20 +461,16 @@ def main(argv):
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
     add("--classes", metavar="DIR", help="folders of photographs, a folder per class")
-    add(
-        "--jobs",
-        type=number(int, 1),
-        default=os.cpu_count(),
-        help="runs at a time (default: the cores)",
-    )
+    jobs = {"type": number(int, 1), "default": os.cpu_count()}
+    add("--jobs", **jobs, help="runs at a time (default: the cores)")
     args = parser.parse_args(argv)
     if args.quick:
         return quick(args.jobs)
     study, flickr = Study(FOLDER / "runs.jsonl"), (args.flickr, args.flickr_val, args.classes)
     if not args.report:
         parts = args.only or [part for part in PARTS if part != "flickr" or all(flickr)]
-        fine = "flickr" not in parts or all(flickr)
-        check(fine, "photographs need --flickr, --flickr_val and --classes")
+        complete = "flickr" not in parts or all(flickr)
+        check(complete, "photographs need --flickr, --flickr_val and --classes")
         work(study, parts, flickr, args.jobs)
     report(study, FIGURE)
 

@@ -1,9 +1,12 @@
 """One run of the study in compare.py: train a model on the CPU, score it, and return the numbers.
 
-A run is one process with one thread, and there are as many at a time as there are cores: for models
-of this size that trains more than one process with all cores does. Images are decoded once, and
-there is no crop augmentation, the one thing that differs from a step of train.py, whose functions
-these are.
+A run is a process with one thread, and there are as many at a time as there are cores, because for
+models of this size that trains more than one process with all cores does. Its steps are made of
+train.py's functions. They differ from train.py's in one thing: images are decoded once, so there is
+no crop augmentation.
+
+Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens, S pixels a side, V
+vocabulary.
 """
 
 import copy
@@ -19,14 +22,14 @@ import data
 import eval as evaluation
 import train
 from scripts import scenes
-from superclip import PAD, SuperCLIP, SuperCLIPConfig
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 # The options of a run, and their defaults.
 RUN = dict(
     data="scenes",  # or flickr
-    settings=256,  # of the scenes
+    settings=256,  # that the scenes may have (see scripts/scenes.py)
     batch_size=32,
-    group=None,  # pairs that are contrasted with each other, a part of the batch; None: all
+    group=None,  # pairs that are compared with each other, a part of the batch; None: all
     cls_weight=1.0,  # 0: CLIP
     learning_rate=None,
     samples=48_000,  # seen
@@ -39,10 +42,10 @@ RUN = dict(
     idf=True,
     start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
-PER_LOOK = 20  # single objects drawn for each of the 64 combinations of colour and shape
-SHOTS = 2  # the ones that a linear probe learns from: few, so that it needs good features
+PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
+SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
 HELD_OUT = 1000  # training pairs that a search is judged by
-START_RATE = 3.5e-4  # of a model that is fine-tuned later
+START_RATE = 3.5e-4  # learning rate of a model that is fine-tuned later
 ATTRIBUTES = {
     "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
     "pattern": scenes.PATTERNS, "border": scenes.BORDERS,
@@ -54,8 +57,8 @@ ATTRIBUTES = {
 
 
 class Table:
-    """Pairs decoded and tokenised: images (N, 3, S, S) uint8, tokens (N, C, T) of the C captions of
-    each. All processes map the one file into memory."""
+    """Decoded pairs: images (N, 3, S, S) uint8, and tokens (N, C, T) of the C captions of each. All
+    processes map the same file into memory."""
 
     def __init__(self, path, part=slice(None)):
         content = torch.load(path, mmap=True, weights_only=True)
@@ -63,38 +66,38 @@ class Table:
         self.scenes, self.vocab = json.loads(content["scenes"])[part], content["vocab"]
 
     def half(self, second):
-        """The scenes with one half of the cloths and of the shapes alone, as a new table."""
+        """A table of those scenes that have one half of the cloths and of the shapes alone."""
         part = slice(4, 8) if second else slice(4)
         cloths, shapes = ({*list(names)[part]} for names in (scenes.CLOTHS, scenes.SHAPES))
-        rows = [
-            i for i, scene in enumerate(self.scenes)
-            if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes
-        ]  # fmt: skip
+        numbers = []
+        for i, scene in enumerate(self.scenes):
+            if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes:
+                numbers.append(i)
         table = copy.copy(self)
-        table.images, table.tokens = self.images[rows], self.tokens[rows]
-        table.scenes = [self.scenes[i] for i in rows]
+        table.images, table.tokens = self.images[numbers], self.tokens[numbers]
+        table.scenes = [self.scenes[i] for i in numbers]
         return table
 
 
 def write_table(path, shards, tokenizer, captions):
     pairs = data.Pairs(data.expand(shards), tokenizer, scenes.SIZE, captions)
-    images, ids = [], []
+    images, ids = [], []  # ids: of each image a list of captions, which are lists of ids
     for pixels, texts in evaluation.batches(evaluation.ShardImages(pairs), 256, None, path.stem):
         images.append(pixels)
-        ids += [[tokenizer.encode(text) for text in own] for own in texts]
-    C = min(map(len, ids))  # captions of an image
-    length = min(77, 2 + max(len(row) for own in ids for row in own[:C]))
-    tokens = torch.stack([tokenizer.rows(own[:C], length) for own in ids]).int()
-    about = [json.loads(pairs.read(row, data.JSON)).get("scene") for row in pairs.index.tolist()]
+        ids += [[tokenizer.encode(text) for text in of_image] for of_image in texts]
+    C = min(map(len, ids))
+    length = min(77, 2 + max(len(caption) for captions in ids for caption in captions[:C]))
+    tokens = torch.stack([tokenizer.pad(captions[:C], length) for captions in ids]).int()
+    drawn = [json.loads(pairs.read(row, data.JSON)).get("scene") for row in pairs.index.tolist()]
     content = {"images": torch.cat(images), "tokens": tokens, "vocab": tokenizer.vocab}
-    torch.save({**content, "scenes": json.dumps(about)}, path)
+    torch.save({**content, "scenes": json.dumps(drawn)}, path)
 
 
-def prepare_scenes(folder, settings):
-    """Draw a world with so many settings, and decode it into `folder`."""
-    chosen = random.Random(0).sample(scenes.SETTINGS, settings)
-    world = folder / f"world-{settings}"
-    scenes.make_scenes(world, settings=chosen)
+def prepare_scenes(folder, settings, **numbers):
+    """Draw scenes of so many settings, and decode them into `folder`. numbers: of scenes, train and
+    val, if others than make_scenes has."""
+    world, some = folder / f"world-{settings}", random.Random(0).sample(scenes.SETTINGS, settings)
+    scenes.make_scenes(world, settings=some, **numbers)
     tokenizer = data.Tokenizer.from_file(world / "vocab.tiktoken")
     for part in ("train", "val"):
         path = folder / f"scenes-{settings}-{part}.pt"
@@ -109,7 +112,7 @@ def prepare_flickr(folder, train_shards, val_shards, classes):
 
 
 def trim(tokens):
-    """(B, T) -> the columns up to the longest caption's end token, which is the largest id."""
+    """(B, T) -> the columns up to the longest caption's end token, the largest id of a caption."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].long()
 
 
@@ -119,12 +122,10 @@ def read_batch(table, spec, step):
     samples = torch.tensor([sample for _, sample in pairs])
 
     def captions(source):
-        if source == "mixed":  # any of an image's captions
-            numbers = range(table.tokens.shape[1])
-            which = [
-                random.Random(spec["seed"] << 40 | visit).choice(numbers) for visit, _ in pairs
-            ]
-            return trim(table.tokens[samples, torch.tensor(which)])
+        numbers = range(table.tokens.shape[1])
+        if source == "mixed":  # any of an image's captions, drawn as in data.Pairs
+            rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
+            return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
         return trim(table.tokens[samples, ("short", "long").index(source)])
 
     tokens = captions(spec["captions"])
@@ -136,15 +137,15 @@ def read_batch(table, spec, step):
 # Scores
 
 
-def right(scores, answers):
-    """scores (N, C), answers (N,) -> score dict of the share that is right, ties as by chance."""
-    own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, answers[:, None], True)
-    hits = evaluation.recall(*evaluation.place(scores, own), 1)
+def accuracy(scores, answers):
+    """scores (N, C), answers (N,) -> score dict. Ties count as chance would have it."""
+    right = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, answers[:, None], True)
+    hits = evaluation.recall(evaluation.rank_counts(scores, right), 1)
     return evaluation.score(hits, 1 / scores.shape[1])
 
 
 def retrieval_scores(model, spec, table):
-    """R@k, the mean of both ways."""
+    """R@k, as the mean of both ways, whose numbers of questions are added."""
     images = torch.cat([model.encode_image(part) for part in table.images.split(256)])
     tokens = table.tokens[:, 1:2] if spec["data"] == "scenes" else table.tokens  # long ones alone
     owner = torch.arange(len(images)).repeat_interleave(tokens.shape[1])
@@ -158,25 +159,26 @@ def retrieval_scores(model, spec, table):
 
 def object_scores(model, tokenizer):
     """Zero-shot classification of pictures of one object, and linear probes on the class token."""
-    own = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
-    drawn = [
-        scenes.make_scene(random.Random(f"object {i}"), [look], 1) for i, look in enumerate(own)
-    ]
-    images = torch.stack([data.load_image(scenes.jpeg(scene), scenes.SIZE) for scene in drawn])
-    features = torch.cat([model.encode_image(part) for part in images.split(256)])
-    frozen = torch.cat([model.visual(part)[:, 0] for part in images.split(256)])
-    test, scores = torch.arange(len(own)) % PER_LOOK >= SHOTS, {}
+    looks = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
+    images = []
+    for i, look in enumerate(looks):
+        scene = scenes.make_scene(random.Random(f"object {i}"), [look], 1)
+        images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
+    images = torch.stack(images).split(256)
+    features = torch.cat([model.encode_image(part) for part in images])
+    frozen = torch.cat([model.visual(part)[:, 0] for part in images])
+    test, scores = torch.arange(len(looks)) % PER_LOOK >= SHOTS, {}
     for name, classes, labels in (
-        ("colour", [*scenes.COLOURS], [c for c, _ in own]),
-        ("shape", [*scenes.SHAPES], [s for _, s in own]),
-        ("colour_shape", [" ".join(p) for p in scenes.COMBINATIONS], [" ".join(p) for p in own]),
+        ("colour", [*scenes.COLOURS], [c for c, _ in looks]),
+        ("shape", [*scenes.SHAPES], [s for _, s in looks]),
+        ("colour_shape", [*map(" ".join, scenes.COMBINATIONS)], [*map(" ".join, looks)]),
     ):
         labels = torch.tensor([classes.index(label) for label in labels])
         logits = features @ evaluation.zeroshot_classifier(model, tokenizer, classes).T
-        scores[name] = right(logits, labels)
+        scores[name] = accuracy(logits, labels)
         if name == "colour_shape":
-            unseen = torch.tensor([look in scenes.HELD_OUT for look in own])
-            scores["held_out"] = right(logits[unseen], labels[unseen])
+            unseen = torch.tensor([look in scenes.HELD_OUT for look in looks])
+            scores["held_out"] = accuracy(logits[unseen], labels[unseen])
         with torch.enable_grad():
             parts = ((frozen[which], labels[which]) for which in (~test, test))
             scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
@@ -216,47 +218,46 @@ def average_precision(scores, right):
 
 
 def questions(scene, i):
-    """Scene -> {attribute: captions}, the first of which is true: the others differ in that one
-    thing. All are worded alike, by i. Swap: two objects exchange their colours, so that both
-    captions have the same words, and a bag of words cannot tell."""
+    """Scene -> {attribute: captions}. The first caption is true, and the others differ from it in
+    that one thing. All are worded alike, by i. In "swap" two objects exchange their colours, so
+    that both captions have the same words, and a bag of words cannot tell them apart."""
     rng = SimpleNamespace(choice=lambda options: options[i % len(options)])
     first, *others = scene["objects"]
-    result = {}
+    changes = {}
     for kind, values in ATTRIBUTES.items():
-        inside = kind in first
-        own = (first if inside else scene)[kind]
-        changed = [{**first, kind: v} if inside else {kind: v} for v in values if v != own]
-        result[kind] = [{"objects": [c, *others]} if inside else c for c in changed]
+        thing = first if kind in first else scene  # that has the attribute
+        changes[kind] = [{kind: value} for value in values if value != thing[kind]]
+        if thing is first:
+            changes[kind] = [{"objects": [{**first, **new}, *others]} for new in changes[kind]]
     if others:
-        exchanged = [
-            {**first, "colour": others[0]["colour"]},
-            {**others[0], "colour": first["colour"]},
-        ]
-        result["swap"] = [{"objects": exchanged}]
+        second = {**others[0], "colour": first["colour"]}
+        changes["swap"] = [{"objects": [{**first, "colour": others[0]["colour"]}, second]}]
     return {
-        kind: [scenes.describe({**scene, **change}, rng)[1] for change in ({}, *changes)]
-        for kind, changes in result.items()
+        kind: [scenes.describe({**scene, **change}, rng)[1] for change in ({}, *new)]
+        for kind, new in changes.items()
     }
 
 
-def attribute_scores(model, tokenizer, images, about):
-    """Which of the captions is true? By the towers, and by the word head where there is one."""
+def attribute_scores(model, tokenizer, images, drawn):
+    """Which of the captions is true? By the towers, and by the word head where there is one.
+    images (N, 3, S, S); drawn: their N scenes."""
     features = model.encode_image(images)
     log_probs = None if model.head is None else model.class_logits(images).log_softmax(dim=1)
     asked, scores = {}, {}
-    for i, scene in enumerate(about):
+    for i, scene in enumerate(drawn):
         for kind, captions in questions(scene, i).items():
             asked.setdefault(kind, []).append((i, captions))
     for kind, items in asked.items():
-        texts = [text for _, captions in items for text in captions]
-        rows, true = torch.tensor([i for i, _ in items]), torch.zeros(len(items), dtype=torch.long)
+        numbers = torch.tensor([i for i, _ in items])  # of the images that are asked about
+        texts, first = [text for _, captions in items for text in captions], 0 * numbers
         answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(items), -1))
-        scores[f"choose {kind}"] = right(torch.einsum("ne,nce->nc", features[rows], answers), true)
+        cosines = torch.einsum("ne,nce->nc", features[numbers], answers)
+        scores[f"choose {kind}"] = accuracy(cosines, first)
         if log_probs is not None:  # mean log-probability of the caption's words
-            owners = rows.repeat_interleave(answers.shape[1]).tolist()
-            words = zip(owners, map(tokenizer.encode, texts))
-            means = torch.stack([log_probs[i, w].mean() for i, w in words])
-            scores[f"head {kind}"] = right(means.view(len(items), -1), true)
+            owner = numbers.repeat_interleave(answers.shape[1]).tolist()
+            ids = map(tokenizer.encode, texts)
+            means = torch.stack([log_probs[i, words].mean() for i, words in zip(owner, ids)])
+            scores[f"head {kind}"] = accuracy(means.view(len(items), -1), first)
     return scores
 
 
@@ -267,19 +268,19 @@ def attribute_scores(model, tokenizer, images, about):
 def make_model(spec, vocab_size):
     torch.manual_seed(spec["seed"])
     changes = {name: spec[name] for name in ("cls_weight", "loss")}
-    model = SuperCLIP(SuperCLIPConfig.preset("tiny", vocab_size=vocab_size, **changes))
+    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size, **changes))
     if not spec["idf"]:  # every word counts the same
         uniform = torch.ones(vocab_size)
         uniform[[PAD, -2, -1]] = 0
         model.token_weights = lambda: uniform
     if spec["group"]:  # each image is told from the captions of its own group only
-        pair_loss = model.pair_loss
+        compare = model.compare
 
-        def loss_of_groups(images, texts, scale, bias, rows):  # rows: all, in one process
-            groups = zip(images.split(spec["group"]), texts.split(spec["group"]), strict=True)
-            return torch.stack([pair_loss(*group, scale, bias) for group in groups]).mean()
+        def compare_in_groups(*features):
+            groups = zip(*(x.split(spec["group"]) for x in features))
+            return torch.stack([compare(*group) for group in groups]).mean()
 
-        model.pair_loss = loss_of_groups
+        model.compare = compare_in_groups
     return model.train()
 
 
@@ -287,30 +288,28 @@ def optimise(model, table, spec):
     """Train as train.py does. Returns the last losses and the dtype, which is bfloat16 if the CPU
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
     differed by 0.2 points at most, and colour_shape by 1.6.)"""
-    machine = SimpleNamespace(device="cpu", dtype=None, train_data=scenes.TRAIN_DATA)
-    _, _, device, dtype = train.set_up(machine)
+    device, rate = torch.device("cpu"), spec["learning_rate"]
+    dtype = train.pick_dtype(device, scenes=True)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    args = SimpleNamespace(**spec, weight_decay=scenes.built_in()["weight_decay"])
-    optimizer, towers = train.make_optimizer(model, args), train.Towers(model)
-    steps, patches, everything = (
-        spec["samples"] // spec["batch_size"],
-        model.visual.grid**2,
-        slice(None),
-    )
-    losses = {}
+    optimizer = train.make_optimizer(model, rate, scenes.built_in()["weight_decay"])
+    B, grid, losses = spec["batch_size"], model.visual.grid, {}
+    steps = spec["samples"] // B
     for step in range(steps):
-        parts = [read_batch(table, spec, step)]
-        keep = train.patches_to_keep(args, step, patches, everything, device)
-        losses = train.forward_backward(towers, model, parts, keep, everything, autocast, scaler)
-        rate = train.learning_rate_at(step, spec["learning_rate"], steps // 10, steps)
-        train.update(model, optimizer, scaler, rate, rate)
-    return {name: float(loss) for name, loss in losses.items()}, str(dtype).removeprefix("torch.")
+        batch = read_batch(table, spec, step)
+        keep = train.patches_to_keep(spec["patch_dropout"], grid, B, spec["seed"], step, device)
+        with autocast:
+            losses = model(**batch, keep=keep)
+        losses["loss"].backward()
+        now = train.learning_rate_at(step, rate, steps // 10, steps)
+        train.update(model, optimizer, scaler, now, now)
+    names = "contrastive_loss", "classification_loss"
+    return {name: losses[name].item() for name in names if losses}, dtype
 
 
 def score_run(model, tokenizer, spec, held_out, folder):
-    """What a run is judged by -> dict of score dicts."""
+    """What a run is judged by, a dict of score dicts."""
     if spec["start"] is not None:
         halves = {"old": held_out.half(0), "new": held_out.half(1)}
         return {f"R@1 {k}": retrieval_scores(model, spec, t)["R@1"] for k, t in halves.items()}

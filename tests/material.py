@@ -6,12 +6,15 @@ import tarfile
 from dataclasses import asdict
 
 import numpy as np
+import open_clip.model
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
-from data import words_to_tiktoken
+from scripts.convert import open_clip_config, open_clip_state
+from scripts.vocab import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig, cli
 
 TINY = dict(image_size=16, patch_size=4, vision_width=64, vision_layers=1, text_width=64)
@@ -78,3 +81,58 @@ def result_of(capsys, main, path, *argv):
     capsys.readouterr()
     assert not run(main, *argv, "--json", path)
     return json.loads(path.read_text()), capsys.readouterr().out
+
+
+# ---- for tests that compare with open_clip
+
+SMALL = dict(image_size=32, patch_size=8, vision_width=128, vision_layers=2, text_width=128)
+SMALL |= dict(text_layers=2, embed_dim=24, context_length=16, vocab_size=60)
+
+
+def small(**changes):
+    return stir(SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval())
+
+
+@torch.no_grad()
+def stir(model):
+    """Random biases and norms. At their initial zeros and ones, a bias in the wrong place would
+    change nothing."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and "class_embedding" not in name:
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def pairs(model, B=4, T=10):
+    """Random images (B, 3, S, S) and captions (B, T) that start and end as captions do."""
+    V, S = model.config.vocab_size, model.config.image_size
+    tokens = torch.randint(1, V - 2, (B, T))
+    tokens[:, 0], tokens[:, -1] = V - 2, V - 1
+    return torch.randn(B, 3, S, S), tokens
+
+
+def close(mine, other):
+    """No element differs by more than 1e-5 of the largest one."""
+    assert mine.shape == other.shape
+    assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def open_clip_of(model, custom_text=False):
+    """open_clip's CLIP with the same weights, in one of its two layouts."""
+    kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
+    state, other = open_clip_state(model), kind(**open_clip_config(model.config)).eval()
+    if custom_text:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    other.load_state_dict(state, strict=True)
+    return other
+
+
+@torch.no_grad()
+def same_features(model, other, **shape):
+    """Image and text features of our model equal those of open_clip's, before and after they are
+    normalised. Ours gets trimmed captions, open_clip's the same ones padded to the context."""
+    images, tokens = pairs(model, **shape)
+    padded = F.pad(tokens, (0, other.context_length - tokens.shape[1]))
+    for normalize in (False, True):
+        close(model.encode_image(images, normalize), other.encode_image(images, normalize))
+        close(model.encode_text(tokens, normalize), other.encode_text(padded, normalize))

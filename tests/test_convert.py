@@ -10,8 +10,7 @@ import open_clip.model
 import pytest
 import safetensors.torch
 import torch
-from material import error_of, run
-from test_model import SMALL, close, open_clip_of, pairs, same_features, small
+from material import SMALL, close, error_of, open_clip_of, pairs, run, same_features, small
 
 import data
 import eval as evaluation
@@ -139,7 +138,7 @@ def test_heads_and_activation_come_from_flags_or_from_open_clips_json(tmp_path, 
     for content, more, expected in (
         (b16, [], (2, 8, False)),
         (b32, ["--text_heads", 2], (2, 2, True)),
-        ({"vision_cfg": 3}, ["--no-quick_gelu"], (2, 1, False)),
+        ({"vision_cfg": 3}, ["--no-quick_gelu"], (2, 2, False)),
     ):
         beside.write_text(json.dumps(content))
         config = converted(path, *more).config
@@ -168,7 +167,7 @@ def test_positions_are_interpolated_as_in_open_clip(image_size, tmp_path, conver
 def test_a_checkpoint_of_this_project_stays_what_it_is(changes, tmp_path, capsys):
     """Configuration, weights, statistics and vocabulary, but for new sizes."""
     model, out = small(quick_gelu=True, **V, **changes), tmp_path / "out.pt"
-    model.count_tokens(pairs(config=model.config)[1])
+    model.count_tokens(pairs(model)[1])
     path = save_ours(model, tmp_path / "last.pt")
     assert not run(main, path, out) and "--quick_gelu" not in capsys.readouterr().out
     again, tokenizer, _ = evaluation.load(out)

@@ -9,15 +9,35 @@ import torch
 from material import COLOURS, make_model, png, run, write_checkpoint, write_shard
 
 import eval as evaluation
+import train
 from scripts import bench, convert, pack, report, scenes, search, show, vocab, words
+from scripts.vocab import words_to_tiktoken
 
-COMMANDS = {"eval": evaluation.main, "words": words.main, "search": search.main}
+COMMANDS = {"train": train.main, "eval": evaluation.main, "words": words.main}
+COMMANDS["search"] = search.main
 COMMANDS |= {"report": report.main, "convert": convert.main, "pack": pack.main, "show": show.main}
 COMMANDS |= {"vocab": vocab.main, "scenes": scenes.main, "bench": bench.main}
 
 # A command with its arguments, and what the message must name. Options are checked before any work
 # is done: that the checkpoint is none.pt is not noticed then.
 TABLE = """
+train --stepz 3                                                   | --stepz
+train --train_data nowhere.tar                                    | nowhere.tar
+train --train_data pairs.tar --init_from damaged.pt               | damaged.pt
+train --resume --out_dir nowhere                                  | nowhere/last.pt
+train TRAIN --val_data nowhere.tar                                | nowhere.tar
+train TRAIN --val_data pairs.tar                                  | pairs.tar
+train TRAIN --batch_size 3                                        | --batch_size
+train TRAIN --micro_batch_size 3                                  | --micro_batch_size
+train TRAIN --steps 0                                             | --steps
+train TRAIN --steps 5 --epochs 1                                  | --epochs
+train TRAIN --learning_rate nan                                   | --learning_rate
+train TRAIN --captions caption                                    | caption
+train TRAIN --vocab two.txt                                       | two.txt
+train TRAIN --zeroshot_data flat                                  | flat
+train TRAIN --init_from model.pt                                  | --model
+train TRAIN --image_size 30                                       | image_size
+train TRAIN --device toaster                                      | toaster
 eval                                                              | COMMAND
 eval zeroshot MODEL --images nowhere                              | nowhere
 eval zeroshot MODEL --images flat                                 | flat
@@ -112,6 +132,7 @@ bench data --samples 0                                            | --samples
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {"MODEL": "--checkpoint model.pt --device cpu", "NONE": "--checkpoint none.pt"}
+SHORT["TRAIN"] = "--train_data pairs.tar --vocab red.tiktoken --model tiny --batch_size 2"
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +142,10 @@ def world(tmp_path_factory):
     files = {f"classes/{name}/{i}.png": picture for name in ("red", "green") for i in range(3)}
     files |= {"photo.png": picture, "one/red/0.png": picture, "broken/red/x.png": b"no image"}
     files |= {"two.txt": b"one\ntwo\nthree\n", "utf16.txt": "a {}\n".encode("utf-16")}
-    files |= {
-        "html.tar": b"<html>" * 500,
-        "packed/x.tar.gz": b"",
-        "other.jsonl": b'[1]\n{"a": 1}\n',
-    }
-    files |= {
-        "empty.csv": b"",
-        "list.csv": b"a,c\n1,2\n",
-        "good.csv": b"image,caption\nphoto.png,a\n",
-    }
+    files |= {"html.tar": b"<html>" * 500, "packed/x.tar.gz": b""}
+    files |= {"other.jsonl": b'[1]\n{"a": 1}\n', "empty.csv": b"", "list.csv": b"a,c\n1,2\n"}
+    files |= {"good.csv": b"image,caption\nphoto.png,a\n"}
+    files |= {"red.tiktoken": words_to_tiktoken(["red", "thing"]).encode()}
     for name, content in files.items():
         (world / name).parent.mkdir(parents=True, exist_ok=True)
         (world / name).write_bytes(content)

@@ -16,6 +16,7 @@ import data
 import eval as evaluation
 from scripts import words
 from scripts.pictures import GAP
+from scripts.vocab import words_to_tiktoken
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def test_localisation_by_hand(scenes):
         s = words.localisation(Seer(loudness), pairs, window=2)
         assert s["value"] == pytest.approx(value) and s["chance"] == pytest.approx(1 / 25)
         assert s["n"] == 2
-    pairs.tokenizer = data.Tokenizer(data.words_to_tiktoken(["ring", "square", "blue"]))  # no red
+    pairs.tokenizer = data.Tokenizer(words_to_tiktoken(["ring", "square", "blue"]))  # no red
     _, found = words.read_scene(pairs, pairs.index[0].tolist())
     assert [pairs.tokenizer.decode([i]) for i, _ in found] == ["square", "blue", "ring"]
 

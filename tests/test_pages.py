@@ -1,0 +1,123 @@
+"""What the README and the pages of docs/ say stays true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+README, TUTORIAL = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "tutorial.md"]
+STUDY = (ROOT / "study" / "results.md").read_text()
+# Python blocks of the tutorial, each with the text block that follows at once.
+BLOCKS = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", TUTORIAL, re.DOTALL)
+DECIMAL = re.compile(r"[-+]?\d+\.(\d+)")
+BOUNDARY = "-- the next block --"
+
+
+def test_every_function_that_a_table_names_is_there():
+    named = re.findall(r"(\w+\.py): `(\w+)` \|", PAGES[ROOT / "docs" / "differences.md"])
+    equations = README.split("| function in superclip.py |")[1].split("\n\n")[0]
+    named += [("superclip.py", name) for name in re.findall(r"`(\w+)` \|", equations)]
+    assert len(named) >= 16
+    sources = {file: (ROOT / file).read_text() for file, _ in named}
+    assert [x for x in named if not re.search(rf"(def|class) {x[1]}\b", sources[x[0]])] == []
+
+
+def test_every_flag_and_module_that_a_page_names_exists():
+    text = "".join(PAGES.values())
+    flags = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
+    sources = (path.read_text() for folder in ("", "*/") for path in ROOT.glob(f"{folder}*.py"))
+    known = set(re.findall(r'"--(\w+)"', "".join(sources)))
+    foreign = {"nproc_per_node", "check", "help", "repo", "local"}  # of torchrun, ruff and hf
+    assert flags - known - foreign == set()
+    modules = set(re.findall(r"python -m ([a-z]+\.[a-z]+)", text))
+    assert [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()] == []
+
+
+def test_every_difference_is_one_of_the_study():
+    """A cell such as "43.6 -> 91.0, +47.4 ± 3.1", and each "47.4 ± 3.1" in a sentence or table."""
+    cells = re.findall(r"\| (\d+\.\d -> [^|]+?) (?=\|)", README)
+    assert cells and [cell for cell in cells if f"| {cell} |" not in STUDY] == []
+    found = re.findall(r"\b\d+\.\d ± \d+\.\d\b", " ".join((README + TUTORIAL).split()))
+    assert found and [x for x in found if not re.search(rf"[+-]{x}\b", STUDY)] == []
+
+
+def anchors_of(page):
+    headings = re.findall(r"^##? (.+)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+
+
+def test_every_file_and_heading_that_a_page_links_exists():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page}: {link}"
+            assert not heading or heading in anchors_of(target), f"{page}: {link}"
+
+
+def test_the_readmes_lines_of_inference_run_as_printed(tmp_path):
+    """On a checkpoint and a picture made here."""
+    code = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
+    setup = (
+        "import os, superclip, data, eval; from PIL import Image\n"
+        "from scripts.vocab import words_to_tiktoken\n"
+        "os.makedirs('out')\n"
+        "vocab = words_to_tiktoken(['dog', 'cat'])\n"
+        "V = data.Tokenizer(vocab).vocab_size\n"
+        "config = superclip.SuperCLIPConfig(**superclip.PRESETS['tiny'], vocab_size=V)\n"
+        "eval.write_checkpoint('out/best.pt', superclip.SuperCLIP(config), vocab)\n"
+        "Image.new('RGB', (90, 60), 'red').save('photo.jpg')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", setup + code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.match(r"tensor\(\[\[.+,.+\]\]", run.stdout)
+
+
+# ---- the tutorial computes everything by hand, and prints what it says
+
+
+def same(printed, expected):
+    """Are two texts equal, up to the last digit of numbers with a decimal point and to white space?
+    The floating point of two CPUs may differ in that digit."""
+    if DECIMAL.sub("#", printed).split() != DECIMAL.sub("#", expected).split():
+        return False
+    pairs = zip(DECIMAL.finditer(printed), DECIMAL.finditer(expected))
+    return all(
+        len(a[1]) == len(b[1]) and abs(float(a[0]) - float(b[0])) < 1.5 * 10.0 ** -len(a[1])
+        for a, b in pairs
+    )
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What each block prints. They share one process, as they share one session on the page."""
+    start = "import torch\ntorch.set_num_threads(1)\n"
+    program = start + "".join(f"{code}\nprint({BOUNDARY!r})\n" for code, _ in BLOCKS)
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split(BOUNDARY)
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_a_block_prints_what_the_page_says(printed, i):
+    code, expected = BLOCKS[i]
+    assert expected, f"no expected output after {code}"
+    assert same(printed[i], expected), f"{code}\nprints\n{printed[i]}\nand not\n{expected}"
+
+
+def test_a_wrong_number_is_noticed():
+    """Every number on the page, raised by two in its last digit."""
+    for _, expected in BLOCKS:
+        for number in re.finditer(r"\d+(?:\.(\d+))?", expected):
+            digits = len(number[1] or "")
+            wrong = f"{float(number[0]) + 2 * 10.0**-digits:.{digits}f}"
+            changed = expected[: number.start()] + wrong + expected[number.end() :]
+            assert not same(changed, expected), number[0]
