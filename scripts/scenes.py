@@ -91,6 +91,9 @@ def built_in(batch_size=None):
         "epochs": round(3.6 * ratio, 3),
         "learning_rate": round(4e-4 * ratio, 6),
         "weight_decay": 0.1,
+        # The model keeps two cores busy. On a machine with no more, a process of its own for the
+        # loading would only get in its way.
+        "workers": max(0, os.cpu_count() - 2),
     }
 
 

@@ -1,7 +1,6 @@
 """Training: the same result however a run is cut up, interrupted or spread over processes, and
 nothing lost whatever happens to it."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -10,8 +9,6 @@ import resource
 import shutil
 import signal
 import socket
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -432,60 +429,27 @@ def test_if_one_process_dies_the_other_saves_its_last_whole_step(start, shards, 
 # ---- killed and stopped
 
 
-def doomed(argv, moment=None, count=1, delay=0.0):
-    """A run that kills itself the `count`-th time that it comes to a moment."""
-    save, replace, rate, write = torch.save, os.replace, train.learning_rate_at, train.Log.write
-    left = {moment: count}
-
-    def now(name):
-        left[name] = left.get(name, 0) - 1
-        return left[name] == 0
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def saving(content, file):  # half of a checkpoint is on the disk
-        if "model" in content and now("save"):
-            save(content, buffer := io.BytesIO())
-            file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-            file.flush()
-            die()
-        save(content, file)
-
-    def replacing(old, new):  # the new checkpoint is complete, but has not replaced the old one
-        if Path(new).name == "last.pt" and now("replace"):
-            die()
-        replace(old, new)
-
-    def stepping(*args):  # anywhere in a step
-        if now("step"):
-            threading.Timer(delay, die).start()
-        return rate(*args)
-
-    def logging(log, row):  # half of a line is on the disk
-        if now("log"):
-            log.file.write(json.dumps(row)[:20])
-            log.file.flush()
-            die()
-        write(log, row)
-
-    torch.save, os.replace = saving, replacing
-    train.learning_rate_at, train.Log.write = stepping, logging
+def slowly(argv):
+    """In a process group of its own."""
+    os.setpgid(0, 0)
+    rate = train.learning_rate_at
+    train.learning_rate_at = lambda *args: time.sleep(0.03) or rate(*args)
     run(argv)
 
 
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, shards, start, tmp_path):
-    rng, output = random.Random(0), tmp_path / "output.txt"
-    moments = [("step", n, rng.uniform(0, 0.02)) for n in (1, 3)]  # at random, the first unsaved
-    moments += [("save", 1), ("log", 4), ("save", 2), ("log", 1), ("replace", 1), ("log", 6)]
-    argv = flags(shards, tmp_path / "out", "--workers", 2)
-    for number, moment in enumerate(moments):
-        resume = ["--resume"] if number else []
-        code, printed = finish(start(doomed, output, argv + resume, *moment), output)
-        assert code == -signal.SIGKILL, (moment, printed)
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(whole, shards, start, tmp_path):
+    rng, out, output = random.Random(0), tmp_path / "out", tmp_path / "output.txt"
+    argv = flags(shards, out, "--workers", 2)
+    for _ in range(8):
+        output.write_text("")
+        process = start(slowly, output, [*argv, "--resume"])
+        wait_for(lambda: output.read_text().count("samples 70"))  # it has begun
+        process.join(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
     code, printed = finish(start(run, output, [*argv, "--resume"]), output)
     assert code == 0, printed
-    assert_ends_like(tmp_path / "out", whole)
+    assert_ends_like(out, whole)
 
 
 def slow_to_validate(argv, marker):
@@ -509,7 +473,7 @@ def test_a_signal_stops_a_run_and_nothing_is_lost(whole, shards, start, tmp_path
     """It goes to the loading processes, too, and twice, as torchrun and schedulers send it."""
     out, output = tmp_path / "out", tmp_path / "output.txt"
     argv = flags(shards, out, "--workers", 2, "--save_every", 100)
-    process = start(slowly_in_a_group_of_its_own, output, argv)
+    process = start(slowly, output, argv)
     wait_for(lambda: (out / "log.jsonl").exists() and rows(out))
     for _ in range(2):
         os.killpg(process.pid, number)
@@ -519,13 +483,6 @@ def test_a_signal_stops_a_run_and_nothing_is_lost(whole, shards, start, tmp_path
     assert checkpoint(out)["step"] >= 2
     train.main([*argv, "--resume"])
     assert_ends_like(out, whole)
-
-
-def slowly_in_a_group_of_its_own(argv):
-    os.setpgid(0, 0)
-    rate = train.learning_rate_at
-    train.learning_rate_at = lambda *args: time.sleep(0.05) or rate(*args)
-    run(argv)
 
 
 def test_a_signal_in_a_validation_waits_and_a_later_one_does_not(whole, shards, start, tmp_path):
@@ -547,11 +504,20 @@ def test_a_signal_in_a_validation_waits_and_a_later_one_does_not(whole, shards, 
         assert_ends_like(out, whole)
 
 
+def test_a_fine_tuning_that_is_killed_as_it_scores_its_start_can_be_resumed(
+    whole, shards, start, tmp_path
+):
+    out, output, marker = tmp_path / "out", tmp_path / "output.txt", tmp_path / "marker"
+    argv = fine_tuning(shards, out, whole / "last.pt")
+    process = start(slow_to_validate, output, argv, str(marker))
+    wait_for(marker.exists)
+    process.kill()
+    process.join()
+    train.main([*argv, "--resume"])
+    assert [row["step"] for row in rows(out, "validation")] == [0, 4, 8, 12]
+
+
 # ---- failures outside the step
-
-
-def children_of(pid):
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("failure", ["a loading process is killed", "a folder disappears"])
@@ -565,34 +531,12 @@ def test_a_failure_outside_the_step_loses_no_step(shards, start, tmp_path, failu
     if failure == "a folder disappears":
         shutil.rmtree(folder)
     else:
-        os.kill(children_of(process.pid)[0], signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
     code, printed = finish(process, output)
     assert code == 2 and "Traceback" not in printed, printed
     assert checkpoint(out)["step"] == rows(out, "loss")[-1]["step"]
     assert checkpoint(out)["model"]["num_captions"] == 16 * checkpoint(out)["step"]
-
-
-def test_a_closed_pipe_loses_no_step(shards, start, tmp_path):
-    """Ctrl-C may end the `tee` that a run prints to."""
-    process = start(
-        print_to_a_closed_pipe, tmp_path / "output.txt", flags(shards, tmp_path / "out")
-    )
-    finish(process, tmp_path / "output.txt")
-    assert checkpoint(tmp_path / "out")["step"] >= 2
-
-
-def print_to_a_closed_pipe(argv):
-    """The reader leaves when the first step is printed."""
-    reader, writer = os.pipe()
-    sys.stdout = os.fdopen(writer, "w", buffering=1)
-
-    def read():
-        while b"step " not in os.read(reader, 1000):
-            pass
-        os.close(reader)
-
-    threading.Thread(target=read).start()
-    run(argv)
 
 
 def with_little_disk(argv):
@@ -641,28 +585,22 @@ def test_bad_samples_are_named_once_and_counted(shards, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more, named",
-    [
-        (["--model", "ViT-S-16"], "--model"),
-        (["--loss", "sigmoid"], "--loss"),
-        (["--cls_weight", 0.5], "--cls_weight"),
-        (["--weight_decay", 0.3], "--weight_decay"),
-        (["--seed", 1], "--seed"),
-        (["--captions", "json.captions"], "--captions"),
-        (["--label_captions", "json.captions"], "--label_captions"),
-        (["--patch_dropout", 0.5], "--patch_dropout"),
-        (["--vocab", "clip"], "--vocab"),
-        (["--init_from", "x.pt"], "--init_from"),
-        (["--batch_size", 32, "--steps", 5], "--resume"),  # 6 steps of 32 are done already
-        (["--train_data", "bad"], "--train_data"),
-        (["--steps", 20, "--epochs", 1], "--epochs"),
-    ],
+    "more",
+    "--model ViT-S-16, --loss sigmoid, --cls_weight 0.5, --weight_decay 0.3, --seed 1,"
+    "--captions json.captions, --label_captions json.captions, --patch_dropout 0.5,"
+    "--vocab clip, --init_from x.pt, --image_size 32, --train_data bad-0.tar".split(","),
 )
-def test_what_defines_a_run_stays(copy, shards, capsys, more, named):
+def test_what_defines_a_run_stays(copy, shards, capsys, monkeypatch, more):
+    monkeypatch.chdir(shards)
     before = (copy / "last.pt").read_bytes()
-    more = [shards / "bad-0.tar" if x == "bad" else x for x in more]
-    assert named in error_of(capsys, train.main, *flags(shards, copy, "--resume", *more))
+    option, value = more.split()
+    assert option in error_of(capsys, train.main, *flags(shards, copy, "--resume", option, value))
     assert (copy / "last.pt").read_bytes() == before
+
+
+def test_no_steps_are_left(copy, shards, capsys):
+    argv = flags(shards, copy, "--resume", "--batch_size", 32, "--steps", 5)  # 6 are done already
+    assert "--resume" in error_of(capsys, train.main, *argv)
 
 
 def test_the_rest_may_change_and_what_is_not_given_stays(copy, tmp_path, shards):
