@@ -304,8 +304,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
-        # spawn, because a fork may hang in a process with threads, which torch has started.
-        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(tasks))) as pool:
+        with multiprocessing.Pool(min(os.cpu_count(), len(tasks))) as pool:
             classes = pool.apply_async(write_classes, (folder,))
             shards = pool.imap(write, tasks)
             list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
