@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import suppress
 
 import data
+from eval import output_file
 from superclip import check, cli, number
 
 
@@ -41,9 +42,9 @@ def main(argv):
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--size", type=number(int, 515), default=10_000, help="entries (default 10,000)")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
-    add("--out", default="vocab.tiktoken", help="file to write (default vocab.tiktoken)")
+    out = {"type": output_file(".tiktoken"), "default": "vocab.tiktoken"}
+    add("--out", **out, help="file to write (default vocab.tiktoken)")
     args = parser.parse_args(argv)
-    check(args.out.endswith(".tiktoken"), f"--out {args.out} must end in .tiktoken")
     text = make_vocabulary(data.expand(args.shards), args.size, args.captions)
     data.write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")
