@@ -595,7 +595,7 @@ def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, worker
             for part in islice(loader, parts):
                 replaced += map(tuple, part.pop("replaced"))  # pin_memory makes lists of them
                 batch.append({k: x.to(device, non_blocking=True) for k, x in part.items()})
-            batch = join(batch)
+            batch = join(batch) if parts > 1 else batch[0]
         for x in batch.values() if stream else ():
             torch.cuda.current_stream(device).wait_stream(stream)
             x.record_stream(torch.cuda.current_stream(device))  # else its memory is reused too soon
