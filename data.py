@@ -30,7 +30,7 @@ import tarfile
 import tempfile
 import unicodedata
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice, takewhile
@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import regex
-import tiktoken
 import tiktoken.load
 import torch
 import torch.nn.functional as F
@@ -204,8 +203,8 @@ def braces(pattern):
     if not match or int(match[2]) > int(match[3]):
         return [pattern]
     head, low, high, tail = match.groups()
-    paths = (f"{head}{i:0{len(low)}d}{tail}" for i in range(int(low), int(high) + 1))
-    return [path for one_brace_less in paths for path in braces(one_brace_less)]
+    numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
+    return [path for number in numbers for path in braces(f"{head}{number}{tail}")]
 
 
 def expand(patterns):
@@ -278,9 +277,12 @@ def build_index(shards):
         cached_stamp, index, unused = torch.load(path, weights_only=True)
         if cached_stamp == stamp:
             return index, unused
-    with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
-        results = pool.map(read_headers, shards, range(len(shards)))
-        results = list(progress(results, "indexing shards", len(shards), unit="shard"))
+    try:
+        with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
+            results = pool.map(read_headers, shards, range(len(shards)))
+            results = list(progress(results, "indexing shards", len(shards), unit="shard"))
+    except BrokenExecutor:
+        raise InputError("a process that read the shards was killed: is memory short?") from None
     index = torch.from_numpy(np.concatenate([rows for rows, _ in results]))
     unused = [(shard, *entry) for shard, (_, entries) in zip(shards, results) for entry in entries]
     with suppress(OSError, RuntimeError):  # a cache that cannot be written is no reason to stop
@@ -535,8 +537,7 @@ def plan_workers(workers=None, ahead=0, batch_bytes=1):
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(cores // processes, max(1, room // 2))
-    share = max(1, workers)
-    return workers, max(2, min(math.ceil(ahead / share), room // share))
+    return workers, max(2, min(math.ceil(ahead / max(1, workers)), room // max(1, workers)))
 
 
 def make_loader(dataset, workers=None, ahead=0, batch_bytes=1, **options):

@@ -89,13 +89,14 @@ class Images(Dataset):
 # Features, and the file that keeps them
 
 
-def read_features(path, checkpoint):
+def read_features(path, checkpoint, E):
     """The file of --features -> dict {entry: feature (E,)}. Raises InputError unless it was made by
     the checkpoint with this SHA-256, because features of different models cannot be compared."""
     try:
         with np.load(path, allow_pickle=False) as content:
+            features = torch.from_numpy(content["features"]).view(len(content["names"]), E)
             entries = map(Entry, *(content[name].tolist() for name in COLUMNS))
-            features = dict(zip(entries, torch.from_numpy(content["features"]), strict=True))
+            features = dict(zip(entries, features, strict=True))
             made_by = content["checkpoint"].item()
     except Exception:  # NumPy and zipfile raise a dozen kinds
         raise InputError(f"{path} is damaged, or no file of this command: name another") from None
@@ -107,7 +108,8 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
     """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
     named. Features that are in the file `path` come from there, and all are kept there; checkpoint
     is its SHA-256. Raises InputError."""
-    before = read_features(path, checkpoint) if path and path.exists() else {}
+    E = model.config.embed_dim
+    before = read_features(path, checkpoint, E) if path and path.exists() else {}
     features = {entry: before[entry] for entry in entries if entry in before}
     todo = [entry for entry in dict.fromkeys(entries) if entry not in before]
     todo, any_good = Images(todo, model.config.image_size), bool(features)

@@ -1,6 +1,8 @@
 """Mistakes of users, in one table for all commands. A mistake ends with exit code 2 and one line
 that names the option or the file, without a trace, and nothing is written, nor written over."""
 
+import errno
+import os
 import shlex
 
 import numpy as np
@@ -12,6 +14,7 @@ import eval as evaluation
 import train
 from scripts import bench, convert, pack, report, scenes, search, show, vocab, words
 from scripts.vocab import words_to_tiktoken
+from superclip import cli
 
 COMMANDS = {"train": train.main, "eval": evaluation.main, "words": words.main}
 COMMANDS["search"] = search.main
@@ -94,6 +97,7 @@ search NONE --images classes --like photo.png --out photo.png     | photo.png
 search NONE --images classes "a text" --features x.npy            | --features
 search MODEL --images classes "a text" --features cut.npz         | cut.npz
 search MODEL --images classes "a text" --features clip.npz        | clip.npz
+search --checkpoint clip.pt --images classes x --features cut2.npz | cut2.npz
 report MODEL --data pairs.tar                                     | --out
 report MODEL --data pairs.tar --out x.html --log none.jsonl       | none.jsonl
 report MODEL --data pairs.tar --out x.html --log other.jsonl      | other.jsonl
@@ -160,6 +164,8 @@ def world(tmp_path_factory):
     clip = ["--checkpoint", world / "clip.pt", "--features", world / "clip.npz"]
     assert not run(search.main, *clip, "--images", world / "classes", "a red thing")
     (world / "cut.npz").write_bytes((world / "clip.npz").read_bytes()[:-100])
+    features = dict(np.load(world / "clip.npz"))
+    np.savez(world / "cut2.npz", **{**features, "features": features["features"][:, 1:]})
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
     (world / "link.pt").symlink_to(model)
@@ -183,3 +189,19 @@ def test_a_mistake_is_one_line_and_changes_nothing(command, named, world, capsys
     assert "error: " in lines[-1] and named in lines[-1], lines
     assert len(lines) == 1 or lines[0].startswith("usage: ")  # argparse shows the options, too
     assert not any(line.startswith("Traceback") for line in lines) and contents() == before
+
+
+def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys):
+    def fails(error):
+        raise error
+
+    for error in (ValueError("ours"), OSError(errno.EINVAL, "ours"), KeyError("ours")):
+        with pytest.raises(type(error)):
+            cli(lambda _, error=error: fails(error))
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE):
+        with pytest.raises(SystemExit) as ended:
+            cli(lambda _, number=number: fails(OSError(number, os.strerror(number))))
+        assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        cli(lambda _: fails(KeyboardInterrupt()))
+    assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
