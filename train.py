@@ -99,7 +99,7 @@ def make_parser():
     # the run
     add("--out_dir", default="out", help="folder for checkpoints and log.jsonl (default out)")
     add("--resume", action=flag, default=False, help="go on in --out_dir, with its saved options")
-    add("--log_every", type=count, help="steps (default: steps / 20, at most 50)")
+    add("--log_every", type=count, help="steps (default: steps / 20, at most 20)")
     add("--eval_every", type=count, help="steps (default: steps / 5, at most 2000)")
     add("--save_every", type=count, help="steps (default: before each validation)")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (needs the package wandb)")
@@ -371,7 +371,7 @@ def schedule(args, pairs):
     two of them are close."""
     steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
     warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
-    log_every = args.log_every or max(1, min(50, steps // 20))
+    log_every = args.log_every or max(1, min(20, steps // 20))
     eval_every = args.eval_every or math.ceil(steps / max(5, math.ceil(steps / 2000)))
     return steps, warmup_steps, log_every, eval_every, args.save_every or steps
 
@@ -477,7 +477,10 @@ class Log:
         if "loss" in row:
             text = "step {step:6d}  contrastive {contrastive_loss:.3f}, words {classification_loss"
             text += ":.3f}, {images_per_second:.0f} images/s, {data_wait:.0%} waiting"
-            tqdm.write(text.format(**row))
+            samples = (self.header["steps"] - row["step"]) * self.header["batch_size"]
+            left = timedelta(seconds=samples // max(row["images_per_second"], 0.1))
+            long = ": a smaller --model or fewer --epochs take less" if left.days else ""
+            tqdm.write(f"{text.format(**row)}, {left} left{long}")
         # Here begins the interval over which the next row measures speed and waiting.
         self.clock, self.waited, self.last_step = time.perf_counter(), 0.0, row["step"]
 
