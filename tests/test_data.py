@@ -201,15 +201,13 @@ def test_more_shards_than_open_files_lose_no_sample(tmp_path):
 
 
 def test_the_order_is_a_pure_function_with_every_sample_once_an_epoch():
-    n, B = 103, 10
-    steps = [batch_indices(n, B, 7, step) for step in reversed(range(20))][::-1]
-    assert steps == [batch_indices(n, B, 7, step) for step in range(20)]
-    assert [visit for batch in steps for visit, _ in batch] == list(range(200))
-    samples = [sample for batch in steps for _, sample in batch]
+    steps = [batch_indices(103, 10, 7, step) for step in reversed(range(20))][::-1]
+    assert steps == [batch_indices(103, 10, 7, step) for step in range(20)]
+    visits, samples = zip(*sum(steps, []))
+    assert visits == tuple(range(200)) and samples[:100] != samples[100:]
     for epoch in (samples[:100], samples[100:]):
-        assert len(set(epoch)) == 100 and set(epoch) <= set(range(n))  # three are left out
-    assert samples[:100] != samples[100:]
-    assert batch_indices(n, B, 8, 0) != batch_indices(n, B, 7, 0)
+        assert len(set(epoch)) == 100 and set(epoch) <= set(range(103))  # three are left out
+    assert batch_indices(103, 10, 8, 0) != steps[0]
 
 
 @pytest.mark.parametrize("world, micro", [(1, 600), (1, 300), (2, 300), (2, 100), (3, 50), (3, 1)])

@@ -70,7 +70,9 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
     for changes in ({"patch_size": 0}, {"colour": 3}, {"vision_width": "64"}, {"text_heads": 7}):
         cases.append(("version", {"config": config | changes}))
     cases += [("version", x) for x in ({"vocab": 3}, {"model": [1]}, {"config": None})]
-    cases += [("tokens", {"vocab": x}) for x in (words_to_tiktoken(["red"]), "no vocabulary")]
+    rank_twice = TOKENIZER.vocab.replace(" 300\n", " 301\n")
+    vocabs = words_to_tiktoken(["red"]), rank_twice, "no vocabulary"
+    cases += [("tokens", {"vocab": vocab}) for vocab in vocabs]
     cases += [("refused", {"optimizer": Evil(mark)})]
     for named, changes in cases:
         torch.save({"model": weights, "config": config, "vocab": TOKENIZER.vocab, **changes}, path)

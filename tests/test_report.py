@@ -211,8 +211,6 @@ def test_the_page_shows_its_numbers_and_asks_for_nothing(browser, page, model, p
     # A caption as a label: its tokens, their weights, and the loss that they add up to.
     all_of("#thumbs input")[1].find_element("xpath", "..").click()
     label = content["pictures"][1]["label"]
-    rows = all_of("#label-table tbody tr")
-    assert [row.text.split()[0] for row in rows] == [part["token"] for part in label]
     loss = -sum(part["share"] * part["log_probability"] for part in label)
     assert f"{loss:.3f}" in all_of("#label-table tfoot")[0].text
     # It fits a phone.

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from material import run, write_shard
-from PIL import Image
+from PIL import Image, ImageFont
 
 import eval as evaluation
 from scripts import search
-from scripts.pictures import GAP
+from scripts.pictures import GAP, wrap
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -37,9 +37,6 @@ def found(capsys, *argv, workers=0):
 def feature_of(checkpoint, file):
     model, _, preprocess = evaluation.load(checkpoint)
     return model.encode_image(preprocess(Path(file).read_bytes())[None])[0]
-
-
-# ---- the search
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -87,9 +84,7 @@ def test_shards_and_folders_are_searched_together(folders, checkpoint, tmp_path,
         np.testing.assert_allclose(feature, feature_of(checkpoint, original), atol=1e-5)
 
 
-def test_broken_images_are_skipped_and_names_that_are_not_utf_8_are_not(
-    folders, checkpoint, tmp_path, capsys
-):
+def test_broken_images_are_skipped_and_odd_names_are_not(folders, checkpoint, tmp_path, capsys):
     broken = [folders / "red" / f"{i}.png" for i in range(3)]
     for path, content in zip(broken, (b"no image", b"", b"\x89PNG\r\n\x1a\n")):
         path.write_bytes(content)
@@ -101,12 +96,8 @@ def test_broken_images_are_skipped_and_names_that_are_not_utf_8_are_not(
         assert rf"{folders}/\udcff.png" in printed and len(hits) == 9
 
 
-# ---- the file of features
-
-
-def test_only_new_and_changed_images_are_encoded_also_after_ctrl_c(
-    folders, checkpoint, tmp_path, monkeypatch
-):
+def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, monkeypatch):
+    """Also after Ctrl-C, and from another folder."""
     model, _, _ = evaluation.load(checkpoint)
     kept, photo, batches = tmp_path / "x.npz", folders / "red/1.png", []
 
@@ -137,27 +128,28 @@ def test_only_new_and_changed_images_are_encoded_also_after_ctrl_c(
     (folders / "blue" / "2.png").rename(folders / "blue" / "9.png")
     assert encoded() == 1
     monkeypatch.chdir(folders.parent)
-    assert encoded("classes") == 0  # from another folder
+    assert encoded("classes") == 0
 
 
-# ---- the picture
+def test_text_stays_in_its_cell():
+    font = ImageFont.load_default(15)
+    for text in ("a dog", "a dog " * 20, "x" * 500, "WWW" * 9 + " ill"):
+        lines, words = wrap(text, font, 180, lines=4), text.replace(" ", "")
+        shown = "".join(lines).replace(" ", "")
+        assert shown == words or (len(lines), shown) == (4, words[: len(shown) - 1] + "…")
+        assert all(font.getlength(line) <= 180 for line in lines)
 
 
 def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, capsys):
-    """Seven cells a row: the text or image that is searched for, then what is found."""
-    photo, sheet = folders / "red" / "0.png", tmp_path / "found.png"
+    """Seven cells a row: the text or image that is searched for, then what is found. With eight
+    images, each of two searches takes two rows."""
+    photo, step = folders / "red" / "0.png", search.SIDE + GAP
     Image.new("RGB", (20, 20), (1, 2, 250)).save(photo)
     argv = ["--checkpoint", checkpoint, "--images", folders, "--like", photo, TEXTS[0]]
-    found(capsys, *argv, "--k", 8, "--out", sheet)
-    picture, step = Image.open(sheet), search.SIDE + GAP
-    height = (picture.height - GAP) // 4  # of a row: nine cells are two rows, for each search
-    assert picture.width == GAP + 7 * step and step < height < 1.5 * step
-
-    def colours(row, column):
-        x, y = GAP + column * step, GAP + row * height
-        return picture.crop((x, y, x + search.SIDE, y + search.SIDE)).getcolors(maxcolors=10**6)
-
-    blue, white = (search.SIDE**2, (1, 2, 250)), (search.SIDE**2, (255, 255, 255))
-    assert colours(0, 0) == colours(0, 1) == [blue]  # it finds itself
-    assert colours(1, 2) == colours(3, 6) == [white]  # the ends of both blocks
-    assert (0, 0, 0) in dict(map(reversed, colours(2, 0)))  # the text
+    found(capsys, *argv, "--k", 8, "--out", tmp_path / "found.png")
+    picture = np.array(Image.open(tmp_path / "found.png"))
+    assert picture.shape[1] == GAP + 7 * step and 4 * step < len(picture) < 6 * step
+    image, copy, next_one = (picture[GAP:step, GAP + i * step : (i + 1) * step] for i in range(3))
+    assert (image == (1, 2, 250)).all() and (copy == image).all() and (next_one != image).any()
+    text = picture[len(picture) // 2 :][: search.SIDE, :step]
+    assert text.min() == 0 and (text == text[:, :, :1]).all()  # black on white

@@ -116,19 +116,6 @@ def test_in_a_word_vocabulary_a_known_word_is_one_token_and_others_are_bytes():
     assert words == "rock -' n '- roll , x -- y - z - can '' t 12 , 5".split()
 
 
-def test_a_file_that_is_no_vocabulary_is_named(tmp_path):
-    path = tmp_path / "some.vocab"
-    for content in (
-        b"a dog\non a sofa\n" * 300,
-        words_to_tiktoken(["a"]).replace(" 300\n", " 301\n").encode(),  # a rank twice
-        b"d29yZA== 0\n",  # no single bytes
-        Path(default_bpe()).read_bytes()[:5000],
-    ):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="some.vocab"):
-            Tokenizer.from_file(path)
-
-
 def test_clips_vocabulary_comes_from_open_clip_or_a_cache_or_the_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     response, requested = requests.Response(), []
