@@ -172,15 +172,13 @@ def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(tmp_path, capsys
         ("conv1", {k: v for k, v in state.items() if "conv1" not in k}),
         ("conv1", state | {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}),
         ("positional", state | {"visual.positional_embedding": torch.zeros(18, 128)}),  # no square
-        ("ln_post", state | {"visual.ln_post.bias": torch.zeros(128).int()}),
         ("token_counts", state | {"cap_fq": torch.zeros(1, 300)}),  # without a head
         ("--vocab", open_clip_state(small(vocab_size=301))),
     ):
         save(content, path)
         message = error_of(capsys, main, path, out, "--vocab", tmp_path / "300.tiktoken")
         assert "weights.pt" in message and named in message and len(message) < 400, named
-    whole = save(state, tmp_path / "x.safetensors").read_bytes()
-    (tmp_path / "x.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "x.safetensors").write_bytes(b"no weights")
     assert "x.safetensors" in error_of(capsys, main, tmp_path / "x.safetensors", out)
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
     assert "state_dict" in error_of(capsys, main, path, out)  # which tells what to do

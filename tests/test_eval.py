@@ -35,9 +35,6 @@ class Colours:
         return F.normalize((tokens[:, :, None] == ids).any(dim=1).float(), dim=1)
 
 
-# ---- a file becomes a model
-
-
 def test_a_loop_over_photographs_keeps_no_graph(checkpoint):
     model, tokenizer, preprocess = evaluation.load(checkpoint)
     photo, tokens = Image.new("RGB", (20, 30), "red"), tokenizer(["a red ring"])
@@ -84,9 +81,6 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
     with pytest.raises(InputError, match="refused"):
         evaluation.read_checkpoint(path)
     assert not mark.exists()
-
-
-# ---- scores
 
 
 def test_the_wilson_interval_is_that_of_the_tables():
@@ -162,9 +156,6 @@ def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
     assert "3 of 6 captions" in capsys.readouterr().out
 
 
-# ---- zero-shot and probe
-
-
 @torch.no_grad()
 def test_zeroshot_with_published_prompts_is_that_of_open_clip(folders):
     """And what a probe learns from: class token and mean of the patch tokens."""
@@ -216,9 +207,6 @@ def test_probe_finds_what_is_there_and_nothing_else():
         s, _ = evaluation.probe((features[:600], y[:600]), (features[600:], y[600:]), 3)
         assert s["n"] == 300 and s["chance"] == pytest.approx(1 / 3)
         assert s["value"] > 0.99 if found else s["interval"][0] < 1 / 3 < s["interval"][1]
-
-
-# ---- commands
 
 
 def test_commands_print_every_score_that_they_write(folders, checkpoint, tmp_path, capsys):

@@ -82,9 +82,6 @@ def same(numbers, tensor, tolerance):
     return torch.allclose(torch.tensor(numbers, dtype=tensor.dtype), tensor, atol=tolerance)
 
 
-# ---- the numbers
-
-
 def test_similarities_scores_and_searches_are_those_of_eval(page, model, pairs):
     content = numbers_of(page)
     images, texts, owner = evaluation.encode_shards(model, pairs)
@@ -143,12 +140,6 @@ def test_the_command_finds_the_log_and_compares_equals_only(tmp_path, model, pai
         assert bool(content["reference"]) == equal
 
 
-# ---- the page in a browser
-
-SWITCHES = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update --disable-dev-shm-usage"""
-
-
 @pytest.fixture
 def browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -157,7 +148,7 @@ def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for switch in SWITCHES.split():
+    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(switch)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:

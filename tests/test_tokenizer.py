@@ -122,6 +122,7 @@ def test_clips_vocabulary_comes_from_open_clip_or_a_cache_or_the_network(monkeyp
     response.status_code, response._content = 200, Path(default_bpe()).read_bytes()
     monkeypatch.setattr(requests, "get", lambda url: requested.append(url) or response)
     monkeypatch.delitem(sys.modules, "open_clip")
+    assert data.vocabulary_beside([tmp_path / "0.tar"]) == "clip"
     assert Tokenizer.from_file("clip").encode("a photo") == [320, 1125]
     assert not requested and "open_clip" not in sys.modules  # it is read, not imported
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # it is not installed
