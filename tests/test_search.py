@@ -102,11 +102,11 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
     kept, photo, batches = tmp_path / "x.npz", folders / "red/1.png", []
 
     def interrupt(*_):
-        batches.append(1)
         if len(batches) == 11:
             raise KeyboardInterrupt
 
-    model.visual.register_forward_hook(interrupt)
+    model.visual.register_forward_hook(lambda *_: batches.append(1))
+    hook = model.visual.register_forward_hook(interrupt)
 
     def encoded(images=folders):
         """Find the features of all images -> how many of them are encoded."""
@@ -119,6 +119,7 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         encoded()
+    hook.remove()
     assert encoded() == 2 and encoded() == 0
     for colour in ("red", "blue"):  # the second edit keeps the size
         Image.new("RGB", (20, 20), colour).save(photo, compress_level=0)
