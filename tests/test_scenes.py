@@ -16,32 +16,35 @@ from scripts import scenes
 NAMES = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worlds") / "scenes"
-    scenes.make_scenes(folder, train=150, val=300, per_shard=150)
-    return folder
-
-
-def read(world, split):
-    """Yield (fields of .json, words of the setting, looks of the objects) of each sample."""
-    pairs = data.Pairs(data.expand([f"{world}/{split}-*.tar"]), None, 0)
+def read(folder, split, n):
+    """Draw n samples. -> list of (fields of .json, words of the setting, looks of the objects)."""
+    scenes.write_shard((f"{split}.tar", split, range(n)), folder, scenes.SETTINGS)
+    pairs, samples = data.Pairs([f"{folder}/{split}.tar"], None, 0), []
     for row in pairs.index.tolist():
         fields = json.loads(pairs.read(row, data.JSON))
         picture = data.load_image(pairs.read(row, data.IMAGE), 72).permute(1, 2, 0)
         assert has(picture, scenes.draw(fields["scene"]), 40).mean() > 0.99  # JPEG changes it
+        assert pairs.texts(row, "txt") == [fields["short"]]
         *setting, objects = fields["scene"].values()
-        yield fields, setting, sorted((o["colour"], o["shape"]) for o in objects)
+        samples.append((fields, setting, sorted((o["colour"], o["shape"]) for o in objects)))
+    return samples
 
 
 def has(picture, colour, tolerance=2):
     return np.abs(np.asarray(picture).astype(int) - colour).max(axis=2) <= tolerance
 
 
-def test_captions_tell_the_truth_in_words_of_the_vocabulary(world):
-    tokenizer = data.Tokenizer.from_file(world / "vocab.tiktoken")
+def test_captions_tell_the_truth_and_validation_asks_for_what_training_never_shows(tmp_path):
+    train, val = read(tmp_path, "train", 150), read(tmp_path, "val", 300)
+    content = json.dumps([fields for fields, _, _ in train + val])  # the same on all machines
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "358ee5b63dffca28"
+    assert [len({*names}) for names in zip(*scenes.HELD_OUT)] == [8, 8]  # each colour and shape
+    assert not {*scenes.HELD_OUT} & {look for _, _, looks in train for look in looks}
+    assert {*scenes.HELD_OUT} <= {look for _, _, looks in val for look in looks}
+    assert len({(*setting, *looks) for _, setting, looks in val}) == 300  # no caption fits two
+    tokenizer = data.Tokenizer(scenes.vocabulary())
     texts = ["a photo of a red star.", "a picture of a ring.", "a photo of the blue.", "a pink."]
-    for fields, setting, looks in read(world, "train"):
+    for fields, setting, looks in train:
         facts = {*setting, *(word for look in looks for word in look)}
         assert NAMES.intersection(re.findall(r"\w+", fields["long"])) == facts
         assert NAMES.intersection(re.findall(r"\w+", fields["short"])) <= facts
@@ -49,16 +52,6 @@ def test_captions_tell_the_truth_in_words_of_the_vocabulary(world):
             assert f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" in fields["long"]
         texts += fields["short"], fields["long"]
     assert all(len(tokenizer.encode(x)) == len(re.findall(r"\w+|[^\w ]", x)) <= 14 for x in texts)
-
-
-def test_validation_asks_for_what_training_never_shows(world):
-    train, val = (list(read(world, split)) for split in ("train", "val"))
-    content = json.dumps([fields for fields, _, _ in train + val])  # the same on all machines
-    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "358ee5b63dffca28"
-    assert [len({*names}) for names in zip(*scenes.HELD_OUT)] == [8, 8]  # each colour and shape
-    assert not {*scenes.HELD_OUT} & {look for _, _, looks in train for look in looks}
-    assert {*scenes.HELD_OUT} <= {look for _, _, looks in val for look in looks}
-    assert len({(*setting, *looks) for _, setting, looks in val}) == 300  # no caption fits two
 
 
 def test_a_picture_shows_what_its_scene_says():
@@ -82,12 +75,13 @@ def test_a_picture_shows_what_its_scene_says():
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_class_folders_hold_what_their_names_say(world):
+def test_class_folders_hold_what_their_names_say(tmp_path):
+    scenes.write_classes(tmp_path)
     counts = {("colour", name): 40 for name in scenes.COLOURS}
     counts |= {("shape", name): 40 for name in scenes.SHAPES}
     counts |= {("colour_shape", " ".join(look)): 10 for look in scenes.COMBINATIONS}
     counts |= {("held_out", " ".join(look)): 40 for look in scenes.HELD_OUT}
-    root = world / "zeroshot"
+    root = tmp_path / "zeroshot"
     assert Counter(path.parts[-3:-1] for path in root.glob("*/*/*.jpg")) == counts
     assert len([*(root / "held_out").iterdir()]) == 64  # names to choose from
     for path in root.glob("colour*/*/*.jpg"):
@@ -96,5 +90,5 @@ def test_class_folders_hold_what_their_names_say(world):
 
 def test_a_world_is_drawn_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):  # in a process that draws
-        scenes.make_scenes(tmp_path / "broken", train=1, val=1, settings=["no setting"])
+        scenes.make_scenes(tmp_path / "broken", train=0, val=1, settings=["no setting"])
     assert [*tmp_path.iterdir()] == []

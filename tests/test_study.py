@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def test_both_methods_get_the_same_searches_and_the_rest_differs_in_one_thing(tm
             assert len(differs) == 1, label
 
 
-def test_a_search_goes_on_at_its_edge(tmp_path):
+def test_a_search_goes_on_at_its_edge_and_a_study_where_it_was(tmp_path):
     for scores, rate in (
         ({1.75e-4: 0.5, 3.5e-4: 0.6, 7e-4: 0.7, 1.4e-3: 0.8, 2.8e-3: 0.7}, 1.4e-3),
         ({8.75e-5: 0.9, 1.75e-4: 0.965, 3.5e-4: 0.97, 7e-4: 0.3}, 1.75e-4),  # as good, and lower
@@ -68,11 +69,7 @@ def test_a_search_goes_on_at_its_edge(tmp_path):
         finish(plan, ["visual"], lambda spec, scores=scores: scores.get(spec["learning_rate"], 0.0))
         specs, found = plan.search({**run.RUN, "loss": "sigmoid"})
         assert [spec["learning_rate"] for spec in specs] == [*scores] and found == rate
-
-
-def test_a_study_goes_on_where_it_was(tmp_path):
-    plan = compare.Study(tmp_path / "runs.jsonl")
-    finish(plan, ["length"], lambda _: 0.5)
+    finish(plan := compare.Study(tmp_path / "runs.jsonl"), ["length"], lambda _: 0.5)
     again = compare.Study(tmp_path / "runs.jsonl")
     assert again.todo("length") == [] and again.results == plan.results
     # Its runs of three seeds are the first ones of batch 32, which is to have five.
@@ -106,10 +103,13 @@ def test_photographs_are_scored(folders):
 
 
 def test_runs_and_report(shallow, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "PER_LOOK", 3)
+    monkeypatch.setattr(scenes, "COMBINATIONS", scenes.HELD_OUT)  # fewer to draw and to probe
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # a process that draws has to import torch
     monkeypatch.setattr(run, "HELD_OUT", 50)
-    run.prepare_scenes(tmp_path, 4, train=200, val=50)
-    spec = {**run.RUN, "settings": 4, "samples": 96, "learning_rate": 1e-3}
+    run.prepare_scenes(tmp_path, 4, train=150, val=50)
+    world = {path.name for path in (tmp_path / "world-4").iterdir()}
+    assert world == {"train-00000.tar", "val-00000.tar", "vocab.tiktoken", "zeroshot"}
+    spec = {**run.RUN, "settings": 4, "samples": 64, "learning_rate": 1e-3}
     others = dict(patch_dropout=0.5, idf=False, captions="short", label_captions="long", group=8)
     for changes in ({**compare.CLIP, "search": True}, others):
         result = json.loads(json.dumps(run.run(({**spec, **changes}, tmp_path))))

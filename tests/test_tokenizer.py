@@ -1,7 +1,6 @@
 """The tokenizer against open_clip's, id for id, and vocabularies of whole words."""
 
 import functools
-import gzip
 import importlib.util
 import random
 import sys
@@ -12,11 +11,9 @@ import pytest
 import requests
 import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
-from test_data import JPEG, write_tar
 
 import data
 from data import Tokenizer
-from scripts import scenes, vocab
 from scripts.vocab import words_to_tiktoken
 from superclip import PAD, InputError
 
@@ -61,26 +58,13 @@ def texts(n):
         yield "".join(piece() for _ in range(rng.randint(1, 12)))
 
 
-def test_ids_equal_open_clips_and_can_be_decoded_on_20000_texts():
-    for text in texts(20_000):
+def test_ids_equal_open_clips_and_can_be_decoded():
+    for text in texts(4000):
         ids = CLIP.encode(text)
         assert ids == ORACLE.encode(text), ascii(text)
         decoded = CLIP.decode([CLIP.start, *ids, CLIP.end, PAD, PAD])  # up to white space and case
         assert "".join(decoded.split()) == "".join(ORACLE.clean_fn(text).split())
     assert CLIP.decode(CLIP(["A  Dog's\n ball."])[0]) == "a dog 's ball ."
-
-
-def test_ids_equal_open_clips_on_every_token_of_the_vocabulary():
-    whole = 0  # tokens whose text comes back as that very token, which proves the ranks
-    for id in range(CLIP.start):
-        try:
-            text = CLIP.encoding.decode_single_token_bytes(id).decode()
-        except UnicodeDecodeError:  # a part of a character
-            continue
-        ids = CLIP.encode(text)
-        assert ids == ORACLE.encode(text), ascii(text)
-        whole += ids == [id]
-    assert whole > 34_000
 
 
 # Characters that ftfy, inside open_clip, treats in a way of its own.
@@ -93,12 +77,16 @@ LEFT_OUT = [
 ]
 
 
-def test_ids_equal_open_clips_on_every_character_but_those_left_out():
+def test_ids_equal_open_clips_on_every_token_and_every_character_but_those_left_out():
+    tokens = (CLIP.encoding.decode_single_token_bytes(id) for id in range(CLIP.start))
+    lines = [token.decode(errors="ignore") for token in tokens]  # some are parts of characters
     # Of the large blocks of ideographs and syllables one in fifty
     large = [*range(0x3400, 0xD7A4), *range(0xE000, 0xF900), *range(0x12000, 0x1D000)]
-    for code in np.setdiff1d(range(0x1FB00), [c for c in large if c % 50] + LEFT_OUT):
-        text = f"B{chr(code)}"
-        assert CLIP.encode(text) == ORACLE.encode(text), hex(code)
+    codes = np.setdiff1d(range(0x1FB00), [c for c in large if c % 50] + LEFT_OUT)
+    lines += [f"B{chr(code)}" for code in codes]
+    for i in range(0, len(lines), 100):  # a hundred at a time, because ftfy is slow to start
+        text = "\n".join(lines[i : i + 100])
+        assert CLIP.encode(text) == ORACLE.encode(text), ascii(text)
     for text in ["cafÃ©", "\x1b[31mred\x1b[0m", "a &amp b", "\ud800", *map(chr, LEFT_OUT)]:
         tokens = CLIP.encode(f"a {text} dog")  # those left out cost odd tokens, but no error
         assert tokens[0] == 320 and tokens[-1] == 1929, ascii(text)
@@ -128,47 +116,13 @@ def test_in_a_word_vocabulary_a_known_word_is_one_token_and_others_are_bytes():
     assert words == "rock -' n '- roll , x -- y - z - can '' t 12 , 5".split()
 
 
-def test_captions_of_the_scenes_have_the_same_ids_by_both_rules():
-    by_words, by_clips_rule = (Tokenizer(scenes.vocabulary()) for _ in range(2))
-    by_clips_rule.pattern, rng = CLIP.pattern, random.Random(0)
-    for _ in range(500):
-        for caption in scenes.describe(scenes.make_scene(rng, scenes.COMBINATIONS), rng):
-            assert by_words.encode(caption) == by_clips_rule.encode(caption)
-
-
-def test_vocab_takes_the_most_frequent_words(tmp_path):
-    captions = ["A red-dog dog", "a Red dog!!", "the dog's red ball", "a dog"]
-    members = [(f"{i}.txt", text.encode()) for i, text in enumerate(captions)]
-    members += [("9.txt", b"\xff"), ("9.jpg", JPEG), *((f"{i}.jpg", JPEG) for i in range(4))]
-    path, out = write_tar(tmp_path / "0.tar", members), tmp_path / "vocab.tiktoken"
-    assert data.vocabulary_beside([path]) == "clip"
-    vocab.main([path, "--size", "516", "--out", str(out)])
-    tokenizer = Tokenizer.from_file(data.vocabulary_beside([path]))
-    assert [tokenizer.decode([i]) for i in range(512, tokenizer.start)] == ["dog", "red"]
-    vocab.main([path, "--out", str(out)])  # no more words than there are: red-dog the dog's ball !!
-    assert Tokenizer.from_file(out).vocab_size == 516 + 5
-
-
-def test_a_file_that_is_no_vocabulary_is_named(tmp_path):
-    path = tmp_path / "some.vocab"
-    for content in (
-        b"a dog\non a sofa\n" * 300,
-        words_to_tiktoken(["a"]).replace(" 300\n", " 301\n").encode(),  # a rank twice
-        b"d29yZA== 0\n",  # no single bytes
-        Path(default_bpe()).read_bytes()[:5000],
-        gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\ni n\nt h\n'),  # too few merges
-    ):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="some.vocab"):
-            Tokenizer.from_file(path)
-
-
 def test_clips_vocabulary_comes_from_open_clip_or_a_cache_or_the_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     response, requested = requests.Response(), []
     response.status_code, response._content = 200, Path(default_bpe()).read_bytes()
     monkeypatch.setattr(requests, "get", lambda url: requested.append(url) or response)
     monkeypatch.delitem(sys.modules, "open_clip")
+    assert data.vocabulary_beside([tmp_path / "0.tar"]) == "clip"
     assert Tokenizer.from_file("clip").encode("a photo") == [320, 1125]
     assert not requested and "open_clip" not in sys.modules  # it is read, not imported
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # it is not installed
