@@ -570,7 +570,7 @@ def train(args, saved, start_from, tokenizer):
     same = int.from_bytes(hashlib.sha1(f"{vars(args)} {prints[0]}".encode()).digest()[:6], "big")
     check(all_sum(torch.tensor(same)) == WORLD * same, "the processes differ in options or data")
     step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)
-    check(step <= steps, f"--resume: step {step} is later than the last of {steps}")
+    check(step <= steps, f"--resume: step {step} is past --steps {steps}")
     batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
     header = describe(args, model, pairs, steps, dtype, device)
     log, asked_to_stop = Log(args, header, step), listen_for_signals()

@@ -12,23 +12,13 @@ from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
+gc.freeze()  # a search for garbage skips the half a million objects that were imported
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """The index cache of shards goes to a temporary folder, never into the user's home."""
-    before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["XDG_CACHE_HOME"]
-    if before is not None:
-        os.environ["XDG_CACHE_HOME"] = before
-
-
-@pytest.fixture(scope="session", autouse=True)
-def freeze():
-    """A search for garbage skips what was imported: half a million objects that stay."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

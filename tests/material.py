@@ -89,14 +89,11 @@ SMALL = dict(image_size=32, patch_size=8, vision_width=128, vision_layers=2, tex
 SMALL |= dict(text_layers=2, embed_dim=24, context_length=16, vocab_size=60)
 
 
-def small(**changes):
-    return stir(SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval())
-
-
 @torch.no_grad()
-def stir(model):
-    """Random biases and norms. At their initial zeros and ones, a bias in the wrong place would
-    change nothing."""
+def small(**changes):
+    """A model with random biases and norms. At their initial zeros and ones, a bias in the wrong
+    place would change nothing."""
+    model = SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval()
     for name, p in model.named_parameters():
         if p.ndim == 1 and "class_embedding" not in name:
             p += 0.1 * torch.randn_like(p)

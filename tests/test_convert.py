@@ -41,9 +41,8 @@ def converted(tmp_path):
     (tmp_path / "300.tiktoken").write_text(VOCAB)
 
     def convert(path, *flags):
-        assert not run(
-            main, path, tmp_path / "out.pt", "--vocab", tmp_path / "300.tiktoken", *flags
-        )
+        vocab = "--vocab", tmp_path / "300.tiktoken"
+        assert not run(main, path, tmp_path / "out.pt", *vocab, *flags)
         return evaluation.load(tmp_path / "out.pt")[0]
 
     return convert
@@ -108,11 +107,8 @@ def test_what_shapes_do_not_tell_comes_from_flags_or_a_json_file(tmp_path, conve
     changes nothing."""
     other = open_clip_of(small(vision_heads=4, text_heads=2, quick_gelu=True, **V))
     open_clip.model.convert_weights_to_fp16(other)
-    state, path, heads = (
-        other.state_dict(),
-        tmp_path / "x.pt",
-        ["--vision_heads", 4, "--text_heads", 2],
-    )
+    state, path = other.state_dict(), tmp_path / "x.pt"
+    heads = ["--vision_heads", 4, "--text_heads", 2]
     scalars = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}
     b16, b32 = map(open_clip.get_model_config, ("ViT-B-16", "ViT-B-32-quickgelu"))
     for content, beside, flags, expected, asked in (

@@ -93,11 +93,8 @@ NO_SAMPLE = [
     ("pipe.txt", tarfile.FIFOTYPE),
     ("link.jpg", tarfile.SYMTYPE),
 ]
-SAMPLES = [
-    good("a", 0),
-    good("some folder/b.c/UPPER", 1),
-    [("j.JPG", JPEG), ("j.json", b'{"a": 1}')],
-]
+SAMPLES = [good("a", 0), good("some folder/b.c/UPPER", 1)]
+SAMPLES += [[("j.JPG", JPEG), ("j.json", b'{"a": 1}')]]
 LONG = ("folder/" + "n" * 93 + ".jpg", JPEG), ("größe.jpeg", JPEG), ("n" * 200 + ".webp", JPEG)
 
 

@@ -45,9 +45,7 @@ def gradients_of(monkeypatch):
 @pytest.mark.parametrize("micro", [False, True])
 @pytest.mark.parametrize("option", ["--no-compile", "--compile", "--grad_checkpointing"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float16", 0.01)])
-def test_gradients_are_those_of_a_plain_step_on_the_cpu(
-    gradients_of, option, micro, dtype, tolerance
-):
+def test_gradients_are_those_of_a_cpu(gradients_of, option, micro, dtype, tolerance):
     gradients = gradients_of([option], "cuda", micro, dtype)
     assert_same_gradients(gradients, gradients_of([], "cpu"), tolerance)
 

@@ -24,7 +24,6 @@ COMMANDS |= {"vocab": vocab.main, "scenes": scenes.main, "bench": bench.main}
 # A command with its arguments, and what the message must name. Options are checked before any work
 # is done: that the checkpoint is none.pt is not noticed then.
 TABLE = """
-train --stepz 3                                                   | --stepz
 train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data pairs.tar --init_from damaged.pt               | damaged.pt
 train --resume --out_dir nowhere                                  | nowhere/last.pt
@@ -47,25 +46,20 @@ eval zeroshot MODEL --images flat                                 | flat
 eval zeroshot MODEL --images hollow                               | hollow
 eval zeroshot MODEL --images broken                               | broken/red/x.png
 eval zeroshot MODEL --images classes --workers -1                 | --workers
-eval zeroshot MODEL --images classes --batch_size 0               | --batch_size
-eval zeroshot MODEL --images classes --device toaster             | toaster
 eval zeroshot MODEL --images classes --classes two.txt            | two.txt
 eval zeroshot MODEL --images classes --classes none.txt           | none.txt
 eval zeroshot MODEL --images classes --classes imagenet           | imagenet names 1000
 eval zeroshot MODEL --images classes --templates two.txt          | two.txt
 eval zeroshot MODEL --images classes --templates utf16.txt        | utf16.txt
 eval zeroshot NONE --images classes                               | none.pt
-eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.json
 eval zeroshot NONE --images classes --json model.pt               | --json
 eval zeroshot NONE --images classes --json folder.json            | folder.json
 eval zeroshot --checkpoint two.txt --images classes               | two.txt
 eval zeroshot --checkpoint damaged.pt --images classes            | damaged.pt
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
-eval retrieval MODEL --data nowhere.tar                           | nowhere.tar
 eval retrieval MODEL --data pairs.tar none-{0..3}.tar             | none-0.tar
 eval retrieval MODEL --data html.tar                              | html.tar
 eval retrieval MODEL --data packed                                | x.tar.gz
-eval retrieval MODEL --data pairs.tar --captions caption          | caption
 eval retrieval MODEL --data pairs.tar --captions json.nope        | json.nope
 eval probe MODEL --train classes --test broken                    | broken
 eval probe MODEL --train one --test one                           | two training images
@@ -77,10 +71,8 @@ words MODEL --data pairs.tar                                      | pairs.tar
 words MODEL --data pairs.tar --out x.png                          | --image
 words --checkpoint clip.pt --image photo.png                      | clip.pt
 words NONE --image photo.png --window 0                           | --window
-words NONE --image photo.png --k 21                               | --k
 words NONE --image photo.png --out x.txt                          | --out
 words NONE --image photo.png --out photo.png                      | photo.png
-words NONE --image photo.png --json model.pt                      | --json
 search MODEL --images classes                                     | --like
 search MODEL "a text"                                             | --images
 search MODEL --images hollow "a text"                             | hollow
@@ -89,8 +81,6 @@ search MODEL --images classes --like nowhere.png                  | nowhere.png
 search MODEL --images classes --like broken/red/x.png             | broken/red/x.png
 search MODEL --images classes ""                                  | empty
 search MODEL --images classes photo.png                           | repeat --images
-search NONE --images classes "a text"                             | none.pt
-search NONE --images classes "a text" --k 0                       | --k
 search NONE --images classes "a text" --out classes/red/0.png     | classes/red/0.png
 search NONE --images classes "a text" --out link.png              | link.png
 search NONE --images classes --like photo.png --out photo.png     | photo.png
@@ -101,7 +91,6 @@ search --checkpoint clip.pt --images classes x --features cut2.npz | cut2.npz
 report MODEL --data pairs.tar                                     | --out
 report MODEL --data pairs.tar --out x.html --log none.jsonl       | none.jsonl
 report MODEL --data pairs.tar --out x.html --log other.jsonl      | other.jsonl
-report NONE --data pairs.tar --out x.html --n 1                   | --n
 report NONE --data pairs.tar --out model.pt                       | --out
 report NONE --data pairs.tar --out nowhere/x.html                 | nowhere/x.html
 convert none.pt x.pt                                              | none.pt
@@ -119,20 +108,15 @@ pack --csv empty.csv --out x                                      | empty.csv
 pack --csv list.csv --out x                                       | --image_column
 pack --csv list.csv --out x --image_column a                      | --caption_column
 pack --csv list.csv --out x --size -1                             | --size
-pack --csv list.csv --out x --val 1                               | --val
 pack --csv good.csv --out full                                    | full
-show nowhere.tar                                                  | nowhere.tar
 show nowhere.tar --picture x.xyz                                  | x.xyz
 show pairs.tar --picture pairs.tar                                | pairs.tar
 show pairs.tar --vocab two.txt                                    | two.txt
-show pairs.tar --n 0                                              | --n
-vocab nowhere.tar                                                 | nowhere.tar
 vocab pairs.tar --out pairs.tar                                   | --out
 vocab pairs.tar --out folder.tiktoken                             | folder.tiktoken
 vocab pairs.tar --size 514                                        | --size
 vocab silent.tar --out x.tiktoken                                 | txt
 scenes --out classes                                              | classes
-bench data --samples 0                                            | --samples
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {"MODEL": "--checkpoint model.pt --device cpu", "NONE": "--checkpoint none.pt"}

@@ -171,12 +171,8 @@ def test_the_page_shows_its_numbers_and_asks_for_nothing(browser, page, model, p
     assert {url for url in sent if not url.startswith("data:")} == {page.as_uri()}
     assert browser.get_log("browser") == [] and all_of("#x, main b") == []
     assert HOSTILE.split(" \u2028")[0] in all_of("#captions")[0].text
-    # The run: its story, its curves beside those of the reference, its scores.
-    for text in ("tiny model", "40 pairs", "took 30 steps of 4 pairs", "20 s", "commit abc"):
-        assert text in all_of("#story")[0].text
-    titles = [svg.accessible_name for svg in all_of("#curves svg")]
-    assert titles[0].startswith("Contrastive loss: from 2.50 at step 10 to 0.50 at step 30")
-    assert len(titles) == 3 and all("reference run ends at" in title for title in titles)
+    # The run: its curves and its scores.
+    assert len(all_of("#curves svg")) == 3
     scores = " ".join(all_of("#scores")[0].text.split())
     assert "zero-shot held out 70.0 % 10.0 % 35.0 to 70.0 % 10" in scores
     # A word shows its map while it has the focus.

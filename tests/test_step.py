@@ -172,11 +172,9 @@ def test_compiled_equals_eager_and_lengths_of_captions_recompile_little(size, mi
         part = torch.compile(getattr(compiled, name), backend=count[name], fullgraph=True)
         setattr(compiled, name, part)
     for T, T_label in ((16, 32), (32, 32), (16, 48), (48, 16), (32, 64), (16, 16)):
-        results = (
-            step_of(model, micro_batches(size, keep=KEEP, T=T, T_label=T_label), micro)
-            for model in (compiled, eager)
-        )
-        torch.testing.assert_close(*results)
+        shape = {"T": T, "T_label": T_label, "keep": KEEP}
+        both = (step_of(m, micro_batches(size, **shape), micro) for m in (compiled, eager))
+        torch.testing.assert_close(*both)
     runs = 1 + micro  # with gradients, and without them
     assert count["visual"].frame_count == runs and count["pair_loss"].frame_count == 1
     assert max(count[name].frame_count for name in ("text", "word_loss")) <= 2 * runs
@@ -219,10 +217,9 @@ def test_an_update_clips_and_bounds_the_scale_and_the_head_has_a_rate_of_its_own
 
 
 def test_dropped_patches_are_a_function_of_seed_and_step():
-    first, same, *others = (
-        train.patches_to_keep(0.5, 4, N, seed, step, "cpu")
-        for seed, step in ((3, 5), (3, 5), (3, 6), (4, 5))
-    )
+    seeds_and_steps = (3, 5), (3, 5), (3, 6), (4, 5)
+    kept = (train.patches_to_keep(0.5, 4, N, *both, "cpu") for both in seeds_and_steps)
+    first, same, *others = kept
     assert torch.equal(first, same) and not any(torch.equal(first, other) for other in others)
     assert first.shape == (N, P // 2) and all(len({*row}) == P // 2 for row in first.tolist())
     assert train.patches_to_keep(0.0, 4, N, 3, 5, "cpu") is None
