@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -22,8 +23,12 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_signals():
+    """A run leaves its signal handlers behind, and a pool that is forked later could not end."""
     torch.manual_seed(0)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -63,12 +63,8 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_preset_and_own_signals(monkeypatch):
+def small_preset(monkeypatch):
     monkeypatch.setitem(superclip.PRESETS, "tiny", TINY)
-    handlers = [signal.getsignal(number) for number in SIGNALS]
-    yield
-    for number, handler in zip(SIGNALS, handlers):
-        signal.signal(number, handler)
 
 
 def flags(shards, out, *more):
