@@ -32,11 +32,11 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import tarfile
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -304,11 +304,11 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
-        with multiprocessing.Pool(min(os.cpu_count(), len(tasks))) as pool:
-            classes = pool.apply_async(write_classes, (folder,))
-            shards = pool.imap(write, tasks)
+        with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
+            classes = pool.submit(write_classes, folder)
+            shards = pool.map(write, tasks)
             list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
-            classes.get()  # raises what went wrong in there
+            classes.result()  # raises what went wrong in there
         folder.rename(out_dir)
 
 
