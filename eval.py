@@ -306,15 +306,13 @@ def recall(counts, k):
 
 def search_counts(questions, question_label, answers, answer_label):
     """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> the
-    counts (3, Q) of rank_counts, and those of a model for which all answers look the same. Works in
-    chunks, so that the matrix (Q, A) never exists."""
-    counts, guesses, chunk = [], [], max(1, 2**24 // len(answers))  # 64 MB of scores
+    counts (3, Q) of rank_counts. Works in chunks, so that the matrix (Q, A) never exists."""
+    counts, chunk = [], max(1, 2**24 // len(answers))  # 64 MB of scores
     for i in data.progress(range(0, len(questions), chunk), "searching"):
         right = question_label[i : i + chunk, None] == answer_label
         scores = questions[i : i + chunk] @ answers.T
         counts.append(rank_counts(scores, right).cpu())
-        guesses.append(rank_counts(torch.zeros_like(scores), right).cpu())
-    return torch.cat(counts, dim=1), torch.cat(guesses, dim=1)
+    return torch.cat(counts, dim=1)
 
 
 def mean_by_image(hits, image):
@@ -334,11 +332,12 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     images = image_features, torch.arange(len(image_features), device=owner.device)
     texts, result = (text_features, owner), {}
     for way, asked, given in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        counts = search_counts(*asked, *given)
+        right = torch.bincount(given[1], minlength=len(image_features))[asked[1]].cpu()  # (Q,)
+        # of a model for which all answers look the same
+        all_tie = torch.stack([0 * right, len(given[1]) - right, right])
+        counts = search_counts(*asked, *given), all_tie
         found = {k: [mean_by_image(recall(x, k), asked[1].cpu()) for x in counts] for k in ks}
-        result[way] = {
-            f"R@{k}": score(hits, guesses.mean()) for k, (hits, guesses) in found.items()
-        }
+        result[way] = {f"R@{k}": score(hits, luck.mean()) for k, (hits, luck) in found.items()}
     return result
 
 
@@ -367,7 +366,7 @@ def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size
     classifier, C = zeroshot_classifier(model, tokenizer, classes, templates), len(classes)
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
     labels, numbers = torch.tensor(labels), torch.arange(C).to(classifier.device)
-    counts, _ = search_counts(features, labels.to(classifier.device), classifier, numbers)
+    counts = search_counts(features, labels.to(classifier.device), classifier, numbers)
     result = {f"top{k}": score(recall(counts, k), k / C) for k in (1, 5) if k == 1 or k < C}
     # A list, not a dict, because two of ImageNet's classes have the same name.
     hits = [(name, recall(counts[:, labels == c], 1)) for c, name in enumerate(classes)]

@@ -386,7 +386,7 @@ def fingerprint(pairs):
 # The log
 
 
-def describe(args, model, pairs, steps, dtype, device):
+def describe(args, model, pairs, data_print, steps, dtype, device):
     """Print what this run is, and return the header of its log, without which no number in the
     rows that follow means anything."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
@@ -396,7 +396,7 @@ def describe(args, model, pairs, steps, dtype, device):
     header |= {"steps": steps, "steps_per_epoch": len(pairs) // N, "batch_size": N}
     header |= {"processes": WORLD, "dtype": dtype, "torch": torch.__version__, "device": name}
     header |= {"commit": subprocess.getoutput(git)}
-    header |= {"date": time.strftime("%Y-%m-%d %H:%M"), "data_fingerprint": fingerprint(pairs)}
+    header |= {"date": time.strftime("%Y-%m-%d %H:%M"), "data_fingerprint": data_print}
     print(", ".join(f"{name} {value}" for name, value in header.items()))
     if pairs.unused:
         print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
@@ -572,7 +572,7 @@ def train(args, saved, start_from, tokenizer):
     step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)
     check(step <= steps, f"--resume: step {step} is past --steps {steps}")
     batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
-    header = describe(args, model, pairs, steps, dtype, device)
+    header = describe(args, model, pairs, prints[0], steps, dtype, device)
     log, asked_to_stop = Log(args, header, step), listen_for_signals()
     out_dir, score = Path(args.out_dir), best
     counts = [x.clone() for x in model.buffers()]  # as they were after the last whole step

@@ -193,7 +193,7 @@ def write_shard(number, samples, file):
             add_member(tar, key + ".json", json.dumps(fields).encode())
 
 
-def images_in(shards):
+def packed_images(shards):
     """The names of all images that these shards hold."""
     pairs = data.Pairs(shards, None, 0)
     return {json.loads(pairs.read(row, data.JSON))["image"] for row in pairs.index.tolist()}
@@ -261,7 +261,7 @@ def main(argv):
     same = record.is_file() and record.read_bytes() == recipe
     check(same or not shards, f"{args.out} has shards of another list or other options")
     data.write_file(record, lambda file: file.write(recipe))
-    packed = images_in(shards) if shards else ()
+    packed = packed_images(shards) if shards else ()
     todo = {image: rows for image, rows in samples.items() if image not in packed}
     print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
     make_shards(args, todo, bad)
