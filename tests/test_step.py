@@ -99,7 +99,7 @@ def test_plain_micro_batches_one_process_and_two_give_the_same_gradients(tmp_pat
     torch.multiprocessing.start_processes(run_process, (tmp_path,), 2, start_method="forkserver")
     one, two = run_cases(0, 1), [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for case in CASES:
-        losses, gradients, counts = one[*case[:2], False]
+        losses, gradients, counts = one[(*case[:2], False)]
         for results in (one, *two):
             assert_same_gradients(results[case][1], gradients)
             torch.testing.assert_close(results[case][2], counts, rtol=0, atol=0)
