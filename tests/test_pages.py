@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ say stays true."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from docs.notebook import notebook
+
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+TUTORIAL_NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 README, TUTORIAL = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "tutorial.md"]
 STUDY = (ROOT / "study" / "results.md").read_text()
 # Python blocks of the tutorial, each with the text block that follows at once.
@@ -25,6 +29,14 @@ def test_every_function_that_a_table_names_is_there():
     assert len(named) >= 16
     sources = {file: (ROOT / file).read_text() for file, _ in named}
     assert [x for x in named if not re.search(rf"(def|class) {x[1]}\b", sources[x[0]])] == []
+
+
+def test_the_notebook_is_that_of_the_tutorial():
+    assert TUTORIAL_NOTEBOOK.read_text() == notebook(TUTORIAL), "run python -m docs.notebook"
+    cells = json.loads(TUTORIAL_NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    printed = [cell["outputs"][0]["text"] for cell in code if cell["outputs"]]
+    assert printed == [text for _, text in BLOCKS if text]
 
 
 def test_every_flag_and_module_that_a_page_names_exists():
