@@ -24,6 +24,7 @@ Axes: N images, E embedding, Q searches, S pixels a side.
 
 import argparse
 import hashlib
+import math
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -44,6 +45,7 @@ from superclip import InputError, check, cli, number
 # An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
 # are equal in all of that have the same content, so they are encoded once.
 Entry = namedtuple("Entry", "file name offset size mtime")
+RARE = 10  # captions in training: a word of fewer is hardly known
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
@@ -54,16 +56,25 @@ def file_entries(paths, out):
         yield Entry(name, name, 0, stat.st_size, stat.st_mtime_ns)
 
 
-def shard_entries(shards):
-    """list of shards -> entries of all their images, with or without captions. Raises
-    InputError."""
-    pairs = data.Pairs(shards, tokenizer=None, image_size=None)  # for its index and keys alone
+def shard_entries(pairs):
+    """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
+    its row of the index}."""
     print(f"parts of shards not used: {len(pairs.unused):,} (python -m scripts.show says why)")
     files = [(os.path.abspath(shard), os.stat(shard).st_mtime_ns) for shard in pairs.shards]
+    entries = {}
     for row in pairs.index.tolist():
         file, mtime = files[row[0]]
         offset, size = row[data.IMAGE] * data.BLOCK, row[data.IMAGE + 1]
-        yield Entry(file, f"{file}:{pairs.key(row)}", offset, size, mtime)
+        entries[Entry(file, f"{file}:{pairs.key(row)}", offset, size, mtime)] = row
+    return entries
+
+
+def caption(pairs, row):
+    """The first caption of an image in shards, or an empty text if it has none."""
+    try:
+        return pairs.texts(row, "txt")[0]
+    except (data.BadSample, OSError):
+        return ""
 
 
 class Images(Dataset):
@@ -126,6 +137,19 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
     return features
 
 
+def rare_words(model, tokenizer, text):
+    """The words of a text that the model has met in fewer than RARE captions, as a list of (word,
+    captions). Only a vocabulary of whole words can tell. It spells an unknown word in bytes."""
+    rare = []
+    for word in data.WORD.findall(data.clean(text)) if tokenizer.pattern is data.WORD else ():
+        ids = tokenizer.encode(word)
+        is_word = any(map(str.isalnum, word))
+        counted = model.head is not None and len(ids) == 1
+        seen = int(model.token_counts[ids[0]]) if counted else RARE * (len(ids) == 1)
+        rare += [(word, seen)] * (is_word and seen < RARE)
+    return rare
+
+
 # -----------------------------------------------------------------------------
 # The picture
 
@@ -176,7 +200,10 @@ def main(argv):
     wrong = [text for text in args.texts if not text.strip() or os.path.exists(text)]
     check(not wrong, f"texts must not be empty or files (repeat --images for each file): {wrong}")
     like, entries = ([*file_entries(paths, args.out)] for paths in (args.like, args.images))
-    entries += shard_entries(data.expand(args.data)) if args.data else []
+    # No tokenizer and no size, because the index, keys and captions are all that is needed here.
+    pairs = data.Pairs(data.expand(args.data), None, None) if args.data else None
+    rows = shard_entries(pairs) if pairs else {}
+    entries += rows
     checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
     queries = find_features(model, like, workers=0) if like else {}  # entry or text -> feature
@@ -186,14 +213,22 @@ def main(argv):
     entries, vectors = zip(*features.items())
     scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
     print(f"{len(entries):,} images; scores are cosine similarities")
+    for word, n in {word for text in args.texts for word in rare_words(model, tokenizer, text)}:
+        print(data.printable(f"the model has met {word!r} in {n} captions"))
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)
         print("\n" + data.printable(query if is_text else f"like {query.name.removeprefix(here)}"))
         blocks.append([(query, "" if is_text else "like this")])
-        for i in row.argsort(descending=True, stable=True)[: args.k].tolist():
-            print(f"{row[i]:8.3f}  {data.printable(entries[i].name.removeprefix(here))}")
-            blocks[-1].append((entries[i], f"{row[i]:.3f} {os.path.basename(entries[i].name)}"))
+        # An image would find itself and its copies, which are of no use to anybody.
+        row = row if is_text else row.masked_fill(row > 1 - 1e-5, -math.inf)
+        best = row.argsort(descending=True, stable=True)[: args.k].tolist()
+        for i in best[: int(row.isfinite().sum())]:
+            title = caption(pairs, rows[entries[i]]) if entries[i] in rows else ""
+            name = f"{entries[i].name.removeprefix(here)}  {title}".rstrip()
+            print(f"{row[i]:8.3f}  {data.printable(name)}")
+            title = title or os.path.basename(entries[i].name)
+            blocks[-1].append((entries[i], f"{row[i]:.3f} {title}"))
     if args.out:
         draw(blocks, args.out)
         print(f"\nwrote {args.out}")
