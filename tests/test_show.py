@@ -85,6 +85,15 @@ def test_shards_without_any_caption_and_names_that_are_not_utf8(folder, capsys):
     printed.encode()
 
 
+def test_what_validation_shares_with_training_is_counted(folder, capsys):
+    """An image counts if its bytes are equal, a caption if its words are."""
+    other = png(COLOURS["blue"], np.random.default_rng(1))
+    path = write_shard(folder / "0.tar", captioned("a red dog", "a dog"))
+    both = [{"png": PNG, "txt": b"A RED  dog"}, {"png": other, "txt": b"a red dog"}]
+    val = write_shard(folder / "1.tar", [*both, {"png": other, "txt": b"a cat"}])
+    assert "1 of 3 images and the captions of 2\n" in printed_by(capsys, path, "--val_data", val)
+
+
 def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
     captions = ["A red dog", "a Red dog!!", "the dog's red ball", "a dog"]
     path = write_shard(tmp_path / "0.tar", [*captioned(*captions), {"png": PNG, "txt": b"\xff"}])
