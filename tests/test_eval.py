@@ -104,7 +104,7 @@ def test_retrieval_by_hand():
     assert values(result, "image_to_text", 1, 2, 3, 4) == pytest.approx([1 / 3, 1 / 3, 5 / 6, 1])
     # Captions 0..5 find their image at rank 1, 3, 1, 3, 3, 1 (by column).
     assert values(result, "text_to_image", 1, 2, 3) == pytest.approx([1 / 2, 1 / 2, 1])
-    assert evaluation.mean_r1(result) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert evaluation.mean_r1(result)[0] == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 def test_equal_features_score_exactly_chance_and_features_of_nan_nothing():
@@ -120,7 +120,7 @@ def test_equal_features_score_exactly_chance_and_features_of_nan_nothing():
                 s = result[way][f"R@{k}"]
                 assert s["value"] == s["chance"] == pytest.approx(chance)
     nan = torch.full((20, 4), math.nan)
-    assert evaluation.mean_r1(evaluation.retrieval(nan, nan, torch.arange(20))) == 0
+    assert evaluation.mean_r1(evaluation.retrieval(nan, nan, torch.arange(20)))[0] == 0
 
 
 def test_chunks_change_nothing():
@@ -207,6 +207,7 @@ def test_zeroshot_by_hand(folders, capsys):
     result = evaluation.zeroshot(Colours(), TOKENIZER, dataset, ["blue", "red", "green", "red"])
     per_class = [(part["name"], round(part["value"], 6), part["n"]) for part in result["per_class"]]
     assert per_class == [("blue", 0.8, 5), ("red", 0.5, 1), ("green", 1, 3), ("red", 0.5, 3)]
+    assert [part["mistaken_for"] for part in result["per_class"]][::2] == ["red", None]
     assert result["top1"]["value"] == pytest.approx((4 + 0.5 + 3 + 1.5) / 12)
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
 
@@ -235,10 +236,10 @@ def test_commands_print_every_score_that_they_write(folders, checkpoint, tmp_pat
         ("zeroshot", ["--images", folders, "--classes", names], 4),
         ("zeroshot", ["--images", folders, "--templates", tmp_path / "prompts.txt"], 4),
         ("retrieval", ["--data", shard, "--batch_size", 5], 6),
-        ("probe", ["--train", folders, "--test", folders], 2),
+        ("probe", ["--train", folders, "--test", folders], 4),
     ):
         result, printed = result_of(capsys, evaluation.main, path, command, *argv, *more)
         assert path.read_text().count('"interval"') == printed.count("interval") == n_scores
     # Colours are easy, and these are the images of its training.
-    assert evaluation.line("linear probe patch mean", result["patch mean"]) in printed
+    assert evaluation.line("patch mean", result["patch mean"]) in printed
     assert result["patch mean"]["value"] == 1 and result["patch mean"]["n"] == 12

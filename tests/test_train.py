@@ -1,6 +1,7 @@
 """Training: the same result however a run is cut up, interrupted or spread over processes, and
 nothing lost whatever happens to it."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -290,6 +291,32 @@ def test_init_from_scores_the_checkpoint_first_and_goes_on_from_it(whole, shards
     assert after["model"]["num_captions"] == before["model"]["num_captions"] + 12 * 16
     first, *_ = rows(tmp_path / "out", "validation")
     assert first["step"] == 0 and first["mean_r1"] == before["mean_r1"]
+
+
+@pytest.mark.parametrize("tower, more", [("image", ()), ("text", ("--micro_batch_size", 4))])
+def test_a_frozen_tower_keeps_its_weights(whole, shards, tmp_path, tower, more):
+    """With its projection, and without optimizer state. All else is trained, the head, too."""
+    start = whole / "best.pt"
+    train.main(fine_tuning(shards, tmp_path / "out", start, "--freeze", tower, *more))
+    before, after = checkpoint(whole, "best.pt")["model"], checkpoint(tmp_path / "out")
+    frozen = [
+        name for name in before if name.startswith({"image": "visual.", "text": "text."}[tower])
+    ]
+    assert frozen == [name for name in before if torch.equal(before[name], after["model"][name])]
+    counts = ("token_counts", "num_captions")
+    assert len(after["optimizer"]["state"]) == len(before) - len(frozen) - len(counts)
+
+
+def test_the_last_model_is_named_unless_an_earlier_one_is_reliably_better(capsys):
+    args = argparse.Namespace(out_dir="out", val_data=None)
+    for best, last, name in (
+        (0.5, {"mean_r1": 0.5, "at_most": 0.6}, "best.pt"),  # it is the last one
+        (0.5, {"mean_r1": 0.4, "at_most": 0.6}, "last.pt"),  # within the interval of the last one
+        (0.5, {"mean_r1": 0.3, "at_most": 0.4}, "best.pt"),
+        (-1.0, {}, "last.pt"),  # without validation pairs there is no best
+    ):
+        train.print_next(args, best, last)
+        assert f"--checkpoint out/{name}" in capsys.readouterr().out
 
 
 def test_a_head_may_come_and_go(whole, shards, tmp_path):
