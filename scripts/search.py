@@ -45,7 +45,7 @@ from superclip import InputError, check, cli, number
 # An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
 # are equal in all of that have the same content, so they are encoded once.
 Entry = namedtuple("Entry", "file name offset size mtime")
-RARE = 10  # captions in training: a word of fewer is hardly known
+RARE = 2e-4  # of the captions in training: a word of fewer is hardly known
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
@@ -138,15 +138,18 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
 
 
 def rare_words(model, tokenizer, text):
-    """The words of a text that the model has met in fewer than RARE captions, as a list of (word,
-    captions). Only a vocabulary of whole words can tell. It spells an unknown word in bytes."""
-    rare = []
-    for word in data.WORD.findall(data.clean(text)) if tokenizer.pattern is data.WORD else ():
+    """The words of a text that the model hardly knows, as a list of (word, in how many captions of
+    its training it was). Only a vocabulary of whole words can tell: an unknown word is spelt."""
+    if tokenizer.pattern is not data.WORD:
+        return []
+    # Plain CLIP counts nothing, and knows of a word only whether its vocabulary has it.
+    counts = torch.ones(tokenizer.vocab_size) if model.head is None else model.token_counts
+    n, rare = 1 if model.head is None else int(model.num_captions), []
+    for word in data.WORD.findall(data.clean(text)):
         ids = tokenizer.encode(word)
-        is_word = any(map(str.isalnum, word))
-        counted = model.head is not None and len(ids) == 1
-        seen = int(model.token_counts[ids[0]]) if counted else RARE * (len(ids) == 1)
-        rare += [(word, seen)] * (is_word and seen < RARE)
+        seen = int(counts[ids[0]]) if len(ids) == 1 else 0
+        if seen <= RARE * n and any(map(str.isalnum, word)):
+            rare.append((word, seen))
     return rare
 
 
@@ -214,7 +217,11 @@ def main(argv):
     scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
     print(f"{len(entries):,} images; scores are cosine similarities")
     for word, n in {word for text in args.texts for word in rare_words(model, tokenizer, text)}:
-        print(data.printable(f"the model has met {word!r} in {n} captions"))
+        print(
+            data.printable(
+                f"{word!r} was in {n} captions of the training: the model hardly knows it"
+            )
+        )
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)

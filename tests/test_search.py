@@ -135,13 +135,14 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
 
 
 def test_words_that_the_model_hardly_knows_are_named():
-    """By hand: the head has met "red" in 9 captions, "blue" in 10, and has no token for "teal"."""
+    """By hand: of 50,000 captions "red" was in 10 and "blue" in 11. No token is "teal"."""
     model = make_model()
-    counts = {"red": 9, "blue": 10}
+    model.num_captions += 50_000
+    counts = {"red": 10, "blue": 11}
     for word, n in counts.items():
         model.token_counts[TOKENIZER.encode(word)] = n
     assert search.rare_words(model, TOKENIZER, "Red blue, teal") == [
-        ("red", 9),
+        ("red", 10),
         ("teal", 0),
     ]
     clip = make_model(cls_weight=0)  # which counts no words
