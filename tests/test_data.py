@@ -204,22 +204,6 @@ def test_the_order_is_a_pure_function_with_every_sample_once_an_epoch():
     assert batch_indices(103, 10, 8, 0) != steps[0]
 
 
-@pytest.mark.parametrize("world, micro", [(1, 600), (1, 300), (2, 300), (2, 100), (3, 50), (3, 1)])
-def test_small_batches_share_the_global_batch_and_stay_inside_micro_batches(world, micro):
-    n, B, local = 2000, 600, 600 // world
-    shares = []
-    for rank in range(world):
-        share = slice(rank * local, (rank + 1) * local)
-        parts = list(data.small_batches(n, B, share, micro, seed=3, start=2, stop=5))
-        shares.append(sum(parts, []))
-        ends = np.cumsum([len(part) for part in parts])
-        for part, end in zip(parts, ends):
-            assert 0 < len(part) <= 64 and (end - len(part)) // micro == (end - 1) // micro
-    for step in range(3):
-        batch = [share[step * local : (step + 1) * local] for share in shares]
-        assert sum(batch, []) == batch_indices(n, B, 3, step + 2)
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
 def test_joined_batches_equal_the_collated_whole(tmp_path, monkeypatch, workers, start):
@@ -423,13 +407,6 @@ def test_a_bad_sample_is_named_and_another_one_replaces_it(tmp_path, members, so
     for named, key, reason in replaced + pairs.unused:
         assert (named, key) == (path, "x") and reason and "0x" not in reason  # no address in memory
     assert replaced or len(pairs) == 1
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    data.write_file(tmp_path / "some file", lambda file: file.write(b"first"))
-    with pytest.raises(ZeroDivisionError):
-        data.write_file(tmp_path / "some file", lambda file: file.write(b"half of it") / 0)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
 
 
 def test_control_characters_are_printed_as_escapes():

@@ -529,6 +529,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(shards, start
     code, printed = finish(start(with_little_disk, output, flags(shards, out, "--resume")), output)
     assert code == 2 and "last.pt" in printed and "Traceback" not in printed
     assert (out / "last.pt").read_bytes() == before
+    assert {path.name for path in out.iterdir()} <= {"last.pt", "best.pt", "log.jsonl"}
     assert rows(out, "loss")[-1]["step"] == 12  # it went on to the end
 
 
