@@ -120,18 +120,7 @@ def test_cls_weight_0_is_exactly_clip():
         clip.class_logits(images)
 
 
-# ---- sizes, against the paper and open_clip
-
-
-@pytest.mark.parametrize(
-    "name, total, share", [("ViT-B-16", 187_617_025, 0.25), ("ViT-L-16", 478_384_641, 0.12)]
-)
-def test_parameter_counts_are_the_papers(name, total, share):
-    """share: of the head, in the parameters of CLIP."""
-    with torch.device("meta"):
-        model = SuperCLIP(SuperCLIPConfig(**PRESETS[name]))
-    whole, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.head))
-    assert whole == total and head / (whole - head) == pytest.approx(share, abs=0.005)
+# ---- sizes, against open_clip
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from material import run, write_shard
-from PIL import Image, ImageFont
+from PIL import Image
 
 import eval as evaluation
 from scripts import search
-from scripts.pictures import GAP, wrap
+from scripts.pictures import GAP
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -130,15 +130,6 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
     assert encoded() == 1
     monkeypatch.chdir(folders.parent)
     assert encoded("classes") == 0
-
-
-def test_text_stays_in_its_cell():
-    font = ImageFont.load_default(15)
-    for text in ("a dog", "a dog " * 20, "x" * 500, "WWW" * 9 + " ill"):
-        lines, words = wrap(text, font, 180, lines=4), text.replace(" ", "")
-        shown = "".join(lines).replace(" ", "")
-        assert shown == words or (len(lines), shown) == (4, words[: len(shown) - 1] + "…")
-        assert all(font.getlength(line) <= 180 for line in lines)
 
 
 def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, capsys):
