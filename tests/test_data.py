@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from material import photo, write_tar
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
@@ -30,12 +31,6 @@ WORDS = "a red green blue dog cat runs sits on the grass".split()
 TOKENIZER = Tokenizer(words_to_tiktoken(WORDS), context_length=32)
 
 
-def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
-    """A smooth random picture, so that JPEG and resizing change it little."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.BICUBIC).convert(mode)
-
-
 def encoded(image, format="JPEG", **options):
     out = io.BytesIO()
     image.save(out, format, **options)
@@ -43,19 +38,6 @@ def encoded(image, format="JPEG", **options):
 
 
 JPEG = encoded(photo(0))
-
-
-def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """members: list of (name, content as bytes, or a type of member that has no content)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if content in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-                info.type, info.linkname, content = content, "a.jpg", b""
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return str(path)
 
 
 def good(key, seed=0):
@@ -71,6 +53,7 @@ def shard(path, n, start=0):
 
 def test_expand_takes_paths_folders_globs_and_braces_and_each_shard_once(tmp_path, monkeypatch):
     folder = tmp_path / "my, dätä [1]"
+    folder.mkdir()
     paths = [shard(folder / f"a b-{i:02d}.tar", 1) for i in range(3)]
     for no_shard in ("a.tar.part", "b.tar.aria2", "a.tar.md5", "x.gz"):
         (folder / no_shard).touch()

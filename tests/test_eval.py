@@ -143,7 +143,7 @@ def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
         image = png(COLOURS[name], np.random.default_rng(i)) if name != "grey" else b"no image"
         texts = json.dumps({"captions": [name, f"a {name} thing"]}).encode()
         samples.append({"png": image, "txt": name.encode(), "json": texts})
-    shard = str(write_shard(tmp_path / "x.tar", samples))
+    shard = write_shard(tmp_path / "x.tar", samples)
     model = make_model().requires_grad_(False)
     pairs = data.Pairs([shard], TOKENIZER, 16, ["json.captions", "txt", "json.captions"])
     images, texts, owner = evaluation.encode_shards(model, pairs, batch_size=2)

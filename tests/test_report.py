@@ -37,7 +37,7 @@ def pairs(tmp_path_factory):
     pictures = (png(colour, np.random.default_rng(i)) for i, colour in enumerate(colours))
     samples = [{"png": p, "txt": c.encode()} for p, c in zip(pictures, CAPTIONS)]
     path = write_shard(tmp_path_factory.mktemp("report") / "val.tar", samples)
-    return data.Pairs([str(path)], TOKENIZER, 16)
+    return data.Pairs([path], TOKENIZER, 16)
 
 
 def score(value):

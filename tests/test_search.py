@@ -67,7 +67,7 @@ def test_shards_and_folders_are_searched_together(folders, checkpoint, tmp_path,
     each image is, and Python can read it."""
     files = [folders / name / "0.png" for name in ("red", "green")]
     samples = [{"png": files[0].read_bytes(), "txt": b"red"}, {"png": files[1].read_bytes()}]
-    shards = [str(write_shard(tmp_path / f"{i}.tar", samples)) for i in (0, 1)]
+    shards = [write_shard(tmp_path / f"{i}.tar", samples) for i in (0, 1)]
     argv = ["--checkpoint", checkpoint, "--data", tmp_path / "{0..1}.tar", "--features"]
     argv += [tmp_path / "x.npz", "--images", folders / "blue", "--images", folders / "blue/0.png"]
     _, [hits] = found(capsys, *argv, TEXTS[0])
