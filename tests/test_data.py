@@ -390,10 +390,3 @@ def test_a_bad_sample_is_named_and_another_one_replaces_it(tmp_path, members, so
     for named, key, reason in replaced + pairs.unused:
         assert (named, key) == (path, "x") and reason and "0x" not in reason  # no address in memory
     assert replaced or len(pairs) == 1
-
-
-def test_control_characters_are_printed_as_escapes():
-    text = "\x1b[31m\r\n\x9b2J \u202egpj.\x00 \udce9"
-    assert data.printable(text) == r"\x1b[31m\r\n\x9b2J \u202egpj.\x00 \udce9"
-    for text in ("größe 日本 👩‍👩‍👧 a\u0301 \\x1b", ""):
-        assert data.printable(text) == text

@@ -88,12 +88,14 @@ def test_broken_images_are_skipped_and_odd_names_are_not(folders, checkpoint, tm
     broken = [folders / "red" / f"{i}.png" for i in range(3)]
     for path, content in zip(broken, (b"no image", b"", b"\x89PNG\r\n\x1a\n")):
         path.write_bytes(content)
-    os.rename(folders / "red" / "3.png", os.fsencode(folders) + b"/\xff.png")
+    os.rename(
+        folders / "red" / "3.png", os.fsencode(folders) + b"/\x1b\xe2\x80\xae\xff \xc3\xa9.png"
+    )
     argv = ["--checkpoint", checkpoint, "--images", folders, "--features", tmp_path / "x.npz"]
     for _ in range(2):  # the second time there is nothing new but broken images
         printed, [hits] = found(capsys, *argv, TEXTS[0], "--out", tmp_path / "x.png")
         assert all(printed.count(f"skipped {name}: ") == 1 for name in broken)
-        assert rf"{folders}/\udcff.png" in printed and len(hits) == 9
+        assert rf"{folders}/\x1b\u202e\udcff é.png" in printed and len(hits) == 9
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, monkeypatch):
@@ -101,12 +103,12 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
     model, _, _ = evaluation.load(checkpoint)
     kept, photo, batches = tmp_path / "x.npz", folders / "red/1.png", []
 
-    def interrupt(*_):
+    def count(*_):
+        batches.append(1)
         if len(batches) == 11:
             raise KeyboardInterrupt
 
-    model.visual.register_forward_hook(lambda *_: batches.append(1))
-    hook = model.visual.register_forward_hook(interrupt)
+    model.visual.register_forward_hook(count)
 
     def encoded(images=folders):
         """Find the features of all images -> how many of them are encoded."""
@@ -119,7 +121,6 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         encoded()
-    hook.remove()
     assert encoded() == 2 and encoded() == 0
     for colour in ("red", "blue"):  # the second edit keeps the size
         Image.new("RGB", (20, 20), colour).save(photo, compress_level=0)
