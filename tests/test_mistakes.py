@@ -16,10 +16,8 @@ from scripts import bench, convert, pack, report, scenes, search, show, vocab, w
 from scripts.vocab import words_to_tiktoken
 from superclip import cli
 
-COMMANDS = {"train": train.main, "eval": evaluation.main, "words": words.main}
-COMMANDS["search"] = search.main
-COMMANDS |= {"report": report.main, "convert": convert.main, "pack": pack.main, "show": show.main}
-COMMANDS |= {"vocab": vocab.main, "scenes": scenes.main, "bench": bench.main}
+MODULES = train, evaluation, bench, convert, pack, report, scenes, search, show, vocab, words
+COMMANDS = {module.__name__.removeprefix("scripts."): module.main for module in MODULES}
 
 # A command with its arguments, and what the message must name. Options are checked before any work
 # is done: that the checkpoint is none.pt is not noticed then.
@@ -69,13 +67,10 @@ words NONE --image photo.png --out photo.png                      | photo.png
 search MODEL --images classes                                     | --like
 search MODEL "a text"                                             | --images
 search MODEL --images hollow "a text"                             | hollow
-search MODEL --images classes --like nowhere.png                  | nowhere.png
 search MODEL --images classes --like broken/red/x.png             | broken/red/x.png
 search MODEL --images classes ""                                  | empty
 search MODEL --images classes photo.png                           | repeat --images
-search NONE --images classes "a text" --out classes/red/0.png     | classes/red/0.png
 search NONE --images classes "a text" --out link.png              | link.png
-search NONE --images classes --like photo.png --out photo.png     | photo.png
 search NONE --images classes "a text" --features x.npy            | --features
 search MODEL --images classes "a text" --features cut.npz         | cut.npz
 search MODEL --images classes "a text" --features clip.npz        | clip.npz
@@ -89,7 +84,6 @@ convert model.pt nowhere/x.pt                                     | nowhere/x.pt
 convert model.pt x.json --to open_clip                            | x.json
 convert model.pt x.safetensors                                    | x.safetensors
 convert model.pt x.pt --vocab clip                                | --vocab
-convert model.pt model.pt                                         | model.pt
 convert model.pt link.pt --to open_clip                           | model.pt
 pack --csv empty.csv --out x                                      | empty.csv
 pack --csv list.csv --out x                                       | --image_column
