@@ -6,17 +6,10 @@ import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
-from material import TINY
+from material import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from superclip import (
-    PAD,
-    SuperCLIP,
-    SuperCLIPConfig,
-    classification_loss,
-    contrastive_loss,
-    sigmoid_loss,
-)
+from superclip import PAD, classification_loss, contrastive_loss, sigmoid_loss
 
 V, START, END = 12, 10, 11
 CAPTIONS = torch.tensor(
@@ -27,10 +20,6 @@ CAPTIONS = torch.tensor(
     ]
 )
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def small(**changes):
-    return SuperCLIP(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
 
 
 def same_value_and_gradients(ours, theirs, inputs):
@@ -53,11 +42,8 @@ class Made(TorchDispatchMode):
         return out
 
 
-# ---- token statistics
-
-
 def test_counts_and_weights_by_hand():
-    model = small()
+    model = make_model(vocab_size=V).train()
     model(IMAGES, CAPTIONS)
     assert model.num_captions.item() == 3
     # of captions, not of tokens; of padding never; start and end last
@@ -78,7 +64,7 @@ def test_counts_and_weights_by_hand():
 
 def test_a_word_beyond_the_context_counts_and_is_learned():
     """Word 9 stands behind the 8 tokens of the context, in the caption for the label alone."""
-    model = small(context_length=8)
+    model = make_model(vocab_size=V, context_length=8).train()
     model.num_captions += 1  # or each of its words were in all captions, and would weigh nothing
     tokens = torch.tensor([[START, 1, 1, 1, 1, 1, 1, END]])
     labels = torch.tensor([[START, 1, 1, 1, 1, 1, 1, 1, 1, 9, END]])
@@ -86,9 +72,6 @@ def test_a_word_beyond_the_context_counts_and_is_learned():
     assert model.token_counts[9].item() == 1
     bias_grad = model.head.linear.bias.grad
     assert bias_grad[9] < 0 < bias_grad[8]  # a step raises the logit of 9, and lowers that of 8
-
-
-# ---- classification loss
 
 
 def test_classification_loss_equals_the_dense_formula():
@@ -115,9 +98,6 @@ def test_no_dense_label_is_made_nor_anything_of_its_size_kept():
     assert made.tensors and max(x.numel() for x in made.tensors) < B * V
     large = [x for x in kept if x.numel() >= B * V]
     assert large and {x.data_ptr() for x in large} == {logits.data_ptr()}
-
-
-# ---- contrastive losses
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])

@@ -14,20 +14,13 @@ from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig
 V, END = 60, 59
 
 
-# ---- the towers
-
-
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_small_towers_equal_open_clips(quick_gelu):
-    """With captions of 10 tokens and of the whole context. With the other GELU they differ."""
+    """With captions of 10 tokens and of the whole context."""
     model = small(quick_gelu=quick_gelu, text_heads=4)
     other = open_clip_of(model)
     same_features(model, other)
     same_features(model, other, T=16)
-    wrong = small(quick_gelu=not quick_gelu, text_heads=4)
-    wrong.load_state_dict(model.state_dict())
-    with pytest.raises(AssertionError):
-        same_features(wrong, other)
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
@@ -79,9 +72,6 @@ def test_the_residual_stream_has_one_dtype_under_autocast(monkeypatch):
     assert dtypes == [torch.bfloat16] * 24  # 4 blocks, 3 modules, input and output
 
 
-# ---- the word head
-
-
 def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
     """Logits against the formula: linear(layer_norm(mean of the kept patches))."""
     model = small()
@@ -108,9 +98,6 @@ def test_cls_weight_0_is_exactly_clip():
     assert torch.equal(out["loss"], superclip(images, tokens)["contrastive_loss"])
     with pytest.raises(InputError, match="cls_weight 0"):
         clip.class_logits(images)
-
-
-# ---- sizes, against open_clip
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))

@@ -29,9 +29,6 @@ TIMES = ("images_per_second", "data_wait", "memory_gb")  # what may differ betwe
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
-# ---- material
-
-
 def sample(i):
     """A noisy square of one colour. Every seventh caption is long: 32 columns of tokens, not 16."""
     name = list(COLOURS)[i % 4]
@@ -383,7 +380,7 @@ def test_if_one_process_dies_the_other_saves_its_last_whole_step(start_two, shar
     assert content["step"] == 5 and content["model"]["num_captions"] == 5 * 16
 
 
-# ---- killed and stopped
+# ---- killed, stopped, and failures outside the step
 
 
 def slowly(argv):
@@ -468,9 +465,6 @@ def test_a_fine_tuning_can_be_killed_as_it_scores_its_start(whole, shards, start
     process.join()
     train.main([*argv, "--resume"])
     assert [row["step"] for row in rows(out, "validation")] == [0, 4, 8, 12]
-
-
-# ---- failures outside the step
 
 
 @pytest.mark.parametrize("failure", ["a loading process is killed", "a folder disappears"])
