@@ -1,6 +1,7 @@
 """Training: the same result however a run is cut up, interrupted or spread over processes, and
 nothing lost whatever happens to it."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,7 +41,7 @@ def sample(i):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Training, validation and bad shards with their vocabulary, and folders of classes."""
+    """Training, validation and bad shards with their vocabulary."""
     folder = tmp_path_factory.mktemp("shards")
     write_shard(folder / "train-0.tar", map(sample, range(40)))
     write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70: no multiple of a batch
@@ -53,10 +54,6 @@ def shards(tmp_path_factory):
     write_shard(folder / "bad-0.tar", bad)
     words = "a red green blue grey square thing and nothing else on it".split()
     (folder / "vocab.tiktoken").write_text(words_to_tiktoken(words))
-    for c, name in enumerate(("red", "green", "blue")):
-        (folder / "classes" / name).mkdir(parents=True)
-        image = png(COLOURS[name], np.random.default_rng(c))
-        (folder / "classes" / name / "0.png").write_bytes(image)
     return folder
 
 
@@ -219,13 +216,14 @@ def test_best_pt_is_the_model_of_the_best_validation(shards, tmp_path):
         ["--dtype", "bfloat16", "--label_captions", "json.captions", "--val_data", "none"],
     ],
 )
-def test_other_ways_to_train(shards, tmp_path, more):
+def test_other_ways_to_train(shards, folders, tmp_path, more):
     """Zero-shot is scored at every validation, also without validation pairs."""
-    folder = f"{shards}/classes"
-    train.main(flags(shards, tmp_path, "--steps", 8, "--zeroshot_data", folder, *more))
+    train.main(flags(shards, tmp_path, "--steps", 8, "--zeroshot_data", folders, *more))
     validations = rows(tmp_path, "validation")
     assert [row["step"] for row in validations] == [4, 8]
-    assert all(row["zeroshot"][folder]["chance"] == pytest.approx(1 / 3) for row in validations)
+    assert all(
+        row["zeroshot"][str(folders)]["chance"] == pytest.approx(1 / 3) for row in validations
+    )
     model, _, _ = evaluation.load(tmp_path / "last.pt")
     assert (model.head is None) == ("--cls_weight" in more)
     assert (model.logit_bias is None) == ("sigmoid" not in more)
@@ -304,11 +302,10 @@ def be_one_of_two(rank, port, argv, dies_at=None):
     train.RANK, train.WORLD, train.LOCAL_RANK = rank, 2, rank
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    compare, calls = superclip.SuperCLIP.compare, []
+    compare, steps = superclip.SuperCLIP.compare, itertools.count(1)
 
     def compare_or_die(*inputs):
-        calls.append(1)
-        if rank == 1 and len(calls) == dies_at:
+        if rank == 1 and next(steps) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return compare(*inputs)
 
@@ -344,7 +341,8 @@ def test_two_processes_do_what_one_does(start_two, shards, tmp_path):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     for mine, other in zip(rows(one, "loss"), rows(two, "loss"), strict=True):
         assert other == pytest.approx(mine, rel=1e-5)
-    assert mine["bad_samples"] > 12
+    epochs = 12 * 16 // 40  # with four bad samples each, some replaced by another bad one
+    assert 4 * (epochs - 1) <= mine["bad_samples"] <= 6 * epochs
 
 
 @pytest.mark.parametrize("more", [("--train_data", "bad-0.tar"), ("--learning_rate", 1e-4)])
@@ -468,15 +466,13 @@ def test_a_fine_tuning_can_be_killed_as_it_scores_its_start(whole, shards, start
 
 
 @pytest.mark.parametrize("failure", ["a loading process is killed", "a folder disappears"])
-def test_a_failure_outside_the_step_loses_no_step(shards, start, tmp_path, failure):
-    out, output, folder = tmp_path / "out", tmp_path / "output.txt", tmp_path / "classes"
-    shutil.copytree(shards / "classes", folder)
-    argv = flags(shards, out, "--steps", 4000, "--save_every", 4000, "--eval_every", 40)
-    argv += ["--workers", "1", "--zeroshot_data", str(folder), "--log_every", "1"]
-    process = start(run, output, argv)
+def test_a_failure_outside_the_step_loses_no_step(shards, folders, start, tmp_path, failure):
+    out, more = tmp_path / "out", ("--workers", 1, "--zeroshot_data", folders, "--log_every", 1)
+    argv = flags(shards, out, "--steps", 4000, "--save_every", 4000, "--eval_every", 40, *more)
+    process = start(run, tmp_path / "output.txt", argv)
     wait_for(lambda: len(rows(out, "loss")) > 3)
     if failure == "a folder disappears":
-        shutil.rmtree(folder)
+        shutil.rmtree(folders)
     else:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children.split()[0]), signal.SIGKILL)
@@ -512,18 +508,11 @@ def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path, capsys, log
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_bad_samples_are_named_once_and_counted(shards, tmp_path, capsys):
-    argv = flags(shards, tmp_path / "some", "--train_data", shards / "bad-0.tar")
-    train.main(argv)
-    printed = capsys.readouterr().err
-    names = [f"{n:04d}" for n in (3, 11, 20, 30)]
-    assert [printed.count(f"bad-0.tar {name}:") for name in names] == [1] * 4
-    epochs = 12 * 16 // 40
-    assert 4 * (epochs - 1) <= rows(tmp_path / "some", "loss")[-1]["bad_samples"] <= 6 * epochs
+def test_a_run_with_more_bad_samples_than_good_ones_ends(shards, tmp_path, capsys):
     worse = [{**sample(i), "png": b"x"} for i in range(30)] + [*map(sample, range(10))]
     write_shard(tmp_path / "worse.tar", worse)
     shutil.copy(shards / "vocab.tiktoken", tmp_path)
-    argv = flags(shards, tmp_path / "most", "--train_data", tmp_path / "worse.tar")
+    argv = flags(shards, tmp_path / "out", "--train_data", tmp_path / "worse.tar")
     assert "half" in error_of(capsys, train.main, *argv)
 
 
