@@ -68,9 +68,6 @@ def test_the_readmes_lines_of_inference_run_as_printed(tmp_path, monkeypatch, ca
     assert not names["model"].training
 
 
-# ---- the tutorial computes everything by hand, and prints what it says
-
-
 def same(printed, expected):
     """Are two texts equal, up to the last digit of numbers with a decimal point and to white space?
     The floating point of two CPUs may differ in that digit."""
@@ -84,7 +81,8 @@ def same(printed, expected):
 
 
 def test_a_block_prints_what_the_page_says(capsys):
-    """The blocks share their names, as they share one session on the page."""
+    """The tutorial computes everything by hand. Its blocks share their names, as they share one
+    session on the page."""
     names = {}
     for code, expected in BLOCKS:
         exec(code, names)
