@@ -437,32 +437,24 @@ def test_a_signal_stops_a_run_and_nothing_is_lost(whole, shards, start, tmp_path
 
 def test_a_signal_in_a_validation_waits_and_a_later_one_does_not(whole, shards, start, tmp_path):
     """The save comes before the validation, so that even the second signal loses nothing, and the
-    validation is made up for."""
-    for name, later in (("once", False), ("twice", True)):
-        out, output, marker = tmp_path / name, tmp_path / f"{name}.txt", tmp_path / f"{name}.mark"
-        process = start(slow_to_validate, output, flags(shards, out), marker)
+    validation is made up for: also that of the checkpoint from which a fine-tuning starts."""
+    gentle = ["--init_from", whole / "last.pt"]
+    for name, more, steps in (("once", [], [4, 8, 12]), ("twice", gentle, [0, 4, 8, 12])):
+        out, marker = tmp_path / name, tmp_path / f"{name}.mark"
+        argv, once = flags(shards, out, *more), name == "once"
+        process = start(slow_to_validate, tmp_path / f"{name}.txt", argv, marker)
         wait_for(marker.exists)
         os.kill(process.pid, signal.SIGTERM)
-        if later:
+        if not once:
             time.sleep(3.2)
             os.kill(process.pid, signal.SIGTERM)
         code, printed = finish(process)
-        assert code == (128 + signal.SIGTERM if later else 0), printed
-        assert checkpoint(out)["step"] == 4
-        assert [row["step"] for row in rows(out, "validation")] == ([] if later else [4])
-        train.main(flags(shards, out, "--resume"))
-        assert_ends_like(out, whole)
-
-
-def test_a_fine_tuning_can_be_killed_as_it_scores_its_start(whole, shards, start, tmp_path):
-    out, output, marker = tmp_path / "out", tmp_path / "output.txt", tmp_path / "marker"
-    argv = flags(shards, out, "--init_from", whole / "last.pt")
-    process = start(slow_to_validate, output, argv, marker)
-    wait_for(marker.exists)
-    process.kill()
-    process.join()
-    train.main([*argv, "--resume"])
-    assert [row["step"] for row in rows(out, "validation")] == [0, 4, 8, 12]
+        assert code == (0 if once else 128 + signal.SIGTERM), printed
+        assert checkpoint(out)["step"] == steps[0]
+        assert [row["step"] for row in rows(out, "validation")] == ([4] if once else [])
+        train.main([*argv, "--resume"])
+        assert [row["step"] for row in rows(out, "validation")] == steps
+    assert_ends_like(tmp_path / "once", whole)
 
 
 @pytest.mark.parametrize("failure", ["a loading process is killed", "a folder disappears"])
