@@ -12,18 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from material import error_of
+from material import error_of, photo
 from PIL import Image
 
 import data
 import train
 from scripts import pack
-
-
-def photo(seed=0, size=(40, 30)):
-    """A smooth random picture."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.BICUBIC)
 
 
 def write_list(path, rows):

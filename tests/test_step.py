@@ -67,8 +67,6 @@ def assert_same_gradients(gradients, expected, tolerance=1e-5):
         assert (gradients[name] - gradient).abs().max() < tolerance * largest, name
 
 
-# ---- plain or in micro-batches, on one process or two
-
 CONFIGS = {"CLIP": {"cls_weight": 0}, "words": {"cls_weight": 0.7}, "sigmoid": {"loss": "sigmoid"}}
 CASES = list(product(CONFIGS, (False, True), (False, True)))  # ..., dropped patches, micro-batches
 

@@ -94,7 +94,7 @@ def test_localisation_by_hand(scenes):
     """One of 5 x 5 windows has its centre on a word's object. A head that does not look is right by
     chance, and one of NaN never. A scene counts once, with its words of one token."""
     for loudness, value in ((1, 1.0), (-1, 0.0), (0, 1 / 25), (math.nan, 0.0)):
-        pairs = data.Pairs([str(scenes)], TOKENIZER, 24)
+        pairs = data.Pairs([scenes], TOKENIZER, 24)
         s = words.localisation(Seer(loudness), pairs, window=2)
         assert s["value"] == pytest.approx(value) and s["chance"] == pytest.approx(1 / 25)
         assert s["n"] == 2
