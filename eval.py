@@ -49,7 +49,9 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception:  # torch and safetensors raise a dozen kinds
-        raise InputError(f"{path} is refused: it is damaged, or it could run code") from None
+        raise InputError(
+            f"{path} is damaged, or refused (code in it?): save a state_dict"
+        ) from None
 
 
 def check_weights(path, weights, config, vocab=None):

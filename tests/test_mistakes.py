@@ -43,7 +43,7 @@ eval zeroshot MODEL --images hollow                               | hollow
 eval zeroshot MODEL --images broken                               | broken/red/x.png
 eval zeroshot MODEL --images classes --workers -1                 | --workers
 eval zeroshot MODEL --images classes --classes two.txt            | two.txt
-eval zeroshot MODEL --images classes --classes imagenet           | imagenet names 1000
+eval zeroshot MODEL --images classes --classes imagenet           | imagenet
 eval zeroshot MODEL --images classes --templates two.txt          | two.txt
 eval zeroshot MODEL --images classes --templates utf16.txt        | utf16.txt
 eval zeroshot NONE --images classes                               | none.pt
@@ -55,7 +55,6 @@ eval retrieval MODEL --data html.tar                              | html.tar
 eval retrieval MODEL --data pairs.tar --captions json.nope        | json.nope
 eval probe MODEL --train classes --test broken                    | broken
 eval probe MODEL --train one --test one                           | two training images
-words MODEL                                                       | --image
 words MODEL --image broken/red/x.png                              | broken/red/x.png
 words MODEL --image photo.png --window 4                          | --window
 words MODEL --data pairs.tar                                      | pairs.tar
