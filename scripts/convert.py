@@ -103,26 +103,23 @@ def resize_positions(positions, grid):
 def convert(path, flags, vocab=None, default_vocab=None):
     """A file in any layout -> (model, text of its vocabulary or None). Raises InputError.
 
-    flags: fields of the configuration: what the file does not tell, or a new image_size or a
-    shorter context_length. vocab: a vocabulary file to use in place of the file's own;
-    default_vocab: one to use if the file has none.
+    flags: fields of the configuration: what the file does not tell, or a new image_size or
+    context_length. vocab: a vocabulary file to use in place of the file's own; default_vocab: one
+    to use if the file has none.
     """
     weights, config, own_vocab = read_weights(path)
-    sizes = {k: flags[k] for k in ("image_size", "context_length") if k in flags}
-    config |= {k: v for k, v in flags.items() if k not in sizes}
+    config |= {k: v for k, v in flags.items() if k not in ("image_size", "context_length")}
     if "quick_gelu" not in config:
         print(f"{path} does not say which GELU it needs. Plain GELU is assumed: see --quick_gelu")
     vocab = vocab or (default_vocab if own_vocab is None else None)
     vocab = data.Tokenizer.from_file(vocab).vocab if vocab else own_vocab
     config = evaluation.check_weights(path, weights, config, vocab)
-    known = config.context_length
-    fits = sizes.get("context_length", 0) <= known
-    check(fits, f"--context_length: {path} has positions for {known} tokens only")
-    model = SuperCLIP(SuperCLIPConfig(**{**vars(config), **sizes}))
+    model = SuperCLIP(SuperCLIPConfig(**{**vars(config), **flags}))
     image, text = "visual.positional_embedding", "text.positional_embedding"
-    if "image_size" in sizes:
-        weights[image] = resize_positions(weights[image], model.visual.grid)
-    weights[text] = weights[text][: model.config.context_length]
+    weights[image] = resize_positions(weights[image], model.visual.grid)
+    # New positions start as copies of the last one. Captions that fitted keep their features.
+    length = torch.arange(model.config.context_length)
+    weights[text] = weights[text][length.clamp(max=config.context_length - 1)]
     model.load_state_dict(weights)
     return model, vocab
 
@@ -176,7 +173,7 @@ def main(argv):
     add("--image_mean", nargs=3, type=number(float, 0, 1), help="of R, G, B (default: CLIP's)")
     add("--image_std", nargs=3, type=number(float, 0.001), help="of R, G, B (default: CLIP's)")
     add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
-    add("--context_length", type=number(int, 3), help="a new, shorter length in tokens")
+    add("--context_length", type=number(int, 3), help="a new length: the last position is repeated")
     args = parser.parse_args(argv)
     check(args.to or args.output.suffix == ".pt", f"OUT must be a .pt file, not {args.output}")
     outputs = [path.resolve() for path in (args.output, args.output.with_suffix(".json"))]

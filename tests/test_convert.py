@@ -128,19 +128,21 @@ def test_what_shapes_do_not_tell_comes_from_flags_or_a_json_file(tmp_path, conve
             same_features(model, other.float())
 
 
-@pytest.mark.parametrize("image_size", [16, 48, 56])
-def test_positions_are_interpolated_as_in_open_clip(image_size, tmp_path, converted):
+@pytest.mark.parametrize("image_size, length", [(16, 12), (48, 12), (56, 20)])
+def test_positions_are_interpolated_as_in_open_clip(image_size, length, tmp_path, converted):
     """Features equal those of open_clip's model of that size, filled by its resize_pos_embed. Those
-    of captions that fit a shorter context are the same."""
+    of captions that fit both contexts, the old and the new, are the same."""
     other = open_clip_of(small(**V))
     path = save(other.state_dict(), tmp_path / "weights.pt")
-    model = converted(path, "--image_size", image_size, "--context_length", 12)
+    model = converted(path, "--image_size", image_size, "--context_length", length)
     config = {**vars(model.config), "context_length": 16}
     resized = open_clip.model.CLIP(**open_clip_config(SuperCLIPConfig(**config))).eval()
     state = other.state_dict()
     open_clip.model.resize_pos_embed(state, resized)
     resized.load_state_dict(state, strict=True)
-    same_features(model, resized)
+    same_features(model, resized, T=min(length, 16))
+    positions = model.text.positional_embedding
+    assert len(positions) == length and (positions[15:] == positions[15:16]).all()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(cls_weight=0), dict(loss="sigmoid", text_heads=4)])
