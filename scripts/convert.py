@@ -2,6 +2,7 @@
 
     python -m scripts.convert ViT-B-16.pt clip.pt
     python -m scripts.convert out/best.pt model.safetensors --to open_clip
+    python -m scripts.convert out_fine/best.pt robust.pt --average clip.pt
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of the
 authors' SuperCLIP, or of this project. The shapes of its tensors tell most of the configuration.
@@ -166,6 +167,8 @@ def main(argv):
     suffixes = ".pt file; with --to open_clip also .safetensors"
     add("output", metavar="OUT", type=weights_file, help=suffixes)
     add("--to", choices=["open_clip"], help="write open_clip's layout instead of ours")
+    add("--average", metavar="FILE", type=Path, help="average the weights with those of FILE")
+    add("--share", type=number(float, 0, 1), default=0.5, help="of FILE in the average (0.5)")
     add("--vocab", metavar="FILE", help="or clip (default: IN's own, else clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
     add("--vision_heads", type=number(int, 1), help="of IN (default: width / 64)")
@@ -176,16 +179,24 @@ def main(argv):
     add("--context_length", type=number(int, 3), help="a new length: the last position is repeated")
     args = parser.parse_args(argv)
     check(args.to or args.output.suffix == ".pt", f"OUT must be a .pt file, not {args.output}")
-    outputs = [path.resolve() for path in (args.output, args.output.with_suffix(".json"))]
-    check(args.input.resolve() not in outputs, f"the output would replace {args.input}")
+    sources = [path.resolve() for path in (args.input, args.average) if path]
+    check(args.output.resolve() not in sources, f"OUT would replace {args.output.resolve()}")
     flags = {k: v for k, v in vars(args).items() if hasattr(SuperCLIPConfig, k) and v is not None}
-    model, vocab = convert(args.input, flags, args.vocab, None if args.to else "clip")
+    default_vocab = None if args.to else "clip"
+    model, vocab = convert(args.input, flags, args.vocab, default_vocab)
+    if args.average:
+        other, words = convert(args.average, flags, args.vocab, default_vocab)
+        same = {**vars(other.config), "cls_weight": 0} == {**vars(model.config), "cls_weight": 0}
+        check(same and words == vocab, f"{args.average} has another configuration or vocabulary")
+        # The head comes last. If only one of the two has it, zip ends before it.
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.data.lerp_(q.data, args.share)
     if args.to:
         if vocab and data.Tokenizer(vocab).encode("a photo") != [320, 1125]:  # CLIP's ids
             print("open_clip's tokenizer does not fit: this model has a vocabulary of its own")
         return write_open_clip(model, args.output)
-    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}
-    data.write_file(args.output, lambda file: torch.save(content, file))
+    written = evaluation.write_checkpoint(args.output, model, vocab)
+    check(written, f"{args.output} could not be written")
     print(f"wrote {args.output}: {model.config}")
 
 

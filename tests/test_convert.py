@@ -29,9 +29,9 @@ def save(content, path):
     return path
 
 
-def save_ours(model, path):
+def save_ours(model, path, vocab=VOCAB):
     """Write a checkpoint as train.py does."""
-    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": VOCAB}
+    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}
     return save({**content, "step": 3, "optimizer": {"lr": 1e-3}}, path)
 
 
@@ -208,6 +208,27 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, suffix, tmp_path, capsys
     assert vars(again.config) | stats == {**vars(model.config), "cls_weight": 0}
     lost = ("head.", "token_counts", "num_captions")
     same_weights(again, {k: v for k, v in model.state_dict().items() if not k.startswith(lost)})
+
+
+def test_an_average_of_weights(tmp_path, capsys):
+    """By hand: 0.75 * 2 + 0.25 * 4 = 2.5. Counts stay, and so does a head that the other lacks."""
+    paths = tmp_path / "in.pt", tmp_path / "out.pt", "--share", 0.25, "--average"
+    model, other, plain = small(**V), small(**V), small(cls_weight=0, **V)
+    for m, value in ((model, 2), (other, 4), (plain, 4)):
+        for p in m.parameters():
+            torch.nn.init.constant_(p, value)
+        m.count_tokens(pairs(m)[1])
+    save_ours(model, paths[0])
+    for m, head in ((other, 2.5), (plain, 2)):
+        assert not run(main, *paths, save_ours(m, tmp_path / "other.pt"))
+        averaged = evaluation.load(tmp_path / "out.pt")[0]
+        for name, p in averaged.named_parameters():
+            assert (p == (head if name.startswith("head.") else 2.5)).all(), name
+        assert torch.equal(averaged.token_counts, model.token_counts)
+    words = data.tiktoken_text([*data.BYTE_TOKENS[:297], b"xyz "])
+    for m, vocab in ((small(quick_gelu=True, **V), VOCAB), (other, words)):
+        path = save_ours(m, tmp_path / "unfit.pt", vocab)
+        assert "unfit.pt" in error_of(capsys, main, *paths, path)
 
 
 def test_a_checkpoint_carries_clips_vocabulary_by_default(tmp_path):
