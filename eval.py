@@ -49,9 +49,7 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception:  # torch and safetensors raise a dozen kinds
-        raise InputError(
-            f"{path} is damaged, or refused (code in it?): save a state_dict"
-        ) from None
+        raise InputError(f"{path} is damaged, or refused (code?): save a state_dict") from None
 
 
 def check_weights(path, weights, config, vocab=None):
@@ -77,7 +75,7 @@ def check_weights(path, weights, config, vocab=None):
         tensor, wanted = weights.get(name), expected.get(name)
         fits = torch.is_tensor(tensor) and torch.is_tensor(wanted) and tensor.shape == wanted.shape
         floats = fits and tensor.is_floating_point() and wanted.is_floating_point()
-        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.isfinite().all()
+        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.float().isfinite().all()
         wanted = f"finite {wanted.dtype} {[*wanted.shape]}" if wanted is not None else "unknown"
         check(fits, f"{path} does not fit its configuration: {name} ({wanted})")
     return config
@@ -269,7 +267,7 @@ def line(name, s):
     """A score as a line of text."""
     value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
     text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
-    return f"{text}   n {s['n']:,}"
+    return data.printable(f"{text}   n {s['n']:,}")
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as

@@ -72,7 +72,7 @@ def make_parser():
     add("--label_captions", nargs="+", help="for the word labels (default: --captions)")
     add("--val_captions", nargs="+", help="for --val_data (default: --captions)")
     add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--workers", type=number(int, 0), help="loading processes per GPU (default: its cores)")
+    add("--workers", type=number(int, 0, 999), help="loading processes a GPU (default: its cores)")
     # the model
     add("--model", choices=PRESETS, default="ViT-B-16", help="(default %(default)s)")
     add("--image_size", type=count, metavar="PIXELS", help="a side (default: the model's)")
@@ -393,7 +393,7 @@ def fingerprint(pairs):
 def describe(args, model, pairs, data_print, steps, dtype, device):
     """Print what this run is, and return the header of its log, without which no number in the
     rows that follow means anything."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
+    git = f"git -C {str(Path(__file__).parent)!r} describe --always --dirty 2>/dev/null"
     cores, cuda = f"{os.cpu_count()} CPU cores", device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else cores
     header = {"samples": len(pairs), "parameters": sum(p.numel() for p in model.parameters())}
@@ -526,9 +526,9 @@ def print_next(args, best, last):
     print(f"\nThe model is in {path}{' (best.pt is no better)' * luck}. What it has learned:")
     if args.val_data not in (None, ["none"]):
         shards = " ".join(map(repr, args.val_data))
-        print(f"  python -m scripts.report --checkpoint {path} --data {shards} --out report.html")
-    print(f"  python -m scripts.words --checkpoint {path} --image FILE --out words.png")
-    print(f'  python -m scripts.search --checkpoint {path} --images DIR "a red star"')
+        print(f"  python -m scripts.report --checkpoint {path!r} --data {shards} --out report.html")
+    print(f"  python -m scripts.words --checkpoint {path!r} --image FILE --out words.png")
+    print(f'  python -m scripts.search --checkpoint {path!r} --images DIR "a red star"')
 
 
 # -----------------------------------------------------------------------------

@@ -31,12 +31,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 import data
 import eval as evaluation
-from scripts.pictures import contact_sheet, image_files, picture_file, wrap
+from scripts.pictures import contact_sheet, image_files, load_font, picture_file, wrap
 from superclip import InputError, check, cli, number
 
 # -----------------------------------------------------------------------------
@@ -162,7 +162,7 @@ SIDE, IN_A_ROW, MAX_IMAGES = 180, 7, 420
 
 def card(text):
     """A text in the place of an image: uint8 tensor (3, SIDE, SIDE)."""
-    picture, font = Image.new("RGB", (SIDE, SIDE), "white"), ImageFont.load_default(22)
+    picture, font = Image.new("RGB", (SIDE, SIDE), "white"), load_font(22)
     ImageDraw.Draw(picture).text((0, 0), "\n".join(wrap(text, font, SIDE, lines=6)), "black", font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
