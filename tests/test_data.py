@@ -101,12 +101,15 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, format):
         assert key[:2] == name[:2] and (key == name or len(name) > 96 or not name.isascii())
 
 
+NEGATIVE = tarfile.TarInfo("0.jpg")
+NEGATIVE.size = -1024  # after which tarfile would read this header again, without end
 # case -> (damage to a shard of three samples, how many of them are still in the index)
 DAMAGE = {
     "ends inside an image": (lambda tar: tar[: tar.index(b"00002.jpg") + 600], 3),
     "ends inside a header": (lambda tar: tar[: tar.index(b"00002.jpg") + 100], 2),
     "a damaged header": (lambda tar: tar.replace(b"00001.jpg", b"?????.jpg"), 1),
     "two archives in one file": (lambda tar: tar + tar, 3),
+    "a negative size": (lambda tar: NEGATIVE.tobuf(tarfile.GNU_FORMAT) + tar, 0),
     "empty": (lambda tar: b"", 0),
     "a web page": (lambda tar: b"<html>" * 500, 0),
 }
