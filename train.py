@@ -78,7 +78,7 @@ def make_parser():
     add("--image_size", type=count, metavar="PIXELS", help="a side (default: the model's)")
     add("--context_length", type=number(int, 3), metavar="TOKENS", help="(default: the model's)")
     add("--init_from", metavar="FILE", help="checkpoint to take model and vocabulary from")
-    add("--freeze", choices=("image", "text"), help="a tower that keeps its weights")
+    add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
     add("--cls_weight", type=rate, default=1.0, help="of the word loss; 0 is CLIP (default 1)")
     add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="CLIP's, or SigLIP's")
     # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
@@ -90,7 +90,7 @@ def make_parser():
     add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
     add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
     add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share of the patches")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share that is dropped")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
     # the machine
     add("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -523,7 +523,7 @@ def print_next(args, best, last):
     # A better step in between may have been luck. Then the last one has seen more of the data.
     luck = last.get("mean_r1", best) < best <= last.get("at_most", 1.0)
     path = f"{args.out_dir}/{'last.pt' if best < 0 or luck else 'best.pt'}"
-    print(f"\nThe model is in {path}{' (best.pt is no better)' * luck}. What it has learned:")
+    print(f"\nThe model is in {path}{' (best.pt is hardly better)' * luck}. What it has learned:")
     if args.val_data not in (None, ["none"]):
         shards = " ".join(map(repr, args.val_data))
         print(f"  python -m scripts.report --checkpoint {path!r} --data {shards} --out report.html")

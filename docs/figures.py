@@ -285,7 +285,7 @@ def curve(path, clip_path):
 def idea(clip_path, superclip_path, k=5):
     """A scene, and the texts that two models find most fitting among those of all 64 combinations
     of colour and shape, with their probabilities."""
-    rng = random.Random("idea 8")
+    rng = random.Random("idea 8")  # one of the first scenes on which the two disagree
     look = rng.choice(scenes.SEEN)
     scene, names = scenes.make_scene(rng, [look], 1), [*map(" ".join, scenes.COMBINATIONS)]
     figure = plt.figure(figsize=(8.5, 2.9), layout="constrained")
@@ -298,10 +298,10 @@ def idea(clip_path, superclip_path, k=5):
         image = model.encode_image(preprocess(scenes.draw(scene))[None])
         texts = evaluation.zeroshot_classifier(model, tokenizer, names)
         best = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].topk(k)
-        said, chances = [names[i] for i in best.indices.tolist()], best.values.tolist()
+        said = [names[i] for i in best.indices.tolist()]
         colours = [GREEN if text == " ".join(look) else "#c3c9d2" for text in said]
-        bars = axis.barh(range(k), chances, color=colours)
-        axis.bar_label(bars, [f"{p:.0%}" for p in chances], padding=3)
+        bars = axis.barh(range(k), best.values.tolist(), color=colours)
+        axis.bar_label(bars, fmt="{:.0%}", padding=3)
         axis.set(title=f"{name} says", xlim=(0, 0.8), xticks=[])
         axis.set_yticks(range(k), said)
         axis.tick_params(length=0)

@@ -246,6 +246,7 @@ def main(argv):
     add("--to", choices=["open_clip", "transformers"], help="this layout, without the word head")
     add("--average", metavar="FILE", type=Path, help="average the weights with those of FILE")
     add("--share", type=number(float, 0, 1), default=0.5, help="of FILE in the average (0.5)")
+    add("--half", action="store_true", help="weights of 16 bits, in half the space")
     add("--vocab", metavar="FILE", help="or clip (default: IN's own, else clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
     add("--vision_heads", type=number(int, 1), help="of IN (default: width / 64)")
@@ -269,14 +270,17 @@ def main(argv):
         # The head comes last. If only one of the two has it, zip ends before it.
         for p, q in zip(model.parameters(), other.parameters()):
             p.data.lerp_(q.data, args.share)
+    model = model.half() if args.half else model
     if not args.to:
         check(evaluation.write_checkpoint(path, model, vocab), f"{path} could not be written")
         return print(f"wrote {path}: {model.config}")
     (write_open_clip if args.to == "open_clip" else write_transformers)(model, path)
-    beside, T = str(path.with_suffix(".tiktoken")), model.config.context_length
+    vocab_path, T = str(path.with_suffix(".tiktoken")), model.config.context_length
     if data.Tokenizer(vocab).encode("a photo") != [320, 1125]:  # CLIP's ids
-        data.write_file(beside, lambda file: file.write(vocab.encode()))
-        print(f"  from data import Tokenizer\n  tokenizer = Tokenizer.from_file({beside!r}, {T})")
+        data.write_file(vocab_path, lambda file: file.write(vocab.encode()))
+        print(
+            f"  from data import Tokenizer\n  tokenizer = Tokenizer.from_file({vocab_path!r}, {T})"
+        )
     elif args.to == "transformers":
         write_clip_tokenizer(path.parent, T)
 

@@ -246,21 +246,22 @@ def next_commands(out, n, several):
     command = f"python train.py --train_data {train}{val}"
     command += " --captions json.captions" if several else ""
     first = [f"python -m scripts.show {train}{val} --picture grid.png"]
-    if n >= 1_000_000:  # enough to learn everything from
+    gpu = torch.cuda.is_available()
+    if gpu and n >= 1_000_000:  # enough to learn everything from
         return [*first, f"{command} --model ViT-B-16"]
-    if torch.cuda.is_available() or n < 2_000:  # not enough: start from a model that was trained
+    if gpu or n < 2_000:  # not enough: start from a model that was trained
         smaller_batch = " --batch_size 32" if n < 10_000 else ""
         get = "python -m scripts.convert WEIGHTS clip.pt  # see the README for WEIGHTS"
         return [*first, get, f"{command} --init_from clip.pt --epochs 5{smaller_batch}"]
-    # About 5,000 steps of a tiny model, which take a quarter of an hour on two cores.
-    epochs = max(4, min(30, 5000 * 32 // n))
+    # About 5,000 steps of a tiny model, which take a quarter of an hour of CPU time.
+    epochs = max(1, min(30, round(5000 * 32 / n)))
     vocab = f"python -m scripts.vocab {train} --out '{out}/vocab.tiktoken'"
     options = f"--model tiny --batch_size 32 --learning_rate 4e-4 --epochs {epochs}"
     return [vocab, *first, f"{command} {options}"]
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder for the shards")

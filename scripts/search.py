@@ -45,7 +45,7 @@ from superclip import InputError, check, cli, number
 # An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
 # are equal in all of that have the same content, so they are encoded once.
 Entry = namedtuple("Entry", "file name offset size mtime")
-RARE = 2e-4  # of the captions in training: a word of fewer is hardly known
+RARE = 2e-4  # share of the captions in training: a word in fewer is hardly known
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
@@ -138,8 +138,8 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
 
 
 def rare_words(model, tokenizer, text):
-    """The words of a text that the model hardly knows, as a list of (word, in how many captions of
-    its training it was). Only a vocabulary of whole words can tell: an unknown word is spelt."""
+    """The words of a text that the model hardly knows, as a list of (word, how often training has
+    shown it). Only a vocabulary of whole words can tell: it spells an unknown word in bytes."""
     if tokenizer.pattern is not data.WORD:
         return []
     # Plain CLIP counts nothing, and knows of a word only whether its vocabulary has it.
@@ -193,7 +193,7 @@ def main(argv):
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--out", type=picture_file, help="picture to draw: .png, .jpg or .webp")
     npz_file = evaluation.output_file(".npz")
-    add("--features", type=npz_file, help=".npz file that keeps them, for this checkpoint")
+    add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
     args = parser.parse_intermixed_args(argv)
@@ -216,12 +216,10 @@ def main(argv):
     entries, vectors = zip(*features.items())
     scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
     print(f"{len(entries):,} images; scores are cosine similarities")
-    for word, n in {word for text in args.texts for word in rare_words(model, tokenizer, text)}:
-        print(
-            data.printable(
-                f"{word!r} was in {n} captions of the training: the model hardly knows it"
-            )
-        )
+    rare = [word for text in args.texts for word in rare_words(model, tokenizer, text)]
+    for word, n in dict.fromkeys(rare):
+        seen = f"was seen {n:,} times in training" if n else "is not in the vocabulary"
+        print(data.printable(f"{word!r} {seen}: the model hardly knows it"))
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)

@@ -69,6 +69,7 @@ def share_with_twin(repeats, batch_size):
 
 
 def report_captions(lengths, repeats, context_length):
+    """Print how long captions are and how many repeat. lengths, repeats: from count_tokens."""
     n, lengths = len(lengths), sorted(lengths)
     parts = [f"{q} % have at most {lengths[q * n // 100]}" for q in (1, 25, 50, 75, 99)]
     print(f"tokens per caption: {', '.join(parts)}, the longest {lengths[-1]}")
@@ -140,7 +141,7 @@ def print_sample(pairs, row, texts, document_counts, n):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--val_data", nargs="+", help="shards that must not share much with these")

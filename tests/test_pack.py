@@ -207,6 +207,6 @@ def test_the_next_commands_suit_the_data_and_train_py_knows_their_options(photos
         assert last[:2] == ["python", "train.py"]
         args = train.make_parser().parse_args(last[2:])
         data.expand(args.train_data + args.val_data)  # raises if there are no such files
-        assert bool(args.init_from) == (n < 3_000_000 and (gpu or n == 300))
-        assert (args.model == "tiny") == (n == 40_000 and not gpu)
+        assert bool(args.init_from) == (n == 300 or gpu and n == 40_000)
+        assert (args.model == "tiny") == (n > 300 and not gpu)
         assert args.captions == (["json.captions"] if several else ["txt"])
