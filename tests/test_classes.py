@@ -12,7 +12,7 @@ from scripts import classes
 def test_a_field_sorts_the_images_into_folders(tmp_path, capsys):
     """The largest classes alone, so many images of each. No name leads out of the folder, and what
     has no such field is left out."""
-    names = ["red", "../up", "red", "blue", "._up", "red", 7, None]
+    names = ["red", "../up", "red", "blue", "_._up", "red", 7, None]
     pictures = [png(COLOURS["grey"], np.random.default_rng(i)) for i in range(len(names))]
     fields = [json.dumps({"type": name} if name else {}).encode() for name in names]
     samples = [{"png": picture, "json": field} for picture, field in zip(pictures, fields)]
