@@ -525,8 +525,8 @@ def print_next(args, best, last):
     path = f"{args.out_dir}/{'last.pt' if best < 0 or luck else 'best.pt'}"
     print(f"\nThe model is in {path}{' (best.pt is hardly better)' * luck}. What it has learned:")
     if args.val_data not in (None, ["none"]):
-        shards = " ".join(map(repr, args.val_data))
-        print(f"  python -m scripts.report --checkpoint {path!r} --data {shards} --out report.html")
+        pairs = *map(repr, args.val_data), "--captions", *(args.val_captions or args.captions)
+        print(f"  python -m scripts.report --checkpoint {path!r} --out report.html --data", *pairs)
     print(f"  python -m scripts.words --checkpoint {path!r} --image FILE --out words.png")
     print(f'  python -m scripts.search --checkpoint {path!r} --images DIR "a red star"')
 

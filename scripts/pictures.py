@@ -22,7 +22,8 @@ def image_files(paths, out=None):
     for path in map(Path, paths):
         found = images_in(path) or [path] * path.is_file()
         check(found, f"there is no image file or folder of images {path}")
-        files = {file.resolve(): file for file in found} | files
+        for file in found:
+            files.setdefault(file.resolve(), file)
     check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
     return [*files.values()]
 
