@@ -303,7 +303,7 @@ def test_the_last_model_is_named_unless_an_earlier_one_is_reliably_better(capsys
         (-1.0, {}, "last.pt"),  # without validation pairs there is no best
     ):
         train.print_next(args, best, last)
-        assert f"--checkpoint out/{name}" in capsys.readouterr().out
+        assert f"--checkpoint 'out/{name}'" in capsys.readouterr().out
 
 
 def test_a_head_may_come_and_go(whole, shards, tmp_path):
