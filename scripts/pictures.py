@@ -27,6 +27,14 @@ def image_files(paths, out=None):
     return [*files.values()]
 
 
+def load_font(size):
+    """Pillow's own font, in pixels. Before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
 def wrap(text, font, width, lines):
     """text -> at most `lines` lines of at most `width` pixels, as a list. The last one may end in
     "…"."""
@@ -44,7 +52,7 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
     images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
     whose suffix tells its format.
     """
-    side, font = images[0].shape[-1], ImageFont.load_default(size=15)
+    side, font = images[0].shape[-1], load_font(15)
     captions = [wrap(caption, font, side, lines=4) for caption in captions]
     columns = min(columns, len(images))
     width, height = side + GAP, side + GAP + LINE * max(map(len, captions))
