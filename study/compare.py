@@ -418,6 +418,19 @@ def quick(jobs):
         print("\n".join(table_of(study, "groups")))
 
 
+def keep(folder):
+    """Train both methods at batch 8 again, one seed of each, and keep the models in `folder`."""
+    study, kinds = Study(FOLDER / "runs.jsonl"), PARTS["batch"].rows[0][1:]
+    folder.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # as a process of the study has
+    with tempfile.TemporaryDirectory() as tables:
+        run.prepare_scenes(Path(tables), run.RUN["settings"])
+        for name, changes in zip(("clip", "superclip"), kinds):
+            spec, path = study.specs("batch", changes)[0], folder / f"{name}.pt"
+            scores = run.run((spec, Path(tables), path))["scores"]
+            print(f"{path}: colour_shape {100 * scores['colour_shape']['value']:.1f} %")
+
+
 def report(study, figure_path):
     results = list(study.results.values())
     check(results, f"{study.path} holds no run yet")
@@ -457,6 +470,9 @@ def main(argv):
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed of both methods, groups of 4; keeps nothing")
     add("--report", action="store_true", help="do not train: write results.md and the figure")
+    add(
+        "--keep", type=Path, metavar="DIR", help="train the models of docs/demo.html, and keep them"
+    )
     add("--only", nargs="+", choices=PARTS, help="parts of the study (default: all)")
     add("--flickr", nargs="+", metavar="SHARDS", help="of Flickr8k, to train on")
     add("--flickr_val", nargs="+", metavar="SHARDS", help="to be scored on")
@@ -464,8 +480,8 @@ def main(argv):
     jobs = {"type": number(int, 1), "default": os.cpu_count()}
     add("--jobs", **jobs, help="runs at a time (default: the cores)")
     args = parser.parse_args(argv)
-    if args.quick:
-        return quick(args.jobs)
+    if args.quick or args.keep:
+        return quick(args.jobs) if args.quick else keep(args.keep)
     study, flickr = Study(FOLDER / "runs.jsonl"), (args.flickr, args.flickr_val, args.classes)
     if not args.report:
         parts = args.only or [part for part in PARTS if part != "flickr" or all(flickr)]

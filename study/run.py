@@ -323,8 +323,9 @@ def score_run(model, tokenizer, spec, held_out, folder):
 
 
 def run(task):
-    """Train and score one model. task: a spec, and the folder of the tables."""
-    spec, folder = task
+    """Train and score one model. task: a spec, the folder of the tables, and perhaps a file to keep
+    the model in."""
+    spec, folder, *kept = task
     start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
         parts = slice(-HELD_OUT), slice(-HELD_OUT, None)
@@ -339,6 +340,8 @@ def run(task):
         table = table.half(1)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
+    for path in kept:
+        evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
     scores = score_run(model, tokenizer, spec, held_out, folder)
     scores = {k: {x: round(s[x], 5) for x in ("value", "chance", "n")} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from material import TOKENIZER
 
+from eval import read_checkpoint
 from scripts import scenes
 from study import compare, run
 
@@ -112,7 +113,9 @@ def test_runs_and_report(shallow, tmp_path, monkeypatch):
     spec = {**run.RUN, "settings": 4, "samples": 64, "learning_rate": 1e-3}
     others = dict(patch_dropout=0.5, idf=False, captions="short", label_captions="long", group=8)
     for changes in ({**compare.CLIP, "search": True}, others):
-        result = json.loads(json.dumps(run.run(({**spec, **changes}, tmp_path))))
+        task = {**spec, **changes}, tmp_path, tmp_path / "model.pt"
+        result = json.loads(json.dumps(run.run(task)))
+        assert read_checkpoint(task[-1])["arguments"] == result["spec"]
         assert result["spec"] == {**spec, **changes} and result["losses"]["contrastive_loss"] > 0
     assert {"R@1", "held_out", "probe shape", "choose swap"} <= result["scores"].keys()
     assert result["scores"]["head swap"]["value"] == 0.5  # a bag of words cannot tell
