@@ -172,6 +172,19 @@ def test_zeroshot_with_published_prompts_is_that_of_open_clip(folders):
     assert torch.equal(y, labels)
 
 
+def test_the_interval_of_retrieval_covers_the_truth():
+    """Images differ in how hard they are, so their five captions stand or fall together. Of 400
+    simulated evaluations, 95 % should cover the truth: 93 to 97 are 2 standard errors."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        images = torch.from_numpy(rng.beta(0.5, 0.5, 200)).repeat_interleave(5)  # mean 1 / 2
+        hits = (torch.from_numpy(rng.random(1000)) < images).double()
+        image = torch.arange(200).repeat_interleave(5)
+        low, high = evaluation.score(evaluation.mean_by_image(hits, image), 0)["interval"]
+        covered += low <= 0.5 <= high
+    assert covered >= 0.93 * 400
+
+
 def test_zeroshot_by_hand(folders, capsys):
     """Classes of the same name stay apart: ImageNet has two cranes. Hidden folders are no classes,
     and what is no image is named."""
