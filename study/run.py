@@ -5,51 +5,58 @@ models of this size that trains more than one process with all cores does. Its s
 train.py's functions. They differ from train.py's in one thing: images are decoded once, so there is
 no crop augmentation.
 
-Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens, S pixels a side, V
-vocabulary.
+There are three sets of pairs: the built-in *scenes*; *objects*, which are photographs of CIFAR-10
+in settings drawn as for the scenes; and *products*, photographs of a shop with their titles.
+
+Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens, S pixels a side, D
+width, V vocabulary.
 """
 
 import copy
 import json
-import os
 import random
 import time
-from types import SimpleNamespace
+from collections import Counter
 
 import torch
+import torchvision
 
 import data
 import eval as evaluation
 import train
-from scripts import scenes
-from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
+from scripts import pack, scenes
+from scripts.vocab import make_vocabulary, words_to_tiktoken
+from superclip import PAD, PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check
 
 # The options of a run, and their defaults.
 RUN = dict(
-    data="scenes",  # or flickr
-    settings=256,  # that the scenes may have (see scripts/scenes.py)
+    data="scenes",  # or objects, products
+    settings=256,  # that scenes and objects may have (see scripts/scenes.py)
     batch_size=32,
     group=None,  # pairs that are compared with each other, a part of the batch; None: all
     cls_weight=1.0,  # 0: CLIP
     learning_rate=None,
     samples=48_000,  # seen
     seed=0,
-    search=False,  # trained and judged on training scenes alone
-    captions="mixed",  # short, long or either
+    search=False,  # trained and judged on training pairs alone
+    captions="mixed",  # one of COLUMNS
     label_captions=None,  # for the words, if others
     loss="softmax",  # or sigmoid
     patch_dropout=0.0,
     idf=True,
     start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
+# Which captions of a table these are. The short one of an object is its setting, and that of a
+# product its group, such as "Shoes".
+COLUMNS = {"short": slice(1), "long": slice(1, None), "mixed": slice(None)}
 PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
-HELD_OUT = 1000  # training pairs that a search is judged by
+RANKED = 1000  # pairs that R@k is measured among
 START_RATE = 3.5e-4  # learning rate of a model that is fine-tuned later
-ATTRIBUTES = {
-    "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
-    "pattern": scenes.PATTERNS, "border": scenes.BORDERS,
-}  # fmt: skip
+PHOTOGRAPH = 32  # pixels: side of a photograph in a setting
+CORNERS = 3, 37  # pixels: where it may begin, inside the border
+MOST = {"train": 25_000, "test": 4_000}  # photographs of objects that become pairs
+VAL = 0.15  # share of the products
 
 
 # -----------------------------------------------------------------------------
@@ -57,58 +64,150 @@ ATTRIBUTES = {
 
 
 class Table:
-    """Decoded pairs: images (N, 3, S, S) uint8, and tokens (N, C, T) of the C captions of each. All
-    processes map the same file into memory."""
+    """Decoded pairs: images (N, 3, S, S) uint8, tokens (N, C, T) of the C captions of each, and
+    facts, a list of what else is known of each. All processes map the same file into memory."""
 
     def __init__(self, path, part=slice(None)):
         content = torch.load(path, mmap=True, weights_only=True)
         self.images, self.tokens = content["images"][part], content["tokens"][part]
-        self.scenes, self.vocab = json.loads(content["scenes"])[part], content["vocab"]
+        self.facts, self.vocab = json.loads(content["facts"])[part], content["vocab"]
+
+    def rows(self, numbers):
+        """A table of these rows alone."""
+        table = copy.copy(self)
+        table.images, table.tokens = self.images[numbers], self.tokens[numbers]
+        table.facts = [self.facts[i] for i in numbers]
+        return table
 
     def half(self, second):
         """A table of those scenes that have one half of the cloths and of the shapes alone."""
         part = slice(4, 8) if second else slice(4)
         cloths, shapes = ({*list(names)[part]} for names in (scenes.CLOTHS, scenes.SHAPES))
         numbers = []
-        for i, scene in enumerate(self.scenes):
+        for i, scene in enumerate(self.facts):
             if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes:
                 numbers.append(i)
-        table = copy.copy(self)
-        table.images, table.tokens = self.images[numbers], self.tokens[numbers]
-        table.scenes = [self.scenes[i] for i in numbers]
-        return table
+        return self.rows(numbers)
 
 
-def write_table(path, shards, tokenizer, captions):
-    pairs = data.Pairs(data.expand(shards), tokenizer, scenes.SIZE, captions)
-    images, ids = [], []  # ids: of each image a list of captions, which are lists of ids
-    for pixels, texts in evaluation.batches(evaluation.ShardImages(pairs), 256, None, path.stem):
+def write_table(path, tokenizer, images, captions, facts):
+    """images (N, 3, S, S); captions: a list of C texts of each; facts: a dict of each."""
+    ids = [[tokenizer.encode(text) for text in of_image] for of_image in captions]
+    length = min(77, 2 + max(len(caption) for of_image in ids for caption in of_image))
+    tokens = torch.stack([tokenizer.pad(of_image, length) for of_image in ids]).int()
+    content = {"images": images, "tokens": tokens, "facts": json.dumps(facts)}
+    torch.save({**content, "vocab": tokenizer.vocab}, path)
+
+
+def read_shards(shards, captions):
+    """-> images (N, 3, S, S), the captions of each, and its fields of .json."""
+    pairs, images, texts = data.Pairs(shards, None, scenes.SIZE, captions), [], []
+    for pixels, of_batch in evaluation.batches(
+        evaluation.ShardImages(pairs), 256, None, "decoding"
+    ):
         images.append(pixels)
-        ids += [[tokenizer.encode(text) for text in of_image] for of_image in texts]
-    C = min(map(len, ids))
-    length = min(77, 2 + max(len(caption) for captions in ids for caption in captions[:C]))
-    tokens = torch.stack([tokenizer.pad(captions[:C], length) for captions in ids]).int()
-    drawn = [json.loads(pairs.read(row, data.JSON)).get("scene") for row in pairs.index.tolist()]
-    content = {"images": torch.cat(images), "tokens": tokens, "vocab": tokenizer.vocab}
-    torch.save({**content, "scenes": json.dumps(drawn)}, path)
+        texts += of_batch
+    fields = [json.loads(pairs.read(row, data.JSON)) for row in pairs.index.tolist()]
+    return torch.cat(images), texts, fields
+
+
+def some_settings(n):
+    return random.Random(0).sample(scenes.SETTINGS, n)
 
 
 def prepare_scenes(folder, settings, **numbers):
     """Draw scenes of so many settings, and decode them into `folder`. numbers: of scenes, train and
     val, if others than make_scenes has."""
-    world, some = folder / f"world-{settings}", random.Random(0).sample(scenes.SETTINGS, settings)
-    scenes.make_scenes(world, settings=some, **numbers)
+    world = folder / f"world-{settings}"
+    scenes.make_scenes(world, settings=some_settings(settings), **numbers)
     tokenizer = data.Tokenizer.from_file(world / "vocab.tiktoken")
     for part in ("train", "val"):
-        path = folder / f"scenes-{settings}-{part}.pt"
-        write_table(path, [f"{world}/{part}-*.tar"], tokenizer, ["json.short", "json.long"])
+        shards = data.expand([f"{world}/{part}-*.tar"])
+        images, captions, fields = read_shards(shards, ["json.short", "json.long"])
+        drawn = [f["scene"] for f in fields]
+        write_table(folder / f"scenes-{settings}-{part}.pt", tokenizer, images, captions, drawn)
 
 
-def prepare_flickr(folder, train_shards, val_shards, classes):
-    for part, shards in (("train", train_shards), ("val", val_shards)):
-        path = folder / f"flickr-256-{part}.pt"
-        write_table(path, shards, data.Tokenizer.from_file("clip"), ["json.captions"])
-    os.symlink(os.path.abspath(classes), folder / "classes")
+def place_objects(folder, settings, most, seed):
+    """Photographs of a folder of classes, each in a corner of a drawn setting -> as write_table
+    takes them: images, captions (the setting, and three that name the object, too), facts."""
+    grounds = {x: scenes.draw_setting(*x, 4 * scenes.SIZE).reduce(4) for x in settings}
+    dataset, rng = evaluation.ClassFolders(folder, PHOTOGRAPH), random.Random(seed)
+    images, captions, facts = [], [], []
+    numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
+    for i in data.progress(numbers, f"placing {folder}", unit="photograph"):
+        photograph, label = dataset[i]
+        check(not isinstance(photograph, str), photograph)
+        cloth, pattern, border = setting = rng.choice(settings)
+        x, y = rng.choice(CORNERS), rng.choice(CORNERS)
+        image = data.load_image(grounds[setting], scenes.SIZE).clone()
+        image[:, y : y + PHOTOGRAPH, x : x + PHOTOGRAPH] = photograph
+        name, ground = dataset.classes[label], f"{pattern} {cloth} with {border}"
+        thing = f"an {name}" if name[0] in "aeiou" else f"a {name}"
+        long = f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"
+        images.append(image)
+        captions.append([ground, *long])
+        facts.append({"object": thing, "setting": ground})
+    return torch.stack(images), captions, facts
+
+
+def prepare_objects(folder, source, settings):
+    """Decode objects into `folder`. source: a folder with train/CLASS/ and test/CLASS/."""
+    some, parts = some_settings(settings), {}
+    for name, split in (("train", "train"), ("val", "test")):
+        parts[name] = place_objects(source / split, some, MOST[split], split)
+    texts = (text for _, captions, _ in parts.values() for own in captions for text in own)
+    words = {word for text in texts for word in text.split() if len(word) > 1}
+    tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
+    for name, part in parts.items():
+        write_table(folder / f"objects-{settings}-{name}.pt", tokenizer, *part)
+
+
+def download_objects(folder):
+    """CIFAR-10 as a folder that prepare_objects takes."""
+    for split in MOST:
+        try:
+            dataset = torchvision.datasets.CIFAR10(folder, split == "train", download=True)
+        except OSError as error:  # there is no network
+            raise InputError(f"cannot download CIFAR-10: {error}: see --objects") from None
+        for i, (image, label) in enumerate(data.progress(dataset, split)):
+            path = folder / split / dataset.classes[label] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return folder
+
+
+def prepare_products(folder, source):
+    """Pack and decode products into `folder`. source: a folder with pairs.csv and images/. A hash
+    of the image file decides on which side a product is."""
+    shards = folder / "products"
+    images, out = ("--images", f"{source}/images"), ("--out", str(shards))
+    pack.main(["--csv", f"{source}/pairs.csv", *images, *out, "--val", str(VAL)])
+    captions, seen = ["json.group", "txt"], set()
+    train_shards = data.expand([shards / "train-*.tar"])
+    tokenizer = data.Tokenizer(make_vocabulary(train_shards, 10_000, captions))
+    for part in ("train", "val"):
+        images, texts, facts = read_shards(data.expand([shards / f"{part}-*.tar"]), captions)
+        # Shuffled, because a list is often sorted, and the last pairs of training judge a search.
+        numbers = random.Random(0).sample(range(len(images)), len(images))
+        if part == "val":
+            numbers = new_products(facts, numbers, seen)
+        for f in facts:
+            seen |= {f["sha256"], data.clean(f["captions"][0])}
+        facts, texts = ([x[i] for i in numbers] for x in (facts, texts))
+        path = folder / f"products-{RUN['settings']}-{part}.pt"
+        write_table(path, tokenizer, images[numbers], texts, facts)
+
+
+def new_products(facts, numbers, seen):
+    """Those of these numbers whose file and title are neither in `seen` nor among the products
+    before them."""
+    seen, kept = {*seen}, []
+    for i in numbers:
+        known = {facts[i]["sha256"], data.clean(facts[i]["captions"][0])}
+        kept += [] if known & seen else [i]
+        seen |= known
+    return kept
 
 
 def trim(tokens):
@@ -121,12 +220,10 @@ def read_batch(table, spec, step):
     pairs = data.batch_indices(len(table.images), spec["batch_size"], spec["seed"], step)
     samples = torch.tensor([sample for _, sample in pairs])
 
-    def captions(source):
-        numbers = range(table.tokens.shape[1])
-        if source == "mixed":  # any of an image's captions, drawn as in data.Pairs
-            rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
-            return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
-        return trim(table.tokens[samples, ("short", "long").index(source)])
+    def captions(source):  # one of an image's, drawn as in data.Pairs
+        numbers = range(table.tokens.shape[1])[COLUMNS[source]]
+        rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
+        return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
 
     tokens = captions(spec["captions"])
     labels = captions(spec["label_captions"]) if spec["label_captions"] else tokens
@@ -144,20 +241,25 @@ def accuracy(scores, answers):
     return evaluation.score(hits, 1 / scores.shape[1])
 
 
-def retrieval_scores(model, spec, table):
-    """R@k, as the mean of both ways, whose numbers of questions are added."""
-    images = torch.cat([model.encode_image(part) for part in table.images.split(256)])
-    tokens = table.tokens[:, 1:2] if spec["data"] == "scenes" else table.tokens  # long ones alone
-    owner = torch.arange(len(images)).repeat_interleave(tokens.shape[1])
-    texts = [model.encode_text(trim(part)) for part in tokens.flatten(0, 1).split(256)]
-    a, b = evaluation.retrieval(images, torch.cat(texts), owner).values()
+def retrieval_scores(model, table):
+    """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
+    added. The captions are long ones."""
+    images = torch.cat([model.encode_image(part) for part in table.images[:RANKED].split(256)])
+    texts = [model.encode_text(trim(part)) for part in table.tokens[:RANKED, 1].split(256)]
+    a, b = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images))).values()
     return {
         k: {"n": a[k]["n"] + b[k]["n"]} | {x: (a[k][x] + b[k][x]) / 2 for x in ("value", "chance")}
         for k in ("R@1", "R@5", "R@10")
     }
 
 
-def object_scores(model, tokenizer):
+def floor(facts):
+    """R@1 of a model that sees nothing but the setting. Among the k pairs that share one it finds
+    the right one in 1 of k, so the k of them add up to 1."""
+    return len({f["setting"] for f in facts}) / len(facts)
+
+
+def look_scores(model, tokenizer):
     """Zero-shot classification of pictures of one object, and linear probes on the class token."""
     looks = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
     images = []
@@ -185,27 +287,48 @@ def object_scores(model, tokenizer):
     return scores
 
 
-def photograph_scores(model, tokenizer, table, folder):
-    """Of photographs: zero-shot and a linear probe on folders of classes, and how well the head's
-    logit of a word ranks the images that have it in a caption (mean average precision over the
-    words of at least ten images; chance is the share of images that have the word)."""
-    dataset = evaluation.ClassFolders(folder, scenes.SIZE)
-    zeroshot = evaluation.zeroshot(model, tokenizer, dataset, dataset.classes)["top1"]
+def class_scores(model, tokenizer, table, fact, templates=("{}",)):
+    """Classification by a fact of the images, among its ten commonest values: zero-shot, and with a
+    linear probe on the class token and on the mean of the patch tokens. The probes learn from the
+    second half of the images, and all scores are of the first half."""
+    names = [name for name, _ in Counter(f[fact] for f in table.facts).most_common(10)]
+    numbers = [i for i, f in enumerate(table.facts) if f[fact] in names]
+    dataset = [(table.images[i], names.index(table.facts[i][fact])) for i in numbers]
+    half, scores = len(dataset) // 2, {}
+    zeroshot = evaluation.zeroshot(model, tokenizer, dataset[:half], names, templates)
+    scores[f"zero-shot {fact}"] = zeroshot["top1"]
     features, labels = evaluation.frozen_features(model, dataset)
-    test = torch.arange(len(labels)) % 2 == 0
-    with torch.enable_grad():
-        parts = ((features[which], labels[which]) for which in (~test, test))
-        probe = evaluation.probe(*parts, len(dataset.classes))[0]
-    scores = {"zero-shot": zeroshot, "probe": probe}
-    if model.head is not None:
-        logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
-        has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
-        has.scatter_(1, table.tokens.flatten(1).long(), True)
-        has[:, [PAD, tokenizer.start, tokenizer.end]] = False
-        words = (has.sum(dim=0) >= 10).nonzero().flatten()
+    for name, x in zip(("probe", "probe of patches,"), features.chunk(2, dim=1)):
+        with torch.enable_grad():
+            parts = (x[half:], labels[half:]), (x[:half], labels[:half])
+            scores[f"{name} {fact}"] = evaluation.probe(*parts, len(names))[0]
+    return scores
+
+
+def word_scores(model, tokenizer, table):
+    """How well the head's logit of a word ranks the images that have it in their title: mean
+    average precision over the words of at least ten images. Chance is the share of images that
+    have the word. Words that also name a type, or else a colour, are apart from all others."""
+
+    def stems(fact):  # without plurals and hyphens: titles write t-shirt, types Tshirts
+        return {stem(word) for f in table.facts for word in data.clean(f[fact]).split()}
+
+    def stem(word):
+        return word.replace("-", "").rstrip("s")
+
+    logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
+    has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
+    has.scatter_(1, table.tokens[:, 1].long(), True)
+    has[:, [PAD, tokenizer.start, tokenizer.end]] = False
+    types, colours, found = stems("type"), stems("colour"), {}
+    for w in (has.sum(dim=0) >= 10).nonzero().flatten().tolist():
+        word = stem(tokenizer.decode([w]))
+        kind = "type" if word in types else "colour" if word in colours else "other"
+        found.setdefault(kind, []).append(w)
+    scores = {}
+    for kind, words in found.items():
         precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
-        chance = has[:, words].float().mean()
-        scores["words, AP"] = evaluation.score(precisions, chance)
+        scores[f"{kind} words, AP"] = evaluation.score(precisions, has[:, words].float().mean())
     return scores
 
 
@@ -217,48 +340,22 @@ def average_precision(scores, right):
     return (precision * right).sum() / right.sum()
 
 
-def questions(scene, i):
-    """Scene -> {attribute: captions}. The first caption is true, and the others differ from it in
-    that one thing. All are worded alike, by i. In "swap" two objects exchange their colours, so
-    that both captions have the same words, and a bag of words cannot tell them apart."""
-    rng = SimpleNamespace(choice=lambda options: options[i % len(options)])
-    first, *others = scene["objects"]
-    changes = {}
-    for kind, values in ATTRIBUTES.items():
-        thing = first if kind in first else scene  # that has the attribute
-        changes[kind] = [{kind: value} for value in values if value != thing[kind]]
-        if thing is first:
-            changes[kind] = [{"objects": [{**first, **new}, *others]} for new in changes[kind]]
-    if others:
-        second = {**others[0], "colour": first["colour"]}
-        changes["swap"] = [{"objects": [{**first, "colour": others[0]["colour"]}, second]}]
-    return {
-        kind: [scenes.describe({**scene, **change}, rng)[1] for change in ({}, *new)]
-        for kind, new in changes.items()
-    }
-
-
-def attribute_scores(model, tokenizer, images, drawn):
-    """Which of the captions is true? By the towers, and by the word head where there is one.
-    images (N, 3, S, S); drawn: their N scenes."""
-    features = model.encode_image(images)
-    log_probs = None if model.head is None else model.class_logits(images).log_softmax(dim=1)
-    asked, scores = {}, {}
-    for i, scene in enumerate(drawn):
-        for kind, captions in questions(scene, i).items():
-            asked.setdefault(kind, []).append((i, captions))
-    for kind, items in asked.items():
-        numbers = torch.tensor([i for i, _ in items])  # of the images that are asked about
-        texts, first = [text for _, captions in items for text in captions], 0 * numbers
-        answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(items), -1))
-        cosines = torch.einsum("ne,nce->nc", features[numbers], answers)
-        scores[f"choose {kind}"] = accuracy(cosines, first)
-        if log_probs is not None:  # mean log-probability of the caption's words
-            owner = numbers.repeat_interleave(answers.shape[1]).tolist()
-            ids = map(tokenizer.encode, texts)
-            means = torch.stack([log_probs[i, words].mean() for i, words in zip(owner, ids)])
-            scores[f"head {kind}"] = accuracy(means.view(len(items), -1), first)
-    return scores
+def swap_scores(model, tokenizer, table):
+    """Of scenes with two objects: which caption is true, its own, or one in which the objects have
+    exchanged their colours? Both have the same words, so a bag of words cannot tell them apart."""
+    numbers, texts = [], []
+    for i, scene in enumerate(table.facts[:500]):
+        if len(scene["objects"]) == 2:
+            first, second = scene["objects"]
+            others = {**first, "colour": second["colour"]}, {**second, "colour": first["colour"]}
+            for objects in (scene["objects"], others):
+                # Both are worded alike.
+                texts.append(scenes.describe({**scene, "objects": objects}, random.Random(i))[1])
+            numbers.append(i)
+    answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(numbers), 2))
+    features = model.encode_image(table.images[numbers])
+    cosines = torch.einsum("ne,nce->nc", features, answers)
+    return {"choose swap": accuracy(cosines, torch.zeros(len(numbers), dtype=torch.long))}
 
 
 # -----------------------------------------------------------------------------
@@ -308,18 +405,24 @@ def optimise(model, table, spec):
     return {name: losses[name].item() for name in names if losses}, dtype
 
 
-def score_run(model, tokenizer, spec, held_out, folder):
+def score_run(model, tokenizer, spec, held_out):
     """What a run is judged by, a dict of score dicts."""
     if spec["start"] is not None:
         halves = {"old": held_out.half(0), "new": held_out.half(1)}
-        return {f"R@1 {k}": retrieval_scores(model, spec, t)["R@1"] for k, t in halves.items()}
-    scores = retrieval_scores(model, spec, held_out)
+        return {f"R@1 {k}": retrieval_scores(model, t)["R@1"] for k, t in halves.items()}
+    scores = retrieval_scores(model, held_out)
+    if spec["data"] == "objects":
+        scores["R@1"]["floor"] = floor(held_out.facts[:RANKED])
     if spec["search"]:
         return scores
-    if spec["data"] == "flickr":
-        return scores | photograph_scores(model, tokenizer, held_out, folder / "classes")
-    few = held_out.images[:500], held_out.scenes[:500]
-    return scores | object_scores(model, tokenizer) | attribute_scores(model, tokenizer, *few)
+    if spec["data"] == "objects":
+        grounds = ["{} on " + setting for setting in {f["setting"]: None for f in held_out.facts}]
+        return scores | class_scores(model, tokenizer, held_out, "object", grounds)
+    if spec["data"] == "products":
+        for fact in ("type", "colour"):
+            scores |= class_scores(model, tokenizer, held_out, fact)
+        return scores | (word_scores(model, tokenizer, held_out) if model.head is not None else {})
+    return scores | look_scores(model, tokenizer) | swap_scores(model, tokenizer, held_out)
 
 
 def run(task):
@@ -327,7 +430,7 @@ def run(task):
     spec, folder = task
     start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
-        parts = slice(-HELD_OUT), slice(-HELD_OUT, None)
+        parts = slice(-RANKED), slice(-RANKED, None)
         table, held_out = (Table(folder / f"{name}-train.pt", part) for part in parts)
     else:
         table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
@@ -339,7 +442,8 @@ def run(task):
         table = table.half(1)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
-    scores = score_run(model, tokenizer, spec, held_out, folder)
-    scores = {k: {x: round(s[x], 5) for x in ("value", "chance", "n")} for k, s in scores.items()}
+    scores = score_run(model, tokenizer, spec, held_out)
+    kept = "value", "chance", "floor", "n"
+    scores = {k: {x: round(s[x], 5) for x in kept if x in s} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}
