@@ -12,11 +12,11 @@ Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens,
 width, V vocabulary.
 """
 
-import copy
 import json
 import random
 import time
 from collections import Counter
+from functools import partial
 
 import torch
 import torchvision
@@ -41,10 +41,7 @@ RUN = dict(
     search=False,  # trained and judged on training pairs alone
     captions="mixed",  # one of COLUMNS
     label_captions=None,  # for the words, if others
-    loss="softmax",  # or sigmoid
     patch_dropout=0.0,
-    idf=True,
-    start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
 # Which captions of a table these are. The short one of an object is its setting, and that of a
 # product its group, such as "Shoes".
@@ -52,11 +49,11 @@ COLUMNS = {"short": slice(1), "long": slice(1, None), "mixed": slice(None)}
 PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
 RANKED = 1000  # pairs that R@k is measured among
-START_RATE = 3.5e-4  # learning rate of a model that is fine-tuned later
 PHOTOGRAPH = 32  # pixels: side of a photograph in a setting
 CORNERS = 3, 37  # pixels: where it may begin, inside the border
 MOST = {"train": 25_000, "test": 4_000}  # photographs of objects that become pairs
 VAL = 0.15  # share of the products
+KINDS = "type", "colour", "neither"  # of words in a title: what they name
 
 
 # -----------------------------------------------------------------------------
@@ -71,23 +68,6 @@ class Table:
         content = torch.load(path, mmap=True, weights_only=True)
         self.images, self.tokens = content["images"][part], content["tokens"][part]
         self.facts, self.vocab = json.loads(content["facts"])[part], content["vocab"]
-
-    def rows(self, numbers):
-        """A table of these rows alone."""
-        table = copy.copy(self)
-        table.images, table.tokens = self.images[numbers], self.tokens[numbers]
-        table.facts = [self.facts[i] for i in numbers]
-        return table
-
-    def half(self, second):
-        """A table of those scenes that have one half of the cloths and of the shapes alone."""
-        part = slice(4, 8) if second else slice(4)
-        cloths, shapes = ({*list(names)[part]} for names in (scenes.CLOTHS, scenes.SHAPES))
-        numbers = []
-        for i, scene in enumerate(self.facts):
-            if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes:
-                numbers.append(i)
-        return self.rows(numbers)
 
 
 def write_table(path, tokenizer, images, captions, facts):
@@ -128,15 +108,14 @@ def prepare_scenes(folder, settings, **numbers):
         write_table(folder / f"scenes-{settings}-{part}.pt", tokenizer, images, captions, drawn)
 
 
-def place_objects(folder, settings, most, seed):
-    """Photographs of a folder of classes, each in a corner of a drawn setting -> as write_table
-    takes them: images, captions (the setting, and three that name the object, too), facts."""
+def place_objects(dataset, settings, most, seed):
+    """Photographs with the numbers of their classes, each in a corner of a drawn setting -> as
+    write_table takes them: images, captions (the setting, and three that name the object, too),
+    facts."""
     grounds = {x: scenes.draw_setting(*x, 4 * scenes.SIZE).reduce(4) for x in settings}
-    dataset, rng = evaluation.ClassFolders(folder, PHOTOGRAPH), random.Random(seed)
-    images, captions, facts = [], [], []
+    images, captions, facts, rng = [], [], [], random.Random(seed)
     numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
-    for i in data.progress(numbers, f"placing {folder}", unit="photograph"):
-        photograph, label = dataset[i]
+    for photograph, label in map(dataset.__getitem__, data.progress(numbers, "placing objects")):
         check(not isinstance(photograph, str), photograph)
         cloth, pattern, border = setting = rng.choice(settings)
         x, y = rng.choice(CORNERS), rng.choice(CORNERS)
@@ -151,33 +130,31 @@ def place_objects(folder, settings, most, seed):
     return torch.stack(images), captions, facts
 
 
-def prepare_objects(folder, source, settings):
-    """Decode objects into `folder`. source: a folder with train/CLASS/ and test/CLASS/."""
+def read_objects(source, split):
+    """A dataset of photographs and their classes. source: a folder of train/CLASS/ and test/CLASS/,
+    or None for CIFAR-10, which is downloaded."""
+    if source:
+        return evaluation.ClassFolders(source / split, PHOTOGRAPH)
+    load, folder = partial(data.load_image, size=PHOTOGRAPH), data.cache_folder()
+    try:
+        return torchvision.datasets.CIFAR10(folder, split == "train", load, download=True)
+    except OSError as error:
+        raise InputError(f"cannot download CIFAR-10 ({error}): see --objects") from None
+
+
+def prepare_objects(folder, settings, source):
+    """Decode objects into `folder`. source: see read_objects."""
     some, parts = some_settings(settings), {}
     for name, split in (("train", "train"), ("val", "test")):
-        parts[name] = place_objects(source / split, some, MOST[split], split)
+        parts[name] = place_objects(read_objects(source, split), some, MOST[split], split)
     texts = (text for _, captions, _ in parts.values() for own in captions for text in own)
-    words = {word for text in texts for word in text.split() if len(word) > 1}
+    words = {word for text in texts for word in text.split()}
     tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
     for name, part in parts.items():
         write_table(folder / f"objects-{settings}-{name}.pt", tokenizer, *part)
 
 
-def download_objects(folder):
-    """CIFAR-10 as a folder that prepare_objects takes."""
-    for split in MOST:
-        try:
-            dataset = torchvision.datasets.CIFAR10(folder, split == "train", download=True)
-        except OSError as error:  # there is no network
-            raise InputError(f"cannot download CIFAR-10: {error}: see --objects") from None
-        for i, (image, label) in enumerate(data.progress(dataset, split)):
-            path = folder / split / dataset.classes[label] / f"{i:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return folder
-
-
-def prepare_products(folder, source):
+def prepare_products(folder, settings, source):
     """Pack and decode products into `folder`. source: a folder with pairs.csv and images/. A hash
     of the image file decides on which side a product is."""
     shards = folder / "products"
@@ -195,7 +172,7 @@ def prepare_products(folder, source):
         for f in facts:
             seen |= {f["sha256"], data.clean(f["captions"][0])}
         facts, texts = ([x[i] for i in numbers] for x in (facts, texts))
-        path = folder / f"products-{RUN['settings']}-{part}.pt"
+        path = folder / f"products-{settings}-{part}.pt"
         write_table(path, tokenizer, images[numbers], texts, facts)
 
 
@@ -234,13 +211,6 @@ def read_batch(table, spec, step):
 # Scores
 
 
-def accuracy(scores, answers):
-    """scores (N, C), answers (N,) -> score dict. Ties count as chance would have it."""
-    right = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, answers[:, None], True)
-    hits = evaluation.recall(evaluation.rank_counts(scores, right), 1)
-    return evaluation.score(hits, 1 / scores.shape[1])
-
-
 def retrieval_scores(model, table):
     """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
     added. The captions are long ones."""
@@ -259,76 +229,73 @@ def floor(facts):
     return len({f["setting"] for f in facts}) / len(facts)
 
 
+def classify(model, tokenizer, images, labels, learn, templates=evaluation.TEMPLATES):
+    """images (N, 3, S, S) and N names -> what eval.py's zeroshot returns, and the scores of linear
+    probes on the frozen class token and on the mean of the patch tokens. The probes learn from the
+    images for which learn (N,) is true, and are scored on the others."""
+    names = sorted({*labels})
+    dataset = [(image, names.index(label)) for image, label in zip(images, labels)]
+    probes, (features, y) = [], evaluation.frozen_features(model, dataset)
+    for x in features.chunk(2, dim=1):
+        with torch.enable_grad():
+            parts = (x[learn], y[learn]), (x[~learn], y[~learn])
+            probes.append(evaluation.probe(*parts, len(names))[0])
+    return evaluation.zeroshot(model, tokenizer, dataset, names, templates), *probes
+
+
 def look_scores(model, tokenizer):
-    """Zero-shot classification of pictures of one object, and linear probes on the class token."""
+    """Scores of drawn pictures of one object."""
     looks = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
     images = []
     for i, look in enumerate(looks):
         scene = scenes.make_scene(random.Random(f"object {i}"), [look], 1)
         images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
-    images = torch.stack(images).split(256)
-    features = torch.cat([model.encode_image(part) for part in images])
-    frozen = torch.cat([model.visual(part)[:, 0] for part in images])
-    test, scores = torch.arange(len(looks)) % PER_LOOK >= SHOTS, {}
-    for name, classes, labels in (
-        ("colour", [*scenes.COLOURS], [c for c, _ in looks]),
-        ("shape", [*scenes.SHAPES], [s for _, s in looks]),
-        ("colour_shape", [*map(" ".join, scenes.COMBINATIONS)], [*map(" ".join, looks)]),
+    learn, scores = torch.arange(len(looks)) % PER_LOOK < SHOTS, {}
+    for name, labels in (
+        ("colour", [c for c, _ in looks]),
+        ("shape", [s for _, s in looks]),
+        ("colour_shape", [*map(" ".join, looks)]),
     ):
-        labels = torch.tensor([classes.index(label) for label in labels])
-        logits = features @ evaluation.zeroshot_classifier(model, tokenizer, classes).T
-        scores[name] = accuracy(logits, labels)
-        if name == "colour_shape":
-            unseen = torch.tensor([look in scenes.HELD_OUT for look in looks])
-            scores["held_out"] = accuracy(logits[unseen], labels[unseen])
-        with torch.enable_grad():
-            parts = ((frozen[which], labels[which]) for which in (~test, test))
-            scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
+        zeroshot, probe, _ = classify(model, tokenizer, images, labels, learn)
+        scores |= {name: zeroshot["top1"], f"probe {name}": probe}
+    unseen = [s for s in zeroshot["per_class"] if (*s["name"].split(),) in scenes.HELD_OUT]
+    value, n = (sum(s[x] for s in unseen) for x in ("value", "n"))
+    scores["held_out"] = {**zeroshot["top1"], "value": value / len(unseen), "n": n}
     return scores
 
 
-def class_scores(model, tokenizer, table, fact, templates=("{}",)):
-    """Classification by a fact of the images, among its ten commonest values: zero-shot, and with a
-    linear probe on the class token and on the mean of the patch tokens. The probes learn from the
-    second half of the images, and all scores are of the first half."""
+def photograph_scores(model, tokenizer, table, fact, templates=("{}",)):
+    """Classification of photographs by one of their facts, among its ten commonest values. The
+    probes learn from the second half of the photographs."""
     names = [name for name, _ in Counter(f[fact] for f in table.facts).most_common(10)]
     numbers = [i for i, f in enumerate(table.facts) if f[fact] in names]
-    dataset = [(table.images[i], names.index(table.facts[i][fact])) for i in numbers]
-    half, scores = len(dataset) // 2, {}
-    zeroshot = evaluation.zeroshot(model, tokenizer, dataset[:half], names, templates)
-    scores[f"zero-shot {fact}"] = zeroshot["top1"]
-    features, labels = evaluation.frozen_features(model, dataset)
-    for name, x in zip(("probe", "probe of patches,"), features.chunk(2, dim=1)):
-        with torch.enable_grad():
-            parts = (x[half:], labels[half:]), (x[:half], labels[:half])
-            scores[f"{name} {fact}"] = evaluation.probe(*parts, len(names))[0]
-    return scores
+    labels = [table.facts[i][fact] for i in numbers]
+    learn = torch.arange(len(labels)) >= len(labels) // 2
+    zeroshot, *probes = classify(model, tokenizer, table.images[numbers], labels, learn, templates)
+    kinds = f"zero-shot {fact}", f"probe {fact}", f"patch probe {fact}"
+    return dict(zip(kinds, (zeroshot["top1"], *probes)))
 
 
 def word_scores(model, tokenizer, table):
     """How well the head's logit of a word ranks the images that have it in their title: mean
-    average precision over the words of at least ten images. Chance is the share of images that
-    have the word. Words that also name a type, or else a colour, are apart from all others."""
+    average precision over the words of at least ten images, for each of KINDS. Chance is the share
+    of images that have the word."""
 
-    def stems(fact):  # without plurals and hyphens: titles write t-shirt, types Tshirts
-        return {stem(word) for f in table.facts for word in data.clean(f[fact]).split()}
-
-    def stem(word):
+    def stem(word):  # without plurals and hyphens: titles write t-shirt, types Tshirts
         return word.replace("-", "").rstrip("s")
 
     logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
     has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
     has.scatter_(1, table.tokens[:, 1].long(), True)
     has[:, [PAD, tokenizer.start, tokenizer.end]] = False
-    types, colours, found = stems("type"), stems("colour"), {}
-    for w in (has.sum(dim=0) >= 10).nonzero().flatten().tolist():
-        word = stem(tokenizer.decode([w]))
-        kind = "type" if word in types else "colour" if word in colours else "other"
-        found.setdefault(kind, []).append(w)
-    scores = {}
-    for kind, words in found.items():
-        precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
-        scores[f"{kind} words, AP"] = evaluation.score(precisions, has[:, words].float().mean())
+    rest, scores = (has.sum(dim=0) >= 10).nonzero().flatten().tolist(), {}
+    for kind in KINDS:
+        named = {stem(w) for f in table.facts for w in data.clean(f.get(kind, "")).split()}
+        words = [w for w in rest if kind == "neither" or stem(tokenizer.decode([w])) in named]
+        rest = [w for w in rest if w not in words]
+        if words:
+            precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
+            scores[f"words of {kind}"] = evaluation.score(precisions, has[:, words].float().mean())
     return scores
 
 
@@ -353,9 +320,10 @@ def swap_scores(model, tokenizer, table):
                 texts.append(scenes.describe({**scene, "objects": objects}, random.Random(i))[1])
             numbers.append(i)
     answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(numbers), 2))
-    features = model.encode_image(table.images[numbers])
-    cosines = torch.einsum("ne,nce->nc", features, answers)
-    return {"choose swap": accuracy(cosines, torch.zeros(len(numbers), dtype=torch.long))}
+    cosines = torch.einsum("ne,nce->nc", model.encode_image(table.images[numbers]), answers)
+    right = torch.tensor([True, False]).expand(len(numbers), 2)
+    hits = evaluation.recall(evaluation.rank_counts(cosines, right), 1)
+    return {"choose swap": evaluation.score(hits, 1 / 2)}
 
 
 # -----------------------------------------------------------------------------
@@ -364,12 +332,8 @@ def swap_scores(model, tokenizer, table):
 
 def make_model(spec, vocab_size):
     torch.manual_seed(spec["seed"])
-    changes = {name: spec[name] for name in ("cls_weight", "loss")}
-    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size, **changes))
-    if not spec["idf"]:  # every word counts the same
-        uniform = torch.ones(vocab_size)
-        uniform[[PAD, -2, -1]] = 0
-        model.token_weights = lambda: uniform
+    config = {**PRESETS["tiny"], "vocab_size": vocab_size, "cls_weight": spec["cls_weight"]}
+    model = SuperCLIP(SuperCLIPConfig(**config))
     if spec["group"]:  # each image is told from the captions of its own group only
         compare = model.compare
 
@@ -407,9 +371,6 @@ def optimise(model, table, spec):
 
 def score_run(model, tokenizer, spec, held_out):
     """What a run is judged by, a dict of score dicts."""
-    if spec["start"] is not None:
-        halves = {"old": held_out.half(0), "new": held_out.half(1)}
-        return {f"R@1 {k}": retrieval_scores(model, t)["R@1"] for k, t in halves.items()}
     scores = retrieval_scores(model, held_out)
     if spec["data"] == "objects":
         scores["R@1"]["floor"] = floor(held_out.facts[:RANKED])
@@ -417,10 +378,10 @@ def score_run(model, tokenizer, spec, held_out):
         return scores
     if spec["data"] == "objects":
         grounds = ["{} on " + setting for setting in {f["setting"]: None for f in held_out.facts}]
-        return scores | class_scores(model, tokenizer, held_out, "object", grounds)
+        return scores | photograph_scores(model, tokenizer, held_out, "object", grounds)
     if spec["data"] == "products":
         for fact in ("type", "colour"):
-            scores |= class_scores(model, tokenizer, held_out, fact)
+            scores |= photograph_scores(model, tokenizer, held_out, fact)
         return scores | (word_scores(model, tokenizer, held_out) if model.head is not None else {})
     return scores | look_scores(model, tokenizer) | swap_scores(model, tokenizer, held_out)
 
@@ -436,10 +397,6 @@ def run(task):
         table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
-    if spec["start"] is not None:  # fine-tuning: first one half of the concepts, then the other
-        before = {**spec, "samples": spec["start"], "learning_rate": START_RATE}
-        optimise(model, table.half(0), before)
-        table = table.half(1)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
     scores = score_run(model, tokenizer, spec, held_out)
