@@ -171,12 +171,12 @@ class Study:
 
     def search(self, spec):
         """The runs that look for the learning rate of a spec, and the rate, or None while some of
-        them are missing. Scores within a point of the best are as good as the best, because a
-        thousand pairs tell no more. Of their rates the lowest is taken, because it is the farthest
-        from those at which training fails. The search adds a lower rate while the lowest is taken,
-        and a higher one while the highest is the best. Objects differ by few points, so that rates
-        within two points of the best have three seeds, and the best mean is taken. Kinds that
-        differ in captions and the like share a rate."""
+        them are missing. The search adds a lower rate while the lowest is as good as the best, and
+        a higher one while the highest is the best. Scores within a point of the best are as good,
+        because a thousand pairs tell no more. Of their rates the lowest is taken, because it is the
+        farthest from those at which training fails. Objects differ by few points, so that such
+        rates have three seeds, and the best mean is taken. Kinds that differ in captions and the
+        like share a rate."""
         shared = {k: spec[k] for k in ("data", "settings", "batch_size", "group")}
         shared |= {"cls_weight": 1.0 if spec["cls_weight"] else 0.0, "search": True}
         shared["captions"] = "mixed" if spec["data"] == "scenes" else "long"
@@ -191,16 +191,15 @@ class Study:
             if None in values:
                 return specs, None
             best = values.index(max(values))
-            lowest = next(i for i, value in enumerate(values) if value >= max(values) - 0.01)
-            near = [rate for rate, value in zip(rates, values) if value >= max(values) - 0.02]
-            if lowest == 0 and exponents[0] > -4:
+            good = [rate for rate, value in zip(rates, values) if value >= max(values) - 0.01]
+            if good[0] == rates[0] and exponents[0] > -4:
                 exponents.insert(0, exponents[0] - 1)
             elif best == len(values) - 1 and exponents[-1] < 3:
                 exponents.append(exponents[-1] + 1)
-            elif spec["data"] == "objects" and len(near) > 1 and not seeds:
-                seeds = dict.fromkeys(near, (100, 101, 102))
+            elif spec["data"] == "objects" and len(good) > 1 and not seeds:
+                seeds = dict.fromkeys(good, (100, 101, 102))
             else:
-                return specs, rates[best if seeds else lowest]
+                return specs, rates[best] if seeds else good[0]
 
     def searched(self, specs):
         """{rate: what its runs are judged by, as a mean over seeds}: R@1, or of products R@10. None
@@ -355,10 +354,9 @@ def search_table(study):
                 lines[name] = [name, f"{best:g}", ", ".join(tried)]
     text = (
         "R@1 in percent (products: R@10), a mean over n seeds, among a thousand training pairs "
-        "held out for this. Rates within a point of the best are as good; the lowest is taken. "
-        "Both methods start with the same three rates, and go on while the end of the range is "
-        "taken. Of objects, rates within two points of the best have three seeds, and the best "
-        "mean is taken."
+        "held out for this. Rates within a point of the best are as good; the lowest is taken, or "
+        "of objects the best mean over three seeds. Both methods start with the same three rates, "
+        "and go on while the end of the range is taken."
     )
     table = markdown(["", "best", "learning rate: score"], lines.values())
     return ["## Learning rates", "", text, "", *table] if lines else []

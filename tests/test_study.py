@@ -80,7 +80,7 @@ def test_groups_are_compared_within_themselves():
 
 def test_close_rates_of_objects_are_searched_with_three_seeds(tmp_path):
     def value_of(spec):  # seed 100 prefers a rate that is not the best
-        best = {1.24e-4: 0.33 + 0.02 * (spec["seed"] == 100), 2.47e-4: 0.34}
+        best = {1.24e-4: 0.333 + 0.01 * (spec["seed"] == 100), 2.47e-4: 0.34}
         return best.get(spec["learning_rate"], 0.25)
 
     finish(plan := compare.Study(tmp_path / "runs.jsonl"), ["objects"], value_of)
@@ -91,9 +91,7 @@ def test_close_rates_of_objects_are_searched_with_three_seeds(tmp_path):
 
 def score(folder, **changes):
     spec = {**run.RUN, "captions": "long", "samples": 64, "learning_rate": 1e-3, **changes}
-    result = json.loads(json.dumps(run.run((spec, folder))))
-    assert result["spec"] == spec and result["losses"]["contrastive_loss"] > 0
-    return result["scores"]
+    return json.loads(json.dumps(run.run((spec, folder))))["scores"]
 
 
 def test_objects(folders, shallow, tmp_path):
@@ -106,8 +104,8 @@ def test_objects(folders, shallow, tmp_path):
         corners = [image[:, y:, x:][:, :32, :32] for x in run.CORNERS for y in run.CORNERS]
         shown = [abs(c.double().mean(dim=(1, 2)) - colour).max() < 20 for c in corners]
         setting, *texts = map(data.Tokenizer(table.vocab).decode, tokens)
-        assert sum(shown) == 1 and setting == fact["setting"]
-        assert all(setting in text and fact["object"] in text for text in texts)
+        complete = (setting in text and fact["object"] in text for text in texts)
+        assert sum(shown) == 1 and setting == fact["setting"] and all(complete)
     scores = score(tmp_path, data="objects", settings=4, batch_size=4)
     assert [scores[f"{kind} object"]["n"] for kind in ("zero-shot", "probe")] == [12, 6]
     sharing = Counter(fact["setting"] for fact in table.facts)
@@ -130,9 +128,8 @@ def test_products(shallow, tmp_path, monkeypatch):
     run.prepare_products(tmp_path, 256, tmp_path)
     scores = score(tmp_path, data="products", **compare.DUAL)
     assert {"zero-shot colour", "patch probe type", "words of type"} <= scores.keys()
-    right = torch.tensor([False, True, True, False])  # at ranks 1 and 3
-    precision = run.average_precision(torch.tensor([1, 4, 2, 3]), right)
-    assert math.isclose(precision, (1 / 1 + 2 / 3) / 2)
+    right = torch.tensor([0, 1, 1, 0]) == 1  # at ranks 1 and 3
+    assert run.average_precision(torch.tensor([1, 4, 2, 3]), right) == (1 / 1 + 2 / 3) / 2
 
 
 def test_runs_and_report(shallow, tmp_path, monkeypatch):
@@ -146,6 +143,6 @@ def test_runs_and_report(shallow, tmp_path, monkeypatch):
     plan = compare.Study(tmp_path / "runs.jsonl")
     finish(plan, ["batch"], lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])
     compare.report(plan, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").exists()
     report = (tmp_path / "results.md").read_text()
+    assert (tmp_path / "figure.png").exists()
     assert "| 50.0 -> 90.0, +40.0 ± 0.0 |" in report and "| 0 of 3 | not run |" in report
