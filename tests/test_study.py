@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 from collections import Counter
 
 import numpy as np
@@ -15,16 +14,15 @@ import data
 from scripts import scenes
 from study import compare, run
 
-METRICS = {metric for part in compare.PARTS.values() for metric in part.metrics}
-
 
 def finish(plan, parts, value_of):
     """Pretend to have made the runs that are planned. value_of: spec -> what they score."""
+    metrics = {metric for part in compare.PARTS.values() for metric in part.metrics}
     for part in parts:
         while todo := plan.todo(part):
             for spec in todo:
                 score = {"value": value_of(spec), "chance": 0.1, "n": 100}
-                result = {"spec": spec, "scores": dict.fromkeys(METRICS, score), "seconds": 1.0}
+                result = {"spec": spec, "scores": dict.fromkeys(metrics, score), "seconds": 1.0}
                 plan.add({**result, "dtype": "float32", "device": "x", "torch": "y"})
 
 
@@ -109,7 +107,7 @@ def test_objects(folders, shallow, tmp_path):
     scores = score(tmp_path, data="objects", settings=4, batch_size=4)
     assert [scores[f"{kind} object"]["n"] for kind in ("zero-shot", "probe")] == [12, 6]
     sharing = Counter(fact["setting"] for fact in table.facts)
-    blind = statistics.mean(1 / sharing[fact["setting"]] for fact in table.facts)
+    blind = sum(1 / sharing[fact["setting"]] for fact in table.facts) / len(table.facts)
     assert math.isclose(scores["R@1"]["floor"], blind, rel_tol=1e-4)
 
 
@@ -120,14 +118,14 @@ def test_products(shallow, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "VAL", 0.5)
     (tmp_path / "images").mkdir()
     rows = ["image,caption,type,colour,group"]
-    for i, colour in enumerate([*COLOURS] * 40):
+    for i, colour in enumerate(40 * [*COLOURS]):
         picture, kind = png(COLOURS[colour], np.random.default_rng(i)), f"{'abcd'[i // 40]}-ring"
         (tmp_path / "images" / f"{i}.png").write_bytes(picture)
         rows.append(f"{i}.png,{colour} {kind} {i},{kind}s,{colour},things")
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     run.prepare_products(tmp_path, 256, tmp_path)
-    scores = score(tmp_path, data="products", **compare.DUAL)
-    assert {"zero-shot colour", "patch probe type", "words of type"} <= scores.keys()
+    scores = score(tmp_path, data="products", **compare.DUAL).keys()
+    assert {"zero-shot colour", "patch probe type", "words of type"} <= scores
     right = torch.tensor([0, 1, 1, 0]) == 1  # at ranks 1 and 3
     assert run.average_precision(torch.tensor([1, 4, 2, 3]), right) == (1 / 1 + 2 / 3) / 2
 
