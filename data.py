@@ -217,7 +217,7 @@ def expand(patterns):
             found = [p for p in glob.glob(f"{glob.escape(path)}/*") if p.endswith(ENDINGS)]
         check(found, f"no shards match {path}")
         for shard in found:
-            check(not shard.endswith(ENDINGS[1:]), f"{shard} is compressed: unpack it to .tar")
+            check(os.path.isfile(shard) and not shard.endswith(ENDINGS[1:]), f"not a .tar: {shard}")
             shards[os.path.realpath(shard)] = shard
     return sorted(shards.values())
 
@@ -237,6 +237,7 @@ def read_headers(path, number):
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, extension = split_name(member.name)
+                check(member.size >= 0, "a size is negative")  # would make tarfile go in circles
                 column = COLUMN.get(extension)
                 if column and key and member.isfile():
                     row = rows.setdefault(key, [number] + [0] * 6)
@@ -252,8 +253,8 @@ def read_headers(path, number):
             if any(chunk.strip(b"\0") for chunk in iter(partial(tar.fileobj.read, 2**20), b"")):
                 size = tar.fileobj.seek(0, os.SEEK_END) - tar.offset
                 unused[""] = f"the archive ends, or is damaged: {size:,} bytes are not used"
-    except (tarfile.TarError, OSError) as error:
-        unused[""] = f"{error}; the rest is not read"
+    except Exception as error:  # for damaged headers tarfile has half a dozen kinds
+        unused[""] = f"{str(error) or type(error).__name__}; the rest is not read"
     unused |= {f"*{e}": f"a link or another kind: {n:,} files" for e, n in others.items()}
     without = {key: "no image, or an empty one" for key, row in rows.items() if not row[IMAGE]}
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
@@ -298,8 +299,8 @@ Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompressi
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # How the names of such files end, for all commands
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+# Pillow warns of odd metadata, and torch of a read-only array, to which nobody writes.
+warnings.filterwarnings("ignore", module="PIL|data$")
 
 
 class BadSample(Exception):

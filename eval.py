@@ -48,12 +48,8 @@ def read_file(path, read=read_pickle):
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
-    except Exception as error:  # torch and safetensors raise a dozen kinds
-        script = "is a TorchScript archive: save torch.jit.load(path).state_dict() instead"
-        # GLOBAL: the pickle names a class or a function
-        reasons = {"GLOBAL": "could run code and is refused", "TorchScript": script}
-        known = [reason for word, reason in reasons.items() if word in str(error)]
-        raise InputError(f"{path} {(known or ['is damaged, or holds no weights'])[0]}") from None
+    except Exception:  # torch and safetensors raise a dozen kinds
+        raise InputError(f"{path} is damaged, or refused (code?): save a state_dict") from None
 
 
 def check_weights(path, weights, config, vocab=None):
@@ -79,7 +75,7 @@ def check_weights(path, weights, config, vocab=None):
         tensor, wanted = weights.get(name), expected.get(name)
         fits = torch.is_tensor(tensor) and torch.is_tensor(wanted) and tensor.shape == wanted.shape
         floats = fits and tensor.is_floating_point() and wanted.is_floating_point()
-        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.isfinite().all()
+        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.float().isfinite().all()
         wanted = f"finite {wanted.dtype} {[*wanted.shape]}" if wanted is not None else "unknown"
         check(fits, f"{path} does not fit its configuration: {name} ({wanted})")
     return config
@@ -271,7 +267,7 @@ def line(name, s):
     """A score as a line of text."""
     value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
     text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
-    return f"{text}   n {s['n']:,}"
+    return data.printable(f"{text}   n {s['n']:,}")
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
@@ -342,8 +338,10 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
 
 
 def mean_r1(result):
-    """What the best model is chosen by: R@1, as the mean of both ways."""
-    return (result["image_to_text"]["R@1"]["value"] + result["text_to_image"]["R@1"]["value"]) / 2
+    """What the best model is chosen by: R@1, as the mean of both ways, and the upper end of its
+    95 % interval."""
+    a, b = result["image_to_text"]["R@1"], result["text_to_image"]["R@1"]
+    return (a["value"] + b["value"]) / 2, (a["interval"][1] + b["interval"][1]) / 2
 
 
 def print_retrieval(result):
@@ -361,16 +359,21 @@ def zeroshot_classifier(model, tokenizer, classes, templates=TEMPLATES):
 
 
 def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size=128, workers=0):
-    """Top-1 and top-5 accuracy, and top-1 of each class, for a dataset of (image, class number). It
-    is a search for the class among all C classes, so its top-k is R@k."""
+    """Top-1 and top-5 accuracy, and top-1 of each class with the one that it is mistaken for most,
+    for a dataset of (image, class number). It is a search for the class among all C classes, so its
+    top-k is R@k."""
     classifier, C = zeroshot_classifier(model, tokenizer, classes, templates), len(classes)
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
     labels, numbers = torch.tensor(labels), torch.arange(C).to(classifier.device)
     counts = search_counts(features, labels.to(classifier.device), classifier, numbers)
     result = {f"top{k}": score(recall(counts, k), k / C) for k in (1, 5) if k == 1 or k < C}
+    guesses, result["per_class"] = (features @ classifier.T).argmax(dim=1).cpu(), []
     # A list, not a dict, because two of ImageNet's classes have the same name.
-    hits = [(name, recall(counts[:, labels == c], 1)) for c, name in enumerate(classes)]
-    result["per_class"] = [{"name": name, **score(h, 1 / C)} for name, h in hits if len(h)]
+    for c in labels.unique().tolist():
+        wrong = guesses[(labels == c) & (guesses != c)]
+        often = classes[wrong.mode()[0]] if len(wrong) else None
+        part = score(recall(counts[:, labels == c], 1), 1 / C)
+        result["per_class"].append({"name": classes[c], "mistaken_for": often, **part})
     return result
 
 
@@ -530,8 +533,7 @@ def read_list(path):
 def class_names(dataset, path=None):
     """A name for each class: the lines of --classes, or else the names of the folders."""
     names = read_list(path) if path else [name.replace("_", " ") for name in dataset.classes]
-    n = len(dataset.classes)
-    check(len(names) == n, f"{path} names {len(names)} classes, but there are {n} folders")
+    check(len(names) == len(dataset.classes), f"{path} does not have a line for each folder")
     return names
 
 
@@ -542,14 +544,13 @@ def command_zeroshot(model, tokenizer, args):
     dataset = ClassFolders(args.images, model.config.image_size)
     classes = class_names(dataset, args.classes)
     templates = read_list(args.templates) if args.templates else TEMPLATES
-    complete = templates and all("{}" in template for template in templates)
-    check(complete, f"every line of {args.templates} must have {{}} where the class name goes")
-    print(f"{len(classes)} classes, {len(templates)} prompts: {' | '.join(templates)}")
+    check(templates and all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
+    print(f"{len(classes)} classes, {len(templates)} prompts:", *templates, sep="\n  ")
     result = zeroshot(model, tokenizer, dataset, classes, templates, args.batch_size, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
         print(line(name, result[name]))
     for part in result["per_class"] if len(classes) <= 30 else ():
-        print(line(f"  {part['name']}", part))
+        print(line(f"  {part['name']}", part), "  mistaken for", part["mistaken_for"] or "none")
     return {"templates": list(templates), **result}
 
 
@@ -563,16 +564,17 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
-    folders = [ClassFolders(f, model.config.image_size) for f in (args.train, args.test)]
-    train, test = folders
+    train, test = (ClassFolders(f, model.config.image_size) for f in (args.train, args.test))
     check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
-    features = [frozen_features(model, f, args.batch_size, args.workers) for f in folders]
     result, D = {}, model.config.vision_width
-    for name, columns in (("class token", slice(D)), ("patch mean", slice(D, None))):
-        parts = ((x[:, columns], y) for x, y in features)
-        value, penalty = probe(*parts, len(train.classes))
-        result[name] = {**value, "penalty": penalty}
-        print(line(f"linear probe {name}", value) + f"   penalty {penalty:g}")
+    torch.manual_seed(0)
+    untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # what was there before
+    for kind, tower in (("", model), ("untrained ", untrained)):
+        parts = [frozen_features(tower, f, args.batch_size, args.workers) for f in (train, test)]
+        for name, columns in (("class token", slice(D)), ("patch mean", slice(D, None))):
+            part = probe(*((x[:, columns], y) for x, y in parts), len(train.classes))[0]
+            print(line(kind + name, part))
+            result[kind + name] = part
     return result
 
 

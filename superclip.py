@@ -470,7 +470,8 @@ def cli(main):
     """Run a command. A user's mistake ends it with a sentence and exit code 2, Ctrl-C with a
     sentence and code 130. A mistake of ours keeps its trace."""
     try:
-        sys.stdout.reconfigure(errors="replace")  # a caption must not end a run on an odd terminal
+        # A caption must not end a run on an odd terminal. Stdout may be closed.
+        (sys.stdout or sys.stderr).reconfigure(errors="replace")
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         sys.stdout = None
@@ -484,5 +485,6 @@ def cli(main):
         traceback.clear_frames((error.__context__ or error).__traceback__)
         # Drop the trace from a worker's message, and the number from the system's.
         message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error)).strip()
-        print(f"error: {message or 'stopped by Ctrl-C'}", file=sys.stderr)
+        # Without escapes, so that the name of a file gives no orders to the terminal
+        print("error:", message.replace("\x1b", "?") or "stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -72,12 +72,13 @@ def make_parser():
     add("--label_captions", nargs="+", help="for the word labels (default: --captions)")
     add("--val_captions", nargs="+", help="for --val_data (default: --captions)")
     add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--workers", type=number(int, 0), help="loading processes per GPU (default: its cores)")
+    add("--workers", type=number(int, 0, 999), help="loading processes a GPU (default: its cores)")
     # the model
     add("--model", choices=PRESETS, default="ViT-B-16", help="(default %(default)s)")
     add("--image_size", type=count, metavar="PIXELS", help="a side (default: the model's)")
     add("--context_length", type=number(int, 3), metavar="TOKENS", help="(default: the model's)")
     add("--init_from", metavar="FILE", help="checkpoint to take model and vocabulary from")
+    add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
     add("--cls_weight", type=rate, default=1.0, help="of the word loss; 0 is CLIP (default 1)")
     add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="CLIP's, or SigLIP's")
     # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
@@ -89,7 +90,7 @@ def make_parser():
     add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
     add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
     add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share of the patches")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share that is dropped")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
     # the machine
     add("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -108,8 +109,8 @@ def make_parser():
 
 
 # What defines a run, so that --resume keeps it. Batch size, rates, warm-up and length may change.
-FIXED = {"model", "image_size", "context_length", "init_from", "vocab", "captions"}
-FIXED |= {"label_captions", "loss", "cls_weight", "weight_decay", "patch_dropout", "seed"}
+FIXED = {"model", "image_size", "context_length", "init_from", "vocab", "captions", "loss"}
+FIXED |= {"label_captions", "freeze", "cls_weight", "weight_decay", "patch_dropout", "seed"}
 IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from
 GENTLE = {"learning_rate": 5e-5}  # for --init_from: larger steps destroy what the weights know
 
@@ -130,6 +131,8 @@ def parse(argv):
         situation = saved["arguments"] | ({"steps": None} if "epochs" in given else {})
         changed = [k for k in given.keys() & FIXED if given[k] != situation.get(k)]
         check(not changed, f"--resume cannot change --{' --'.join(changed)}")
+        if {"steps", "epochs"} & given.keys():
+            print("A new length changes the learning rate. Was the run finished? Try --init_from.")
     else:
         # A scheduler that repeats its command may have killed it before the first save.
         new = "train_data" in given and not last.with_name("best.pt").exists()
@@ -254,7 +257,8 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
         surrogate = sum((x * gradient).sum() for x, gradient in zip(pair, gradients))
         (surrogate + scaler.scale(model.config.cls_weight * word_loss / n)).backward()
         words += word_loss.detach() / n
-    for p in model.parameters() if dist.is_initialized() else ():
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained if dist.is_initialized() else ():
         all_sum(p.grad).div_(dist.get_world_size())
     return {"contrastive_loss": contrastive, "classification_loss": words}
 
@@ -315,7 +319,8 @@ def make_model(args, start_from, tokenizer, device):
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
-    for tower in (model.visual, model.text):
+    for name, tower in (("image", model.visual), ("text", model.text)):
+        tower.requires_grad_(name != args.freeze)  # with its projection
         tower.transformer.grad_checkpointing = args.grad_checkpointing
     cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     if cuda if args.compile is None else args.compile:  # older GPUs cannot run what it makes
@@ -378,8 +383,7 @@ def schedule(args, pairs):
 
 def fingerprint(pairs):
     """A short text that changes when the shards or the sources of the captions do."""
-    content = pairs.index.numpy().tobytes() + str(pairs.captions).encode()
-    return hashlib.sha1(content).hexdigest()[:12]
+    return hashlib.sha1(bytes(pairs.index.numpy()) + str(pairs.captions).encode()).hexdigest()[:12]
 
 
 # -----------------------------------------------------------------------------
@@ -389,13 +393,12 @@ def fingerprint(pairs):
 def describe(args, model, pairs, data_print, steps, dtype, device):
     """Print what this run is, and return the header of its log, without which no number in the
     rows that follow means anything."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"
-    cores, N = f"{os.cpu_count()} CPU cores", args.batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    git = f"git -C {str(Path(__file__).parent)!r} describe --always --dirty 2>/dev/null"
+    cores, cuda = f"{os.cpu_count()} CPU cores", device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else cores
     header = {"samples": len(pairs), "parameters": sum(p.numel() for p in model.parameters())}
-    header |= {"steps": steps, "steps_per_epoch": len(pairs) // N, "batch_size": N}
-    header |= {"processes": WORLD, "dtype": dtype, "torch": torch.__version__, "device": name}
-    header |= {"commit": subprocess.getoutput(git)}
+    header |= {"steps": steps, "batch_size": args.batch_size, "processes": WORLD, "dtype": dtype}
+    header |= {"torch": torch.__version__, "device": name, "commit": subprocess.getoutput(git)}
     header |= {"date": time.strftime("%Y-%m-%d %H:%M"), "data_fingerprint": data_print}
     print(", ".join(f"{name} {value}" for name, value in header.items()))
     if pairs.unused:
@@ -432,10 +435,9 @@ class Log:
         self.file = open(os.devnull, "a") if RANK else open_log(Path(args.out_dir), args.resume)
         # None: a bar if this is a terminal
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
-        self.wandb = None
+        wandb = evaluation.optional("wandb") if args.wandb and RANK == 0 else None
+        self.wandb = wandb and wandb.init(project=args.wandb, config=header)
         self.write({"header": header, "step": step})
-        if args.wandb and RANK == 0:
-            self.wandb = evaluation.optional("wandb").init(project=args.wandb, config=header)
 
     def fetch(self, batches):
         """The next micro-batch. Measures the wait, and counts the bad samples in it."""
@@ -499,7 +501,7 @@ def validate(model, tokenizer, pairs, args, step):
     if pairs:
         features = evaluation.encode_shards(model, pairs, workers=args.workers)
         row["validation"] = evaluation.retrieval(*features)
-        row["mean_r1"] = evaluation.mean_r1(row["validation"])
+        row["mean_r1"], row["at_most"] = evaluation.mean_r1(row["validation"])
         evaluation.print_retrieval(row["validation"])
     for folder in args.zeroshot_data or ():
         images = evaluation.ClassFolders(folder, model.config.image_size)
@@ -515,17 +517,18 @@ def validate(model, tokenizer, pairs, args, step):
     return row
 
 
-def print_next(args, best, last_score):
-    """Say where the model is, and which commands come next. best, last_score: mean R@1 of best.pt
-    and of the last validation, below 0 without validation pairs."""
-    path = f"{args.out_dir}/{'last.pt' if best < 0 else 'best.pt'}"
-    why = f" (an earlier step's, mean R@1 {best:.1%})" if 0 <= last_score < best else ""
-    print(f"\nThe model is in {path}{why}. What it has learned, and what it sees in your pictures:")
+def print_next(args, best, last):
+    """Say where the model is, and which commands come next. best: mean R@1 of best.pt, below 0
+    without validation pairs; last: the last validation."""
+    # A better step in between may have been luck. Then the last one has seen more of the data.
+    luck = last.get("mean_r1", best) < best <= last.get("at_most", 1.0)
+    path = f"{args.out_dir}/{'last.pt' if best < 0 or luck else 'best.pt'}"
+    print(f"\nThe model is in {path}{' (best.pt is hardly better)' * luck}. What it has learned:")
     if args.val_data not in (None, ["none"]):
-        shards = " ".join(map(repr, args.val_data))
-        print(f"  python -m scripts.report --checkpoint {path} --data {shards} --out report.html")
-    print(f"  python -m scripts.words --checkpoint {path} --image FILE --out words.png")
-    print(f'  python -m scripts.search --checkpoint {path} --images DIR "a red star"')
+        pairs = *map(repr, args.val_data), "--captions", *(args.val_captions or args.captions)
+        print(f"  python -m scripts.report --checkpoint {path!r} --out report.html --data", *pairs)
+    print(f"  python -m scripts.words --checkpoint {path!r} --image FILE --out words.png")
+    print(f'  python -m scripts.search --checkpoint {path!r} --images DIR "a red star"')
 
 
 # -----------------------------------------------------------------------------
@@ -574,7 +577,7 @@ def train(args, saved, start_from, tokenizer):
     batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
     header = describe(args, model, pairs, prints[0], steps, dtype, device)
     log, asked_to_stop = Log(args, header, step), listen_for_signals()
-    out_dir, score = Path(args.out_dir), best
+    out_dir, grid, validation = Path(args.out_dir), model.visual.grid, {}
     counts = [x.clone() for x in model.buffers()]  # as they were after the last whole step
     # A fine-tuning saves and scores its start, too, because training may harm the model.
     saved_step = -1 if args.init_from and not saved else step
@@ -611,9 +614,7 @@ def train(args, saved, start_from, tokenizer):
             if all_sum(torch.tensor(len(asked_to_stop))) or step == steps:
                 break
             # 2. the batch, in one micro-batch or several
-            keep = patches_to_keep(
-                args.patch_dropout, model.visual.grid, N, args.seed, step, device
-            )
+            keep = patches_to_keep(args.patch_dropout, grid, N, args.seed, step, device)
             keeps = [None] * (B // micro) if keep is None else keep[local].split(micro)
             micro_batches = ({**log.fetch(batches), "keep": part} for part in keeps)
             # 3. its gradient
@@ -640,7 +641,7 @@ def train(args, saved, start_from, tokenizer):
             print(f"stopped after step {step}. To go on, give the same command with --resume")
     check(saved_step == step, f"step {step} was the last, but last.pt could not be written")
     if step == steps:
-        print_next(args, best, score)
+        print_next(args, best, validation)
 
 
 def main(argv):

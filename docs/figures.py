@@ -1,6 +1,7 @@
 """Draw the figures of the tutorial and the README into assets/:
 
-    python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl] [--objects DIR]
+    python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
+    python -m docs.figures --models out_clip/last.pt out/last.pt --objects DIR
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
 built-in scenes (the second one with --cls_weight 0). DIR is a folder of photographs, as
@@ -23,6 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 import data
+import eval as evaluation
 from scripts import scenes
 from study import run
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, cli
@@ -296,6 +298,38 @@ def curve(path, clip_path):
     save("curve")
 
 
+# -----------------------------------------------------------------------------
+# The idea
+
+
+def idea(clip_path, superclip_path, k=5):
+    """A scene, and the texts that two models find most fitting among those of all 64 combinations
+    of colour and shape, with their probabilities."""
+    rng = random.Random("idea 8")  # one of the first scenes on which the two disagree
+    look = rng.choice(scenes.SEEN)
+    scene, names = scenes.make_scene(rng, [look], 1), [*map(" ".join, scenes.COMBINATIONS)]
+    figure = plt.figure(figsize=(8.5, 2.9), layout="constrained")
+    left, *others = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    left.imshow(scenes.draw(scene, 288))
+    left.axis("off")
+    left.set_title(textwrap.fill(scenes.describe(scene, rng)[1], 32), fontsize=10)
+    for axis, path, name in zip(others, (clip_path, superclip_path), ("CLIP", "SuperCLIP")):
+        model, tokenizer, preprocess = evaluation.load(path)
+        image = model.encode_image(preprocess(scenes.draw(scene))[None])
+        texts = evaluation.zeroshot_classifier(model, tokenizer, names)
+        best = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].topk(k)
+        said = [names[i] for i in best.indices.tolist()]
+        colours = [GREEN if text == " ".join(look) else "#c3c9d2" for text in said]
+        bars = axis.barh(range(k), best.values.tolist(), color=colours)
+        axis.bar_label(bars, fmt="{:.0%}", padding=3)
+        axis.set(title=f"{name} says", xlim=(0, 0.8), xticks=[])
+        axis.set_yticks(range(k), said)
+        axis.tick_params(length=0)
+        axis.invert_yaxis()
+        axis.spines[:].set_visible(False)
+    save("idea")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
     study = ROOT / "study"
@@ -304,6 +338,8 @@ def main(argv):
     default = clip_log if clip_log.exists() else None
     text = f"of a run with --cls_weight 0 (default study/{clip_log.name}, if it exists)"
     parser.add_argument("--clip_log", default=default, help=text)
+    text = "checkpoints of CLIP and SuperCLIP, for the figure of the idea"
+    parser.add_argument("--models", nargs=2, metavar=("CLIP", "SUPERCLIP"), help=text)
     text = "train/CLASS/ and test/CLASS/ of photographs (default: no picture of objects)"
     parser.add_argument("--objects", metavar="DIR", help=text)
     args = parser.parse_args(argv)
@@ -313,6 +349,8 @@ def main(argv):
     label()
     matrix()
     curve(args.log, args.clip_log)
+    if args.models:
+        idea(*args.models)
     if args.objects:
         objects(args.objects)
 

@@ -29,6 +29,7 @@ from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import data
@@ -225,18 +226,42 @@ def make_shards(args, samples, bad):
 
 
 def summary(out, bad):
-    for split in ("train", "val"):
+    """Print what the folder holds and what was not used. Returns the number of training pairs."""
+    for split in ("val", "train"):
         shards = sorted(map(str, out.glob(f"{split}-*.tar")))
         n = len(data.build_index(shards)[0]) if shards else 0
         size = sum(map(os.path.getsize, shards))
         print(f"{split:6}{len(shards):6,} shards{n:10,} samples{size / 1e6:11,.1f} MB")
     print(f"rows that cannot be used: {len(bad):,}, listed in {out / 'bad_rows.csv'}")
-    for reason, n in Counter(reason.partition(":")[0] for _, _, reason in bad).most_common(3):
-        print(f"{n:9,}  {reason}")
+    for reason, count in Counter(reason.partition(":")[0] for _, _, reason in bad).most_common(3):
+        print(f"{count:9,}  {reason}")
+    return n
+
+
+def next_commands(out, n, several):
+    """What to do with n training pairs in the folder `out`, as a list of commands. several: do
+    images have several captions?"""
+    train, val = f"'{out}/train-*.tar'", f" --val_data '{out}/val-*.tar'"
+    val = val if any(out.glob("val-*.tar")) else ""
+    command = f"python train.py --train_data {train}{val}"
+    command += " --captions json.captions" if several else ""
+    first = [f"python -m scripts.show {train}{val} --picture grid.png"]
+    gpu = torch.cuda.is_available()
+    if gpu and n >= 1_000_000:  # enough to learn everything from
+        return [*first, f"{command} --model ViT-B-16"]
+    if gpu or n < 2_000:  # not enough: start from a model that was trained
+        smaller_batch = " --batch_size 32" if n < 10_000 else ""
+        get = "python -m scripts.convert WEIGHTS clip.pt  # see the README for WEIGHTS"
+        return [*first, get, f"{command} --init_from clip.pt --epochs 5{smaller_batch}"]
+    # About 5,000 steps of a tiny model, which take a quarter of an hour of CPU time.
+    epochs = max(1, min(30, round(5000 * 32 / n)))
+    vocab = f"python -m scripts.vocab {train} --out '{out}/vocab.tiktoken'"
+    options = f"--model tiny --batch_size 32 --learning_rate 4e-4 --epochs {epochs}"
+    return [vocab, *first, f"{command} {options}"]
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder for the shards")
@@ -268,15 +293,10 @@ def main(argv):
 
     with open(args.out / "bad_rows.csv", "w", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
-    summary(args.out, bad)
+    n = summary(args.out, bad)
     check(any(args.out.glob("*.tar")), f"none of the rows of {args.csv} can be used")
-    val = f" --val_data '{args.out}/val-*.tar'" if (args.out / "val-00000.tar").exists() else ""
     several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
-    print(f"\nnext: python -m scripts.show '{args.out}/train-*.tar' --picture grid.png")
-    print(f"      python train.py --train_data '{args.out}/train-*.tar'{val}", end="")
-    print(" --captions json.captions" if several else "")
-    if len(samples) < 1_000_000:
-        print("      so few pairs are best used to fine-tune: see --init_from in the README")
+    print("", "next:", *next_commands(args.out, n, several), sep="\n")
 
 
 if __name__ == "__main__":

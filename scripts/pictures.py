@@ -22,9 +22,18 @@ def image_files(paths, out=None):
     for path in map(Path, paths):
         found = images_in(path) or [path] * path.is_file()
         check(found, f"there is no image file or folder of images {path}")
-        files = {file.resolve(): file for file in found} | files
+        for file in found:
+            files.setdefault(file.resolve(), file)
     check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
     return [*files.values()]
+
+
+def load_font(size):
+    """Pillow's own font, in pixels. Before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
 
 
 def wrap(text, font, width, lines):
@@ -44,7 +53,7 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
     images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
     whose suffix tells its format.
     """
-    side, font = images[0].shape[-1], ImageFont.load_default(size=15)
+    side, font = images[0].shape[-1], load_font(15)
     captions = [wrap(caption, font, side, lines=4) for caption in captions]
     columns = min(columns, len(images))
     width, height = side + GAP, side + GAP + LINE * max(map(len, captions))

@@ -24,18 +24,19 @@ Axes: N images, E embedding, Q searches, S pixels a side.
 
 import argparse
 import hashlib
+import math
 import os
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 import data
 import eval as evaluation
-from scripts.pictures import contact_sheet, image_files, picture_file, wrap
+from scripts.pictures import contact_sheet, image_files, load_font, picture_file, wrap
 from superclip import InputError, check, cli, number
 
 # -----------------------------------------------------------------------------
@@ -44,6 +45,7 @@ from superclip import InputError, check, cli, number
 # An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
 # are equal in all of that have the same content, so they are encoded once.
 Entry = namedtuple("Entry", "file name offset size mtime")
+RARE = 2e-4  # share of the captions in training: a word in fewer is hardly known
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
@@ -54,16 +56,25 @@ def file_entries(paths, out):
         yield Entry(name, name, 0, stat.st_size, stat.st_mtime_ns)
 
 
-def shard_entries(shards):
-    """list of shards -> entries of all their images, with or without captions. Raises
-    InputError."""
-    pairs = data.Pairs(shards, tokenizer=None, image_size=None)  # for its index and keys alone
+def shard_entries(pairs):
+    """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
+    its row of the index}."""
     print(f"parts of shards not used: {len(pairs.unused):,} (python -m scripts.show says why)")
     files = [(os.path.abspath(shard), os.stat(shard).st_mtime_ns) for shard in pairs.shards]
+    entries = {}
     for row in pairs.index.tolist():
         file, mtime = files[row[0]]
         offset, size = row[data.IMAGE] * data.BLOCK, row[data.IMAGE + 1]
-        yield Entry(file, f"{file}:{pairs.key(row)}", offset, size, mtime)
+        entries[Entry(file, f"{file}:{pairs.key(row)}", offset, size, mtime)] = row
+    return entries
+
+
+def caption(pairs, row):
+    """The first caption of an image in shards, or an empty text if it has none."""
+    try:
+        return pairs.texts(row, "txt")[0]
+    except (data.BadSample, OSError):
+        return ""
 
 
 class Images(Dataset):
@@ -126,6 +137,22 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
     return features
 
 
+def rare_words(model, tokenizer, text):
+    """The words of a text that the model hardly knows, as a list of (word, how often training has
+    shown it). Only a vocabulary of whole words can tell: it spells an unknown word in bytes."""
+    if tokenizer.pattern is not data.WORD:
+        return []
+    # Plain CLIP counts nothing, and knows of a word only whether its vocabulary has it.
+    counts = torch.ones(tokenizer.vocab_size) if model.head is None else model.token_counts
+    n, rare = 1 if model.head is None else int(model.num_captions), []
+    for word in data.WORD.findall(data.clean(text)):
+        ids = tokenizer.encode(word)
+        seen = int(counts[ids[0]]) if len(ids) == 1 else 0
+        if seen <= RARE * n and any(map(str.isalnum, word)):
+            rare.append((word, seen))
+    return rare
+
+
 # -----------------------------------------------------------------------------
 # The picture
 
@@ -135,7 +162,7 @@ SIDE, IN_A_ROW, MAX_IMAGES = 180, 7, 420
 
 def card(text):
     """A text in the place of an image: uint8 tensor (3, SIDE, SIDE)."""
-    picture, font = Image.new("RGB", (SIDE, SIDE), "white"), ImageFont.load_default(22)
+    picture, font = Image.new("RGB", (SIDE, SIDE), "white"), load_font(22)
     ImageDraw.Draw(picture).text((0, 0), "\n".join(wrap(text, font, SIDE, lines=6)), "black", font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -166,7 +193,7 @@ def main(argv):
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--out", type=picture_file, help="picture to draw: .png, .jpg or .webp")
     npz_file = evaluation.output_file(".npz")
-    add("--features", type=npz_file, help=".npz file that keeps them, for this checkpoint")
+    add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
     args = parser.parse_intermixed_args(argv)
@@ -176,7 +203,10 @@ def main(argv):
     wrong = [text for text in args.texts if not text.strip() or os.path.exists(text)]
     check(not wrong, f"texts must not be empty or files (repeat --images for each file): {wrong}")
     like, entries = ([*file_entries(paths, args.out)] for paths in (args.like, args.images))
-    entries += shard_entries(data.expand(args.data)) if args.data else []
+    # No tokenizer and no size, because the index, keys and captions are all that is needed here.
+    pairs = data.Pairs(data.expand(args.data), None, None) if args.data else None
+    rows = shard_entries(pairs) if pairs else {}
+    entries += rows
     checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
     queries = find_features(model, like, workers=0) if like else {}  # entry or text -> feature
@@ -186,14 +216,24 @@ def main(argv):
     entries, vectors = zip(*features.items())
     scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
     print(f"{len(entries):,} images; scores are cosine similarities")
+    rare = [word for text in args.texts for word in rare_words(model, tokenizer, text)]
+    for word, n in dict.fromkeys(rare):
+        seen = f"was seen {n:,} times in training" if n else "is not in the vocabulary"
+        print(data.printable(f"{word!r} {seen}: the model hardly knows it"))
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)
         print("\n" + data.printable(query if is_text else f"like {query.name.removeprefix(here)}"))
         blocks.append([(query, "" if is_text else "like this")])
-        for i in row.argsort(descending=True, stable=True)[: args.k].tolist():
-            print(f"{row[i]:8.3f}  {data.printable(entries[i].name.removeprefix(here))}")
-            blocks[-1].append((entries[i], f"{row[i]:.3f} {os.path.basename(entries[i].name)}"))
+        # An image would find itself and its copies, which are of no use to anybody.
+        row = row if is_text else row.masked_fill(row > 1 - 1e-5, -math.inf)
+        best = row.argsort(descending=True, stable=True)[: args.k].tolist()
+        for i in best[: int(row.isfinite().sum())]:
+            title = caption(pairs, rows[entries[i]]) if entries[i] in rows else ""
+            name = f"{entries[i].name.removeprefix(here)}  {title}".rstrip()
+            print(f"{row[i]:8.3f}  {data.printable(name)}")
+            title = title or os.path.basename(entries[i].name)
+            blocks[-1].append((entries[i], f"{row[i]:.3f} {title}"))
     if args.out:
         draw(blocks, args.out)
         print(f"\nwrote {args.out}")

@@ -1,17 +1,19 @@
 """Look at shards before training on them:
 
-    python -m scripts.show SHARDS --picture grid.png
+    python -m scripts.show SHARDS --val_data SHARDS --picture grid.png
 
 Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
 their tokens and label weights: what the word head is asked to predict. The weights are the IDF over
-the captions of these shards.
+the captions of these shards. With --val_data it counts what validation shares with training.
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import textwrap
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -67,6 +69,7 @@ def share_with_twin(repeats, batch_size):
 
 
 def report_captions(lengths, repeats, context_length):
+    """Print how long captions are and how many repeat. lengths, repeats: from count_tokens."""
     n, lengths = len(lengths), sorted(lengths)
     parts = [f"{q} % have at most {lengths[q * n // 100]}" for q in (1, 25, 50, 75, 99)]
     print(f"tokens per caption: {', '.join(parts)}, the longest {lengths[-1]}")
@@ -80,6 +83,28 @@ def report_captions(lengths, repeats, context_length):
     for text, count in repeats.most_common(3):
         if count > 1:
             print(f"{count:9,} x {data.printable(textwrap.shorten(text, 90))}")
+
+
+def report_overlap(pairs, val_pairs, repeats):
+    """How much of the validation data is in training, too: captions, and images byte for byte.
+    repeats: Counter of the training captions, as count_tokens has it."""
+    rows, val_rows = pairs.index.tolist(), val_pairs.index.tolist()
+    known = sum(
+        any(" ".join(data.clean(text).split()) in repeats for text in texts)
+        for _, texts, _ in read_samples(val_pairs, val_rows, [])
+    )
+
+    def hashes(pairs, rows):
+        for row in data.progress(rows, "comparing images", unit="image"):
+            with suppress(data.BadSample, OSError):
+                yield hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
+
+    # Only files of equal size can be equal.
+    sizes = {row[data.IMAGE + 1] for row in val_rows}
+    seen = {*hashes(pairs, [row for row in rows if row[data.IMAGE + 1] in sizes])}
+    equal = sum(content in seen for content in hashes(val_pairs, val_rows))
+    text = f"{equal:,} of {len(val_rows):,} images and the captions of {known:,}"
+    print(f"validation data that is in training, too: {text}")
 
 
 def report_unused(unused):
@@ -116,9 +141,10 @@ def print_sample(pairs, row, texts, document_counts, n):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
+    add("--val_data", nargs="+", help="shards that must not share much with these")
     add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
@@ -138,6 +164,9 @@ def main(argv):
     print(f"{len(pairs):,} samples in {len(shards):,} shards, {captions}")
     if lengths:
         report_captions(lengths, repeats, args.context_length)
+    if args.val_data:
+        val_pairs = data.Pairs(data.expand(args.val_data), tokenizer, SIDE, args.captions)
+        report_overlap(pairs, val_pairs, repeats)
     report_unused(list(dict.fromkeys(unused)))  # a bad caption may have been read twice
     for row, texts, _ in samples:
         print_sample(pairs, row, texts, document_counts, len(lengths))

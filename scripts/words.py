@@ -1,23 +1,30 @@
 """Which words the head sees in an image, and where:
 
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
+    python -m scripts.words --checkpoint out/best.pt --image photos/ --word red --out red.png
+    python -m scripts.words --checkpoint assets/tiny.pt --out words.png
     python -m scripts.words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
 The first command prints the most probable words of each image. With --out it also draws a map for
-each word, which is red where the word becomes less probable if these patches are left out. The
-second command checks such maps against the built-in scenes, whose files say where each object is.
+each word, which is red where the word becomes less probable if these patches are left out. --word
+asks for a word of your own. Without images, as in the third command, a few scenes are drawn on the
+spot. The last command checks such maps against the built-in scenes, whose files say where each
+object is.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
 
 import argparse
 import json
+import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import data
 import eval as evaluation
+from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file
 from superclip import InputError, check, cli, number
 
@@ -25,6 +32,14 @@ from superclip import InputError, check, cli, number
 def default_window(grid):
     """Patches a side to leave out: a quarter of the image, about as large as an object."""
     return max(1, round(grid / 4))
+
+
+def draw_scenes(size, n=4):
+    """Yield (caption, image (3, size, size)) of n of the built-in scenes."""
+    for i in range(n):
+        rng = random.Random(f"words {i}")
+        scene = scenes.make_scene(rng, scenes.COMBINATIONS)
+        yield scenes.describe(scene, rng)[1], data.load_image(scenes.draw(scene), size)
 
 
 # -----------------------------------------------------------------------------
@@ -115,6 +130,7 @@ def main(argv):
     add = parser.add_argument
     add("--checkpoint", required=True, help="best.pt or last.pt of a run")
     add("--image", nargs="+", default=[], help="images, or folders of images")
+    add("--word", action="append", default=[], help="to look for; may be repeated")
     add("--k", type=number(int, 1, 20), default=8, help="words per image (default 8)")
     picture = f"picture to draw: .png, .jpg or .webp, of at most {MAX_IMAGES} images"
     add("--out", type=picture_file, help=picture)
@@ -125,29 +141,36 @@ def main(argv):
     add("--json", type=evaluation.output_file(".json"), help="file to write the numbers to")
     args = parser.parse_args(argv)
     files = image_files(args.image, args.out)
-    check(files or (args.data and not args.out), "name images or folders of images with --image")
-    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
+    check(not (args.out and args.data and not files), "--out needs --image")
+    device = evaluation.pick_device(args.device)
+    model, tokenizer, _ = evaluation.load(args.checkpoint, device)
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
-    grid = model.visual.grid
+    grid, size = model.visual.grid, model.config.image_size
+    chosen = [(word, tokenizer.encode(word)) for word in args.word]
+    spelt = [word for word, ids in chosen if len(ids) != 1]
+    check(not spelt, f"the vocabulary has no token {', '.join(spelt)}: try another --word")
     window = args.window or default_window(grid)
     check(window < grid, f"--window must be from 1 to {grid - 1}: there are {grid} patches a side")
     result, drawn = {"images": {}}, []
     if args.data:
-        pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size)
+        pairs = data.Pairs(data.expand(args.data), tokenizer, size)
         result["localisation"] = localisation(model, pairs, window, args.limit)
         print(evaluation.line("right place", result["localisation"]))
-    for file in files:
-        image = evaluation.read_image(file, model.config.image_size)
+    images = ((file, evaluation.read_image(file, size)) for file in files)
+    for name, image in images if files or args.data else draw_scenes(size):
         if isinstance(image, str):
-            check(result["images"] or file != files[-1], image)  # not even the last one
+            check(result["images"] or name != files[-1], image)  # not even the last one
             print(data.printable(f"skipped {image}"))
             continue
         words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
-        print(data.printable(f"{file}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
-        result["images"][str(file)] = [{"word": word, "probability": p} for word, p, _ in words]
+        if chosen:
+            chances = model.class_logits(image[None].to(device)).softmax(dim=1)[0].tolist()
+            words = [(word, chances[i], i) for word, [i] in chosen]
+        print(data.printable(f"{name}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
+        result["images"][str(name)] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(drawn) < MAX_IMAGES:
             _, maps = evaluation.word_maps(model, image, [i for _, _, i in words], window)
-            drawn.append((file.name, image, words, maps))
+            drawn.append((Path(name).name, image, words, maps))
     if drawn:
         draw_words(drawn, window, args.out)
         print(f"wrote {args.out}: {len(drawn)} of {len(result['images'])} images")

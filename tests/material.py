@@ -30,15 +30,28 @@ def png(colour, rng):
     return buffer.getvalue()
 
 
+def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
+    """A smooth random picture, so that JPEG and resizing change it little."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.BICUBIC).convert(mode)
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    """members: list of (name, content as bytes, or a type of member that has no content)."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+                info.type, info.linkname, content = content, "a.jpg", b""
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
 def write_shard(path, samples):
     """samples: a list of {extension: bytes}."""
-    with tarfile.open(path, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                info = tarfile.TarInfo(f"{number:04d}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
+    samples = enumerate(samples)
+    return write_tar(path, [(f"{i:04d}.{x}", sample[x]) for i, sample in samples for x in sample])
 
 
 # ---- for tests that evaluate a checkpoint

@@ -1,4 +1,5 @@
-"""Weights in and out. The oracles are the authors' outputs (official_tiny.pt) and open_clip."""
+"""Weights in and out. The oracles are the authors' outputs (official_tiny.pt), open_clip and
+transformers."""
 
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from material import SMALL, close, error_of, open_clip_of, pairs, run, same_features, small
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
@@ -29,9 +31,9 @@ def save(content, path):
     return path
 
 
-def save_ours(model, path):
+def save_ours(model, path, vocab=VOCAB):
     """Write a checkpoint as train.py does."""
-    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": VOCAB}
+    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}
     return save({**content, "step": 3, "optimizer": {"lr": 1e-3}}, path)
 
 
@@ -128,19 +130,21 @@ def test_what_shapes_do_not_tell_comes_from_flags_or_a_json_file(tmp_path, conve
             same_features(model, other.float())
 
 
-@pytest.mark.parametrize("image_size", [16, 48, 56])
-def test_positions_are_interpolated_as_in_open_clip(image_size, tmp_path, converted):
+@pytest.mark.parametrize("image_size, length", [(16, 12), (48, 12), (56, 20)])
+def test_positions_are_interpolated_as_in_open_clip(image_size, length, tmp_path, converted):
     """Features equal those of open_clip's model of that size, filled by its resize_pos_embed. Those
-    of captions that fit a shorter context are the same."""
+    of captions that fit both contexts, the old and the new, are the same."""
     other = open_clip_of(small(**V))
     path = save(other.state_dict(), tmp_path / "weights.pt")
-    model = converted(path, "--image_size", image_size, "--context_length", 12)
+    model = converted(path, "--image_size", image_size, "--context_length", length)
     config = {**vars(model.config), "context_length": 16}
     resized = open_clip.model.CLIP(**open_clip_config(SuperCLIPConfig(**config))).eval()
     state = other.state_dict()
     open_clip.model.resize_pos_embed(state, resized)
     resized.load_state_dict(state, strict=True)
-    same_features(model, resized)
+    same_features(model, resized, T=min(length, 16))
+    positions = model.text.positional_embedding
+    assert len(positions) == length and (positions[15:] == positions[15:16]).all()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(cls_weight=0), dict(loss="sigmoid", text_heads=4)])
@@ -185,27 +189,84 @@ def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(tmp_path, capsys
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_open_clip_loads_what_to_open_clip_writes(loss, suffix, tmp_path, capsys, converted):
-    """The printed lines of Python give a model with the same features, scale and bias, and a
-    preprocess with the mean and std of the configuration. Converted back, all but the word head is
-    there again: what shapes do not tell is in the .json file."""
+    """The printed lines of Python give a model with the same features, scale and bias, a preprocess
+    with the mean and std of the configuration, and a tokenizer with its vocabulary. Converted back,
+    all but the word head is there again: what shapes do not tell is in the .json file."""
     stats = dict(image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5))
     model = small(loss=loss, quick_gelu=True, vision_heads=4, text_heads=2, **V, **stats)
     path, out = save_ours(model, tmp_path / "best.pt"), tmp_path / f"superclip-{loss}{suffix}"
     assert not run(main, path, out, "--to", "open_clip")
     assert os.stat(out).st_mode == os.stat(path).st_mode  # readable for others
     printed, scope = capsys.readouterr().out, {}
-    assert "tokenizer does not fit" in printed  # this is not CLIP's vocabulary
     exec("\n".join(line[2:] for line in printed.splitlines() if line.startswith("  ")), scope)
     other = scope["model"].eval()
     same_features(model, other)
     normalize = scope["preprocess"].transforms[-1]
     assert (tuple(normalize.mean), tuple(normalize.std)) == tuple(stats.values())
+    assert torch.equal(scope["tokenizer"](["a dog"]), data.Tokenizer(VOCAB)(["a dog"], 16))
     strict = open_clip.create_model(out.stem).eval()
     open_clip.load_checkpoint(strict, str(out), strict=True)
     again = converted(out, "--image_mean", *stats["image_mean"], "--image_std", *stats["image_std"])
     assert vars(again.config) | stats == {**vars(model.config), "cls_weight": 0}
     lost = ("head.", "token_counts", "num_captions")
     same_weights(again, {k: v for k, v in model.state_dict().items() if not k.startswith(lost)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quick_gelu, is_clip", [(False, False), (True, True)])
+def test_transformers_loads_what_to_transformers_writes(quick_gelu, is_clip, tmp_path):
+    """Same features, also of a text that goes on after its end, same pixels and, if the vocabulary
+    is CLIP's, same tokens. What transformers saves then becomes the same model again, but for the
+    word head. The vocabulary is beside the weights, or else CLIP's."""
+    tokenizer = data.Tokenizer(data.clip_vocabulary() if is_clip else VOCAB, 16)
+    changes = dict(quick_gelu=quick_gelu, vision_heads=4, text_heads=2)
+    changes |= dict(image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5))
+    model = small(vocab_size=tokenizer.vocab_size, **changes)
+    path, folder = save_ours(model, tmp_path / "a.pt", tokenizer.vocab), tmp_path / "folder"
+    assert not run(main, path, folder, "--to", "transformers")
+    assert run(main, path, folder, "--to", "transformers") == 2  # the folder is not empty
+    other = CLIPModel.from_pretrained(folder)
+    images, tokens = pairs(model)
+    tokens[0, 4] = tokenizer.end
+    out = other(tokens, images)
+    close(model.encode_image(images), out.image_embeds)
+    close(model.encode_text(tokens), out.text_embeds)
+    close(model.logit_scale.exp() * out.image_embeds @ out.text_embeds.T, out.logits_per_image)
+    processor = (CLIPProcessor if is_clip else CLIPImageProcessor).from_pretrained(folder)
+    picture = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    pixels = processor(images=picture, return_tensors="pt").pixel_values[0]
+    close(pixels, (picture / 255 - model.visual.mean) / model.visual.std)
+    for text in ("a photo of a cat", "It's 42 naïve cafés!", 40 * "x ") if is_clip else ():
+        ids = processor.tokenizer(text, truncation=True).input_ids
+        assert ids == tokenizer([text])[0, : len(ids)].tolist()
+    for part in (other, processor):
+        part.save_pretrained(folder)  # the second time in the layout of this version
+    assert not run(main, folder / "model.safetensors" if is_clip else folder, path)
+    again, its_tokenizer, _ = evaluation.load(path)
+    assert again.config == SuperCLIPConfig(**{**vars(model.config), "cls_weight": 0})
+    assert its_tokenizer.vocab == tokenizer.vocab
+    same_weights(again, {k: v for k, v in model.state_dict().items() if k in again.state_dict()})
+
+
+def test_an_average_of_weights(tmp_path, capsys):
+    """By hand: 0.75 * 2 + 0.25 * 4 = 2.5. Counts stay, and so does a head that the other lacks."""
+    paths = tmp_path / "in.pt", tmp_path / "out.pt", "--share", 0.25, "--average"
+    model, other, plain = small(**V), small(**V), small(cls_weight=0, **V)
+    for m, value in ((model, 2), (other, 4), (plain, 4)):
+        for p in m.parameters():
+            torch.nn.init.constant_(p, value)
+        m.count_tokens(pairs(m)[1])
+    save_ours(model, paths[0])
+    for m, head in ((other, 2.5), (plain, 2)):
+        assert not run(main, *paths, save_ours(m, tmp_path / "other.pt"))
+        averaged = evaluation.load(tmp_path / "out.pt")[0]
+        for name, p in averaged.named_parameters():
+            assert (p == (head if name.startswith("head.") else 2.5)).all(), name
+        assert torch.equal(averaged.token_counts, model.token_counts)
+    words = data.tiktoken_text([*data.BYTE_TOKENS[:297], b"xyz "])
+    for m, vocab in ((small(quick_gelu=True, **V), VOCAB), (other, words)):
+        path = save_ours(m, tmp_path / "unfit.pt", vocab)
+        assert "unfit.pt" in error_of(capsys, main, *paths, path)
 
 
 def test_a_checkpoint_carries_clips_vocabulary_by_default(tmp_path):

@@ -14,20 +14,13 @@ from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig
 V, END = 60, 59
 
 
-# ---- the towers
-
-
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_small_towers_equal_open_clips(quick_gelu):
-    """With captions of 10 tokens and of the whole context. With the other GELU they differ."""
+    """With captions of 10 tokens and of the whole context."""
     model = small(quick_gelu=quick_gelu, text_heads=4)
     other = open_clip_of(model)
     same_features(model, other)
     same_features(model, other, T=16)
-    wrong = small(quick_gelu=not quick_gelu, text_heads=4)
-    wrong.load_state_dict(model.state_dict())
-    with pytest.raises(AssertionError):
-        same_features(wrong, other)
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
@@ -45,22 +38,12 @@ def test_kept_patches_equal_open_clips_patch_dropout():
 
 
 def test_what_comes_after_the_end_token_changes_nothing():
-    """Text features of the same captions, trimmed, padded, and with other tokens after the end.
-    And no output of the text transformer depends on a later token."""
-    model, outputs = small(), []
-    model.text.transformer.register_forward_hook(lambda module, args, out: outputs.append(out))
+    model = small()
     _, tokens = pairs(model, T=10)
-    features = model.encode_text(tokens)
-    for T in (11, 16):
-        longer = F.pad(tokens, (0, T - 10))
-        torch.testing.assert_close(model.encode_text(longer), features)
-        longer[:, 10:] = torch.randint(1, V, (4, T - 10))
-        longer[:, -1] = END  # a second one
-        torch.testing.assert_close(model.encode_text(longer), features)
-    tokens[:, 6] = tokens[:, 6] % 50 + 1
-    assert ((model.encode_text(tokens) - features).abs().amax(dim=1) > 1e-4).all()
-    torch.testing.assert_close(outputs[-1][:, :6], outputs[0][:, :6])
-    assert ((outputs[-1] - outputs[0])[:, 6:].abs().amax(dim=2) > 1e-3).all()
+    longer = F.pad(tokens, (0, 6))
+    longer[:, 10:] = torch.randint(1, V, (4, 6))
+    longer[:, -1] = END  # a second one
+    torch.testing.assert_close(model.encode_text(longer), model.encode_text(tokens))
 
 
 def test_uint8_images_are_normalised_by_the_configuration():
@@ -89,9 +72,6 @@ def test_the_residual_stream_has_one_dtype_under_autocast(monkeypatch):
     assert dtypes == [torch.bfloat16] * 24  # 4 blocks, 3 modules, input and output
 
 
-# ---- the word head
-
-
 def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
     """Logits against the formula: linear(layer_norm(mean of the kept patches))."""
     model = small()
@@ -118,20 +98,6 @@ def test_cls_weight_0_is_exactly_clip():
     assert torch.equal(out["loss"], superclip(images, tokens)["contrastive_loss"])
     with pytest.raises(InputError, match="cls_weight 0"):
         clip.class_logits(images)
-
-
-# ---- sizes, against the paper and open_clip
-
-
-@pytest.mark.parametrize(
-    "name, total, share", [("ViT-B-16", 187_617_025, 0.25), ("ViT-L-16", 478_384_641, 0.12)]
-)
-def test_parameter_counts_are_the_papers(name, total, share):
-    """share: of the head, in the parameters of CLIP."""
-    with torch.device("meta"):
-        model = SuperCLIP(SuperCLIPConfig(**PRESETS[name]))
-    whole, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.head))
-    assert whole == total and head / (whole - head) == pytest.approx(share, abs=0.005)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))

@@ -6,21 +6,18 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import time
 
 import numpy as np
 import pytest
-from material import error_of
+import torch
+from material import error_of, photo
 from PIL import Image
 
 import data
+import train
 from scripts import pack
-
-
-def photo(seed=0, size=(40, 30)):
-    """A smooth random picture."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.BICUBIC)
 
 
 def write_list(path, rows):
@@ -199,3 +196,17 @@ def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
     path.write_text(path.read_text() + "\n")
     assert str(out) in error_of(capsys, pack.main, *argv)  # another list
     assert shards(out) == whole
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_next_commands_suit_the_data_and_train_py_knows_their_options(photos, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    out = run(photos, "--val", 0.3)
+    for n, several in ((300, True), (40_000, False), (3_000_000, False)):
+        *_, last = map(shlex.split, pack.next_commands(out, n, several))
+        assert last[:2] == ["python", "train.py"]
+        args = train.make_parser().parse_args(last[2:])
+        data.expand(args.train_data + args.val_data)  # raises if there are no such files
+        assert bool(args.init_from) == (n == 300 or gpu and n == 40_000)
+        assert (args.model == "tiny") == (n > 300 and not gpu)
+        assert args.captions == (["json.captions"] if several else ["txt"])

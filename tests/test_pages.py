@@ -1,30 +1,58 @@
 """What the README and the pages of docs/ say stays true."""
 
-import os
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+import torch
+import torch.nn.functional as F
+from material import TOKENIZER, make_model, write_checkpoint
+from PIL import Image
+
+from docs.notebook import notebook
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+TUTORIAL_NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 README, TUTORIAL = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "tutorial.md"]
 STUDY = (ROOT / "study" / "results.md").read_text()
 # Python blocks of the tutorial, each with the text block that follows at once.
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", TUTORIAL, re.DOTALL)
 DECIMAL = re.compile(r"[-+]?\d+\.(\d+)")
-BOUNDARY = "-- the next block --"
 
 
 def test_every_function_that_a_table_names_is_there():
     named = re.findall(r"(\w+\.py): `(\w+)` \|", PAGES[ROOT / "docs" / "differences.md"])
-    equations = README.split("| function in superclip.py |")[1].split("\n\n")[0]
-    named += [("superclip.py", name) for name in re.findall(r"`(\w+)` \|", equations)]
-    assert len(named) >= 16
+    assert len(named) >= 9
     sources = {file: (ROOT / file).read_text() for file, _ in named}
     assert [x for x in named if not re.search(rf"(def|class) {x[1]}\b", sources[x[0]])] == []
+
+
+def test_the_code_in_the_readme_is_the_method():
+    """CLIP in a few lines, and the five lines that make it SuperCLIP, against SuperCLIP.forward."""
+    model, captions = make_model().train(), TOKENIZER(["a red ring", "the blue thing", "grey"], 8)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    expected = model(images, captions)
+
+    def is_in(captions):  # without padding, start and end, which are no words
+        present = torch.zeros(len(captions), TOKENIZER.vocab_size).scatter(1, captions, 1.0)
+        return present.index_fill(1, torch.tensor([0, TOKENIZER.start, TOKENIZER.end]), 0.0)
+
+    names = {"images": images, "captions": captions, "is_in": is_in, "cls_weight": 1.0}
+    names |= {"visual": model.visual, "text_tower": model.text, "head": model.head}
+    names |= {k: getattr(model, k) for k in ("logit_scale", "num_captions", "token_counts")}
+    names |= {"normalize": F.normalize, "cross_entropy": F.cross_entropy, "arange": torch.arange}
+    exec(re.search(r"```python\n(# images.+?)```", README, re.DOTALL)[1], names)
+    for name in ("contrastive_loss", "classification_loss", "loss"):
+        torch.testing.assert_close(names[name], expected[name])
+
+
+def test_the_notebook_is_that_of_the_tutorial():
+    assert TUTORIAL_NOTEBOOK.read_text() == notebook(TUTORIAL), "run python -m docs.notebook"
+    cells = json.loads(TUTORIAL_NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    printed = [cell["outputs"][0]["text"] for cell in code if cell["outputs"]]
+    assert printed == [text for _, text in BLOCKS if text]
 
 
 def test_every_flag_and_module_that_a_page_names_exists():
@@ -60,27 +88,15 @@ def test_every_file_and_heading_that_a_page_links_exists():
             assert not heading or heading in anchors_of(target), f"{page}: {link}"
 
 
-def test_the_readmes_lines_of_inference_run_as_printed(tmp_path):
+def test_the_readmes_lines_of_inference_run_as_printed(tmp_path, monkeypatch, capsys):
     """On a checkpoint and a picture made here."""
-    code = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
-    setup = (
-        "import os, superclip, data, eval; from PIL import Image\n"
-        "from scripts.vocab import words_to_tiktoken\n"
-        "os.makedirs('out')\n"
-        "vocab = words_to_tiktoken(['dog', 'cat'])\n"
-        "V = data.Tokenizer(vocab).vocab_size\n"
-        "config = superclip.SuperCLIPConfig(**superclip.PRESETS['tiny'], vocab_size=V)\n"
-        "eval.write_checkpoint('out/best.pt', superclip.SuperCLIP(config), vocab)\n"
-        "Image.new('RGB', (90, 60), 'red').save('photo.jpg')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", setup + code]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert re.match(r"tensor\(\[\[.+,.+\]\]", run.stdout)
-
-
-# ---- the tutorial computes everything by hand, and prints what it says
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    write_checkpoint("out/best.pt", make_model())
+    Image.new("RGB", (90, 60), "red").save("photo.jpg")
+    exec(re.search(r"```python\n(from PIL.+?)```", README, re.DOTALL)[1], names := {})
+    assert re.fullmatch(r"tensor\(\[\[.+,.+\]\]\)\n", capsys.readouterr().out)  # without a graph
+    assert not names["model"].training
 
 
 def same(printed, expected):
@@ -95,19 +111,11 @@ def same(printed, expected):
     )
 
 
-@pytest.fixture(scope="module")
-def printed():
-    """What each block prints. They share one process, as they share one session on the page."""
-    start = "import torch\ntorch.set_num_threads(1)\n"
-    program = start + "".join(f"{code}\nprint({BOUNDARY!r})\n" for code, _ in BLOCKS)
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split(BOUNDARY)
-
-
-@pytest.mark.parametrize("i", range(len(BLOCKS)))
-def test_a_block_prints_what_the_page_says(printed, i):
-    code, expected = BLOCKS[i]
-    assert expected, f"no expected output after {code}"
-    assert same(printed[i], expected), f"{code}\nprints\n{printed[i]}\nand not\n{expected}"
+def test_a_block_prints_what_the_page_says(capsys):
+    """The tutorial computes everything by hand. Its blocks share their names, as they share one
+    session on the page."""
+    names = {}
+    for code, expected in BLOCKS:
+        exec(code, names)
+        printed = capsys.readouterr().out
+        assert same(printed, expected), f"{code}\nprints\n{printed}\nand not\n{expected}"

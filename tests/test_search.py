@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import run, write_shard
-from PIL import Image, ImageFont
+from material import TOKENIZER, make_model, run, write_shard
+from PIL import Image
 
 import eval as evaluation
 from scripts import search
-from scripts.pictures import GAP, wrap
+from scripts.pictures import GAP
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -41,8 +41,8 @@ def feature_of(checkpoint, file):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, monkeypatch, workers):
-    """For texts and images. An image finds itself and its copies first, with score 1. Names are
-    printed without the current folder."""
+    """For texts and images. An image does not find itself or its copies. Names are printed without
+    the current folder."""
     monkeypatch.chdir(folders)
     files, photo = sorted(Path().rglob("*.png")), Path("red/2.png")
     argv = ["--checkpoint", checkpoint, "--images", ".", "--like", photo, *TEXTS, "--k", 7]
@@ -52,28 +52,30 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, mo
     features = {str(file): feature_of(checkpoint, file) for file in files}
     assert printed.startswith("12 images;") and len(blocks) == 3
     for title, query, block in zip([f"like {photo}", *TEXTS], queries, blocks):
-        slow = sorted(((float(f @ query), name) for name, f in features.items()), reverse=True)[:7]
+        slow = sorted(((float(f @ query), name) for name, f in features.items()), reverse=True)
+        slow = [(s, name) for s, name in slow if name != str(photo) or title in TEXTS][:7]
         assert f"\n{title}\n" in printed
         assert [name for _, name in block] == [name for _, name in slow]
         assert [s for s, _ in block] == pytest.approx([s for s, _ in slow], abs=6e-4)
     Path("green/copy.png").write_bytes(photo.read_bytes())
     _, [hits] = found(capsys, *argv[:6], "--k", 500)
-    assert {*hits[:2]} == {(1.0, str(photo)), (1.0, "green/copy.png")} and hits[2][0] < 1
-    assert len(hits) == 13
+    assert len(hits) == 11 and not {str(photo), "green/copy.png"} & {name for _, name in hits}
 
 
 def test_shards_and_folders_are_searched_together(folders, checkpoint, tmp_path, capsys):
-    """Also an image without a caption, which other commands skip. The file of features says where
-    each image is, and Python can read it."""
+    """Also an image without a caption, which other commands skip; captions are printed. The file
+    of features says where each image is, and Python can read it."""
     files = [folders / name / "0.png" for name in ("red", "green")]
     samples = [{"png": files[0].read_bytes(), "txt": b"red"}, {"png": files[1].read_bytes()}]
-    shards = [str(write_shard(tmp_path / f"{i}.tar", samples)) for i in (0, 1)]
+    shards = [write_shard(tmp_path / f"{i}.tar", samples) for i in (0, 1)]
     argv = ["--checkpoint", checkpoint, "--data", tmp_path / "{0..1}.tar", "--features"]
     argv += [tmp_path / "x.npz", "--images", folders / "blue", "--images", folders / "blue/0.png"]
     _, [hits] = found(capsys, *argv, TEXTS[0])
     originals = {f"{shard}:000{i}": (shard, files[i]) for shard in shards for i in (0, 1)}
     originals |= {str(file): (str(file), file) for file in folders.glob("blue/*")}
-    assert sorted(name for _, name in hits) == sorted(originals)  # once, if named twice
+    printed = [name if name in originals else name.removesuffix("  red") for _, name in hits]
+    assert sorted(printed) == sorted(originals)  # once, if named twice
+    assert sum(name.endswith("0000  red") for _, name in hits) == 2
     kept = np.load(tmp_path / "x.npz", allow_pickle=False)
     assert kept["features"].dtype == np.float32 and len(kept["names"]) == 8
     columns = (kept[name].tolist() for name in ("names", "files", "offsets", "sizes", "mtimes"))
@@ -88,12 +90,14 @@ def test_broken_images_are_skipped_and_odd_names_are_not(folders, checkpoint, tm
     broken = [folders / "red" / f"{i}.png" for i in range(3)]
     for path, content in zip(broken, (b"no image", b"", b"\x89PNG\r\n\x1a\n")):
         path.write_bytes(content)
-    os.rename(folders / "red" / "3.png", os.fsencode(folders) + b"/\xff.png")
+    os.rename(
+        folders / "red" / "3.png", os.fsencode(folders) + b"/\x1b\xe2\x80\xae\xff \xc3\xa9.png"
+    )
     argv = ["--checkpoint", checkpoint, "--images", folders, "--features", tmp_path / "x.npz"]
     for _ in range(2):  # the second time there is nothing new but broken images
         printed, [hits] = found(capsys, *argv, TEXTS[0], "--out", tmp_path / "x.png")
         assert all(printed.count(f"skipped {name}: ") == 1 for name in broken)
-        assert rf"{folders}/\udcff.png" in printed and len(hits) == 9
+        assert rf"{folders}/\x1b\u202e\udcff é.png" in printed and len(hits) == 9
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, monkeypatch):
@@ -101,12 +105,12 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
     model, _, _ = evaluation.load(checkpoint)
     kept, photo, batches = tmp_path / "x.npz", folders / "red/1.png", []
 
-    def interrupt(*_):
+    def count(*_):
+        batches.append(1)
         if len(batches) == 11:
             raise KeyboardInterrupt
 
-    model.visual.register_forward_hook(lambda *_: batches.append(1))
-    hook = model.visual.register_forward_hook(interrupt)
+    model.visual.register_forward_hook(count)
 
     def encoded(images=folders):
         """Find the features of all images -> how many of them are encoded."""
@@ -119,7 +123,6 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         encoded()
-    hook.remove()
     assert encoded() == 2 and encoded() == 0
     for colour in ("red", "blue"):  # the second edit keeps the size
         Image.new("RGB", (20, 20), colour).save(photo, compress_level=0)
@@ -132,13 +135,17 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, 
     assert encoded("classes") == 0
 
 
-def test_text_stays_in_its_cell():
-    font = ImageFont.load_default(15)
-    for text in ("a dog", "a dog " * 20, "x" * 500, "WWW" * 9 + " ill"):
-        lines, words = wrap(text, font, 180, lines=4), text.replace(" ", "")
-        shown = "".join(lines).replace(" ", "")
-        assert shown == words or (len(lines), shown) == (4, words[: len(shown) - 1] + "…")
-        assert all(font.getlength(line) <= 180 for line in lines)
+def test_words_that_the_model_hardly_knows_are_named():
+    """By hand: of 50,000 captions "red" was in 10 and "blue" in 11. No token is "teal"."""
+    model = make_model()
+    model.num_captions += 50_000
+    counts = {"red": 10, "blue": 11}
+    for word, n in counts.items():
+        model.token_counts[TOKENIZER.encode(word)] = n
+    rare = search.rare_words(model, TOKENIZER, "Red blue, teal")
+    assert rare == [("red", 10), ("teal", 0)]
+    clip = make_model(cls_weight=0)  # which counts no words
+    assert search.rare_words(clip, TOKENIZER, "red blue teal") == [("teal", 0)]
 
 
 def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, capsys):
@@ -150,7 +157,7 @@ def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, 
     found(capsys, *argv, "--k", 8, "--out", tmp_path / "found.png")
     picture = np.array(Image.open(tmp_path / "found.png"))
     assert picture.shape[1] == GAP + 7 * step and 4 * step < len(picture) < 6 * step
-    image, copy, next_one = (picture[GAP:step, GAP + i * step : (i + 1) * step] for i in range(3))
-    assert (image == (1, 2, 250)).all() and (copy == image).all() and (next_one != image).any()
+    image, next_one = (picture[GAP:step, GAP + i * step : (i + 1) * step] for i in range(2))
+    assert (image == (1, 2, 250)).all() and (next_one != image).any()
     text = picture[len(picture) // 2 :][: search.SIDE, :step]
     assert text.min() == 0 and (text == text[:, :, :1]).all()  # black on white

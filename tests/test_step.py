@@ -67,8 +67,6 @@ def assert_same_gradients(gradients, expected, tolerance=1e-5):
         assert (gradients[name] - gradient).abs().max() < tolerance * largest, name
 
 
-# ---- plain or in micro-batches, on one process or two
-
 CONFIGS = {"CLIP": {"cls_weight": 0}, "words": {"cls_weight": 0.7}, "sigmoid": {"loss": "sigmoid"}}
 CASES = list(product(CONFIGS, (False, True), (False, True)))  # ..., dropped patches, micro-batches
 
@@ -99,7 +97,7 @@ def test_plain_micro_batches_one_process_and_two_give_the_same_gradients(tmp_pat
     torch.multiprocessing.start_processes(run_process, (tmp_path,), 2, start_method="forkserver")
     one, two = run_cases(0, 1), [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for case in CASES:
-        losses, gradients, counts = one[*case[:2], False]
+        losses, gradients, counts = one[(*case[:2], False)]
         for results in (one, *two):
             assert_same_gradients(results[case][1], gradients)
             torch.testing.assert_close(results[case][2], counts, rtol=0, atol=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from material import COLOURS, TOKENIZER, make_model, result_of, write_shard
+from material import COLOURS, TOKENIZER, error_of, make_model, result_of, write_shard
 from PIL import Image
 
 import data
@@ -94,7 +94,7 @@ def test_localisation_by_hand(scenes):
     """One of 5 x 5 windows has its centre on a word's object. A head that does not look is right by
     chance, and one of NaN never. A scene counts once, with its words of one token."""
     for loudness, value in ((1, 1.0), (-1, 0.0), (0, 1 / 25), (math.nan, 0.0)):
-        pairs = data.Pairs([str(scenes)], TOKENIZER, 24)
+        pairs = data.Pairs([scenes], TOKENIZER, 24)
         s = words.localisation(Seer(loudness), pairs, window=2)
         assert s["value"] == pytest.approx(value) and s["chance"] == pytest.approx(1 / 25)
         assert s["n"] == 2
@@ -146,3 +146,18 @@ def test_words_command(folders, scenes, checkpoint, tmp_path, capsys):
     assert Image.open(out).width == GAP + 4 * (words.CELL + GAP)  # the image and three words
     assert result["localisation"]["n"] == 1
     assert evaluation.line("right place", result["localisation"]) in printed
+
+
+def test_words_of_drawn_scenes_and_a_word_of_ones_own(checkpoint, tmp_path, capsys):
+    """Without images, scenes are drawn on the spot. --word takes the place of the top words."""
+    path, model = tmp_path / "result.json", make_model()
+    argv = ["--checkpoint", checkpoint, "--word", "red", "--word", "ring"]
+    result, _ = result_of(capsys, words.main, path, *argv, "--out", tmp_path / "words.png")
+    drawn = [image for _, image in words.draw_scenes(16)]
+    expected = model.class_logits(torch.stack(drawn)).softmax(dim=1)
+    assert len(drawn) == 4 and (drawn[0] != drawn[1]).any()
+    for row, found in zip(expected, result["images"].values(), strict=True):
+        assert [part["word"] for part in found] == ["red", "ring"]
+        chances = [row[TOKENIZER.encode(word)].item() for word in ("red", "ring")]
+        assert [part["probability"] for part in found] == pytest.approx(chances)
+    assert "zebra" in error_of(capsys, words.main, *argv, "--word", "zebra")
