@@ -5,8 +5,8 @@
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
 built-in scenes (the second one with --cls_weight 0). DIR is a folder of photographs, as
-study/compare.py takes it. Figures are 8.5 inches wide and have letters
-of 11 points, so that they can be read at a README's width.
+study/compare.py takes it. Figures are 8.5 inches wide and have letters of 11 points, so that they
+can be read at a README's width.
 """
 
 import argparse

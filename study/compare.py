@@ -355,10 +355,13 @@ def search_table(study):
                 name += f", {spec['data']}, batch {spec['batch_size']}"
                 name += f" in groups of {spec['group']}" if spec["group"] else ""
                 name += f", settings: {spec['settings']}" if spec["settings"] < 256 else ""
-                tried = (f"{r:g}: {100 * v:.1f} (n {seeds[r]})" for r, v in values.items())
+                tried = (
+                    f"{r:g}: {100 * v:.1f}" + f" (n {seeds[r]})" * (seeds[r] > 1)
+                    for r, v in values.items()
+                )
                 lines[name] = [name, f"{best:g}", ", ".join(tried)]
     text = (
-        "R@1 in percent (products: R@10), a mean over n seeds, among a thousand training pairs "
+        "R@1 in percent (products: R@10), of one seed or n, among a thousand training pairs "
         "held out for this. Rates within a point of the best are as good; the lowest is taken, or "
         "of objects the best mean over three seeds. Both methods start with the same three rates, "
         "and go on while the end of the range is taken."
