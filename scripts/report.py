@@ -4,7 +4,7 @@
 
 The page needs no network and no library. All its numbers are computed here, from the model, the
 validation pairs and the run's log, and they travel in the page as one JSON object. The HTML, CSS
-and JavaScript that show them are in report.html.
+and JavaScript that show them are in report.html, and in page.html what the demo needs as well.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -26,7 +26,8 @@ from scripts.words import default_window
 from superclip import InputError, cli, number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PLACEHOLDER = "/* the numbers */"  # in the template: where the JSON goes
+START_OF_PAGE = TEMPLATE.with_name("page.html")
+PLACEHOLDER = "/* the numbers */"  # in page.html: where the JSON goes
 REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.jsonl"
 SEARCHED = 1000  # pairs that a caption is searched among
 WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; searches of each kind
@@ -190,6 +191,14 @@ def examine(model, tokenizer, pairs, n):
 # The page
 
 
+def write_page(path, template, content):
+    """Write page.html, with `content` as JSON in it, followed by a template that shows it."""
+    # A caption may hold "</script>". Without "<" nothing in a script element can end it.
+    numbers = json.dumps(content).replace("<", "\\u003c")
+    page = START_OF_PAGE.read_text("utf-8").replace(PLACEHOLDER, numbers)
+    data.write_file(path, lambda file: file.write((page + template.read_text("utf-8")).encode()))
+
+
 def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12):
     """Write the page to `out_path`.
 
@@ -202,10 +211,7 @@ def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=Non
     if reference and any(run["header"][k] != reference["header"][k] for k in ("config", "samples")):
         reference = None
     content = {"run": run, "reference": reference, **examine(model, tokenizer, pairs, n)}
-    # A caption may hold "</script>". Without "<" nothing in a script element can end it.
-    numbers = json.dumps(content).replace("<", "\\u003c")
-    page = TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, numbers)
-    data.write_file(out_path, lambda file: file.write(page.encode()))
+    write_page(out_path, TEMPLATE, content)
 
 
 def main(argv):

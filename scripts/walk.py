@@ -13,12 +13,10 @@ import math
 import random
 
 import torch
-import torch.nn.functional as F
 
 import data
-from scripts.scenes import COMBINATIONS, describe, draw, make_scene
-from scripts.vocab import words_to_tiktoken
-from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig, cli, contrastive_loss
+from scripts.scenes import COMBINATIONS, describe, draw, make_scene, vocabulary
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig, cli
 
 B = 256  # pairs in the batch whose losses are compared with theory
 
@@ -63,8 +61,7 @@ def main(argv):
     torch.manual_seed(0)
     scenes = [make_scene(rng, COMBINATIONS) for _ in range(B)]
     captions = [describe(scene, rng)[1] for scene in scenes]
-    words = {word for caption in captions for word in data.WORD.findall(caption)}
-    tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
+    tokenizer = data.Tokenizer(vocabulary())
     tokens, V = tokenizer(captions), tokenizer.vocab_size
     model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=V))
     size = model.config.image_size
@@ -75,15 +72,11 @@ def main(argv):
     # IDF needs statistics, so a model in training mode counts a batch before it computes the loss.
     out = model.train()(images, tokens)
     show_label(model, tokenizer, tokens[0].tolist())
-
-    # At step 0 the model knows nothing, so the features of different pairs are alike or unrelated.
-    noise = F.normalize(torch.randn(2, B, model.config.embed_dim), dim=-1)
-    unrelated = contrastive_loss(*noise, model.logit_scale.exp())
-    print(f"\nlosses of {B} pairs at step 0")
-    print(f"  contrastive      {out['contrastive_loss']:.3f}")
-    print(f"    theory: ln B = {math.log(B):.3f} for equal features, {unrelated:.3f} for unrelated")
-    print(f"  classification   {out['classification_loss']:.3f}")
-    print(f"    theory: ln V + 1/2 = {math.log(V) + 0.5:.3f} for logits of variance 1")
+    print(f"\nlosses of {B} pairs at step 0, and what they are if the model knows nothing")
+    print(f"  contrastive      {out['contrastive_loss']:.3f}   ln B       {math.log(B):.3f}")
+    print(
+        f"  classification   {out['classification_loss']:.3f}   ln V + 1/2 {math.log(V) + 0.5:.3f}"
+    )
 
 
 if __name__ == "__main__":

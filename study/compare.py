@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +81,8 @@ PARTS = {
     "products": Part(
         "Photographs of a shop at 72 pixels, with their titles. R@k among validation products "
         "whose title and file are unique. Zero-shot and linear probe (class token, patch mean) "
-        "tell the ten commonest types and colours apart. Words: mean average precision at which "
-        "the head ranks the products for words that name a type, a colour, or neither. Dual "
-        "captions: contrast the group, such as Shoes, labels from the title.",
+        "tell the ten commonest types and colours apart. Words: mean average precision of the "
+        "head's words that name a type, a colour, or neither. Dual captions: contrast the group.",
         3, ("R@1", "R@10", "zero-shot type", "zero-shot colour", "probe type", "patch probe type",
             "probe colour", "patch probe colour", *(f"words of {x}" for x in run.KINDS)),
         [*(both(f"batch {B}", **{**PRODUCTS, "batch_size": B}) for B in (32, 8, 128)),
@@ -109,8 +107,8 @@ PARTS = {
     ),
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
-        "theirs, so that only the objects tell them apart. With one setting most captions repeat. "
-        "So the scores of its search are low, and can hardly tell the rates apart.",
+        "theirs. With one setting most captions repeat, so that its search can hardly tell the "
+        "rates apart.",
         5, (*LOOKS, "probe colour_shape"),
         [both(f"{n} setting" + "s" * (n > 1), settings=n, batch_size=8) for n in SETTING_COUNTS],
     ),
@@ -120,8 +118,7 @@ PARTS = {
         [both(f"{rate:g}", learning_rate=rate) for rate in (1.75e-4, 3.5e-4)],
     ),
     "groups": Part(
-        "Pairs compared, at batch 64 and equal updates: each image is told from the captions of "
-        "its own group only.",
+        "Pairs compared, in a batch of 64: each image with the captions of its own group only.",
         5, (*LOOKS, "probe colour_shape"),
         [both(f"groups of {g}", batch_size=64, group=g if g < 64 else None) for g in GROUPS],
     ),
@@ -140,10 +137,9 @@ PARTS = {
         5, ("choose swap",), [both("batch 32")],
     ),
     "length": Part(
-        "Samples seen, and half of the patches dropped in training, at batch 32.",
+        "Samples seen, at batch 32.",
         3, (*LOOKS, "probe colour_shape"),
-        [*(both(f"{n:,} samples", samples=n) for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)),
-         both("patch dropout 0.5", patch_dropout=0.5)],
+        [both(f"{n:,} samples", samples=n) for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)],
     ),
     "captions": Part(
         "Captions, at batch 32. Dual: contrastive loss on the short ones, labels from the long.",
@@ -350,21 +346,17 @@ def search_table(study):
             specs, best = study.search({**run.RUN, **changes})
             if best and changes.get("samples") != 0:
                 spec, values = specs[0], study.searched(specs)
-                seeds = Counter(s["learning_rate"] for s in specs)
                 name = "SuperCLIP" if spec["cls_weight"] else "CLIP"
                 name += f", {spec['data']}, batch {spec['batch_size']}"
                 name += f" in groups of {spec['group']}" if spec["group"] else ""
                 name += f", settings: {spec['settings']}" if spec["settings"] < 256 else ""
-                tried = (
-                    f"{r:g}: {100 * v:.1f}" + f" (n {seeds[r]})" * (seeds[r] > 1)
-                    for r, v in values.items()
-                )
+                tried = (f"{rate:g}: {100 * value:.1f}" for rate, value in values.items())
                 lines[name] = [name, f"{best:g}", ", ".join(tried)]
     text = (
-        "R@1 in percent (products: R@10), of one seed or n, among a thousand training pairs "
-        "held out for this. Rates within a point of the best are as good; the lowest is taken, or "
-        "of objects the best mean over three seeds. Both methods start with the same three rates, "
-        "and go on while the end of the range is taken."
+        "R@1 in percent (products: R@10) of one seed, among a thousand training pairs held out for "
+        "this. Rates within a point of the best are as good; the lowest is taken, or of objects "
+        "the best mean over three seeds. Both methods start with the same three rates, and go on "
+        "while the end of the range is taken."
     )
     table = markdown(["", "best", "learning rate: score"], lines.values())
     return ["## Learning rates", "", text, "", *table] if lines else []
@@ -427,13 +419,25 @@ def quick(jobs):
         print("\n".join(table_of(study, "groups")))
 
 
+def keep(folder):
+    """Train both methods at batch 8 again, one seed of each, and keep the models in `folder`."""
+    study, kinds = Study(FOLDER / "runs.jsonl"), PARTS["batch"].rows[0][1:]
+    folder.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # as a process of the study has
+    with tempfile.TemporaryDirectory() as tables:
+        run.prepare_scenes(Path(tables), run.RUN["settings"])
+        for name, changes in zip(("clip", "superclip"), kinds):
+            spec, path = study.specs("batch", changes)[0], folder / f"{name}.pt"
+            scores = run.run((spec, Path(tables), path))["scores"]
+            print(f"{path}: colour_shape {100 * scores['colour_shape']['value']:.1f} %")
+
+
 def report(study, figure_path):
     results = list(study.results.values())
     check(results, f"{study.path} holds no run yet")
     hours = sum(r["seconds"] for r in results) / 3600
     devices = " and ".join(sorted({r["device"] for r in results}))
-    dtypes = Counter(r["dtype"] for r in results)
-    dtypes = ", ".join(f"{n} in {dtype}" for dtype, n in sorted(dtypes.items()))
+    dtypes = " and ".join(sorted({r["dtype"] for r in results}))
     lines = [
         "# CLIP and SuperCLIP, made small", "",
         "Made by `python -m study.compare`. A cell reads: mean of the first kind -> mean of the "
@@ -441,7 +445,7 @@ def report(study, figure_path):
         "percent. R@k is the mean of both ways among 1,000 validation pairs with long captions. Of "
         "scenes, colour_shape, colour and shape are zero-shot scores of pictures of one object, "
         "and held_out those of combinations that training never shows.", "",
-        f"{len(results)} runs ({dtypes}), {hours:.1f} core-hours on {devices}, torch "
+        f"{len(results)} runs in {dtypes}, {hours:.1f} core-hours on {devices}, torch "
         f"{results[-1]['torch']}. runs.jsonl has the seconds, dtype, commit and date of each.", "",
     ]  # fmt: skip
     for part in PARTS:
@@ -458,6 +462,7 @@ def main(argv):
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed of both methods, groups of 4; keeps nothing")
     add("--report", action="store_true", help="do not train: write results.md and the figure")
+    add("--keep", type=Path, metavar="DIR", help="train and keep the models of docs/demo.html")
     add("--only", nargs="+", choices=PARTS, help="parts of the study (default: all)")
     text = "train/CLASS/ and test/CLASS/ of photographs (default: downloads CIFAR-10)"
     add("--objects", type=Path, metavar="DIR", help=text)
@@ -465,14 +470,13 @@ def main(argv):
     jobs = {"type": number(int, 1), "default": os.cpu_count()}
     add("--jobs", **jobs, help="runs at a time (default: the cores)")
     args = parser.parse_args(argv)
-    if args.quick:
-        return quick(args.jobs)
+    if args.quick or args.keep:
+        return quick(args.jobs) if args.quick else keep(args.keep)
     study = Study(FOLDER / "runs.jsonl")
     if not args.report:
         parts = args.only or [part for part in PARTS if args.products or part != "products"]
         check(args.products or "products" not in parts, "this part needs --products")
-        sources = {"objects": args.objects, "products": args.products}
-        work(study, parts, sources, args.jobs)
+        work(study, parts, {"objects": args.objects, "products": args.products}, args.jobs)
     report(study, FIGURE)
 
 

@@ -41,7 +41,6 @@ RUN = dict(
     search=False,  # trained and judged on training pairs alone
     captions="mixed",  # one of COLUMNS
     label_captions=None,  # for the words, if others
-    patch_dropout=0.0,
 )
 # Which captions of a table these are. The short one of an object is its setting, and that of a
 # product its group, such as "Shoes".
@@ -355,13 +354,11 @@ def optimise(model, table, spec):
     autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = train.make_optimizer(model, rate, scenes.built_in()["weight_decay"])
-    B, grid, losses = spec["batch_size"], model.visual.grid, {}
-    steps = spec["samples"] // B
+    losses, steps = {}, spec["samples"] // spec["batch_size"]
     for step in range(steps):
         batch = read_batch(table, spec, step)
-        keep = train.patches_to_keep(spec["patch_dropout"], grid, B, spec["seed"], step, device)
         with autocast:
-            losses = model(**batch, keep=keep)
+            losses = model(**batch)
         losses["loss"].backward()
         now = train.learning_rate_at(step, rate, steps // 10, steps)
         train.update(model, optimizer, scaler, now, now)
@@ -387,8 +384,9 @@ def score_run(model, tokenizer, spec, held_out):
 
 
 def run(task):
-    """Train and score one model. task: a spec, and the folder of the tables."""
-    spec, folder = task
+    """Train and score one model. task: a spec, the folder of the tables, and perhaps a file to keep
+    the model in."""
+    spec, folder, *kept = task
     start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
         parts = slice(-RANKED), slice(-RANKED, None)
@@ -399,8 +397,10 @@ def run(task):
     model = make_model(spec, tokenizer.vocab_size)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
+    for path in kept:
+        evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
     scores = score_run(model, tokenizer, spec, held_out)
-    kept = "value", "chance", "floor", "n"
-    scores = {k: {x: round(s[x], 5) for x in kept if x in s} for k, s in scores.items()}
+    numbers = "value", "chance", "floor", "n"
+    scores = {k: {x: round(s[x], 5) for x in numbers if x in s} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -52,3 +53,19 @@ def folders(tmp_path):
         for i in range(4):
             (folder / f"{i}.png").write_bytes(png(COLOURS[name], np.random.default_rng([c, i])))
     return tmp_path / "classes"
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium. Without it, its driver or the package selenium the test is skipped."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        yield browser

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import asdict
 
@@ -94,6 +95,22 @@ def result_of(capsys, main, path, *argv):
     capsys.readouterr()
     assert not run(main, *argv, "--json", path)
     return json.loads(path.read_text()), capsys.readouterr().out
+
+
+# ---- for tests of pages
+
+
+def numbers_of(page):
+    """The JSON that a page of scripts/report.py or scripts/demo.py carries."""
+    text = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
+    return json.loads(text[1])
+
+
+def requests_of(browser):
+    """The addresses that a browser has asked for since it was asked this before."""
+    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if "requestWillBeSent" in m["method"]]
+    return {url for url in sent if not url.startswith("data:")}
 
 
 # ---- for tests that compare with open_clip

@@ -5,13 +5,22 @@ The browser test needs Chromium, its driver and the package selenium, and skips 
 
 import json
 import re
-import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from material import COLOURS, TOKENIZER, make_model, png, run, write_checkpoint, write_shard
+from material import (
+    COLOURS,
+    TOKENIZER,
+    make_model,
+    numbers_of,
+    png,
+    requests_of,
+    run,
+    write_checkpoint,
+    write_shard,
+)
 
 import data
 import eval as evaluation
@@ -61,11 +70,6 @@ def write_log(path, model, **changes):
             rows.append({"step": step, **scores, "zeroshot": {"x/held_out": score(r1 + 0.1)}})
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 40, "lo')
     return path
-
-
-def numbers_of(page):
-    text = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
-    return json.loads(text[1])
 
 
 @pytest.fixture(scope="module")
@@ -137,21 +141,6 @@ def test_the_command_finds_the_log_and_compares_equals_only(tmp_path, model, pai
         assert bool(content["reference"]) == equal
 
 
-@pytest.fixture
-def browser():
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs Debian's packages chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        yield browser
-
-
 def test_the_page_shows_its_numbers_and_asks_for_nothing(browser, page, model, pairs, tmp_path):
     content, run_script = numbers_of(page), browser.execute_script
     numbers = [picture["number"] for picture in content["pictures"]]
@@ -163,9 +152,7 @@ def test_the_page_shows_its_numbers_and_asks_for_nothing(browser, page, model, p
 
     browser.get(page.as_uri())
     # Nothing is loaded, nothing fails, and a hostile caption is only text.
-    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if "requestWillBeSent" in m["method"]]
-    assert {url for url in sent if not url.startswith("data:")} == {page.as_uri()}
+    assert requests_of(browser) == {page.as_uri()}
     assert browser.get_log("browser") == [] and all_of("#x, main b") == []
     assert HOSTILE.split(" \u2028")[0] in all_of("#captions")[0].text
     # The run: its curves and its scores.

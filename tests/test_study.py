@@ -11,6 +11,7 @@ import torch
 from material import COLOURS, png
 
 import data
+from eval import read_checkpoint
 from scripts import scenes
 from study import compare, run
 
@@ -52,7 +53,7 @@ def test_a_search_goes_on_at_its_edge_and_a_study_where_it_was(tmp_path):
     ):
         plan = compare.Study(tmp_path / f"{rate}.jsonl")
         finish(plan, ["visual"], lambda spec, scores=scores: scores.get(spec["learning_rate"], 0.0))
-        specs, found = plan.search({**run.RUN, "patch_dropout": 0.5})
+        specs, found = plan.search({**run.RUN, "captions": "short"})
         assert [spec["learning_rate"] for spec in specs] == [*scores] and found == rate
     finish(plan := compare.Study(tmp_path / "runs.jsonl"), ["length"], lambda _: 0.5)
     again = compare.Study(tmp_path / "runs.jsonl")
@@ -89,7 +90,9 @@ def test_close_rates_of_objects_are_searched_with_three_seeds(tmp_path):
 
 def score(folder, **changes):
     spec = {**run.RUN, "captions": "long", "samples": 64, "learning_rate": 1e-3, **changes}
-    return json.loads(json.dumps(run.run((spec, folder))))["scores"]
+    scores = run.run((spec, folder, folder / "model.pt"))["scores"]
+    assert read_checkpoint(folder / "model.pt")["arguments"] == spec
+    return json.loads(json.dumps(scores))
 
 
 def test_objects(folders, shallow, tmp_path):
@@ -136,7 +139,7 @@ def test_runs_and_report(shallow, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RANKED", 50)
     run.prepare_scenes(tmp_path, 4, train=150, val=50)
     score(tmp_path, settings=4, search=True, **compare.CLIP)
-    scores = score(tmp_path, settings=4, patch_dropout=0.5, group=8, **compare.DUAL)
+    scores = score(tmp_path, settings=4, group=8, **compare.DUAL)
     assert {"R@1", "held_out", "probe shape", "choose swap"} <= scores.keys()
     plan = compare.Study(tmp_path / "runs.jsonl")
     finish(plan, ["batch"], lambda spec: 0.3 + 0.4 * spec["cls_weight"] + 0.1 * spec["seed"])

@@ -1,0 +1,126 @@
+"""Write one page in which CLIP and SuperCLIP answer side by side, in the reader's browser:
+
+    python -m scripts.demo out_clip/last.pt out/last.pt --out demo.html
+
+The reader composes a built-in scene, and both models say what they see. The page needs no network
+and no library: it carries the weights, as int8 with a scale for each row. The forward pass, the
+drawing and the questions are in demo.html, and what the report needs as well is in page.html.
+Scores are computed here, and those of other seeds come from study/runs.jsonl. The two models of
+docs/demo.html are a pair of that study: python -m study.compare --keep pair
+"""
+
+import argparse
+import base64
+import functools
+import json
+import random
+from pathlib import Path
+
+import torch
+
+import data
+import eval as evaluation
+from scripts import scenes
+from scripts.report import write_page
+from superclip import check, cli
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+STUDY = Path(__file__).resolve().parent.parent / "study" / "runs.jsonl"
+PROMPT = "a photo of a {}"  # one for each of the 64 combinations of colour and shape
+SCENES = 500  # of each kind
+KINDS = {  # what their objects may be, and how many there are
+    "one object": (scenes.SEEN, 1),
+    "one that training never showed": (scenes.HELD_OUT, 1),
+    "two objects": (scenes.SEEN, 2),
+    "three, more than training showed": (scenes.SEEN, 3),
+}
+
+
+def quantise(tensor):
+    """tensor -> {shape, int8, scale}, both as base64 text: about int8 * scale, with a scale for
+    each row (all that one index of the first dimension has). So every number of a vector has a
+    scale of its own, and stays as it is."""
+    rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    scale = rows.abs().amax(dim=1) / 127
+    int8 = (rows / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    texts = (base64.b64encode(x.numpy().tobytes()).decode() for x in (int8, scale))
+    return {"shape": [*tensor.shape], **dict(zip(("int8", "scale"), texts))}
+
+
+def draw_objects(rng, combinations, k):
+    """A scene with k objects that differ in colour and in shape."""
+    scene, looks = scenes.make_scene(rng, combinations), []
+    while not looks or any(len({*names}) < k for names in zip(*looks)):
+        looks = rng.sample(combinations, k)
+    cells = zip(looks, rng.sample(range(9), k))
+    scene["objects"] = [scenes.make_object(rng, *look, *divmod(cell, 3)) for look, cell in cells]
+    return scene
+
+
+@functools.cache  # both models are asked about the same pictures
+def make_pictures(kind):
+    """A kind of scenes -> the pictures of SCENES of them (N, 3, S, S), and as N sets the names of
+    their objects."""
+    drawn = [draw_objects(random.Random(f"{kind} {i}"), *KINDS[kind]) for i in range(SCENES)]
+    images = [data.load_image(scenes.jpeg(scene), scenes.SIZE) for scene in drawn]
+    names = [{"{colour} {shape}".format(**o) for o in scene["objects"]} for scene in drawn]
+    return torch.stack(images), names
+
+
+def score_objects(model, tokenizer, kind):
+    """How many of the objects do the best of the 64 texts name, if there are as many texts as
+    objects? A score whose unit is the picture."""
+    (images, true), classes = make_pictures(kind), [*map(" ".join, scenes.COMBINATIONS)]
+    texts, k = evaluation.zeroshot_classifier(model, tokenizer, classes, [PROMPT]), KINDS[kind][1]
+    features = torch.cat([model.encode_image(part) for part in images.split(100)])
+    best = (features @ texts.T).topk(k).indices.tolist()  # (N, k)
+    hits = [len({classes[i] for i in row} & names) / k for row, names in zip(best, true)]
+    return evaluation.score(torch.tensor(hits), k / len(classes))
+
+
+def describe(checkpoint):
+    """What the page needs of a model: its weights, options of its run, and scores. Raises
+    InputError."""
+    content = evaluation.read_checkpoint(checkpoint)
+    options = {**content, **content.get("arguments", {})}
+    known = {"seed", "samples"} <= options.keys()
+    check(known, f"{checkpoint} does not say how it was trained: name a last.pt")
+    model, tokenizer, _ = evaluation.load(checkpoint)
+    ours = tokenizer.vocab == scenes.vocabulary() and model.config.image_size == scenes.SIZE
+    check(ours, f"{checkpoint} is no model of the built-in scenes")
+    return {
+        "config": vars(model.config),
+        "weights": {name: quantise(p) for name, p in model.named_parameters()},
+        "options": {k: options[k] for k in ("seed", "learning_rate", "batch_size", "samples")},
+        "scores": {kind: score_objects(model, tokenizer, kind) for kind in KINDS},
+    }
+
+
+def read_study():
+    """The scores of the study's five seeds at batch 8, for CLIP and for SuperCLIP."""
+    alike = {"batch_size": 8, "settings": len(scenes.SETTINGS), "search": False}
+    runs = [json.loads(line) for line in STUDY.read_text().splitlines()]
+    runs = [run for run in runs if alike.items() <= run["spec"].items()]
+    return [[r["scores"] for r in runs if r["spec"]["cls_weight"] == head] for head in (0.0, 1.0)]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("clip", help="checkpoint of a run on the built-in scenes with --cls_weight 0")
+    add("superclip", help="checkpoint of the same run with the word head")
+    add("--out", type=evaluation.output_file(".html"), required=True, help="page to write")
+    args = parser.parse_args(argv)
+    models = [describe(path) for path in (args.clip, args.superclip)]
+    heads = [model["config"]["cls_weight"] > 0 for model in models]
+    check(heads == [False, True], "name a model without a word head first, then one with it")
+    look = {"size": scenes.SIZE, "cloths": scenes.CLOTHS, "patterns": scenes.PATTERNS}
+    look |= {"borders": scenes.BORDERS, "colours": scenes.COLOURS, "outlines": scenes.OUTLINES}
+    content = {"models": models, "study": read_study(), "vocab": scenes.vocabulary()}
+    content |= {"scenes": {**look, "hole": scenes.HOLE}, "prompt": PROMPT}
+    write_page(args.out, TEMPLATE, content)
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
+
+
+if __name__ == "__main__":
+    cli(main)
