@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine, beside the packages that do the same work.
 
     python -m scripts.bench data --train_data SHARDS   from shard to batch, beside webdataset
-    python -m scripts.bench loader                     how long a step waits for its data
+    python -m scripts.bench loader --train_data SHARDS the loader of train.py alone, at full speed
     python -m scripts.bench step                       one update, beside open_clip
     python -m scripts.bench memory                     what a step needs, predicted without a GPU
     python -m scripts.bench cuda --train_data SHARDS   all of this, and the gradients, on a GPU
@@ -118,47 +118,20 @@ def bench_data(options, args):
 
 
 # -----------------------------------------------------------------------------
-# loader: how long a step waits for its data
-
-
-class SleepingPairs:
-    """Pairs that take a millisecond each but no processor, so that how long a step waits depends on
-    the order of the work alone, and not on the machine."""
-
-    image_size, seed, collate = 8, 0, data.Pairs.collate
-    tokenizer = data.Tokenizer(data.tiktoken_text(data.BYTE_TOKENS))
-
-    def __len__(self):
-        return 2**16
-
-    def __getitems__(self, samples):  # of a whole batch
-        time.sleep(1e-3 * len(samples))
-        return [(torch.zeros(3, 8, 8, dtype=torch.uint8), [1], [1], [])] * len(samples)
+# loader: from shards to the device, by all processes
 
 
 def bench_loader(options, args):
-    """How much of its time a step of 16 micro-batches of 64 pairs waits for two workers that are as
-    fast as the computing. The computing sleeps, too: a quarter of it while the micro-batches
-    arrive, and the rest when all are there, as in grad_cache_step. With --train_data, also the
-    speed of the loader alone, from shards to the device."""
-    steps, compute, waits = args.repeat, 64 * 1e-3 / 2, []  # seconds a micro-batch
-    batches = data.load_batches(SleepingPairs(), 1024, slice(1024), 64, 0, steps + 1, 2, CPU)
-    asked = time.perf_counter()
-    for i, _ in enumerate(batches, start=1):
-        waits.append(time.perf_counter() - asked)
-        time.sleep(compute / 4 + (0 if i % 16 else 16 * compute * 3 / 4))
-        asked = time.perf_counter()
-    waited = sum(waits[16:])  # not in the first step, for which nothing is loaded ahead
-    yield {"loader": "sleeping", "share of waiting": waited / (waited + steps * 16 * compute)}
+    """The speed of train.py's loader, with no model to wait for."""
     settings = parse(options)
-    if settings.train_data:
-        N, size = settings.batch_size, settings.image_size or PRESETS[settings.model]["image_size"]
-        shards, tokenizer = data.expand(settings.train_data), data.Tokenizer.from_file("clip")
-        pairs, device = data.Pairs(shards, tokenizer, size), train.set_up(settings.device)
-        begun, n, workers = time.perf_counter(), 10 * steps, settings.workers
-        for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, n, workers, device):
-            batch["images"].sum().item()  # waits for the copy
-        yield {"loader": "shards to device", "images/s": n * N / (time.perf_counter() - begun)}
+    check(settings.train_data, "loader needs --train_data: a shard or two of photographs")
+    N, size = settings.batch_size, settings.image_size or PRESETS[settings.model]["image_size"]
+    shards, tokenizer = data.expand(settings.train_data), data.Tokenizer.from_file("clip")
+    pairs, device = data.Pairs(shards, tokenizer, size), train.set_up(settings.device)
+    start, n, workers = time.perf_counter(), 10 * args.repeat, settings.workers
+    for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, n, workers, device):
+        batch["images"].sum().item()  # waits for the copy
+    yield {"loader": "shards to device", "images/s": n * N / (time.perf_counter() - start)}
 
 
 # -----------------------------------------------------------------------------
