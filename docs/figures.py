@@ -1,11 +1,12 @@
 """Draw the figures of the tutorial and the README into assets/:
 
     python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
-    python -m docs.figures --models out_clip/last.pt out/last.pt
+    python -m docs.figures --models out_clip/last.pt out/last.pt --objects DIR
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
-built-in scenes (the second one with --cls_weight 0). Figures are 8.5 inches wide and have letters
-of 11 points, so that they can be read at a README's width.
+built-in scenes (the second one with --cls_weight 0). DIR is a folder of photographs, as
+study/compare.py takes it. Figures are 8.5 inches wide and have letters of 11 points, so that they
+can be read at a README's width.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 import data
 import eval as evaluation
 from scripts import scenes
+from study import run
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +188,24 @@ def matrix():
 
 
 # -----------------------------------------------------------------------------
+# Objects of the study
+
+
+def objects(folder):
+    """Eight test photographs in their settings, each of another class, with their captions."""
+    dataset = run.read_objects(Path(folder), "test")
+    images, captions, facts = run.place_objects(dataset, scenes.SETTINGS, 60, "figure")
+    of_class = {fact["object"]: i for i, fact in reversed([*enumerate(facts)])}  # the first ones
+    figure, axes = plt.subplots(2, 4, figsize=(8.5, 5.2))
+    for axis, i in zip(axes.flat, sorted(of_class.values())):
+        axis.imshow(images[i].permute(1, 2, 0), interpolation="nearest")
+        axis.set_title(textwrap.fill(captions[i][1], 22), loc="center")
+        axis.axis("off")
+    plt.tight_layout()
+    save("objects")
+
+
+# -----------------------------------------------------------------------------
 # The curve of a run
 
 
@@ -320,6 +340,8 @@ def main(argv):
     parser.add_argument("--clip_log", default=default, help=text)
     text = "checkpoints of CLIP and SuperCLIP, for the figure of the idea"
     parser.add_argument("--models", nargs=2, metavar=("CLIP", "SUPERCLIP"), help=text)
+    text = "train/CLASS/ and test/CLASS/ of photographs (default: no picture of objects)"
+    parser.add_argument("--objects", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
@@ -329,6 +351,8 @@ def main(argv):
     curve(args.log, args.clip_log)
     if args.models:
         idea(*args.models)
+    if args.objects:
+        objects(args.objects)
 
 
 if __name__ == "__main__":

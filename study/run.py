@@ -5,51 +5,54 @@ models of this size that trains more than one process with all cores does. Its s
 train.py's functions. They differ from train.py's in one thing: images are decoded once, so there is
 no crop augmentation.
 
-Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens, S pixels a side, V
-vocabulary.
+There are three sets of pairs: the built-in *scenes*; *objects*, which are photographs of CIFAR-10
+in settings drawn as for the scenes; and *products*, photographs of a shop with their titles.
+
+Axes: B pairs of a batch, N images, C captions of an image or classes, T tokens, S pixels a side, D
+width, V vocabulary.
 """
 
-import copy
 import json
-import os
 import random
 import time
-from types import SimpleNamespace
+from collections import Counter
+from functools import partial
 
 import torch
+import torchvision
 
 import data
 import eval as evaluation
 import train
-from scripts import scenes
-from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
+from scripts import pack, scenes
+from scripts.vocab import make_vocabulary, words_to_tiktoken
+from superclip import PAD, PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check
 
 # The options of a run, and their defaults.
 RUN = dict(
-    data="scenes",  # or flickr
-    settings=256,  # that the scenes may have (see scripts/scenes.py)
+    data="scenes",  # or objects, products
+    settings=256,  # that scenes and objects may have (see scripts/scenes.py)
     batch_size=32,
     group=None,  # pairs that are compared with each other, a part of the batch; None: all
     cls_weight=1.0,  # 0: CLIP
     learning_rate=None,
     samples=48_000,  # seen
     seed=0,
-    search=False,  # trained and judged on training scenes alone
-    captions="mixed",  # short, long or either
+    search=False,  # trained and judged on training pairs alone
+    captions="mixed",  # one of COLUMNS
     label_captions=None,  # for the words, if others
-    loss="softmax",  # or sigmoid
-    patch_dropout=0.0,
-    idf=True,
-    start=None,  # fine-tuning: samples seen of one half of the concepts, before those of the other
 )
+# Which captions of a table these are. The short one of an object is its setting, and that of a
+# product its group, such as "Shoes".
+COLUMNS = {"short": slice(1), "long": slice(1, None), "mixed": slice(None)}
 PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
-HELD_OUT = 1000  # training pairs that a search is judged by
-START_RATE = 3.5e-4  # learning rate of a model that is fine-tuned later
-ATTRIBUTES = {
-    "colour": scenes.COLOURS, "shape": scenes.SHAPES, "cloth": scenes.CLOTHS,
-    "pattern": scenes.PATTERNS, "border": scenes.BORDERS,
-}  # fmt: skip
+RANKED = 1000  # pairs that R@k is measured among
+PHOTOGRAPH = 32  # pixels: side of a photograph in a setting
+CORNERS = 3, 37  # pixels: where it may begin, inside the border
+MOST = {"train": 25_000, "test": 4_000}  # photographs of objects that become pairs
+VAL = 0.15  # share of the products
+KINDS = "type", "colour", "neither"  # of words in a title: what they name
 
 
 # -----------------------------------------------------------------------------
@@ -57,58 +60,130 @@ ATTRIBUTES = {
 
 
 class Table:
-    """Decoded pairs: images (N, 3, S, S) uint8, and tokens (N, C, T) of the C captions of each. All
-    processes map the same file into memory."""
+    """Decoded pairs: images (N, 3, S, S) uint8, tokens (N, C, T) of the C captions of each, and
+    facts, a list of what else is known of each. All processes map the same file into memory."""
 
     def __init__(self, path, part=slice(None)):
         content = torch.load(path, mmap=True, weights_only=True)
         self.images, self.tokens = content["images"][part], content["tokens"][part]
-        self.scenes, self.vocab = json.loads(content["scenes"])[part], content["vocab"]
-
-    def half(self, second):
-        """A table of those scenes that have one half of the cloths and of the shapes alone."""
-        part = slice(4, 8) if second else slice(4)
-        cloths, shapes = ({*list(names)[part]} for names in (scenes.CLOTHS, scenes.SHAPES))
-        numbers = []
-        for i, scene in enumerate(self.scenes):
-            if scene["cloth"] in cloths and {o["shape"] for o in scene["objects"]} <= shapes:
-                numbers.append(i)
-        table = copy.copy(self)
-        table.images, table.tokens = self.images[numbers], self.tokens[numbers]
-        table.scenes = [self.scenes[i] for i in numbers]
-        return table
+        self.facts, self.vocab = json.loads(content["facts"])[part], content["vocab"]
 
 
-def write_table(path, shards, tokenizer, captions):
-    pairs = data.Pairs(data.expand(shards), tokenizer, scenes.SIZE, captions)
-    images, ids = [], []  # ids: of each image a list of captions, which are lists of ids
-    for pixels, texts in evaluation.batches(evaluation.ShardImages(pairs), 256, None, path.stem):
+def write_table(path, tokenizer, images, captions, facts):
+    """images (N, 3, S, S); captions: a list of C texts of each; facts: a dict of each."""
+    ids = [[tokenizer.encode(text) for text in of_image] for of_image in captions]
+    length = min(77, 2 + max(len(caption) for of_image in ids for caption in of_image))
+    tokens = torch.stack([tokenizer.pad(of_image, length) for of_image in ids]).int()
+    content = {"images": images, "tokens": tokens, "facts": json.dumps(facts)}
+    torch.save({**content, "vocab": tokenizer.vocab}, path)
+
+
+def read_shards(shards, captions):
+    """-> images (N, 3, S, S), the captions of each, and its fields of .json."""
+    pairs, images, texts = data.Pairs(shards, None, scenes.SIZE, captions), [], []
+    for pixels, of_batch in evaluation.batches(
+        evaluation.ShardImages(pairs), 256, None, "decoding"
+    ):
         images.append(pixels)
-        ids += [[tokenizer.encode(text) for text in of_image] for of_image in texts]
-    C = min(map(len, ids))
-    length = min(77, 2 + max(len(caption) for captions in ids for caption in captions[:C]))
-    tokens = torch.stack([tokenizer.pad(captions[:C], length) for captions in ids]).int()
-    drawn = [json.loads(pairs.read(row, data.JSON)).get("scene") for row in pairs.index.tolist()]
-    content = {"images": torch.cat(images), "tokens": tokens, "vocab": tokenizer.vocab}
-    torch.save({**content, "scenes": json.dumps(drawn)}, path)
+        texts += of_batch
+    fields = [json.loads(pairs.read(row, data.JSON)) for row in pairs.index.tolist()]
+    return torch.cat(images), texts, fields
+
+
+def some_settings(n):
+    return random.Random(0).sample(scenes.SETTINGS, n)
 
 
 def prepare_scenes(folder, settings, **numbers):
     """Draw scenes of so many settings, and decode them into `folder`. numbers: of scenes, train and
     val, if others than make_scenes has."""
-    world, some = folder / f"world-{settings}", random.Random(0).sample(scenes.SETTINGS, settings)
-    scenes.make_scenes(world, settings=some, **numbers)
+    world = folder / f"world-{settings}"
+    scenes.make_scenes(world, settings=some_settings(settings), **numbers)
     tokenizer = data.Tokenizer.from_file(world / "vocab.tiktoken")
     for part in ("train", "val"):
-        path = folder / f"scenes-{settings}-{part}.pt"
-        write_table(path, [f"{world}/{part}-*.tar"], tokenizer, ["json.short", "json.long"])
+        shards = data.expand([f"{world}/{part}-*.tar"])
+        images, captions, fields = read_shards(shards, ["json.short", "json.long"])
+        drawn = [f["scene"] for f in fields]
+        write_table(folder / f"scenes-{settings}-{part}.pt", tokenizer, images, captions, drawn)
 
 
-def prepare_flickr(folder, train_shards, val_shards, classes):
-    for part, shards in (("train", train_shards), ("val", val_shards)):
-        path = folder / f"flickr-256-{part}.pt"
-        write_table(path, shards, data.Tokenizer.from_file("clip"), ["json.captions"])
-    os.symlink(os.path.abspath(classes), folder / "classes")
+def place_objects(dataset, settings, most, seed):
+    """Photographs with the numbers of their classes, each in a corner of a drawn setting -> as
+    write_table takes them: images, captions (the setting, and three that name the object, too),
+    facts."""
+    grounds = {x: scenes.draw_setting(*x, 4 * scenes.SIZE).reduce(4) for x in settings}
+    images, captions, facts, rng = [], [], [], random.Random(seed)
+    numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
+    for photograph, label in map(dataset.__getitem__, data.progress(numbers, "placing objects")):
+        check(not isinstance(photograph, str), photograph)
+        cloth, pattern, border = setting = rng.choice(settings)
+        x, y = rng.choice(CORNERS), rng.choice(CORNERS)
+        image = data.load_image(grounds[setting], scenes.SIZE).clone()
+        image[:, y : y + PHOTOGRAPH, x : x + PHOTOGRAPH] = photograph
+        name, ground = dataset.classes[label], f"{pattern} {cloth} with {border}"
+        thing = f"an {name}" if name[0] in "aeiou" else f"a {name}"
+        long = f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"
+        images.append(image)
+        captions.append([ground, *long])
+        facts.append({"object": thing, "setting": ground})
+    return torch.stack(images), captions, facts
+
+
+def read_objects(source, split):
+    """A dataset of photographs and their classes. source: a folder of train/CLASS/ and test/CLASS/,
+    or None for CIFAR-10, which is downloaded."""
+    if source:
+        return evaluation.ClassFolders(source / split, PHOTOGRAPH)
+    load, folder = partial(data.load_image, size=PHOTOGRAPH), data.cache_folder()
+    try:
+        return torchvision.datasets.CIFAR10(folder, split == "train", load, download=True)
+    except OSError as error:
+        raise InputError(f"cannot download CIFAR-10 ({error}): see --objects") from None
+
+
+def prepare_objects(folder, settings, source):
+    """Decode objects into `folder`. source: see read_objects."""
+    some, parts = some_settings(settings), {}
+    for name, split in (("train", "train"), ("val", "test")):
+        parts[name] = place_objects(read_objects(source, split), some, MOST[split], split)
+    texts = (text for _, captions, _ in parts.values() for own in captions for text in own)
+    words = {word for text in texts for word in text.split()}
+    tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
+    for name, part in parts.items():
+        write_table(folder / f"objects-{settings}-{name}.pt", tokenizer, *part)
+
+
+def prepare_products(folder, settings, source):
+    """Pack and decode products into `folder`. source: a folder with pairs.csv and images/. A hash
+    of the image file decides on which side a product is."""
+    shards = folder / "products"
+    images, out = ("--images", f"{source}/images"), ("--out", str(shards))
+    pack.main(["--csv", f"{source}/pairs.csv", *images, *out, "--val", str(VAL)])
+    captions, seen = ["json.group", "txt"], set()
+    train_shards = data.expand([shards / "train-*.tar"])
+    tokenizer = data.Tokenizer(make_vocabulary(train_shards, 10_000, captions))
+    for part in ("train", "val"):
+        images, texts, facts = read_shards(data.expand([shards / f"{part}-*.tar"]), captions)
+        # Shuffled, because a list is often sorted, and the last pairs of training judge a search.
+        numbers = random.Random(0).sample(range(len(images)), len(images))
+        if part == "val":
+            numbers = new_products(facts, numbers, seen)
+        for f in facts:
+            seen |= {f["sha256"], data.clean(f["captions"][0])}
+        facts, texts = ([x[i] for i in numbers] for x in (facts, texts))
+        path = folder / f"products-{settings}-{part}.pt"
+        write_table(path, tokenizer, images[numbers], texts, facts)
+
+
+def new_products(facts, numbers, seen):
+    """Those of these numbers whose file and title are neither in `seen` nor among the products
+    before them."""
+    seen, kept = {*seen}, []
+    for i in numbers:
+        known = {facts[i]["sha256"], data.clean(facts[i]["captions"][0])}
+        kept += [] if known & seen else [i]
+        seen |= known
+    return kept
 
 
 def trim(tokens):
@@ -121,12 +196,10 @@ def read_batch(table, spec, step):
     pairs = data.batch_indices(len(table.images), spec["batch_size"], spec["seed"], step)
     samples = torch.tensor([sample for _, sample in pairs])
 
-    def captions(source):
-        numbers = range(table.tokens.shape[1])
-        if source == "mixed":  # any of an image's captions, drawn as in data.Pairs
-            rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
-            return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
-        return trim(table.tokens[samples, ("short", "long").index(source)])
+    def captions(source):  # one of an image's, drawn as in data.Pairs
+        numbers = range(table.tokens.shape[1])[COLUMNS[source]]
+        rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
+        return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
 
     tokens = captions(spec["captions"])
     labels = captions(spec["label_captions"]) if spec["label_captions"] else tokens
@@ -137,75 +210,91 @@ def read_batch(table, spec, step):
 # Scores
 
 
-def accuracy(scores, answers):
-    """scores (N, C), answers (N,) -> score dict. Ties count as chance would have it."""
-    right = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, answers[:, None], True)
-    hits = evaluation.recall(evaluation.rank_counts(scores, right), 1)
-    return evaluation.score(hits, 1 / scores.shape[1])
-
-
-def retrieval_scores(model, spec, table):
-    """R@k, as the mean of both ways, whose numbers of questions are added."""
-    images = torch.cat([model.encode_image(part) for part in table.images.split(256)])
-    tokens = table.tokens[:, 1:2] if spec["data"] == "scenes" else table.tokens  # long ones alone
-    owner = torch.arange(len(images)).repeat_interleave(tokens.shape[1])
-    texts = [model.encode_text(trim(part)) for part in tokens.flatten(0, 1).split(256)]
-    a, b = evaluation.retrieval(images, torch.cat(texts), owner).values()
+def retrieval_scores(model, table):
+    """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
+    added. The captions are long ones."""
+    images = torch.cat([model.encode_image(part) for part in table.images[:RANKED].split(256)])
+    texts = [model.encode_text(trim(part)) for part in table.tokens[:RANKED, 1].split(256)]
+    a, b = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images))).values()
     return {
         k: {"n": a[k]["n"] + b[k]["n"]} | {x: (a[k][x] + b[k][x]) / 2 for x in ("value", "chance")}
         for k in ("R@1", "R@5", "R@10")
     }
 
 
-def object_scores(model, tokenizer):
-    """Zero-shot classification of pictures of one object, and linear probes on the class token."""
+def floor(facts):
+    """R@1 of a model that sees nothing but the setting. Among the k pairs that share one it finds
+    the right one in 1 of k, so the k of them add up to 1."""
+    return len({f["setting"] for f in facts}) / len(facts)
+
+
+def classify(model, tokenizer, images, labels, learn, templates=evaluation.TEMPLATES):
+    """images (N, 3, S, S) and N names -> what eval.py's zeroshot returns, and the scores of linear
+    probes on the frozen class token and on the mean of the patch tokens. The probes learn from the
+    images for which learn (N,) is true, and are scored on the others."""
+    names = sorted({*labels})
+    dataset = [(image, names.index(label)) for image, label in zip(images, labels)]
+    probes, (features, y) = [], evaluation.frozen_features(model, dataset)
+    for x in features.chunk(2, dim=1):
+        with torch.enable_grad():
+            parts = (x[learn], y[learn]), (x[~learn], y[~learn])
+            probes.append(evaluation.probe(*parts, len(names))[0])
+    return evaluation.zeroshot(model, tokenizer, dataset, names, templates), *probes
+
+
+def look_scores(model, tokenizer):
+    """Scores of drawn pictures of one object."""
     looks = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
     images = []
     for i, look in enumerate(looks):
         scene = scenes.make_scene(random.Random(f"object {i}"), [look], 1)
         images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
-    images = torch.stack(images).split(256)
-    features = torch.cat([model.encode_image(part) for part in images])
-    frozen = torch.cat([model.visual(part)[:, 0] for part in images])
-    test, scores = torch.arange(len(looks)) % PER_LOOK >= SHOTS, {}
-    for name, classes, labels in (
-        ("colour", [*scenes.COLOURS], [c for c, _ in looks]),
-        ("shape", [*scenes.SHAPES], [s for _, s in looks]),
-        ("colour_shape", [*map(" ".join, scenes.COMBINATIONS)], [*map(" ".join, looks)]),
+    learn, scores = torch.arange(len(looks)) % PER_LOOK < SHOTS, {}
+    for name, labels in (
+        ("colour", [c for c, _ in looks]),
+        ("shape", [s for _, s in looks]),
+        ("colour_shape", [*map(" ".join, looks)]),
     ):
-        labels = torch.tensor([classes.index(label) for label in labels])
-        logits = features @ evaluation.zeroshot_classifier(model, tokenizer, classes).T
-        scores[name] = accuracy(logits, labels)
-        if name == "colour_shape":
-            unseen = torch.tensor([look in scenes.HELD_OUT for look in looks])
-            scores["held_out"] = accuracy(logits[unseen], labels[unseen])
-        with torch.enable_grad():
-            parts = ((frozen[which], labels[which]) for which in (~test, test))
-            scores[f"probe {name}"] = evaluation.probe(*parts, len(classes))[0]
+        zeroshot, probe, _ = classify(model, tokenizer, images, labels, learn)
+        scores |= {name: zeroshot["top1"], f"probe {name}": probe}
+    unseen = [s for s in zeroshot["per_class"] if (*s["name"].split(),) in scenes.HELD_OUT]
+    value, n = (sum(s[x] for s in unseen) for x in ("value", "n"))
+    scores["held_out"] = {**zeroshot["top1"], "value": value / len(unseen), "n": n}
     return scores
 
 
-def photograph_scores(model, tokenizer, table, folder):
-    """Of photographs: zero-shot and a linear probe on folders of classes, and how well the head's
-    logit of a word ranks the images that have it in a caption (mean average precision over the
-    words of at least ten images; chance is the share of images that have the word)."""
-    dataset = evaluation.ClassFolders(folder, scenes.SIZE)
-    zeroshot = evaluation.zeroshot(model, tokenizer, dataset, dataset.classes)["top1"]
-    features, labels = evaluation.frozen_features(model, dataset)
-    test = torch.arange(len(labels)) % 2 == 0
-    with torch.enable_grad():
-        parts = ((features[which], labels[which]) for which in (~test, test))
-        probe = evaluation.probe(*parts, len(dataset.classes))[0]
-    scores = {"zero-shot": zeroshot, "probe": probe}
-    if model.head is not None:
-        logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
-        has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
-        has.scatter_(1, table.tokens.flatten(1).long(), True)
-        has[:, [PAD, tokenizer.start, tokenizer.end]] = False
-        words = (has.sum(dim=0) >= 10).nonzero().flatten()
-        precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
-        chance = has[:, words].float().mean()
-        scores["words, AP"] = evaluation.score(precisions, chance)
+def photograph_scores(model, tokenizer, table, fact, templates=("{}",)):
+    """Classification of photographs by one of their facts, among its ten commonest values. The
+    probes learn from the second half of the photographs."""
+    names = [name for name, _ in Counter(f[fact] for f in table.facts).most_common(10)]
+    numbers = [i for i, f in enumerate(table.facts) if f[fact] in names]
+    labels = [table.facts[i][fact] for i in numbers]
+    learn = torch.arange(len(labels)) >= len(labels) // 2
+    zeroshot, *probes = classify(model, tokenizer, table.images[numbers], labels, learn, templates)
+    kinds = f"zero-shot {fact}", f"probe {fact}", f"patch probe {fact}"
+    return dict(zip(kinds, (zeroshot["top1"], *probes)))
+
+
+def word_scores(model, tokenizer, table):
+    """How well the head's logit of a word ranks the images that have it in their title: mean
+    average precision over the words of at least ten images, for each of KINDS. Chance is the share
+    of images that have the word."""
+
+    def stem(word):  # without plurals and hyphens: titles write t-shirt, types Tshirts
+        return word.replace("-", "").rstrip("s")
+
+    logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
+    has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
+    has.scatter_(1, table.tokens[:, 1].long(), True)
+    has[:, [PAD, tokenizer.start, tokenizer.end]] = False
+    rest, scores = (has.sum(dim=0) >= 10).nonzero().flatten().tolist(), {}
+    for kind in KINDS:
+        named = {stem(w) for f in table.facts for w in data.clean(f.get(kind, "")).split()}
+        words = [w for w in rest if kind == "neither" or stem(tokenizer.decode([w])) in named]
+        rest = [w for w in rest if w not in words]
+        if words:
+            precisions = torch.stack([average_precision(logits[:, w], has[:, w]) for w in words])
+            scores[f"words of {kind}"] = evaluation.score(precisions, has[:, words].float().mean())
     return scores
 
 
@@ -217,48 +306,23 @@ def average_precision(scores, right):
     return (precision * right).sum() / right.sum()
 
 
-def questions(scene, i):
-    """Scene -> {attribute: captions}. The first caption is true, and the others differ from it in
-    that one thing. All are worded alike, by i. In "swap" two objects exchange their colours, so
-    that both captions have the same words, and a bag of words cannot tell them apart."""
-    rng = SimpleNamespace(choice=lambda options: options[i % len(options)])
-    first, *others = scene["objects"]
-    changes = {}
-    for kind, values in ATTRIBUTES.items():
-        thing = first if kind in first else scene  # that has the attribute
-        changes[kind] = [{kind: value} for value in values if value != thing[kind]]
-        if thing is first:
-            changes[kind] = [{"objects": [{**first, **new}, *others]} for new in changes[kind]]
-    if others:
-        second = {**others[0], "colour": first["colour"]}
-        changes["swap"] = [{"objects": [{**first, "colour": others[0]["colour"]}, second]}]
-    return {
-        kind: [scenes.describe({**scene, **change}, rng)[1] for change in ({}, *new)]
-        for kind, new in changes.items()
-    }
-
-
-def attribute_scores(model, tokenizer, images, drawn):
-    """Which of the captions is true? By the towers, and by the word head where there is one.
-    images (N, 3, S, S); drawn: their N scenes."""
-    features = model.encode_image(images)
-    log_probs = None if model.head is None else model.class_logits(images).log_softmax(dim=1)
-    asked, scores = {}, {}
-    for i, scene in enumerate(drawn):
-        for kind, captions in questions(scene, i).items():
-            asked.setdefault(kind, []).append((i, captions))
-    for kind, items in asked.items():
-        numbers = torch.tensor([i for i, _ in items])  # of the images that are asked about
-        texts, first = [text for _, captions in items for text in captions], 0 * numbers
-        answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(items), -1))
-        cosines = torch.einsum("ne,nce->nc", features[numbers], answers)
-        scores[f"choose {kind}"] = accuracy(cosines, first)
-        if log_probs is not None:  # mean log-probability of the caption's words
-            owner = numbers.repeat_interleave(answers.shape[1]).tolist()
-            ids = map(tokenizer.encode, texts)
-            means = torch.stack([log_probs[i, words].mean() for i, words in zip(owner, ids)])
-            scores[f"head {kind}"] = accuracy(means.view(len(items), -1), first)
-    return scores
+def swap_scores(model, tokenizer, table):
+    """Of scenes with two objects: which caption is true, its own, or one in which the objects have
+    exchanged their colours? Both have the same words, so a bag of words cannot tell them apart."""
+    numbers, texts = [], []
+    for i, scene in enumerate(table.facts[:500]):
+        if len(scene["objects"]) == 2:
+            first, second = scene["objects"]
+            others = {**first, "colour": second["colour"]}, {**second, "colour": first["colour"]}
+            for objects in (scene["objects"], others):
+                # Both are worded alike.
+                texts.append(scenes.describe({**scene, "objects": objects}, random.Random(i))[1])
+            numbers.append(i)
+    answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(numbers), 2))
+    cosines = torch.einsum("ne,nce->nc", model.encode_image(table.images[numbers]), answers)
+    right = torch.tensor([True, False]).expand(len(numbers), 2)
+    hits = evaluation.recall(evaluation.rank_counts(cosines, right), 1)
+    return {"choose swap": evaluation.score(hits, 1 / 2)}
 
 
 # -----------------------------------------------------------------------------
@@ -267,12 +331,8 @@ def attribute_scores(model, tokenizer, images, drawn):
 
 def make_model(spec, vocab_size):
     torch.manual_seed(spec["seed"])
-    changes = {name: spec[name] for name in ("cls_weight", "loss")}
-    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size, **changes))
-    if not spec["idf"]:  # every word counts the same
-        uniform = torch.ones(vocab_size)
-        uniform[[PAD, -2, -1]] = 0
-        model.token_weights = lambda: uniform
+    config = {**PRESETS["tiny"], "vocab_size": vocab_size, "cls_weight": spec["cls_weight"]}
+    model = SuperCLIP(SuperCLIPConfig(**config))
     if spec["group"]:  # each image is told from the captions of its own group only
         compare = model.compare
 
@@ -294,13 +354,11 @@ def optimise(model, table, spec):
     autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = train.make_optimizer(model, rate, scenes.built_in()["weight_decay"])
-    B, grid, losses = spec["batch_size"], model.visual.grid, {}
-    steps = spec["samples"] // B
+    losses, steps = {}, spec["samples"] // spec["batch_size"]
     for step in range(steps):
         batch = read_batch(table, spec, step)
-        keep = train.patches_to_keep(spec["patch_dropout"], grid, B, spec["seed"], step, device)
         with autocast:
-            losses = model(**batch, keep=keep)
+            losses = model(**batch)
         losses["loss"].backward()
         now = train.learning_rate_at(step, rate, steps // 10, steps)
         train.update(model, optimizer, scaler, now, now)
@@ -308,18 +366,21 @@ def optimise(model, table, spec):
     return {name: losses[name].item() for name in names if losses}, dtype
 
 
-def score_run(model, tokenizer, spec, held_out, folder):
+def score_run(model, tokenizer, spec, held_out):
     """What a run is judged by, a dict of score dicts."""
-    if spec["start"] is not None:
-        halves = {"old": held_out.half(0), "new": held_out.half(1)}
-        return {f"R@1 {k}": retrieval_scores(model, spec, t)["R@1"] for k, t in halves.items()}
-    scores = retrieval_scores(model, spec, held_out)
+    scores = retrieval_scores(model, held_out)
+    if spec["data"] == "objects":
+        scores["R@1"]["floor"] = floor(held_out.facts[:RANKED])
     if spec["search"]:
         return scores
-    if spec["data"] == "flickr":
-        return scores | photograph_scores(model, tokenizer, held_out, folder / "classes")
-    few = held_out.images[:500], held_out.scenes[:500]
-    return scores | object_scores(model, tokenizer) | attribute_scores(model, tokenizer, *few)
+    if spec["data"] == "objects":
+        grounds = ["{} on " + setting for setting in {f["setting"]: None for f in held_out.facts}]
+        return scores | photograph_scores(model, tokenizer, held_out, "object", grounds)
+    if spec["data"] == "products":
+        for fact in ("type", "colour"):
+            scores |= photograph_scores(model, tokenizer, held_out, fact)
+        return scores | (word_scores(model, tokenizer, held_out) if model.head is not None else {})
+    return scores | look_scores(model, tokenizer) | swap_scores(model, tokenizer, held_out)
 
 
 def run(task):
@@ -328,21 +389,18 @@ def run(task):
     spec, folder, *kept = task
     start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
-        parts = slice(-HELD_OUT), slice(-HELD_OUT, None)
+        parts = slice(-RANKED), slice(-RANKED, None)
         table, held_out = (Table(folder / f"{name}-train.pt", part) for part in parts)
     else:
         table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
-    if spec["start"] is not None:  # fine-tuning: first one half of the concepts, then the other
-        before = {**spec, "samples": spec["start"], "learning_rate": START_RATE}
-        optimise(model, table.half(0), before)
-        table = table.half(1)
     losses, dtype = optimise(model, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
     for path in kept:
         evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
-    scores = score_run(model, tokenizer, spec, held_out, folder)
-    scores = {k: {x: round(s[x], 5) for x in ("value", "chance", "n")} for k, s in scores.items()}
+    scores = score_run(model, tokenizer, spec, held_out)
+    numbers = "value", "chance", "floor", "n"
+    scores = {k: {x: round(s[x], 5) for x in numbers if x in s} for k, s in scores.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}
