@@ -13,8 +13,12 @@ the mean of the image's patch tokens, and rare words count more than common ones
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. Its `forward` is what train.py
-calls. `python -m scripts.walk` follows one pair through it and prints every shape.
+towers, the word head, the losses, and the model that joins them. Its `forward` is train.py's step.
+`python -m scripts.walk` follows one pair through it and prints every shape.
+
+To try a term of your own, add it in `word_loss`, if it is about the words, or in `pair_loss`. There
+it is right with micro-batches and many processes, too. Give it a field in the configuration, an
+option and its place in make_model of train.py, and a case in tests/test_step.py.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.
@@ -432,6 +436,7 @@ class SuperCLIP(nn.Module):
         image, text, word_loss = self.features_and_word_loss(images, tokens, label_tokens, keep)
         pair_loss = self.compare(image, text)
         return {
+            # train.py forms this sum, too: in grad_cache_step and for the log.
             "loss": pair_loss + self.config.cls_weight * word_loss,
             "contrastive_loss": pair_loss,
             "classification_loss": word_loss,

@@ -108,7 +108,8 @@ def make_parser():
     return parser
 
 
-# What defines a run, so that --resume keeps it. Batch size, rates, warm-up and length may change.
+# What defines a run, so that --resume keeps it. Batch size, rates, warm-up and length may change. A
+# new option of the method belongs here.
 FIXED = {"model", "image_size", "context_length", "init_from", "vocab", "captions", "loss"}
 FIXED |= {"label_captions", "freeze", "cls_weight", "weight_decay", "patch_dropout", "seed"}
 IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from

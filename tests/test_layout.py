@@ -36,7 +36,7 @@ def imports(nodes):
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_the_four_files_keep_their_budgets(name):
-    assert lines_of_code(name) <= BUDGET[name]
+    assert lines_of_code(name) <= BUDGET[name], "a fork may raise its BUDGET"
 
 
 def test_no_function_is_longer_than_a_screen():
