@@ -71,8 +71,9 @@ DUAL = dict(captions="short", label_captions="long")
 PARTS = {
     "objects": Part(
         "Real photographs in drawn settings: CIFAR-10 at 32 pixels, in a corner of a setting of "
-        "the scenes, at batch 16. The floor of R@1 is what the setting alone gives. Zero-shot and "
-        "linear probe (class token, patch mean) tell the ten classes of test photographs apart.",
+        "the scenes, at batch 16. The floor of R@1 is what the setting alone gives; captions "
+        "repeat, so it cannot be 100. Zero-shot and linear probe (class token, patch mean) tell "
+        "the ten classes of test photographs apart.",
         5, CLASSIFIED,
         [both("CLIP -> SuperCLIP", **OBJECTS),
          *((f"untrained -> {name}", {**OBJECTS, "samples": 0}, {**OBJECTS, **kind})
@@ -107,8 +108,7 @@ PARTS = {
     ),
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
-        "theirs. With one setting most captions repeat, so that its search can hardly tell the "
-        "rates apart.",
+        "theirs. With one, most captions repeat, and the search can hardly tell rates apart.",
         5, (*LOOKS, "probe colour_shape"),
         [both(f"{n} setting" + "s" * (n > 1), settings=n, batch_size=8) for n in SETTING_COUNTS],
     ),
