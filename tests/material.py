@@ -68,9 +68,9 @@ def make_model(**changes):
     return SuperCLIP(SuperCLIPConfig(**config)).eval()
 
 
-def write_checkpoint(path, model):
-    content = {"model": model.state_dict(), "config": asdict(model.config)}
-    torch.save({**content, "vocab": TOKENIZER.vocab}, path)
+def write_checkpoint(path, model, vocab=TOKENIZER.vocab):
+    content = {"model": model.state_dict(), "config": asdict(model.config), "vocab": vocab}
+    torch.save(content, path)
     return path
 
 
@@ -155,7 +155,7 @@ def open_clip_of(model, custom_text=False):
 
 
 @torch.no_grad()
-def same_features(model, other, **shape):
+def same_towers(model, other, **shape):
     """Image and text features of our model equal those of open_clip's, before and after they are
     normalised. Ours gets trimmed captions, open_clip's the same ones padded to the context."""
     images, tokens = pairs(model, **shape)

@@ -96,6 +96,8 @@ def test_retrieval_by_hand():
     assert values(result, "text_to_image", 1, 2, 3) == pytest.approx([1 / 2, 1 / 2, 1])
     # The captions of an image stand or fall together, so that an interval counts images.
     assert {part["R@1"]["n"] for part in result.values()} == {3}
+    # Wilson's for 1.5 hits of 3. Six captions would give 0.19 to 0.81.
+    assert result["text_to_image"]["R@1"]["interval"] == pytest.approx([0.125, 0.875], abs=1e-3)
     assert evaluation.mean_r1(result)[0] == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 

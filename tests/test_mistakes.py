@@ -28,7 +28,6 @@ train --resume --out_dir nowhere                                  | nowhere/last
 train TRAIN --val_data pairs.tar                                  | pairs.tar
 train TRAIN --batch_size 3                                        | --batch_size
 train TRAIN --micro_batch_size 3                                  | --micro_batch_size
-train TRAIN --steps 0                                             | --steps
 train TRAIN --steps 5 --epochs 1                                  | --epochs
 train TRAIN --learning_rate nan                                   | --learning_rate
 train TRAIN --captions caption                                    | caption
@@ -37,22 +36,15 @@ train TRAIN --zeroshot_data flat                                  | flat
 train TRAIN --init_from model.pt                                  | --model
 train TRAIN --image_size 30                                       | image_size
 train TRAIN --device toaster                                      | toaster
-eval                                                              | COMMAND
 eval zeroshot MODEL --images nowhere                              | nowhere
 eval zeroshot MODEL --images hollow                               | hollow
 eval zeroshot MODEL --images broken                               | broken/red/x.png
-eval zeroshot MODEL --images classes --workers -1                 | --workers
 eval zeroshot MODEL --images classes --classes two.txt            | two.txt
-eval zeroshot MODEL --images classes --classes imagenet           | imagenet
 eval zeroshot MODEL --images classes --templates two.txt          | two.txt
-eval zeroshot MODEL --images classes --templates utf16.txt        | utf16.txt
 eval zeroshot NONE --images classes                               | none.pt
-eval zeroshot NONE --images classes --json model.pt               | --json
 eval zeroshot NONE --images classes --json folder.json            | folder.json
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
-eval retrieval MODEL --data pairs.tar none-{0..3}.tar             | none-0.tar
 eval retrieval MODEL --data html.tar                              | html.tar
-eval retrieval MODEL --data pairs.tar --captions json.nope        | json.nope
 eval probe MODEL --train classes --test broken                    | broken
 eval probe MODEL --train one --test one                           | two training images
 words MODEL --image broken/red/x.png                              | broken/red/x.png
@@ -66,28 +58,19 @@ words NONE --image photo.png --out photo.png                      | photo.png
 search MODEL --images classes                                     | --like
 search MODEL "a text"                                             | --images
 search MODEL --images hollow "a text"                             | hollow
-search MODEL --images classes --like broken/red/x.png             | broken/red/x.png
-search MODEL --images classes ""                                  | empty
 search MODEL --images classes photo.png                           | repeat --images
 search NONE --images classes "a text" --out link.png              | link.png
 search NONE --images classes "a text" --features x.npy            | --features
 search MODEL --images classes "a text" --features cut.npz         | cut.npz
 search MODEL --images classes "a text" --features clip.npz        | clip.npz
-search --checkpoint clip.pt --images classes x --features cut2.npz | cut2.npz
-report MODEL --data pairs.tar                                     | --out
-report MODEL --data pairs.tar --out x.html --log none.jsonl       | none.jsonl
 report MODEL --data pairs.tar --out x.html --log other.jsonl      | other.jsonl
 report NONE --data pairs.tar --out nowhere/x.html                 | nowhere/x.html
-convert two.txt x.pt                                              | two.txt
 convert model.pt nowhere/x.pt                                     | nowhere/x.pt
-convert model.pt x.json --to open_clip                            | x.json
 convert model.pt x.safetensors                                    | x.safetensors
 convert model.pt x.pt --vocab clip                                | --vocab
 convert model.pt link.pt --to open_clip                           | model.pt
 pack --csv empty.csv --out x                                      | empty.csv
 pack --csv list.csv --out x                                       | --image_column
-pack --csv list.csv --out x --image_column a                      | --caption_column
-pack --csv list.csv --out x --size -1                             | --size
 pack --csv good.csv --out full                                    | full
 show nowhere.tar --picture x.xyz                                  | x.xyz
 vocab pairs.tar --out pairs.tar                                   | --out
@@ -106,9 +89,8 @@ def world(tmp_path_factory):
     world, picture = tmp_path_factory.mktemp("world"), png(COLOURS["red"], np.random.default_rng(0))
     files = {f"classes/{name}/{i}.png": picture for name in ("red", "green") for i in range(3)}
     files |= {"photo.png": picture, "one/red/0.png": picture, "broken/red/x.png": b"no image"}
-    files |= {"two.txt": b"one\ntwo\nthree\n", "utf16.txt": "a {}\n".encode("utf-16")}
+    files |= {"two.txt": b"one\ntwo\nthree\n", "other.jsonl": b'[1]\n{"a": 1}\n'}
     files |= {"html.tar": b"<html>" * 500, "empty.csv": b"", "list.csv": b"a,c\n1,2\n"}
-    files |= {"other.jsonl": b'[1]\n{"a": 1}\n'}
     files |= {"good.csv": b"image,caption\nphoto.png,a\n"}
     files |= {"red.tiktoken": words_to_tiktoken(["red", "thing"]).encode()}
     for name, content in files.items():
@@ -125,8 +107,6 @@ def world(tmp_path_factory):
     clip = ["--checkpoint", world / "clip.pt", "--features", world / "clip.npz"]
     assert not run(search.main, *clip, "--images", world / "classes", "a red thing")
     (world / "cut.npz").write_bytes((world / "clip.npz").read_bytes()[:-100])
-    features = dict(np.load(world / "clip.npz"))
-    np.savez(world / "cut2.npz", **{**features, "features": features["features"][:, 1:]})
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
     (world / "link.pt").symlink_to(model)
@@ -159,10 +139,9 @@ def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys
     for error in (ValueError("ours"), OSError(errno.EINVAL, "ours"), KeyError("ours")):
         with pytest.raises(type(error)):
             cli(lambda _, error=error: fails(error))
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE):
+    numbers = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE
+    errors = [KeyboardInterrupt(), *(OSError(number, os.strerror(number)) for number in numbers)]
+    for error, code in zip(errors, (130, 2, 2, 2, 2)):
         with pytest.raises(SystemExit) as ended:
-            cli(lambda _, number=number: fails(OSError(number, os.strerror(number))))
-        assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit) as ended:
-        cli(lambda _: fails(KeyboardInterrupt()))
-    assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+            cli(lambda _, error=error: fails(error))
+        assert ended.value.code == code and capsys.readouterr().err.count("\n") == 1

@@ -1,7 +1,4 @@
-"""scripts/report.py: the numbers of the page, and the page itself in a real browser.
-
-The browser test needs Chromium, its driver and the package selenium, and skips without them.
-"""
+"""scripts/report.py: the numbers of the page, and the page itself in a real browser."""
 
 import json
 import re
@@ -10,17 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from material import (
-    COLOURS,
-    TOKENIZER,
-    make_model,
-    numbers_of,
-    png,
-    requests_of,
-    run,
-    write_checkpoint,
-    write_shard,
-)
+from material import COLOURS, TOKENIZER, make_model, numbers_of, png, requests_of, run, write_shard
 
 import data
 import eval as evaluation
@@ -132,7 +119,8 @@ def test_a_log_is_read_as_the_resumed_run_left_it(page):
 def test_the_command_finds_the_log_and_compares_equals_only(tmp_path, model, pairs, monkeypatch):
     monkeypatch.setattr(report, "REFERENCE", tmp_path / "other.jsonl")
     write_log(tmp_path / "log.jsonl", model)
-    argv = ["--checkpoint", write_checkpoint(tmp_path / "best.pt", model), "--data", *pairs.shards]
+    argv = ["--checkpoint", tmp_path / "best.pt", "--data", *pairs.shards]
+    evaluation.write_checkpoint(argv[1], model, TOKENIZER.vocab)
     for changes, equal in (({"device": "b"}, 1), ({"samples": 41}, 0), ({"config": {}}, 0)):
         write_log(report.REFERENCE, model, **changes)
         assert not run(report.main, *argv, "--n", 3, "--out", tmp_path / "page.html")

@@ -48,8 +48,7 @@ def test_show_counts_prints_and_draws(folder, capsys):
     weights = {"a": math.log(8 / 8), "red": math.log(8 / 7), "3": math.log(8 / 2)}
     share = {word: weight / sum(weights.values()) for word, weight in weights.items()}
     assert f"label: 3 {share['3']:.2f}  red {share['red']:.2f}  a 0.00  dog 0.00" in printed
-    picture = Image.open(folder / "grid.png")
-    assert picture.width > 4 * show.SIDE and picture.height > 2 * show.SIDE
+    assert Image.open(folder / "grid.png").width > 4 * show.SIDE
 
 
 def test_the_share_of_pairs_that_meet_a_twin_is_that_of_all_batches():

@@ -28,7 +28,6 @@ from scripts.vocab import words_to_tiktoken
 from superclip import cli
 
 TIMES = ("images_per_second", "data_wait", "memory_gb")  # what may differ between equal runs
-SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def sample(i):
@@ -222,9 +221,7 @@ def test_other_ways_to_train(shards, folders, tmp_path, more):
     train.main(flags(shards, tmp_path, "--steps", 8, "--zeroshot_data", folders, *more))
     validations = rows(tmp_path, "validation")
     assert [row["step"] for row in validations] == [4, 8]
-    assert all(
-        row["zeroshot"][str(folders)]["chance"] == pytest.approx(1 / 3) for row in validations
-    )
+    assert all(row["zeroshot"][str(folders)]["n"] == 12 for row in validations)
     model, _, _ = evaluation.load(tmp_path / "last.pt")
     assert (model.head is None) == ("--cls_weight" in more)
     assert (model.logit_bias is None) == ("sigmoid" not in more)
@@ -245,8 +242,7 @@ def test_one_pair_in_a_hundred_is_held_out(tmp_path, shards):
 
 
 def test_defaults_follow_the_situation():
-    """Options for the built-in scenes, gentle ones for fine-tuning, the usual ones otherwise. What
-    is given wins."""
+    """Options for the built-in scenes, gentle ones for fine-tuning, the usual ones otherwise."""
     bare, _ = train.parse([])
     assert (bare.model, bare.batch_size, bare.learning_rate) == ("tiny", 32, 4e-4)
     larger, _ = train.parse(["--batch_size", "128"])  # four times as large: twice the rate
@@ -255,8 +251,6 @@ def test_defaults_follow_the_situation():
     assert (own.model, own.batch_size, own.learning_rate) == ("ViT-B-16", 256, 5e-4)
     gentle, _ = train.parse(["--train_data", "x.tar", "--init_from", "y.pt"])
     assert gentle.learning_rate == 5e-5
-    given, _ = train.parse(["--train_data", "x.tar", "--init_from", "y.pt", "--learning_rate", "1"])
-    assert given.learning_rate == 1
 
 
 # ---- fine-tuning
@@ -286,9 +280,8 @@ def test_a_frozen_tower_keeps_its_weights(whole, shards, tmp_path, tower, more):
     more = "--init_from", whole / "best.pt", "--freeze", tower, *more
     train.main(flags(shards, tmp_path / "out", *more))
     before, after = checkpoint(whole, "best.pt")["model"], checkpoint(tmp_path / "out")
-    frozen = [
-        name for name in before if name.startswith({"image": "visual.", "text": "text."}[tower])
-    ]
+    prefix = "visual." if tower == "image" else "text."
+    frozen = [name for name in before if name.startswith(prefix)]
     assert frozen == [name for name in before if torch.equal(before[name], after["model"][name])]
     counts = ("token_counts", "num_captions")
     assert len(after["optimizer"]["state"]) == len(before) - len(frozen) - len(counts)
@@ -445,7 +438,7 @@ def slow_to_validate(argv, marker):
     run(argv)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_and_nothing_is_lost(whole, shards, start, tmp_path, number):
     """It goes to the loading processes, too, and twice, as torchrun and schedulers send it."""
     out, output = tmp_path / "out", tmp_path / "output.txt"

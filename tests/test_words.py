@@ -143,7 +143,6 @@ def test_words_command(folders, scenes, checkpoint, tmp_path, capsys):
         assert f"{file}: {top}\n" in printed and len(found) == 3
     assert f"skipped {folders / 'red' / '0.png'}" in printed
     assert f"wrote {out}: 24 of 31 images" in printed
-    assert Image.open(out).width == GAP + 4 * (words.CELL + GAP)  # the image and three words
     assert result["localisation"]["n"] == 1
     assert evaluation.line("right place", result["localisation"]) in printed
 
