@@ -71,15 +71,16 @@ DUAL = dict(captions="short", label_captions="long")
 PARTS = {
     "objects": Part(
         "Real photographs in drawn settings: CIFAR-10 at 32 pixels, in a corner of a setting of "
-        "the scenes, at batch 16. The floor of R@1 is what the setting alone gives. Zero-shot and "
-        "linear probe (class token, patch mean) tell the ten classes of test photographs apart.",
+        "the scenes, at batch 16, 48,000 samples. The floor of R@1 is what the setting alone "
+        "gives; captions repeat, so it cannot be 100. Zero-shot and linear probe (class token, "
+        "patch mean) tell the ten classes of test photographs apart.",
         5, CLASSIFIED,
         [both("CLIP -> SuperCLIP", **OBJECTS),
          *((f"untrained -> {name}", {**OBJECTS, "samples": 0}, {**OBJECTS, **kind})
            for name, kind in (("CLIP", CLIP), ("SuperCLIP", SUPERCLIP)))],
     ),
     "products": Part(
-        "Photographs of a shop at 72 pixels, with their titles. R@k among validation products "
+        "Photographs of a shop, at 72 pixels and 48,000 samples. R@k among validation products "
         "whose title and file are unique. Zero-shot and linear probe (class token, patch mean) "
         "tell the ten commonest types and colours apart. Words: mean average precision of the "
         "head's words that name a type, a colour, or neither. Dual captions: contrast the group.",
@@ -107,8 +108,7 @@ PARTS = {
     ),
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
-        "theirs. With one setting most captions repeat, so that its search can hardly tell the "
-        "rates apart.",
+        "theirs. With one, most captions repeat, and the search can hardly tell rates apart.",
         5, (*LOOKS, "probe colour_shape"),
         [both(f"{n} setting" + "s" * (n > 1), settings=n, batch_size=8) for n in SETTING_COUNTS],
     ),
