@@ -412,7 +412,7 @@ def slowly(argv):
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(whole, shards, start, tmp_path):
     rng, out, output = random.Random(0), tmp_path / "out", tmp_path / "output.txt"
     argv = flags(shards, out, "--workers", 2)
-    for _ in range(8):
+    for _ in range(5):
         output.write_text("")
         process = start(slowly, output, [*argv, "--resume"])
         wait_for(lambda: output.read_text().count("samples 70"))  # it has begun
@@ -424,14 +424,14 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(whole, shards
     assert_ends_like(out, whole)
 
 
-def slow_to_validate(argv, marker):
-    """A run whose first validation takes five seconds, and that says when it begins."""
+def slow_to_validate(argv, marker, seconds):
+    """A run whose first validation takes a while, and that says when it begins."""
     validate = train.validate
 
     def slowly(*args):
         if not marker.exists():
             marker.touch()
-            time.sleep(5)  # a signal does not shorten it
+            time.sleep(seconds)  # a signal does not shorten it
         return validate(*args)
 
     train.validate = slowly
@@ -462,7 +462,8 @@ def test_a_signal_in_a_validation_waits_and_a_later_one_does_not(whole, shards, 
     for name, more, steps in (("once", [], [4, 8, 12]), ("twice", gentle, [0, 4, 8, 12])):
         out, marker = tmp_path / name, tmp_path / f"{name}.mark"
         argv, once = flags(shards, out, *more), name == "once"
-        process = start(slow_to_validate, tmp_path / f"{name}.txt", argv, marker)
+        seconds = 1 if once else 4
+        process = start(slow_to_validate, tmp_path / f"{name}.txt", argv, marker, seconds)
         wait_for(marker.exists)
         os.kill(process.pid, signal.SIGTERM)
         if not once:
