@@ -416,14 +416,13 @@ def probe(train, test, classes, seed=0):
     mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order[: max(1, len(x) // 5)], order[max(1, len(x) // 5) :]
+    val, rest = order[: max(1, len(x) // 5)], order[max(1, len(x) // 5) :]
 
     def hits(x, y, x_test, y_test, penalty):
         return (fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1) == y_test).double()
 
-    parts = x[rest], y[rest], x[held_out], y[held_out]
     penalties = data.progress([10.0**e for e in range(-6, 1)], "choosing the penalty")
-    penalty = max(penalties, key=lambda penalty: hits(*parts, penalty).mean())
+    penalty = max(penalties, key=lambda p: hits(x[rest], y[rest], x[val], y[val], p).mean())
     return score(hits(x, y, x_test, y_test, penalty), 1 / classes), penalty
 
 
@@ -556,6 +555,8 @@ def command_zeroshot(model, tokenizer, args):
 
 def command_retrieval(model, tokenizer, args):
     pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
+    sides = {Path(shard).name.partition("-")[0] for shard in pairs.shards}
+    check(not {"train", "val"} <= sides, "these shards are of training and of validation: name one")
     images, texts, owner = encode_shards(model, pairs, args.batch_size, args.workers)
     print(f"{len(images):,} images, {len(texts):,} captions")
     result = retrieval(images, texts, owner)
@@ -603,8 +604,8 @@ def main(argv):
     add("--train", required=True, help="a folder with a folder of images per class")
     add("--test", required=True, help="the same classes, other images")
     args = parser.parse_args(argv)
-    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
-    write_json(args.json, args.function(model, tokenizer, args))
+    # A command takes model and tokenizer, the first two of what load returns.
+    write_json(args.json, args.function(*load(args.checkpoint, pick_device(args.device))[:2], args))
 
 
 if __name__ == "__main__":

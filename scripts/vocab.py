@@ -45,7 +45,10 @@ def main(argv):
     out = {"type": output_file(".tiktoken"), "default": "vocab.tiktoken"}
     add("--out", **out, help="file to write (default vocab.tiktoken)")
     args = parser.parse_args(argv)
-    text = make_vocabulary(data.expand(args.shards), args.size, args.captions)
+    shards = data.expand(args.shards)
+    if {"train", "val"} <= {s.rpartition("/")[2].partition("-")[0] for s in shards}:
+        print("warning: the words of validation shards are counted, too")
+    text = make_vocabulary(shards, args.size, args.captions)
     data.write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")
 

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from material import COLOURS, TOKENIZER, make_model, png, result_of, write_shard
+from material import COLOURS, TOKENIZER, error_of, make_model, png, result_of, write_shard
 from PIL import Image
 
 import data
@@ -183,6 +183,14 @@ def test_the_interval_of_retrieval_covers_the_truth():
         low, high = evaluation.score(evaluation.mean_by_image(hits, image), 0)["interval"]
         covered += low <= 0.5 <= high
     assert covered >= 0.93 * 400
+
+
+def test_training_and_validation_shards_are_not_scored_together(checkpoint, tmp_path, capsys):
+    picture = png(COLOURS["red"], np.random.default_rng(0))
+    for name in ("train-0.tar", "val-0.tar"):
+        write_shard(tmp_path / name, [{"png": picture, "txt": b"red"}])
+    argv = "retrieval", "--checkpoint", checkpoint, "--workers", 0, "--data"
+    assert "validation" in error_of(capsys, evaluation.main, *argv, tmp_path)
 
 
 def test_zeroshot_by_hand(folders, capsys):
