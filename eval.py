@@ -263,11 +263,11 @@ def score(hits, chance):
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
 
 
-def line(name, s):
-    """A score as a line of text."""
+def line(name, s, more=""):
+    """A score as a line of text, with `more` at its end."""
     value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
     text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
-    return data.printable(f"{text}   n {s['n']:,}")
+    return data.printable(f"{text}   n {s['n']:,}{more}")
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
@@ -548,8 +548,8 @@ def command_zeroshot(model, tokenizer, args):
     result = zeroshot(model, tokenizer, dataset, classes, templates, args.batch_size, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
         print(line(name, result[name]))
-    for part in result["per_class"] if len(classes) <= 30 else ():
-        print(line(f"  {part['name']}", part), "  mistaken for", part["mistaken_for"] or "none")
+    for c in result["per_class"] if len(classes) <= 30 else ():
+        print(line(f"  {c['name']}", c, f"   mistaken for {c['mistaken_for'] or 'none'}"))
     return {"templates": list(templates), **result}
 
 

@@ -39,6 +39,11 @@ def read_samples(pairs, rows, unused, images=False):
             unused.append((pairs.shards[row[0]], pairs.key(row), str(error)))
 
 
+def normal(text):
+    """A caption in the form in which two of the same words are equal."""
+    return " ".join(data.clean(text).split())
+
+
 def count_tokens(pairs, unused):
     """Read all captions -> (lengths: list of tokens in each; document_counts: in how many captions
     a token is; repeats: in how many samples a caption is)."""
@@ -50,7 +55,7 @@ def count_tokens(pairs, unused):
             lengths.append(len(ids))
             document_counts.update(set(ids))
         # Equal captions of one sample count once, because they are no false negatives.
-        repeats.update({" ".join(data.clean(text).split()) for text in texts})
+        repeats.update({*map(normal, texts)})
     return lengths, document_counts, repeats
 
 
@@ -89,10 +94,8 @@ def report_overlap(pairs, val_pairs, repeats):
     """How much of the validation data is in training, too: captions, and images byte for byte.
     repeats: Counter of the training captions, as count_tokens has it."""
     rows, val_rows = pairs.index.tolist(), val_pairs.index.tolist()
-    known = sum(
-        any(" ".join(data.clean(text).split()) in repeats for text in texts)
-        for _, texts, _ in read_samples(val_pairs, val_rows, [])
-    )
+    samples = read_samples(val_pairs, val_rows, [])
+    known = sum(any(normal(text) in repeats for text in texts) for _, texts, _ in samples)
 
     def hashes(pairs, rows):
         for row in data.progress(rows, "comparing images", unit="image"):

@@ -142,8 +142,7 @@ def main(argv):
     args = parser.parse_args(argv)
     files = image_files(args.image, args.out)
     check(not (args.out and args.data and not files), "--out needs --image")
-    device = evaluation.pick_device(args.device)
-    model, tokenizer, _ = evaluation.load(args.checkpoint, device)
+    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     grid, size = model.visual.grid, model.config.image_size
     chosen = [(word, tokenizer.encode(word)) for word in args.word]
@@ -162,10 +161,11 @@ def main(argv):
             check(result["images"] or name != files[-1], image)  # not even the last one
             print(data.printable(f"skipped {image}"))
             continue
-        words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
         if chosen:
-            chances = model.class_logits(image[None].to(device)).softmax(dim=1)[0].tolist()
-            words = [(word, chances[i], i) for word, [i] in chosen]
+            logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
+            words = [(word, logits.softmax(dim=0)[i].item(), i) for word, [i] in chosen]
+        else:
+            words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
         print(data.printable(f"{name}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
         result["images"][str(name)] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(drawn) < MAX_IMAGES:
