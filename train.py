@@ -539,8 +539,8 @@ def print_next(args, best, last):
 def resume(args, saved, data_print, val_print, optimizer, scaler):
     """-> (the step at which a saved run goes on, its best mean R@1 so far). The prints are the
     fingerprints of training and validation data."""
-    same, path, best = saved["data_fingerprint"] == data_print, Path(args.out_dir, "best.pt"), -1.0
-    check(same, f"--train_data is not that of the run in {args.out_dir}: start a new run")
+    fits, path, best = saved["data_fingerprint"] == data_print, Path(args.out_dir, "best.pt"), -1.0
+    check(fits, f"--train_data is not that of the run in {args.out_dir}: start a new run")
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
     if val_print and path.exists():
@@ -570,13 +570,13 @@ def train(args, saved, start_from, tokenizer):
     head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
     steps, warmup_steps, log_every, eval_every, save_every = schedule(args, pairs)
-    prints = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
-    same = int.from_bytes(hashlib.sha1(f"{vars(args)} {prints[0]}".encode()).digest()[:6], "big")
-    check(all_sum(torch.tensor(same)) == WORLD * same, "the processes differ in options or data")
+    prints = data_print, val_print = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
+    code = int.from_bytes(hashlib.sha1(f"{vars(args)} {data_print}".encode()).digest()[:6], "big")
+    check(all_sum(torch.tensor(code)) == WORLD * code, "the processes differ in options or data")
     step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)
     check(step <= steps, f"--resume: step {step} is past --steps {steps}")
     batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
-    header = describe(args, model, pairs, prints[0], steps, dtype, device)
+    header = describe(args, model, pairs, data_print, steps, dtype, device)
     log, asked_to_stop = Log(args, header, step), listen_for_signals()
     out_dir, grid, validation = Path(args.out_dir), model.visual.grid, {}
     counts = [x.clone() for x in model.buffers()]  # as they were after the last whole step
@@ -592,7 +592,7 @@ def train(args, saved, start_from, tokenizer):
         for buffer, count in zip(model.buffers(), counts):
             buffer.copy_(count)
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step}
-        state |= {"arguments": vars(args), "data_fingerprint": prints[0], "samples": step * N}
+        state |= {"arguments": vars(args), "data_fingerprint": data_print, "samples": step * N}
         if RANK > 0 or save(out_dir / "last.pt", **state):
             saved_step = step
 
@@ -606,7 +606,7 @@ def train(args, saved, start_from, tokenizer):
             if eval_due and RANK == 0 and not asked_to_stop and (val_pairs or args.zeroshot_data):
                 validation = validate(model, tokenizer, val_pairs, args, step)
                 score = validation.get("mean_r1", -2.0)  # without validation pairs never the best
-                more = {"step": step, "mean_r1": score, "data_fingerprint": prints[1]}
+                more = {"step": step, "mean_r1": score, "data_fingerprint": val_print}
                 if score >= best and save(out_dir / "best.pt", **more):
                     best = score
                 log.write(validation)
