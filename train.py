@@ -422,7 +422,7 @@ def open_log(out_dir, resume):
     for temporary in out_dir.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
         temporary.unlink()
     file.truncate(None if holds_run else 0)  # drop what an earlier attempt, never saved, has logged
-    file.write("\n" if file.tell() else "")  # the last line may have been cut by a kill
+    file.write("\n" if holds_run else "")  # the last line may have been cut by a kill
     return file
 
 

@@ -55,6 +55,13 @@ def write_shard(path, samples):
     return write_tar(path, [(f"{i:04d}.{x}", sample[x]) for i, sample in samples for x in sample])
 
 
+def coloured(path, *captions):
+    """A shard with a pair for each caption: a square of the colour that it names first, or red."""
+    names = [re.search("|".join(COLOURS), caption.lower() + " red")[0] for caption in captions]
+    pictures = [png(COLOURS[name], np.random.default_rng(i)) for i, name in enumerate(names)]
+    return write_shard(path, [{"png": p, "txt": c.encode()} for p, c in zip(pictures, captions)])
+
+
 # ---- for tests that evaluate a checkpoint
 
 WORDS = "a photo picture of the red green blue grey square ring thing".split()
@@ -104,6 +111,10 @@ def numbers_of(page):
     """The JSON that a page of scripts/report.py or scripts/demo.py carries."""
     text = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
     return json.loads(text[1])
+
+
+def same(numbers, tensor, tolerance=1e-3):
+    return (torch.tensor(numbers, dtype=tensor.dtype) - tensor).abs().max() <= tolerance
 
 
 def requests_of(browser):

@@ -3,10 +3,9 @@
 import json
 from itertools import accumulate
 
-import numpy as np
 import pytest
 import torch
-from material import COLOURS, TOKENIZER, png, run, write_shard
+from material import TOKENIZER, coloured, run
 
 from scripts import bench
 from superclip import LayerNorm
@@ -58,8 +57,7 @@ def test_ratios_are_taken_within_a_round_and_the_first_does_not_count():
 
 
 def test_commands_run_and_keep_their_numbers(options, tmp_path):
-    picture, path = png(COLOURS["red"], np.random.default_rng(0)), tmp_path / "numbers.json"
-    shard = write_shard(tmp_path / "a.tar", [{"png": picture, "txt": b"a red dog"}] * 8)
+    shard, path = coloured(tmp_path / "a.tar", *8 * ["a red dog"]), tmp_path / "numbers.json"
     few = [*options, f"--train_data={shard}", "--batch_size=4", "--image_size=24", "--workers=1"]
     names = ("images/s", "TFLOP/s", "peak, GB", "loss")
     for command, counts in (("data", [2, 0, 0, 0]), ("cuda", [1, 4, 3, 5])):

@@ -152,6 +152,9 @@ def test_a_checkpoint_of_this_project_stays_what_it_is(changes, tmp_path, capsys
     assert (again.config.image_size, tokenizer.context_length, tokenizer.vocab) == (48, 12, VOCAB)
     resized = ("visual.positional_embedding", "text.positional_embedding")
     same_weights(again, model.state_dict() | {k: again.state_dict()[k] for k in resized})
+    assert not run(main, path, out, "--half")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    torch.testing.assert_close(torch.load(out)["model"], half, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it

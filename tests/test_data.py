@@ -281,6 +281,8 @@ def test_captions_are_drawn_from_their_sources(tmp_path):
         assert labels == ([label] * 400 if label else drawn)
         again = pickle.loads(pickle.dumps(pairs))  # a caption is a function of the visit
         assert [again[visit, 0][1] for visit in range(50)] == [item[1] for item in items[:50]]
+        again.seed = 1  # of caption and crop
+        assert [again[visit, 0][1] for visit in range(50)] != [item[1] for item in items[:50]]
 
 
 # ---- Images

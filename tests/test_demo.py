@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from material import numbers_of, requests_of, run, small
+from material import numbers_of, requests_of, run, same, small
 
 import data
 import eval as evaluation
@@ -30,9 +30,10 @@ def page(tmp_path_factory):
     for cls_weight, path in enumerate(paths):
         model = small(**SHAPE, cls_weight=cls_weight)
         evaluation.write_checkpoint(path, model, TOKENIZER.vocab, arguments=OPTIONS)
-    demo.SCENES = 20  # to be scored on
-    assert run(demo.main, *paths[::-1], "--out", page) == 2  # CLIP comes first
-    assert not run(demo.main, *paths, "--out", page)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SCENES", 20)  # to be scored on
+        assert run(demo.main, *paths[::-1], "--out", page) == 2  # CLIP comes first
+        assert not run(demo.main, *paths, "--out", page)
     return page
 
 
@@ -49,10 +50,6 @@ def models_of(page):
             assert ((rows - old.view(rows.shape)).abs() <= scale / 2 * (old.ndim > 1) + 1e-6).all()
             old.copy_(rows.view(old.shape))
         yield model
-
-
-def same(numbers, tensor, tolerance=1e-3):
-    return (torch.tensor(numbers) - tensor).abs().max() <= tolerance
 
 
 def test_the_browser_computes_what_python_does(browser, page):

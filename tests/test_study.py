@@ -47,14 +47,22 @@ def test_both_methods_get_the_same_searches_and_the_rest_differs_in_one_thing(tm
 
 
 def test_a_search_goes_on_at_its_edge_and_a_study_where_it_was(tmp_path):
-    for scores, rate in (
-        ({1.75e-4: 0.5, 3.5e-4: 0.6, 7e-4: 0.7, 1.4e-3: 0.8, 2.8e-3: 0.7}, 1.4e-3),
-        ({8.75e-5: 0.9, 1.75e-4: 0.965, 3.5e-4: 0.97, 7e-4: 0.3}, 1.75e-4),  # as good, and lower
+    """Close rates of objects have three seeds. Here, seed 100 prefers one that is not the best."""
+    for part, scores, rate in (
+        ("visual", {1.75e-4: 0.5, 3.5e-4: 0.6, 7e-4: 0.7, 1.4e-3: 0.8, 2.8e-3: 0.7}, 1.4e-3),
+        ("visual", {8.75e-5: 0.9, 1.75e-4: 0.965, 3.5e-4: 0.97, 7e-4: 0.3}, 1.75e-4),  # lower
+        ("objects", {6.19e-5: 0.2, 1.24e-4: 0.333, 2.47e-4: 0.34, 4.95e-4: 0.2}, 2.47e-4),
     ):
-        plan = compare.Study(tmp_path / f"{rate}.jsonl")
-        finish(plan, ["visual"], lambda spec, scores=scores: scores.get(spec["learning_rate"], 0.0))
-        specs, found = plan.search({**run.RUN, "captions": "short"})
-        assert [spec["learning_rate"] for spec in specs] == [*scores] and found == rate
+
+        def value_of(spec, scores=scores):
+            lucky = spec["learning_rate"] == 1.24e-4 and spec["seed"] == 100
+            return scores.get(spec["learning_rate"], 0.0) + 0.01 * lucky
+
+        finish(plan := compare.Study(tmp_path / f"{rate}.jsonl"), [part], value_of)
+        changes = compare.OBJECTS if part == "objects" else {"captions": "short"}
+        specs, found = plan.search({**run.RUN, **changes})
+        assert [*dict.fromkeys(spec["learning_rate"] for spec in specs)] == [*scores]
+        assert found == rate and len(specs) == len(scores) + 4 * (part == "objects")
     finish(plan := compare.Study(tmp_path / "runs.jsonl"), ["length"], lambda _: 0.5)
     again = compare.Study(tmp_path / "runs.jsonl")
     assert again.todo("length") == [] and again.results == plan.results
@@ -75,17 +83,6 @@ def test_groups_are_compared_within_themselves():
     pairs = torch.randn(2, 8, 128) / 12  # image features and text features
     halves = whole.compare(*pairs[:, :4]) + whole.compare(*pairs[:, 4:])
     assert torch.allclose(parted.compare(*pairs), halves / 2)
-
-
-def test_close_rates_of_objects_are_searched_with_three_seeds(tmp_path):
-    def value_of(spec):  # seed 100 prefers a rate that is not the best
-        best = {1.24e-4: 0.333 + 0.01 * (spec["seed"] == 100), 2.47e-4: 0.34}
-        return best.get(spec["learning_rate"], 0.25)
-
-    finish(plan := compare.Study(tmp_path / "runs.jsonl"), ["objects"], value_of)
-    specs, rate = plan.search({**run.RUN, "data": "objects", "batch_size": 16})
-    seeds = Counter(spec["learning_rate"] for spec in specs)
-    assert seeds == {6.19e-5: 1, 1.24e-4: 3, 2.47e-4: 3, 4.95e-4: 1} and rate == 2.47e-4
 
 
 def score(folder, **changes):

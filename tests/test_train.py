@@ -2,16 +2,19 @@
 nothing lost whatever happens to it."""
 
 import argparse
+import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ import data
 import eval as evaluation
 import superclip
 import train
+from scripts import scenes
 from scripts.vocab import words_to_tiktoken
 from superclip import cli
 
@@ -182,6 +186,8 @@ def test_a_run_learns_and_its_log_says_how(whole):
     for row in losses:
         total = row["contrastive_loss"] + row["classification_loss"]
         assert row["loss"] == pytest.approx(total) and row["samples"] == 16 * row["step"]
+        rate = train.learning_rate_at(row["step"] - 1, 1e-3, 1, 12)  # one step of warm-up
+        assert row["learning_rate"] == pytest.approx(rate)
     header = header_of(whole)
     model, _, _ = evaluation.load(whole / "last.pt")
     assert header["parameters"] == sum(p.numel() for p in model.parameters())
@@ -222,11 +228,24 @@ def test_other_ways_to_train(shards, folders, tmp_path, more):
     validations = rows(tmp_path, "validation")
     assert [row["step"] for row in validations] == [4, 8]
     assert all(row["zeroshot"][str(folders)]["n"] == 12 for row in validations)
-    model, _, _ = evaluation.load(tmp_path / "last.pt")
+    model, tokenizer, _ = evaluation.load(tmp_path / "last.pt")
     assert (model.head is None) == ("--cls_weight" in more)
+    if model.head:  # "thing" is in the captions of json alone
+        thing = model.token_counts[tokenizer.encode("thing")]
+        assert (thing > 0) == ("--label_captions" in more)
     assert (model.logit_bias is None) == ("sigmoid" not in more)
     assert (tmp_path / "best.pt").exists() == ("none" not in more)
     assert len(rows(tmp_path, "loss")) == 4
+
+
+def test_a_seed_is_of_weights_and_order(shards, tmp_path):
+    """And of dropped patches (tests/test_step.py), captions and crops (tests/test_data.py)."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    for out, seed in ((first, 0), (other, 1)):
+        train.main(flags(shards, out, "--steps", 1, "--learning_rate", 0, "--seed", seed))
+    first, other = (checkpoint(out)["model"] for out in (first, other))
+    for name in ("visual.proj", "token_counts"):
+        assert not torch.equal(first[name], other[name]), name
 
 
 def test_one_pair_in_a_hundred_is_held_out(tmp_path, shards):
@@ -251,6 +270,18 @@ def test_defaults_follow_the_situation():
     assert (own.model, own.batch_size, own.learning_rate) == ("ViT-B-16", 256, 5e-4)
     gentle, _ = train.parse(["--train_data", "x.tar", "--init_from", "y.pt"])
     assert gentle.learning_rate == 5e-5
+
+
+def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "make_scenes", partial(scenes.make_scenes, train=40, val=12))
+    train.main(["--steps=1", "--workers=0", "--device=cpu"])
+    pictures = "scenes/zeroshot/held_out/red square"
+    last = capsys.readouterr().out.replace("FILE", repr(pictures)).replace("DIR", repr(pictures))
+    commands = [shlex.split(line) for line in last.splitlines() if line.startswith("  python -m")]
+    assert len(commands) == 3
+    for _, _, module, *argv in commands:
+        importlib.import_module(module).main(argv)
 
 
 # ---- fine-tuning
@@ -534,7 +565,8 @@ def test_a_run_with_more_bad_samples_than_good_ones_ends(shards, tmp_path, capsy
 
 FIXED = "--model ViT-S-16, --loss sigmoid, --cls_weight 0.5, --weight_decay 0.3, --seed 1,"
 FIXED += "--captions json.captions, --label_captions json.captions, --patch_dropout 0.5,"
-FIXED += "--vocab clip, --init_from x.pt, --image_size 32, --train_data bad-0.tar, --steps 11"
+FIXED += "--vocab clip, --init_from x.pt, --image_size 32, --train_data bad-0.tar, --steps 11,"
+FIXED += "--freeze text, --context_length 8"
 
 
 @pytest.mark.parametrize("more", FIXED.split(","))
@@ -561,12 +593,12 @@ def test_the_rest_may_change_and_what_is_not_given_stays(copy, whole, tmp_path, 
 
 def test_with_other_validation_data_the_old_best_score_is_forgotten(copy, shards):
     """The score of best.pt is raised by hand: with the same data, nothing beats it."""
-    for val_data, kept in (("val-*.tar", True), ("bad-0.tar", False)):
+    same, long = ["--val_data", shards / "val-*.tar"], ["--val_captions", "json.captions"]
+    for more, kept in ((same, True), (long, False), (["--val_data", shards / "bad-0.tar"], False)):
         best = checkpoint(copy, "best.pt")
         torch.save({**best, "mean_r1": 1.1}, copy / "best.pt")
         steps = checkpoint(copy)["step"] + 2
-        more = ["--val_data", shards / val_data, "--steps", steps, "--resume"]
-        train.main(flags(shards, copy, *more))
+        train.main(flags(shards, copy, *more, "--steps", steps, "--resume"))
         assert (checkpoint(copy, "best.pt")["mean_r1"] == 1.1) == kept
 
 
@@ -579,14 +611,22 @@ def test_a_folder_is_for_one_run_and_a_killed_one_frees_it(shards, start, tmp_pa
     process.kill()
     process.join()
     assert "--resume" in error_of(capsys, train.main, *flags(shards, out))
+    (out / ".last.pt.1.tmp").touch()  # it was killed as it saved, and as it logged
+    with open(out / "log.jsonl", "a") as log:
+        log.write('\n{"step": 1, "lo')
     train.main(flags(shards, out, "--resume", "--steps", checkpoint(out)["step"] + 1))
+    assert not (out / ".last.pt.1.tmp").exists()
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[lines.index('{"step": 1, "lo') + 1])["header"]
 
 
 def test_resume_without_a_whole_checkpoint(whole, shards, tmp_path, capsys):
     """It starts a run if the data are named, since a scheduler may have killed it before its first
     save. It never replaces a best.pt, nor a last.pt that is damaged or holds weights only."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.jsonl").write_text("of an attempt that was never saved")
     train.main(flags(shards, tmp_path / "new", "--resume"))
-    assert checkpoint(tmp_path / "new")["step"] == 12
+    assert checkpoint(tmp_path / "new")["step"] == 12 and header_of(tmp_path / "new")
     best, last = (whole / "best.pt").read_bytes(), (whole / "last.pt").read_bytes()
     for number, files in enumerate(({}, {"last.pt": best}, {"last.pt": last[: len(last) // 2]})):
         out, files = tmp_path / str(number), {"best.pt": best, **files}
