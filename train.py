@@ -133,7 +133,7 @@ def parse(argv):
         changed = [k for k in given.keys() & FIXED if given[k] != situation.get(k)]
         check(not changed, f"--resume cannot change --{' --'.join(changed)}")
         if {"steps", "epochs"} & given.keys():
-            print("A new length changes the learning rate. Was the run finished? Try --init_from.")
+            print("The new length changes the learning rate. (--init_from starts a new run.)")
     else:
         # A scheduler that repeats its command may have killed it before the first save.
         new = "train_data" in given and not last.with_name("best.pt").exists()
@@ -529,7 +529,7 @@ def print_next(args, best, last):
         pairs = *map(repr, args.val_data), "--captions", *(args.val_captions or args.captions)
         print(f"  python -m scripts.report --checkpoint {path!r} --out report.html --data", *pairs)
     print(f"  python -m scripts.words --checkpoint {path!r} --image FILE --out words.png")
-    print(f'  python -m scripts.search --checkpoint {path!r} --images DIR "a red star"')
+    print(f"  python -m scripts.search --checkpoint {path!r} --images DIR TEXT")
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ captions say: a model that has often read "t-shirt" knows less of "Tshirts".
 import argparse
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import data
@@ -22,12 +23,10 @@ def read_classes(pairs):
     have one."""
     found = []
     for row in data.progress(pairs.index.tolist(), "reading classes", unit="sample"):
-        try:
+        with suppress(data.BadSample):
             name = pairs.texts(row, pairs.captions[0])[0].strip()
-        except data.BadSample:
-            continue
-        # No name leads out of the folder, or makes a hidden one.
-        found.append((row, re.sub(r"[/\\\0]|^\.", "_", name)))
+            # No name leads out of the folder, or makes a hidden one.
+            found.append((row, re.sub(r"[/\\\0]|^\.", "_", name)))
     return found
 
 

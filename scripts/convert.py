@@ -278,9 +278,8 @@ def main(argv):
     vocab_path, T = str(path.with_suffix(".tiktoken")), model.config.context_length
     if data.Tokenizer(vocab).encode("a photo") != [320, 1125]:  # CLIP's ids
         data.write_file(vocab_path, lambda file: file.write(vocab.encode()))
-        print(
-            f"  from data import Tokenizer\n  tokenizer = Tokenizer.from_file({vocab_path!r}, {T})"
-        )
+        print("  from data import Tokenizer  # of this repository")
+        print(f"  tokenizer = Tokenizer.from_file({vocab_path!r}, {T})")
     elif args.to == "transformers":
         write_clip_tokenizer(path.parent, T)
 

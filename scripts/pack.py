@@ -65,7 +65,7 @@ def table_rows(file, path):
     """The same for CSV and TSV, where fields without a column have the key None. The line number of
     a row with line breaks is that of its last line."""
     header = file.readline()
-    check(not NOT_UTF8.search(header), f"{path} is not a list in UTF-8: see its first line")
+    check(not NOT_UTF8.search(header), f"{path} is not text in UTF-8: save it as CSV UTF-8")
     file.seek(0)
     delimiter = "\t" if "\t" in header else max(",;", key=header.count)
     # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
@@ -284,7 +284,7 @@ def main(argv):
     recipe = json.dumps({**vars(args), "csv": content, "out": None}, default=str).encode()
     record, shards = args.out / "pack.json", sorted(map(str, args.out.glob("*.tar")))
     same = record.is_file() and record.read_bytes() == recipe
-    check(same or not shards, f"{args.out} has shards of another list or other options")
+    check(same or not shards, f"{args.out} has shards of another list: name another --out")
     data.write_file(record, lambda file: file.write(recipe))
     packed = packed_images(shards) if shards else ()
     todo = {image: rows for image, rows in samples.items() if image not in packed}

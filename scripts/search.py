@@ -27,6 +27,7 @@ import hashlib
 import math
 import os
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def file_entries(paths, out):
 def shard_entries(pairs):
     """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
     its row of the index}."""
-    print(f"parts of shards not used: {len(pairs.unused):,} (python -m scripts.show says why)")
+    print(f"parts of shards not used: {len(pairs.unused):,} (if any: see python -m scripts.show)")
     files = [(os.path.abspath(shard), os.stat(shard).st_mtime_ns) for shard in pairs.shards]
     entries = {}
     for row in pairs.index.tolist():
@@ -69,12 +70,14 @@ def shard_entries(pairs):
     return entries
 
 
-def caption(pairs, row):
-    """The first caption of an image in shards, or an empty text if it has none."""
-    try:
-        return pairs.texts(row, "txt")[0]
-    except (data.BadSample, OSError):
-        return ""
+def known_of(pairs, row):
+    """What is known of an image in shards, a list: the file that scripts/pack.py made it from, and
+    its first caption."""
+    known = []
+    for source in ("json.image", "txt"):
+        with suppress(data.BadSample, OSError):
+            known.append(pairs.texts(row, source)[0])
+    return known
 
 
 class Images(Dataset):
@@ -229,10 +232,10 @@ def main(argv):
         row = row if is_text else row.masked_fill(row > 1 - 1e-5, -math.inf)
         best = row.argsort(descending=True, stable=True)[: args.k].tolist()
         for i in best[: int(row.isfinite().sum())]:
-            title = caption(pairs, rows[entries[i]]) if entries[i] in rows else ""
-            name = f"{entries[i].name.removeprefix(here)}  {title}".rstrip()
+            known = known_of(pairs, rows[entries[i]]) if entries[i] in rows else []
+            name = "  ".join([entries[i].name.removeprefix(here), *known])
             print(f"{row[i]:8.3f}  {data.printable(name)}")
-            title = title or os.path.basename(entries[i].name)
+            title = (known or [os.path.basename(entries[i].name)])[-1]
             blocks[-1].append((entries[i], f"{row[i]:.3f} {title}"))
     if args.out:
         draw(blocks, args.out)

@@ -63,19 +63,20 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, mo
 
 
 def test_shards_and_folders_are_searched_together(folders, checkpoint, tmp_path, capsys):
-    """Also an image without a caption, which other commands skip; captions are printed. The file
-    of features says where each image is, and Python can read it."""
+    """Also an image without a caption, which other commands skip. Captions and the names of packed
+    files are printed. The file of features says where each image is, and Python can read it."""
     files = [folders / name / "0.png" for name in ("red", "green")]
-    samples = [{"png": files[0].read_bytes(), "txt": b"red"}, {"png": files[1].read_bytes()}]
+    samples = [{"png": files[0].read_bytes(), "txt": b"red", "json": b'{"image": "r.png"}'}]
+    samples += [{"png": files[1].read_bytes()}]
     shards = [write_shard(tmp_path / f"{i}.tar", samples) for i in (0, 1)]
     argv = ["--checkpoint", checkpoint, "--data", tmp_path / "{0..1}.tar", "--features"]
     argv += [tmp_path / "x.npz", "--images", folders / "blue", "--images", folders / "blue/0.png"]
     _, [hits] = found(capsys, *argv, TEXTS[0])
     originals = {f"{shard}:000{i}": (shard, files[i]) for shard in shards for i in (0, 1)}
     originals |= {str(file): (str(file), file) for file in folders.glob("blue/*")}
-    printed = [name if name in originals else name.removesuffix("  red") for _, name in hits]
+    printed = [name if name in originals else name.removesuffix("  r.png  red") for _, name in hits]
     assert sorted(printed) == sorted(originals)  # once, if named twice
-    assert sum(name.endswith("0000  red") for _, name in hits) == 2
+    assert sum(name.endswith("0000  r.png  red") for _, name in hits) == 2
     kept = np.load(tmp_path / "x.npz", allow_pickle=False)
     assert kept["features"].dtype == np.float32 and len(kept["names"]) == 8
     columns = (kept[name].tolist() for name in ("names", "files", "offsets", "sizes", "mtimes"))
