@@ -16,9 +16,12 @@ The file reads from top to bottom: configuration, the transformer that both towe
 towers, the word head, the losses, and the model that joins them. Its `forward` is train.py's step.
 `python -m scripts.walk` follows one pair through it and prints every shape.
 
-To try a term of your own, add it in `word_loss`, if it is about the words, or in `pair_loss`. There
-it is right with micro-batches and many processes, too. Give it a field in the configuration, an
-option and its place in make_model of train.py, and a case in tests/test_step.py.
+To try a term of your own, add it in `word_loss`, if it is about the words, or in `pair_loss`, if it
+compares pairs. There it is right with micro-batches and with many processes, too, as long as the
+mean of what the processes return is the term of the whole batch. A field of the configuration, with
+a default that changes nothing, gives it a strength. An option of the same name in train.py sets
+that field, a key of that name in RUN of study/run.py compares its values, and a line in CONFIGS of
+tests/test_step.py checks its gradient. The log shows the sum with the term that it was added to.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.

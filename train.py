@@ -108,12 +108,11 @@ def make_parser():
     return parser
 
 
-# What defines a run, so that --resume keeps it. Batch size, rates, warm-up and length may change. A
-# new option of the method belongs here.
-FIXED = {"model", "image_size", "context_length", "init_from", "vocab", "captions", "loss"}
-FIXED |= {"label_captions", "freeze", "cls_weight", "weight_decay", "patch_dropout", "seed"}
+FIELDS = vars(SuperCLIPConfig()).keys()  # an option of such a name sets that field
+# What --resume may not change, or it would silently make another run.
+FIXED = {"model", "init_from", "vocab", "captions", "label_captions", "freeze", "weight_decay"}
+FIXED |= {"patch_dropout", "seed", *FIELDS}
 IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from
-GENTLE = {"learning_rate": 5e-5}  # for --init_from: larger steps destroy what the weights know
 
 
 def parse(argv):
@@ -129,8 +128,9 @@ def parse(argv):
         saved = evaluation.read_checkpoint(last)
         whole = {"optimizer", "scaler", "arguments", "data_fingerprint", "samples"} <= saved.keys()
         check(whole, f"{last} cannot be resumed: it holds weights only, or is of another version")
-        situation = saved["arguments"] | ({"steps": None} if "epochs" in given else {})
-        changed = [k for k in given.keys() & FIXED if given[k] != situation.get(k)]
+        base = saved["arguments"] | ({"steps": None} if "epochs" in given else {})
+        # An option that is newer than the checkpoint had its default.
+        changed = [k for k in given.keys() & FIXED if given[k] != base.get(k, defaults[k])]
         check(not changed, f"--resume cannot change --{' --'.join(changed)}")
         if {"steps", "epochs"} & given.keys():
             print("The new length changes the learning rate. (--init_from starts a new run.)")
@@ -139,13 +139,13 @@ def parse(argv):
         new = "train_data" in given and not last.with_name("best.pt").exists()
         check(new or not given.get("resume"), f"--resume: there is no {last}")
         # Options that were chosen together with the built-in scenes, or for fine-tuning
-        situation = {} if "train_data" in given else built_in(given.get("batch_size"))
+        base = {} if "train_data" in given else built_in(given.get("batch_size"))
         if "init_from" in given:
-            situation |= GENTLE
+            base["learning_rate"] = 5e-5  # larger steps would destroy what the weights know
             known = given.keys() & IN_A_CHECKPOINT
             check(not known, f"--init_from sets it: leave --{' --'.join(known)} out")
-        print("defaults unlike --help's:", {k: situation[k] for k in situation if k not in given})
-    return argparse.Namespace(**{**defaults, **situation, **given}), saved
+        print("defaults unlike --help's:", {k: base[k] for k in base if k not in given})
+    return argparse.Namespace(**{**defaults, **base, **given}), saved
 
 
 # -----------------------------------------------------------------------------
@@ -306,11 +306,11 @@ def prepare(args, saved):
 def make_model(args, start_from, tokenizer, device):
     """A new model, or that of a checkpoint (--resume, --init_from). A word head that the checkpoint
     does not have starts from random weights."""
-    new = {**PRESETS[args.model], "loss": args.loss, "vocab_size": tokenizer.vocab_size}
-    new |= {k: v for k, v in vars(args).items() if v and k in ("image_size", "context_length")}
-    config = start_from["config"] if start_from else new
+    new = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
+    config, held = (start_from["config"], IN_A_CHECKPOINT) if start_from else (new, set())
+    options = {k: v for k, v in vars(args).items() if k in FIELDS - held and v is not None}
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
-    model = SuperCLIP(SuperCLIPConfig(**{**config, "cls_weight": args.cls_weight}))
+    model = SuperCLIP(SuperCLIPConfig(**{**config, **options}))
     if start_from:
         # Not strict: the head may be new, or not be wanted. read_checkpoint has checked the rest.
         if model.load_state_dict(start_from.pop("model"), strict=False).missing_keys:

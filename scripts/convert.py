@@ -265,8 +265,9 @@ def main(argv):
     model, vocab = convert(args.input, flags, args.vocab)
     if args.average:
         other, words = convert(args.average, flags, args.vocab)
-        same = {**vars(other.config), "cls_weight": 0} == {**vars(model.config), "cls_weight": 0}
-        check(same and words == vocab, f"{args.average} has another configuration or vocabulary")
+        unlike = {k for k, v in vars(other.config).items() if v != getattr(model.config, k)}
+        unlike = unlike - {"cls_weight"} | ({"vocabulary"} if words != vocab else set())
+        check(not unlike, f"{args.average} has another {', '.join(sorted(unlike))}")
         # The head comes last. If only one of the two has it, zip ends before it.
         for p, q in zip(model.parameters(), other.parameters()):
             p.data.lerp_(q.data, args.share)

@@ -132,8 +132,7 @@ def main(argv):
     add("--image", nargs="+", default=[], help="images, or folders of images")
     add("--word", action="append", default=[], help="to look for; may be repeated")
     add("--k", type=number(int, 1, 20), default=8, help="words per image (default 8)")
-    picture = f"picture to draw: .png, .jpg or .webp, of at most {MAX_IMAGES} images"
-    add("--out", type=picture_file, help=picture)
+    add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     add("--window", type=number(int, 1), help="patches a side to leave out (default: a quarter)")
     add("--data", nargs="+", help="shards of the built-in scenes: score the maps")
     add("--limit", type=number(int, 1), default=200, help="scenes to score (default 200)")

@@ -331,8 +331,8 @@ def swap_scores(model, tokenizer, table):
 
 def make_model(spec, vocab_size):
     torch.manual_seed(spec["seed"])
-    config = {**PRESETS["tiny"], "vocab_size": vocab_size, "cls_weight": spec["cls_weight"]}
-    model = SuperCLIP(SuperCLIPConfig(**config))
+    fields = {k: v for k, v in spec.items() if hasattr(SuperCLIPConfig, k)}
+    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size, **fields))
     if spec["group"]:  # each image is told from the captions of its own group only
         compare = model.compare
 
