@@ -135,7 +135,7 @@ PARTS = {
     "swap": Part(
         "The true caption of a validation scene with two objects, or the one in which they "
         "exchange their colours, so that the words are the same? At batch 32.",
-        5, ("choose swap",), [both("batch 32")],
+        3, ("choose swap",), [both("batch 32")],
     ),
     "length": Part(
         "Samples seen, at batch 32.",
