@@ -307,14 +307,15 @@ class BadSample(Exception):
     """This sample cannot be used. The message says why."""
 
 
-def crop_box(width, height, rng=None):
+def crop_box(width, height, rng=None, smallest=0.9):
     """The part of an image to look at, as x, y, width, height in pixels.
 
     Without rng: the largest central square. With rng (a random.Random): CLIP's only augmentation,
-    a random rectangle of 90-100 % of the area. It is not mirrored, because captions say "left".
+    a random rectangle that covers a share of the area from `smallest` to 1. It is not mirrored,
+    because captions say "left".
     """
     for _ in range(10 if rng else 0):  # as torchvision's RandomResizedCrop does it
-        area = width * height * rng.uniform(0.9, 1.0)
+        area = width * height * rng.uniform(smallest, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -341,7 +342,7 @@ def upright_rgb(image, box=None):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(source, size, rng=None):
+def load_image(source, size, rng=None, crop_area=0.9):
     """Bytes of an image file, or a PIL image -> uint8 tensor (3, size, size), cropped (crop_box)
     and resized, bicubic with antialiasing. Raises BadSample.
 
@@ -353,7 +354,7 @@ def load_image(source, size, rng=None):
         is_file = isinstance(source, bytes)
         image = Image.open(io.BytesIO(source), formats=FORMATS) if is_file else source
         width, height = image.size
-        x, y, w, h = crop_box(width, height, rng)
+        x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
         if is_file and scale <= 0.5:  # draft halves the picture while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
@@ -394,9 +395,11 @@ class Pairs(Dataset):
     process loads the sample.
     """
 
-    def __init__(self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0):
+    def __init__(
+        self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0, crop_area=0.9
+    ):
         self.shards, self.tokenizer = shards, tokenizer
-        self.image_size, self.seed = image_size, seed
+        self.image_size, self.seed, self.crop_area = image_size, seed, crop_area
         self.captions, self.label_captions = captions, labels or captions
         self.index, self.unused = build_index(shards)
         for source in (*self.captions, *self.label_captions):
@@ -453,7 +456,8 @@ class Pairs(Dataset):
                 caption = label = rng.choice(self.texts(row, rng.choice(self.captions)))
                 if self.label_captions != self.captions:
                     label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
-                image = load_image(self.read(row, IMAGE), self.image_size, rng)
+                crop = rng if self.crop_area < 1 else None
+                image = load_image(self.read(row, IMAGE), self.image_size, crop, self.crop_area)
                 return image, *map(self.tokenizer.encode, (caption, label)), replaced
             except (BadSample, OSError) as error:
                 replaced.append((self.shards[row[0]], self.key(row), str(error)))

@@ -90,6 +90,7 @@ def make_parser():
     add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
     add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
     add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
+    add("--crop_area", type=number(float, 0.01, 1), default=0.9, help="smallest share of a picture that a random crop shows; 1: no random crops (default 0.9)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share that is dropped")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
     # the machine
@@ -111,7 +112,7 @@ def make_parser():
 FIELDS = vars(SuperCLIPConfig()).keys()  # an option of such a name sets that field
 # What --resume may not change, or it would silently make another run.
 FIXED = {"model", "init_from", "vocab", "captions", "label_captions", "freeze", "weight_decay"}
-FIXED |= {"patch_dropout", "seed", *FIELDS}
+FIXED |= {"patch_dropout", "crop_area", "seed", *FIELDS}
 IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from
 
 
@@ -264,14 +265,22 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     return {"contrastive_loss": contrastive, "classification_loss": words}
 
 
-def update(model, optimizer, scaler, learning_rate, head_learning_rate):
+def plain_step(model, batch, autocast, scaler):
+    """The losses of a batch, and in .grad their gradient."""
+    with autocast:
+        losses = model(**batch)
+    scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
+    return losses
+
+
+def update(model, optimizer, scaler, factor):
     """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1.
 
     The authors, with batches of 16,384, do not clip. A small batch now and then has a gradient many
     times as long as usual, and clipping keeps such a step from undoing the ones before it.
     """
     for group in optimizer.param_groups:
-        group["lr"] = head_learning_rate if group["in_head"] else learning_rate
+        group["lr"] = group["peak"] * factor
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
@@ -339,7 +348,8 @@ def open_data(args, tokenizer, image_size):
     """-> training pairs, and on rank 0 validation pairs if there are any. What is wrong with the
     data ends the run before it starts."""
     shards, val_captions = data.expand(args.train_data), args.val_captions or args.captions
-    pairs = data.Pairs(shards, tokenizer, image_size, args.captions, args.label_captions, args.seed)
+    sources = args.captions, args.label_captions
+    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed, args.crop_area)
     for folder in args.zeroshot_data or ():
         evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
     val_pairs = None
@@ -359,13 +369,14 @@ def open_data(args, tokenizer, image_size):
     return pairs, val_pairs if RANK == 0 else None
 
 
-def make_optimizer(model, learning_rate, weight_decay):
+def make_optimizer(model, learning_rate, head_learning_rate, weight_decay):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
     The word head is apart, because it may have a learning rate of its own."""
     groups = {}
     for name, p in model.named_parameters():
         in_head, is_matrix = name.startswith("head."), p.ndim >= 2
-        new = {"params": [], "in_head": in_head, "weight_decay": weight_decay * is_matrix}
+        peak = head_learning_rate if in_head else learning_rate
+        new = {"params": [], "peak": peak, "weight_decay": weight_decay * is_matrix}
         groups.setdefault((in_head, is_matrix), new)["params"].append(p)
     # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
     return torch.optim.AdamW([*groups.values()], learning_rate, (0.9, 0.98), 1e-6, fused=True)
@@ -541,7 +552,10 @@ def resume(args, saved, data_print, val_print, optimizer, scaler):
     fingerprints of training and validation data."""
     fits, path, best = saved["data_fingerprint"] == data_print, Path(args.out_dir, "best.pt"), -1.0
     check(fits, f"--train_data is not that of the run in {args.out_dir}: start a new run")
+    peaks = [group["peak"] for group in optimizer.param_groups]  # --learning_rate may be another
     optimizer.load_state_dict(saved["optimizer"])
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["peak"] = peak
     scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
     if val_print and path.exists():
         content = evaluation.read_checkpoint(path)
@@ -566,8 +580,8 @@ def train(args, saved, start_from, tokenizer):
         # not sent, because all processes count the same tokens.
         options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
         wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
+    optimizer = make_optimizer(model, args.learning_rate, head_rate, args.weight_decay)
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
     steps, warmup_steps, log_every, eval_every, save_every = schedule(args, pairs)
     prints = data_print, val_print = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
@@ -622,18 +636,15 @@ def train(args, saved, start_from, tokenizer):
             if args.micro_batch_size:
                 losses = grad_cache_step(model, micro_batches, autocast, scaler)
             else:
-                with autocast:
-                    losses = wrapped(**next(micro_batches))
-                scaler.scale(losses["loss"]).backward()  # float16's small gradients would be 0
+                losses = plain_step(wrapped, next(micro_batches), autocast, scaler)
             # 4. the update
-            share = learning_rate_at(step, 1.0, warmup_steps, steps)
-            rates = share * args.learning_rate, share * head_rate
-            grad_norm = update(model, optimizer, scaler, *rates)
+            factor = learning_rate_at(step, 1.0, warmup_steps, steps)
+            grad_norm = update(model, optimizer, scaler, factor)
             step, counts = step + 1, [x.clone() for x in model.buffers()]
             # 5. the log, at a few steps only, because to read the losses is to wait for the device
             log.bar.update()
             if due(log_every) or due(eval_every):
-                log.write(log.row(step, losses, grad_norm, rates[0], model))
+                log.write(log.row(step, losses, grad_norm, args.learning_rate * factor, model))
     finally:  # whatever has ended the loop, its last whole step is sound
         log.bar.close()
         if step > saved_step:

@@ -38,13 +38,12 @@ RUN = dict(
     learning_rate=None,
     samples=48_000,  # seen
     seed=0,
-    search=False,  # trained and judged on training pairs alone
-    captions="mixed",  # one of COLUMNS
+    search=False,  # "mean": trained and judged on training pairs alone (True: an older rule)
+    captions="mixed",  # short, long, or a mix of both
     label_captions=None,  # for the words, if others
 )
-# Which captions of a table these are. The short one of an object is its setting, and that of a
+# The first caption of a table is short, the others are long. The short one of an object is its setting, and that of a
 # product its group, such as "Shoes".
-COLUMNS = {"short": slice(1), "long": slice(1, None), "mixed": slice(None)}
 PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
 RANKED = 1000  # pairs that R@k is measured among
@@ -186,24 +185,39 @@ def new_products(facts, numbers, seen):
     return kept
 
 
+class DecodedPairs(data.Pairs):
+    """The pairs of a table, for train.py's loader. "mixed" draws the short caption half
+    of the time, as train.py does with --captions json.short json.long."""
+
+    def __init__(self, table, tokenizer, spec):
+        self.images, self.tokens, self.tokenizer = table.images, table.tokens, tokenizer
+        self.image_size, self.seed = scenes.SIZE, spec["seed"]
+        numbers = range(table.tokens.shape[1])
+        sources = {"short": [numbers[:1]], "long": [numbers[1:]]}
+        sources["mixed"] = sources["short"] + sources["long"]
+        self.captions = sources[spec["captions"]]
+        self.label_captions = sources[spec["label_captions"] or spec["captions"]]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        visit, sample = item
+        rng = random.Random(self.seed << 40 | visit)  # draws what data.Pairs draws
+        caption = label = self.ids(sample, rng.choice(rng.choice(self.captions)))
+        if self.label_captions != self.captions:
+            label = self.ids(sample, rng.choice(rng.choice(self.label_captions)))
+        return self.images[sample], caption, label, []
+
+    def ids(self, sample, number):
+        """A caption of a sample, without start, end and padding."""
+        ids = self.tokens[sample, number].tolist()
+        return ids[1 : ids.index(self.tokenizer.end)]
+
+
 def trim(tokens):
     """(B, T) -> the columns up to the longest caption's end token, the largest id of a caption."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].long()
-
-
-def read_batch(table, spec, step):
-    """-> dict of images (B, 3, S, S), tokens (B, T), label_tokens (B, T'), as train.py loads it."""
-    pairs = data.batch_indices(len(table.images), spec["batch_size"], spec["seed"], step)
-    samples = torch.tensor([sample for _, sample in pairs])
-
-    def captions(source):  # one of an image's, drawn as in data.Pairs
-        numbers = range(table.tokens.shape[1])[COLUMNS[source]]
-        rngs = [random.Random(spec["seed"] << 40 | visit) for visit, _ in pairs]
-        return trim(table.tokens[samples, torch.tensor([rng.choice(numbers) for rng in rngs])])
-
-    tokens = captions(spec["captions"])
-    labels = captions(spec["label_captions"]) if spec["label_captions"] else tokens
-    return {"images": table.images[samples], "tokens": tokens, "label_tokens": labels}
 
 
 # -----------------------------------------------------------------------------
@@ -242,13 +256,28 @@ def classify(model, tokenizer, images, labels, learn, templates=evaluation.TEMPL
     return evaluation.zeroshot(model, tokenizer, dataset, names, templates), *probes
 
 
-def look_scores(model, tokenizer):
-    """Scores of drawn pictures of one object."""
-    looks = [look for look in scenes.COMBINATIONS for _ in range(PER_LOOK)]
+def draw_looks(combinations, kind):
+    """PER_LOOK pictures of one object for each combination -> the looks, the images."""
+    looks = [look for look in combinations for _ in range(PER_LOOK)]
     images = []
     for i, look in enumerate(looks):
-        scene = scenes.make_scene(random.Random(f"object {i}"), [look], 1)
+        scene = scenes.make_scene(random.Random(f"{kind} {i}"), [look], 1)
         images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
+    return looks, images
+
+
+def searched_look_scores(model, tokenizer):
+    """What a learning rate is chosen by, beside R@1: zero-shot accuracy among the 64 looks, of
+    pictures that are not those of the study, and of looks that training shows."""
+    looks, images = draw_looks(scenes.SEEN, "search")
+    names = [*map(" ".join, scenes.COMBINATIONS)]
+    dataset = [(image, names.index(" ".join(look))) for image, look in zip(images, looks)]
+    return {"colour_shape": evaluation.zeroshot(model, tokenizer, dataset, names)["top1"]}
+
+
+def look_scores(model, tokenizer):
+    """Scores of drawn pictures of one object."""
+    looks, images = draw_looks(scenes.COMBINATIONS, "object")
     learn, scores = torch.arange(len(looks)) % PER_LOOK < SHOTS, {}
     for name, labels in (
         ("colour", [c for c, _ in looks]),
@@ -344,7 +373,7 @@ def make_model(spec, vocab_size):
     return model.train()
 
 
-def optimise(model, table, spec):
+def optimise(model, tokenizer, table, spec):
     """Train as train.py does. Returns the last losses and the dtype, which is bfloat16 if the CPU
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
     differed by 0.2 points at most, and colour_shape by 1.6.)"""
@@ -353,15 +382,16 @@ def optimise(model, table, spec):
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
     autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    optimizer = train.make_optimizer(model, rate, scenes.built_in()["weight_decay"])
-    losses, steps = {}, spec["samples"] // spec["batch_size"]
-    for step in range(steps):
-        batch = read_batch(table, spec, step)
-        with autocast:
-            losses = model(**batch)
-        losses["loss"].backward()
-        now = train.learning_rate_at(step, rate, steps // 10, steps)
-        train.update(model, optimizer, scaler, now, now)
+    optimizer = train.make_optimizer(model, rate, rate, scenes.built_in()["weight_decay"])
+    N, steps = spec["batch_size"], spec["samples"] // spec["batch_size"]
+    pairs = DecodedPairs(table, tokenizer, spec)
+    batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, device)
+    losses = {}
+    for step, (batch, _) in enumerate(batches):
+        losses = train.plain_step(model, batch, autocast, scaler)
+        train.update(
+            model, optimizer, scaler, train.learning_rate_at(step, 1.0, steps // 10, steps)
+        )
     names = "contrastive_loss", "classification_loss"
     return {name: losses[name].item() for name in names if losses}, dtype
 
@@ -371,6 +401,8 @@ def score_run(model, tokenizer, spec, held_out):
     scores = retrieval_scores(model, held_out)
     if spec["data"] == "objects":
         scores["R@1"]["floor"] = floor(held_out.facts[:RANKED])
+    if spec["search"] == "mean" and spec["data"] == "scenes":
+        return scores | searched_look_scores(model, tokenizer)
     if spec["search"]:
         return scores
     if spec["data"] == "objects":
@@ -395,7 +427,7 @@ def run(task):
         table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
-    losses, dtype = optimise(model, table, spec)
+    losses, dtype = optimise(model, tokenizer, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
     for path in kept:
         evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
