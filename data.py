@@ -27,7 +27,6 @@ import random
 import signal
 import sys
 import tarfile
-import tempfile
 import unicodedata
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -45,7 +44,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from superclip import PAD, InputError, check
+from cli import InputError, cache_folder, check, printable, write_file
+from superclip import PAD
 
 # A progress bar for whatever takes more than a second, on a terminal.
 progress = partial(tqdm, delay=1, leave=False, disable=None)
@@ -96,6 +96,12 @@ def clean(text):
 def tiktoken_text(tokens):
     """list of tokens as bytes -> the text of a .tiktoken file: base64 and rank on each line."""
     return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
+
+
+def words_to_tiktoken(words):
+    """list of words -> the text of a .tiktoken file: all bytes, then each word as one token."""
+    words = [word.encode() + b" " for word in words]
+    return tiktoken_text(dict.fromkeys(BYTE_TOKENS + words))
 
 
 def merges_to_tiktoken(text):
@@ -289,6 +295,13 @@ def build_index(shards):
     with suppress(OSError, RuntimeError):  # a cache that cannot be written is no reason to stop
         write_file(path, lambda file: torch.save((stamp, index, unused), file))
     return index, unused
+
+
+def add_member(tar, name, content):
+    """Add bytes as a member of a tar that is open for writing."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 
 # -----------------------------------------------------------------------------
@@ -609,41 +622,3 @@ def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, worker
             tqdm.write(printable("bad sample: {} {}: {}".format(*entry)), sys.stderr)
         named.update(replaced)
         yield batch, len(replaced)
-
-
-# -----------------------------------------------------------------------------
-# What all commands share
-
-# Control characters, halves of surrogate pairs, line breaks, and what turns the writing direction
-ESCAPED = regex.compile(r"[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text):
-    """The text with control characters as escapes, so that a caption or the name of a file cannot
-    give orders to the terminal that shows it."""
-    return ESCAPED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def cache_folder():
-    """A folder of this user's alone, for what can be made again: below XDG_CACHE_HOME or ~/.cache,
-    or a new one where there is no home."""
-    with suppress(OSError, RuntimeError):  # without a home, Path.home raises RuntimeError
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "superclip")
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.mkdtemp())
-
-
-def write_file(path, write):
-    """Write a file whole or not at all. `write(file)` fills a temporary file, which is flushed to
-    the disk and then renamed. After an OSError, what was at `path` before is still there."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # it is still there after an error

@@ -17,8 +17,6 @@ embedding, F features of a probe, P patches, W windows, K words.
 """
 
 import argparse
-import importlib
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
-from superclip import InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+from cli import (
+    InputError,
+    check,
+    number,
+    optional,
+    output_file,
+    pick_device,
+    printable,
+    run_command,
+    write_file,
+    write_json,
+)
+from superclip import SuperCLIP, SuperCLIPConfig
 
 # A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -103,7 +113,7 @@ def write_checkpoint(path, model, vocab, **more):
         finite = all(value.isfinite().all() for value in state.values())
         check(finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
         content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
-        data.write_file(path, lambda file: torch.save(content, file))
+        write_file(path, lambda file: torch.save(content, file))
         return True
     except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
         tqdm.write(f"warning: cannot write {path}: {error}")
@@ -205,7 +215,7 @@ def batches(dataset, batch_size, workers, description, any_good=False):
     total, reasons = math.ceil(len(dataset) / batch_size), []
     for images, labels, reasons in data.progress(loader, description, total, unit="batch"):
         for reason in reasons:
-            tqdm.write(data.printable(f"skipped {reason}"))
+            tqdm.write(printable(f"skipped {reason}"))
         if labels:
             any_good = True
             yield images, labels
@@ -267,7 +277,7 @@ def line(name, s, more=""):
     """A score as a line of text, with `more` at its end."""
     value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
     text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
-    return data.printable(f"{text}   n {s['n']:,}{more}")
+    return printable(f"{text}   n {s['n']:,}{more}")
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
@@ -479,44 +489,6 @@ def word_maps(model, image, ids, window, batch_size=64):
 # Commands
 
 
-def pick_device(name):
-    """--device, or the first one there is, as a torch.device. Raises InputError."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or ("cuda" if torch.cuda.is_available() else mps)
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"no device {name}: {str(error).splitlines()[0]}") from None
-
-
-def output_file(*suffixes):
-    """A type for argparse: a file to write, with one of these suffixes, in a folder that exists. It
-    is checked when the option is parsed, so that no work is lost, and the suffix keeps checkpoints
-    and shards from being written over."""
-
-    def parse(text):
-        path, endings = Path(text), " or ".join(suffixes)
-        if path.suffix.lower() in suffixes and path.parent.is_dir() and not path.is_dir():
-            return path
-        raise argparse.ArgumentTypeError(f"{text} does not end in {endings}, in an existing folder")
-
-    return parse
-
-
-def write_json(path, content):
-    """Write what a command has found to the file of --json, if there is one."""
-    if path:
-        data.write_file(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
-
-
-def optional(module, package=None):
-    """Import a module of a package that requirements.txt does not name. Raises InputError."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f"this needs: pip install {package or module}") from None
-
-
 # Words in place of a file's name, and the lists of open_clip that they stand for.
 PUBLISHED = {"imagenet": "IMAGENET_CLASSNAMES", "openai": "OPENAI_IMAGENET_TEMPLATES"}
 
@@ -609,4 +581,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -16,23 +16,17 @@ The file reads from top to bottom: configuration, the transformer that both towe
 towers, the word head, the losses, and the model that joins them. Its `forward` is train.py's step.
 `python -m scripts.walk` follows one pair through it and prints every shape.
 
-To try a term of your own, add it in `word_loss`, if it is about the words, or in `pair_loss`, if it
-compares pairs. There it is right with micro-batches and with many processes, too, as long as the
-mean of what the processes return is the term of the whole batch. A field of the configuration, with
-a default that changes nothing, gives it a strength. An option of the same name in train.py sets
-that field, a key of that name in RUN of study/run.py compares its values, and a line in CONFIGS of
-tests/test_step.py checks its gradient. The log shows the sum with the term that it was added to.
+To try a term of your own, return it under a name that ends in `_loss`: from `terms_of_each_pair` if
+it looks at every pair alone, from `terms_between_pairs` if it compares pairs. Give it a weight in
+`total_loss`. It is then trained and logged, with micro-batches and with many processes, too, as
+long as the mean of what the processes return is the term of the whole batch. A field of the
+configuration can hold the weight, and an option of the same name in train.py sets that field.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.
 """
 
-import argparse
-import errno
 import math
-import re
-import sys
-import traceback
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +50,7 @@ class SuperCLIPConfig:
     patch_size: int = 16  # pixels; P = (image_size / patch_size) ** 2
     vision_width: int = 768
     vision_layers: int = 12
-    vision_heads: int = 0  # 0 means width / 64, as in every published CLIP
+    vision_heads: int = 0  # 0 means width / 64, as in most published models
     text_width: int = 512
     text_layers: int = 12
     text_heads: int = 0  # 0 means width / 64
@@ -67,30 +61,37 @@ class SuperCLIPConfig:
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1, CLIP's by default
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # and their standard deviations
     loss: str = "softmax"  # how pairs are contrasted: softmax (CLIP) or sigmoid (SigLIP)
-    cls_weight: float = 1.0  # lambda, the weight of the word loss; 0 builds no head: plain CLIP
+    cls_weight: float = 1.0  # lambda, weight of the classification loss; 0 builds no head: CLIP
 
     def __post_init__(self):
-        self.vision_heads = self.vision_heads or max(1, self.vision_width // 64)
-        self.text_heads = self.text_heads or max(1, self.text_width // 64)
-        check(self.image_size % self.patch_size == 0, "patch_size must divide image_size")
-        check(self.vision_width % self.vision_heads == 0, "vision_heads must divide vision_width")
-        check(self.text_width % self.text_heads == 0, "text_heads must divide text_width")
-        check(self.loss in ("softmax", "sigmoid"), f"loss is softmax or sigmoid, not {self.loss!r}")
+        if self.vision_heads == 0:
+            self.vision_heads = max(1, self.vision_width // 64)
+        if self.text_heads == 0:
+            self.text_heads = max(1, self.text_width // 64)
+        if self.image_size % self.patch_size != 0:
+            raise ValueError("patch_size must divide image_size")
+        if self.vision_width % self.vision_heads != 0:
+            raise ValueError("vision_heads must divide vision_width")
+        if self.text_width % self.text_heads != 0:
+            raise ValueError("text_heads must divide text_width")
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss is softmax or sigmoid, not {self.loss!r}")
 
 
+# What a preset does not name is the default above, so ViT-B-16 names nothing.
 # SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560) is a configuration.
-# fmt: off
-SHAPE = ("image_size", "patch_size", "vision_width", "vision_layers",
-         "text_width", "text_layers", "embed_dim")
+LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
 PRESETS = {
-    "tiny":     dict(zip(SHAPE, ( 72, 12,  128,  4, 128,  2, 128)), vision_heads=4, text_heads=4),
-    "ViT-S-16": dict(zip(SHAPE, (224, 16,  384, 12, 384, 12, 384))),
-    "ViT-B-32": dict(zip(SHAPE, (224, 32,  768, 12, 512, 12, 512))),
-    "ViT-B-16": dict(zip(SHAPE, (224, 16,  768, 12, 512, 12, 512))),
-    "ViT-L-16": dict(zip(SHAPE, (224, 16, 1024, 24, 768, 12, 768))),
-    "ViT-L-14": dict(zip(SHAPE, (224, 14, 1024, 24, 768, 12, 768))),
-}
-# fmt: on
+    "tiny": dict(
+        image_size=72, patch_size=12, vision_width=128, vision_layers=4, vision_heads=4,
+        text_width=128, text_layers=2, text_heads=4, embed_dim=128,
+    ),
+    "ViT-S-16": dict(vision_width=384, text_width=384, embed_dim=384),
+    "ViT-B-32": dict(patch_size=32),
+    "ViT-B-16": dict(),
+    "ViT-L-16": LARGE,
+    "ViT-L-14": dict(patch_size=14, **LARGE),
+}  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -140,8 +141,9 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
-        wider, back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.ModuleDict({"c_fc": wider, "c_proj": back})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
+        )
         self.gelu = quick_gelu if quick else F.gelu
 
     def forward(self, x, causal):
@@ -191,8 +193,10 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        for name, value in (("mean", config.image_mean), ("std", config.image_std)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        mean = torch.tensor(config.image_mean).view(3, 1, 1)
+        std = torch.tensor(config.image_std).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, images, keep=None):
         """images (B, 3, S, S), uint8 or already normalised floats -> tokens (B, 1 + K, D), the
@@ -203,8 +207,8 @@ class VisionTransformer(nn.Module):
         x = x + self.positional_embedding[1:]
         if keep is not None:  # dropped patches never enter the transformer, so they cost nothing
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
-        cls = self.class_embedding + self.positional_embedding[0]
-        x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
+        class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
+        x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
         return self.ln_post(self.transformer(self.ln_pre(x)))
 
 
@@ -270,7 +274,7 @@ def contrastive_loss(image_features, text_features, logit_scale, local=slice(Non
     """
     # float32 even under autocast: near 100, the largest logit, bfloat16 numbers are 0.5 apart
     images, texts = image_features.float(), text_features.float()
-    target = torch.arange(len(images), device=images.device)[local]
+    target = torch.arange(len(images), device=images.device)[local]  # (B,): each its own
     with torch.autocast(images.device.type, enabled=False):
         per_image = logit_scale * images[local] @ texts.T  # (B, N)
         per_text = logit_scale * texts[local] @ images.T
@@ -292,25 +296,45 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=s
 
 def token_sets(label_tokens):
     """Captions (B, T) -> their tokens, sorted, and False where a token repeats the one before it,
-    both (B, T). Whoever counts only the True ones counts every token of a caption once."""
+    both (B, T). A sum over the True entries counts each distinct token of a caption once."""
     tokens = label_tokens.sort(dim=1).values
-    return tokens, F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
+    is_new = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
+    return tokens, is_new
+
+
+def idf(num_captions, token_counts):
+    """The weights of all tokens, (V,): log((num_captions + 1) / (token_counts + 1)), so that rare
+    words count more (paper, section 3.2). Start, end and padding are no words and weigh nothing.
+
+    num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
+    """
+    weights = ((num_captions + 1) / (token_counts + 1)).log()
+    weights[PAD] = 0.0
+    weights[-2:] = 0.0  # start and end of text
+    return weights
+
+
+def word_labels(label_tokens, token_weights):
+    """What the head should answer: captions (B, T) -> their tokens, sorted, and the share of each
+    in the label, both (B, T). The label is the *set* of a caption's tokens, weighted by
+    token_weights (V,) and normalised to sum 1, so a token that repeats another has share 0."""
+    tokens, is_new = token_sets(label_tokens)
+    shares = token_weights[tokens] * is_new
+    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-8)
+    return tokens, shares
 
 
 def classification_loss(logits, label_tokens, token_weights):
     """SuperCLIP's loss: softmax cross-entropy against the caption's words (paper, eq. 2-4).
 
-    logits (B, V) from the head; label_tokens (B, T), the whole captions; token_weights (V,), the
-    IDF, which is 0 for tokens that are not words. A label is the *set* of the caption's tokens,
-    weighted and normalised to sum 1. A caption without any weight adds 0. Starts near ln V + 1/2.
+    logits (B, V) from the head; label_tokens (B, T), the whole captions; token_weights (V,) from
+    `idf`. A caption without any weight adds 0. Starts near ln V + 1/2.
     """
     # A label has at most T entries, so it stays (B, T), and no dense (B, V) label is ever made.
-    tokens, is_new = token_sets(label_tokens)
-    label = token_weights[tokens] * is_new  # (B, T)
-    label = label / label.sum(dim=1, keepdim=True).clamp_min(1e-8)
+    tokens, shares = word_labels(label_tokens, token_weights)  # (B, T) each
     logits = logits.float()
     log_probs = logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)  # (B, T)
-    return -(label * log_probs).sum(dim=1).mean()
+    return -(shares * log_probs).sum(dim=1).mean()
 
 
 # -----------------------------------------------------------------------------
@@ -326,8 +350,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features):
-        gathered = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
-        dist.all_gather([*gathered.chunk(dist.get_world_size())], features.contiguous())
+        world = dist.get_world_size()
+        gathered = features.new_empty(world * len(features), features.shape[1])
+        dist.all_gather(list(gathered.chunk(world)), features.contiguous())
         return gathered
 
     @staticmethod
@@ -345,12 +370,17 @@ class SuperCLIP(nn.Module):
         self.config = config
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
-        self.head = WordHead(config.vision_width, config.vocab_size) if config.cls_weight else None
-        # CLIP starts at temperature 0.07. SigLIP's 10 and -10 make most answers "no" at first,
-        # because most are: of the N captions, one belongs to an image.
-        sigmoid = config.loss == "sigmoid"
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
+        self.head = None
+        if config.cls_weight:
+            self.head = WordHead(config.vision_width, config.vocab_size)
+        if config.loss == "softmax":
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_bias = None
+        else:
+            # SigLIP's 10 and -10 make most answers "no" at first, because most are: of the N
+            # captions, one belongs to an image.
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         if self.head is not None:
             # n_c and N in the paper; integers, because float32 stops counting at 2**24
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
@@ -359,7 +389,11 @@ class SuperCLIP(nn.Module):
     def encode_image(self, images, normalize=True, keep=None):
         """images (B, 3, S, S), uint8 or already normalised floats -> features (B, E), of length 1
         if `normalize`. keep (B, K): indices of the patches to look at."""
-        features = self.visual(images, keep)[:, 0] @ self.visual.proj
+        return self.image_features(self.visual(images, keep), normalize)
+
+    def image_features(self, image_tokens, normalize=True):
+        """Tokens (B, 1 + K, D) of the image tower -> features (B, E), from the class token."""
+        features = image_tokens[:, 0] @ self.visual.proj
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, tokens, normalize=True):
@@ -368,8 +402,10 @@ class SuperCLIP(nn.Module):
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def class_logits(self, images, keep=None):
-        """images, keep as in encode_image -> logits (B, V): which words would a caption use?"""
-        check(self.head is not None, "this model is plain CLIP (cls_weight 0) and has no word head")
+        """images, keep as in encode_image -> logits (B, V): which words would a caption use?
+        Raises ValueError if the model is plain CLIP and has no word head."""
+        if self.head is None:
+            raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
         return self.head(self.visual(images, keep))
 
     def count_tokens(self, label_tokens):
@@ -377,9 +413,10 @@ class SuperCLIP(nn.Module):
         if self.head is None:  # plain CLIP keeps none
             return
         tokens, is_new = token_sets(label_tokens)
-        counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
         # Padding is not counted: how much there is depends on how the batch was put together.
-        counts.scatter_add_(0, tokens.flatten(), (is_new & (tokens != PAD)).flatten().long())
+        is_counted = is_new & (tokens != PAD)
+        counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
+        counts.scatter_add_(0, tokens.flatten(), is_counted.flatten().long())
         counts[-1] = len(tokens)  # travels with the counts, so that one all_reduce serves both
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -387,43 +424,58 @@ class SuperCLIP(nn.Module):
         self.num_captions += counts[-1]
 
     def token_weights(self):
-        """IDF of every token, (V,): log((N + 1) / (n_c + 1)), and 0 for start, end and padding."""
-        weights = ((self.num_captions + 1) / (self.token_counts + 1)).log()
-        ids = torch.arange(len(weights), device=weights.device)
-        return weights.masked_fill((ids == PAD) | (ids >= len(weights) - 2), 0.0)
+        """The IDF of every token, (V,), by the captions seen so far."""
+        return idf(self.num_captions, self.token_counts)
 
-    def word_loss(self, image_tokens, label_tokens):
-        """What the head makes of the patches of the images, against the words of their captions."""
-        return classification_loss(self.head(image_tokens), label_tokens, self.token_weights())
+    def terms_of_each_pair(self, image_tokens, label_tokens):
+        """The terms of the loss that look at each pair alone, as a dict: the classification loss of
+        image tokens (B, 1 + K, D) and captions (B, T). Plain CLIP has none."""
+        if self.head is None:
+            return {}
+        logits = self.head(image_tokens)
+        loss = classification_loss(logits, label_tokens, self.token_weights())
+        return {"classification_loss": loss}
 
-    def pair_loss(self, image_features, text_features, local):
-        """The contrastive loss that the configuration names. Arguments as in contrastive_loss."""
+    def terms_between_pairs(self, image_features, text_features, local=slice(None)):
+        """The terms of the loss that compare pairs, as a dict: the contrastive loss that the
+        configuration names. Arguments as in contrastive_loss."""
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
-            return contrastive_loss(image_features, text_features, scale, local)
-        return sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
+            loss = contrastive_loss(image_features, text_features, scale, local)
+        else:
+            loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
+        return {"contrastive_loss": loss}
 
-    def features_and_word_loss(self, images, tokens, label_tokens, keep=None):
-        """The part of a step that looks at each pair alone: image and text features (B, E), of
-        length 1, and the word loss, which is 0 in plain CLIP."""
+    def total_loss(self, terms):
+        """The weighted sum of some terms, a dict of scalars by name. Nothing else knows weights."""
+        weights = {"contrastive_loss": 1.0, "classification_loss": self.config.cls_weight}
+        total = torch.zeros_like(self.logit_scale)
+        for name, value in terms.items():
+            total = total + weights[name] * value
+        return total
+
+    def features_and_terms(self, images, tokens, label_tokens, keep=None):
+        """The part of a step that looks at each pair alone. Arguments as in forward. Returns image
+        and text features (B, E), of length 1, and a dict of terms."""
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
-        image_features = F.normalize((image_tokens[:, 0] @ self.visual.proj).float(), dim=-1)
+        image_features = self.image_features(image_tokens)
         text_features = self.encode_text(tokens)
-        if self.head is None:
-            return image_features, text_features, image_features.new_zeros(())
-        return image_features, text_features, self.word_loss(image_tokens, label_tokens)
+        return image_features, text_features, self.terms_of_each_pair(image_tokens, label_tokens)
 
     def compare(self, image_features, text_features):
-        """The part of a step that compares pairs: the contrastive loss of features (B, E).
+        """The part of a step that compares pairs: features (B, E) -> a dict of terms.
 
         In training the features of all processes are gathered, and each process scores its own
-        pairs against all of them. The mean over the processes is the loss of the global batch.
+        pairs against all of them. The mean over the processes is the term of the global batch.
         """
-        rank, B = 0, len(image_features)
+        rank = 0
+        B = len(image_features)
         if self.training and dist.is_initialized():
             rank = dist.get_rank()
-            image_features, text_features = map(Gather.apply, (image_features, text_features))
-        return self.pair_loss(image_features, text_features, slice(rank * B, (rank + 1) * B))
+            image_features = Gather.apply(image_features)  # (N, E)
+            text_features = Gather.apply(text_features)
+        local = slice(rank * B, (rank + 1) * B)
+        return self.terms_between_pairs(image_features, text_features, local)
 
     def forward(self, images, tokens, label_tokens=None, keep=None):
         """The whole method on one batch of pairs, the one of this process.
@@ -431,68 +483,19 @@ class SuperCLIP(nn.Module):
         images (B, 3, S, S); tokens (B, T); label_tokens (B, T'): captions to take the labels from,
         by default the tokens; keep (B, K): patches to look at. In training mode the batch is first
         counted into the token statistics. Returns a dict with loss = contrastive_loss +
-        cls_weight * classification_loss, its two terms, and image_features, text_features (B, E).
+        cls_weight * classification_loss, its terms, and image_features, text_features (B, E).
         """
-        label_tokens = tokens if label_tokens is None else label_tokens
+        if label_tokens is None:
+            label_tokens = tokens
         if self.training:
             self.count_tokens(label_tokens)
-        image, text, word_loss = self.features_and_word_loss(images, tokens, label_tokens, keep)
-        pair_loss = self.compare(image, text)
+        image_features, text_features, terms = self.features_and_terms(
+            images, tokens, label_tokens, keep
+        )
+        terms |= self.compare(image_features, text_features)
         return {
-            # train.py forms this sum, too: in grad_cache_step and for the log.
-            "loss": pair_loss + self.config.cls_weight * word_loss,
-            "contrastive_loss": pair_loss,
-            "classification_loss": word_loss,
-            "image_features": image,
-            "text_features": text,
+            "loss": self.total_loss(terms),
+            **terms,
+            "image_features": image_features,
+            "text_features": text_features,
         }
-
-
-# -----------------------------------------------------------------------------
-# Not the method: how every command of this project treats a user's mistakes
-
-
-class InputError(Exception):
-    """What the user gave cannot work. The message says why, in one sentence."""
-
-
-def check(condition, message):
-    """Raise InputError with this message unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
-def number(kind, low, high=10**12):
-    """A type for argparse: an int or a float, from low to high."""
-
-    def parse(text):
-        if not low <= (value := kind(text)) <= high:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse uses it in its own messages
-    return parse
-
-
-def cli(main):
-    """Run a command. A user's mistake ends it with a sentence and exit code 2, Ctrl-C with a
-    sentence and code 130. A mistake of ours keeps its trace."""
-    try:
-        # A caption must not end a run on an odd terminal. Stdout may be closed.
-        (sys.stdout or sys.stderr).reconfigure(errors="replace")
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
-        sys.stdout = None
-    except (InputError, OSError, KeyboardInterrupt) as error:
-        # The system's error is a user's mistake if it names a file, or says that the disk is full
-        # or broken, or that too many files are open.
-        resources = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE
-        if not getattr(error, "filename", True) and error.errno not in resources:
-            raise
-        # The frames of the first error hold loading processes, which end at once without them.
-        traceback.clear_frames((error.__context__ or error).__traceback__)
-        # Drop the trace from a worker's message, and the number from the system's.
-        message = re.sub(r"(?s).*InputError: |^\[Errno \d+\] ", "", str(error)).strip()
-        # Without escapes, so that the name of a file gives no orders to the terminal
-        print("error:", message.replace("\x1b", "?") or "stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -36,8 +36,18 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+from cli import (
+    InputError,
+    cache_folder,
+    check,
+    number,
+    optional,
+    pick_device,
+    printable,
+    run_command,
+)
 from scripts.scenes import TRAIN_DATA, built_in, make_scenes
-from superclip import PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check, cli, number
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 try:
     import fcntl
@@ -90,7 +100,7 @@ def make_parser():
     add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
     add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
     add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
-    add("--crop_area", type=number(float, 0.01, 1), default=0.9, help="smallest share of a picture that a random crop shows; 1: no random crops (default 0.9)")
+    add("--crop_area", type=number(float, 0.01, 1), default=0.9, help="share of a random crop")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share that is dropped")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
     # the machine
@@ -157,7 +167,7 @@ def set_up(name):
     """--device -> device, after the processes have found each other. Each has its own GPU."""
     if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{LOCAL_RANK}"
-    device = evaluation.pick_device(name)
+    device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that streams are of this device, too
     if WORLD > 1:
@@ -245,24 +255,28 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     batches, features = [], []
     for batch in micro_batches:
         with autocast, torch.no_grad():
-            features.append(model.features_and_word_loss(**batch)[:2])
+            images, texts, _ = model.features_and_terms(**batch)
+        features.append((images, texts))
         batches.append(batch)
     # All of them are counted before any is weighted, as in the plain step.
     model.count_tokens(data.pad_and_join([batch["label_tokens"] for batch in batches]))
     images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))  # (B, E)
-    contrastive, words, n = model.compare(images, texts), 0.0, len(batches)
-    scaler.scale(contrastive).backward()
-    for batch, *gradients in zip(batches, images.grad.chunk(n), texts.grad.chunk(n)):
+    terms = model.compare(images, texts)
+    scaler.scale(model.total_loss(terms)).backward()
+    n = len(batches)
+    gradients = zip(images.grad.chunk(n), texts.grad.chunk(n))
+    for batch, (image_gradient, text_gradient) in zip(batches, gradients):
         with autocast:
-            *pair, word_loss = model.features_and_word_loss(**batch)
-        # A number whose gradient is, by the chain rule, that of the contrastive loss
-        surrogate = sum((x * gradient).sum() for x, gradient in zip(pair, gradients))
-        (surrogate + scaler.scale(model.config.cls_weight * word_loss / n)).backward()
-        words += word_loss.detach() / n
+            images, texts, own_terms = model.features_and_terms(**batch)
+        # A number whose gradient is, by the chain rule, that of the terms between pairs
+        surrogate = (images * image_gradient).sum() + (texts * text_gradient).sum()
+        (surrogate + scaler.scale(model.total_loss(own_terms) / n)).backward()
+        for name, value in own_terms.items():
+            terms[name] = terms.get(name, 0.0) + value.detach() / n
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained if dist.is_initialized() else ():
         all_sum(p.grad).div_(dist.get_world_size())
-    return {"contrastive_loss": contrastive, "classification_loss": words}
+    return {"loss": model.total_loss(terms), **terms}
 
 
 def plain_step(model, batch, autocast, scaler):
@@ -298,7 +312,7 @@ def update(model, optimizer, scaler, factor):
 def prepare(args, saved):
     """What the processes of a machine must not do all at once -> (the checkpoint to start from or
     None, tokenizer). Drawing and indexing start processes, so they come before CUDA does."""
-    with open(data.cache_folder() / "lock", "a") as lock:
+    with open(cache_folder() / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one does the work, the others find it done
         if args.train_data == TRAIN_DATA and not Path("scenes").exists():
             make_scenes("scenes")
@@ -319,7 +333,10 @@ def make_model(args, start_from, tokenizer, device):
     config, held = (start_from["config"], IN_A_CHECKPOINT) if start_from else (new, set())
     options = {k: v for k, v in vars(args).items() if k in FIELDS - held and v is not None}
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
-    model = SuperCLIP(SuperCLIPConfig(**{**config, **options}))
+    try:
+        model = SuperCLIP(SuperCLIPConfig(**{**config, **options}))
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if start_from:
         # Not strict: the head may be new, or not be wanted. read_checkpoint has checked the rest.
         if model.load_state_dict(start_from.pop("model"), strict=False).missing_keys:
@@ -339,7 +356,8 @@ def make_model(args, start_from, tokenizer, device):
         # one by one, so that captions of another length do not recompile the image tower
         model.visual.compile()
         model.text.compile()
-        model.word_loss, model.pair_loss = map(torch.compile, (model.word_loss, model.pair_loss))
+        model.terms_of_each_pair = torch.compile(model.terms_of_each_pair)
+        model.terms_between_pairs = torch.compile(model.terms_between_pairs)
     tokenizer.context_length = model.config.context_length
     return model.to(device).train()
 
@@ -447,7 +465,7 @@ class Log:
         self.file = open(os.devnull, "a") if RANK else open_log(Path(args.out_dir), args.resume)
         # None: a bar if this is a terminal
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
-        wandb = evaluation.optional("wandb") if args.wandb and RANK == 0 else None
+        wandb = optional("wandb") if args.wandb and RANK == 0 else None
         self.wandb = wandb and wandb.init(project=args.wandb, config=header)
         self.write({"header": header, "step": step})
 
@@ -462,19 +480,21 @@ class Log:
     def row(self, step, losses, grad_norm, learning_rate, model):
         """The row of a step, which is the same on all processes. Speed and waiting are of the steps
         since the last row, bad samples of those since the start or the resumption."""
-        names, N = ("contrastive_loss", "classification_loss"), self.header["batch_size"]
+        names = [name for name in losses if name.endswith("loss")]
+        N = self.header["batch_size"]
         means = [losses[name].detach() / WORLD for name in names]
         bad = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        contrastive, words, bad = all_sum(torch.stack([*means, bad])).tolist()
-        loss = contrastive + model.config.cls_weight * words
+        *means, bad = all_sum(torch.stack([*means, bad])).tolist()
+        terms = dict(zip(names, means))
+        loss = terms["loss"]
         check(math.isfinite(loss), f"the loss is {loss} at step {step}: {evaluation.DIVERGED}")
         # A bad sample may be replaced by another one, so that one pair may count several.
         seen, seconds = (step - self.first_step) * N, time.perf_counter() - self.clock
         check(bad <= seen, f"more than half are bad: {bad:,.0f} of {seen + bad:,.0f} samples read")
         speed, waiting = (step - self.last_step) * N / seconds, self.waited / seconds
         memory = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
-        row = {"step": step, "samples": step * N, "loss": loss, "contrastive_loss": contrastive}
-        row |= {"classification_loss": words, "logit_scale": model.logit_scale.exp().item()}
+        row = {"step": step, "samples": step * N, **terms}
+        row |= {"logit_scale": model.logit_scale.exp().item()}
         row |= {"grad_norm": grad_norm.nan_to_num().item(), "learning_rate": learning_rate}
         row |= {"images_per_second": round(speed, 1), "data_wait": round(waiting, 3)}
         return row | {"bad_samples": round(bad), "memory_gb": round(memory, 2)}
@@ -489,8 +509,9 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         if "loss" in row:
-            text = "step {step:6d}  contrastive {contrastive_loss:.3f}, words {classification_loss"
-            text += ":.3f}, {images_per_second:.0f} images/s, {data_wait:.0%} waiting"
+            terms = [f"{name} {row[name]:.3f}, " for name in row if name.endswith("_loss")]
+            text = "step {step:6d}  " + "".join(terms)
+            text += "{images_per_second:.0f} images/s, {data_wait:.0%} waiting"
             samples = (self.header["steps"] - row["step"]) * self.header["batch_size"]
             left = timedelta(seconds=samples // max(row["images_per_second"], 0.1))
             long = ": a smaller --model or fewer --epochs take less" if left.days else ""
@@ -524,7 +545,7 @@ def validate(model, tokenizer, pairs, args, step):
     if pairs and model.head is not None:
         images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
         for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
-            print(data.printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
+            print(printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
     model.train()
     return row
 
@@ -674,4 +695,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -25,9 +25,10 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 import data
 import eval as evaluation
+from cli import run_command
 from scripts import scenes
 from study import run
-from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, cli
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
@@ -356,4 +357,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -33,13 +33,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import eval as evaluation
 import train
+from cli import check, number, output_file, pick_device, run_command, write_json
 from scripts.convert import open_clip_config
-from superclip import PRESETS, LayerNorm, check, cli, number
+from superclip import PRESETS, LayerNorm
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
-RATES = 5e-4, 0.2  # learning rate and weight decay, which make no difference here
+# Learning rate, that of the head, and weight decay, which make no difference here
+RATES = 5e-4, 5e-4, 0.2
 CPU = torch.device("cpu")
 
 
@@ -167,12 +168,10 @@ class Run:
             parts = (dict(zip(self.batch, part)) for part in split)
             train.grad_cache_step(self.model, parts, self.autocast, self.scaler)
         else:
-            with self.autocast:
-                losses = self.model(**self.batch)
-            self.scaler.scale(losses["loss"]).backward()
+            train.plain_step(self.model, self.batch, self.autocast, self.scaler)
 
     def update(self):
-        train.update(self.model, self.optimizer, self.scaler, RATES[0], RATES[0])
+        train.update(self.model, self.optimizer, self.scaler, 1.0)
 
     def step(self):
         self.backward()
@@ -256,17 +255,17 @@ def predict_memory(options):
         for p in run.model.parameters():  # AdamW makes its moments, here from gradients of 0
             p.grad = torch.zeros_like(p)
         run.update()
-        features_and_word_loss = run.model.features_and_word_loss
+        features_and_terms = run.model.features_and_terms
 
         def watch(*batch, **named):
             if settings.micro_batch_size:  # or MemTracker refuses to see a module again
                 tracker.reset_mod_stats()
             before = tracker.get_tracker_snapshot()[CPU]["Total"]
-            result = features_and_word_loss(*batch, **named)
+            result = features_and_terms(*batch, **named)
             activations.append(tracker.get_tracker_snapshot()[CPU]["Total"] - before)
             return result
 
-        run.model.features_and_word_loss = watch
+        run.model.features_and_terms = watch
         run.backward()
         run.update()
         peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
@@ -326,7 +325,7 @@ def train_for_real(options, args):
 
 def bench_cuda(options, args):
     options = ["--device=cuda", "--batch_size=256", *options]
-    device = evaluation.pick_device(parse(options).device)  # says so if there is none
+    device = pick_device(parse(options).device)  # says so if there is none
     compiled = ["--compile"] if device.type == "cuda" else []
     ways = "", "--micro_batch_size=4", "--grad_checkpointing", *compiled
     for function, *inputs in (
@@ -353,15 +352,15 @@ def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (10)")
-    parser.add_argument("--json", type=evaluation.output_file(".json"), help="for the numbers")
+    parser.add_argument("--json", type=output_file(".json"), help="for the numbers")
     args, options = parser.parse_known_args(argv)
     rows, cards = [], [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "GPUs": str(cards)}
     for row in itertools.chain([where], COMMANDS[args.command](options, args)):
         print(", ".join(f"{name} {show(value)}" for name, value in row.items()), flush=True)
         rows.append(row)
-        evaluation.write_json(args.json, rows)
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import data
-from superclip import check, cli, number
+from cli import check, number, printable, run_command
 
 
 def read_classes(pairs):
@@ -53,8 +53,8 @@ def main(argv):
             image.write_bytes(pairs.read(row, data.IMAGE))
             written[name] += 1
     for name, n in written.most_common():
-        print(f"{n:8,}  {data.printable(name)}")
+        print(f"{n:8,}  {printable(name)}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -21,7 +21,8 @@ import torch
 
 import data
 import eval as evaluation
-from superclip import SuperCLIP, SuperCLIPConfig, check, cli, number
+from cli import check, number, optional, run_command, write_file, write_json
+from superclip import SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
 # Weights in
@@ -48,7 +49,7 @@ NAMES |= {"ln_": "layer_norm", "attn": "self_attn", "c_fc": "fc1", "c_proj": "fc
 
 
 def safetensors():
-    return evaluation.optional("safetensors.torch", "safetensors")
+    return optional("safetensors.torch", "safetensors")
 
 
 def our_name(name):
@@ -207,8 +208,8 @@ def write_open_clip(model, path):
     state, c, beside = open_clip_state(model), model.config, path.with_suffix(".json")
     # As bytes, because save_file of safetensors replaces the file that write_file has opened.
     as_bytes = safetensors().save if path.suffix == ".safetensors" else None
-    data.write_file(path, lambda f: f.write(as_bytes(state)) if as_bytes else torch.save(state, f))
-    evaluation.write_json(beside, open_clip_config(c))
+    write_file(path, lambda f: f.write(as_bytes(state)) if as_bytes else torch.save(state, f))
+    write_json(beside, open_clip_config(c))
     print(f"wrote {path} and {beside}, without the word head. In Python:\n  import open_clip")
     print(f"  open_clip.add_model_config({str(beside)!r})")
     print(f"  model, _, preprocess = open_clip.create_model_and_transforms({path.stem!r},")
@@ -220,20 +221,20 @@ def write_transformers(model, path):
     transformers wants beside it, except for the tokenizer (write_clip_tokenizer)."""
     c, folder, state = model.config, path.parent, transformers_state(model)
     folder.mkdir(exist_ok=True)
-    data.write_file(path, lambda f: f.write(safetensors().save(state, {"format": "pt"})))
-    evaluation.write_json(folder / "config.json", transformers_config(c))
+    write_file(path, lambda f: f.write(safetensors().save(state, {"format": "pt"})))
+    write_json(folder / "config.json", transformers_config(c))
     images = {"image_processor_type": "CLIPImageProcessor", "size": c.image_size}
     images |= {"crop_size": c.image_size, "image_mean": c.image_mean, "image_std": c.image_std}
-    evaluation.write_json(folder / "preprocessor_config.json", images)
+    write_json(folder / "preprocessor_config.json", images)
     print(f"wrote {folder} for transformers' CLIPModel.from_pretrained, without the word head")
 
 
 def write_clip_tokenizer(folder, context_length):
     """Write CLIP's tokenizer as transformers loads it. open_clip knows the merges."""
-    bpe = evaluation.optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
+    bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
     tokens = [*bpe.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
-    evaluation.write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    evaluation.write_json(folder / "tokenizer_config.json", {"model_max_length": context_length})
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_json(folder / "tokenizer_config.json", {"model_max_length": context_length})
     merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)])
     (folder / "merges.txt").write_text(merges, "utf-8")
 
@@ -278,7 +279,7 @@ def main(argv):
     (write_open_clip if args.to == "open_clip" else write_transformers)(model, path)
     vocab_path, T = str(path.with_suffix(".tiktoken")), model.config.context_length
     if data.Tokenizer(vocab).encode("a photo") != [320, 1125]:  # CLIP's ids
-        data.write_file(vocab_path, lambda file: file.write(vocab.encode()))
+        write_file(vocab_path, lambda file: file.write(vocab.encode()))
         print("  from data import Tokenizer  # of this repository")
         print(f"  tokenizer = Tokenizer.from_file({vocab_path!r}, {T})")
     elif args.to == "transformers":
@@ -286,4 +287,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

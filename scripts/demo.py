@@ -20,9 +20,9 @@ import torch
 
 import data
 import eval as evaluation
+from cli import check, output_file, run_command
 from scripts import scenes
 from scripts.report import write_page
-from superclip import check, cli
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 STUDY = Path(__file__).resolve().parent.parent / "study" / "runs.jsonl"
@@ -109,7 +109,7 @@ def main(argv):
     add = parser.add_argument
     add("clip", help="checkpoint of a run on the built-in scenes with --cls_weight 0")
     add("superclip", help="checkpoint of the same run with the word head")
-    add("--out", type=evaluation.output_file(".html"), required=True, help="page to write")
+    add("--out", type=output_file(".html"), required=True, help="page to write")
     args = parser.parse_args(argv)
     models = [describe(path) for path in (args.clip, args.superclip)]
     heads = [model["config"]["cls_weight"] > 0 for model in models]
@@ -123,4 +123,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 import data
-from superclip import InputError, check, cli, number
+from cli import InputError, check, number, run_command, write_file
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
@@ -177,21 +177,14 @@ def encode(item, split, args):
 # Shards
 
 
-def add_member(tar, name, content):
-    """Add bytes as a member of a tar that is open for writing."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 def write_shard(number, samples, file):
     """samples: (suffix of the image, its bytes, fields of .json) of each."""
     with tarfile.open(fileobj=file, mode="w") as tar:
         for i, (suffix, content, fields) in enumerate(samples):
             key = f"{number}{i:05d}"
-            add_member(tar, key + suffix, content)
-            add_member(tar, key + ".txt", fields["captions"][0].encode())
-            add_member(tar, key + ".json", json.dumps(fields).encode())
+            data.add_member(tar, key + suffix, content)
+            data.add_member(tar, key + ".txt", fields["captions"][0].encode())
+            data.add_member(tar, key + ".json", json.dumps(fields).encode())
 
 
 def packed_images(shards):
@@ -222,7 +215,7 @@ def make_shards(args, samples, bad):
                 paths = (args.out / f"{split}-{i:05d}.tar" for i in itertools.count())
                 path = next(path for path in paths if not path.exists())
                 shard = itertools.chain([first], itertools.islice(encoded, args.shard_size - 1))
-                data.write_file(path, partial(write_shard, path.stem[-5:], shard))
+                write_file(path, partial(write_shard, path.stem[-5:], shard))
 
 
 def summary(out, bad):
@@ -285,7 +278,7 @@ def main(argv):
     record, shards = args.out / "pack.json", sorted(map(str, args.out.glob("*.tar")))
     same = record.is_file() and record.read_bytes() == recipe
     check(same or not shards, f"{args.out} has shards of another list: name another --out")
-    data.write_file(record, lambda file: file.write(recipe))
+    write_file(record, lambda file: file.write(recipe))
     packed = packed_images(shards) if shards else ()
     todo = {image: rows for image, rows in samples.items() if image not in packed}
     print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
@@ -300,4 +293,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import data
-from eval import images_in, output_file
-from superclip import check
+from cli import check, output_file, write_file
+from eval import images_in
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -68,4 +67,4 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
     pen.multiline_text((GAP, bottom - GAP // 2), "\n".join(legend), "black", font)
     format = FORMATS[Path(path).suffix.lower()]
-    data.write_file(path, lambda file: sheet.save(file, format))
+    write_file(path, lambda file: sheet.save(file, format))

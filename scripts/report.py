@@ -22,8 +22,8 @@ from torch.utils.data import Subset
 
 import data
 import eval as evaluation
+from cli import InputError, number, output_file, pick_device, run_command, write_file
 from scripts.words import default_window
-from superclip import InputError, cli, number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
@@ -196,7 +196,7 @@ def write_page(path, template, content):
     # A caption may hold "</script>". Without "<" nothing in a script element can end it.
     numbers = json.dumps(content).replace("<", "\\u003c")
     page = START_OF_PAGE.read_text("utf-8").replace(PLACEHOLDER, numbers)
-    data.write_file(path, lambda file: file.write((page + template.read_text("utf-8")).encode()))
+    write_file(path, lambda file: file.write((page + template.read_text("utf-8")).encode()))
 
 
 def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12):
@@ -216,7 +216,7 @@ def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=Non
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    add, page = parser.add_argument, evaluation.output_file(".html")
+    add, page = parser.add_argument, output_file(".html")
     add("--checkpoint", required=True, help="best.pt or last.pt of a run")
     add("--data", nargs="+", required=True, help="validation shards: paths, folders, globs, braces")
     add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
@@ -227,11 +227,11 @@ def main(argv):
     args = parser.parse_args(argv)
     log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
     log = log if args.log or log.is_file() else None
-    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
     write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

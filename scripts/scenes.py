@@ -42,9 +42,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from scripts.pack import add_member
-from scripts.vocab import words_to_tiktoken
-from superclip import check, cli
+from cli import check, run_command
+from data import add_member, words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
 
@@ -319,4 +318,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

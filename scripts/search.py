@@ -37,8 +37,17 @@ from torch.utils.data import Dataset
 
 import data
 import eval as evaluation
+from cli import (
+    InputError,
+    check,
+    number,
+    output_file,
+    pick_device,
+    printable,
+    run_command,
+    write_file,
+)
 from scripts.pictures import contact_sheet, image_files, load_font, picture_file, wrap
-from superclip import InputError, check, cli, number
 
 # -----------------------------------------------------------------------------
 # Where images are
@@ -136,7 +145,7 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
         if path and features and list(features) != list(before):
             columns = zip(COLUMNS, map(np.array, zip(*features)))
             content = dict(columns, features=torch.stack([*features.values()]).numpy())
-            data.write_file(path, lambda f: np.savez(f, checkpoint=checkpoint, **content))
+            write_file(path, lambda f: np.savez(f, checkpoint=checkpoint, **content))
     return features
 
 
@@ -195,7 +204,7 @@ def main(argv):
     add("--like", action="append", default=[], help="image to look for; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--out", type=picture_file, help="picture to draw: .png, .jpg or .webp")
-    npz_file = evaluation.output_file(".npz")
+    npz_file = output_file(".npz")
     add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
@@ -211,7 +220,7 @@ def main(argv):
     rows = shard_entries(pairs) if pairs else {}
     entries += rows
     checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     queries = find_features(model, like, workers=0) if like else {}  # entry or text -> feature
     if args.texts:
         queries |= zip(args.texts, evaluation.encode_texts(model, tokenizer, args.texts).cpu())
@@ -222,11 +231,11 @@ def main(argv):
     rare = [word for text in args.texts for word in rare_words(model, tokenizer, text)]
     for word, n in dict.fromkeys(rare):
         seen = f"was seen {n:,} times in training" if n else "is not in the vocabulary"
-        print(data.printable(f"{word!r} {seen}: the model hardly knows it"))
+        print(printable(f"{word!r} {seen}: the model hardly knows it"))
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)
-        print("\n" + data.printable(query if is_text else f"like {query.name.removeprefix(here)}"))
+        print("\n" + printable(query if is_text else f"like {query.name.removeprefix(here)}"))
         blocks.append([(query, "" if is_text else "like this")])
         # An image would find itself and its copies, which are of no use to anybody.
         row = row if is_text else row.masked_fill(row > 1 - 1e-5, -math.inf)
@@ -234,7 +243,7 @@ def main(argv):
         for i in best[: int(row.isfinite().sum())]:
             known = known_of(pairs, rows[entries[i]]) if entries[i] in rows else []
             name = "  ".join([entries[i].name.removeprefix(here), *known])
-            print(f"{row[i]:8.3f}  {data.printable(name)}")
+            print(f"{row[i]:8.3f}  {printable(name)}")
             title = (known or [os.path.basename(entries[i].name)])[-1]
             blocks[-1].append((entries[i], f"{row[i]:.3f} {title}"))
     if args.out:
@@ -243,4 +252,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -19,8 +19,9 @@ from functools import partial
 import torch
 
 import data
+from cli import number, printable, run_command
 from scripts.pictures import contact_sheet, picture_file
-from superclip import PAD, cli, number
+from superclip import PAD
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -87,7 +88,7 @@ def report_captions(lengths, repeats, context_length):
     print(f"false negatives: {small:.2%} of pairs meet a twin in a batch of 32, {large:.2%} of 256")
     for text, count in repeats.most_common(3):
         if count > 1:
-            print(f"{count:9,} x {data.printable(textwrap.shorten(text, 90))}")
+            print(f"{count:9,} x {printable(textwrap.shorten(text, 90))}")
 
 
 def report_overlap(pairs, val_pairs, repeats):
@@ -119,7 +120,7 @@ def report_unused(unused):
         examples = [entry for entry in unused if entry[2].partition(":")[0] == kind][:3]
         for shard, key, reason in examples:
             example = f"{shard} {key}: {textwrap.shorten(reason, 90)}"
-            print(f"{'':11}{data.printable(example)}")
+            print(f"{'':11}{printable(example)}")
 
 
 def label(ids, document_counts, n):
@@ -132,9 +133,9 @@ def label(ids, document_counts, n):
 
 def print_sample(pairs, row, texts, document_counts, n):
     """The captions of a sample, and what training makes of the first one. n: of all captions."""
-    print(f"\n{data.printable(f'{pairs.shards[row[0]]} {pairs.key(row)}')}")
+    print(f"\n{printable(f'{pairs.shards[row[0]]} {pairs.key(row)}')}")
     for text in texts:
-        print(fill(data.printable(text)))
+        print(fill(printable(text)))
     ids = pairs.tokenizer.encode(texts[0])
     shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
     print(f"  {len(ids)} tokens of the first caption: {shortened}")
@@ -180,4 +181,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

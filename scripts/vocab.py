@@ -12,13 +12,7 @@ from collections import Counter
 from contextlib import suppress
 
 import data
-from eval import output_file
-from superclip import check, cli, number
-
-
-def words_to_tiktoken(words):
-    """list of words -> the text of a .tiktoken file: all bytes, then each word as one token."""
-    return data.tiktoken_text(dict.fromkeys(data.BYTE_TOKENS + [w.encode() + b" " for w in words]))
+from cli import check, number, output_file, run_command, write_file
 
 
 def make_vocabulary(shards, size, captions):
@@ -33,7 +27,7 @@ def make_vocabulary(shards, size, captions):
     check(counts, f"there are no words in {', '.join(captions)} of these shards")
     # Words of one byte are in every vocabulary.
     words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
-    return words_to_tiktoken(words[: size - 514])
+    return data.words_to_tiktoken(words[: size - 514])
 
 
 def main(argv):
@@ -49,9 +43,9 @@ def main(argv):
     if {"train", "val"} <= {s.rpartition("/")[2].partition("-")[0] for s in shards}:
         print("warning: the words of validation shards are counted, too")
     text = make_vocabulary(shards, args.size, args.captions)
-    data.write_file(args.out, lambda file: file.write(text.encode()))
+    write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -15,8 +15,9 @@ import random
 import torch
 
 import data
+from cli import run_command
 from scripts.scenes import COMBINATIONS, describe, draw, make_scene, vocabulary
-from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig, cli
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 B = 256  # pairs in the batch whose losses are compared with theory
 
@@ -80,4 +81,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -24,9 +24,18 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
+from cli import (
+    InputError,
+    check,
+    number,
+    output_file,
+    pick_device,
+    printable,
+    run_command,
+    write_json,
+)
 from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file
-from superclip import InputError, check, cli, number
 
 
 def default_window(grid):
@@ -137,11 +146,11 @@ def main(argv):
     add("--data", nargs="+", help="shards of the built-in scenes: score the maps")
     add("--limit", type=number(int, 1), default=200, help="scenes to score (default 200)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--json", type=evaluation.output_file(".json"), help="file to write the numbers to")
+    add("--json", type=output_file(".json"), help="file to write the numbers to")
     args = parser.parse_args(argv)
     files = image_files(args.image, args.out)
     check(not (args.out and args.data and not files), "--out needs --image")
-    model, tokenizer, _ = evaluation.load(args.checkpoint, evaluation.pick_device(args.device))
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     grid, size = model.visual.grid, model.config.image_size
     chosen = [(word, tokenizer.encode(word)) for word in args.word]
@@ -158,14 +167,14 @@ def main(argv):
     for name, image in images if files or args.data else draw_scenes(size):
         if isinstance(image, str):
             check(result["images"] or name != files[-1], image)  # not even the last one
-            print(data.printable(f"skipped {image}"))
+            print(printable(f"skipped {image}"))
             continue
         if chosen:
             logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
             words = [(word, logits.softmax(dim=0)[i].item(), i) for word, [i] in chosen]
         else:
             words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
-        print(data.printable(f"{name}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
+        print(printable(f"{name}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
         result["images"][str(name)] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(drawn) < MAX_IMAGES:
             _, maps = evaluation.word_maps(model, image, [i for _, _, i in words], window)
@@ -173,8 +182,8 @@ def main(argv):
     if drawn:
         draw_words(drawn, window, args.out)
         print(f"wrote {args.out}: {len(drawn)} of {len(result['images'])} images")
-    evaluation.write_json(args.json, result)
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from cli import check, number, run_command
 from study import run
-from superclip import check, cli, number
 
 FOLDER = Path(__file__).parent
 FIGURE = FOLDER.parent / "assets" / "study.png"
@@ -481,4 +481,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

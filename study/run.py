@@ -24,9 +24,10 @@ import torchvision
 import data
 import eval as evaluation
 import train
+from cli import InputError, cache_folder, check
 from scripts import pack, scenes
-from scripts.vocab import make_vocabulary, words_to_tiktoken
-from superclip import PAD, PRESETS, InputError, SuperCLIP, SuperCLIPConfig, check
+from scripts.vocab import make_vocabulary
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 # The options of a run, and their defaults.
 RUN = dict(
@@ -38,12 +39,12 @@ RUN = dict(
     learning_rate=None,
     samples=48_000,  # seen
     seed=0,
-    search=False,  # "mean": trained and judged on training pairs alone (True: an older rule)
+    search=False,  # "mean": trained and judged on training pairs (True: an older rule)
     captions="mixed",  # short, long, or a mix of both
     label_captions=None,  # for the words, if others
 )
-# The first caption of a table is short, the others are long. The short one of an object is its setting, and that of a
-# product its group, such as "Shoes".
+# The first caption of a table is short, the others are long. The short one of an object is its
+# setting, and that of a product its group, such as "Shoes".
 PER_LOOK = 20  # pictures of one object for each of the 64 combinations of colour and shape
 SHOTS = 2  # of these, the ones that a linear probe learns from: few, so that features matter
 RANKED = 1000  # pairs that R@k is measured among
@@ -133,7 +134,7 @@ def read_objects(source, split):
     or None for CIFAR-10, which is downloaded."""
     if source:
         return evaluation.ClassFolders(source / split, PHOTOGRAPH)
-    load, folder = partial(data.load_image, size=PHOTOGRAPH), data.cache_folder()
+    load, folder = partial(data.load_image, size=PHOTOGRAPH), cache_folder()
     try:
         return torchvision.datasets.CIFAR10(folder, split == "train", load, download=True)
     except OSError as error:
@@ -147,7 +148,7 @@ def prepare_objects(folder, settings, source):
         parts[name] = place_objects(read_objects(source, split), some, MOST[split], split)
     texts = (text for _, captions, _ in parts.values() for own in captions for text in own)
     words = {word for text in texts for word in text.split()}
-    tokenizer = data.Tokenizer(words_to_tiktoken(sorted(words)))
+    tokenizer = data.Tokenizer(data.words_to_tiktoken(sorted(words)))
     for name, part in parts.items():
         write_table(folder / f"objects-{settings}-{name}.pt", tokenizer, *part)
 
@@ -367,7 +368,8 @@ def make_model(spec, vocab_size):
 
         def compare_in_groups(*features):
             groups = zip(*(x.split(spec["group"]) for x in features))
-            return torch.stack([compare(*group) for group in groups]).mean()
+            losses = [compare(*group)["contrastive_loss"] for group in groups]
+            return {"contrastive_loss": torch.stack(losses).mean()}
 
         model.compare = compare_in_groups
     return model.train()
@@ -392,8 +394,7 @@ def optimise(model, tokenizer, table, spec):
         train.update(
             model, optimizer, scaler, train.learning_rate_at(step, 1.0, steps // 10, steps)
         )
-    names = "contrastive_loss", "classification_loss"
-    return {name: losses[name].item() for name in names if losses}, dtype
+    return {name: x.item() for name, x in losses.items() if name.endswith("_loss")}, dtype
 
 
 def score_run(model, tokenizer, spec, held_out):

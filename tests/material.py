@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+from cli import run_command
+from data import words_to_tiktoken
 from scripts.convert import open_clip_config, open_clip_state
-from scripts.vocab import words_to_tiktoken
-from superclip import SuperCLIP, SuperCLIPConfig, cli
+from superclip import SuperCLIP, SuperCLIPConfig
 
 TINY = dict(image_size=16, patch_size=4, vision_width=64, vision_layers=1, text_width=64)
 TINY |= dict(text_layers=1, embed_dim=16)  # one head a tower; 16 patches
@@ -84,7 +85,7 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab):
 def run(main, *argv):
     """Run a command as a user does. Returns its exit code."""
     with pytest.raises(SystemExit) as ended:
-        cli(lambda _: main([str(a) for a in argv]))
+        run_command(lambda _: main([str(a) for a in argv]))
     return ended.value.code
 
 

@@ -31,7 +31,7 @@ def test_predicted_activations_are_what_autograd_saves(options):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), step.autocast:
-        graph = step.model.features_and_word_loss(**step.batch)
+        graph = step.model.features_and_terms(**step.batch)
     for x in (*step.model.state_dict().values(), *step.batch.values()):
         saved.pop(x.untyped_storage().data_ptr(), None)
     by_hand = sum(saved.values()) + 2 * sum(inputs)

@@ -21,10 +21,10 @@ from material import photo, write_tar
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
+import cli
 import data
-from data import Pairs, Tokenizer, batch_indices, load_image
-from scripts.vocab import words_to_tiktoken
-from superclip import InputError, cli
+from cli import InputError, run_command
+from data import Pairs, Tokenizer, batch_indices, load_image, words_to_tiktoken
 
 CPU = torch.device("cpu")
 WORDS = "a red green blue dog cat runs sits on the grass".split()
@@ -150,7 +150,7 @@ def test_where_no_cache_can_be_made_it_is_a_new_folder_of_the_users_own(tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     for home, expected in (("home", tmp_path / "home" / ".cache" / "superclip"), ("file", None)):
         monkeypatch.setenv("HOME", str(tmp_path / home))
-        folder = data.cache_folder()
+        folder = cli.cache_folder()
         assert folder == (expected or folder) and folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -256,7 +256,7 @@ def test_a_worker_that_dies_or_finds_only_bad_samples_ends_the_run(tmp_path, cap
     members = [m for i in range(120) for m in ((f"{i}.jpg", b"x"), (f"{i}.txt", b"a"))]
     pairs = kind([write_tar(tmp_path / "0.tar", members)], TOKENIZER, 16)
     with pytest.raises(SystemExit) as stop:
-        cli(lambda _: list(data.load_batches(pairs, 4, slice(None), 4, 0, 1, workers, CPU)))
+        run_command(lambda _: list(data.load_batches(pairs, 4, slice(None), 4, 0, 1, workers, CPU)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert ("--workers" if kind is Deadly else "0.tar") in error

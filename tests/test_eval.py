@@ -16,8 +16,8 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from scripts.vocab import words_to_tiktoken
-from superclip import InputError
+from cli import InputError
+from data import words_to_tiktoken
 
 NAMES = ("red", "green", "blue")
 

@@ -13,8 +13,8 @@ from material import COLOURS, TINY, coloured
 from test_step import KEEP, N, V, assert_same_gradients, micro_batches, step_of
 
 import train
+from data import words_to_tiktoken
 from scripts import bench
-from scripts.vocab import words_to_tiktoken
 from superclip import PRESETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,9 +13,9 @@ from material import COLOURS, make_model, png, run, write_checkpoint, write_shar
 
 import eval as evaluation
 import train
+from cli import run_command
+from data import words_to_tiktoken
 from scripts import bench, convert, pack, report, scenes, search, show, vocab, words
-from scripts.vocab import words_to_tiktoken
-from superclip import cli
 
 MODULES = train, evaluation, bench, convert, pack, report, scenes, search, show, vocab, words
 COMMANDS = {module.__name__.removeprefix("scripts."): module.main for module in MODULES}
@@ -24,7 +24,7 @@ COMMANDS = {module.__name__.removeprefix("scripts."): module.main for module in 
 # is done: that the checkpoint is none.pt is not noticed then.
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
-train --train_data \x1b.tar                                        | ?.tar
+train --train_data \x1b.tar                                        | x1b.tar
 train --train_data pairs.tar --init_from damaged.pt               | damaged.pt
 train --resume --out_dir nowhere                                  | nowhere/last.pt
 train TRAIN --val_data pairs.tar                                  | pairs.tar
@@ -147,14 +147,14 @@ def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys
 
     for error in (ValueError("ours"), OSError(errno.EINVAL, "ours"), KeyError("ours")):
         with pytest.raises(type(error)):
-            cli(lambda _, error=error: fails(error))
+            run_command(lambda _, error=error: fails(error))
     numbers = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE
     errors = [KeyboardInterrupt(), *(OSError(number, os.strerror(number)) for number in numbers)]
     for error, code in zip(errors, (130, 2, 2, 2, 2)):
         with pytest.raises(SystemExit) as ended:
-            cli(lambda _, error=error: fails(error))
+            run_command(lambda _, error=error: fails(error))
         assert ended.value.code == code and capsys.readouterr().err.count("\n") == 1
     assert not run(lambda _: print("\ud800"))  # which no terminal can show
     monkeypatch.setattr(sys, "stdout", sys.stdout)
-    cli(lambda _: fails(BrokenPipeError()))  # `| head` has read enough
+    run_command(lambda _: fails(BrokenPipeError()))  # `| head` has read enough
     assert capsys.readouterr().err == ""

@@ -11,8 +11,8 @@ from material import COLOURS, coloured, png, write_shard, write_tar
 from PIL import Image
 
 import data
+from data import words_to_tiktoken
 from scripts import show, vocab
-from scripts.vocab import words_to_tiktoken
 
 PNG = png(COLOURS["red"], np.random.default_rng(0))
 

@@ -52,10 +52,8 @@ def step_of(model, batches, micro=False, autocast=FLOAT32, scaler=NOT_SCALED):
     else:
         options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
         wrapped = DistributedDataParallel(model, **options) if dist.is_initialized() else model
-        with autocast:
-            losses = wrapped(**next(batches))
-        scaler.scale(losses["loss"]).backward()
-    losses = {k: losses[k].detach() for k in ("contrastive_loss", "classification_loss")}
+        losses = train.plain_step(wrapped, next(batches), autocast, scaler)
+    losses = {k: x.detach() for k, x in losses.items() if k.endswith("_loss")}
     return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -134,8 +132,8 @@ def test_the_contrastive_loss_is_float32_under_bfloat16(loss, size, micro):
     model, autocast = small_model(loss=loss), torch.autocast("cpu", torch.bfloat16)
     model.logit_scale.data.fill_(math.log(100))
     with autocast:
-        parts = [model.features_and_word_loss(**batch)[:2] for batch in micro_batches(size)]
-    expected = model.pair_loss(*map(torch.cat, zip(*parts)), slice(None))
+        parts = [model.features_and_terms(**batch)[:2] for batch in micro_batches(size)]
+    expected = model.terms_between_pairs(*map(torch.cat, zip(*parts)))["contrastive_loss"]
     losses, _ = step_of(model, micro_batches(size), micro, autocast)
     torch.testing.assert_close(losses["contrastive_loss"], expected.detach())
 
@@ -144,17 +142,17 @@ def test_the_contrastive_loss_is_float32_under_bfloat16(loss, size, micro):
 def test_the_loss_scale_of_float16_changes_no_update(size, micro):
     """Gradients lose the scale before they are clipped. An infinite update is skipped."""
     model, scaler = small_model(), torch.amp.GradScaler("cpu", 1024)
-    optimizer = train.make_optimizer(model, 1e-3, 0.2)
+    optimizer = train.make_optimizer(model, 1e-3, 1e-3, 0.2)
     _, gradients = step_of(small_model(), micro_batches(size), micro)
     _, scaled = step_of(model, micro_batches(size), micro, scaler=scaler)
     assert_same_gradients({name: g / 1024 for name, g in scaled.items()}, gradients)
-    norm = train.update(model, optimizer, scaler, 1e-3, 1e-3)
+    norm = train.update(model, optimizer, scaler, 1.0)
     expected = torch.cat([g.flatten() for g in gradients.values()]).norm()
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
     before = [p.detach().clone() for p in model.parameters()]
     step_of(model, micro_batches(size), micro, scaler=scaler)
     model.logit_scale.grad.fill_(math.inf)
-    train.update(model, optimizer, scaler, 1e-3, 1e-3)
+    train.update(model, optimizer, scaler, 1.0)
     torch.testing.assert_close([p.detach() for p in model.parameters()], before)
     assert scaler.get_scale() == 512
 
@@ -165,7 +163,7 @@ def test_compiled_equals_eager_and_lengths_of_captions_recompile_little(size, mi
     once more, for all other lengths. Micro-batches run with gradients and, before, without."""
     torch._dynamo.reset()
     compiled, eager = small_model(), small_model()
-    names = "visual", "text", "word_loss", "pair_loss"
+    names = "visual", "text", "terms_of_each_pair", "terms_between_pairs"
     count = {name: CompileCounterWithBackend("aot_eager") for name in names}  # needs no C++
     for name in names[:2]:
         getattr(compiled, name).compile(backend=count[name], fullgraph=True)
@@ -177,8 +175,8 @@ def test_compiled_equals_eager_and_lengths_of_captions_recompile_little(size, mi
         both = (step_of(m, micro_batches(size, **shape), micro) for m in (compiled, eager))
         torch.testing.assert_close(*both)
     runs = 1 + micro  # with gradients, and without them
-    assert count["visual"].frame_count == runs and count["pair_loss"].frame_count == 1
-    assert max(count[name].frame_count for name in ("text", "word_loss")) <= 2 * runs
+    assert count["visual"].frame_count == runs and count["terms_between_pairs"].frame_count == 1
+    assert max(count[name].frame_count for name in ("text", "terms_of_each_pair")) <= 2 * runs
     torch._dynamo.reset()
 
 
@@ -202,7 +200,7 @@ def test_learning_rate_and_schedule_by_hand():
 
 def test_weight_decay_is_for_matrices_alone():
     model = small_model(loss="sigmoid")
-    groups = train.make_optimizer(model, 1.0, 0.3).param_groups
+    groups = train.make_optimizer(model, 1.0, 1.0, 0.3).param_groups
     assert all((*group["betas"], group["eps"]) == (0.9, 0.98, 1e-6) for group in groups)  # CLIP's
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     vectors = "bias", "class_embedding", "logit_scale"
@@ -212,11 +210,11 @@ def test_weight_decay_is_for_matrices_alone():
 
 def test_an_update_clips_and_bounds_the_scale_and_the_head_has_a_rate_of_its_own():
     model = small_model()
-    optimizer = train.make_optimizer(model, 1.0, 0.0)
+    optimizer = train.make_optimizer(model, 1e-4, 1e-2, 0.0)
     model.logit_scale.data.fill_(5.0)
     step_of(model, micro_batches())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert train.update(model, optimizer, NOT_SCALED, 1e-4, 1e-2) > 1
+    assert train.update(model, optimizer, NOT_SCALED, 1.0) > 1
     # Adam's first moment is a tenth of the gradient, which was cut to length 1.
     moments = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)

@@ -81,8 +81,9 @@ def test_intervals_are_students():  # 1, 2, 3 have mean 2 and standard error 1 /
 def test_groups_are_compared_within_themselves():
     whole, parted = (run.make_model({**run.RUN, "group": group}, 50) for group in (None, 4))
     pairs = torch.randn(2, 8, 128) / 12  # image features and text features
-    halves = whole.compare(*pairs[:, :4]) + whole.compare(*pairs[:, 4:])
-    assert torch.allclose(parted.compare(*pairs), halves / 2)
+    parts = pairs[:, :4], pairs[:, 4:], pairs
+    first, second = (whole.compare(*part)["contrastive_loss"] for part in parts[:2])
+    assert torch.allclose(parted.compare(*pairs)["contrastive_loss"], (first + second) / 2)
 
 
 def score(folder, **changes):

@@ -13,9 +13,9 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
 import data
-from data import Tokenizer
-from scripts.vocab import words_to_tiktoken
-from superclip import PAD, InputError
+from cli import InputError
+from data import Tokenizer, words_to_tiktoken
+from superclip import PAD
 
 CLIP = Tokenizer.from_file(default_bpe())
 ORACLE = SimpleTokenizer()

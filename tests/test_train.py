@@ -27,9 +27,9 @@ import data
 import eval as evaluation
 import superclip
 import train
+from cli import run_command
+from data import words_to_tiktoken
 from scripts import scenes
-from scripts.vocab import words_to_tiktoken
-from superclip import cli
 
 TIMES = ("images_per_second", "data_wait", "memory_gb")  # what may differ between equal runs
 
@@ -158,7 +158,7 @@ def child(job, output, *args):
 
 
 def run(argv):
-    cli(lambda _: train.main(argv))
+    run_command(lambda _: train.main(argv))
 
 
 def finish(process):

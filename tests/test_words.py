@@ -14,9 +14,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from data import words_to_tiktoken
 from scripts import words
 from scripts.pictures import GAP
-from scripts.vocab import words_to_tiktoken
 
 
 @torch.no_grad()
