@@ -167,6 +167,30 @@ def printable(text):
     return ESCAPED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+class LostReader:
+    """A stream that drops what is printed once its reader, such as `| head`, has left."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def outlive_readers():
+    """From here on the command goes on when nobody reads what it prints any more."""
+    sys.stdout = LostReader(sys.stdout)
+    sys.stderr = LostReader(sys.stderr)
+
+
 # -----------------------------------------------------------------------------
 # Files, folders and locks
 

@@ -489,10 +489,10 @@ class SuperCLIP(nn.Module):
             label_tokens = tokens
         if self.training:
             self.count_tokens(label_tokens)
-        image_features, text_features, terms = self.features_and_terms(
+        image_features, text_features, pair_terms = self.features_and_terms(
             images, tokens, label_tokens, keep
         )
-        terms |= self.compare(image_features, text_features)
+        terms = {**self.compare(image_features, text_features), **pair_terms}
         return {
             "loss": self.total_loss(terms),
             **terms,

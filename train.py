@@ -1,11 +1,11 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, minutes on a laptop
-    python train.py --batch_size 256 --train_data 'cc3m/*.tar' --model ViT-B-16
-    torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/*.tar'
+    python train.py                       built-in scenes, two minutes on a laptop
+    python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
+    torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
 The file reads from top to bottom: the options, the processes and the device, one step, what a run
-is made of, its log, validation, and the run.
+is made of, its log, validation, checkpoints, and the run.
 
 Apart from weights, token counts and optimizer state, what a step needs is a function of the options
 and the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint
@@ -13,11 +13,10 @@ needs no state of a random generator, and a run that was killed and resumed ends
 as one that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
 
 Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
-patches (K of them kept), E embedding.
+patches (K of them kept), E embedding. M pairs are in memory at a time.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -26,167 +25,235 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
+from dataclasses import fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 from cli import (
     InputError,
-    cache_folder,
+    add_options,
     check,
+    is_out_of_memory,
+    lock_folder,
     number,
     optional,
+    outlive_readers,
     pick_device,
     printable,
     run_command,
 )
-from scripts.scenes import TRAIN_DATA, built_in, make_scenes
+from scripts.scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
-try:
-    import fcntl
-except ImportError:
-    sys.exit("error: train.py needs Linux, macOS or WSL")
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
 
-# torchrun tells each process its number, and how many there are.
-NAMES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-started = dist.is_torchelastic_launched()
-RANK, WORLD, LOCAL_RANK = (int(os.environ[k]) if started else v for k, v in NAMES.items())
+# torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
+environ = os.environ if dist.is_torchelastic_launched() else {}
+RANK = int(environ.get("RANK", 0))
+WORLD = int(environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(environ.get("LOCAL_RANK", 0))
 
 # -----------------------------------------------------------------------------
 # Options
 
 
 def make_parser():
-    """All options, one a line: name, type, default and help. A default of None is a rule that the
-    help states, because it depends on the data or on the length of the run."""
+    """All options. A default of None is a rule that the help states."""
     # no abbreviations, because a typo should not become another option
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.usage = "python train.py [options]   (--help explains them)"  # not a list of them all
-    parser.epilog = "Other defaults, of built-in scenes and --init_from, are printed at the start."
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    count, rate = number(int, 1), number(float, 0)
+    parser.epilog = "The built-in scenes and --init_from have other defaults, printed at the start."
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    count = number(int, 1)
+    positive = number(float, 0)
     # fmt: off
-    # the data
-    add("--train_data", nargs="+", metavar="SHARDS", help="tars, folders, globs, {0000..0575}")
-    add("--val_data", nargs="+", metavar="SHARDS", help="or none (default: hold 1 pair in 100 out)")
-    add("--zeroshot_data", nargs="+", metavar="DIR", help="folders of class folders, to score")
-    add("--captions", nargs="+", default=["txt"], help="txt (default) or json.FIELD, one or more")
-    add("--label_captions", nargs="+", help="for the word labels (default: --captions)")
-    add("--val_captions", nargs="+", help="for --val_data (default: --captions)")
-    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--workers", type=number(int, 0, 999), help="loading processes a GPU (default: its cores)")
+    add("--train_data", nargs="+", metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
+    add("--val_data", nargs="+", metavar="SHARDS",
+        help="shards to validate on, or none (default: hold out 1 pair in 100, at most 1000)")
+    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
+        help="folders with a folder of images per class, to classify at each validation")
+    add_options(parser, "captions")
+    add("--label_captions", nargs="+", metavar="SOURCE",
+        help="where the words to predict come from (default: --captions)")
+    add("--val_captions", nargs="+", metavar="SOURCE",
+        help="where the captions of --val_data are (default: --captions)")
+    add("--vocab", metavar="FILE",
+        help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
+        help="smallest share of a picture that a random crop shows; 1: no crops (default 0.9)")
+    add("--workers", type=number(int, 0, 999),
+        help="loading processes per GPU (default: as many as it has cores)")
     # the model
-    add("--model", choices=PRESETS, default="ViT-B-16", help="(default %(default)s)")
-    add("--image_size", type=count, metavar="PIXELS", help="a side (default: the model's)")
-    add("--context_length", type=number(int, 3), metavar="TOKENS", help="(default: the model's)")
-    add("--init_from", metavar="FILE", help="checkpoint to take model and vocabulary from")
+    add("--model", choices=PRESETS, default="ViT-B-16",
+        help="size of both towers (default ViT-B-16)")
+    add("--image_size", type=count, metavar="PIXELS",
+        help="side of an image (default: the model's)")
+    add("--context_length", type=number(int, 3), metavar="TOKENS",
+        help="tokens of a caption that the text tower sees (default: the model's)")
+    add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
     add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
-    add("--cls_weight", type=rate, default=1.0, help="of the word loss; 0 is CLIP (default 1)")
-    add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="CLIP's, or SigLIP's")
+    add("--cls_weight", type=positive, default=1.0,
+        help="weight of the classification loss; 0 trains plain CLIP (default 1)")
+    add("--loss", choices=("softmax", "sigmoid"), default="softmax",
+        help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
     # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
-    add("--steps", type=count, help="updates in all (default: as many as --epochs makes)")
-    add("--epochs", type=number(float, 1e-6), default=30.0, help="over the data (default 30)")
-    add("--batch_size", type=count, default=256, help="pairs, of all processes (default 256)")
-    add("--micro_batch_size", type=count, help="pairs in memory at a time (default: all)")
-    add("--learning_rate", type=rate, default=5e-4, help="peak (5e-4; with --init_from 5e-5)")
-    add("--head_learning_rate", type=rate, help="(default: the same; 5e-4 for a new head)")
-    add("--warmup_steps", type=number(int, 0), help="(default: steps / 10, at most 1000)")
-    add("--weight_decay", type=rate, default=0.2, help="of the weight matrices (default 0.2)")
-    add("--crop_area", type=number(float, 0.01, 1), default=0.9, help="share of a random crop")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, help="share that is dropped")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, crops, dropout")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="updates in all (default: by --epochs)")
+    length.add_argument("--epochs", type=number(float, 1e-6),
+        help="passes over the data (default 30)")
+    add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
+    add("--micro_batch_size", type=count,
+        help="pairs of a process in memory at a time (default: all of its batch)")
+    add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
+    add("--head_learning_rate", type=positive,
+        help="peak learning rate of the word head (default: --learning_rate; 5e-4 for a new head)")
+    add("--warmup_steps", type=number(int, 0),
+        help="updates over which the rate rises (default: a tenth of all, at most 1000)")
+    add("--weight_decay", type=positive, default=0.2,
+        help="weight decay of AdamW, for matrices only (default 0.2)")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
+        help="share of an image's patches that a step leaves out (default 0)")
+    add("--seed", type=number(int, 0, 2**31), default=0,
+        help="seed of weights, order, crops and patch dropout (default 0)")
     # the machine
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: what suits it)")
-    add("--compile", action=flag, help="torch.compile towers and losses (default: on CUDA)")
-    add("--grad_checkpointing", action=flag, default=False, help="less memory, a third slower")
+    add_options(parser, "device")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="numbers to compute with (default: the fastest that the device has units for)")
+    add("--compile", action=switch, help="compile towers and losses (default: on CUDA)")
+    add("--grad_checkpointing", action=switch, default=False,
+        help="keep fewer activations: less memory, a third more time")
     # the run
-    add("--out_dir", default="out", help="folder for checkpoints and log.jsonl (default out)")
-    add("--resume", action=flag, default=False, help="go on in --out_dir, with its saved options")
-    add("--log_every", type=count, help="steps (default: steps / 20, at most 20)")
-    add("--eval_every", type=count, help="steps (default: steps / 5, at most 2000)")
-    add("--save_every", type=count, help="steps (default: before each validation)")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (needs the package wandb)")
+    add("--out_dir", default="out", metavar="DIR",
+        help="folder for checkpoints and log.jsonl (default out)")
+    add("--resume", action=switch, default=False,
+        help="go on with the run in --out_dir, with its saved options")
+    add("--log_every", type=count, help="steps between log rows (default: steps / 20, at most 20)")
+    add("--eval_every", type=count,
+        help="steps between validations (default: steps / 3, at most 2000)")
+    add("--save_every", type=count, help="steps between saves (default: before each validation)")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
     # fmt: on
     return parser
 
 
-FIELDS = vars(SuperCLIPConfig()).keys()  # an option of such a name sets that field
+OF_THIS_CALL = ("out_dir", "resume", "wandb")  # --resume never takes them from a checkpoint
+FIELDS = {field.name for field in fields(SuperCLIPConfig)}  # an option of such a name sets it
 # What --resume may not change, or it would silently make another run.
-FIXED = {"model", "init_from", "vocab", "captions", "label_captions", "freeze", "weight_decay"}
-FIXED |= {"patch_dropout", "crop_area", "seed", *FIELDS}
-IN_A_CHECKPOINT = {"model", "image_size", "context_length", "vocab", "loss"}  # for --init_from
+FIXED = FIELDS | {
+    "model", "init_from", "vocab", "captions", "label_captions", "freeze", "weight_decay",
+    "crop_area", "patch_dropout", "seed",
+}  # fmt: skip
+IN_A_CHECKPOINT = ("model", "image_size", "context_length", "vocab", "loss")  # for --init_from
+
+# The options of a bare `python train.py`, which were chosen together.
+SCENES = {
+    "train_data": ["scenes/train-*.tar"],
+    "val_data": ["scenes/val-*.tar"],
+    "zeroshot_data": [
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "weight_decay": 0.1,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+}
 
 
 def parse(argv):
-    """-> (options with all defaults, the checkpoint to resume or None)"""
-    parser, saved = make_parser(), None
-    defaults = vars(parser.parse_args([]))
-    # argparse leaves alone what a namespace has, so None marks the options that were not given.
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
-    given = {name: value for name, value in vars(given).items() if value is not None}
-    check(not {"steps", "epochs"} <= given.keys(), "give --steps or --epochs, not both")
-    last = Path({**defaults, **given}["out_dir"], "last.pt")
-    if given.get("resume") and last.exists():
-        saved = evaluation.read_checkpoint(last)
-        whole = {"optimizer", "scaler", "arguments", "data_fingerprint", "samples"} <= saved.keys()
-        check(whole, f"{last} cannot be resumed: it holds weights only, or is of another version")
-        base = saved["arguments"] | ({"steps": None} if "epochs" in given else {})
-        # An option that is newer than the checkpoint had its default.
-        changed = [k for k in given.keys() & FIXED if given[k] != base.get(k, defaults[k])]
-        check(not changed, f"--resume cannot change --{' --'.join(changed)}")
-        if {"steps", "epochs"} & given.keys():
-            print("The new length changes the learning rate. (--init_from starts a new run.)")
+    """Returns the options with all defaults, and the checkpoint to resume or None."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    last = Path(given.out_dir, "last.pt")
+    if given.resume and last.exists():
+        saved = read_resumable(last)
+        return resumed_options(saved["arguments"], argv), saved
+
+    if given.train_data is None:
+        parser.set_defaults(**SCENES)
+        # A batch four times as large takes half as many steps, at twice the learning rate.
+        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
+        parser.set_defaults(epochs=round(2.4 * ratio, 3), learning_rate=round(3.5e-4 * ratio, 6))
     else:
-        # A scheduler that repeats its command may have killed it before the first save.
-        new = "train_data" in given and not last.with_name("best.pt").exists()
-        check(new or not given.get("resume"), f"--resume: there is no {last}")
-        # Options that were chosen together with the built-in scenes, or for fine-tuning
-        base = {} if "train_data" in given else built_in(given.get("batch_size"))
-        if "init_from" in given:
-            base["learning_rate"] = 5e-5  # larger steps would destroy what the weights know
-            known = given.keys() & IN_A_CHECKPOINT
-            check(not known, f"--init_from sets it: leave --{' --'.join(known)} out")
-        print("defaults unlike --help's:", {k: base[k] for k in base if k not in given})
-    return argparse.Namespace(**{**defaults, **base, **given}), saved
+        parser.set_defaults(epochs=30.0)
+    if given.init_from is not None:
+        # Larger steps would destroy what the weights know.
+        parser.set_defaults(learning_rate=5e-5, model=None, loss=None)
+    args = parser.parse_args(argv)
+    if args.steps is not None:
+        args.epochs = None
+    if args.init_from is not None:
+        for name in IN_A_CHECKPOINT:
+            if getattr(args, name) is not None:
+                raise InputError(f"--init_from sets it: leave --{name} out")
+    special = {name: x for name, x in vars(args).items() if x != getattr(given, name)}
+    if special:
+        print("defaults of this run:", special)
+    return args, None
+
+
+def resumed_options(saved, argv):
+    """Returns the saved options of a run, changed by those that are given. The saved ones become a
+    command line, so that argparse checks a file from elsewhere as it checks a user."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    options = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
+    if given.steps is not None or given.epochs is not None:  # the one drives out the other
+        options["steps"] = None
+        options["epochs"] = None
+    unset = [name for name, value in options.items() if value is None]
+    parser.set_defaults(**dict.fromkeys(unset))  # None is a value, too
+    before = as_command_line(options)
+    args = parser.parse_args([*before, *argv])
+    old_args = parser.parse_args(before)
+    for name in FIXED.intersection(vars(args)):
+        if getattr(args, name) != getattr(old_args, name):
+            raise InputError(f"--resume cannot change --{name}")
+    return args
+
+
+def as_command_line(options):
+    """Options as a dict -> the command line that gives them."""
+    argv = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            if value:
+                argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
 
 
 # -----------------------------------------------------------------------------
 # Processes and the device
 
 
-def set_up(name):
-    """--device -> device, after the processes have found each other. Each has its own GPU."""
-    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that streams are of this device, too
+def join_processes():
+    """Lets the processes that torchrun has started find each other."""
     if WORLD > 1:
         # CPU tensors travel by gloo, so that processes can agree on something without waiting for
         # their GPUs. Two hours, because all others wait while rank 0 validates.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return device
-
-
-def pick_dtype(device, scenes):
-    """What suits the device. scenes: are the data the built-in scenes?"""
-    if device.type == "cuda":
-        # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
-        # has a small range, which the loss scaler of train() makes up for.
-        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    # A CPU with bfloat16 units takes half the time. (Older torch does not tell.)
-    units = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if scenes and units.get("avx512_bf16") else "float32"
 
 
 def all_sum(tensor):
@@ -196,23 +263,80 @@ def all_sum(tensor):
     return tensor
 
 
-def listen_for_signals():
-    """-> a list that is empty until SIGINT (Ctrl-C) or SIGTERM (from schedulers) asks the run to
-    save and leave. Within three seconds another signal counts as the same one, because torchrun
-    passes on what a scheduler sends to all processes. A later one ends the process at once."""
-    asked = []  # when, in seconds
+def wait_for_all():
+    """Returns when all processes have come here."""
+    all_sum(torch.zeros(1))  # dist.barrier would use the GPU
 
-    def ask(number_of_signal, _):
-        if not asked:
+
+def check_processes_agree(*facts):
+    """All processes must have the same facts: options, data and step."""
+    if dist.is_initialized():
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, facts)
+        same = all(theirs == facts for theirs in everyone)
+        check(same, "the processes differ in options, data or step")
+
+
+def set_up_device(name):
+    """Returns the device of this process, by --device."""
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that streams are of this device, too
+    return device
+
+
+def pick_dtype(device):
+    """Returns the name of the fastest dtype that the device has units for."""
+    if device.type == "cuda":
+        # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
+        # has a small range, which the loss scaler makes up for.
+        capability = torch.cuda.get_device_capability(device)
+        return "bfloat16" if capability[0] >= 8 else "float16"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
+        if torch.cpu.get_capabilities().get("avx512_bf16"):
+            return "bfloat16"
+    return "float32"
+
+
+def precision(device, dtype):
+    """Returns the context in which a step computes, and the loss scaler, which float16 needs."""
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    return autocast, scaler
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C), SIGTERM (from schedulers) or SIGHUP (the terminal has gone) asks a run to
+    save and leave. Until then `number` is 0. Within three seconds another signal counts as the same
+    one, because torchrun passes on what a scheduler sends to all processes. A later one ends the
+    process at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.time = None
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self.receive)
+
+    def receive(self, number, _):
+        if self.number == 0:
+            self.number = number
+            self.time = time.monotonic()
             # os.write, because print may be what the signal has interrupted
-            os.write(2, b"\nThe run stops after this step or validation. Again: at once.\n")
-            asked.append(time.monotonic())
-        elif time.monotonic() > asked[0] + 3:
-            os._exit(128 + number_of_signal)
+            with suppress(OSError):
+                os.write(2, b"\nThe run stops after this step or validation. Again: at once.\n")
+        elif time.monotonic() > self.time + 3:
+            os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return asked
+    def agreed(self):
+        """Returns the signal that any of the processes has received, or 0."""
+        number = torch.tensor(self.number)  # on the CPU, so that nobody waits for a GPU
+        if dist.is_initialized():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
 
 # -----------------------------------------------------------------------------
@@ -231,18 +355,38 @@ def learning_rate_at(step, peak, warmup_steps, steps):
 def patches_to_keep(dropout, grid, batch_size, seed, step, device):
     """The patches that each image keeps in a step (FLIP, arXiv 2212.00794): indices (N, K), or None
     for all. They are drawn for the global batch, so that they do not depend on the processes."""
-    if not dropout:
+    if dropout == 0:
         return None
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     noise = torch.rand(batch_size, grid**2, generator=generator, device=device)  # (N, P)
-    # the first K of a random permutation of all patches
-    return noise.argsort(dim=1)[:, : max(1, round(grid**2 * (1 - dropout)))]
+    K = max(1, round(grid**2 * (1 - dropout)))
+    return noise.argsort(dim=1)[:, :K]  # the first K of a random permutation of all patches
+
+
+def load_batches(args, pairs, grid, local, M, start, stop, device):
+    """Yields the micro-batches of this process from step `start` to `stop`, as data.load_batches
+    does. Adds the patches that their images keep: keep (M, K), or None for all."""
+    N = args.batch_size
+    batches = data.load_batches(pairs, N, local, M, start, stop, args.workers, device)
+    for step in range(start, stop):
+        keep = patches_to_keep(args.patch_dropout, grid, N, args.seed, step, device)
+        for i in range(local.start, local.stop, M):
+            batch, bad_samples = next(batches)
+            batch["keep"] = None if keep is None else keep[i : i + M]
+            yield batch, bad_samples
+
+
+def plain_step(model, batch, autocast, scaler):
+    """Computes the losses of a batch, and leaves their gradient in .grad."""
+    with autocast:
+        losses = model(**batch)
+    scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
+    return losses
 
 
 def grad_cache_step(model, micro_batches, autocast, scaler):
-    """The losses of a batch, as model(**batch) gives them, and in .grad their gradient, with the
-    memory of one micro-batch (GradCache, arXiv 2101.06983). That takes a third more time, because
-    the towers run forward twice.
+    """Does what plain_step does, with the memory of one micro-batch (GradCache, arXiv 2101.06983).
+    That takes a third more time, because the towers run forward twice.
 
     The contrastive loss needs the features of all pairs at once, but the towers do not. So the loss
     is computed on features that have no graph. Then each micro-batch runs again, with a graph, and
@@ -250,45 +394,47 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     sum over micro-batches of d loss / d features * d features / d weights.
 
     micro_batches: an iterator over equal parts of the batch, so that the first ones are computed
-    while the loader is at work on the last ones. scaler: for float16, as in the plain step.
+    while the loader is at work on the last ones.
     """
-    batches, features = [], []
+    batches = []
+    image_parts = []
+    text_parts = []
     for batch in micro_batches:
         with autocast, torch.no_grad():
-            images, texts, _ = model.features_and_terms(**batch)
-        features.append((images, texts))
+            image_features, text_features, _ = model.features_and_terms(**batch)
         batches.append(batch)
+        image_parts.append(image_features)
+        text_parts.append(text_features)
     # All of them are counted before any is weighted, as in the plain step.
     model.count_tokens(data.pad_and_join([batch["label_tokens"] for batch in batches]))
-    images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))  # (B, E)
+
+    images = torch.cat(image_parts).requires_grad_()  # (B, E)
+    texts = torch.cat(text_parts).requires_grad_()
     terms = model.compare(images, texts)
     scaler.scale(model.total_loss(terms)).backward()
+
     n = len(batches)
     gradients = zip(images.grad.chunk(n), texts.grad.chunk(n))
     for batch, (image_gradient, text_gradient) in zip(batches, gradients):
         with autocast:
-            images, texts, own_terms = model.features_and_terms(**batch)
+            image_features, text_features, pair_terms = model.features_and_terms(**batch)
         # A number whose gradient is, by the chain rule, that of the terms between pairs
-        surrogate = (images * image_gradient).sum() + (texts * text_gradient).sum()
-        (surrogate + scaler.scale(model.total_loss(own_terms) / n)).backward()
-        for name, value in own_terms.items():
+        surrogate = (image_features * image_gradient).sum() + (text_features * text_gradient).sum()
+        own_loss = scaler.scale(model.total_loss(pair_terms) / n)
+        (surrogate + own_loss).backward()
+        for name, value in pair_terms.items():
             terms[name] = terms.get(name, 0.0) + value.detach() / n
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained if dist.is_initialized() else ():
-        all_sum(p.grad).div_(dist.get_world_size())
+
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.requires_grad:
+                all_sum(p.grad).div_(dist.get_world_size())
     return {"loss": model.total_loss(terms), **terms}
 
 
-def plain_step(model, batch, autocast, scaler):
-    """The losses of a batch, and in .grad their gradient."""
-    with autocast:
-        losses = model(**batch)
-    scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
-    return losses
-
-
 def update(model, optimizer, scaler, factor):
-    """One step of the optimizer. Returns the norm of the gradient before it was clipped to 1.
+    """One step of the optimizer, at `factor` times the peak rates. Returns the norm of the gradient
+    before it was clipped to 1.
 
     The authors, with batches of 16,384, do not clip. A small batch now and then has a gradient many
     times as long as usual, and clipping keeps such a step from undoing the ones before it.
@@ -309,48 +455,82 @@ def update(model, optimizer, scaler, factor):
 # What a run is made of
 
 
-def prepare(args, saved):
-    """What the processes of a machine must not do all at once -> (the checkpoint to start from or
-    None, tokenizer). Drawing and indexing start processes, so they come before CUDA does."""
-    with open(cache_folder() / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first one does the work, the others find it done
-        if args.train_data == TRAIN_DATA and not Path("scenes").exists():
-            make_scenes("scenes")
-        for patterns in (args.train_data, args.val_data):
-            if patterns not in (None, ["none"]):
-                data.build_index(data.expand(patterns))
-        start_from = saved or (args.init_from and evaluation.read_checkpoint(args.init_from))
-        if start_from:
-            return start_from, data.Tokenizer(start_from["vocab"])
-        vocab = args.vocab or data.vocabulary_beside(data.expand(args.train_data))
-        return None, data.Tokenizer.from_file(vocab)
+def read_start(args, saved):
+    """Returns the checkpoint to start from, or None, and the tokenizer: its own, or else that of
+    the shards. The built-in scenes are drawn if they are not there."""
+    if saved is None and args.init_from is not None:
+        saved = evaluation.read_checkpoint(args.init_from)
+    if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
+        make_scenes("scenes")
+    if saved is not None:
+        return saved, data.Tokenizer(saved["vocab"])
+    return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
-def make_model(args, start_from, tokenizer, device):
-    """A new model, or that of a checkpoint (--resume, --init_from). A word head that the checkpoint
-    does not have starts from random weights."""
-    new = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
-    config, held = (start_from["config"], IN_A_CHECKPOINT) if start_from else (new, set())
-    options = {k: v for k, v in vars(args).items() if k in FIELDS - held and v is not None}
+def open_data(args, tokenizer, image_size):
+    """Returns the training pairs, and the validation pairs or None. What is wrong with the data
+    ends the run before it starts."""
+    shards, val_shards = data.split_sides(data.expand(args.train_data))
+    if args.val_data is not None:
+        val_shards = [] if args.val_data == ["none"] else data.expand(args.val_data)
+    elif val_shards:
+        print(f"validating on {len(val_shards):,} of the shards, by their names")
+    both = data.real_paths(shards) & data.real_paths(val_shards)
+    if both:
+        raise InputError(f"training and validation data share {min(both)}")
+
+    sources = (args.captions, args.label_captions)
+    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed, args.crop_area)
+    val_captions = args.val_captions or args.captions
+    val_pairs = None
+    if val_shards:
+        val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
+    elif args.val_data is None and len(pairs) >= 200:
+        val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
+        data.hold_out(pairs, val_pairs)
+        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
+
+    if args.batch_size > len(pairs):
+        raise InputError(f"--batch_size is more than the {len(pairs):,} pairs")
+    for folder in args.zeroshot_data:
+        evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
+    if val_pairs is not None and RANK == 0:
+        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
+    return pairs, val_pairs
+
+
+def make_model(args, start_from, vocab_size, device):
+    """Returns a model on the device, new or that of a checkpoint (--resume, --init_from), and
+    whether its word head is new: one that the checkpoint does not have keeps its random weights."""
+    if start_from is None:
+        config = {**PRESETS[args.model], "vocab_size": vocab_size}
+    else:
+        config = dict(start_from["config"])
+    for name in FIELDS:
+        value = getattr(args, name, None)
+        if value is not None:
+            config[name] = value
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
     try:
-        model = SuperCLIP(SuperCLIPConfig(**{**config, **options}))
+        model = SuperCLIP(SuperCLIPConfig(**config))
     except ValueError as error:
         raise InputError(str(error)) from error
-    if start_from:
+
+    has_new_head = False
+    if start_from is not None:
+        weights = start_from.pop("model")  # popped, so that no copy is kept for the whole run
         # Not strict: the head may be new, or not be wanted. read_checkpoint has checked the rest.
-        if model.load_state_dict(start_from.pop("model"), strict=False).missing_keys:
-            if args.head_learning_rate is None:
-                args.head_learning_rate = 5e-4  # the usual rate: it knows nothing yet
-            print(f"a new word head: random weights, learning rate {args.head_learning_rate:g}")
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        has_new_head = len(missing) > 0
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
-    for name, tower in (("image", model.visual), ("text", model.text)):
-        tower.requires_grad_(name != args.freeze)  # with its projection
-        tower.transformer.grad_checkpointing = args.grad_checkpointing
-    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    if cuda if args.compile is None else args.compile:  # older GPUs cannot run what it makes
+
+    model.visual.requires_grad_(args.freeze != "image")  # with its projection
+    model.text.requires_grad_(args.freeze != "text")
+    model.visual.transformer.grad_checkpointing = args.grad_checkpointing
+    model.text.transformer.grad_checkpointing = args.grad_checkpointing
+    if wants_compile(args, device):
         # Older torch cannot split what it compiles where recomputation begins.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         # one by one, so that captions of another length do not recompile the image tower
@@ -358,166 +538,201 @@ def make_model(args, start_from, tokenizer, device):
         model.text.compile()
         model.terms_of_each_pair = torch.compile(model.terms_of_each_pair)
         model.terms_between_pairs = torch.compile(model.terms_between_pairs)
-    tokenizer.context_length = model.config.context_length
-    return model.to(device).train()
+    return model.to(device).train(), has_new_head
 
 
-def open_data(args, tokenizer, image_size):
-    """-> training pairs, and on rank 0 validation pairs if there are any. What is wrong with the
-    data ends the run before it starts."""
-    shards, val_captions = data.expand(args.train_data), args.val_captions or args.captions
-    sources = args.captions, args.label_captions
-    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed, args.crop_area)
-    for folder in args.zeroshot_data or ():
-        evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
-    val_pairs = None
-    if args.val_data is None and len(pairs) >= 200:
-        held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
-        val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
-        pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
-        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
-    elif args.val_data not in (None, ["none"]):
-        val_shards = data.expand(args.val_data)
-        both = {*map(os.path.realpath, shards)} & {*map(os.path.realpath, val_shards)}
-        check(not both, f"training and validation data share {' '.join(sorted(both)[:1])}")
-        val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    if val_pairs and RANK == 0:
-        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
-    return pairs, val_pairs if RANK == 0 else None
+def wants_compile(args, device):
+    """By default only CUDA compiles, and not on old GPUs, which cannot run what it makes."""
+    if args.compile is not None:
+        return args.compile
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def distribute(model):
+    """Returns a model that averages the gradients of all processes, or the same one if there is
+    only one process."""
+    if not dist.is_initialized():
+        return model
+    # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are not
+    # sent, because all processes count the same tokens.
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    return DistributedDataParallel(model, **options)
 
 
 def make_optimizer(model, learning_rate, head_learning_rate, weight_decay):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    The word head is apart, because it may have a learning rate of its own."""
-    groups = {}
-    for name, p in model.named_parameters():
-        in_head, is_matrix = name.startswith("head."), p.ndim >= 2
-        peak = head_learning_rate if in_head else learning_rate
-        new = {"params": [], "peak": peak, "weight_decay": weight_decay * is_matrix}
-        groups.setdefault((in_head, is_matrix), new)["params"].append(p)
+    Each group keeps its peak rate, because the word head may have one of its own."""
+    groups = []
+    for in_head, peak in ((False, learning_rate), (True, head_learning_rate)):
+        params = [p for name, p in model.named_parameters() if name.startswith("head.") == in_head]
+        matrices = [p for p in params if p.ndim >= 2]
+        vectors = [p for p in params if p.ndim < 2]
+        groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
+        groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]  # plain CLIP has no head
     # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
-    return torch.optim.AdamW([*groups.values()], learning_rate, (0.9, 0.98), 1e-6, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def schedule(args, pairs):
-    """-> steps in all, and steps of warm-up, between rows of the log, between validations, and
-    between saves, by the rules that --help states. Validations are at equal distances, so that no
-    two of them are close."""
-    steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
-    warmup_steps = min(1000, steps // 10) if args.warmup_steps is None else args.warmup_steps
-    log_every = args.log_every or max(1, min(20, steps // 20))
-    eval_every = args.eval_every or math.ceil(steps / max(5, math.ceil(steps / 2000)))
-    return steps, warmup_steps, log_every, eval_every, args.save_every or steps
+class Schedule(NamedTuple):
+    """The length of a run, and the distance between rows of the log, validations and saves, all in
+    steps."""
+
+    steps: int
+    warmup_steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
 
 
-def fingerprint(pairs):
-    """A short text that changes when the shards or the sources of the captions do."""
-    return hashlib.sha1(bytes(pairs.index.numpy()) + str(pairs.captions).encode()).hexdigest()[:12]
+def make_schedule(args, n):
+    """Applies the rules that --help states to n pairs. Validations are at equal distances, so that
+    no two of them are close."""
+    steps = args.steps
+    if steps is None:
+        steps = max(1, round(args.epochs * (n // args.batch_size)))
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(1000, steps // 10)
+    validations = max(3, math.ceil(steps / 2000))
+    return Schedule(
+        steps,
+        warmup_steps,
+        args.log_every or max(1, min(20, steps // 20)),
+        args.eval_every or math.ceil(steps / validations),
+        args.save_every or steps,
+    )
 
 
 # -----------------------------------------------------------------------------
 # The log
 
 
-def describe(args, model, pairs, data_print, steps, dtype, device):
-    """Print what this run is, and return the header of its log, without which no number in the
+def describe(args, model, pairs, steps, dtype, device):
+    """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
-    git = f"git -C {str(Path(__file__).parent)!r} describe --always --dirty 2>/dev/null"
-    cores, cuda = f"{os.cpu_count()} CPU cores", device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else cores
-    header = {"samples": len(pairs), "parameters": sum(p.numel() for p in model.parameters())}
-    header |= {"steps": steps, "batch_size": args.batch_size, "processes": WORLD, "dtype": dtype}
-    header |= {"torch": torch.__version__, "device": name, "commit": subprocess.getoutput(git)}
-    header |= {"date": time.strftime("%Y-%m-%d %H:%M"), "data_fingerprint": data_print}
+    device_name = f"{data.cores()} CPU cores"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    header = {
+        "samples": len(pairs),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "batch_size": args.batch_size,
+        "processes": WORLD,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "device": device_name,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "data_fingerprint": pairs.fingerprint(),
+    }
     print(", ".join(f"{name} {value}" for name, value in header.items()))
     if pairs.unused:
         print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
     return {**header, "arguments": vars(args), "config": vars(model.config)}
 
 
-def open_log(out_dir, resume):
-    """The log of a run, locked, so that no other run writes into this folder. The lock ends with
-    the process, however that ends, and loading processes do not inherit it."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / "log.jsonl", "a+", errors="replace")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is using {out_dir}: name another --out_dir") from None
-    # Checked here, with the lock, because another run may have begun while this one was starting.
-    holds_run = any(out_dir.glob("*.pt"))
-    check(resume or not holds_run, f"{out_dir} holds a run: --resume it, or name another --out_dir")
-    for temporary in out_dir.glob(".*.pt.*.tmp"):  # from a run that was killed as it saved
-        temporary.unlink()
-    file.truncate(None if holds_run else 0)  # drop what an earlier attempt, never saved, has logged
-    file.write("\n" if holds_run else "")  # the last line may have been cut by a kill
+def open_log(path):
+    """Opens log.jsonl to add to it. What is there already stays, if it is of this program."""
+    file = open(path, "a+", errors="replace")
+    file.seek(0)
+    first = file.readline().strip()
+    if first and not first.startswith('{"header"'):
+        raise InputError(f"{path} is not a log of this program: name another --out_dir")
+    if first:
+        file.write("\n")  # the last line may have been cut by a kill
     return file
 
 
 class Log:
-    """The progress of a run: a bar on the terminal, and log.jsonl, which rank 0 writes. It has a
-    header, a row for each logged step and one for each validation. A resumed run adds another
+    """The progress of a run: a bar on the terminal, and on rank 0 the file log.jsonl. The file has
+    a header, a row for each logged step and one for each validation. A resumed run adds another
     header, and may log a step twice: the later row counts."""
 
     def __init__(self, args, header, step):
-        self.header, self.first_step, self.bad_samples = header, step, 0
-        self.file = open(os.devnull, "a") if RANK else open_log(Path(args.out_dir), args.resume)
+        self.header = header
+        self.first_step = step
+        self.bad_samples = 0
+        self.file = None
+        self.wandb = None
+        if RANK == 0:
+            self.file = open_log(Path(args.out_dir, "log.jsonl"))
+            if args.wandb is not None:
+                self.wandb = optional("wandb").init(project=args.wandb, config=header)
         # None: a bar if this is a terminal
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
-        wandb = optional("wandb") if args.wandb and RANK == 0 else None
-        self.wandb = wandb and wandb.init(project=args.wandb, config=header)
         self.write({"header": header, "step": step})
+        self.begin_interval(step)
+
+    def begin_interval(self, step):
+        """The next row measures speed and waiting from here on."""
+        self.interval_step = step
+        self.interval_time = time.perf_counter()
+        self.waited = 0.0
 
     def fetch(self, batches):
-        """The next micro-batch. Measures the wait, and counts the bad samples in it."""
+        """Returns the next micro-batch. Measures the wait, and counts the bad samples in it."""
         start = time.perf_counter()
         batch, bad_samples = next(batches)
         self.waited += time.perf_counter() - start
         self.bad_samples += bad_samples
         return batch
 
-    def row(self, step, losses, grad_norm, learning_rate, model):
-        """The row of a step, which is the same on all processes. Speed and waiting are of the steps
-        since the last row, bad samples of those since the start or the resumption."""
-        names = [name for name in losses if name.endswith("loss")]
+    def training_row(self, step, losses, grad_norm, learning_rate, model):
+        """Returns the row of a step, which is the same on all processes. Bad samples are those
+        since the start or the resumption."""
         N = self.header["batch_size"]
-        means = [losses[name].detach() / WORLD for name in names]
-        bad = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        *means, bad = all_sum(torch.stack([*means, bad])).tolist()
-        terms = dict(zip(names, means))
-        loss = terms["loss"]
-        check(math.isfinite(loss), f"the loss is {loss} at step {step}: {evaluation.DIVERGED}")
+        names = [name for name in losses if name == "loss" or name.endswith("_loss")]
+        values = [losses[name].detach() / WORLD for name in names]
+        bad_samples = torch.tensor(float(self.bad_samples), device=grad_norm.device)
+        *means, bad_samples = all_sum(torch.stack([*values, bad_samples])).tolist()
         # A bad sample may be replaced by another one, so that one pair may count several.
-        seen, seconds = (step - self.first_step) * N, time.perf_counter() - self.clock
-        check(bad <= seen, f"more than half are bad: {bad:,.0f} of {seen + bad:,.0f} samples read")
-        speed, waiting = (step - self.last_step) * N / seconds, self.waited / seconds
-        memory = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
-        row = {"step": step, "samples": step * N, **terms}
-        row |= {"logit_scale": model.logit_scale.exp().item()}
-        row |= {"grad_norm": grad_norm.nan_to_num().item(), "learning_rate": learning_rate}
-        row |= {"images_per_second": round(speed, 1), "data_wait": round(waiting, 3)}
-        return row | {"bad_samples": round(bad), "memory_gb": round(memory, 2)}
+        seen = (step - self.first_step) * N
+        if bad_samples > seen:
+            raise InputError(f"more than half of the samples are bad: {bad_samples:,.0f} so far")
+        seconds = time.perf_counter() - self.interval_time
+        speed = (step - self.interval_step) * N / seconds
+        return {
+            "step": step,
+            "samples": step * N,
+            **dict(zip(names, means)),
+            "logit_scale": model.logit_scale.exp().item(),
+            "grad_norm": grad_norm.nan_to_num().item(),
+            "learning_rate": learning_rate,
+            "images_per_second": round(speed, 1),
+            "data_wait": round(self.waited / seconds, 3),
+            "bad_samples": round(bad_samples),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 without a GPU
+        }
 
     def write(self, row):
-        """Add a row to the log, and show it if it is one of training."""
+        """Adds a row to the file."""
+        if self.file is None:
+            return
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:  # a lost line is no reason to lose a run
             tqdm.write(f"warning: cannot write the log: {error}")
-        if self.wandb:
+        if self.wandb is not None and "header" not in row:
             self.wandb.log(row, step=row["step"])
-        if "loss" in row:
-            terms = [f"{name} {row[name]:.3f}, " for name in row if name.endswith("_loss")]
-            text = "step {step:6d}  " + "".join(terms)
-            text += "{images_per_second:.0f} images/s, {data_wait:.0%} waiting"
-            samples = (self.header["steps"] - row["step"]) * self.header["batch_size"]
-            left = timedelta(seconds=samples // max(row["images_per_second"], 0.1))
-            long = ": a smaller --model or fewer --epochs take less" if left.days else ""
-            tqdm.write(f"{text.format(**row)}, {left} left{long}")
-        # Here begins the interval over which the next row measures speed and waiting.
-        self.clock, self.waited, self.last_step = time.perf_counter(), 0.0, row["step"]
+
+    def show(self, row):
+        """Prints a row of training."""
+        losses = [
+            f"{name.removesuffix('_loss')} {value:.3f}"
+            for name, value in row.items()
+            if name.endswith("_loss")
+        ]
+        samples_left = (self.header["steps"] - row["step"]) * self.header["batch_size"]
+        left = timedelta(seconds=samples_left // max(row["images_per_second"], 0.1))
+        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+        tqdm.write(f"step {row['step']:6d}  {', '.join(losses)}, {speed}, {left} left")
+        if left.days > 0 and self.interval_step == self.first_step:
+            tqdm.write("A smaller --model or fewer --epochs take less time.")
 
 
 # -----------------------------------------------------------------------------
@@ -526,172 +741,307 @@ class Log:
 
 @torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
 def validate(model, tokenizer, pairs, args, step):
-    """Retrieval among the validation pairs, if there are any, and zero-shot classification. Prints
-    the scores, and the head's top words for two pictures. Returns the row of the log."""
+    """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
+    Prints the scores, and the head's top words for two pictures. Returns the row of the log."""
     row = {"step": step, "zeroshot": {}}
     tqdm.write(f"\nvalidation after step {step}")
     model.eval()
-    if pairs:
+    if pairs is not None:
         features = evaluation.encode_shards(model, pairs, workers=args.workers)
         row["validation"] = evaluation.retrieval(*features)
-        row["mean_r1"], row["at_most"] = evaluation.mean_r1(row["validation"])
+        row["mean_r1"] = evaluation.mean_r1(row["validation"])
         evaluation.print_retrieval(row["validation"])
-    for folder in args.zeroshot_data or ():
+    for folder in args.zeroshot_data:
         images = evaluation.ClassFolders(folder, model.config.image_size)
         names = evaluation.class_names(images)
         score = evaluation.zeroshot(model, tokenizer, images, names, workers=args.workers)["top1"]
-        print(evaluation.line(f"zero-shot {Path(folder).name}", score))
+        tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
         row["zeroshot"][folder] = score
-    if pairs and model.head is not None:
+    if pairs is not None and model.head is not None:
         images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
         for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
-            print(printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
+            found = ", ".join(word for word, _, _ in words)
+            tqdm.write(printable(f'"{texts[0]}" {found}'))
     model.train()
     return row
 
 
-def print_next(args, best, last):
-    """Say where the model is, and which commands come next. best: mean R@1 of best.pt, below 0
-    without validation pairs; last: the last validation."""
-    # A better step in between may have been luck. Then the last one has seen more of the data.
-    luck = last.get("mean_r1", best) < best <= last.get("at_most", 1.0)
-    path = f"{args.out_dir}/{'last.pt' if best < 0 or luck else 'best.pt'}"
-    print(f"\nThe model is in {path}{' (best.pt is hardly better)' * luck}. What it has learned:")
-    if args.val_data not in (None, ["none"]):
-        pairs = *map(repr, args.val_data), "--captions", *(args.val_captions or args.captions)
-        print(f"  python -m scripts.report --checkpoint {path!r} --out report.html --data", *pairs)
-    print(f"  python -m scripts.words --checkpoint {path!r} --image FILE --out words.png")
-    print(f"  python -m scripts.search --checkpoint {path!r} --images DIR TEXT")
+# -----------------------------------------------------------------------------
+# The folder of a run
+
+
+def claim_folder(args):
+    """Locks --out_dir, before anything in it is read, because the run that was there before may
+    still be saving. Raises InputError if there is nothing to resume, or a run to be spared."""
+    out_dir = Path(args.out_dir)
+    last = out_dir / "last.pt"
+    if args.resume and args.train_data is None and not last.exists():
+        raise InputError(f"--resume: there is no {last}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(out_dir)
+    holds_run = any(out_dir.glob("*.pt"))
+    if holds_run and not args.resume:
+        raise InputError(f"{out_dir} holds a run: --resume it, or name another --out_dir")
+    # Where there is no checkpoint at all, a run was killed before its first save, and a scheduler
+    # that repeats its command with --resume starts it again.
+    if holds_run and not last.exists():
+        raise InputError(f"--resume: there is no {last}")
+    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+
+
+def save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
+    """Writes last.pt, from which --resume goes on. Returns whether that worked. Rank 0 does it."""
+    if RANK > 0:
+        return True
+    return evaluation.write_checkpoint(
+        Path(args.out_dir, "last.pt"),
+        model,
+        tokenizer.vocab,
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        step=step,
+        samples=step * args.batch_size,
+        arguments=vars(args),
+        data_fingerprint=pairs.fingerprint(),
+    )
+
+
+def read_resumable(path):
+    """Returns what save_last has written. Raises InputError."""
+    saved = evaluation.read_checkpoint(path)
+    for name in ("optimizer", "scaler", "arguments"):
+        check(isinstance(saved.get(name), dict), f"{path} cannot be resumed: it has no {name}")
+    samples = saved.get("samples")
+    check(isinstance(samples, int) and samples >= 0, f"{path} cannot be resumed: no sample count")
+    return saved
+
+
+def resume(args, saved, pairs, optimizer, scaler):
+    """Takes up a saved run. Returns its step, counted in samples, so that a run may go on with
+    another batch size."""
+    if saved.get("data_fingerprint") != pairs.fingerprint():
+        reason = "the shards have changed"
+        for name in ("train_data", "val_data"):
+            if getattr(args, name) != saved["arguments"].get(name):
+                reason = f"--{name} is another"
+        raise InputError(f"{args.out_dir} holds a run on other data ({reason}): start a new run")
+    moments = saved.pop("optimizer").get("state")  # popped, so that no copy is kept
+    evaluation.check_moments(f"{args.out_dir}/last.pt", moments, optimizer)
+    # The groups are ours, and not the file's, so that a given --learning_rate counts.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if saved["scaler"]:  # empty without float16
+        scaler.load_state_dict(saved["scaler"])
+    return saved["samples"] // args.batch_size
+
+
+def save_best(args, model, tokenizer, val_pairs, row):
+    """Writes best.pt. Returns whether that worked."""
+    return evaluation.write_checkpoint(
+        Path(args.out_dir, "best.pt"),
+        model,
+        tokenizer.vocab,
+        step=row["step"],
+        mean_r1=row["mean_r1"],
+        arguments=vars(args),
+        data_fingerprint=val_pairs.fingerprint(),
+    )
+
+
+def read_best(args, val_pairs):
+    """Returns step and mean_r1 of best.pt, a dict, or None if there is none that compares: a score
+    on other validation data does not."""
+    path = Path(args.out_dir, "best.pt")
+    if val_pairs is None or not path.exists():
+        return None
+    content = evaluation.read_checkpoint(path)
+    if content.get("data_fingerprint") != val_pairs.fingerprint():
+        return None
+    return {"step": content["step"], "mean_r1": content["mean_r1"]}
+
+
+def was_validated(args, step):
+    """Whether the log has a validation of this step. A run that was killed during one has none."""
+    with open(Path(args.out_dir, "log.jsonl"), errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, AttributeError, RecursionError):  # cut by a kill
+                row = json.loads(line)
+                if row.get("step") == step and "zeroshot" in row:
+                    return True
+    return False
+
+
+def print_next(args, model, best, last):
+    """Says where the models are, and which commands come next. best, last: rows of validations, or
+    None without validation pairs."""
+    folder = quote(args.out_dir)
+    name = "last.pt" if best is None else "best.pt"
+    if last is not None:
+        print(f"\n{folder}/last.pt: step {last['step']}, mean R@1 {last['mean_r1']:.1%}")
+    if best is not None:
+        print(f"{folder}/best.pt: step {best['step']}, mean R@1 {best['mean_r1']:.1%}")
+    print("What the model has learned:")
+    print(f"  python -m scripts.report --checkpoint {folder}/{name} --out report.html")
+    if model.head is not None:
+        print(f"  python -m scripts.words --checkpoint {folder}/{name} --out words.png")
+    print(f"  python -m scripts.search --checkpoint {folder}/{name} TEXT")
 
 
 # -----------------------------------------------------------------------------
 # The run
 
 
-def resume(args, saved, data_print, val_print, optimizer, scaler):
-    """-> (the step at which a saved run goes on, its best mean R@1 so far). The prints are the
-    fingerprints of training and validation data."""
-    fits, path, best = saved["data_fingerprint"] == data_print, Path(args.out_dir, "best.pt"), -1.0
-    check(fits, f"--train_data is not that of the run in {args.out_dir}: start a new run")
-    peaks = [group["peak"] for group in optimizer.param_groups]  # --learning_rate may be another
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, peak in zip(optimizer.param_groups, peaks):
-        group["peak"] = peak
-    scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty without float16
-    if val_print and path.exists():
-        content = evaluation.read_checkpoint(path)
-        # With other validation data the old score is not comparable.
-        best = content["mean_r1"] if content.get("data_fingerprint") == val_print else best
-    # Counted in samples, so that a run may go on with another batch size.
-    return saved["samples"] // args.batch_size, best
+def train(args, saved):
+    """A run from its first step, or from a checkpoint, to its last. Returns the exit code: 0, or
+    128 and the number of the signal that has stopped it."""
 
-
-def train(args, saved, start_from, tokenizer):
-    """A run from its first step, or from a checkpoint, to its last."""
-    device, N, B = set_up(args.device), args.batch_size, args.batch_size // WORLD
-    micro, local = args.micro_batch_size or B, slice(RANK * B, (RANK + 1) * B)
+    # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
+    device = set_up_device(args.device)
+    dtype = args.dtype or pick_dtype(device)
+    autocast, scaler = precision(device, dtype)
+    N = args.batch_size
+    B = N // WORLD
+    M = args.micro_batch_size or B
+    local = slice(RANK * B, (RANK + 1) * B)
     check(N % WORLD == 0, f"--batch_size is not divisible by {WORLD} processes")
-    check(B % micro == 0, f"--micro_batch_size does not divide the {B} pairs of a process")
-    dtype = args.dtype or pick_dtype(device, args.train_data == TRAIN_DATA)
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    model = wrapped = make_model(args, start_from, tokenizer, device)
-    if WORLD > 1 and not args.micro_batch_size:
-        # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are
-        # not sent, because all processes count the same tokens.
-        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
-    head_rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
-    optimizer = make_optimizer(model, args.learning_rate, head_rate, args.weight_decay)
+    check(B % M == 0, f"--micro_batch_size does not divide the {B} pairs of a process")
+
+    # ---- The tokenizer, the data, the model and its optimizer
+    if LOCAL_RANK > 0:
+        wait_for_all()  # One process of a machine draws and indexes. The others find it done.
+    start_from, tokenizer = read_start(args, saved)
+    model, has_new_head = make_model(args, start_from, tokenizer.vocab_size, device)
+    tokenizer.context_length = model.config.context_length
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
-    steps, warmup_steps, log_every, eval_every, save_every = schedule(args, pairs)
-    prints = data_print, val_print = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
-    code = int.from_bytes(hashlib.sha1(f"{vars(args)} {data_print}".encode()).digest()[:6], "big")
-    check(all_sum(torch.tensor(code)) == WORLD * code, "the processes differ in options or data")
-    step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)
-    check(step <= steps, f"--resume: step {step} is past --steps {steps}")
-    batches = data.load_batches(pairs, N, local, micro, step, steps, args.workers, device)
-    header = describe(args, model, pairs, data_print, steps, dtype, device)
-    log, asked_to_stop = Log(args, header, step), listen_for_signals()
-    out_dir, grid, validation = Path(args.out_dir), model.visual.grid, {}
-    counts = [x.clone() for x in model.buffers()]  # as they were after the last whole step
-    # A fine-tuning saves and scores its start, too, because training may harm the model.
-    saved_step = -1 if args.init_from and not saved else step
-    save = partial(evaluation.write_checkpoint, model=model, vocab=tokenizer.vocab)
+    if LOCAL_RANK == 0:
+        wait_for_all()
+    if has_new_head and args.head_learning_rate is None:
+        args.head_learning_rate = 5e-4  # it knows nothing yet; saved with the options, for --resume
+    head_rate = args.head_learning_rate
+    if head_rate is None:
+        head_rate = args.learning_rate
+    optimizer = make_optimizer(model, args.learning_rate, head_rate, args.weight_decay)
+    ddp_model = distribute(model) if M == B else model  # grad_cache_step averages by itself
 
-    def due(every):
-        return step % every == 0 or step == steps
-
-    def save_last():
-        nonlocal saved_step
-        for buffer, count in zip(model.buffers(), counts):
-            buffer.copy_(count)
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step}
-        state |= {"arguments": vars(args), "data_fingerprint": data_print, "samples": step * N}
-        if RANK > 0 or save(out_dir / "last.pt", **state):
-            saved_step = step
+    # ---- Where the run stands
+    plan = make_schedule(args, len(pairs))
+    start = 0
+    score_start = args.init_from is not None  # training may harm such a model
+    if saved is not None:
+        start = resume(args, saved, pairs, optimizer, scaler)
+        score_start = not was_validated(args, start)
+    check(start <= plan.steps, f"--resume: step {start} is past --steps {plan.steps}")
+    check_processes_agree(vars(args), pairs.fingerprint(), start)
+    batches = load_batches(args, pairs, model.visual.grid, local, M, start, plan.steps, device)
+    log = Log(args, describe(args, model, pairs, plan.steps, dtype, device), start)
+    stop = StopSignal()
+    best = read_best(args, val_pairs)  # the validations of best.pt and of last.pt
+    last = None
+    step = start
+    saved_step = start
+    saved_time = time.monotonic()
 
     try:
         while True:
-            # 1. What is due after `step` steps. The save comes first, so that nothing is lost
-            # whatever happens to the validation. Rank 0 does both, and the others wait below.
-            eval_due = due(eval_every) and (step > 0 or args.init_from)
-            if step > saved_step and (eval_due or due(save_every)):
-                save_last()
-            if eval_due and RANK == 0 and not asked_to_stop and (val_pairs or args.zeroshot_data):
-                validation = validate(model, tokenizer, val_pairs, args, step)
-                score = validation.get("mean_r1", -2.0)  # without validation pairs never the best
-                more = {"step": step, "mean_r1": score, "data_fingerprint": val_print}
-                if score >= best and save(out_dir / "best.pt", **more):
-                    best = score
-                log.write(validation)
-            # If one process was asked to stop, all leave now, or some would wait for the features
-            # of the others for ever. (A CPU tensor, so that nobody waits for a GPU.)
-            if all_sum(torch.tensor(len(asked_to_stop))) or step == steps:
+            is_last = step == plan.steps
+            eval_due = is_last or step % plan.eval_every == 0
+            if step == start:
+                eval_due = eval_due and score_start
+
+            # 1. Save first, so that nothing is lost whatever happens to the validation. Rank 0 also
+            # saves after 15 minutes, because it cannot save once another process has died: it then
+            # waits for a GPU that waits for the dead one.
+            save_due = eval_due or step % plan.save_every == 0
+            if RANK == 0 and time.monotonic() > saved_time + 15 * 60:
+                save_due = True
+            if save_due and (step > saved_step or (step == 0 and eval_due)):
+                if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
+                    saved_step = step
+                saved_time = time.monotonic()
+                log.begin_interval(step)
+
+            # 2. Validate. Rank 0 does it, and the others wait at 3.
+            validates = RANK == 0 and (val_pairs is not None or args.zeroshot_data)
+            if validates and eval_due and (is_last or stop.number == 0):
+                row = validate(model, tokenizer, val_pairs, args, step)
+                log.write(row)
+                if val_pairs is not None:
+                    last = row
+                    if best is None or row["mean_r1"] >= best["mean_r1"]:
+                        if save_best(args, model, tokenizer, val_pairs, row):
+                            best = row
+                log.begin_interval(step)
+
+            # 3. Leave together, or some would wait for the features of the others for ever.
+            stop_number = stop.agreed()
+            if is_last or stop_number > 0:
                 break
-            # 2. the batch, in one micro-batch or several
-            keep = patches_to_keep(args.patch_dropout, grid, N, args.seed, step, device)
-            keeps = [None] * (B // micro) if keep is None else keep[local].split(micro)
-            micro_batches = ({**log.fetch(batches), "keep": part} for part in keeps)
-            # 3. its gradient
-            if args.micro_batch_size:
+
+            # 4. The losses and their gradient
+            if M < B:
+                micro_batches = (log.fetch(batches) for _ in range(B // M))
                 losses = grad_cache_step(model, micro_batches, autocast, scaler)
             else:
-                losses = plain_step(wrapped, next(micro_batches), autocast, scaler)
-            # 4. the update
-            factor = learning_rate_at(step, 1.0, warmup_steps, steps)
+                losses = plain_step(ddp_model, log.fetch(batches), autocast, scaler)
+
+            # 5. The update
+            factor = learning_rate_at(step, 1.0, plan.warmup_steps, plan.steps)
             grad_norm = update(model, optimizer, scaler, factor)
-            step, counts = step + 1, [x.clone() for x in model.buffers()]
-            # 5. the log, at a few steps only, because to read the losses is to wait for the device
+            step += 1
+
+            # 6. The log, at a few steps only, because to read the losses is to wait for the device
             log.bar.update()
-            if due(log_every) or due(eval_every):
-                log.write(log.row(step, losses, grad_norm, args.learning_rate * factor, model))
-    finally:  # whatever has ended the loop, its last whole step is sound
+            next_eval = step % plan.eval_every == 0 or step == plan.steps
+            if step % plan.log_every == 0 or next_eval:
+                rate = args.learning_rate * factor
+                row = log.training_row(step, losses, grad_norm, rate, model)
+                if not math.isfinite(row["loss"]):
+                    raise InputError(f"the loss is {row['loss']}: {evaluation.DIVERGED}")
+                log.write(row)
+                log.show(row)
+                log.begin_interval(step)
+    finally:
+        # Whatever has ended the loop, the last whole step is sound. After an error within a step,
+        # only the token counts may be one batch ahead.
         log.bar.close()
         if step > saved_step:
-            save_last()
-        if step < steps:
+            if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
+                saved_step = step
+        if step < plan.steps:
             print(f"stopped after step {step}. To go on, give the same command with --resume")
-    check(saved_step == step, f"step {step} was the last, but last.pt could not be written")
-    if step == steps:
-        print_next(args, best, validation)
+
+    check(step == saved_step, f"step {step} was the last, but last.pt could not be written")
+    wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
+    if step < plan.steps:
+        return 128 + stop_number
+    print_next(args, model, best, last)
+    return 0
 
 
 def main(argv):
-    if RANK > 0:  # one process speaks for all
-        sys.stdout = open(os.devnull, "w")
-    args, saved = parse(argv)
+    outlive_readers()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    given = make_parser().parse_args(argv)  # a mistake ends the run before the processes meet
     try:
-        train(args, saved, *prepare(args, saved))
+        join_processes()
+        if RANK == 0:
+            claim_folder(given)
+        wait_for_all()
+        args, saved = parse(argv)
+        exit_code = train(args, saved)
     except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
-        text = str(error)
-        check("by peer" not in text, "stopped because another process has ended")
-        check(" compiler" not in text, "torch.compile needs a C++ compiler: --no-compile")
-        memory = "out of memory" in text or "allocate memory" in text
-        check(not memory, "out of memory: a smaller --micro_batch_size needs less")
+        if "by peer" in str(error):
+            raise InputError("stopped because another process has ended") from error
+        if " compiler" in str(error):
+            raise InputError("torch.compile needs a C++ compiler: --no-compile") from error
+        if is_out_of_memory(error):
+            raise InputError("out of memory: a smaller --micro_batch_size needs less") from error
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+    return exit_code
 
 
 if __name__ == "__main__":
