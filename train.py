@@ -178,7 +178,7 @@ def set_up(name):
     return device
 
 
-def pick_dtype(device, scenes):
+def pick_dtype(device, scenes=False):
     """What suits the device. scenes: are the data the built-in scenes?"""
     if device.type == "cuda":
         # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
@@ -326,6 +326,13 @@ def prepare(args, saved):
         return None, data.Tokenizer.from_file(vocab)
 
 
+def wants_compile(args, device):
+    """Are towers and losses compiled? By default on a GPU that can run what the compiler makes."""
+    if args.compile is not None:
+        return args.compile
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def make_model(args, start_from, tokenizer, device):
     """A new model, or that of a checkpoint (--resume, --init_from). A word head that the checkpoint
     does not have starts from random weights."""
@@ -349,8 +356,7 @@ def make_model(args, start_from, tokenizer, device):
     for name, tower in (("image", model.visual), ("text", model.text)):
         tower.requires_grad_(name != args.freeze)  # with its projection
         tower.transformer.grad_checkpointing = args.grad_checkpointing
-    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    if cuda if args.compile is None else args.compile:  # older GPUs cannot run what it makes
+    if wants_compile(args, device):
         # Older torch cannot split what it compiles where recomputation begins.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         # one by one, so that captions of another length do not recompile the image tower
@@ -506,7 +512,7 @@ class Log:
             self.file.flush()
         except OSError as error:  # a lost line is no reason to lose a run
             tqdm.write(f"warning: cannot write the log: {error}")
-        if self.wandb:
+        if self.wandb and "header" not in row:  # its config is the header
             self.wandb.log(row, step=row["step"])
         if "loss" in row:
             terms = [f"{name} {row[name]:.3f}, " for name in row if name.endswith("_loss")]
