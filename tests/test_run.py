@@ -181,7 +181,11 @@ def test_data_wait_is_near_0_if_batches_are_there_before_they_are_needed(
     flags, tmp_path, monkeypatch
 ):
     load_batches = data.load_batches
-    monkeypatch.setattr(data, "load_batches", lambda *args: iter([*load_batches(*args)]))
+
+    def load_all_at_once(*args, **options):
+        return iter(list(load_batches(*args, **options)))
+
+    monkeypatch.setattr(data, "load_batches", load_all_at_once)
 
     train.main(flags)
 
