@@ -136,11 +136,6 @@ def test_a_mistake_is_one_line_and_changes_nothing(command, named, world, capsys
     assert not any(line.startswith("Traceback") for line in lines) and contents() == before
 
 
-def test_help_explains_every_command(capsys):
-    for main in COMMANDS.values():
-        assert not run(main, "--help") and capsys.readouterr().out
-
-
 def test_a_mistake_of_ours_keeps_its_trace_and_one_of_the_system_does_not(capsys, monkeypatch):
     def fails(error):
         raise error

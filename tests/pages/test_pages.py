@@ -10,7 +10,7 @@ from PIL import Image
 
 from docs.notebook import notebook
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 TUTORIAL_NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 README, TUTORIAL = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "tutorial.md"]

@@ -1,0 +1,191 @@
+"""Numbers on the pages are those of the runs that the repository keeps the logs of."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from study import compare
+
+ROOT = Path(train.__file__).parent
+FILES = "README.md", "docs/tutorial.md", "docs/products.md", "study/results.md"
+README, TUTORIAL, PRODUCTS, RESULTS = ((ROOT / file).read_text() for file in FILES)
+PAGES = {"README": README, "tutorial": TUTORIAL}
+
+# ---- lines of scores, as validation prints them
+
+SCORE_LINE = re.compile(
+    r"^ *(\S.*?) +([\d.]+) % +chance +([\d.]+) % +95 % interval ([\d.]+)-([\d.]+) +n ([\d,]+)", re.M
+)
+
+
+def rows_of(log):
+    return [json.loads(line) for line in (ROOT / "study" / log).read_text().splitlines() if line]
+
+
+def printed(name, score):
+    """A score of a log as the groups of SCORE_LINE."""
+    low, high = score["interval"]
+    value, chance = (f"{100 * score[kind]:.2f}" for kind in ("value", "chance"))
+    return name, value, chance, f"{100 * low:.1f}", f"{100 * high:.1f}", f"{score['n']:,}"
+
+
+def scores_of(row):
+    """The scores of a validation, as the groups of their lines."""
+    found = []
+    for way, scores in row["validation"].items():
+        for k, score in scores.items():
+            found.append(printed(f"{way.replace('_', ' ')} {k}", score))
+    for folder, score in row["zeroshot"].items():
+        found.append(printed(f"zero-shot {Path(folder).name}", score))
+    return found
+
+
+VALIDATIONS = [row for row in rows_of("reference_log.jsonl") if "validation" in row]
+FIRST, LAST = VALIDATIONS[0], VALIDATIONS[-1]
+WAYS = "image_to_text", "text_to_image"
+
+
+@pytest.mark.parametrize("page, rows", [("README", [LAST]), ("tutorial", [FIRST, LAST])])
+def test_every_line_of_scores_is_one_of_the_reference_run(page, rows):
+    expected = [score for row in rows for score in scores_of(row)]
+
+    lines = SCORE_LINE.findall(PAGES[page])
+
+    assert len(lines) >= 3
+    assert [line for line in lines if line not in expected] == []
+
+
+# ---- sentences about the reference run, and about the same run of CLIP
+
+
+def zeroshot(row, name):
+    return 100 * row["zeroshot"][f"scenes/zeroshot/{name}"]["value"]
+
+
+CLIP_LAST = [row for row in rows_of("clip_log.jsonl") if "validation" in row][-1]
+WORD_LOSSES = [
+    row["classification_loss"] for row in rows_of("reference_log.jsonl") if "loss" in row
+]
+TO_TEXT, TO_IMAGE = (100 * LAST["validation"][way]["R@1"]["value"] for way in WAYS)
+
+SENTENCES = {  # each # stands for one of the numbers, in this order
+    "After # steps R@1 is at # %": (FIRST["step"], 100 * FIRST["mean_r1"]),
+    "Colours come first (# %), shapes later (# %)": (
+        zeroshot(FIRST, "colour"),
+        zeroshot(FIRST, "shape"),
+    ),
+    "R@1 ends at # % from image to text": (TO_TEXT,),
+    "and at # % from text to image": (TO_IMAGE,),
+    "names colour + shape in # % at the end, and R@1 is # %": (
+        zeroshot(CLIP_LAST, "colour_shape"),
+        100 * CLIP_LAST["mean_r1"],
+    ),
+    "**The word loss** ends at # and": (WORD_LOSSES[-1],),
+    "The first gives # %": (zeroshot(LAST, "colour_shape"),),
+    "the second # %": (zeroshot(LAST, "held_out"),),
+    "Colour + shape is right in # %, but shape alone in # %": (
+        zeroshot(LAST, "colour_shape"),
+        zeroshot(LAST, "shape"),
+    ),
+    "Better than zero-shot (# %)": (zeroshot(LAST, "held_out"),),
+}
+
+
+@pytest.mark.parametrize("sentence, numbers", SENTENCES.items(), ids=SENTENCES)
+def test_a_sentence_of_the_tutorial_has_the_numbers_of_the_log(sentence, numbers):
+    pattern = re.escape(sentence).replace(r"\#", r"([\d.]+)")
+
+    found = re.search(pattern, " ".join(TUTORIAL.split()))
+
+    assert found, "the tutorial does not say this any more: change SENTENCES"
+    assert [*map(float, found.groups())] == pytest.approx(numbers, abs=0.0501)
+
+
+# ---- scores with an interval, in a sentence
+
+# "80.8 % (chance 1.6 %, n 640, 95 % interval 77.5-83.6)", "91.0 % of 200 scenes (86.2-94.2)"
+WITH_INTERVAL = re.compile(r"(\d+\.\d) %[^()%]*\([^()]*?(\d+\.\d)-(\d+\.\d)")
+
+
+def percent(share):
+    return f"{100 * share:.1f}"
+
+
+def wilson(p, n):
+    """The 95 % interval of a share p of n, by Wilson's formula as textbooks have it."""
+    z = 1.96
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def intervals_around(value):
+    """The intervals that a score may have which is `value` on a page, as texts (low, high): of all
+    numbers of images that the pages score, and of all shares of them that round to this value."""
+    found = set()
+    for n in (200, 320, 640, 1000, 1294, 1851):
+        for hits in range(n + 1):
+            if percent(hits / n) == value:
+                low, high = wilson(hits / n, n)
+                found.add((percent(low), percent(high)))
+    return found
+
+
+@pytest.mark.parametrize("page", ["README", "tutorial", "products"])
+def test_a_line_of_scores_has_the_interval_of_its_value(page):
+    lines = SCORE_LINE.findall({**PAGES, "products": PRODUCTS}[page])
+
+    assert lines
+    for line in lines:
+        _, value, _, low, high, n = line
+        expected = wilson(float(value) / 100, int(n.replace(",", "")))
+        assert (float(low) / 100, float(high) / 100) == pytest.approx(expected, abs=6e-4), line
+
+
+@pytest.mark.parametrize("page", ["README", "tutorial", "products"])
+def test_a_score_in_a_sentence_has_the_interval_of_its_value(page):
+    text = " ".join({**PAGES, "products": PRODUCTS}[page].split())
+    found = WITH_INTERVAL.findall(text)
+
+    assert found
+    for value, low, high in found:
+        assert (low, high) in intervals_around(value), f"{value} % ({low}-{high})"
+
+
+# ---- the study
+
+
+def test_the_page_of_the_study_is_that_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "figure", lambda study, path: None)  # drawn by matplotlib
+    shutil.copy(ROOT / "study" / "runs.jsonl", tmp_path)
+
+    compare.report(compare.Study(tmp_path / "runs.jsonl"), tmp_path / "study.png")
+
+    assert (tmp_path / "results.md").read_text() == RESULTS
+
+
+CELL = re.compile(r"(\d+\.\d) -> (\d+\.\d), [+-](\d+\.\d ± \d+\.\d)")
+DECIMAL = re.compile(r"(?<![\d.])\d+\.\d(?![\d.])")
+DIFFERENCE = re.compile(r"(\S+) \(?(?:another )?[+-]?(\d+\.\d ± \d+\.\d)")
+ALONE = {"is", "and", "by", "was"}  # "the gain is 15.1 ± 18.2", "R@1 falls by 1.4 ± 1.1"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_difference_stands_with_the_two_scores_that_it_is_of(page):
+    """The second one just before it, as in "53.7 %, and SuperCLIP 81.4 % (27.7 ± 18.1)"."""
+    text = " ".join(PAGES[page].split())
+    scores_of_difference = {}
+    for a, b, difference in CELL.findall(RESULTS):
+        scores_of_difference.setdefault(difference, []).append((a, b))
+    found = [match for match in DIFFERENCE.finditer(text) if match[1] not in ALONE]
+
+    assert found
+    for match in found:
+        *before, last = DECIMAL.findall(text[max(0, match.start() - 400) : match.end(1)])
+        pairs = scores_of_difference.get(match[2], [])
+        assert [a for a, b in pairs if a in before and b == last], match[0]
