@@ -534,18 +534,18 @@ def validate(model, tokenizer, pairs, args, step):
     if pairs:
         features = evaluation.encode_shards(model, pairs, workers=args.workers)
         row["validation"] = evaluation.retrieval(*features)
-        row["mean_r1"], row["at_most"] = evaluation.mean_r1(row["validation"])
+        row["mean_r1"] = evaluation.mean_r1(row["validation"])
         evaluation.print_retrieval(row["validation"])
     for folder in args.zeroshot_data or ():
         images = evaluation.ClassFolders(folder, model.config.image_size)
         names = evaluation.class_names(images)
         score = evaluation.zeroshot(model, tokenizer, images, names, workers=args.workers)["top1"]
-        print(evaluation.line(f"zero-shot {Path(folder).name}", score))
+        tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
         row["zeroshot"][folder] = score
     if pairs and model.head is not None:
         images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
         for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
-            print(printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
+            tqdm.write(printable(f'"{texts[0]}" {", ".join(word for word, _, _ in words)}'))
     model.train()
     return row
 
@@ -553,10 +553,8 @@ def validate(model, tokenizer, pairs, args, step):
 def print_next(args, best, last):
     """Say where the model is, and which commands come next. best: mean R@1 of best.pt, below 0
     without validation pairs; last: the last validation."""
-    # A better step in between may have been luck. Then the last one has seen more of the data.
-    luck = last.get("mean_r1", best) < best <= last.get("at_most", 1.0)
-    path = f"{args.out_dir}/{'last.pt' if best < 0 or luck else 'best.pt'}"
-    print(f"\nThe model is in {path}{' (best.pt is hardly better)' * luck}. What it has learned:")
+    path = f"{args.out_dir}/{'last.pt' if best < 0 else 'best.pt'}"
+    print(f"\nThe model is in {path}. What it has learned:")
     if args.val_data not in (None, ["none"]):
         pairs = *map(repr, args.val_data), "--captions", *(args.val_captions or args.captions)
         print(f"  python -m scripts.report --checkpoint {path!r} --out report.html --data", *pairs)
