@@ -111,8 +111,8 @@ UNFIT = {
     "no dict of weights": ("version", {"model": [1]}),
     "no text": ("version", {"vocab": 3}),
     "other vocabulary": ("--vocab", {"vocab": words_to_tiktoken(["red"])}),
-    "rank twice": ("ranks", {"vocab": TOKENIZER.vocab.replace(" 300\n", " 301\n")}),
-    "no vocabulary": ("ranks", {"vocab": "no vocabulary"}),
+    "rank twice": ("version", {"vocab": TOKENIZER.vocab.replace(" 300\n", " 301\n")}),
+    "no vocabulary": ("version", {"vocab": "no vocabulary"}),
     # A few bytes that would cost hours or gigabytes
     "layers": ("layers", {"config": with_field("vision_layers", 200_000)}),
     "one number repeated": (
