@@ -10,13 +10,13 @@ it is a mean of, and a 95 % interval; --json FILE keeps all of that. train.py va
 same functions, in float32 as they are here, so that a checkpoint has one score.
 
 The file reads from top to bottom: a file becomes a model, images and texts become features, and
-features become scores. Then come the head's words and where they are seen, and the commands.
+features become scores. Then come the head's words and where they are seen, the words that a model
+does not know, and the commands.
 
 Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
 embedding, F features of a probe, P patches, W windows, K words.
 """
 
-import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,10 @@ from tqdm import tqdm
 import data
 from cli import (
     InputError,
+    add_options,
     check,
+    is_out_of_memory,
+    make_parser,
     number,
     optional,
     output_file,
@@ -54,50 +57,83 @@ read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
 
 def read_file(path, read=read_pickle):
-    """A file of weights -> what it holds. Raises InputError."""
+    """Returns what a file of weights holds. Raises InputError."""
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
-    except Exception:  # torch and safetensors raise a dozen kinds
+    except Exception as error:  # torch and safetensors raise a dozen kinds
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path} is damaged, or refused (code?): save a state_dict") from None
 
 
 def check_weights(path, weights, config, vocab=None):
-    """Whatever becomes a model passes through here. weights: dict of name -> tensor; config: dict
-    of SuperCLIPConfig's fields; vocab: text of the vocabulary, or None. Returns a SuperCLIPConfig.
+    """Check what a file holds before a model is made of it: that all tensors of such a model are
+    there, and no others, with the right shapes and finite values, and that the vocabulary has as
+    many tokens.
 
-    Raises InputError unless all tensors of such a model are there, and no others, with the right
-    shapes, dtypes (floating point; counts int64) and finite values, and the vocabulary has as many
-    tokens. load_state_dict alone would turn int8, bool or complex weights into float32.
+    weights: dict of name -> tensor; config: dict of SuperCLIPConfig's fields; vocab: text of the
+    vocabulary, or None. Returns a SuperCLIPConfig. Raises InputError.
     """
     try:
         config = SuperCLIPConfig(**config)
+        check_cost(weights, config)
         with torch.device("meta"):  # names, shapes and dtypes, but no numbers
             expected = SuperCLIP(config).state_dict()
-        names = [*weights.keys(), *expected]
-        n = data.Tokenizer(vocab).vocab_size if vocab is not None else config.vocab_size
+        unlike = weights.keys() ^ expected.keys()
+        if unlike:
+            raise InputError(f"{min(unlike)} is missing, or unknown")
+        for name, tensor in expected.items():
+            wanted = f"finite {tensor.dtype} of shape {[*tensor.shape]}"
+            check(fits(weights[name], tensor), f"{name} is not {wanted}")
+        if config.cls_weight:
+            counts = weights["token_counts"]
+            in_range = (counts >= 0) & (counts <= weights["num_captions"])
+            check(in_range.all(), "token_counts are not between 0 and num_captions")
+        if vocab is not None:
+            n = data.Tokenizer(vocab).vocab_size
+            reason = f"it is for {config.vocab_size:,} tokens, and the vocabulary has {n:,}"
+            check(n == config.vocab_size, f"{reason} (see --vocab of scripts.convert)")
     except Exception as error:  # an unknown field, a size of 0, a text in place of a number ...
+        if is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} holds no model of this version: {reason}") from None
-    reason = f"{path} has {config.vocab_size:,} tokens, but its vocabulary has {n:,}"
-    check(n == config.vocab_size, f"{reason}: see --vocab of scripts.convert")
-    for name in names:
-        tensor, wanted = weights.get(name), expected.get(name)
-        fits = torch.is_tensor(tensor) and torch.is_tensor(wanted) and tensor.shape == wanted.shape
-        floats = fits and tensor.is_floating_point() and wanted.is_floating_point()
-        fits = (floats or fits and tensor.dtype == wanted.dtype) and tensor.float().isfinite().all()
-        wanted = f"finite {wanted.dtype} {[*wanted.shape]}" if wanted is not None else "unknown"
-        check(fits, f"{path} does not fit its configuration: {name} ({wanted})")
     return config
 
 
+def check_cost(weights, config):
+    """Check that a model costs about as much time and memory as its file is large, before it is
+    built: a few bytes can ask for any number of layers, and a tensor can be one number that is
+    repeated a billion times, or share its memory with a thousand others."""
+    layers = max(config.vision_layers, config.text_layers)
+    check(layers <= len(weights), f"its tensors are too few for {layers:,} layers")
+    needed = 0  # bytes
+    held = {}  # address of a piece of memory -> its bytes
+    for tensor in weights.values():
+        needed += tensor.nbytes
+        storage = tensor.untyped_storage()  # a sparse tensor has none, which is an error
+        held[storage.data_ptr()] = storage.nbytes()
+    check(needed <= sum(held.values()), "its tensors do not own their memory")
+
+
+def fits(tensor, expected):
+    """Can this tensor of a file become the expected one of the model? load_state_dict would turn
+    whole or complex numbers into float32 without a word."""
+    if tensor.shape != expected.shape or tensor.is_complex():
+        return False
+    if tensor.is_floating_point() != expected.is_floating_point():
+        return False
+    return bool(tensor.isfinite().all())
+
+
 def read_checkpoint(path):
-    """A file of train.py or scripts/convert.py -> dict with model (tensors by name), config (a
-    dict), vocab (a text) and whatever else train.py keeps there. Raises InputError unless the three
-    fit each other."""
+    """Returns what a file of train.py or scripts/convert.py holds: a dict with model (tensors by
+    name), config (a dict), vocab (a text) and whatever else train.py keeps there. Raises InputError
+    unless the three fit each other."""
     content = read_file(path)
-    ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
-    check(ours, f"{path} is not a checkpoint of this project: see scripts.convert")
+    is_ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
+    check(is_ours, f"{path} is not a checkpoint of this project: see scripts.convert")
     check_weights(path, content["model"], content["config"], content["vocab"])
     return content
 
@@ -106,22 +142,23 @@ DIVERGED = "resume with a lower --learning_rate, more --warmup_steps or another 
 
 
 def write_checkpoint(path, model, vocab, **more):
-    """Write what read_checkpoint reads, and return whether that worked. If not, as on a full disk,
-    the file that was there before is still there. Weights that are not finite are never written."""
+    """Write what read_checkpoint reads. Returns whether that worked. If not, as on a full disk, the
+    file that was there before is still there. Raises InputError if weights are not finite, which
+    are never written."""
     try:
         state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
         finite = all(value.isfinite().all() for value in state.values())
         check(finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
         content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
         write_file(path, lambda file: torch.save(content, file))
-        return True
     except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
-        tqdm.write(f"warning: cannot write {path}: {error}")
+        tqdm.write(printable(f"warning: cannot write {path}: {error}"))
         return False
+    return True
 
 
 def load(checkpoint, device="cpu"):
-    """A checkpoint, ready for inference: (model, tokenizer, preprocess). Raises InputError.
+    """Read a checkpoint for inference. Returns model, tokenizer and preprocess. Raises InputError.
 
     The model is in eval mode and its parameters need no gradient, so a loop over photographs keeps
     no graph: model.encode_image(preprocess(pil_image)[None]), model.encode_text(tokenizer(["a
@@ -132,7 +169,8 @@ def load(checkpoint, device="cpu"):
     model.load_state_dict(content["model"])
     tokenizer = data.Tokenizer(content["vocab"], model.config.context_length)
     preprocess = partial(data.load_image, size=model.config.image_size)
-    return model.requires_grad_(False).to(device).eval(), tokenizer, preprocess
+    model.requires_grad_(False).to(device).eval()
+    return model, tokenizer, preprocess
 
 
 def device_of(model):
@@ -143,19 +181,22 @@ def device_of(model):
 # Images and texts -> features
 
 
-# The datasets below give (image, label). In place of an image that cannot be read they give the
-# reason, a string, so that one broken file does not end the evaluation of thousands.
+# The datasets below yield (image, label), or (reason: str, label) if the image cannot be read, so
+# that one broken file does not end the evaluation of thousands.
 
 
 def images_in(folder):
-    """The image files below a folder, by name, each real file once. Links to folders are not
-    followed, because they may run in circles, and pipes and the like are not opened."""
-    found = sorted(p for p in Path(folder).rglob("*.*") if p.suffix.lower() in data.SUFFIXES)
-    return sorted({p.resolve(): p for p in reversed(found) if p.is_file()}.values())
+    """Returns the image files below a folder, by name, each real file once. Links to folders are
+    not followed, because they may run in circles, and pipes and the like are not opened."""
+    files = {}
+    for path in sorted(Path(folder).rglob("*.*")):
+        if path.suffix.lower() in data.SUFFIXES and path.is_file():
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def read_image(path, size):
-    """An image file -> uint8 tensor (3, size, size), or the reason why not, as a string."""
+    """Returns an image file as a uint8 tensor (3, size, size), or the reason why not, a string."""
     try:
         return data.load_image(Path(path).read_bytes(), size)
     except (data.BadSample, OSError) as error:
@@ -166,19 +207,24 @@ class ClassFolders(Dataset):
     """A folder with a folder of images per class. Labels are the numbers of the sorted names, and a
     folder without images still is a class that others can be mistaken for."""
 
+    # Not torchvision's ImageFolder, which follows links to folders, even in circles, and takes
+    # hidden folders, such as .ipynb_checkpoints, for classes.
+
     def __init__(self, folder, image_size):
-        # Hidden folders, such as .ipynb_checkpoints, are no classes.
         folders = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
-        check(folders, f"{folder} has no folders in it: there must be one of images per class")
-        self.classes, self.image_size = [p.name for p in folders], image_size
-        self.samples = [(path, c) for c, p in enumerate(folders) for path in images_in(p)]
-        check(self.samples, f"there are no images in the folders of {folder}")
+        self.image_size = image_size
+        self.classes = [path.name for path in folders]
+        self.samples = []  # (path, number of its class)
+        for label, path in enumerate(folders):
+            self.samples += [(file, label) for file in images_in(path)]
+        check(self.samples, f"{folder} has no folders with images in it, one for each class")
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        return read_image(self.samples[i][0], self.image_size), self.samples[i][1]
+        path, label = self.samples[i]
+        return read_image(path, self.image_size), label
 
 
 class ShardImages(Dataset):
@@ -191,35 +237,47 @@ class ShardImages(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i):
-        pairs, row = self.pairs, self.pairs.index[i].tolist()
+        pairs = self.pairs
+        row = pairs.index[i].tolist()
         try:
-            sources = dict.fromkeys(pairs.captions)
-            texts = [text for source in sources for text in pairs.texts(row, source)]
+            texts = []
+            for source in dict.fromkeys(pairs.captions):
+                texts += pairs.texts(row, source)
             return data.load_image(pairs.read(row, data.IMAGE), pairs.image_size), texts
         except (data.BadSample, OSError) as error:
             return f"{pairs.shards[row[0]]}: {pairs.key(row)}: {error}", None
 
 
 def collate(samples):
-    """list of samples -> (images stacked (B, 3, S, S), or None; list of B labels; reasons)."""
-    good = [(image, label) for image, label in samples if not isinstance(image, str)]
+    """list of samples -> images stacked (B, 3, S, S), or None if none can be read; the list of
+    their B labels; the list of reasons why others cannot be read."""
+    images, labels, reasons = [], [], []
+    for image, label in samples:
+        if isinstance(image, str):
+            reasons.append(image)
+        else:
+            images.append(image)
+            labels.append(label)
     # One tensor for all: each tensor on its way out of a worker holds a file open.
-    images = torch.stack([image for image, _ in good]) if good else None
-    return images, [label for _, label in good], [why for why, _ in samples if isinstance(why, str)]
+    images = torch.stack(images) if images else None
+    return images, labels, reasons
 
 
 def batches(dataset, batch_size, workers, description, any_good=False):
     """Yield (images (B, 3, S, S) uint8, list of B labels), and name the images that cannot be read.
     Raises InputError if none can, unless any_good says that there are others."""
     loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
-    total, reasons = math.ceil(len(dataset) / batch_size), []
+    total = math.ceil(len(dataset) / batch_size)
+    n_good = 0
+    last_reason = ""
     for images, labels, reasons in data.progress(loader, description, total, unit="batch"):
         for reason in reasons:
             tqdm.write(printable(f"skipped {reason}"))
+            last_reason = reason
         if labels:
-            any_good = True
+            n_good += len(labels)
             yield images, labels
-    check(any_good, "none of the images can be used: " + "".join(reasons[-1:]))
+    check(n_good > 0 or any_good, f"none of the images can be used: {last_reason}")
 
 
 @torch.no_grad()
@@ -235,9 +293,10 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
 
 @torch.no_grad()
 def encode_images(model, encode, dataset, batch_size, workers):
-    """encode: what makes features of images (B, 3, S, S), such as model.encode_image -> features of
-    all images of the dataset (N, ...), and the list of their N labels."""
-    features, labels = [], []
+    """Returns features of all images of the dataset (N, ...), and the list of their N labels.
+    encode: what makes features of images (B, 3, S, S), such as model.encode_image."""
+    features = []
+    labels = []
     for images, labels_of_batch in batches(dataset, batch_size, workers, "encoding"):
         features.append(encode(images.to(device_of(model))))
         labels += labels_of_batch
@@ -245,18 +304,23 @@ def encode_images(model, encode, dataset, batch_size, workers):
 
 
 def encode_shards(model, pairs, batch_size=128, workers=0):
-    """Pairs -> image features (N, E), text features (M, E) of all their captions, and owner (M,):
-    the number of each caption's image. Says how many captions are not unique."""
+    """Returns image features (N, E) of pairs, text features (M, E) of all their captions, and owner
+    (M,), the number of each caption's image. Says how many captions are not unique."""
     dataset = ShardImages(pairs)
     images, captions = encode_images(model, model.encode_image, dataset, batch_size, workers)
-    texts = [text for texts_of_image in captions for text in texts_of_image]
+    texts = []
+    owner = []
+    for i, texts_of_image in enumerate(captions):
+        texts += texts_of_image
+        owner += [i] * len(texts_of_image)
     # Each text is encoded once, so that equal captions get equal features and tie.
     number_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    if repeated := len(texts) - len(number_of):
+    repeated = len(texts) - len(number_of)
+    if repeated > 0:
         tqdm.write(f"{repeated:,} of {len(texts):,} captions repeat another one: they tie with it")
-    features = encode_texts(model, pairs.tokenizer, [*number_of])[[number_of[t] for t in texts]]
-    owner = torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
-    return images, features, owner.to(features.device)
+    features = encode_texts(model, pairs.tokenizer, list(number_of))
+    numbers = [number_of[text] for text in texts]
+    return images, features[numbers], torch.tensor(owner, device=features.device)
 
 
 # -----------------------------------------------------------------------------
@@ -264,20 +328,24 @@ def encode_shards(model, pairs, batch_size=128, workers=0):
 
 
 def score(hits, chance):
-    """hits: n numbers in 0..1 -> dict of value, chance, n and the 95 % interval. The interval is
+    """hits: n numbers in 0..1. Returns a dict of value, chance, n and the 95 % interval. That is
     Wilson's, which stays inside 0..1 and is right near its ends, too."""
-    n, p, z = len(hits), float(hits.double().mean()), 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    n = len(hits)
+    p = float(hits.double().mean())
+    z = 1.96  # standard deviations to each side that 95 % of a normal distribution lie within
+    shrink = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     interval = [max(0.0, centre - half), min(1.0, centre + half)]
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
 
 
-def line(name, s, more=""):
-    """A score as a line of text, with `more` at its end."""
-    value, chance, low, high = (100 * x for x in (s["value"], s["chance"], *s["interval"]))
-    text = f"{name:24s}{value:7.2f} %   chance {chance:6.2f} %   95 % interval {low:.1f}-{high:.1f}"
-    return printable(f"{text}   n {s['n']:,}{more}")
+def format_score(name, s, more=""):
+    """Returns a score as a line of text, with `more` at its end."""
+    low, high = s["interval"]
+    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
+    text += f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}{more}"
+    return printable(text)
 
 
 # Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
@@ -310,80 +378,105 @@ def recall(counts, k):
     return 1 - missed.where(taken < k - above, 1.0).prod(dim=0)
 
 
-def search_counts(questions, question_label, answers, answer_label):
+def search(questions, question_label, answers, answer_label):
     """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> the
-    counts (3, Q) of rank_counts. Works in chunks, so that the matrix (Q, A) never exists."""
-    counts, chunk = [], max(1, 2**24 // len(answers))  # 64 MB of scores
+    counts (3, Q) of rank_counts, and the number of each question's best answer (Q,). Works in
+    chunks, so that the matrix (Q, A) never exists."""
+    counts = []
+    best = []
+    chunk = max(1, 2**24 // len(answers))  # 64 MB of scores
     for i in data.progress(range(0, len(questions), chunk), "searching"):
         right = question_label[i : i + chunk, None] == answer_label
         scores = questions[i : i + chunk] @ answers.T
         counts.append(rank_counts(scores, right).cpu())
-    return torch.cat(counts, dim=1)
+        best.append(scores.argmax(dim=1).cpu())
+    return torch.cat(counts, dim=1), torch.cat(best)
 
 
 def mean_by_image(hits, image):
     """hits (Q,) of questions, image (Q,): their images -> the mean of each image (N,). The captions
     of one image are not independent, so an interval must not count each of them."""
-    total = torch.zeros(int(image.max()) + 1).double().index_add(0, image, hits)
-    return total[image.unique()] / image.unique(return_counts=True)[1]
+    total = torch.bincount(image, weights=hits)
+    n = torch.bincount(image)
+    return (total / n)[n > 0]
+
+
+def recall_scores(questions, question_image, answers, answer_image, n_images, ks):
+    """R@k of a search for answers of the question's image, as a dict of scores. Arguments as in
+    `search`. Each image counts once, with the mean of its questions."""
+    counts, _ = search(questions, question_image, answers, answer_image)
+    # Chance is the score of a model for which all answers look the same: all of them tie.
+    right = torch.bincount(answer_image, minlength=n_images)[question_image].cpu()  # (Q,)
+    wrong = len(answers) - right
+    all_tie = torch.stack([torch.zeros_like(right), wrong, right])
+    question_image = question_image.cpu()
+    scores = {}
+    for k in ks:
+        hits = mean_by_image(recall(counts, k), question_image)
+        luck = mean_by_image(recall(all_tie, k), question_image)
+        scores[f"R@{k}"] = score(hits, luck.mean())
+    return scores
 
 
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
-    """R@k from image to text and from text to image, as a dict of dicts. Each image counts once,
-    with the mean of its captions.
-
-    image_features (N, E), text_features (M, E), owner (M,): the number of each text's image. Chance
-    is the score of a model for which all answers look the same.
-    """
-    images = image_features, torch.arange(len(image_features), device=owner.device)
-    texts, result = (text_features, owner), {}
-    for way, asked, given in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        right = torch.bincount(given[1], minlength=len(image_features))[asked[1]].cpu()  # (Q,)
-        # of a model for which all answers look the same
-        all_tie = torch.stack([0 * right, len(given[1]) - right, right])
-        counts = search_counts(*asked, *given), all_tie
-        found = {k: [mean_by_image(recall(x, k), asked[1].cpu()) for x in counts] for k in ks}
-        result[way] = {f"R@{k}": score(hits, luck.mean()) for k, (hits, luck) in found.items()}
-    return result
+    """R@k from image to text and from text to image, as a dict of dicts of scores.
+    image_features (N, E), text_features (M, E), owner (M,): the number of each text's image."""
+    N = len(image_features)
+    numbers = torch.arange(N, device=owner.device)
+    return {
+        "image_to_text": recall_scores(image_features, numbers, text_features, owner, N, ks),
+        "text_to_image": recall_scores(text_features, owner, image_features, numbers, N, ks),
+    }
 
 
 def mean_r1(result):
-    """What the best model is chosen by: R@1, as the mean of both ways, and the upper end of its
-    95 % interval."""
-    a, b = result["image_to_text"]["R@1"], result["text_to_image"]["R@1"]
-    return (a["value"] + b["value"]) / 2, (a["interval"][1] + b["interval"][1]) / 2
+    """What the best model is chosen by: R@1 of retrieval(), as the mean of both ways."""
+    a = result["image_to_text"]["R@1"]["value"]
+    b = result["text_to_image"]["R@1"]["value"]
+    return (a + b) / 2
 
 
 def print_retrieval(result):
-    """A line for each score of retrieval()."""
+    """Print a line for each score of retrieval()."""
     for way, scores in result.items():
         for name, value in scores.items():
-            print(line(f"{way} {name}".replace("_", " "), value))
+            # tqdm's, because a plain print would be glued to the bar of a training
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), value))
 
 
-def zeroshot_classifier(model, tokenizer, classes, templates=TEMPLATES):
+def zeroshot_classifier(model, tokenizer, classes, templates):
     """One feature per class, (C, E): the normalised mean of its prompts' features."""
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    prompts = []
+    for name in classes:
+        prompts += [template.replace("{}", name) for template in templates]
     features = encode_texts(model, tokenizer, prompts).view(len(classes), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, dataset, classes, templates=TEMPLATES, batch_size=128, workers=0):
+def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128, workers=0):
     """Top-1 and top-5 accuracy, and top-1 of each class with the one that it is mistaken for most,
     for a dataset of (image, class number). It is a search for the class among all C classes, so its
-    top-k is R@k."""
-    classifier, C = zeroshot_classifier(model, tokenizer, classes, templates), len(classes)
+    top-k is R@k. templates: prompts, by default those of TEMPLATES that the vocabulary has the
+    words for."""
+    if templates is None:
+        templates = usable_templates(tokenizer)
+    C = len(classes)
+    classifier = zeroshot_classifier(model, tokenizer, classes, templates)  # (C, E)
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
-    labels, numbers = torch.tensor(labels), torch.arange(C).to(classifier.device)
-    counts = search_counts(features, labels.to(classifier.device), classifier, numbers)
-    result = {f"top{k}": score(recall(counts, k), k / C) for k in (1, 5) if k == 1 or k < C}
-    guesses, result["per_class"] = (features @ classifier.T).argmax(dim=1).cpu(), []
+    labels = torch.tensor(labels)
+    numbers = torch.arange(C, device=classifier.device)
+    counts, guesses = search(features, labels.to(classifier.device), classifier, numbers)
+    result = {"top1": score(recall(counts, 1), 1 / C)}
+    if C > 5:
+        result["top5"] = score(recall(counts, 5), 5 / C)
     # A list, not a dict, because two of ImageNet's classes have the same name.
+    result["per_class"] = []
     for c in labels.unique().tolist():
-        wrong = guesses[(labels == c) & (guesses != c)]
-        often = classes[wrong.mode()[0]] if len(wrong) else None
-        part = score(recall(counts[:, labels == c], 1), 1 / C)
-        result["per_class"].append({"name": classes[c], "mistaken_for": often, **part})
+        is_of_class = labels == c
+        wrong = guesses[is_of_class & (guesses != c)]
+        mistaken_for = classes[wrong.mode().values] if len(wrong) > 0 else None
+        part = score(recall(counts[:, is_of_class], 1), 1 / C)
+        result["per_class"].append({"name": classes[c], "mistaken_for": mistaken_for, **part})
     return result
 
 
@@ -417,23 +510,37 @@ def fit_linear(x, y, classes, penalty):
     return layer
 
 
-def probe(train, test, classes, seed=0):
+def probe_hits(x, y, x_test, y_test, classes, penalty):
+    """Fit a probe to x (N, F), y (N,). Returns 1 for each test image that it puts into the right
+    class, and 0 for each other."""
+    guesses = fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1)
+    return (guesses == y_test).double()
+
+
+def probe(train, test, classes):
     """Linear probe; train, test: (features (N, F), labels (N,)). A fifth of the training images
-    chooses the penalty, and then all of them are fitted. Returns (score on test, penalty)."""
-    (x, y), (x_test, y_test) = train, test
+    chooses the penalty, and then all of them are fitted. Returns the score on test, and the
+    penalty."""
+    x, y = train
+    x_test, y_test = test
     check(len(x) > 1, "a probe needs at least two training images")
     # Standardised, so that one penalty means the same for all features.
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    val, rest = order[: max(1, len(x) // 5)], order[max(1, len(x) // 5) :]
+    mean = x.mean(dim=0)
+    std = x.std(dim=0).clamp_min(1e-6)
+    x = (x - mean) / std
+    x_test = (x_test - mean) / std
 
-    def hits(x, y, x_test, y_test, penalty):
-        return (fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1) == y_test).double()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    n_val = max(1, len(x) // 5)
+    val = order[:n_val]
+    rest = order[n_val:]
 
-    penalties = data.progress([10.0**e for e in range(-6, 1)], "choosing the penalty")
-    penalty = max(penalties, key=lambda p: hits(x[rest], y[rest], x[val], y[val], p).mean())
-    return score(hits(x, y, x_test, y_test, penalty), 1 / classes), penalty
+    def accuracy(penalty):
+        return probe_hits(x[rest], y[rest], x[val], y[val], classes, penalty).mean()
+
+    penalties = [10.0**exponent for exponent in range(-6, 1)]
+    penalty = max(data.progress(penalties, "choosing the penalty"), key=accuracy)
+    return score(probe_hits(x, y, x_test, y_test, classes, penalty), 1 / classes), penalty
 
 
 # -----------------------------------------------------------------------------
@@ -441,9 +548,10 @@ def probe(train, test, classes, seed=0):
 
 
 def token_text(tokenizer, i):
-    """A token as a word. One that is only the beginning of a word is written "skate-"."""
-    whole = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
-    return tokenizer.decode([i]) + ("" if whole else "-")
+    """Returns a token as a word. One that is only the beginning of a word is written "skate-"."""
+    text = tokenizer.decode([i])
+    ends_a_word = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
+    return text if ends_a_word else text + "-"
 
 
 @torch.no_grad()
@@ -451,10 +559,25 @@ def top_words(model, tokenizer, images, k=8):
     """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as a
     list of (word, probability, id). Probabilities are a softmax over all tokens."""
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
-    best = zip(*(x.tolist() for x in probabilities.topk(min(8 * k, tokenizer.vocab_size))))
-    tokens = [[(token_text(tokenizer, i), p, i) for p, i in zip(*row)] for row in best]
-    # Punctuation, padding, start and end are not words: they have no letter or digit.
-    return [[x for x in row if any(map(str.isalnum, x[0]))][:k] for row in tokens]
+    values, ids = probabilities.topk(min(8 * k, tokenizer.vocab_size))
+    result = []
+    for values_of_image, ids_of_image in zip(values.tolist(), ids.tolist()):
+        words = [(token_text(tokenizer, i), p, i) for p, i in zip(values_of_image, ids_of_image)]
+        # Punctuation, padding, start and end are no words.
+        words = [word for word in words if has_letters(word[0])]
+        result.append(words[:k])
+    return result
+
+
+def has_letters(word):
+    """Does it have a letter or a digit?"""
+    return any(character.isalnum() for character in word)
+
+
+def default_window(model):
+    """Patches a side that word_maps leaves out: a quarter of the image, about as much as an object
+    takes."""
+    return max(1, round(model.visual.grid / 4))
 
 
 @torch.no_grad()
@@ -474,11 +597,14 @@ def word_maps(model, image, ids, window, batch_size=64):
     # of two sides, and kron multiplies every row with every row.
     side = torch.ones(grid - window + 1, grid).triu().tril(window - 1)
     inside = torch.kron(side, side)  # (W, P): 1 for the patches of a window
-    keep = torch.stack([(row == 0).nonzero().flatten() for row in inside]).to(device_of(model))
+    outside = [(row == 0).nonzero().flatten() for row in inside]
+    keep = torch.stack(outside).to(device_of(model))
+
     image = image[None].to(device_of(model))
 
     def log_probability(keep, n):
-        return model.class_logits(image.expand(n, -1, -1, -1), keep).log_softmax(dim=-1)[:, ids]
+        logits = model.class_logits(image.expand(n, -1, -1, -1), keep)
+        return logits.log_softmax(dim=-1)[:, ids]
 
     without = torch.cat([log_probability(k, len(k)) for k in keep.split(batch_size)])  # (W, K)
     falls = (log_probability(None, 1) - without).T.cpu()  # (K, W)
@@ -486,24 +612,67 @@ def word_maps(model, image, ids, window, batch_size=64):
 
 
 # -----------------------------------------------------------------------------
+# Words that a model does not know
+
+RARE = 2e-4  # share of the captions in training: a word in fewer is hardly known
+
+
+def unknown_words(tokenizer, texts, model=None):
+    """Which words of some texts are not in the vocabulary or, given a model with a word head, were
+    hardly ever in the captions of its training? Returns a dict of word -> what is to be said of it.
+    CLIP's vocabulary has parts for any word, so that it cannot tell, and the dict is empty."""
+    if tokenizer.pattern is not data.WORD:
+        return {}
+    n = 0  # captions in training; plain CLIP counts none
+    if model is not None and model.head is not None:
+        n = int(model.num_captions)
+    words = tokenizer.pattern.findall(data.clean("\n".join(texts)))
+    unknown = {}
+    for word in filter(has_letters, words):
+        ids = tokenizer.encode(word)
+        if len(ids) > 1:  # its bytes
+            unknown[word] = "is not in the vocabulary"
+        elif n > 0 and model.token_counts[ids[0]] <= RARE * n:
+            unknown[word] = f"was in {model.token_counts[ids[0]]:,} of {n:,} captions in training"
+    return unknown
+
+
+def print_unknown_words(tokenizer, texts, model):
+    """Name the words of some texts that the model hardly knows, if there are any."""
+    for word, reason in unknown_words(tokenizer, texts, model).items():
+        tqdm.write(printable(f"{word!r} {reason}: the model hardly knows it"))
+
+
+def usable_templates(tokenizer, templates=TEMPLATES):
+    """Returns the list of templates whose words are all in the vocabulary, because one that is
+    spelt in bytes would be most of what the text tower sees of a prompt. (A word of the vocabulary
+    is one token, whether training has shown it or not.) If none is left, "{}" is the only one: the
+    name alone."""
+    usable = [template for template in templates if not unknown_words(tokenizer, [template])]
+    return usable or ["{}"]
+
+
+# -----------------------------------------------------------------------------
 # Commands
 
 
-# Words in place of a file's name, and the lists of open_clip that they stand for.
-PUBLISHED = {"imagenet": "IMAGENET_CLASSNAMES", "openai": "OPENAI_IMAGENET_TEMPLATES"}
-
-
 def read_list(path):
-    """The lines of a file, or one of the PUBLISHED lists."""
-    if path in PUBLISHED:
-        items = getattr(optional("open_clip", "open_clip_torch"), PUBLISHED[path])
-        return [item if isinstance(item, str) else item("{}") for item in items]
-    return [s.strip() for s in Path(path).read_text("utf-8", "replace").splitlines() if s.strip()]
+    """Returns the lines of a file. Two names stand for lists of open_clip instead: imagenet for
+    the names of ImageNet's classes, and openai for CLIP's templates."""
+    if path == "imagenet":
+        return list(optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
+    if path == "openai":
+        published = optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
+        return [template("{}") for template in published]
+    lines = Path(path).read_text("utf-8", "replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def class_names(dataset, path=None):
-    """A name for each class: the lines of --classes, or else the names of the folders."""
-    names = read_list(path) if path else [name.replace("_", " ") for name in dataset.classes]
+    """Returns a name for each class: the lines of --classes, or else the names of the folders."""
+    if path is None:
+        return [name.replace("_", " ") for name in dataset.classes]
+    names = read_list(path)
     check(len(names) == len(dataset.classes), f"{path} does not have a line for each folder")
     return names
 
@@ -514,21 +683,30 @@ def class_names(dataset, path=None):
 def command_zeroshot(model, tokenizer, args):
     dataset = ClassFolders(args.images, model.config.image_size)
     classes = class_names(dataset, args.classes)
-    templates = read_list(args.templates) if args.templates else TEMPLATES
-    check(templates and all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
-    print(f"{len(classes)} classes, {len(templates)} prompts:", *templates, sep="\n  ")
-    result = zeroshot(model, tokenizer, dataset, classes, templates, args.batch_size, args.workers)
+    templates = TEMPLATES
+    if args.templates is not None:
+        templates = read_list(args.templates)
+        check(all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
+    usable = usable_templates(tokenizer, templates)
+    print_unknown_words(tokenizer, classes, model)
+    text = f"{len(classes)} classes, {len(usable)} prompts whose words are in the vocabulary:"
+    print(text, *map(printable, usable), sep="\n  ")
+    result = zeroshot(model, tokenizer, dataset, classes, usable, args.batch_size, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
-        print(line(name, result[name]))
-    for c in result["per_class"] if len(classes) <= 30 else ():
-        print(line(f"  {c['name']}", c, f"   mistaken for {c['mistaken_for'] or 'none'}"))
-    return {"templates": list(templates), **result}
+        print(format_score(name, result[name]))
+    if len(classes) <= 30:
+        for c in result["per_class"]:
+            more = f"   mistaken for {c['mistaken_for'] or 'none'}"
+            print(format_score(f"  {c['name']}", c, more))
+    return {"templates": usable, **result}
 
 
 def command_retrieval(model, tokenizer, args):
-    pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
-    sides = {Path(shard).name.partition("-")[0] for shard in pairs.shards}
-    check(not {"train", "val"} <= sides, "these shards are of training and of validation: name one")
+    shards = data.expand(args.data)
+    sides = {Path(shard).name.partition("-")[0] for shard in shards}
+    if {"train", "val"} <= sides:
+        raise InputError("these shards are of training and of validation: name one of the two")
+    pairs = data.Pairs(shards, tokenizer, model.config.image_size, args.captions)
     images, texts, owner = encode_shards(model, pairs, args.batch_size, args.workers)
     print(f"{len(images):,} images, {len(texts):,} captions")
     result = retrieval(images, texts, owner)
@@ -537,47 +715,50 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
-    train, test = (ClassFolders(f, model.config.image_size) for f in (args.train, args.test))
+    train = ClassFolders(args.train, model.config.image_size)
+    test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
-    result, D = {}, model.config.vision_width
     torch.manual_seed(0)
     untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # what was there before
+    result = {}
     for kind, tower in (("", model), ("untrained ", untrained)):
-        parts = [frozen_features(tower, f, args.batch_size, args.workers) for f in (train, test)]
-        for name, columns in (("class token", slice(D)), ("patch mean", slice(D, None))):
-            part = probe(*((x[:, columns], y) for x, y in parts), len(train.classes))[0]
-            print(line(kind + name, part))
+        x, y = frozen_features(tower, train, args.batch_size, args.workers)
+        x_test, y_test = frozen_features(tower, test, args.batch_size, args.workers)
+        halves = zip(("class token", "patch mean"), x.chunk(2, dim=1), x_test.chunk(2, dim=1))
+        for name, half, half_test in halves:
+            part, _ = probe((half, y), (half_test, y_test), len(train.classes))
+            print(format_score(kind + name, part))
             result[kind + name] = part
     return result
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(usage=__doc__.replace("%", "%%"))
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, function, text):
+    def command(name, function, text, *shared):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(function=function)
-        sub.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
-        sub.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-        sub.add_argument("--json", type=output_file(".json"), help="file to write the numbers to")
-        sub.add_argument("--batch_size", type=number(int, 1), default=128, help="(default 128)")
-        sub.add_argument("--workers", type=number(int, 0), default=2, help="(default 2 processes)")
-        return sub.add_argument
+        add_options(sub, "checkpoint", *shared, "device")
+        add = sub.add_argument
+        add("--batch_size", type=number(int, 1), default=128, help="images a batch (default 128)")
+        add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
+        add("--json", type=output_file(".json"), metavar="FILE", help="write the numbers to FILE")
+        return add
 
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, help="a folder with a folder of images per class")
+    add("--images", required=True, metavar="DIR", help="a folder with a folder of images per class")
     add("--classes", help="file of names, a line for each folder in sorted order; or imagenet")
     add("--templates", help="file of prompts, one a line, {} for the name; or openai: CLIP's 80")
-    add = command("retrieval", command_retrieval, "find captions by image and images by caption")
+    text = "find captions by image and images by caption"
+    add = command("retrieval", command_retrieval, text, "captions")
     add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")
-    add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
-    add("--train", required=True, help="a folder with a folder of images per class")
-    add("--test", required=True, help="the same classes, other images")
+    add("--train", required=True, metavar="DIR", help="a folder with a folder of images per class")
+    add("--test", required=True, metavar="DIR", help="the same classes, other images")
     args = parser.parse_args(argv)
-    # A command takes model and tokenizer, the first two of what load returns.
-    write_json(args.json, args.function(*load(args.checkpoint, pick_device(args.device))[:2], args))
+    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
+    write_json(args.json, args.function(model, tokenizer, args))
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def idea(clip_path, superclip_path, k=5):
     for axis, path, name in zip(others, (clip_path, superclip_path), ("CLIP", "SuperCLIP")):
         model, tokenizer, preprocess = evaluation.load(path)
         image = model.encode_image(preprocess(scenes.draw(scene))[None])
-        texts = evaluation.zeroshot_classifier(model, tokenizer, names)
+        texts = evaluation.zeroshot_classifier(model, tokenizer, names, evaluation.TEMPLATES)
         best = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].topk(k)
         said = [names[i] for i in best.indices.tolist()]
         colours = [GREEN if text == " ".join(look) else "#c3c9d2" for text in said]

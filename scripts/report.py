@@ -23,7 +23,6 @@ from torch.utils.data import Subset
 import data
 import eval as evaluation
 from cli import InputError, number, output_file, pick_device, run_command, write_file
-from scripts.words import default_window
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
@@ -122,7 +121,7 @@ def words_of(model, tokenizer, image, caption):
     and its map (G, G) in nats (see eval.word_maps)."""
     words = evaluation.top_words(model, tokenizer, image[None], WORDS)[0]
     ids, in_caption = [i for _, _, i in words], {*tokenizer.encode(caption)}
-    _, maps = evaluation.word_maps(model, image, ids, default_window(model.visual.grid))
+    _, maps = evaluation.word_maps(model, image, ids, evaluation.default_window(model))
     return [
         {"word": word, "probability": p, "said": i in in_caption, "map": rounded(m, 3)}
         for (word, p, i), m in zip(words, maps)
@@ -164,7 +163,7 @@ def examine(model, tokenizer, pairs, n):
     similarity, owner = image_features @ text_features.T, torch.arange(len(captions))  # (N, N)
     scores = evaluation.retrieval(image_features, text_features, owner)
     shown, found = spread(owner.tolist(), n), searches(similarity.T)
-    window = default_window(model.visual.grid)
+    window = evaluation.default_window(model)
     content = {
         "head": model.head is not None and window < model.visual.grid,
         "loss": model.config.loss,

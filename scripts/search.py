@@ -55,7 +55,6 @@ from scripts.pictures import contact_sheet, image_files, load_font, picture_file
 # An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
 # are equal in all of that have the same content, so they are encoded once.
 Entry = namedtuple("Entry", "file name offset size mtime")
-RARE = 2e-4  # share of the captions in training: a word in fewer is hardly known
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
@@ -149,22 +148,6 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
     return features
 
 
-def rare_words(model, tokenizer, text):
-    """The words of a text that the model hardly knows, as a list of (word, how often training has
-    shown it). Only a vocabulary of whole words can tell: it spells an unknown word in bytes."""
-    if tokenizer.pattern is not data.WORD:
-        return []
-    # Plain CLIP counts nothing, and knows of a word only whether its vocabulary has it.
-    counts = torch.ones(tokenizer.vocab_size) if model.head is None else model.token_counts
-    n, rare = 1 if model.head is None else int(model.num_captions), []
-    for word in data.WORD.findall(data.clean(text)):
-        ids = tokenizer.encode(word)
-        seen = int(counts[ids[0]]) if len(ids) == 1 else 0
-        if seen <= RARE * n and any(map(str.isalnum, word)):
-            rare.append((word, seen))
-    return rare
-
-
 # -----------------------------------------------------------------------------
 # The picture
 
@@ -228,10 +211,7 @@ def main(argv):
     entries, vectors = zip(*features.items())
     scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
     print(f"{len(entries):,} images; scores are cosine similarities")
-    rare = [word for text in args.texts for word in rare_words(model, tokenizer, text)]
-    for word, n in dict.fromkeys(rare):
-        seen = f"was seen {n:,} times in training" if n else "is not in the vocabulary"
-        print(printable(f"{word!r} {seen}: the model hardly knows it"))
+    evaluation.print_unknown_words(tokenizer, args.texts, model)
     blocks, here = [], os.getcwd() + os.sep
     for query, row in zip(queries, scores):
         is_text = isinstance(query, str)

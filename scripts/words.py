@@ -38,11 +38,6 @@ from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file
 
 
-def default_window(grid):
-    """Patches a side to leave out: a quarter of the image, about as large as an object."""
-    return max(1, round(grid / 4))
-
-
 def draw_scenes(size, n=4):
     """Yield (caption, image (3, size, size)) of n of the built-in scenes."""
     for i in range(n):
@@ -156,13 +151,13 @@ def main(argv):
     chosen = [(word, tokenizer.encode(word)) for word in args.word]
     spelt = [word for word, ids in chosen if len(ids) != 1]
     check(not spelt, f"the vocabulary has no token {', '.join(spelt)}: try another --word")
-    window = args.window or default_window(grid)
+    window = args.window or evaluation.default_window(model)
     check(window < grid, f"--window must be from 1 to {grid - 1}: there are {grid} patches a side")
     result, drawn = {"images": {}}, []
     if args.data:
         pairs = data.Pairs(data.expand(args.data), tokenizer, size)
         result["localisation"] = localisation(model, pairs, window, args.limit)
-        print(evaluation.line("right place", result["localisation"]))
+        print(evaluation.format_score("right place", result["localisation"]))
     images = ((file, evaluation.read_image(file, size)) for file in files)
     for name, image in images if files or args.data else draw_scenes(size):
         if isinstance(image, str):

@@ -144,7 +144,7 @@ def test_words_command(folders, scenes, checkpoint, tmp_path, capsys):
     assert f"skipped {folders / 'red' / '0.png'}" in printed
     assert f"wrote {out}: 24 of 31 images" in printed
     assert result["localisation"]["n"] == 1
-    assert evaluation.line("right place", result["localisation"]) in printed
+    assert evaluation.format_score("right place", result["localisation"]) in printed
 
 
 def test_words_of_drawn_scenes_and_a_word_of_ones_own(checkpoint, tmp_path, capsys):
