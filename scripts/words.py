@@ -71,7 +71,7 @@ def pictures_of_run(shards, captions, tokenizer, size):
             yield Picture(image, "", image)
         else:
             row = pairs.index[number_of_pair].tolist()
-            name = f"{pairs.shards[row[0]]}:{pairs.key(row)} {texts[0]}"
+            name = f'{pairs.shards[row[0]]}:{pairs.key(row)} "{texts[0]}"'
             yield Picture(name, texts[0], image)
 
 

@@ -251,7 +251,7 @@ def test_without_images_the_validation_pictures_of_the_run_are_shown(tmp_path, c
 
     result, _ = result_of(capsys, words.main, tmp_path / "x.json", "--checkpoint", path)
 
-    assert [name.partition(" ")[2] for name in result["images"]] == captions[::2]
+    assert [name.split('"')[1] for name in result["images"]] == captions[::2]
 
 
 def test_without_images_or_a_run_scenes_are_drawn_for_a_model_of_scenes(tmp_path, capsys):
