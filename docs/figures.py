@@ -11,7 +11,6 @@ can be read at a README's width.
 
 import argparse
 import itertools
-import json
 import math
 import random
 import textwrap
@@ -27,6 +26,7 @@ import data
 import eval as evaluation
 from cli import run_command
 from scripts import scenes
+from scripts.report import read_log
 from study import run
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
@@ -229,19 +229,14 @@ def blind():
     return 100 * (1 - math.exp(-others)) / others
 
 
-def read_log(path):
-    """The log of a run that was not resumed -> its header, the rows of training, and those of
-    validations."""
-    first, *rows = map(json.loads, Path(path).read_text().splitlines())
-    training = [row for row in rows if "loss" in row]
-    return first["header"], training, [row for row in rows if "validation" in row]
-
-
-def zero_shot(validations, kind, batch_size):
+def zero_shot(rows, kind):
     """[(samples seen, percent) ...] of a zero-shot score: colour, shape, colour_shape, held_out."""
-    name = f"scenes/zeroshot/{kind}"
-    found = [(row["step"] * batch_size, row["zeroshot"].get(name)) for row in validations]
-    return [(x, 100 * score["value"]) for x, score in found if score]
+    points = []
+    for row in rows:
+        score = row.get("zeroshot", {}).get(f"scenes/zeroshot/{kind}")
+        if score:
+            points.append((row["samples"], 100 * score["value"]))
+    return points
 
 
 def draw_lines(axis, lines, gap):
@@ -257,7 +252,8 @@ def draw_lines(axis, lines, gap):
 
 
 def curve(path, clip_path):
-    header, training, validations = read_log(path)
+    header, rows = read_log(path)
+    training = [row for row in rows if "loss" in row]
     B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
     last = training[-1]["samples"]
@@ -279,7 +275,7 @@ def curve(path, clip_path):
 
     lines = [constant(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind)]
     lines += [constant("chance 1.6 % (of 64)", 100 / 64), constant("chance 0.1 % (R@1)", 0.1)]
-    r1 = [(row["step"] * B, 100 * row["mean_r1"]) for row in validations]
+    r1 = [(row["samples"], 100 * row["mean_r1"]) for row in rows if "mean_r1" in row]
     lines.append(("R@1", BLUE, "-", r1))
     for kind, name, colour in (
         ("colour", "colour", GREEN),
@@ -287,11 +283,11 @@ def curve(path, clip_path):
         ("colour_shape", "colour + shape", AMBER),
         ("held_out", "held out", VIOLET),
     ):
-        if points := zero_shot(validations, kind, B):
+        if points := zero_shot(rows, kind):
             lines.append((name, colour, "-", points))
     if clip_path:
-        header, _, validations = read_log(clip_path)
-        points = zero_shot(validations, "colour_shape", header["arguments"]["batch_size"])
+        _, rows_of_clip = read_log(clip_path)
+        points = zero_shot(rows_of_clip, "colour_shape")
         lines.append(("colour + shape,\nplain CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)
     right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))

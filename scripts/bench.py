@@ -19,7 +19,6 @@ do.
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -34,8 +33,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from cli import check, number, output_file, pick_device, run_command, write_json
+from cli import (
+    check,
+    make_parser,
+    number,
+    output_file,
+    pick_device,
+    printable,
+    run_command,
+    write_json,
+)
 from scripts.convert import open_clip_config
+from scripts.report import read_log
 from superclip import PRESETS, LayerNorm
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
@@ -79,6 +88,19 @@ def show(value):
     return value
 
 
+def open_pairs(shards, image_size, batch_size):
+    """The pairs of shards, with CLIP's tokenizer. Raises InputError if they make no batch."""
+    pairs = data.Pairs(shards, data.Tokenizer.from_file("clip"), image_size)
+    check(batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    return pairs
+
+
+def precision(device, dtype):
+    """Returns the autocast and the loss scaler of a step, as train.py makes them."""
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
 # Each command is a generator of rows, dicts that main prints and keeps. It gets train.py's options,
 # a list of strings, and the arguments of this file.
 
@@ -94,10 +116,11 @@ def bench_data(options, args):
     torch.set_num_threads(1)
     settings = parse(["--batch_size=64", "--image_size=224", *options])
     check(settings.train_data, "data needs --train_data: a shard or two of photographs")
-    shards, N, size = data.expand(settings.train_data), settings.batch_size, settings.image_size
-    pairs = data.Pairs(shards, data.Tokenizer.from_file("clip"), size)
+    N = settings.batch_size
+    size = settings.image_size
+    shards = data.expand(settings.train_data)
+    pairs = open_pairs(shards, size, N)
     steps = len(pairs) // N
-    check(steps, f"--batch_size is more than the {len(pairs)} pairs")
     preprocess = open_clip.transform.image_transform(size, is_train=True)
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
@@ -126,13 +149,16 @@ def bench_loader(options, args):
     """The speed of train.py's loader, with no model to wait for."""
     settings = parse(options)
     check(settings.train_data, "loader needs --train_data: a shard or two of photographs")
-    N, size = settings.batch_size, settings.image_size or PRESETS[settings.model]["image_size"]
-    shards, tokenizer = data.expand(settings.train_data), data.Tokenizer.from_file("clip")
-    pairs, device = data.Pairs(shards, tokenizer, size), train.set_up(settings.device)
-    start, n, workers = time.perf_counter(), 10 * args.repeat, settings.workers
-    for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, n, workers, device):
+    N = settings.batch_size
+    size = settings.image_size or PRESETS[settings.model]["image_size"]
+    pairs = open_pairs(data.expand(settings.train_data), size, N)
+    device = train.set_up(settings.device)
+    steps = 10 * args.repeat
+    start = time.perf_counter()
+    for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, steps, settings.workers, device):
         batch["images"].sum().item()  # waits for the copy
-    yield {"loader": "shards to device", "images/s": n * N / (time.perf_counter() - start)}
+    seconds = time.perf_counter() - start
+    yield {"loader": "shards to device", "images/s": steps * N / seconds}
 
 
 # -----------------------------------------------------------------------------
@@ -143,29 +169,34 @@ class Run:
     """A model, random pixels and tokens, and a step as train.py makes it. options: train.py's."""
 
     def __init__(self, options):
-        self.args = args = parse(options)
-        self.device, dtype = train.set_up(args.device), getattr(torch, args.dtype)
+        args = parse(options)
+        self.args = args
+        self.device = train.set_up(args.device)
         tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
         self.model = train.make_model(args, None, tokenizer, self.device)
-        N, S, grid = args.batch_size, self.model.config.image_size, self.model.visual.grid
+        N = args.batch_size
+        S = self.model.config.image_size
+        grid = self.model.visual.grid
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         tokens = torch.randint(1, tokenizer.start, (N, LENGTH))
         tokens[:, -1] = tokenizer.end
         keep = train.patches_to_keep(args.patch_dropout, grid, N, args.seed, 0, self.device)
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens, "keep": keep}
-        self.batch = {k: x.to(self.device) for k, x in batch.items() if x is not None}
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=args.dtype != "float32")
-        # With this scale the first gradients of float16 are finite, and no update is skipped.
-        self.scaler = torch.amp.GradScaler(self.device.type, 1024, enabled=args.dtype == "float16")
+        self.batch = {name: x.to(self.device) for name, x in batch.items() if x is not None}
+        self.autocast, self.scaler = precision(self.device, args.dtype)
+        if self.scaler.is_enabled():
+            # At this scale the first gradients of float16 are finite, and no update is skipped.
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": 1024.0})
         self.optimizer = train.make_optimizer(self.model, *RATES)
 
     def backward(self):
         """Leaves the gradients in .grad."""
-        if micro_batch_size := self.args.micro_batch_size:
-            split = zip(*(x.split(micro_batch_size) for x in self.batch.values()))
-            parts = (dict(zip(self.batch, part)) for part in split)
+        micro_batch_size = self.args.micro_batch_size
+        if micro_batch_size:
+            split = [x.split(micro_batch_size) for x in self.batch.values()]
+            parts = [dict(zip(self.batch, part)) for part in zip(*split)]
             train.grad_cache_step(self.model, parts, self.autocast, self.scaler)
         else:
             train.plain_step(self.model, self.batch, self.autocast, self.scaler)
@@ -319,8 +350,10 @@ def train_for_real(options, args):
     with tempfile.TemporaryDirectory() as folder:
         length = f"--steps={5 * args.repeat} --log_every={args.repeat}".split()
         train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
-        with open(f"{folder}/log.jsonl") as log:
-            yield from (row for row in map(json.loads, log) if "loss" in row)
+        _, rows = read_log(f"{folder}/log.jsonl")
+    for row in rows:
+        if "loss" in row:
+            yield row
 
 
 def bench_cuda(options, args):
@@ -349,15 +382,19 @@ COMMANDS = dict(
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser = make_parser(__doc__)
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (10)")
-    parser.add_argument("--json", type=output_file(".json"), help="for the numbers")
-    args, options = parser.parse_known_args(argv)
-    rows, cards = [], [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (default 10)")
+    parser.add_argument("--json", type=output_file(".json"), help="file to write the numbers to")
+    args, options = parser.parse_known_args(argv)  # the others are train.py's
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "GPUs": str(cards)}
+    rows = []
     for row in itertools.chain([where], COMMANDS[args.command](options, args)):
-        print(", ".join(f"{name} {show(value)}" for name, value in row.items()), flush=True)
+        line = ", ".join(f"{name} {show(value)}" for name, value in row.items())
+        print(printable(line), flush=True)
         rows.append(row)
         write_json(args.json, rows)
 

@@ -9,7 +9,6 @@ Scores are computed here, and those of other seeds come from study/runs.jsonl. T
 docs/demo.html are a pair of that study: python -m study.compare --keep pair
 """
 
-import argparse
 import base64
 import functools
 import json
@@ -20,7 +19,7 @@ import torch
 
 import data
 import eval as evaluation
-from cli import check, output_file, run_command
+from cli import check, make_parser, output_file, run_command
 from scripts import scenes
 from scripts.report import write_page
 
@@ -36,6 +35,10 @@ KINDS = {  # what their objects may be, and how many there are
 }
 
 
+def base64_text(tensor):
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
 def quantise(tensor):
     """tensor -> {shape, int8, scale}, both as base64 text: about int8 * scale, with a scale for
     each row (all that one index of the first dimension has). So every number of a vector has a
@@ -43,17 +46,27 @@ def quantise(tensor):
     rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
     scale = rows.abs().amax(dim=1) / 127
     int8 = (rows / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8)
-    texts = (base64.b64encode(x.numpy().tobytes()).decode() for x in (int8, scale))
-    return {"shape": [*tensor.shape], **dict(zip(("int8", "scale"), texts))}
+    return {"shape": [*tensor.shape], "int8": base64_text(int8), "scale": base64_text(scale)}
+
+
+def differ(looks):
+    """Do all (colour, shape) differ in both?"""
+    colours = {colour for colour, _ in looks}
+    shapes = {shape for _, shape in looks}
+    return len(colours) == len(shapes) == len(looks)
 
 
 def draw_objects(rng, combinations, k):
     """A scene with k objects that differ in colour and in shape."""
-    scene, looks = scenes.make_scene(rng, combinations), []
-    while not looks or any(len({*names}) < k for names in zip(*looks)):
+    scene = scenes.make_scene(rng, combinations)
+    looks = rng.sample(combinations, k)
+    while not differ(looks):
         looks = rng.sample(combinations, k)
-    cells = zip(looks, rng.sample(range(9), k))
-    scene["objects"] = [scenes.make_object(rng, *look, *divmod(cell, 3)) for look, cell in cells]
+    cells = rng.sample(range(9), k)
+    scene["objects"] = []
+    for (colour, shape), cell in zip(looks, cells):
+        row, column = divmod(cell, 3)
+        scene["objects"].append(scenes.make_object(rng, colour, shape, row, column))
     return scene
 
 
@@ -61,20 +74,28 @@ def draw_objects(rng, combinations, k):
 def make_pictures(kind):
     """A kind of scenes -> the pictures of SCENES of them (N, 3, S, S), and as N sets the names of
     their objects."""
-    drawn = [draw_objects(random.Random(f"{kind} {i}"), *KINDS[kind]) for i in range(SCENES)]
-    images = [data.load_image(scenes.jpeg(scene), scenes.SIZE) for scene in drawn]
-    names = [{"{colour} {shape}".format(**o) for o in scene["objects"]} for scene in drawn]
+    images = []
+    names = []
+    for i in range(SCENES):
+        scene = draw_objects(random.Random(f"{kind} {i}"), *KINDS[kind])
+        images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
+        names.append({f"{thing['colour']} {thing['shape']}" for thing in scene["objects"]})
     return torch.stack(images), names
 
 
 def score_objects(model, tokenizer, kind):
     """How many of the objects do the best of the 64 texts name, if there are as many texts as
     objects? A score whose unit is the picture."""
-    (images, true), classes = make_pictures(kind), [*map(" ".join, scenes.COMBINATIONS)]
-    texts, k = evaluation.zeroshot_classifier(model, tokenizer, classes, [PROMPT]), KINDS[kind][1]
+    images, names = make_pictures(kind)
+    _, k = KINDS[kind]
+    classes = [" ".join(look) for look in scenes.COMBINATIONS]
+    texts = evaluation.zeroshot_classifier(model, tokenizer, classes, [PROMPT])
     features = torch.cat([model.encode_image(part) for part in images.split(100)])
     best = (features @ texts.T).topk(k).indices.tolist()  # (N, k)
-    hits = [len({classes[i] for i in row} & names) / k for row, names in zip(best, true)]
+    hits = []
+    for ids, names_of_picture in zip(best, names):
+        said = {classes[i] for i in ids}
+        hits.append(len(said & names_of_picture) / k)
     return evaluation.score(torch.tensor(hits), k / len(classes))
 
 
@@ -83,11 +104,11 @@ def describe(checkpoint):
     InputError."""
     content = evaluation.read_checkpoint(checkpoint)
     options = {**content, **content.get("arguments", {})}
-    known = {"seed", "samples"} <= options.keys()
-    check(known, f"{checkpoint} does not say how it was trained: name a last.pt")
+    is_known = {"seed", "samples"} <= options.keys()
+    check(is_known, f"{checkpoint} does not say how it was trained: name a last.pt")
     model, tokenizer, _ = evaluation.load(checkpoint)
-    ours = tokenizer.vocab == scenes.vocabulary() and model.config.image_size == scenes.SIZE
-    check(ours, f"{checkpoint} is no model of the built-in scenes")
+    is_ours = tokenizer.vocab == scenes.vocabulary() and model.config.image_size == scenes.SIZE
+    check(is_ours, f"{checkpoint} is no model of the built-in scenes")
     return {
         "config": vars(model.config),
         "weights": {name: quantise(p) for name, p in model.named_parameters()},
@@ -99,25 +120,40 @@ def describe(checkpoint):
 def read_study():
     """The scores of the study's five seeds at batch 8, for CLIP and for SuperCLIP."""
     alike = {"batch_size": 8, "settings": len(scenes.SETTINGS), "search": False}
-    runs = [json.loads(line) for line in STUDY.read_text().splitlines()]
-    runs = [run for run in runs if alike.items() <= run["spec"].items()]
-    return [[r["scores"] for r in runs if r["spec"]["cls_weight"] == head] for head in (0.0, 1.0)]
+    scores = {0.0: [], 1.0: []}  # weight of the head -> scores of each seed
+    for line in STUDY.read_text().splitlines():
+        run = json.loads(line)
+        weight = run["spec"]["cls_weight"]
+        if alike.items() <= run["spec"].items() and weight in scores:
+            scores[weight].append(run["scores"])
+    return list(scores.values())
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("clip", help="checkpoint of a run on the built-in scenes with --cls_weight 0")
     add("superclip", help="checkpoint of the same run with the word head")
     add("--out", type=output_file(".html"), required=True, help="page to write")
     args = parser.parse_args(argv)
-    models = [describe(path) for path in (args.clip, args.superclip)]
+    models = [describe(args.clip), describe(args.superclip)]
     heads = [model["config"]["cls_weight"] > 0 for model in models]
     check(heads == [False, True], "name a model without a word head first, then one with it")
-    look = {"size": scenes.SIZE, "cloths": scenes.CLOTHS, "patterns": scenes.PATTERNS}
-    look |= {"borders": scenes.BORDERS, "colours": scenes.COLOURS, "outlines": scenes.OUTLINES}
-    content = {"models": models, "study": read_study(), "vocab": scenes.vocabulary()}
-    content |= {"scenes": {**look, "hole": scenes.HOLE}, "prompt": PROMPT}
+    content = {
+        "models": models,
+        "study": read_study(),
+        "vocab": scenes.vocabulary(),
+        "prompt": PROMPT,
+        "scenes": {
+            "size": scenes.SIZE,
+            "cloths": scenes.CLOTHS,
+            "patterns": scenes.PATTERNS,
+            "borders": scenes.BORDERS,
+            "colours": scenes.COLOURS,
+            "outlines": scenes.OUTLINES,
+            "hole": scenes.HOLE,
+        },
+    }
     write_page(args.out, TEMPLATE, content)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 

@@ -1,30 +1,61 @@
-"""What commands about pictures share: finding image files, and drawing a sheet of images."""
+"""What commands about pictures share: the validation data of a run, image files, and a sheet of
+images with captions."""
 
 import math
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import to_pil_image
 
-from cli import check, output_file, write_file
-from eval import images_in
+from cli import InputError, check, output_file, write_file
+from eval import images_in, read_checkpoint
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 picture_file = output_file(*FORMATS)  # a type for argparse
 
 
+def are_texts(value):
+    """Is it what --val_data and --captions of train.py give, a list of strings? A checkpoint may
+    come from elsewhere and hold anything."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def validation_of(checkpoint):
+    """Where the run that wrote a checkpoint has its validation pairs.
+
+    Returns its shards, as they were given to train.py (--val_data), and the sources of captions.
+    The shards are None if the checkpoint names none: it comes from scripts.convert, or its run had
+    no validation data, or held its pairs out of the training shards. Raises InputError.
+    """
+    arguments = read_checkpoint(checkpoint).get("arguments")
+    if not isinstance(arguments, dict):
+        return None, ["txt"]
+    shards = arguments.get("val_data")
+    if not are_texts(shards) or shards in ([], ["none"]):
+        shards = None
+    captions = arguments.get("val_captions") or arguments.get("captions")
+    if not are_texts(captions):
+        captions = ["txt"]
+    return shards, captions
+
+
 def image_files(paths, out=None):
-    """Image files, and folders with all images in them -> list of files, each real file once. out:
-    the picture to draw, which must not be one of them."""
-    files = {}
+    """Returns the list of image files among `paths` and in the folders among them, each real file
+    once. out: the picture to draw, which must not be one of them. Raises InputError."""
+    files = {}  # real path -> path
     for path in map(Path, paths):
-        found = images_in(path) or [path] * path.is_file()
+        if path.is_file():
+            found = [path]
+        else:
+            found = images_in(path)
         check(found, f"there is no image file or folder of images {path}")
         for file in found:
             files.setdefault(file.resolve(), file)
-    check(not out or out.resolve() not in files, f"--out would overwrite the image {out}")
-    return [*files.values()]
+    if out and out.resolve() in files:
+        raise InputError(f"--out would overwrite the image {out}")
+    return list(files.values())
 
 
 def load_font(size):
@@ -36,9 +67,10 @@ def load_font(size):
 
 
 def wrap(text, font, width, lines):
-    """text -> at most `lines` lines of at most `width` pixels, as a list. The last one may end in
-    "…"."""
-    text = " ".join(text.split())[: lines * width]  # a character is at least a pixel wide
+    """Returns a list of at most `lines` lines of at most `width` pixels. The last one ends in "…"
+    if the text is longer."""
+    text = " ".join(text.split())
+    text = text[: lines * width]  # a character is at least a pixel wide
     for characters in range(width // 3, 0, -1):
         wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder="…")
         if all(font.getlength(line) <= width for line in wrapped):
@@ -52,19 +84,26 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
     images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
     whose suffix tells its format.
     """
-    side, font = images[0].shape[-1], load_font(15)
+    side = images[0].shape[-1]
+    font = load_font(15)
     captions = [wrap(caption, font, side, lines=4) for caption in captions]
     columns = min(columns, len(images))
-    width, height = side + GAP, side + GAP + LINE * max(map(len, captions))
-    bottom = GAP + math.ceil(len(images) / columns) * height
+    rows = math.ceil(len(images) / columns)
+    width = side + GAP
+    height = side + GAP + LINE * max(map(len, captions))
     legend = wrap(legend, font, columns * width, lines=12)
-    size = GAP + columns * width, bottom + LINE * len(legend)
-    sheet = Image.new("RGB", size, "white")
+    top_of_legend = GAP + rows * height
+
+    sheet_size = (GAP + columns * width, top_of_legend + LINE * len(legend))
+    sheet = Image.new("RGB", sheet_size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, captions)):
-        x, y = GAP + i % columns * width, GAP + i // columns * height
-        sheet.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (x, y))
+        row, column = divmod(i, columns)
+        x = GAP + column * width
+        y = GAP + row * height
+        sheet.paste(to_pil_image(image), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
-    pen.multiline_text((GAP, bottom - GAP // 2), "\n".join(legend), "black", font)
+    pen.multiline_text((GAP, top_of_legend - GAP // 2), "\n".join(legend), "black", font)
+
     format = FORMATS[Path(path).suffix.lower()]
     write_file(path, lambda file: sheet.save(file, format))

@@ -1,28 +1,41 @@
 """Write one page that shows what a model has learned, and what it makes of validation pictures:
 
-    python -m scripts.report --checkpoint out/best.pt --data SHARDS --out report.html
+    python -m scripts.report --checkpoint out/best.pt --out report.html
+    python -m scripts.report --checkpoint clip.pt --data SHARDS --out clip.html
 
-The page needs no network and no library. All its numbers are computed here, from the model, the
-validation pairs and the run's log, and they travel in the page as one JSON object. The HTML, CSS
-and JavaScript that show them are in report.html, and in page.html what the demo needs as well.
+The pictures are those on which the run was validated, unless --data names others. The page needs
+no network and no library. All its numbers are computed here, from the model, the validation pairs
+and the run's log, and they travel in the page as one JSON object. The HTML, CSS and JavaScript that
+show them are in report.html, and in page.html what the demo needs as well.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
 
-import argparse
 import base64
 import io
 import json
-from contextlib import suppress
+import math
+from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.data import Subset
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import eval as evaluation
-from cli import InputError, number, output_file, pick_device, run_command, write_file
+from cli import (
+    InputError,
+    check,
+    make_parser,
+    number,
+    output_file,
+    pick_device,
+    run_command,
+    write_file,
+)
+from scripts.pictures import validation_of
+from superclip import word_labels
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
@@ -33,6 +46,7 @@ WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; se
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
 HEADER = "arguments config parameters samples steps device dtype torch commit date".split()
 POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
+LETTERS = 300  # of a caption, because some pages are captions
 
 
 def spread(items, k):
@@ -50,46 +64,119 @@ def rounded(x, digits=4):
 # The run, from its log
 
 
-def read_log(path):
-    """A log.jsonl -> what the page shows of it: header, seconds of training, curves as lists of
-    [step, value ...], and the last scores. Raises InputError."""
-    rows = []
-    for line in Path(path).read_text("utf-8", "replace").splitlines():
-        with suppress(ValueError):  # a run that was killed may have left half a line
-            rows.append(json.loads(line))
+def finite(text):
+    """A number of JSON -> float. Raises ValueError for NaN, Infinity and 1e999, which Python reads
+    and writes, but no browser does."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def parse_line(line):
+    """A line of a log -> dict, which is empty if this is no row. A run that was killed may have
+    left half a line, and what a full disk leaves may be anything."""
     try:
-        return summarise_log(rows)
-    except (LookupError, TypeError, AttributeError):
+        row = json.loads(line, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    return {}
+
+
+def read_log(path):
+    """A log.jsonl -> the last header in it, and the list of rows that count, each with `samples`,
+    the number of pairs that training had seen.
+
+    A run that is resumed adds a header, with the step from which it goes on. What the attempt
+    before it has logged beyond that is no part of the run. The batch size may be another, so that
+    samples decide and not steps. Raises InputError if the first line is not a header.
+    """
+    lines = Path(path).read_text("utf-8", "replace").splitlines()
+    parsed = [parse_line(line) for line in lines]
+    is_ours = bool(parsed) and "header" in parsed[0]
+    check(is_ours, f"{path} is not a log of train.py: its first line is no header")
+    rows = []
+    try:
+        for row in parsed:
+            if "header" in row:
+                header = row["header"]
+                batch_size = header["arguments"]["batch_size"]
+                start = row["step"] * batch_size
+                rows = [earlier for earlier in rows if earlier["samples"] <= start]
+            elif row:
+                rows.append({**row, "samples": row["step"] * batch_size})
+    except (LookupError, TypeError):
         raise InputError(f"{path} is not a log of this version of train.py") from None
+    return header, rows
 
 
-def summarise_log(rows):
-    """The rows of a log.jsonl -> what read_log returns. A resumed run may have logged a step twice:
-    the later row counts."""
-    header = [row["header"] for row in rows if "header" in row][-1]
-    training = {row["step"]: row for row in rows if "contrastive_loss" in row}
-    training = [training[step] for step in sorted(training)]
-    # Each row gives the speed since the row before it, so that validations are left out.
-    starts = [0] + [row["samples"] for row in training]
-    speeds = [max(row["images_per_second"], 0.1) for row in training]
-    seconds = sum((end - start) / v for start, end, v in zip(starts, starts[1:], speeds))
-    curve = spread(training[:-1], POINTS) + training[-1:]
-    losses = ("step", "contrastive_loss", "classification_loss")
-    validations = {row["step"]: row["mean_r1"] for row in rows if "mean_r1" in row}
-    last = ([{}] + [row for row in rows if "zeroshot" in row])[-1]  # validation
+def training_seconds(training):
+    """How long the steps of these rows took. Each row gives the speed since the row before it, in
+    which validations are left out."""
+    seconds = 0.0
+    before = 0
+    for row in training:
+        speed = max(row["images_per_second"], 0.1)
+        seconds += (row["samples"] - before) / speed
+        before = row["samples"]
+    return seconds
+
+
+def scores_of(validation):
+    """The row of a validation -> its scores, a list of dicts with their names. Folders of zero-shot
+    classes go by their last name, if that tells them apart."""
     scores = {}
-    for way, part in (last.get("validation") or {}).items():
-        scores |= {f"{way} {k}": s for k, s in part.items() if k.startswith("R@")}
-    for folder, s in (last.get("zeroshot") or {}).items():
-        scores[f"zero-shot {Path(folder).name}"] = s
+    for way, part in (validation.get("validation") or {}).items():
+        for name, score in part.items():
+            if name.startswith("R@"):
+                scores[f"{way} {name}"] = score
+    zeroshot = validation.get("zeroshot") or {}
+    times = Counter(Path(folder).name for folder in zeroshot)
+    for folder, score in zeroshot.items():
+        name = Path(folder).name
+        if times[name] > 1:
+            name = folder
+        scores[f"zero-shot {name}"] = score
+    return [{"name": name.replace("_", " "), **score} for name, score in scores.items()]
+
+
+def summarise(header, rows):
+    """What the page shows of a run: header, seconds of training, a curve of each term of the loss
+    and of the validations, lists of [step, value], and the last scores. Arguments: what read_log
+    returns."""
+    batch_size = header["arguments"]["batch_size"]
+    training = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "validation" in row or "zeroshot" in row]
+    losses = {}
+    r1 = []
+    for row in training:
+        step = row["samples"] // batch_size  # in steps of the last header, if they have changed
+        for name in row:
+            if name.endswith("_loss"):
+                losses.setdefault(name, []).append([step, row[name]])
+    for row in validations:
+        if "mean_r1" in row:
+            r1.append([row["samples"] // batch_size, row["mean_r1"]])
+    last = validations[-1] if validations else {}
     return {
         "header": {key: header[key] for key in HEADER},
-        "seconds": round(seconds),
-        "losses": [[row[key] for key in losses] for row in curve],
-        "validations": sorted(validations.items()),
+        "seconds": round(training_seconds(training)),
+        "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
+        "validations": r1,
         "step": last.get("step"),
-        "scores": [{"name": name.replace("_", " "), **s} for name, s in scores.items()],
+        "scores": scores_of(last),
     }
+
+
+def read_run(path):
+    """A log.jsonl -> what the page shows of it. Raises InputError."""
+    header, rows = read_log(path)
+    try:
+        return summarise(header, rows)
+    except (LookupError, TypeError, AttributeError, ArithmeticError):
+        raise InputError(f"{path} is not a log of this version of train.py") from None
 
 
 # -----------------------------------------------------------------------------
@@ -97,47 +184,62 @@ def summarise_log(rows):
 
 
 def read_pairs(model, pairs):
-    """Up to SEARCHED pairs -> images (N, 3, S, S), the first caption of each, and image features
-    (N, E)."""
+    """Up to SEARCHED pairs -> images (N, 3, S, S), a list of the captions of each, and image
+    features (N, E)."""
     images, captions, features = [], [], []
     some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
-    for pixels, texts in evaluation.batches(some, 128, 0, "encoding"):
+    for pixels, captions_of_batch in evaluation.batches(some, 128, 0, "encoding"):
         images.append(pixels)
-        captions += [texts_of_image[0] for texts_of_image in texts]
+        captions += captions_of_batch
         features.append(model.encode_image(pixels.to(evaluation.device_of(model))).cpu())
     return torch.cat(images), captions, torch.cat(features)
 
 
 def data_uri(image):
     """image (3, S, S) -> a small JPEG as the text of a data: address."""
-    picture, buffer = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
+    picture = to_pil_image(image)
     picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def words_of(model, tokenizer, image, caption):
-    """The head's top words for an image (3, S, S): word, probability, whether the caption has it,
-    and its map (G, G) in nats (see eval.word_maps)."""
+def shortened(text):
+    if len(text) > LETTERS:
+        return text[:LETTERS] + "…"
+    return text
+
+
+def words_of(model, tokenizer, image, captions):
+    """The head's top words for an image (3, S, S): word, probability, whether one of the captions
+    has it, and its map (G, G) in nats (see eval.word_maps)."""
     words = evaluation.top_words(model, tokenizer, image[None], WORDS)[0]
-    ids, in_caption = [i for _, _, i in words], {*tokenizer.encode(caption)}
+    said = set()
+    for caption in captions:
+        said.update(tokenizer.encode(caption))
+    ids = [i for _, _, i in words]
     _, maps = evaluation.word_maps(model, image, ids, evaluation.default_window(model))
     return [
-        {"word": word, "probability": p, "said": i in in_caption, "map": rounded(m, 3)}
-        for (word, p, i), m in zip(words, maps)
+        {"word": word, "probability": p, "said": i in said, "map": rounded(word_map, 3)}
+        for (word, p, i), word_map in zip(words, maps)
     ]
 
 
 def label_of(model, tokenizer, image, caption):
     """What the head should answer for an image (3, S, S): each token of the caption once, with its
-    IDF, its share of the label (see superclip.classification_loss), and what the head says."""
+    IDF, its share of the label, and the logarithm of the probability that the head gives it."""
     ids = list(dict.fromkeys(tokenizer.encode(caption)))
-    idf = model.token_weights()[ids].cpu()
+    weights = model.token_weights().cpu()
+    tokens, shares = word_labels(torch.tensor([ids], dtype=torch.long), weights)
+    share_of = dict(zip(tokens[0].tolist(), rounded(shares[0], 6)))
     logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0].float()
-    numbers = (idf, idf / idf.sum().clamp_min(1e-8), logits.log_softmax(dim=0).cpu()[ids])
-    names = [evaluation.token_text(tokenizer, i) for i in ids]
-    keys = ("token", "idf", "share", "log_probability")
-    return [dict(zip(keys, row)) for row in zip(names, *(rounded(x, 6) for x in numbers))]
+    log_probabilities = rounded(logits.log_softmax(dim=0)[ids], 6)
+    label = []
+    for i, idf, log_probability in zip(ids, rounded(weights[ids], 6), log_probabilities):
+        name = evaluation.token_text(tokenizer, i)
+        numbers = {"idf": idf, "share": share_of[i], "log_probability": log_probability}
+        label.append({"token": name, **numbers})
+    return label
 
 
 def searches(similarity):
@@ -159,31 +261,42 @@ def searches(similarity):
 def examine(model, tokenizer, pairs, n):
     """All numbers of the page that come from the model, as a dict. Raises InputError."""
     images, captions, image_features = read_pairs(model, pairs)
-    text_features = evaluation.encode_texts(model, tokenizer, captions).cpu()
-    similarity, owner = image_features @ text_features.T, torch.arange(len(captions))  # (N, N)
-    scores = evaluation.retrieval(image_features, text_features, owner)
-    shown, found = spread(owner.tolist(), n), searches(similarity.T)
+    first_captions = [captions_of_image[0] for captions_of_image in captions]
+    text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
+    similarity = image_features @ text_features.T  # (N, N)
+    owner = torch.arange(len(images))
+    recall = evaluation.retrieval(image_features, text_features, owner)["text_to_image"]["R@1"]
+    shown = spread(owner.tolist(), n)
+    found = searches(similarity.T)
     window = evaluation.default_window(model)
-    content = {
-        "head": model.head is not None and window < model.visual.grid,
+    has_maps = model.head is not None and window < model.visual.grid
+
+    pictures = [{"number": i, "captions": shortened(" · ".join(captions[i]))} for i in shown]
+    if has_maps:
+        for picture in data.progress(pictures, "mapping words"):
+            i = picture["number"]
+            picture["words"] = words_of(model, tokenizer, images[i], captions[i])
+            picture["label"] = label_of(model, tokenizer, images[i], first_captions[i])
+
+    used = set(shown)
+    for search in found:
+        used.update(i for i, _ in search["found"])
+    return {
+        "head": has_maps,
         "loss": model.config.loss,
         "logit_scale": model.logit_scale.exp().item(),
         "size": model.config.image_size,
         "window": window,
-        "pairs": len(captions),
+        "pairs": len(images),
         "similarity": rounded(similarity[shown][:, shown], 6),
         "searches": found,
-        "recall": scores["text_to_image"]["R@1"],
-        "pictures": [{"number": i} for i in shown],
+        "recall": recall,
+        "pictures": pictures,
+        "images": {
+            i: {"source": data_uri(images[i]), "caption": shortened(first_captions[i])}
+            for i in used
+        },
     }
-    for picture in data.progress(content["pictures"] if content["head"] else [], "mapping words"):
-        pair = images[picture["number"]], captions[picture["number"]]
-        picture["words"] = words_of(model, tokenizer, *pair)
-        picture["label"] = label_of(model, tokenizer, *pair)
-    used = {*shown, *(j for search in found for j, _ in search["found"])}
-    shortened = [caption[:300] + "…" * (len(caption) > 300) for caption in captions]
-    content["images"] = {i: {"source": data_uri(images[i]), "caption": shortened[i]} for i in used}
-    return content
 
 
 # -----------------------------------------------------------------------------
@@ -205,29 +318,44 @@ def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=Non
     None; reference_path: the log of a run to compare with, used if its model is equal and has
     trained on as many pairs; n: pictures to show. Raises InputError.
     """
-    run = read_log(log_path) if log_path else None
-    reference = read_log(reference_path) if run and reference_path else None
-    if reference and any(run["header"][k] != reference["header"][k] for k in ("config", "samples")):
-        reference = None
+    run = None
+    reference = None
+    if log_path:
+        run = read_run(log_path)
+    if run and reference_path:
+        other = read_run(reference_path)
+        is_equal = [run["header"][k] == other["header"][k] for k in ("config", "samples")]
+        if all(is_equal):
+            reference = other
     content = {"run": run, "reference": reference, **examine(model, tokenizer, pairs, n)}
     write_page(out_path, TEMPLATE, content)
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    add, page = parser.add_argument, output_file(".html")
-    add("--checkpoint", required=True, help="best.pt or last.pt of a run")
-    add("--data", nargs="+", required=True, help="validation shards: paths, folders, globs, braces")
-    add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
-    add("--out", type=page, required=True, help="page to write, such as report.html")
+def read_options(argv):
+    parser = make_parser(__doc__, "checkpoint", "device")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="SHARDS", help="validation shards (default: those of the run)")
+    captions = "txt or json.FIELD, one or more (default: those of the run, else txt)"
+    add("--captions", nargs="+", metavar="SOURCE", help=captions)
+    add("--out", type=output_file(".html"), required=True, help="page to write")
     add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
     add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    args = parser.parse_args(argv)
-    log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
-    log = log if args.log or log.is_file() else None
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = read_options(argv)
+    log = Path(args.checkpoint).with_name("log.jsonl")
+    if args.log:
+        log = Path(args.log)
+    elif not log.is_file():
+        log = None
+    shards, captions = validation_of(args.checkpoint)
+    shards = args.data or shards
+    captions = args.captions or captions
+    check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    pairs = data.Pairs(data.expand(args.data), tokenizer, model.config.image_size, args.captions)
+    pairs = data.Pairs(data.expand(shards), tokenizer, model.config.image_size, captions)
     write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 

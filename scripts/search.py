@@ -3,11 +3,13 @@
     python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
     python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
     python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
+    python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz
 
 The first command prints the best images for each text with their scores, and --out draws them, too.
-A score is the cosine similarity of two features. Compare only scores of the same text, because some
-texts score higher than others everywhere.
+Without --images and --data, the validation pictures of the run are searched. A score is the cosine
+similarity of two features. Compare only scores of the same text, because some texts score higher
+than others everywhere.
 
 --features keeps the features of the images searched, so that the next search encodes only those
 that are new or have changed. Other programs, such as a notebook or FAISS, can read the file:
@@ -22,7 +24,6 @@ they were at mtimes[i], in ns; checkpoint is the SHA-256 of the checkpoint.
 Axes: N images, E embedding, Q searches, S pixels a side.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -34,12 +35,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import eval as evaluation
 from cli import (
     InputError,
     check,
+    make_parser,
     number,
     output_file,
     pick_device,
@@ -47,7 +50,14 @@ from cli import (
     run_command,
     write_file,
 )
-from scripts.pictures import contact_sheet, image_files, load_font, picture_file, wrap
+from scripts.pictures import (
+    contact_sheet,
+    image_files,
+    load_font,
+    picture_file,
+    validation_of,
+    wrap,
+)
 
 # -----------------------------------------------------------------------------
 # Where images are
@@ -59,32 +69,45 @@ COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of featu
 
 
 def file_entries(paths, out):
-    """Image files and folders -> their entries. The picture `out` must not be one of the files."""
+    """Image files and folders -> list of their entries. The picture `out` must not be one of the
+    files."""
+    entries = []
     for path in image_files(paths, out):
-        name, stat = os.path.abspath(path), os.stat(path)
-        yield Entry(name, name, 0, stat.st_size, stat.st_mtime_ns)
+        name = os.path.abspath(path)
+        status = os.stat(path)
+        entries.append(Entry(name, name, 0, status.st_size, status.st_mtime_ns))
+    return entries
 
 
 def shard_entries(pairs):
     """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
     its row of the index}."""
     print(f"parts of shards not used: {len(pairs.unused):,} (if any: see python -m scripts.show)")
-    files = [(os.path.abspath(shard), os.stat(shard).st_mtime_ns) for shard in pairs.shards]
+    files = [os.path.abspath(shard) for shard in pairs.shards]
+    mtimes = [os.stat(shard).st_mtime_ns for shard in pairs.shards]
     entries = {}
     for row in pairs.index.tolist():
-        file, mtime = files[row[0]]
-        offset, size = row[data.IMAGE] * data.BLOCK, row[data.IMAGE + 1]
-        entries[Entry(file, f"{file}:{pairs.key(row)}", offset, size, mtime)] = row
+        file = files[row[0]]
+        name = f"{file}:{pairs.key(row)}"
+        offset = row[data.IMAGE] * data.BLOCK
+        size = row[data.IMAGE + 1]
+        entries[Entry(file, name, offset, size, mtimes[row[0]])] = row
     return entries
 
 
-def known_of(pairs, row):
+def known_of(pairs, row, captions):
     """What is known of an image in shards, a list: the file that scripts/pack.py made it from, and
-    its first caption."""
+    its first caption. captions: sources, of which the first that the image has is taken. Nothing is
+    known of an image outside, whose row is None."""
     known = []
-    for source in ("json.image", "txt"):
+    if row is None:
+        return known
+    with suppress(data.BadSample, OSError):
+        known.append(pairs.texts(row, "json.image")[0])
+    for source in captions:
         with suppress(data.BadSample, OSError):
             known.append(pairs.texts(row, source)[0])
+            break
     return known
 
 
@@ -116,36 +139,85 @@ def read_features(path, checkpoint, E):
     the checkpoint with this SHA-256, because features of different models cannot be compared."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            features = torch.from_numpy(content["features"]).view(len(content["names"]), E)
-            entries = map(Entry, *(content[name].tolist() for name in COLUMNS))
-            features = dict(zip(entries, features, strict=True))
             made_by = content["checkpoint"].item()
+            vectors = torch.from_numpy(content["features"]).view(len(content["names"]), E)
+            columns = [content[name].tolist() for name in COLUMNS]
+        entries = [Entry(*values) for values in zip(*columns, strict=True)]
+        features = dict(zip(entries, vectors, strict=True))
+        intact = vectors.dtype == torch.float32 and bool(vectors.isfinite().all())
     except Exception:  # NumPy and zipfile raise a dozen kinds
-        raise InputError(f"{path} is damaged, or no file of this command: name another") from None
+        intact = False
+    check(intact, f"{path} is damaged, or no file of this command: name another")
     check(made_by == checkpoint, f"{path} is of another checkpoint: name another file or delete it")
     return features
+
+
+def write_features(path, features, checkpoint):
+    """Write what read_features reads. features: dict {entry: feature (E,)}."""
+    content = {"checkpoint": checkpoint, "features": torch.stack([*features.values()]).numpy()}
+    for name, values in zip(COLUMNS, zip(*features)):
+        content[name] = np.array(values)
+    write_file(path, lambda file: np.savez(file, **content))
 
 
 def find_features(model, entries, workers, path=None, checkpoint="", batch_size=128):
     """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
     named. Features that are in the file `path` come from there, and all are kept there; checkpoint
     is its SHA-256. Raises InputError."""
-    E = model.config.embed_dim
-    before = read_features(path, checkpoint, E) if path and path.exists() else {}
-    features = {entry: before[entry] for entry in entries if entry in before}
-    todo = [entry for entry in dict.fromkeys(entries) if entry not in before]
-    todo, any_good = Images(todo, model.config.image_size), bool(features)
+    before = {}
+    if path and path.exists():
+        before = read_features(path, checkpoint, model.config.embed_dim)
+    found = {entry: before[entry] for entry in entries if entry in before}
+    missing = [entry for entry in dict.fromkeys(entries) if entry not in before]
+    images = Images(missing, model.config.image_size)
+    any_good = bool(found)
     try:
-        for images, encoded in evaluation.batches(todo, batch_size, workers, "encoding", any_good):
-            images = images.to(evaluation.device_of(model))
-            features.update(zip(encoded, model.encode_image(images).cpu()))
+        for batch, encoded in evaluation.batches(images, batch_size, workers, "encoding", any_good):
+            vectors = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
+            found.update(zip(encoded, vectors))
     finally:  # also after Ctrl-C, so that the next search starts from there
-        features = {entry: features[entry] for entry in entries if entry in features}
-        if path and features and list(features) != list(before):
-            columns = zip(COLUMNS, map(np.array, zip(*features)))
-            content = dict(columns, features=torch.stack([*features.values()]).numpy())
-            write_file(path, lambda f: np.savez(f, checkpoint=checkpoint, **content))
-    return features
+        found = {entry: found[entry] for entry in entries if entry in found}  # in their order
+        if path and found and list(found) != list(before):
+            write_features(path, found, checkpoint)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Searching
+
+
+def encode_queries(model, tokenizer, texts, like):
+    """What to look for, texts and entries of images -> dict {text or entry: feature (E,)}."""
+    queries = {}
+    if like:
+        queries |= find_features(model, like, workers=0)
+    if texts:
+        vectors = evaluation.encode_texts(model, tokenizer, texts).cpu()
+        queries |= zip(texts, vectors)
+    return queries
+
+
+def best_images(scores, k, is_text):
+    """scores (N,) of the images for one search -> list of (score, number of the image), the best k.
+    An image would find itself and its copies, which are of no use to anybody."""
+    if not is_text:
+        scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
+    order = scores.argsort(descending=True, stable=True)[:k].tolist()
+    best = [(float(scores[i]), i) for i in order]
+    return [(score, i) for score, i in best if score > -math.inf]
+
+
+def print_found(query, found):
+    """Print a search, and the list of (score, entry, what is known of the image) that it found. The
+    names of files are shown without the current folder."""
+    here = os.getcwd() + os.sep
+    title = query
+    if isinstance(query, Entry):
+        title = f"like {query.name.removeprefix(here)}"
+    print("\n" + printable(title))
+    for score, entry, known in found:
+        line = "  ".join([entry.name.removeprefix(here), *known])
+        print(f"{score:8.3f}  {printable(line)}")
 
 
 # -----------------------------------------------------------------------------
@@ -157,19 +229,44 @@ SIDE, IN_A_ROW, MAX_IMAGES = 180, 7, 420
 
 def card(text):
     """A text in the place of an image: uint8 tensor (3, SIDE, SIDE)."""
-    picture, font = Image.new("RGB", (SIDE, SIDE), "white"), load_font(22)
-    ImageDraw.Draw(picture).text((0, 0), "\n".join(wrap(text, font, SIDE, lines=6)), "black", font)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    font = load_font(22)
+    lines = wrap(text, font, SIDE, lines=6)
+    ImageDraw.Draw(picture).text((0, 0), "\n".join(lines), "black", font)
+    return pil_to_tensor(picture)
+
+
+def block_of(query, found):
+    """The cells that draw() shows of a search: list of (entry or text, caption). Arguments as in
+    print_found."""
+    if isinstance(query, Entry):
+        cells = [(query, "like this")]
+    else:
+        cells = [(query, "")]
+    for score, entry, known in found:
+        caption = known[-1] if known else os.path.basename(entry.name)
+        cells.append((entry, f"{score:.3f} {caption}"))
+    return cells
 
 
 def draw(blocks, path):
     """Draw a block for each search, on rows of its own, and write the picture to `path`. blocks:
-    lists of equal length of (entry or text, caption)."""
-    columns = min(IN_A_ROW, len(blocks[0]))
-    padding = [("", "")] * (-len(blocks[0]) % columns)
-    cells = [cell for block in blocks for cell in block + padding][:MAX_IMAGES]
-    images = [cell if isinstance(cell, str) else Images([cell], SIDE)[0][0] for cell, _ in cells]
-    images = [card(image) if isinstance(image, str) else image for image in images]
+    lists of (entry or text, caption)."""
+    columns = min(IN_A_ROW, max(map(len, blocks)))
+    cells = []
+    for block in blocks:
+        empty = -len(block) % columns  # cells at the end of its last row
+        cells += block + [("", "")] * empty
+    cells = cells[:MAX_IMAGES]
+
+    images = []
+    for cell, _ in cells:
+        image = cell
+        if isinstance(cell, Entry):
+            image, _ = Images([cell], SIDE)[0]
+        if isinstance(image, str):  # a text to search for, or the reason why there is no image
+            image = card(image)
+        images.append(image)
     contact_sheet(images, [caption for _, caption in cells], path, columns)
 
 
@@ -177,11 +274,10 @@ def draw(blocks, path):
 # The command
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+def read_options(argv):
+    parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="what to look for")
-    add("--checkpoint", required=True, help="best.pt or last.pt of a run")
     add("--images", action="append", default=[], help="folder or image; may be repeated")
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--like", action="append", default=[], help="image to look for; may be repeated")
@@ -189,43 +285,56 @@ def main(argv):
     add("--out", type=picture_file, help="picture to draw: .png, .jpg or .webp")
     npz_file = output_file(".npz")
     add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
     args = parser.parse_intermixed_args(argv)
-    complete = (args.texts or args.like) and (args.images or args.data)
-    check(complete, "name images (--images) or shards (--data), and a text to look for (or --like)")
+    check(args.texts or args.like, "name a text to look for, or an image (--like)")
     # The shell makes several names of --images *.jpg, and all but the first would become texts.
     wrong = [text for text in args.texts if not text.strip() or os.path.exists(text)]
-    check(not wrong, f"texts must not be empty or files (repeat --images for each file): {wrong}")
-    like, entries = ([*file_entries(paths, args.out)] for paths in (args.like, args.images))
+    if wrong:
+        raise InputError(f"texts must not be empty or files (repeat --images for each): {wrong}")
+    return args
+
+
+def open_shards(args):
+    """Returns the pairs to search, those of --data or, if there is nothing to search, validation
+    pairs of the run, and the sources of their captions. Or None and None."""
+    if args.images and not args.data:
+        return None, None
+    shards, captions = validation_of(args.checkpoint)
+    shards = args.data or shards
+    check(
+        shards, f"{args.checkpoint} names no validation shards: name --images or --data to search"
+    )
     # No tokenizer and no size, because the index, keys and captions are all that is needed here.
-    pairs = data.Pairs(data.expand(args.data), None, None) if args.data else None
-    rows = shard_entries(pairs) if pairs else {}
-    entries += rows
-    checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    return data.Pairs(data.expand(shards), None, None), list(dict.fromkeys([*captions, "txt"]))
+
+
+def main(argv):
+    args = read_options(argv)
+    like = file_entries(args.like, args.out)
+    entries = file_entries(args.images, args.out)
+    pairs, captions = open_shards(args)
+    row_of = {}  # entry in a shard -> its row of the index
+    if pairs:
+        row_of = shard_entries(pairs)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    queries = find_features(model, like, workers=0) if like else {}  # entry or text -> feature
-    if args.texts:
-        queries |= zip(args.texts, evaluation.encode_texts(model, tokenizer, args.texts).cpu())
-    features = find_features(model, entries, args.workers, args.features, checkpoint)
-    entries, vectors = zip(*features.items())
-    scores = torch.stack([*queries.values()]) @ torch.stack(vectors).T  # (Q, N)
+
+    queries = encode_queries(model, tokenizer, args.texts, like)
+    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    features = find_features(model, [*entries, *row_of], args.workers, args.features, sha256)
+    entries = list(features)
+    scores = torch.stack([*queries.values()]) @ torch.stack([*features.values()]).T  # (Q, N)
+
     print(f"{len(entries):,} images; scores are cosine similarities")
     evaluation.print_unknown_words(tokenizer, args.texts, model)
-    blocks, here = [], os.getcwd() + os.sep
-    for query, row in zip(queries, scores):
-        is_text = isinstance(query, str)
-        print("\n" + printable(query if is_text else f"like {query.name.removeprefix(here)}"))
-        blocks.append([(query, "" if is_text else "like this")])
-        # An image would find itself and its copies, which are of no use to anybody.
-        row = row if is_text else row.masked_fill(row > 1 - 1e-5, -math.inf)
-        best = row.argsort(descending=True, stable=True)[: args.k].tolist()
-        for i in best[: int(row.isfinite().sum())]:
-            known = known_of(pairs, rows[entries[i]]) if entries[i] in rows else []
-            name = "  ".join([entries[i].name.removeprefix(here), *known])
-            print(f"{row[i]:8.3f}  {printable(name)}")
-            title = (known or [os.path.basename(entries[i].name)])[-1]
-            blocks[-1].append((entries[i], f"{row[i]:.3f} {title}"))
+    blocks = []
+    for query, scores_of_query in zip(queries, scores):
+        found = []
+        for score, i in best_images(scores_of_query, args.k, is_text=isinstance(query, str)):
+            entry = entries[i]
+            found.append((score, entry, known_of(pairs, row_of.get(entry), captions)))
+        print_found(query, found)
+        blocks.append(block_of(query, found))
     if args.out:
         draw(blocks, args.out)
         print(f"\nwrote {args.out}")

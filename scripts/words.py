@@ -2,22 +2,22 @@
 
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --image photos/ --word red --out red.png
-    python -m scripts.words --checkpoint assets/tiny.pt --out words.png
+    python -m scripts.words --checkpoint out/best.pt --out words.png
     python -m scripts.words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
 The first command prints the most probable words of each image. With --out it also draws a map for
 each word, which is red where the word becomes less probable if these patches are left out. --word
-asks for a word of your own. Without images, as in the third command, a few scenes are drawn on the
-spot. The last command checks such maps against the built-in scenes, whose files say where each
+asks for a word of your own. Without images, as in the third command, a few validation pictures of
+the run are shown. (The checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the
+spot.) The last command checks such maps against the built-in scenes, whose files say where each
 object is.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
+from collections import Counter, namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ import eval as evaluation
 from cli import (
     InputError,
     check,
+    make_parser,
     number,
     output_file,
     pick_device,
@@ -35,15 +36,82 @@ from cli import (
     write_json,
 )
 from scripts import scenes
-from scripts.pictures import contact_sheet, image_files, picture_file
+from scripts.pictures import contact_sheet, image_files, picture_file, validation_of
+
+# A picture to look at: its full name, a short title, and its pixels (3, S, S), or, as a string, the
+# reason why it cannot be read
+Picture = namedtuple("Picture", "name title image")
+SHOWN = 6  # validation pictures
+
+
+# -----------------------------------------------------------------------------
+# Pictures to look at
+
+
+def pictures_of_files(files, size):
+    """Yield a Picture for each image file."""
+    for file in files:
+        yield Picture(str(file), file.name, evaluation.read_image(file, size))
+
+
+def pictures_of_run(shards, captions, tokenizer, size):
+    """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
+    pairs = data.Pairs(data.expand(shards), tokenizer, size, captions)
+    images = evaluation.ShardImages(pairs)
+    n = min(SHOWN, len(pairs))
+    for i in range(n):
+        number_of_pair = i * len(pairs) // n
+        image, texts = images[number_of_pair]
+        if isinstance(image, str):
+            yield Picture(image, "", image)
+        else:
+            row = pairs.index[number_of_pair].tolist()
+            name = f'{pairs.shards[row[0]]}:{pairs.key(row)} "{texts[0]}"'
+            yield Picture(name, texts[0], image)
 
 
 def draw_scenes(size, n=4):
-    """Yield (caption, image (3, size, size)) of n of the built-in scenes."""
+    """Yield n pictures of built-in scenes, with a caption as their name."""
     for i in range(n):
         rng = random.Random(f"words {i}")
         scene = scenes.make_scene(rng, scenes.COMBINATIONS)
-        yield scenes.describe(scene, rng)[1], data.load_image(scenes.draw(scene), size)
+        caption = scenes.describe(scene, rng)[1]
+        yield Picture(caption, caption, data.load_image(scenes.draw(scene), size))
+
+
+def find_pictures(args, files, tokenizer, size):
+    """Returns the pictures to look at: those of --image, or none beside --data, or validation
+    pictures of the run, or scenes. Raises InputError."""
+    if files or args.data:
+        return pictures_of_files(files, size)
+    shards, captions = validation_of(args.checkpoint)
+    if shards:
+        return pictures_of_run(shards, captions, tokenizer, size)
+    if tokenizer.vocab == scenes.vocabulary():
+        return draw_scenes(size)
+    raise InputError(f"{args.checkpoint} names no validation shards, so name pictures: --image")
+
+
+# -----------------------------------------------------------------------------
+# Words of a picture
+
+
+def ids_of_words(tokenizer, words):
+    """Words of --word -> dict of word -> token id. Raises InputError unless each is one token."""
+    ids_of = {word: tokenizer.encode(word) for word in words}
+    spelt = [word for word, ids in ids_of.items() if len(ids) != 1]
+    if spelt:
+        raise InputError(f"the vocabulary has no token {', '.join(spelt)}: try another --word")
+    return {word: ids[0] for word, ids in ids_of.items()}
+
+
+@torch.no_grad()
+def probabilities_of(model, image, id_of):
+    """image (3, S, S), id_of: dict of word -> token id. Returns a list of (word, probability, id)
+    in the order of id_of, like eval.top_words."""
+    logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
+    probabilities = logits.softmax(dim=0)
+    return [(word, probabilities[i].item(), i) for word, i in id_of.items()]
 
 
 # -----------------------------------------------------------------------------
@@ -51,16 +119,31 @@ def draw_scenes(size, n=4):
 
 
 def read_scene(pairs, row):
-    """-> image (3, S, S) of a built-in scene, and a list of (token id, box): the colours and shapes
-    that only one of its objects has. Raises InputError."""
+    """A row of an index -> image (3, S, S) of a built-in scene, and a list of (token id, box): the
+    colours and shapes that only one of its objects has. Raises InputError."""
+    found = []
     try:
-        objects = json.loads(pairs.read(row, data.JSON))["scene"]["objects"]
-        words = [(o[kind], o["box"]) for o in objects for kind in ("colour", "shape")]
         image = data.load_image(pairs.read(row, data.IMAGE), pairs.image_size)
+        for thing in json.loads(pairs.read(row, data.JSON))["scene"]["objects"]:
+            for kind in ("colour", "shape"):
+                ids = pairs.tokenizer.encode(thing[kind])
+                if len(ids) == 1:
+                    found.append((ids[0], thing["box"]))
     except (data.BadSample, ValueError, LookupError, TypeError):
         raise InputError(f"{pairs.shards[row[0]]} is not a shard of the built-in scenes") from None
-    ids = [pairs.tokenizer.encode(word) for word, _ in words]
-    return image, [(i[0], box) for i, (_, box) in zip(ids, words) if len(i) == 1 == ids.count(i)]
+    times = Counter(i for i, _ in found)
+    return image, [(i, box) for i, box in found if times[i] == 1]
+
+
+def centres_on(boxes, grid, window):
+    """K boxes (x0, y0, x1, y1), in 0..1 of the image's side -> (K, W): is the centre of a window in
+    the box?"""
+    centre = (torch.arange(grid - window + 1) + window / 2) / grid
+    y, x = torch.cartesian_prod(centre, centre).T  # (W,) each
+    x0, y0, x1, y1 = torch.tensor(boxes).T[:, :, None]  # (K, 1) each
+    in_columns = (x0 <= x) & (x <= x1)
+    in_rows = (y0 <= y) & (y <= y1)
+    return in_columns & in_rows
 
 
 def localisation(model, pairs, window, limit=200):
@@ -71,29 +154,27 @@ def localisation(model, pairs, window, limit=200):
     centre on the object. Each scene counts once, with the mean of its words, because they are not
     independent. Raises InputError.
     """
-    grid = model.visual.grid
-    centre = (torch.arange(grid - window + 1) + window / 2) / grid  # in 0..1 of the image's side
-    y, x = torch.cartesian_prod(centre, centre).T  # (W,) each
     hits, chances = [], []
     for row in data.progress(pairs.index[:limit].tolist(), "localising", unit="scene"):
         image, words = read_scene(pairs, row)
-        if words:
-            ids, boxes = zip(*words)
-            falls, _ = evaluation.word_maps(model, image, list(ids), window)  # (K, W)
-            most = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # none if the model is NaN
-            x0, y0, x1, y1 = torch.tensor(boxes).T[:, :, None]  # (K, 1) each
-            on = (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)  # (K, W)
-            hits.append(((on & most).sum(dim=1) / most.sum(dim=1).clamp(min=1)).mean())
-            chances.append(on.double().mean())
+        if not words:
+            continue
+        ids = [i for i, _ in words]
+        falls, _ = evaluation.word_maps(model, image, ids, window)  # (K, W)
+        on_object = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
+        is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # never if the model is NaN
+        right = (on_object & is_largest).sum(dim=1)
+        hits.append((right / is_largest.sum(dim=1).clamp(min=1)).mean())
+        chances.append(on_object.double().mean())
     check(hits, "no scene has a colour or shape that is one token and belongs to one object only")
     return evaluation.score(torch.stack(hits), torch.stack(chances).mean())
 
 
 # -----------------------------------------------------------------------------
-# The picture
+# The sheet of maps
 
 CELL = 168  # pixels: side of an image
-MAX_IMAGES = 24  # a picture of a large folder would not fit into memory
+MAX_IMAGES = 24  # a sheet of a large folder would not fit into memory
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
 LEGEND = (
     "Red: the word becomes less probable if windows of {0} x {0} patches here are left out. Blue: "
@@ -110,17 +191,20 @@ def word_cells(image, maps):
     strength = maps[:, None] / maps.abs().max().clamp(min=1e-9)  # (K, 1, G, G) in -1..1
     strength = F.interpolate(strength, (CELL, CELL), mode="nearest")
     opacity = 0.86 * strength.abs()
-    cells = (1 - opacity) * pale + opacity * torch.where(strength > 0, RED, BLUE)
+    colour = torch.where(strength > 0, RED, BLUE)
+    cells = (1 - opacity) * pale + opacity * colour
     return torch.cat([photo, cells]).clamp(0, 255).byte()
 
 
 def draw_words(results, window, path):
-    """Draw a row for each image, with a map for each of its words, and write the picture to `path`.
-    results: list of (name, image (3, S, S), words as eval.top_words gives them, maps (K, G, G))."""
-    cells, captions = [], []
-    for name, image, words, maps in results:
+    """Draw a row for each image, with a map for each of its words, and write the sheet to `path`.
+    results: list of (title, image (3, S, S), words as eval.top_words gives them, maps (K, G,
+    G))."""
+    cells = []
+    captions = []
+    for title, image, words, maps in results:
         cells += word_cells(image, maps)
-        captions.append(f"{name}, full colour: {maps.abs().max().exp():.1f} times")
+        captions.append(f"{title}, full colour: {maps.abs().max().exp():.1f} times")
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 
@@ -129,51 +213,69 @@ def draw_words(results, window, path):
 # The command
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+def read_options(argv):
+    parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="best.pt or last.pt of a run")
     add("--image", nargs="+", default=[], help="images, or folders of images")
-    add("--word", action="append", default=[], help="to look for; may be repeated")
-    add("--k", type=number(int, 1, 20), default=8, help="words per image (default 8)")
+    add("--word", action="append", default=[], help="word to look for; may be repeated")
+    add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     add("--window", type=number(int, 1), help="patches a side to leave out (default: a quarter)")
     add("--data", nargs="+", help="shards of the built-in scenes: score the maps")
     add("--limit", type=number(int, 1), default=200, help="scenes to score (default 200)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--json", type=output_file(".json"), help="file to write the numbers to")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def look_at(model, tokenizer, pictures, args, id_of, window):
+    """Print the words of each picture: those of id_of (word -> token id) if there are any, else the
+    most probable ones. Returns them as a dict of name -> list of words, for --json, and what
+    draw_words needs of the pictures to draw. Raises InputError if no picture can be read."""
+    found = {}
+    to_draw = []
+    reason = None  # why the last unreadable picture cannot be read
+    for name, title, image in pictures:
+        if isinstance(image, str):
+            reason = image
+            print(printable(f"skipped {reason}"))
+            continue
+        if id_of:
+            words = probabilities_of(model, image, id_of)
+        else:
+            words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
+        text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
+        print(printable(f"{name}: {text}"))
+        found[name] = [{"word": word, "probability": p} for word, p, _ in words]
+        if args.out and len(to_draw) < MAX_IMAGES:
+            ids = [i for _, _, i in words]
+            _, maps = evaluation.word_maps(model, image, ids, window)
+            to_draw.append((title, image, words, maps))
+    if reason and not found:
+        raise InputError(f"none of the images can be read: {reason}")
+    return found, to_draw
+
+
+def main(argv):
+    args = read_options(argv)
     files = image_files(args.image, args.out)
-    check(not (args.out and args.data and not files), "--out needs --image")
+    if args.out and args.data and not files:
+        raise InputError("--out needs --image")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
-    grid, size = model.visual.grid, model.config.image_size
-    chosen = [(word, tokenizer.encode(word)) for word in args.word]
-    spelt = [word for word, ids in chosen if len(ids) != 1]
-    check(not spelt, f"the vocabulary has no token {', '.join(spelt)}: try another --word")
+    grid = model.visual.grid
+    size = model.config.image_size
+    id_of = ids_of_words(tokenizer, args.word)
     window = args.window or evaluation.default_window(model)
     check(window < grid, f"--window must be from 1 to {grid - 1}: there are {grid} patches a side")
-    result, drawn = {"images": {}}, []
+
+    result = {}
     if args.data:
         pairs = data.Pairs(data.expand(args.data), tokenizer, size)
         result["localisation"] = localisation(model, pairs, window, args.limit)
         print(evaluation.format_score("right place", result["localisation"]))
-    images = ((file, evaluation.read_image(file, size)) for file in files)
-    for name, image in images if files or args.data else draw_scenes(size):
-        if isinstance(image, str):
-            check(result["images"] or name != files[-1], image)  # not even the last one
-            print(printable(f"skipped {image}"))
-            continue
-        if chosen:
-            logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
-            words = [(word, logits.softmax(dim=0)[i].item(), i) for word, [i] in chosen]
-        else:
-            words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
-        print(printable(f"{name}: ") + ", ".join(f"{word} {p:.3f}" for word, p, _ in words))
-        result["images"][str(name)] = [{"word": word, "probability": p} for word, p, _ in words]
-        if args.out and len(drawn) < MAX_IMAGES:
-            _, maps = evaluation.word_maps(model, image, [i for _, _, i in words], window)
-            drawn.append((Path(name).name, image, words, maps))
+
+    pictures = find_pictures(args, files, tokenizer, size)
+    result["images"], drawn = look_at(model, tokenizer, pictures, args, id_of, window)
     if drawn:
         draw_words(drawn, window, args.out)
         print(f"wrote {args.out}: {len(drawn)} of {len(result['images'])} images")

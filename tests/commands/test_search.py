@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import run, write_shard
+import torch
+from material import COLOURS, TOKENIZER, error_of, make_model, png, run, write_shard
 from PIL import Image
 
 import eval as evaluation
@@ -25,13 +26,17 @@ def folders(folders):
 
 
 def found(capsys, *argv, workers=0):
-    """Run a search that succeeds -> what it prints, and a list of (score, name) for each text."""
+    """Run a search that succeeds. Returns what it prints, and for each search a list of (score,
+    name and what else is known of the image)."""
     capsys.readouterr()
     assert not run(search.main, *argv, "--workers", workers)
     printed = capsys.readouterr().out
-    blocks = [block.splitlines()[1:] for block in printed.split("\n\n")[1:]]
-    lines = [[line.split(maxsplit=1) for line in block] for block in blocks if block]
-    return printed, [[(float(score), name) for score, name in block] for block in lines]
+    results = []
+    for block in printed.split("\n\n")[1:]:
+        lines = [line.split(maxsplit=1) for line in block.splitlines()[1:]]
+        if lines:
+            results.append([(float(score), name) for score, name in lines])
+    return printed, results
 
 
 def feature_of(checkpoint, file):
@@ -39,109 +44,264 @@ def feature_of(checkpoint, file):
     return model.encode_image(preprocess(Path(file).read_bytes())[None])[0]
 
 
+# ---- What is found
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, monkeypatch, workers):
-    """For texts and images. An image does not find itself or its copies. Names are printed without
-    the current folder."""
+    """For texts and images. An image does not find itself. Names are printed without the current
+    folder."""
     monkeypatch.chdir(folders)
-    files, photo = sorted(Path().rglob("*.png")), Path("red/2.png")
+    photo = Path("red/2.png")
     argv = ["--checkpoint", checkpoint, "--images", ".", "--like", photo, *TEXTS, "--k", 7]
-    printed, blocks = found(capsys, *argv, workers=workers)
+
+    printed, results = found(capsys, *argv, workers=workers)
+
     model, tokenizer, _ = evaluation.load(checkpoint)
     queries = [feature_of(checkpoint, photo), *model.encode_text(tokenizer(TEXTS))]
-    features = {str(file): feature_of(checkpoint, file) for file in files}
-    assert printed.startswith("12 images;") and len(blocks) == 3
-    for title, query, block in zip([f"like {photo}", *TEXTS], queries, blocks):
+    features = {str(file): feature_of(checkpoint, file) for file in Path().rglob("*.png")}
+    assert printed.startswith("12 images;")
+    for title, query, result in zip([f"like {photo}", *TEXTS], queries, results, strict=True):
         slow = sorted(((float(f @ query), name) for name, f in features.items()), reverse=True)
-        slow = [(s, name) for s, name in slow if name != str(photo) or title in TEXTS][:7]
+        if title not in TEXTS:
+            slow = [(score, name) for score, name in slow if name != str(photo)]
         assert f"\n{title}\n" in printed
-        assert [name for _, name in block] == [name for _, name in slow]
-        assert [s for s, _ in block] == pytest.approx([s for s, _ in slow], abs=6e-4)
-    Path("green/copy.png").write_bytes(photo.read_bytes())
-    _, [hits] = found(capsys, *argv[:6], "--k", 500)
-    assert len(hits) == 11 and not {str(photo), "green/copy.png"} & {name for _, name in hits}
+        assert [name for _, name in result] == [name for _, name in slow[:7]]
+        assert [s for s, _ in result] == pytest.approx([s for s, _ in slow[:7]], abs=6e-4)
+
+
+def test_an_image_does_not_find_its_copies(folders, checkpoint, capsys):
+    photo = folders / "red" / "2.png"
+    copy = folders / "green" / "copy.png"
+    copy.write_bytes(photo.read_bytes())
+    argv = ["--checkpoint", checkpoint, "--images", folders, "--like", photo, "--k", 500]
+
+    _, [result] = found(capsys, *argv)
+
+    assert len(result) == 11
+    assert not {str(photo), str(copy)} & {name for _, name in result}
 
 
 def test_shards_and_folders_are_searched_together(folders, checkpoint, tmp_path, capsys):
     """Also an image without a caption, which other commands skip. Captions and the names of packed
-    files are printed. The file of features says where each image is, and Python can read it."""
-    files = [folders / name / "0.png" for name in ("red", "green")]
-    samples = [{"png": files[0].read_bytes(), "txt": b"red", "json": b'{"image": "r.png"}'}]
-    samples += [{"png": files[1].read_bytes()}]
-    shards = [write_shard(tmp_path / f"{i}.tar", samples) for i in (0, 1)]
-    argv = ["--checkpoint", checkpoint, "--data", tmp_path / "{0..1}.tar", "--features"]
-    argv += [tmp_path / "x.npz", "--images", folders / "blue", "--images", folders / "blue/0.png"]
-    _, [hits] = found(capsys, *argv, TEXTS[0])
-    originals = {f"{shard}:000{i}": (shard, files[i]) for shard in shards for i in (0, 1)}
-    originals |= {str(file): (str(file), file) for file in folders.glob("blue/*")}
-    printed = [name if name in originals else name.removesuffix("  r.png  red") for _, name in hits]
-    assert sorted(printed) == sorted(originals)  # once, if named twice
-    assert sum(name.endswith("0000  r.png  red") for _, name in hits) == 2
-    kept = np.load(tmp_path / "x.npz", allow_pickle=False)
-    assert kept["features"].dtype == np.float32 and len(kept["names"]) == 8
-    columns = (kept[name].tolist() for name in ("names", "files", "offsets", "sizes", "mtimes"))
-    for name, file, offset, size, mtime, feature in zip(*columns, kept["features"]):
-        in_file, original = originals[name]
-        assert (file, mtime) == (in_file, os.stat(in_file).st_mtime_ns)
-        assert Path(file).read_bytes()[offset : offset + size] == original.read_bytes()
-        np.testing.assert_allclose(feature, feature_of(checkpoint, original), atol=1e-5)
+    files are printed. A file that is named twice is found once."""
+    first, second = folders / "red" / "0.png", folders / "green" / "0.png"
+    samples = [
+        {"png": first.read_bytes(), "txt": b"a red ring", "json": b'{"image": "r.png"}'},
+        {"png": second.read_bytes()},
+    ]
+    shards = [write_shard(tmp_path / f"{i}.tar", samples) for i in range(2)]
+    argv = ["--checkpoint", checkpoint, "--data", tmp_path / "{0..1}.tar", TEXTS[0]]
+    argv += ["--images", folders / "blue", "--images", folders / "blue" / "0.png"]
+
+    _, [result] = found(capsys, *argv)
+
+    known = {name.split()[0]: name.split()[1:] for _, name in result}
+    expected = {str(file): [] for file in folders.glob("blue/*")}
+    for shard in shards:
+        expected |= {f"{shard}:0000": ["r.png", "a", "red", "ring"], f"{shard}:0001": []}
+    assert known == expected
+    assert len(result) == len(expected)
 
 
 def test_broken_images_are_skipped_and_odd_names_are_not(folders, checkpoint, tmp_path, capsys):
+    """Also in the picture, and the second time, when there is nothing new but broken images."""
     broken = [folders / "red" / f"{i}.png" for i in range(3)]
     for path, content in zip(broken, (b"no image", b"", b"\x89PNG\r\n\x1a\n")):
         path.write_bytes(content)
     odd = os.fsencode(folders) + b"/\x1b\xe2\x80\xae\xff \xc3\xa9.png"
     os.rename(folders / "red" / "3.png", odd)
     argv = ["--checkpoint", checkpoint, "--images", folders, "--features", tmp_path / "x.npz"]
-    for _ in range(2):  # the second time there is nothing new but broken images
-        printed, [hits] = found(capsys, *argv, TEXTS[0], "--out", tmp_path / "x.png")
-        assert all(printed.count(f"skipped {name}: ") == 1 for name in broken)
-        assert rf"{folders}/\x1b\u202e\udcff é.png" in printed and len(hits) == 9
+
+    for _ in range(2):
+        printed, [result] = found(capsys, *argv, TEXTS[0], "--out", tmp_path / "x.png")
+
+        assert len(result) == 9
+        assert rf"{folders}/\x1b\u202e\udcff é.png" in printed
+        for path in broken:
+            assert printed.count(f"skipped {path}: ") == 1
 
 
-def test_only_new_and_changed_images_are_encoded(folders, checkpoint, tmp_path, monkeypatch):
-    """Also after Ctrl-C, and from another folder."""
-    model, _, _ = evaluation.load(checkpoint)
-    kept, photo, batches = tmp_path / "x.npz", folders / "red/1.png", []
+def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path, capsys):
+    """With the captions of the run: those of json.long, where txt says something else."""
+    picture = png(COLOURS["red"], np.random.default_rng(0))
+    sample = {"png": picture, "txt": b"short", "json": b'{"long": "a red ring"}'}
+    shard = write_shard(tmp_path / "val.tar", [sample, sample])
+    options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
+    path = tmp_path / "best.pt"
+    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, arguments=options)
 
-    def count(*_):
-        batches.append(1)
-        if len(batches) == 11:
+    _, [result] = found(capsys, "--checkpoint", path, "red")
+
+    assert sorted(name for _, name in result) == [f"{shard}:000{i}  a red ring" for i in range(2)]
+
+
+# ---- Words that the model hardly knows
+
+
+def test_words_that_the_model_hardly_knows_are_named():
+    """By hand: of 50,000 captions "red" was in 10 and "blue" in 11, and "green", which is in the
+    vocabulary, in none. No token is "teal"."""
+    model = make_model()
+    model.num_captions += 50_000
+    for word, n in {"red": 10, "blue": 11}.items():
+        model.token_counts[TOKENIZER.encode(word)] = n
+
+    rare = search.rare_words(model, TOKENIZER, "Red blue, green teal")
+
+    assert rare == [("red", 10), ("green", 0), ("teal", None)]
+
+
+def test_plain_clip_counts_no_words_but_has_a_vocabulary():
+    clip = make_model(cls_weight=0)
+
+    rare = search.rare_words(clip, TOKENIZER, "red blue teal")
+
+    assert rare == [("teal", None)]
+
+
+# ---- The file of features
+
+
+def test_the_file_of_features_says_where_each_image_is(folders, checkpoint, tmp_path, capsys):
+    """Another program can read it: each name has its feature, and its place holds the image."""
+    packed = folders / "red" / "0.png"
+    shard = write_shard(tmp_path / "a.tar", [{"png": packed.read_bytes()}])
+    argv = ["--checkpoint", checkpoint, "--data", shard, "--images", folders / "blue", TEXTS[0]]
+
+    found(capsys, *argv, "--features", tmp_path / "x.npz")
+
+    kept = np.load(tmp_path / "x.npz", allow_pickle=False)
+    originals = {str(file): file for file in folders.glob("blue/*")} | {f"{shard}:0000": packed}
+    assert set(kept["names"]) == set(originals)
+    assert kept["features"].dtype == np.float32
+    for i, name in enumerate(kept["names"]):
+        file, offset, size = kept["files"][i], kept["offsets"][i], kept["sizes"][i]
+        content = originals[name].read_bytes()
+        assert Path(file).read_bytes()[offset : offset + size] == content
+        assert kept["mtimes"][i] == os.stat(file).st_mtime_ns
+        expected = feature_of(checkpoint, originals[name])
+        np.testing.assert_allclose(kept["features"][i], expected, atol=1e-5)
+
+
+class Counted:
+    """Finds the features of all images of a folder, and counts how many are encoded for it."""
+
+    def __init__(self, model, kept):
+        self.model = model
+        self.kept = kept
+        self.n = 0
+        self.stop_at = None  # Ctrl-C comes with this image
+        model.visual.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.n += 1
+        if self.n == self.stop_at:
             raise KeyboardInterrupt
 
-    model.visual.register_forward_hook(count)
+    def __call__(self, folder):
+        self.n = 0
+        entries = search.file_entries([folder], None)
+        features = search.find_features(self.model, entries, 0, self.kept, "sha", batch_size=1)
+        names = [entry.name for entry in features]
+        assert names == sorted(str(file.absolute()) for file in Path(folder).rglob("*.png"))
+        assert np.load(self.kept)["names"].tolist() == names
+        return self.n
 
-    def encoded(images=folders):
-        """Find the features of all images -> how many of them are encoded."""
-        batches.clear()
-        entries = [*search.file_entries([images], None)]
-        features = search.find_features(model, entries, 0, kept, "sha", batch_size=1)
-        assert [entry.name for entry in features] == sorted(map(str, folders.rglob("*.png")))
-        assert np.load(kept)["names"].tolist() == [entry.name for entry in features]
-        return len(batches)
 
+@pytest.fixture
+def encoded(checkpoint, tmp_path):
+    model, _, _ = evaluation.load(checkpoint)
+    return Counted(model, tmp_path / "x.npz")
+
+
+def test_a_search_that_is_interrupted_goes_on_where_it_was(folders, encoded):
+    encoded.stop_at = 11
     with pytest.raises(KeyboardInterrupt):
-        encoded()
-    assert encoded() == 2 and encoded() == 0
-    for colour in ("red", "blue"):  # the second edit keeps the size
-        Image.new("RGB", (20, 20), colour).save(photo, compress_level=0)
-        assert encoded() == 1
+        encoded(folders)
+    encoded.stop_at = None
+
+    assert encoded(folders) == 2
+    assert encoded(folders) == 0
+
+
+def test_only_new_and_changed_images_are_encoded(folders, encoded, monkeypatch):
+    """The second edit keeps the size of the file."""
+    assert encoded(folders) == 12
+    for colour in ("red", "blue"):
+        picture = Image.new("RGB", (20, 20), colour)
+        picture.save(folders / "red" / "1.png", compress_level=0)
+        assert encoded(folders) == 1
     (folders / "blue" / "3.png").unlink()
-    assert encoded() == 0
+    assert encoded(folders) == 0
     (folders / "blue" / "2.png").rename(folders / "blue" / "9.png")
-    assert encoded() == 1
+    assert encoded(folders) == 1
     monkeypatch.chdir(folders.parent)
     assert encoded("classes") == 0
 
 
-def test_the_picture_has_a_block_for_each_search(folders, checkpoint, tmp_path, capsys):
-    """The text or image that is searched for, then what is found, seven cells a row."""
-    photo, step = folders / "red" / "0.png", search.SIDE + GAP
-    Image.new("RGB", (20, 20), (1, 2, 250)).save(photo)
-    argv = ["--checkpoint", checkpoint, "--images", folders, "--like", photo, TEXTS[0]]
-    found(capsys, *argv, "--k", 8, "--out", tmp_path / "found.png")
-    picture = np.array(Image.open(tmp_path / "found.png"))
-    assert 4 * step < len(picture) < 6 * step  # two rows for each of the two
-    image, next_one = (picture[GAP:step, GAP + i * step : (i + 1) * step] for i in range(2))
-    assert (image == (1, 2, 250)).all() and (next_one != image).any()
+CHANGES = {
+    "float64": lambda features: features.astype(np.float64),
+    "float16": lambda features: features.astype(np.float16),
+    "NaN": lambda features: features * np.nan,
+    "another width": lambda features: features[:, :-1],
+    "fewer": lambda features: features[:-1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_features_that_another_program_has_changed_are_refused(
+    change, folders, checkpoint, tmp_path, capsys
+):
+    path = tmp_path / "x.npz"
+    argv = ["--checkpoint", checkpoint, "--images", folders, "--features", path, TEXTS[0]]
+    found(capsys, *argv)
+    content = dict(np.load(path))
+    content["features"] = change(content["features"])
+    np.savez(path, **content)
+
+    error = error_of(capsys, search.main, *argv)
+
+    assert "x.npz" in error
+
+
+# ---- The picture
+
+
+def test_each_search_begins_a_row_of_the_picture(folders, tmp_path):
+    """Also if one has found fewer than the others: each has its own colour, and no row two."""
+    colours = ["red", "green", "blue"]
+    entries = {}
+    for colour in colours:
+        path = folders / f"{colour}.png"
+        Image.new("RGB", (20, 20), colour).save(path)
+        [entries[colour]] = search.file_entries([path], None)
+    counts = {"red": 2, "green": 3, "blue": 8}  # the last one has eight, and a row seven
+    blocks = [[(entries[colour], "")] * n for colour, n in counts.items()]
+
+    search.draw(blocks, tmp_path / "found.png")
+
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "found.png")))
+    step = search.SIDE + GAP
+    assert picture.shape[1] == GAP + 7 * step
+    top_of_rows = (picture != 255).any(dim=2).any(dim=1).nonzero().flatten()
+    rows = [y for y in top_of_rows.tolist() if y - 1 not in top_of_rows]
+    shown = []
+    for y in rows:
+        cells = [picture[y + 5, GAP + i * step + 5] for i in range(7)]
+        shown.append([tuple(cell.tolist()) for cell in cells])
+    red, green, blue, white = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
+    assert shown[0] == [red] * 2 + [white] * 5
+    assert shown[1] == [green] * 3 + [white] * 4
+    assert shown[2] == [blue] * 7
+    assert shown[3] == [blue] + [white] * 6
+
+
+def test_the_command_draws_the_picture(folders, checkpoint, tmp_path, capsys):
+    """Of a text and an image, where the image finds one fewer because it does not find itself."""
+    photo = folders / "red" / "0.png"
+    argv = ["--checkpoint", checkpoint, "--images", folders / "red", "--like", photo, TEXTS[0]]
+
+    found(capsys, *argv, "--k", 4, "--out", tmp_path / "found.png")
+
+    assert Image.open(tmp_path / "found.png").width == GAP + 5 * (search.SIDE + GAP)
