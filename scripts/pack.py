@@ -42,11 +42,10 @@ from cli import (
     lock_folder,
     make_parser,
     number,
-    printable,
     run_command,
     write_file,
 )
-from scripts.show import count_known, kind_of, normal, read_samples
+from scripts.show import kind_of, normal, read_samples, report_overlap
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
@@ -272,13 +271,12 @@ def shards_of(out, split="*"):
     return sorted(map(str, out.glob(f"{split}-*.tar")))
 
 
-def read_fields(shards):
-    """Yield the fields of .json of all samples in these shards."""
+def packed_images(shards):
+    """The names of all images that these shards hold."""
     if not shards:
-        return
+        return set()
     pairs = data.Pairs(shards, None, 0)
-    for row in data.progress(pairs.index.tolist(), "reading shards", unit="sample"):
-        yield json.loads(pairs.read(row, data.JSON))
+    return {json.loads(pairs.read(row, data.JSON))["image"] for row in pairs.index.tolist()}
 
 
 def encode_all(args, samples, bad, pool, split):
@@ -345,30 +343,15 @@ def print_summary(out, bad):
     return numbers
 
 
-def print_shared_captions(out):
-    """Print how many validation samples have a caption that is in training, too."""
+def print_overlap(out):
+    """Print how many captions are on both sides, and which images are, because equal files may be
+    in two groups."""
     train, val = (data.Pairs(shards_of(out, x), None, 0, ["json.captions"]) for x in SPLITS)
-    known = set()
+    captions = set()
     rows = data.progress(train.index.tolist(), "comparing captions", unit="sample")
     for _, texts, _ in read_samples(train, rows, []):
-        known.update(map(normal, texts))
-    count = count_known(val, known)
-    print(f"validation samples with a caption that is in training, too: {count:,} of {len(val):,}")
-
-
-def print_shared_files(out, column):
-    """Print which equal files are in two groups, so that both sides may hold them."""
-    groups = {}  # hash of a file -> its groups
-    images = {}
-    for fields in read_fields(shards_of(out)):
-        value = fields.get(column)
-        values = value if isinstance(value, list) else [value]
-        groups.setdefault(fields["sha256"], set()).update(map(str, values))
-        images.setdefault(fields["sha256"], fields["image"])
-    shared = [images[sha256] for sha256, names in groups.items() if len(names) > 1]
-    print(f"files that are in two groups, and may be on both sides: {len(shared):,}")
-    for image in shared[:3]:
-        print(f"{'':11}{printable(image)}")
+        captions.update(map(normal, texts))
+    report_overlap(train, val, captions)
 
 
 # -----------------------------------------------------------------------------
@@ -510,7 +493,7 @@ def main(argv):
     for remains in args.out.glob(".*.tar.*.tmp"):  # of a pack that was killed
         remains.unlink()
     write_file(args.out / "pack.json", lambda file: file.write(recipe))
-    packed = {fields["image"] for fields in read_fields(shards_of(args.out))}
+    packed = packed_images(shards_of(args.out))
     todo = {image: rows for image, rows in samples.items() if image not in packed}
     print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
     make_shards(args, todo, bad)
@@ -519,9 +502,7 @@ def main(argv):
     n_val, n = print_summary(args.out, bad)
     check(n_val + n > 0, f"none of the rows of {args.csv} can be used")
     if n_val > 0 and n > 0:
-        print_shared_captions(args.out)
-    if args.group is not None:
-        print_shared_files(args.out, args.group)
+        print_overlap(args.out)
     several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
     print_ways(args.out, n_val, n, several)
 

@@ -103,35 +103,37 @@ def report_captions(lengths, repeats, context_length):
             print(f"{count:9,} x {printable(textwrap.shorten(text, 90))}")
 
 
-def count_known(pairs, captions):
-    """In how many samples of `pairs` a caption is one of these `captions`, which are in the form of
-    `normal`."""
-    count = 0
-    for _, texts, _ in read_samples(pairs, pairs.index.tolist(), []):
-        if any(normal(text) in captions for text in texts):
-            count += 1
-    return count
+def name_of(pairs, row):
+    """The file that scripts/pack.py made a sample from, or its shard and key."""
+    with suppress(data.BadSample):
+        return pairs.texts(row, "json.image")[0]
+    return f"{pairs.shards[row[0]]} {pairs.key(row)}"
 
 
 def image_hashes(pairs, rows):
-    """Yield a hash of the bytes of each image that can be read."""
+    """Yield (row, hash of the bytes of its image) of each image that can be read."""
     for row in data.progress(rows, "comparing images", unit="image"):
         with suppress(data.BadSample, OSError):
-            yield hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
+            yield row, hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
 
 
-def report_overlap(pairs, val_pairs, repeats):
+def report_overlap(pairs, val_pairs, captions):
     """How much of the validation data is in training, too: captions, and images byte for byte.
-    repeats: Counter of the training captions, as count_tokens has it."""
-    captions = count_known(val_pairs, repeats)
+    captions: those of training, in the form of `normal`."""
     val_rows = val_pairs.index.tolist()
+    known = 0
+    for _, texts, _ in read_samples(val_pairs, val_rows, []):
+        if any(normal(text) in captions for text in texts):
+            known += 1
     # Only files of equal size can be equal.
     sizes = {row[data.IMAGE + 1] for row in val_rows}
     rows = [row for row in pairs.index.tolist() if row[data.IMAGE + 1] in sizes]
-    seen = set(image_hashes(pairs, rows))
-    images = sum(content in seen for content in image_hashes(val_pairs, val_rows))
-    text = f"{images:,} of {len(val_rows):,} images and the captions of {captions:,}"
+    seen = {content for _, content in image_hashes(pairs, rows)}
+    equal = [row for row, content in image_hashes(val_pairs, val_rows) if content in seen]
+    text = f"{len(equal):,} of {len(val_rows):,} images and the captions of {known:,}"
     print(f"validation data that is in training, too: {text}")
+    for row in equal[:3]:
+        print(f"{'':11}{printable(name_of(val_pairs, row))}")
 
 
 def kind_of(reason):

@@ -170,21 +170,27 @@ def test_a_group_stays_on_one_side(tmp_path, capsys):
     val = {fields["product"] for fields, _, _ in samples(out, "val").values()}
     train = {fields["product"] for fields, _, _ in samples(out, "train").values()}
     assert val and train and not val & train
-    assert "in two groups, and may be on both sides: 0" in capsys.readouterr().out
+    assert f"in training, too: 0 of {len(samples(out, 'val'))} images" in capsys.readouterr().out
     assert str(out) in error_of(capsys, pack.main, "--csv", path, "--out", out, "--val", 0.3)
 
 
-def test_equal_files_in_two_groups_are_named_and_an_image_without_a_group_is_one(tmp_path, capsys):
-    for name, seed in (("a.png", 0), ("copy.png", 0), ("b.png", 1), ("both.png", 2)):
-        photo(seed).save(tmp_path / name)
-    lines = ["a.png,x,1", "copy.png,x,2", "b.png,x,", "both.png,x,1", "both.png,x,2"]
-    path = write_table(tmp_path / "list.csv", "image,caption,group", *lines)
+def test_equal_files_in_two_groups_are_named_if_both_sides_have_them(tmp_path, capsys):
+    """And an image without a group is a group of its own: a hash of its file decides."""
+    photo(0).save(tmp_path / "alone.png")
+    rows = [{"image": "alone.png", "caption": "a dog", "group": ""}]
+    for i in range(20):
+        photo(1).save(tmp_path / f"copy {i}.png")
+        rows.append({"image": f"copy {i}.png", "caption": "a dog", "group": f"group {i}"})
+    path = write_list(tmp_path / "list.jsonl", rows)
 
-    out = run(path, "--group", "group")
+    out = run(path, "--val", 0.3, "--group", "group")
 
-    *_, names = capsys.readouterr().out.partition("may be on both sides: 2")
-    assert [line.strip() for line in names.splitlines()[1:3]] == ["a.png", "both.png"]
-    assert samples(out).keys() == {"a.png", "copy.png", "b.png", "both.png"}
+    val = [image for image in samples(out, "val") if image != "alone.png"]
+    assert 0 < len(val) < 20
+    *_, names = capsys.readouterr().out.partition(f"too: {len(val)} of")
+    assert {line.strip() for line in names.splitlines()[1:4]} <= set(val)
+    sha256 = hashlib.sha256((tmp_path / "alone.png").read_bytes()).hexdigest()
+    assert ("alone.png" in samples(out, "val")) == (int(sha256, 16) < 0.3 * 2**256)
     assert "color" in error_of(capsys, pack.main, "--csv", path, "--out", out, "--group", "color")
 
 
@@ -198,7 +204,8 @@ def test_validation_captions_that_are_in_training_are_counted(photos, capsys):
     out = run(photos, "--val", 0.3)
 
     n = len(samples(out, "val"))
-    assert 0 < n < 12 and f"in training, too: {n} of {n}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 0 < n < 12 and f"0 of {n} images and the captions of {n}\n" in printed
 
 
 @pytest.mark.parametrize("kind, mark", [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("jsonl", "")])
