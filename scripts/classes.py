@@ -18,13 +18,12 @@ import data
 from cli import check, make_parser, number, printable, run_command
 
 
-def read_classes(pairs):
-    """pairs: data.Pairs, whose captions are the field. Returns a list of (row, class) of the
-    samples that have one."""
+def read_classes(shards, source):
+    """Returns a list of (row, class) of the samples that have a class. source: json.FIELD."""
     found = []
-    for row in data.progress(pairs.index.tolist(), "reading classes", unit="sample"):
+    for row in data.progress(shards.index.tolist(), "reading classes", unit="sample"):
         with suppress(data.BadSample):
-            texts = pairs.texts(row, pairs.captions[0])
+            texts = shards.texts(row, source)
             found.append((row, texts[0].strip()))
     return found
 
@@ -45,7 +44,7 @@ def folder_names(classes):
     return folders
 
 
-def write_images(pairs, found, folders, at_most):
+def write_images(shards, found, folders, at_most):
     """Write at most so many images of each class into its folder, or all of them if it is None.
     Returns the numbers of written images by class, a Counter, and of those that cannot be read."""
     written = Counter()
@@ -54,7 +53,7 @@ def write_images(pairs, found, folders, at_most):
         if name not in folders or written[name] == at_most:
             continue
         try:
-            content = pairs.read(row, data.IMAGE)
+            content = shards.read(row, data.IMAGE)
         except data.BadSample:  # of a truncated shard
             unreadable += 1
             continue
@@ -76,8 +75,10 @@ def main(argv):
     add("--at_most", type=number(int, 1), help="keep this many images of a class")
     args = parser.parse_args(argv)
     check(not args.out.exists(), f"{args.out} is there already")
-    pairs = data.Pairs(data.expand(args.shards), None, None, [f"json.{args.field}"])
-    found = read_classes(pairs)
+    source = f"json.{args.field}"
+    data.check_sources([source])
+    shards = data.Shards(data.expand(args.shards))
+    found = read_classes(shards, source)
     check(found, f"no sample has a field {args.field} with a text in it")
     sizes = Counter(name for _, name in found)
     names = folder_names([name for name, _ in sizes.most_common(args.largest)])
@@ -89,7 +90,7 @@ def main(argv):
         whole = Path(temporary, "classes")
         whole.mkdir()
         folders = {name: whole / folder for name, folder in names.items()}
-        written, unreadable = write_images(pairs, found, folders, args.at_most)
+        written, unreadable = write_images(shards, found, folders, args.at_most)
         check(written, "none of the images can be read")
         whole.rename(args.out)
 

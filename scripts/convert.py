@@ -355,9 +355,14 @@ def write_open_clip(model, tokenizer, path):
     print(f"  model, _, preprocess = open_clip.create_model_and_transforms({path.stem!r},")
     print(f"      {str(path.resolve())!r}, image_mean={c.image_mean}, image_std={c.image_std})")
     if not is_clips(tokenizer):
-        vocab = str(path.with_suffix(".tiktoken").resolve())
-        print(f"  from data import Tokenizer  # needs: pip install -e {Path(__file__).parents[1]}")
-        print(f"  tokenizer = Tokenizer.from_file({vocab!r}, {c.context_length})")
+        print_tokenizer(path, c.context_length)
+
+
+def print_tokenizer(path, context_length):
+    """Say how to tokenize where no other library can."""
+    vocab = str(path.with_suffix(".tiktoken").resolve())
+    print(f"  from data import Tokenizer  # needs: pip install -e {Path(__file__).parents[1]}")
+    print(f"  tokenizer = Tokenizer.from_file({vocab!r}, {context_length})")
 
 
 def write_transformers(model, tokenizer, path):
@@ -378,14 +383,18 @@ def write_transformers(model, tokenizer, path):
     }
     write_json(folder / "preprocessor_config.json", images)
     settings = {"model_max_length": c.context_length}
+    print(f"wrote {folder}, without the word head. In Python:")
     if is_clips(tokenizer):
         write_clip_tokenizer(folder)
+    elif tokenizer.pattern is not data.WORD:  # transformers would tokenize, but make things up
+        print_tokenizer(path, c.context_length)
+        return
     else:
         write_json(folder / "tokenizer.json", tokenizer_of_words(tokenizer))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings |= {"bos_token": data.START, "eos_token": data.END, "pad_token": data.END}
     write_json(folder / "tokenizer_config.json", settings)
-    print(f"wrote {folder}, without the word head. In Python:\n  from transformers import pipeline")
+    print("  from transformers import pipeline")
     print("  classify = pipeline('zero-shot-image-classification',")
     print(f"      {str(folder.resolve())!r})")
 
@@ -445,18 +454,15 @@ PRE_TOKENIZERS = [
 
 def tokenizer_of_words(tokenizer):
     """A data.Tokenizer of whole words -> the dict from which the library tokenizers builds the same
-    one. It differs in HTML entities, which it does not decode. Raises InputError."""
-    reason = "transformers' tokenizer can have CLIP's vocabulary or one of whole words"
-    check(tokenizer.pattern is data.WORD, f"{reason}, and this is another one")
+    one. It differs in HTML entities, which it does not decode."""
     # The library writes bytes as printable characters.
     characters = dict(zip(data.BYTES, map(chr, [*data.BYTES[:188], *range(256, 324)])))
     vocab = {}
-    for i in range(tokenizer.start):
-        token = tokenizer.encoding.decode_single_token_bytes(i)
+    for token, i in tokenizer.ranks.items():
         vocab["".join(characters[byte] for byte in token)] = i
     # A word is a token, or else it is spelled: the only merges are a byte and the space behind it.
     space = characters[32]
-    merges = [[x, space] for x in characters.values() if x + space in vocab]
+    merges = [[x, space] for x in characters.values()]
     added = []
     special = {}
     for token, i in ((data.START, tokenizer.start), (data.END, tokenizer.end)):
@@ -494,6 +500,21 @@ def holds_optimizer(path):
     return isinstance(content, dict) and "optimizer" in content
 
 
+def output_path(args):
+    """The file to write. Raises InputError if it cannot be OUT, or if something would be lost."""
+    path = args.output
+    if args.to == "transformers":
+        path = args.output / "model.safetensors"
+    suffixes = [".pt"] if args.to is None else [".pt", ".safetensors"]
+    fits = path.suffix in suffixes and args.output.parent.is_dir()
+    check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
+    sources = [args.input, args.input / path.name, args.average or args.input]
+    taken = path.resolve() in [source.resolve() for source in sources]
+    check(not taken, f"OUT would replace {path.resolve()}")
+    check(not holds_optimizer(path), f"OUT would replace {path}, from which a run can be resumed")
+    return path
+
+
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -512,20 +533,7 @@ def main(argv):
     add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
     add("--context_length", type=number(int, 3), help="a new length: the last position is repeated")
     args = parser.parse_args(argv)
-    path = args.output
-    suffixes = [".pt"]
-    if args.to == "transformers":
-        path = args.output / "model.safetensors"
-    if args.to is not None:
-        suffixes.append(".safetensors")
-    fits = path.suffix in suffixes and args.output.parent.is_dir()
-    check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
-    sources = [args.input, args.input / path.name]
-    if args.average is not None:
-        sources.append(args.average)
-    taken = path.resolve() in [source.resolve() for source in sources]
-    check(not taken, f"OUT would replace {path.resolve()}")
-    check(not holds_optimizer(path), f"OUT would replace {path}, from which a run can be resumed")
+    path = output_path(args)
     flags = {}
     for name, value in vars(args).items():
         if hasattr(SuperCLIPConfig, name) and value is not None:

@@ -248,7 +248,7 @@ def encode(item, split, args):
     except FileNotFoundError:
         return f"there is no such file: {file}"
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        return f"the image cannot be read: {str(error).partition(' <')[0]}"
+        return f"the image cannot be read: {data.why(error)}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
     return suffix, content, fields
 
@@ -275,8 +275,8 @@ def packed_images(shards):
     """The names of all images that these shards hold."""
     if not shards:
         return set()
-    pairs = data.Pairs(shards, None, 0)
-    return {json.loads(pairs.read(row, data.JSON))["image"] for row in pairs.index.tolist()}
+    samples = data.Shards(shards)
+    return {json.loads(samples.read(row, data.JSON))["image"] for row in samples.index.tolist()}
 
 
 def encode_all(args, samples, bad, pool, split):

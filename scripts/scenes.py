@@ -36,7 +36,6 @@ import random
 import shutil
 import tarfile
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cli import InputError, check, lock_folder, make_parser, run_command
-from data import add_member, words_to_tiktoken
+from data import add_member, process_pool, words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
 
@@ -372,7 +371,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
-        with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
+        with process_pool(len(tasks)) as pool:
             classes = pool.submit(write_classes, folder)
             shards = pool.map(write, tasks)
             list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))

@@ -31,9 +31,7 @@ def read_samples(pairs, rows, unused, images=False):
     (shard, key, reason)."""
     for row in rows:
         try:
-            texts = []
-            for source in dict.fromkeys(pairs.captions):
-                texts += pairs.texts(row, source)
+            texts = pairs.all_texts(row, pairs.captions)
             image = None
             if images:
                 image = data.load_image(pairs.read(row, data.IMAGE), SIDE)
@@ -192,7 +190,7 @@ def main(argv):
     add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
-    tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
+    tokenizer = data.tokenizer_for(shards, args.vocab)
     pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
     unused = list(pairs.unused)
     lengths, token_counts, repeats = count_tokens(pairs, unused)

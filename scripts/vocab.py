@@ -9,22 +9,21 @@ a vocabulary makes a smaller head than CLIP's 49,408 subwords, and labels that a
 
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import data
-from cli import check, make_parser, number, output_file, run_command, write_file
+from cli import check, make_parser, number, output_file, printable, run_command, write_file
 
 
 def make_vocabulary(shards, size, captions):
     """Returns the text of a .tiktoken file with `size` entries: 514 bytes and special tokens, and
     the most frequent words of the shards' captions."""
-    pairs = data.Pairs(shards, None, 0, captions)
+    data.check_sources(captions)
+    samples = data.Shards(shards)
     counts = Counter()
-    for row in data.progress(pairs.index.tolist(), "counting words", unit="sample"):
-        for source in dict.fromkeys(captions):
-            with suppress(data.BadSample):  # training will name it
-                for text in pairs.texts(row, source):
-                    counts.update(data.WORD.findall(data.clean(text)))
+    for row in data.progress(samples.index.tolist(), "counting words", unit="sample"):
+        with suppress(data.BadSample):  # training will name it
+            for text in samples.all_texts(row, captions):
+                counts.update(data.WORD.findall(data.clean(text)))
     check(counts, f"there are no words in {', '.join(captions)} of these shards")
     # Words of one byte are in every vocabulary.
     words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
@@ -39,10 +38,9 @@ def main(argv):
     out = {"type": output_file(".tiktoken"), "default": "vocab.tiktoken"}
     add("--out", **out, help="file to write (default vocab.tiktoken)")
     args = parser.parse_args(argv)
-    shards = data.expand(args.shards)
-    sides = {Path(shard).name.partition("-")[0] for shard in shards}
-    if {"train", "val"} <= sides:
-        print("warning: the words of validation shards are counted, too")
+    shards, validation = data.split_sides(data.expand(args.shards))
+    if validation:
+        print(printable(f"validation shards are left out: {' '.join(validation)}"))
     text = make_vocabulary(shards, args.size, args.captions)
     write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")

@@ -25,12 +25,12 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProce
 
 import data
 import eval as evaluation
-from scripts.convert import main, open_clip_config, open_clip_state, our_name
-from superclip import SuperCLIPConfig
+from scripts.convert import main, open_clip_config, open_clip_state, our_name, read_weights
+from superclip import SuperCLIP, SuperCLIPConfig
 
 OFFICIAL = torch.load(Path(__file__).parent / "official_tiny.pt", weights_only=True)
-VOCAB = data.tiktoken_text(data.BYTE_TOKENS[:298])  # for a model with 300 tokens
-V = {"vocab_size": 300}
+VOCAB = data.words_to_tiktoken(["dog"])
+V = {"vocab_size": data.Tokenizer(VOCAB).vocab_size}
 
 
 def save(content, path):
@@ -41,10 +41,10 @@ def save(content, path):
 @pytest.fixture
 def converted(tmp_path):
     """A function that converts a file with these flags and loads the result."""
-    (tmp_path / "300.tiktoken").write_text(VOCAB)
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
 
     def convert(path, *flags):
-        vocab = "--vocab", tmp_path / "300.tiktoken"
+        vocab = "--vocab", tmp_path / "own.tiktoken"
         assert not run(main, path, tmp_path / "out.pt", *vocab, *flags)
         return evaluation.load(tmp_path / "out.pt")[0]
 
@@ -56,13 +56,21 @@ def same_weights(model, state):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def model_of(path):
+    """The model of a file of the authors. Its 300 tokens are too few for a vocabulary of ours, so
+    there is none."""
+    weights, config, _ = read_weights(path)
+    model = SuperCLIP(SuperCLIPConfig(**config))
+    model.load_state_dict(weights)
+    return model
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_three_training_steps_equal_the_authors(prefix, tmp_path, converted):
+def test_three_training_steps_equal_the_authors(prefix, tmp_path):
     """Their weights, converted and loaded: features, logits and losses of three steps. In the first
     step, where their loss masks nothing, also the gradient norm of every parameter."""
     state = {prefix + k: v for k, v in OFFICIAL["state_dict"].items()}
-    model = converted(save({"epoch": 1, "state_dict": state}, tmp_path / "official.pt"))
-    model.requires_grad_(True).train()
+    model = model_of(save({"epoch": 1, "state_dict": state}, tmp_path / "official.pt"))
     for number, step in enumerate(OFFICIAL["steps"]):
         model.zero_grad()
         out = model(step["image"], step["text"])
@@ -79,14 +87,14 @@ def test_three_training_steps_equal_the_authors(prefix, tmp_path, converted):
     assert model.num_captions.item() == 18
 
 
-def test_the_authors_counters_become_integer_counts(tmp_path, converted):
+def test_the_authors_counters_become_integer_counts(tmp_path):
     """They add up shares of captions over steps of 16,384. Here: two steps, a token in 75 % of the
     captions of each, and a token in 33 captions."""
     state = dict(OFFICIAL["state_dict"])
     state["num_samples"] = torch.full((1, 1), 2.0, dtype=torch.float64)
     state["cap_fq"] = torch.zeros(1, 300, dtype=torch.float64)
     state["cap_fq"][0, 7], state["cap_fq"][0, 8] = 1.5, 33 / 16384 - 1e-9
-    model = converted(save({"state_dict": state}, tmp_path / "a.pt"))
+    model = model_of(save({"state_dict": state}, tmp_path / "a.pt"))
     assert model.num_captions.item() == 2 * 16384
     assert model.token_counts[[7, 8]].tolist() == [24576, 33]
     assert model.token_weights()[8].item() == pytest.approx(math.log(32769 / 34))
@@ -205,11 +213,21 @@ def with_part(name, tensor):
             "positional",
             id="patches make no square",
         ),
-        pytest.param(with_part("cap_fq", torch.zeros(1, 300)), "token_counts", id="without a head"),
         pytest.param(
-            with_part("cap_fq", torch.zeros(1, 300, dtype=torch.complex64)), "", id="complex counts"
+            with_part("cap_fq", torch.zeros(1, V["vocab_size"])),
+            "token_counts",
+            id="without a head",
         ),
-        pytest.param(open_clip_state(small(vocab_size=301)), "--vocab", id="another vocabulary"),
+        pytest.param(
+            with_part("cap_fq", torch.zeros(1, V["vocab_size"], dtype=torch.complex64)),
+            "",
+            id="complex counts",
+        ),
+        pytest.param(
+            open_clip_state(small(vocab_size=V["vocab_size"] + 1)),
+            "--vocab",
+            id="another vocabulary",
+        ),
         pytest.param([1, 2], "state_dict", id="a list"),
         pytest.param({"state_dict": [1, 2]}, "state_dict", id="a list of weights"),
         pytest.param({"text_projection.weight": 5}, "conv1", id="a number"),
@@ -225,10 +243,10 @@ def with_part(name, tensor):
     ],
 )
 def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(content, named, tmp_path, capsys):
-    (tmp_path / "300.tiktoken").write_text(VOCAB)
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
     path = save(content, tmp_path / "weights.pt")
     out = tmp_path / "x.pt"
-    flags = ["--vocab", tmp_path / "300.tiktoken"]
+    flags = ["--vocab", tmp_path / "own.tiktoken"]
     if named == "":  # such a tensor is no weight, and is left out
         assert not run(main, path, out, *flags)
         return
@@ -346,24 +364,19 @@ def test_transformers_loads_what_to_transformers_writes(quick_gelu, is_clip, tmp
 
 WORDS = "a photo of the red dog women's t-shirt 日 本 !! -- x".split()
 TEXTS = [
-    *(
-        "A photo of the RED dog",
-        "women’s t-shirt!!",
-        "red-dog, a--b",
-        "日本 dog日",
-        "a purple dog.",
-    ),
-    *(
-        "dog's",
-        "x-",
-        "- -x",
-        "e\u0301cole",
-        "dog" * 30,
-        "",
-        "a\tphoto \n of",
-        "हिन्दी १२",
-        "dog\u0301!",
-    ),
+    "A photo of the RED dog",
+    "women’s t-shirt!!",
+    "red-dog, a--b",
+    "日本 dog日",
+    "a purple dog.",
+    "hotdog bred a!!!",
+    "dog's x- - -x",
+    "e\u0301cole",
+    "dog" * 30,
+    "",
+    "a\tphoto \n of",
+    "हिन्दी १२",
+    "dog\u0301!",
 ]
 
 
@@ -413,7 +426,7 @@ def test_an_average_of_weights(tmp_path, capsys):
         for name, p in averaged.named_parameters():
             assert (p == (head if name.startswith("head.") else 2.5)).all(), name
         assert torch.equal(averaged.token_counts, model.token_counts)
-    words = data.tiktoken_text([*data.BYTE_TOKENS[:297], b"xyz "])
+    words = data.words_to_tiktoken(["cat"])
     for m, vocab in ((small(quick_gelu=True, **V), VOCAB), (other, words)):
         path = write_checkpoint(tmp_path / "unfit.pt", m, vocab)
         assert "unfit.pt" in error_of(capsys, main, *paths, path)
@@ -423,8 +436,8 @@ def test_models_with_the_same_mean_can_be_averaged(tmp_path):
     """Whether it comes from a flag or from a checkpoint."""
     path = write_checkpoint(tmp_path / "a.pt", small(image_mean=(0.5, 0.5, 0.5), **V), VOCAB)
     other = save(open_clip_state(small(**V)), tmp_path / "b.pt")
-    flags = ["--vocab", tmp_path / "300.tiktoken", "--image_mean", 0.5, 0.5, 0.5]
-    (tmp_path / "300.tiktoken").write_text(VOCAB)
+    flags = ["--vocab", tmp_path / "own.tiktoken", "--image_mean", 0.5, 0.5, 0.5]
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
 
     assert not run(main, path, tmp_path / "out.pt", "--average", other, *flags)
 
