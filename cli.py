@@ -239,7 +239,8 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES}
 
 def lock_folder(folder, seconds=60):
     """Keep other commands out of a folder until this process ends, however that ends. A folder that
-    another one has locked is waited for, so many seconds at most. Raises InputError."""
+    another one has locked is waited for, so many seconds at most. Raises InputError. Returns False
+    if the file system has no locks."""
     # lockf, because unlike flock's its locks are not inherited by loading processes
     file = open(Path(folder, ".lock"), "a")
     LOCK_FILES.append(file)
@@ -248,7 +249,7 @@ def lock_folder(folder, seconds=60):
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise InputError(f"{folder} is in use by another command") from None
@@ -256,7 +257,7 @@ def lock_folder(folder, seconds=60):
             if error.errno not in NO_LOCKS:
                 raise
             print(f"warning: {printable(str(folder))} cannot be locked", file=sys.stderr)
-            return
+            return False
         if not is_told:
             print(f"waiting for another command to leave {printable(str(folder))}", file=sys.stderr)
             is_told = True

@@ -7,9 +7,10 @@
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of
 transformers' CLIPModel (or its folder), of the authors' SuperCLIP, or of this project. The shapes
-of its tensors tell most of the configuration. The rest is not guessed: it comes from flags, or from
-the configuration beside the input (open_clip's, here ViT-B-16.json, or transformers' config.json).
-A file without a word head becomes plain CLIP, and train.py --init_from gives it a new head.
+of its tensors tell most of the configuration. The rest comes from flags, or from the configuration
+beside the input (open_clip's, here ViT-B-16.json, or transformers' config.json), or else it is
+assumed, and the command says so. A file without a word head becomes plain CLIP, and train.py
+--init_from gives it a new head.
 """
 
 import argparse
@@ -21,7 +22,16 @@ import torch
 
 import data
 import eval as evaluation
-from cli import check, number, optional, run_command, write_file, write_json
+from cli import (
+    InputError,
+    check,
+    make_parser,
+    number,
+    optional,
+    run_command,
+    write_file,
+    write_json,
+)
 from superclip import SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
@@ -39,13 +49,32 @@ AXES = {
 TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_proj")
 # Parts of our names and what transformers' CLIPModel has in their place. The order matters, in both
 # directions: a part may contain a later one.
-NAMES = {"text.text_projection": "text_projection.weight"}
-NAMES |= {"visual.proj": "visual_projection.weight", "visual.": "vision_model."}
-NAMES |= {"text.": "text_model.", "positional_embedding": "embeddings.position_embedding.weight"}
-NAMES |= {f"{x}_embedding": f"embeddings.{x}_embedding" for x in ("token", "class")}
-NAMES |= {"conv1": "embeddings.patch_embedding", "transformer.resblocks": "encoder.layers"}
-NAMES |= {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "ln_final": "final_layer_norm"}
-NAMES |= {"ln_": "layer_norm", "attn": "self_attn", "c_fc": "fc1", "c_proj": "fc2"}
+NAMES = {
+    "text.text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+    "visual.": "vision_model.",
+    "text.": "text_model.",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding": "embeddings.token_embedding",
+    "class_embedding": "embeddings.class_embedding",
+    "conv1": "embeddings.patch_embedding",
+    "transformer.resblocks": "encoder.layers",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+    "ln_": "layer_norm",
+    "attn": "self_attn",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+}
+# What shapes do not tell. A model that is called by another library's name may differ.
+ASSUMED = {
+    "quick_gelu": "plain GELU (--quick_gelu)",
+    "vision_heads": "image heads 64 wide, which those of ViT-H-14 are not (--vision_heads)",
+    "text_heads": "text heads 64 wide (--text_heads)",
+    "image_mean": "CLIP's mean of the pixels (--image_mean)",
+    "image_std": "and CLIP's standard deviation (--image_std)",
+}
 
 
 def safetensors():
@@ -62,61 +91,112 @@ def our_name(name):
     return f"text.{name}" if name.startswith(TEXT_TOWER) else name
 
 
-def read_weights(path):
-    """A file in any layout, or a folder of transformers -> (weights: dict of name -> tensor, in our
-    names; what is known of the configuration, a dict; text of the vocabulary or None). Raises
-    InputError."""
-    path = path / "model.safetensors" if path.is_dir() else path
-    read = safetensors().load_file if path.suffix == ".safetensors" else evaluation.read_pickle
-    content = evaluation.read_file(path, read)
-    if isinstance(content, dict) and "config" in content:
-        content = evaluation.read_checkpoint(path)
-        return content["model"], content["config"], content["vocab"]
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    weights = {our_name(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    weights = {k: v for k, v in weights.items() if not k.endswith(("attn_mask", "position_ids"))}
-    # transformers has the projections transposed, and query, key and value apart.
-    for name in content.keys() & {"text_projection.weight", "visual_projection.weight"}:
-        weights[our_name(name)] = content[name].T
-    for name in [k for k in weights if ".q_proj." in k]:
-        parts = [weights.pop(name.replace("q_proj", f"{x}_proj"), torch.empty(0)) for x in "qkv"]
+def is_plain(tensor):
+    """Is it a tensor with a number at each place, such as weights are?"""
+    if not torch.is_tensor(tensor):
+        return False
+    return tensor.layout == torch.strided and not tensor.is_complex()
+
+
+def rename(path, content):
+    """The tensors of a file in any layout but our own -> those of this project, by name."""
+    weights = {}
+    for name, tensor in content.items():
+        ours = our_name(name)
+        if not is_plain(tensor) or ours.endswith(("attn_mask", "position_ids")):
+            continue
+        if name in ("text_projection.weight", "visual_projection.weight"):
+            tensor = tensor.T  # transformers has the projections transposed
+        weights[ours] = tensor
+    # transformers has query, key and value apart.
+    for name in [name for name in weights if ".q_proj." in name]:
+        names = [name.replace("q_proj", f"{x}_proj") for x in "qkv"]
+        parts = [weights.pop(part) for part in names if part in weights]
+        same = len(parts) == 3 and parts[0].shape == parts[1].shape == parts[2].shape
+        check(same, f"{path} does not fit: {' '.join(names)}")
         weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    # OpenAI's files, and only they, have three scalars. Those models need QuickGELU.
-    scalars = [weights.pop(k, None) for k in ("input_resolution", "context_length", "vocab_size")]
-    config = {} if None in scalars else {"quick_gelu": True}
     # The authors' counters add up, over steps, the *share* of captions that have the token. Times
     # their batch of 16,384 (paper, section 4), that is the number of captions, which we count.
     for theirs, ours in (("cap_fq", "token_counts"), ("num_samples", "num_captions")):
         if theirs in weights:
-            weights[ours] = (weights.pop(theirs).squeeze() * 16384).round().long()
+            counts = weights.pop(theirs).squeeze() * 16384
+            weights[ours] = counts.round().long()
+    return weights
+
+
+def read_shapes(path, weights):
+    """Returns what the names and shapes of our tensors tell of the configuration, a dict."""
+    config = {}
     for name, fields in AXES.items():
-        shape = tuple(weights[name].shape) if name in weights else ()
+        shape = weights[name].shape if name in weights else ()
         fits = len(shape) == len(fields) and min(shape) > 0
         check(fits, f"{path} does not fit: it has no tensor {name} with {len(fields)} axes")
-        config |= {field: length for field, length in zip(fields, shape) if field}
+        for field, length in zip(fields, shape):
+            if field is not None:
+                config[field] = length
     # The class token has a position, too. If the others make no square, check_weights says so.
-    config["image_size"] = config["patch_size"] * max(1, int((config.pop("positions") - 1) ** 0.5))
-    for field, tower in (("vision_layers", "visual."), ("text_layers", "text.")):
-        config[field] = sum(k.startswith(tower) and k.endswith(".ln_1.weight") for k in weights)
+    grid = int((config.pop("positions") - 1) ** 0.5)
+    config["image_size"] = config["patch_size"] * max(1, grid)
+    norms = [name for name in weights if name.endswith(".ln_1.weight")]
+    config["vision_layers"] = sum(name.startswith("visual.") for name in norms)
+    config["text_layers"] = sum(name.startswith("text.") for name in norms)
     config["loss"] = "sigmoid" if "logit_bias" in weights else "softmax"
     config["cls_weight"] = float("head.linear.weight" in weights)
-    # What a configuration beside the weights leaves out has the default of its library.
-    with suppress(Exception):  # there is no such file, or it is something else
+    return config
+
+
+def read_config_beside(path, vision_width):
+    """Returns what a configuration beside the weights tells, a dict. What it leaves out has the
+    default of its library. A file that is something else tells nothing."""
+    config = {}
+    with suppress(Exception):  # of transformers
         other = json.loads(path.with_name("config.json").read_text())
-        for tower, heads in (("vision", 12), ("text", 8)):
-            config[f"{tower}_heads"] = other[f"{tower}_config"].get("num_attention_heads", heads)
+        config["vision_heads"] = other["vision_config"].get("num_attention_heads", 12)
+        config["text_heads"] = other["text_config"].get("num_attention_heads", 8)
         config["quick_gelu"] = other["vision_config"].get("hidden_act") in (None, "quick_gelu")
         # preprocessor_config.json, or since version 5 a part of processor_config.json
         other = json.loads(next(path.parent.glob("p*rocessor_config.json")).read_text())
         other = other.get("image_processor", other)
-        config |= {field: tuple(other[field]) for field in ("image_mean", "image_std")}
-    with suppress(Exception):
+        config["image_mean"] = tuple(other["image_mean"])
+        config["image_std"] = tuple(other["image_std"])
+    with suppress(Exception):  # of open_clip
         other = json.loads(path.with_suffix(".json").read_text())
-        config["vision_heads"] = config["vision_width"] // other["vision_cfg"].get("head_width", 64)
+        config["vision_heads"] = vision_width // other["vision_cfg"].get("head_width", 64)
         config["text_heads"] = int(other["text_cfg"].get("heads", 8))
         config["quick_gelu"] = bool(other.get("quick_gelu", False))
+    return config
+
+
+def read_weights(path):
+    """A file in any layout, or a folder of transformers -> (weights: dict of name -> tensor, in our
+    names; what is known of the configuration, a dict; text of the vocabulary or None). Raises
+    InputError."""
+    if path.is_dir():
+        path = path / "model.safetensors"
+    read = evaluation.read_pickle
+    if path.suffix == ".safetensors":
+        read = safetensors().load_file
+    content = evaluation.read_file(path, read)
+    check(isinstance(content, dict), f"{path} does not fit: save a state_dict")
+    if "config" in content:
+        content = evaluation.read_checkpoint(path)
+        return content["model"], content["config"], content["vocab"]
+    content = content.get("state_dict", content)
+    check(isinstance(content, dict), f"{path} does not fit: its state_dict is none")
+    weights = rename(path, content)
+    config = {}
+    scalars = {"input_resolution", "context_length", "vocab_size"}
+    if scalars <= weights.keys():  # of OpenAI's files, and only of them
+        config = {"quick_gelu": True, "vision_heads": 0, "text_heads": 0}  # 0: they are 64 wide
+        config["image_mean"] = SuperCLIPConfig.image_mean
+        config["image_std"] = SuperCLIPConfig.image_std
+    weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
+    config |= read_shapes(path, weights)
+    config |= read_config_beside(path, config["vision_width"])
     vocab = path.with_suffix(".tiktoken")  # main writes it beside an export
-    return weights, config, data.Tokenizer.from_file(vocab).vocab if vocab.is_file() else None
+    if vocab.is_file():
+        return weights, config, data.Tokenizer.from_file(vocab).vocab
+    return weights, config, None
 
 
 def resize_positions(positions, grid):
@@ -136,111 +216,307 @@ def convert(path, flags, vocab=None):
     file has none.
     """
     weights, config, known = read_weights(path)
-    config |= {k: v for k, v in flags.items() if k not in ("image_size", "context_length")}
-    if "quick_gelu" not in config:
-        print(f"{path} does not say which GELU it needs. Plain GELU is assumed: see --quick_gelu")
-    vocab = known if known and not vocab else data.Tokenizer.from_file(vocab or "clip").vocab
-    config = evaluation.check_weights(path, weights, config, vocab)
-    model = SuperCLIP(SuperCLIPConfig(**{**vars(config), **flags}))
+    for name, value in flags.items():
+        if name not in ("image_size", "context_length"):
+            config[name] = value
+    assumed = [text for name, text in ASSUMED.items() if name not in config]
+    if assumed:
+        print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
+    if vocab is not None or known is None:
+        known = data.Tokenizer.from_file(vocab or "clip").vocab
+    config = evaluation.check_weights(path, weights, config, known)
+    try:
+        model = SuperCLIP(SuperCLIPConfig(**{**vars(config), **flags}))
+    except ValueError as error:  # such as a new image_size that patch_size does not divide
+        raise InputError(f"{path} cannot become such a model: {error}") from None
     image, text = "visual.positional_embedding", "text.positional_embedding"
     weights[image] = resize_positions(weights[image], model.visual.grid)
     # New positions start as copies of the last one. Captions that fitted keep their features.
     length = torch.arange(model.config.context_length)
     weights[text] = weights[text][length.clamp(max=config.context_length - 1)]
     model.load_state_dict(weights)
-    return model, vocab
+    return model, known
+
+
+def average(model, other, share):
+    """Average the weights of two models, in the first one. share: of the other one."""
+    # The head comes last. If only one of the two has it, zip ends before it.
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.data.lerp_(q.data, share)
+
+
+def differences(config, other):
+    """The fields in which two configurations differ, but for the head."""
+    fields = vars(config).items()
+    return [
+        name for name, value in fields if value != getattr(other, name) and name != "cls_weight"
+    ]
 
 
 # -----------------------------------------------------------------------------
 # Weights out
 
+ONLY_OURS = ("head.", "token_counts", "num_captions")  # no other library knows a word head
+
 
 def open_clip_state(model):
-    """The weights of the towers under open_clip's names. open_clip knows no word head."""
-    state, ours = model.state_dict(), ("head.", "token_counts", "num_captions")
-    return {k.removeprefix("text."): v for k, v in state.items() if not k.startswith(ours)}
+    """The weights of the towers under open_clip's names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(ONLY_OURS):
+            state[name.removeprefix("text.")] = tensor
+    return state
 
 
 def open_clip_config(c):
     """c: a SuperCLIPConfig -> the dict from which open_clip builds the same towers."""
-    vision = {"image_size": c.image_size, "patch_size": c.patch_size, "layers": c.vision_layers}
-    vision |= {"width": c.vision_width, "head_width": c.vision_width // c.vision_heads}
-    text = {"context_length": c.context_length, "vocab_size": c.vocab_size}
-    text |= {"width": c.text_width, "layers": c.text_layers, "heads": c.text_heads}
-    bias = -10.0 if c.loss == "sigmoid" else None  # a number makes open_clip build a logit_bias
-    shared = {"embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu, "init_logit_bias": bias}
-    return {**shared, "vision_cfg": vision, "text_cfg": text}
+    return {
+        "embed_dim": c.embed_dim,
+        "quick_gelu": c.quick_gelu,
+        # a number makes open_clip build a logit_bias
+        "init_logit_bias": -10.0 if c.loss == "sigmoid" else None,
+        "vision_cfg": {
+            "image_size": c.image_size,
+            "patch_size": c.patch_size,
+            "layers": c.vision_layers,
+            "width": c.vision_width,
+            "head_width": c.vision_width // c.vision_heads,
+        },
+        "text_cfg": {
+            "context_length": c.context_length,
+            "vocab_size": c.vocab_size,
+            "width": c.text_width,
+            "layers": c.text_layers,
+            "heads": c.text_heads,
+        },
+    }
 
 
 def transformers_state(model):
-    """The weights of the towers under the names of transformers' CLIPModel. It knows no word head,
-    and no logit_bias, without which the logits of a model of the sigmoid loss are all too high."""
+    """The weights of the towers under the names of transformers' CLIPModel. It has no logit_bias,
+    without which the logits of a model of the sigmoid loss are all too high."""
     state = {}
     for name, tensor in model.state_dict().items():
+        if name.startswith((*ONLY_OURS, "logit_bias")):
+            continue
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         if ".in_proj_" in name:
             for x, part in zip("qkv", tensor.chunk(3)):
                 state[name.replace("in_proj_", f"{x}_proj.")] = part.clone()
-        elif not name.startswith(("head.", "token_counts", "num_captions", "logit_bias")):
-            state[name] = tensor.T.contiguous() if "projection." in name else tensor
+        elif "projection." in name:
+            state[name] = tensor.T.contiguous()
+        else:
+            state[name] = tensor
     return state
 
 
 def transformers_config(c):
     """c: a SuperCLIPConfig -> the dict from which transformers builds the same towers."""
     shared = {"projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu"}
-    vision = {"image_size": c.image_size, "patch_size": c.patch_size, **shared}
-    vision |= {"hidden_size": c.vision_width, "intermediate_size": 4 * c.vision_width}
-    vision |= {"num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads}
-    text = {"max_position_embeddings": c.context_length, "vocab_size": c.vocab_size, **shared}
-    text |= {"hidden_size": c.text_width, "intermediate_size": 4 * c.text_width}
-    text |= {"num_hidden_layers": c.text_layers, "num_attention_heads": c.text_heads}
-    # CLIPModel reads the feature of a text at its first end token, wherever that id is.
-    text |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
-    towers = {"vision_config": vision, "text_config": text}
+    vision = {
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "hidden_size": c.vision_width,
+        "intermediate_size": 4 * c.vision_width,
+        "num_hidden_layers": c.vision_layers,
+        "num_attention_heads": c.vision_heads,
+    }
+    text = {
+        "max_position_embeddings": c.context_length,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.text_width,
+        "intermediate_size": 4 * c.text_width,
+        "num_hidden_layers": c.text_layers,
+        "num_attention_heads": c.text_heads,
+        # CLIPModel reads the feature of a text at its first end token, wherever that id is.
+        "bos_token_id": c.vocab_size - 2,
+        "eos_token_id": c.vocab_size - 1,
+    }
+    towers = {"vision_config": {**vision, **shared}, "text_config": {**text, **shared}}
     return {"model_type": "clip", "projection_dim": c.embed_dim, **towers}
 
 
-def write_open_clip(model, path):
+def write_open_clip(model, tokenizer, path):
     """Write the towers to `path`, and open_clip's configuration beside them as .json. Say how
-    open_clip loads them."""
-    state, c, beside = open_clip_state(model), model.config, path.with_suffix(".json")
-    # As bytes, because save_file of safetensors replaces the file that write_file has opened.
-    as_bytes = safetensors().save if path.suffix == ".safetensors" else None
-    write_file(path, lambda f: f.write(as_bytes(state)) if as_bytes else torch.save(state, f))
+    open_clip loads them, and what tokenizes a caption if the vocabulary is not CLIP's."""
+    state = open_clip_state(model)
+    c = model.config
+    beside = path.with_suffix(".json")
+    if path.suffix == ".safetensors":
+        # As bytes, because save_file of safetensors replaces the file that write_file has opened.
+        content = safetensors().save(state)
+        write_file(path, lambda file: file.write(content))
+    else:
+        write_file(path, lambda file: torch.save(state, file))
     write_json(beside, open_clip_config(c))
     print(f"wrote {path} and {beside}, without the word head. In Python:\n  import open_clip")
-    print(f"  open_clip.add_model_config({str(beside)!r})")
+    print(f"  open_clip.add_model_config({str(beside.resolve())!r})")
     print(f"  model, _, preprocess = open_clip.create_model_and_transforms({path.stem!r},")
-    print(f"      {str(path)!r}, image_mean={c.image_mean}, image_std={c.image_std})")
+    print(f"      {str(path.resolve())!r}, image_mean={c.image_mean}, image_std={c.image_std})")
+    if not is_clips(tokenizer):
+        print_tokenizer(path, c.context_length)
 
 
-def write_transformers(model, path):
+def print_tokenizer(path, context_length):
+    """Say how to tokenize where no other library can."""
+    vocab = str(path.with_suffix(".tiktoken").resolve())
+    print(f"  from data import Tokenizer  # needs: pip install -e {Path(__file__).parents[1]}")
+    print(f"  tokenizer = Tokenizer.from_file({vocab!r}, {context_length})")
+
+
+def write_transformers(model, tokenizer, path):
     """Write the towers to `path`, a model.safetensors in a folder of its own, with the files that
-    transformers wants beside it, except for the tokenizer (write_clip_tokenizer)."""
-    c, folder, state = model.config, path.parent, transformers_state(model)
+    transformers wants beside it. Say how it loads them."""
+    c = model.config
+    folder = path.parent
     folder.mkdir(exist_ok=True)
-    write_file(path, lambda f: f.write(safetensors().save(state, {"format": "pt"})))
+    content = safetensors().save(transformers_state(model), {"format": "pt"})
+    write_file(path, lambda file: file.write(content))
     write_json(folder / "config.json", transformers_config(c))
-    images = {"image_processor_type": "CLIPImageProcessor", "size": c.image_size}
-    images |= {"crop_size": c.image_size, "image_mean": c.image_mean, "image_std": c.image_std}
+    images = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": c.image_size,
+        "crop_size": c.image_size,
+        "image_mean": c.image_mean,
+        "image_std": c.image_std,
+    }
     write_json(folder / "preprocessor_config.json", images)
-    print(f"wrote {folder} for transformers' CLIPModel.from_pretrained, without the word head")
+    settings = {"model_max_length": c.context_length}
+    print(f"wrote {folder}, without the word head. In Python:")
+    if is_clips(tokenizer):
+        write_clip_tokenizer(folder)
+    elif tokenizer.pattern is not data.WORD:  # transformers would tokenize, but make things up
+        print_tokenizer(path, c.context_length)
+        return
+    else:
+        write_json(folder / "tokenizer.json", tokenizer_of_words(tokenizer))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings |= {"bos_token": data.START, "eos_token": data.END, "pad_token": data.END}
+    write_json(folder / "tokenizer_config.json", settings)
+    print("  from transformers import pipeline")
+    print("  classify = pipeline('zero-shot-image-classification',")
+    print(f"      {str(folder.resolve())!r})")
 
 
-def write_clip_tokenizer(folder, context_length):
-    """Write CLIP's tokenizer as transformers loads it. open_clip knows the merges."""
+def is_clips(tokenizer):
+    return tokenizer.encode("a photo") == [320, 1125]
+
+
+def write_clip_tokenizer(folder):
+    """Write CLIP's vocabulary as transformers loads it. open_clip knows the merges."""
     bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
     tokens = [*bpe.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    write_json(folder / "tokenizer_config.json", {"model_max_length": context_length})
     merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)])
-    (folder / "merges.txt").write_text(merges, "utf-8")
+    write_file(folder / "merges.txt", lambda file: file.write(merges.encode()))
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+# data.clean and data.WORD as the library tokenizers has them. The long pattern is every place where
+# a word ends: behind letters, unless a hyphen joins more of them; behind a character that is a word
+# of its own, and before one; behind punctuation; and behind a hyphen that joins nothing.
+LETTER = r"[\p{L}\p{M}\p{N}]"
+OTHER = r"[^\s\p{L}\p{M}\p{N}]"
+WORD_ENDS = (
+    rf"(?<={LETTER})(?!{LETTER}|[-']{LETTER})|(?<={data.ALONE})(?!\p{{M}})"
+    rf"|(?<={LETTER})(?={data.ALONE})|(?<={OTHER})(?<!{LETTER}[-'])(?!{OTHER})"
+    rf"|(?<={LETTER}[-'])(?!{LETTER})(?!{OTHER})"
+)
+NORMALIZERS = [
+    replace("[‘’‚‛ʼ]", "'"),
+    replace("[“”„‟]", '"'),
+    {"type": "NFC"},
+    {"type": "Lowercase"},
+    replace(WORD_ENDS, " "),
+    replace(r"\s+", " "),
+    {"type": "Strip", "strip_left": True, "strip_right": False},
+]
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+PRE_TOKENIZERS = [
+    {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    },
+    BYTE_LEVEL,
+]
+
+
+def tokenizer_of_words(tokenizer):
+    """A data.Tokenizer of whole words -> the dict from which the library tokenizers builds the same
+    one. It differs in HTML entities, which it does not decode."""
+    # The library writes bytes as printable characters.
+    characters = dict(zip(data.BYTES, map(chr, [*data.BYTES[:188], *range(256, 324)])))
+    vocab = {}
+    for token, i in tokenizer.ranks.items():
+        vocab["".join(characters[byte] for byte in token)] = i
+    # A word is a token, or else it is spelled: the only merges are a byte and the space behind it.
+    space = characters[32]
+    merges = [[x, space] for x in characters.values()]
+    added = []
+    special = {}
+    for token, i in ((data.START, tokenizer.start), (data.END, tokenizer.end)):
+        no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": i, "content": token, "special": True, **no})
+        special[token] = {"id": token, "ids": [i], "tokens": [token]}
+    caption = {"Sequence": {"id": "A", "type_id": 0}}
+    ends = [{"SpecialToken": {"id": token, "type_id": 0}} for token in special]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": NORMALIZERS},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [ends[0], caption, ends[1]],
+            "pair": [caption, caption],
+            "special_tokens": special,
+        },
+        "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True},
+    }
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def holds_optimizer(path):
+    """Is it a checkpoint from which train.py can resume a run?"""
+    try:
+        content = evaluation.read_pickle(path)
+    except Exception:  # there is no such file, or it is something else
+        return False
+    return isinstance(content, dict) and "optimizer" in content
+
+
+def output_path(args):
+    """The file to write. Raises InputError if it cannot be OUT, or if something would be lost."""
+    path = args.output
+    if args.to == "transformers":
+        path = args.output / "model.safetensors"
+    suffixes = [".pt"] if args.to is None else [".pt", ".safetensors"]
+    fits = path.suffix in suffixes and args.output.parent.is_dir()
+    check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
+    sources = [args.input, args.input / path.name, args.average or args.input]
+    taken = path.resolve() in [source.resolve() for source in sources]
+    check(not taken, f"OUT would replace {path.resolve()}")
+    check(not holds_optimizer(path), f"OUT would replace {path}, from which a run can be resumed")
+    return path
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
     add("output", metavar="OUT", type=Path, help=".pt, .safetensors for open_clip, or a new folder")
@@ -257,33 +533,32 @@ def main(argv):
     add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
     add("--context_length", type=number(int, 3), help="a new length: the last position is repeated")
     args = parser.parse_args(argv)
-    path = args.output / "model.safetensors" if args.to == "transformers" else args.output
-    fits = path.suffix in (".pt", args.to and ".safetensors") and args.output.parent.is_dir()
-    check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
-    sources = [p.resolve() for p in (args.input, args.input / path.name, args.average) if p]
-    check(path.resolve() not in sources, f"OUT would replace {path.resolve()}")
-    flags = {k: v for k, v in vars(args).items() if hasattr(SuperCLIPConfig, k) and v is not None}
+    path = output_path(args)
+    flags = {}
+    for name, value in vars(args).items():
+        if hasattr(SuperCLIPConfig, name) and value is not None:
+            flags[name] = tuple(value) if isinstance(value, list) else value
+
     model, vocab = convert(args.input, flags, args.vocab)
-    if args.average:
-        other, words = convert(args.average, flags, args.vocab)
-        unlike = {k for k, v in vars(other.config).items() if v != getattr(model.config, k)}
-        unlike = unlike - {"cls_weight"} | ({"vocabulary"} if words != vocab else set())
-        check(not unlike, f"{args.average} has another {', '.join(sorted(unlike))}")
-        # The head comes last. If only one of the two has it, zip ends before it.
-        for p, q in zip(model.parameters(), other.parameters()):
-            p.data.lerp_(q.data, args.share)
-    model = model.half() if args.half else model
-    if not args.to:
-        check(evaluation.write_checkpoint(path, model, vocab), f"{path} could not be written")
-        return print(f"wrote {path}: {model.config}")
-    (write_open_clip if args.to == "open_clip" else write_transformers)(model, path)
-    vocab_path, T = str(path.with_suffix(".tiktoken")), model.config.context_length
-    if data.Tokenizer(vocab).encode("a photo") != [320, 1125]:  # CLIP's ids
-        write_file(vocab_path, lambda file: file.write(vocab.encode()))
-        print("  from data import Tokenizer  # of this repository")
-        print(f"  tokenizer = Tokenizer.from_file({vocab_path!r}, {T})")
-    elif args.to == "transformers":
-        write_clip_tokenizer(path.parent, T)
+    if args.average is not None:
+        other, other_vocab = convert(args.average, flags, args.vocab)
+        unlike = differences(model.config, other.config)
+        if other_vocab != vocab:
+            unlike.append("vocabulary")
+        check(not unlike, f"{args.average} has another {', '.join(unlike)}")
+        average(model, other, args.share)
+    if args.half:
+        model = model.half()
+    if args.to is not None:
+        tokenizer = data.Tokenizer(vocab)
+        write = write_open_clip if args.to == "open_clip" else write_transformers
+        write(model, tokenizer, path)
+        if not is_clips(tokenizer):  # beside the weights, where this command would look for it
+            vocab_file = path.with_suffix(".tiktoken")
+            write_file(vocab_file, lambda file: file.write(vocab.encode()))
+        return
+    check(evaluation.write_checkpoint(path, model, vocab), f"{path} could not be written")
+    print(f"wrote {path}: {model.config}")
 
 
 if __name__ == "__main__":

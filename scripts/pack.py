@@ -9,13 +9,14 @@ differ in a column, its field is a list. Large images are made smaller; --size 0
 they are. Rows that cannot be used are listed in bad_rows.csv, with the reason.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
-are never on both sides, and an image keeps its side when the list grows or is packed in parts.
+are never on both sides, and an image keeps its side when the list grows or is packed in parts. With
+--group, a hash of that column decides instead, so that two photographs of one product stay on one
+side. An image without a group is a group of its own.
 
 Start the command again after an interruption, or when missing images have arrived: it packs only
 the images that are in no shard yet.
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -23,7 +24,9 @@ import itertools
 import json
 import os
 import re
+import shlex
 import tarfile
+import time
 from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
@@ -33,11 +36,21 @@ import torch
 from PIL import Image
 
 import data
-from cli import InputError, check, number, run_command, write_file
+from cli import (
+    InputError,
+    check,
+    lock_folder,
+    make_parser,
+    number,
+    run_command,
+    write_file,
+)
+from scripts.show import kind_of, normal, read_samples, report_overlap
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
 CAPTION_COLUMNS = "caption captions text title description alt_text".split()
+SPLITS = ("train", "val")
 WRITTEN = ("image", "captions", "width", "height", "sha256")  # the fields of .json that pack makes
 # Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -70,58 +83,90 @@ def table_rows(file, path):
     delimiter = "\t" if "\t" in header else max(",;", key=header.count)
     # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    csv.field_size_limit(2**31 - 1)  # characters; by default a field of 131,073 ends the list
     reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         twice = [name for name, n in Counter(reader.fieldnames).items() if n > 1 and name]
         check(not twice, f"{path} has two columns {', '.join(twice)}: rename one of them")
-        yield from ((reader.line_num, row) for row in reader)
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as error:
         # A bad row is not enough: if a quotation mark is not closed, all that follows may be lost.
         raise InputError(f"{path}, line {reader.line_num + 1}: {error}: see its quotes") from None
 
 
-def find_column(what, names, columns):
-    """The first of these names that is among the columns, in any case."""
-    found = [c for name in names for c in columns if c.strip().lower() == name.lower()]
-    check(found, f"which column is the {what}? Choose with --{what}_column: {', '.join(columns)}")
-    return found[0]
+def find_column(option, names, columns):
+    """The first of these names that is among the columns, in any case. option: what sets it."""
+    for name in names:
+        for column in columns:
+            if column.strip().lower() == name.lower():
+                return column
+    raise InputError(f"which column is it? Choose with {option}: {', '.join(columns)}")
 
 
-def read_list(path, folder, image_columns, caption_columns):
-    """A list, the folder of its images, and names that the two columns may have -> (samples, bad).
+def problem_of(row, image, captions, is_inside):
+    """Why a row cannot be used, or None. row: its other columns; is_inside: is the image in the
+    folder of images?"""
+    if None in row:
+        return "more fields than columns (is the caption in quotes?), or no JSON object"
+    if not image:
+        return "no image is named"
+    if not is_inside:
+        return "the path leads out of the folder of images"
+    if not captions:
+        return "the caption is missing or empty"
+    if max(map(len, captions)) > data.MAX_CAPTION:
+        return "the caption is too long"
+    if any(map(NOT_UTF8.search, captions)):
+        return "the caption is not UTF-8"
+    if any(map(OTHER_ROWS.search, captions)):
+        return "the caption holds other rows (see its quotes)"
+    return None
+
+
+def read_list(args):
+    """Read the list. Returns (samples, bad).
 
     samples: dict of image path within the folder -> list of its rows, each (line number, captions,
     dict of the other columns). bad: set of (line number, image, reason).
     """
+    path = args.csv
+    check(not path.is_dir(), f"{path} is a folder: --csv is a list of images and captions")
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = list(json_rows(file) if "json" in path.suffix.lower() else table_rows(file, path))
-    columns = [*dict.fromkeys(c for _, row in rows for c in row if c is not None)]
-    check(columns, f"{path} has no rows that can be read")
-    image_column = find_column("image", image_columns, columns)
-    caption_column = find_column("caption", caption_columns, columns)
+        is_json = "json" in path.suffix.lower()
+        rows = list(json_rows(file) if is_json else table_rows(file, path))
+    columns = {}
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    columns = [column for column in columns if column is not None]
+    check(columns, f"{path} has no rows that can be read (JSONL has an object on each line)")
+    image_column = find_column("--image_column", args.image_column, columns)
+    caption_column = find_column("--caption_column", args.caption_column, columns)
+    others = set(columns) - {image_column, caption_column}
+    check(
+        args.group is None or args.group in others, f"there is no column {args.group} for --group"
+    )
     print(f"images from column {image_column!r}, captions from column {caption_column!r}")
-    clash = [c for c in columns if c in WRITTEN and c not in (image_column, caption_column)]
+    clash = others.intersection(WRITTEN)
     check(not clash, f"rename {', '.join(clash)} in {path}: pack writes fields of these names")
-    samples, bad, folder = {}, set(), os.path.join(folder, "")
+
+    samples = {}
+    bad = set()
+    folder = os.path.join(args.images, "")
     for line, row in rows:
-        image, captions = row.pop(image_column, None), row.pop(caption_column, None)
+        image = row.pop(image_column, None)
         image = image.strip() if isinstance(image, str) else ""
+        captions = row.pop(caption_column, None)
+        if not isinstance(captions, list):
+            captions = [captions]
+        texts = [text.strip() for text in captions if isinstance(text, str)]
+        texts = [text for text in texts if text]
         file = os.path.normpath(os.path.join(folder, image))  # two spellings are one image
-        captions = captions if isinstance(captions, list) else [captions]
-        captions = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
-        reasons = {
-            "more fields than columns (is the caption in quotes?), or no JSON object": None in row,
-            "no image is named": not image,
-            "the path leads out of the folder of images": not file.startswith(folder),
-            "the caption is missing or empty": not captions,
-            "the caption is too long": max(map(len, captions), default=0) > data.MAX_CAPTION,
-            "the caption is not UTF-8": any(map(NOT_UTF8.search, captions)),
-            "the caption holds other rows (see its quotes)": any(map(OTHER_ROWS.search, captions)),
-        }
-        if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        reason = problem_of(row, image, texts, file.startswith(folder))
+        if reason is not None:
             bad.add((line, image, reason))
         else:
-            samples.setdefault(file.removeprefix(folder), []).append((line, captions, row))
+            samples.setdefault(file.removeprefix(folder), []).append((line, texts, row))
     return samples, bad
 
 
@@ -130,13 +175,44 @@ def read_list(path, folder, image_columns, caption_columns):
 
 
 def merge(rows):
-    """The rows of one image -> fields of .json: the captions and the other columns."""
-    fields = {"captions": list(dict.fromkeys(text for _, texts, _ in rows for text in texts))}
-    for c in dict.fromkeys(c for _, _, row in rows for c in row):
-        filled = [row[c] for _, _, row in rows if row.get(c) not in (None, "")]
-        values = list({json.dumps(value): value for value in filled}.values()) or [None]
-        fields[c] = values if len(values) > 1 else values[0]
+    """The rows of one image -> fields of .json: the captions and the other columns. Where the rows
+    differ in a column, its field is a list."""
+    captions = {}
+    columns = {}  # name -> dict of a value as JSON -> the value
+    for _, texts, row in rows:
+        captions |= dict.fromkeys(texts)
+        for name, value in row.items():
+            values = columns.setdefault(name, {})
+            if value not in (None, ""):
+                values[json.dumps(value)] = value
+    fields = {"captions": list(captions)}
+    for name, values in columns.items():
+        fields[name] = list(values.values())
+        if len(values) == 1:
+            fields[name] = fields[name][0]
+        if len(values) == 0:
+            fields[name] = None
     return fields
+
+
+def split_of(sha256, group, val):
+    """The side of an image, train or val: by a hash of its group, or of its file if it has none."""
+    if group not in (None, ""):
+        text = str(group).strip()
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "val" if int(sha256[:8], 16) < val * 2**32 else "train"
+
+
+def smaller(image, size, quality):
+    """A PIL image -> the bytes of a JPEG with a short side of at most `size` pixels, and its width
+    and height."""
+    image.draft("RGB", (2 * size, 2 * size))  # leaves enough for a sharp resize
+    image = data.upright_rgb(image)  # the new file has no EXIF data
+    scale = min(1, size / min(image.size))
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=quality, comment=b"")  # nor the old comment
+    return jpeg.getvalue(), image.size
 
 
 def encode(item, split, args):
@@ -147,30 +223,34 @@ def encode(item, split, args):
     small enough stays as it is, because encoding it again would lose quality, unless shards do not
     hold its format.
     """
-    (name, rows), size = item, args.size or 10**9
+    name, rows = item
+    file = args.images / name
+    size = args.size or 10**9
     try:
-        content = (args.images / name).read_bytes()
+        if file.exists() and not file.is_file():  # reading a pipe or a device may never end
+            return f"not a file: {file}"
+        content = file.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        if split != ("val" if int(sha256[:8], 16) < args.val * 2**32 else "train"):
+        fields = merge(rows)
+        group = fields.get(args.group)
+        if isinstance(group, list):
+            group = group[0]
+        if split_of(sha256, group, args.val) != split:
             return None
         image = Image.open(io.BytesIO(content), formats=data.FORMATS)
-        if min(image.size) <= size and image.format in KEPT:
-            suffix = KEPT[image.format]
+        suffix = KEPT.get(image.format)
+        if suffix is not None and min(image.size) <= size:
             image.load()  # it can be decoded
+            width, height = image.size
         else:
-            suffix, jpeg = ".jpg", io.BytesIO()
-            image.draft("RGB", (2 * size, 2 * size))  # leaves enough for a sharp resize
-            image = data.upright_rgb(image)  # the new file has no EXIF data
-            scale = min(1, size / min(image.size))
-            image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-            image.save(jpeg, "JPEG", quality=args.quality, comment=b"")  # nor the old comment
-            content = jpeg.getvalue()
-        fields = {"width": image.width, "height": image.height, "sha256": sha256}
-        return suffix, content, merge(rows) | {"image": name} | fields
+            suffix = ".jpg"
+            content, (width, height) = smaller(image, size, args.quality)
     except FileNotFoundError:
-        return f"there is no such file: {args.images / name}"
+        return f"there is no such file: {file}"
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        return f"the image cannot be read: {str(error).partition(' <')[0]}"
+        return f"the image cannot be read: {data.why(error)}"
+    fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
+    return suffix, content, fields
 
 
 # -----------------------------------------------------------------------------
@@ -187,80 +267,213 @@ def write_shard(number, samples, file):
             data.add_member(tar, key + ".json", json.dumps(fields).encode())
 
 
+def shards_of(out, split="*"):
+    return sorted(map(str, out.glob(f"{split}-*.tar")))
+
+
 def packed_images(shards):
     """The names of all images that these shards hold."""
-    pairs = data.Pairs(shards, None, 0)
-    return {json.loads(pairs.read(row, data.JSON))["image"] for row in pairs.index.tolist()}
+    if not shards:
+        return set()
+    samples = data.Shards(shards)
+    return {json.loads(samples.read(row, data.JSON))["image"] for row in samples.index.tolist()}
 
 
 def encode_all(args, samples, bad, pool, split):
     """Yield the samples of a split as write_shard takes them. What cannot be used goes to `bad`."""
-    items, encode_one, n = [*samples.items()], partial(encode, split=split, args=args), 256
+    encode_one = partial(encode, split=split, args=args)
+    items = list(samples.items())
+    n = 256
     # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
     for i in data.progress(range(0, len(items), n), split, unit="image", unit_scale=n):
-        for (image, rows), result in zip(items[i : i + n], pool.imap(encode_one, items[i : i + n])):
+        part = items[i : i + n]
+        for (image, rows), result in zip(part, pool.imap(encode_one, part)):
             if isinstance(result, str):
                 bad.update((line, image, result) for line, _, _ in rows)
-            elif result:
+            elif result is not None:
                 yield result
+
+
+def new_shard(out, split):
+    """The first path of a shard that is not there yet."""
+    i = 0
+    while (out / f"{split}-{i:05d}.tar").exists():
+        i += 1
+    return out / f"{split}-{i:05d}.tar"
 
 
 def make_shards(args, samples, bad):
     """Write samples into new shards. What cannot be used goes to `bad`."""
+    splits = SPLITS if args.val > 0 else SPLITS[:1]
     with ThreadPool() as pool:
         # Each split reads all files. To read them once, two shards would have to grow in memory.
-        for split in ("train", "val") if args.val else ("train",):
+        for split in splits:
             encoded = encode_all(args, samples, bad, pool, split)
             for first in encoded:  # each turn writes a shard
-                paths = (args.out / f"{split}-{i:05d}.tar" for i in itertools.count())
-                path = next(path for path in paths if not path.exists())
+                path = new_shard(args.out, split)
                 shard = itertools.chain([first], itertools.islice(encoded, args.shard_size - 1))
                 write_file(path, partial(write_shard, path.stem[-5:], shard))
 
 
-def summary(out, bad):
-    """Print what the folder holds and what was not used. Returns the number of training pairs."""
+def write_bad_rows(path, bad):
+    text = io.StringIO()
+    csv.writer(text).writerows([("line", "image", "reason"), *sorted(bad)])
+    content = text.getvalue().encode("utf-8", "backslashreplace")
+    write_file(path, lambda file: file.write(content))
+
+
+# -----------------------------------------------------------------------------
+# What the folder holds
+
+
+def print_summary(out, bad):
+    """Print what the folder holds and what was not used. Returns the numbers of validation and of
+    training pairs."""
+    numbers = []
     for split in ("val", "train"):
-        shards = sorted(map(str, out.glob(f"{split}-*.tar")))
+        shards = shards_of(out, split)
         n = len(data.build_index(shards)[0]) if shards else 0
-        size = sum(map(os.path.getsize, shards))
-        print(f"{split:6}{len(shards):6,} shards{n:10,} samples{size / 1e6:11,.1f} MB")
+        size = sum(map(os.path.getsize, shards)) / 1e6
+        print(f"{split:6}{len(shards):6,} shards{n:10,} samples{size:11,.1f} MB")
+        numbers.append(n)
     print(f"rows that cannot be used: {len(bad):,}, listed in {out / 'bad_rows.csv'}")
-    for reason, count in Counter(reason.partition(":")[0] for _, _, reason in bad).most_common(3):
+    kinds = Counter(kind_of(reason) for _, _, reason in bad)
+    for reason, count in kinds.most_common(3):
         print(f"{count:9,}  {reason}")
-    return n
+    return numbers
 
 
-def next_commands(out, n, several):
-    """What to do with n training pairs in the folder `out`, as a list of commands. several: do
-    images have several captions?"""
-    train, val = f"'{out}/train-*.tar'", f" --val_data '{out}/val-*.tar'"
-    val = val if any(out.glob("val-*.tar")) else ""
-    command = f"python train.py --train_data {train}{val}"
-    command += " --captions json.captions" if several else ""
-    first = [f"python -m scripts.show {train}{val} --picture grid.png"]
-    gpu = torch.cuda.is_available()
-    if gpu and n >= 1_000_000:  # enough to learn everything from
-        return [*first, f"{command} --model ViT-B-16"]
-    if gpu or n < 2_000:  # not enough: start from a model that was trained
-        smaller_batch = " --batch_size 32" if n < 10_000 else ""
-        get = "python -m scripts.convert WEIGHTS clip.pt  # see the README for WEIGHTS"
-        return [*first, get, f"{command} --init_from clip.pt --epochs 5{smaller_batch}"]
-    # About 5,000 steps of a tiny model, which take a quarter of an hour of CPU time.
+def print_overlap(out):
+    """Print how many captions are on both sides, and which images are, because equal files may be
+    in two groups."""
+    train, val = (data.Pairs(shards_of(out, x), None, 0, ["json.captions"]) for x in SPLITS)
+    captions = set()
+    rows = data.progress(train.index.tolist(), "comparing captions", unit="sample")
+    for _, texts, _ in read_samples(train, rows, []):
+        captions.update(map(normal, texts))
+    report_overlap(train, val, captions)
+
+
+# -----------------------------------------------------------------------------
+# What to do with the pairs
+
+# Thousand millions of operations: to encode an image, and to train on a pair with a caption of 16
+# tokens, as torch counts them
+OPERATIONS = {
+    "tiny": (0.065, 0.24),
+    "ViT-S-16": (9.2, 30),
+    "ViT-B-32": (8.8, 30),
+    "ViT-B-16": (35, 109),
+}
+# Weights that open_clip downloads, 0.6 GB each
+PUBLISHED = {"ViT-B-32": "laion2b_s34b_b79k", "ViT-B-16": "laion2b_s34b_b88k"}
+FEWEST = 64  # training pairs: two batches of 32
+
+
+def measure_speed(device, dtype):
+    """Operations a second of a product of two large matrices, the most that a device can do."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def duration(operations, speed):
+    """How long so many thousand millions of operations take, as a text. speed: per second."""
+    minutes = operations * 1e9 / speed / 60
+    if minutes < 120:
+        return f"about {max(2, round(minutes))} minutes here"
+    return f"about {round(minutes / 60):,} hours here"
+
+
+def model_to_train(n, device):
+    """The preset that n pairs and a device allow to train from nothing, the number of epochs and
+    the other options."""
+    if device == "cuda" and n >= 30_000:
+        return "ViT-B-16" if n >= 1_000_000 else "ViT-S-16", 30, "--vocab clip"
+    # About 5,000 steps of a tiny model
     epochs = max(1, min(30, round(5000 * 32 / n)))
-    vocab = f"python -m scripts.vocab {train} --out '{out}/vocab.tiktoken'"
-    options = f"--model tiny --batch_size 32 --learning_rate 4e-4 --epochs {epochs}"
-    return [vocab, *first, f"{command} {options}"]
+    return "tiny", epochs, "--batch_size 32 --learning_rate 4e-4"
+
+
+def print_way(purpose, price, *commands):
+    print(f"\n{purpose} ({price}):")
+    for command in commands:
+        print(f"  {command}")
+
+
+def print_ways(out, n_val, n, several):
+    """Print what can be done with n training pairs in the folder `out`, and what that costs.
+    several: do images have several captions?"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # In a trial, encoding reached 0.9 of a product in float32, and a training step half of one in
+    # bfloat16. (A CPU without units for bfloat16 trains in float32, which is faster there.)
+    product = measure_speed(device, torch.float32)
+    encoding = 0.9 * product
+    training = 0.5 * max(product, measure_speed(device, torch.bfloat16))
+    shards = shlex.quote(f"{out}/train-*.tar")
+    more = " --captions json.captions" if several else ""
+    vocab = f"python -m scripts.vocab {shards}{more} --out {shlex.quote(f'{out}/vocab.tiktoken')}"
+    if n_val > 0:
+        more = f" --val_data {shlex.quote(f'{out}/val-*.tar')}{more}"
+    show = f"python -m scripts.show {shards}{more} --picture grid.png"
+    print_way(
+        "a vocabulary of the captions' words, and a look at the pairs", "seconds", vocab, show
+    )
+
+    name = "ViT-B-32" if device == "cpu" else "ViT-B-16"
+    to_encode, to_train = OPERATIONS[name]
+    weights = f"open_clip.create_model('{name}', '{PUBLISHED[name]}').state_dict()"
+    get = [
+        "pip install open_clip_torch",
+        f"python -c \"import open_clip, torch; torch.save({weights}, 'laion.pt')\"",
+        "python -m scripts.convert laion.pt clip.pt",
+    ]
+    search = f"python -m scripts.search --checkpoint clip.pt --data {shlex.quote(str(out))}"
+    search += f" --features {shlex.quote(f'{out}/features.npz')} 'what you look for'"
+    price = f"downloads 0.6 GB, then {duration((n + n_val) * to_encode, encoding)}"
+    print_way("search without training: the best with fewer than 10,000 pairs", price, *get, search)
+    if n < FEWEST:
+        return
+
+    train = f"python train.py --train_data {shards}{more}"
+    tune = f"{train} --init_from clip.pt --epochs 5"
+    if n < 10_000:
+        tune += " --batch_size 32"
+    price = f"the same download, then {duration(5 * n * to_train, training)}"
+    print_way("fine-tune, for words of your own: with some thousand pairs", price, *get, tune)
+
+    model, epochs, options = model_to_train(n, device)
+    train += f" --model {model} --epochs {epochs} {options}"
+    price = f"no download, {duration(epochs * n * OPERATIONS[model][1], training)}"
+    print_way("train from nothing: weak with fewer than 10,000 pairs", price, train)
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def check_record(args, recipe):
+    """Only shards of the same list and the same options can be added to."""
+    record = args.out / "pack.json"
+    same = record.is_file() and record.read_bytes() == recipe
+    empty = not any(args.out.glob("*.tar"))
+    check(same or empty, f"{args.out} has shards of another list or options: name another --out")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder for the shards")
     add("--images", type=Path, help="folder of the images (default: the list's)")
     add("--image_column", nargs=1, default=IMAGE_COLUMNS, help="(default: a likely name)")
     add("--caption_column", nargs=1, default=CAPTION_COLUMNS, help="(default: a likely name)")
+    add("--group", metavar="COLUMN", help="column whose equal values stay on one side")
     add("--size", type=number(int, 0), default=256, help="short side; 0 keeps files (default 256)")
     add("--quality", type=number(int, 1, 100), default=90, help="of new JPEGs (default 90)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
@@ -268,28 +481,30 @@ def main(argv):
     add("--shard_size", type=number(int, 1, 100_000), default=1000, help="samples (default 1000)")
     args = parser.parse_args(argv)
     args.images = Path(os.path.abspath(args.images or args.csv.parent))
-    samples, bad = read_list(args.csv, args.images, args.image_column, args.caption_column)
+    samples, bad = read_list(args)
     check(args.csv.name != "bad_rows.csv", f"rename {args.csv}: pack writes a file of this name")
-
-    # Only shards of the same list and the same options can be added to.
-    args.out.mkdir(parents=True, exist_ok=True)
     content = hashlib.sha256(args.csv.read_bytes()).hexdigest()
     recipe = json.dumps({**vars(args), "csv": content, "out": None}, default=str).encode()
-    record, shards = args.out / "pack.json", sorted(map(str, args.out.glob("*.tar")))
-    same = record.is_file() and record.read_bytes() == recipe
-    check(same or not shards, f"{args.out} has shards of another list: name another --out")
-    write_file(record, lambda file: file.write(recipe))
-    packed = packed_images(shards) if shards else ()
+
+    check_record(args, recipe)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock_folder(args.out)
+    check_record(args, recipe)  # another pack may have been here in the meantime
+    for remains in args.out.glob(".*.tar.*.tmp"):  # of a pack that was killed
+        remains.unlink()
+    write_file(args.out / "pack.json", lambda file: file.write(recipe))
+    packed = packed_images(shards_of(args.out))
     todo = {image: rows for image, rows in samples.items() if image not in packed}
     print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
     make_shards(args, todo, bad)
 
-    with open(args.out / "bad_rows.csv", "w", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
-    n = summary(args.out, bad)
-    check(any(args.out.glob("*.tar")), f"none of the rows of {args.csv} can be used")
+    write_bad_rows(args.out / "bad_rows.csv", bad)
+    n_val, n = print_summary(args.out, bad)
+    check(n_val + n > 0, f"none of the rows of {args.csv} can be used")
+    if n_val > 0 and n > 0:
+        print_overlap(args.out)
     several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
-    print("", "next:", *next_commands(args.out, n, several), sep="\n")
+    print_ways(args.out, n_val, n, several)
 
 
 if __name__ == "__main__":

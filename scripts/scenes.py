@@ -26,7 +26,6 @@ the same edge in all colours.
 Lengths and positions are in 0..1 of the picture's side, with x to the right and y down.
 """
 
-import argparse
 import functools
 import io
 import itertools
@@ -34,16 +33,17 @@ import json
 import math
 import os
 import random
+import shutil
 import tarfile
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cli import check, run_command
-from data import add_member, words_to_tiktoken
+from cli import InputError, check, lock_folder, make_parser, run_command
+from data import add_member, process_pool, words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
 
@@ -105,12 +105,18 @@ def make_scene(rng, combinations, count=None, settings=SETTINGS):
     (colour, shape) that its objects may have; count: the number of objects, which by default is
     two in a quarter of the scenes and one in the others."""
     first = rng.choice(combinations)
-    # The objects differ in colour and in shape, so that each word belongs to one of them.
-    seconds = [(c, s) for c, s in combinations if c != first[0] and s != first[1]]
-    # The look of an object is its colour and shape.
-    looks = [first] if (count or rng.choice((1, 1, 1, 2))) == 1 else [first, rng.choice(seconds)]
+    looks = [first]  # the colour and shape of each object
+    if count is None:
+        count = rng.choice((1, 1, 1, 2))
+    if count == 2:
+        # The objects differ in colour and in shape, so that each word belongs to one of them.
+        others = [look for look in combinations if look[0] != first[0] and look[1] != first[1]]
+        looks.append(rng.choice(others))
     cells = rng.sample(range(9), len(looks))  # one object a cell, so that none overlap
-    objects = [make_object(rng, *look, *divmod(cell, 3)) for look, cell in zip(looks, cells)]
+    objects = []
+    for (colour, shape), cell in zip(looks, cells):
+        row, column = divmod(cell, 3)
+        objects.append(make_object(rng, colour, shape, row, column))
     cloth, pattern, border = rng.choice(settings)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
 
@@ -118,33 +124,49 @@ def make_scene(rng, combinations, count=None, settings=SETTINGS):
 def make_object(rng, colour, shape, row, column):
     """An object in a cell of the 3 x 3 grid, which it all but fills."""
     radius = rng.uniform(0.145, 0.155)
-    x, y = ((2 * cell + 1) / 6 for cell in (column, row))  # the centre
-    box = [round(v, 4) for v in (x - radius, y - radius, x + radius, y + radius)]
-    return {"colour": colour, "shape": shape, "box": box}
+    x = (2 * column + 1) / 6  # the centre
+    y = (2 * row + 1) / 6
+    corners = x - radius, y - radius, x + radius, y + radius
+    return {"colour": colour, "shape": shape, "box": [round(v, 4) for v in corners]}
 
 
 # -----------------------------------------------------------------------------
 # Captions
 
 
+def with_article(name):
+    """Returns "a red star" for "red star", and "an orange star" for "orange star"."""
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def describe_setting(cloth, pattern, border):
+    return f"{pattern} {cloth} with {border}"
+
+
 def describe(scene, rng):
     """A scene -> its captions (short, long): alt text that mentions a thing or two, and a caption
     that leaves nothing out."""
-    names = ["{colour} {shape}".format(**o) for o in scene["objects"]]
-    names = [f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in names]
-    things, ground = " and ".join(names), "{pattern} {cloth} with {border}"
-    picture, first = rng.choice(("photo", "picture")), scene["objects"][0]
-    short = (
+    cloth, pattern, border = scene["cloth"], scene["pattern"], scene["border"]
+    ground = describe_setting(cloth, pattern, border)
+    names = [with_article(f"{o['colour']} {o['shape']}") for o in scene["objects"]]
+    things = " and ".join(names)
+    first = scene["objects"][0]
+    picture = rng.choice(("photo", "picture"))
+    short = [
         ground,
-        "{cloth} {pattern}, {border}",
-        f"a {first['shape']} on {{cloth}}",
-        f"something {first['colour']} on {{cloth}}",
+        f"{cloth} {pattern}, {border}",
+        f"a {first['shape']} on {cloth}",
+        f"something {first['colour']} on {cloth}",
         f"a {picture} of {names[0]}",
-    )
+    ]
     # With start and end these have 16 tokens at most. One more would double the text tower's work,
     # because batches are padded to a multiple of 16.
-    long = f"{things} on {ground}.", f"{ground} and {things}", f"{picture} of {things} on {ground}"
-    return tuple(rng.choice(texts).format(**scene) for texts in (short, long))
+    long = [
+        f"{things} on {ground}.",
+        f"{ground} and {things}",
+        f"{picture} of {things} on {ground}",
+    ]
+    return rng.choice(short), rng.choice(long)
 
 
 # -----------------------------------------------------------------------------
@@ -154,8 +176,14 @@ def describe(scene, rng):
 def ngon(n, *radii):
     """n corners around the origin as (x, y), the first one at the top. Their radii are taken in
     turn, so that two radii make a star."""
-    turns = [(radii[i % len(radii)], 2 * math.pi * i / n) for i in range(n)]
-    return [(r * math.sin(t), -r * math.cos(t)) for r, t in turns]
+    corners = []
+    for i in range(n):
+        radius = radii[i % len(radii)]
+        angle = 2 * math.pi * i / n
+        x = radius * math.sin(angle)
+        y = -radius * math.cos(angle)
+        corners.append((x, y))
+    return corners
 
 
 def heart(t):
@@ -184,16 +212,18 @@ def draw_setting(cloth, pattern, border, side):
     """The cloth with its border, as a picture of side x side pixels. The pattern is in a lighter
     shade and repeats after a sixth of the side."""
     image = Image.new("RGB", (side, side), CLOTHS[cloth])
-    pen, light, step = ImageDraw.Draw(image), tuple(v + 22 for v in CLOTHS[cloth]), side // 6
+    pen = ImageDraw.Draw(image)
+    light = tuple(v + 22 for v in CLOTHS[cloth])
+    step = side // 6
+    third = step // 3
+    two_thirds = 2 * step // 3
     for x, y in itertools.product(range(0, side, step), repeat=2):
         if pattern == "striped":
-            pen.rectangle((x, y, x + step // 3, y + step), fill=light)
-        elif pattern == "checked" and (x + y) // step % 2:
+            pen.rectangle((x, y, x + third, y + step), fill=light)
+        elif pattern == "checked" and (x + y) // step % 2 == 1:
             pen.rectangle((x, y, x + step - 1, y + step - 1), fill=light)
         elif pattern == "dotted":
-            pen.ellipse(
-                (x + step // 3, y + step // 3, x + 2 * step // 3, y + 2 * step // 3), fill=light
-            )
+            pen.ellipse((x + third, y + third, x + two_thirds, y + two_thirds), fill=light)
     pen.rectangle((0, 0, side - 1, side - 1), outline=BORDERS[border], width=side // 24)
     return image
 
@@ -203,19 +233,32 @@ def draw(scene, size=SIZE):
     averaged, which smooths its edges."""
     side = 4 * size
     image = draw_setting(scene["cloth"], scene["pattern"], scene["border"], side).copy()
-    for o in scene["objects"]:
-        x0, y0, x1, y1 = (round(v * side) for v in o["box"])
-        w, h = x1 - x0, y1 - y0
-        sheet, mask = Image.new("RGB", (w, h), COLOURS[o["colour"]]), Image.new("1", (w, h))
-        pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
-        for scale in (1, HOLE) if o["shape"] == "ring" else (1,):
-            outline = [(scale * x, scale * y) for x, y in OUTLINES[o["shape"]]]
-            points = [((1 + x) / 2 * w, (1 + y) / 2 * h) for x, y in outline]
-            cut.polygon(points, fill=int(scale == 1))
-            # Half of the line lies outside the mask, so about one pixel is left after averaging.
-            pen.line(points + points[:2], fill="white", width=side // 28, joint="curve")
+    for thing in scene["objects"]:
+        x0, y0, x1, y1 = (round(v * side) for v in thing["box"])
+        sheet, mask = draw_object(thing, x1 - x0, y1 - y0, side // 28)
         image.paste(sheet, (x0, y0), mask)
     return image.reduce(4)
+
+
+def draw_object(thing, width, height, line):
+    """The object's colour with its white outline, so many pixels wide, and the mask of its shape:
+    two pictures of width x height pixels."""
+    sheet = Image.new("RGB", (width, height), COLOURS[thing["colour"]])
+    mask = Image.new("1", (width, height))
+    pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
+    scales = [1]
+    if thing["shape"] == "ring":
+        scales = [1, HOLE]  # the circle, and then the hole in it
+    for scale in scales:
+        points = []
+        for x, y in OUTLINES[thing["shape"]]:
+            across = (1 + scale * x) / 2
+            down = (1 + scale * y) / 2
+            points.append((across * width, down * height))
+        cut.polygon(points, fill=int(scale == 1))
+        # Half of the line lies outside the mask, so about one pixel is left after averaging.
+        pen.line(points + points[:2], fill="white", width=line, joint="curve")
+    return sheet, mask
 
 
 def jpeg(scene):
@@ -239,52 +282,75 @@ def vocabulary():
     return words_to_tiktoken(sorted(names | {*WORDS}))
 
 
-def write_shard(task, folder, settings):
-    """Write one tar. task: its name, its split, and the numbers of its samples. Each sample has its
-    own random numbers, so that it is the same whichever process draws it."""
-    name, split, numbers = task
+def make_samples(split, numbers, settings):
+    """Yield (number, scene, short caption, long caption) of each sample. It has random numbers of
+    its own, so that it is the same whichever process draws it."""
+    combinations = SEEN if split == "train" else COMBINATIONS
     seen = set()
-    with tarfile.open(folder / name, "w") as tar:
-        for i in numbers:
-            rng = random.Random(f"{split} {i}")
-            combinations = SEEN if split == "train" else COMBINATIONS
+    for i in numbers:
+        rng = random.Random(f"{split} {i}")
+        scene = make_scene(rng, combinations, settings=settings)
+        # In validation each long caption describes one picture only, so that R@1 can be 100 %.
+        while split == "val" and facts(scene) in seen:
             scene = make_scene(rng, combinations, settings=settings)
-            # In validation each long caption describes one picture only, so that R@1 can be 100 %.
-            while split == "val" and facts(scene) in seen:
-                scene = make_scene(rng, combinations, settings=settings)
-            seen.add(facts(scene))
-            short, long = describe(scene, rng)
+        seen.add(facts(scene))
+        short, long = describe(scene, rng)
+        yield i, scene, short, long
+
+
+def facts(scene):
+    """What a long caption says of the scene, in one order: two scenes with equal facts fit the same
+    captions."""
+    objects = sorted(f"{o['colour']} {o['shape']}" for o in scene["objects"])
+    return scene["cloth"], scene["pattern"], scene["border"], *objects
+
+
+def write_shard(task, folder, settings):
+    """Write one tar. task: its name, its split, and the numbers of its samples."""
+    name, split, numbers = task
+    with tarfile.open(folder / name, "w") as tar:
+        for i, scene, short, long in make_samples(split, numbers, settings):
             fields = {"short": short, "long": long, "scene": scene}
             add_member(tar, f"{i:08d}.jpg", jpeg(scene))
             add_member(tar, f"{i:08d}.txt", short.encode())
             add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
 
 
-def facts(scene):
-    """What a long caption says of the scene, in one order: two scenes with equal facts fit the same
-    captions."""
-    objects = sorted(str({**o, "box": None}) for o in scene["objects"])
-    return str({**scene, "objects": objects})
+def write_class(folder, kind, name, looks, n):
+    """A folder with n pictures of single objects that have one of these looks, in turn. Without
+    looks it stays empty."""
+    folder = folder / "zeroshot" / kind / name
+    folder.mkdir(parents=True)
+    if not looks:
+        return
+    for i in range(n):
+        rng = random.Random(f"{kind} {name} {i}")
+        scene = make_scene(rng, [looks[i % len(looks)]], count=1)
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(scene))
 
 
 def write_classes(folder):
     """Folders of single objects for zero-shot classification. In held_out, only the combinations
     that training never shows have pictures. The 56 other folders are empty, because a
     name alone is a class that a picture can be mistaken for."""
-    for kind, names, n in (
-        ("colour", COLOURS, 40),
-        ("shape", SHAPES, 40),
-        ("colour_shape", map(" ".join, COMBINATIONS), 10),
-        ("held_out", map(" ".join, COMBINATIONS), 40),
-    ):
-        for name in names:
-            (folder / "zeroshot" / kind / name).mkdir(parents=True)
-            looks = HELD_OUT if kind == "held_out" else COMBINATIONS
-            looks = [(c, s) for c, s in looks if name in (c, s, f"{c} {s}")]
-            for i in range(n if looks else 0):
-                rng = random.Random(f"{kind} {name} {i}")
-                scene = make_scene(rng, [looks[i % len(looks)]], count=1)
-                (folder / "zeroshot" / kind / name / f"{i:03d}.jpg").write_bytes(jpeg(scene))
+    for colour in COLOURS:
+        write_class(
+            folder, "colour", colour, [look for look in COMBINATIONS if look[0] == colour], 40
+        )
+    for shape in SHAPES:
+        write_class(folder, "shape", shape, [look for look in COMBINATIONS if look[1] == shape], 40)
+    for look in COMBINATIONS:
+        write_class(folder, "colour_shape", " ".join(look), [look], 10)
+        looks = [look] if look in HELD_OUT else []
+        write_class(folder, "held_out", " ".join(look), looks, 40)
+
+
+def remove_remains(parent):
+    """Remove what runs that were killed while they drew have left. The others hold a lock."""
+    for folder in parent.glob(".scenes-*"):
+        with suppress(InputError, OSError):  # another run draws into it, or has just removed it
+            if lock_folder(folder, seconds=0):
+                shutil.rmtree(folder)
 
 
 def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1_000):
@@ -294,25 +360,32 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1
     check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
     check(val <= 1000 * len(settings), "so many different scenes need more settings")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    remove_remains(out_dir.parent)
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, per_shard)):
         numbers = range(start, min(start + per_shard, train))
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
     with tempfile.TemporaryDirectory(prefix=".scenes-", dir=out_dir.parent) as temporary:
-        folder = Path(temporary) / "scenes"
+        lock_folder(temporary)
+        folder = Path(temporary, "scenes")
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
         write = functools.partial(write_shard, folder=folder, settings=settings)
-        with ProcessPoolExecutor(min(os.cpu_count(), len(tasks))) as pool:
+        with process_pool(len(tasks)) as pool:
             classes = pool.submit(write_classes, folder)
             shards = pool.map(write, tasks)
             list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
             classes.result()  # raises what went wrong in there
-        folder.rename(out_dir)
+        try:
+            folder.rename(out_dir)
+        except OSError:
+            # Another run that started with this one may have been faster. Its scenes are the same.
+            if not out_dir.exists():
+                raise
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Draw scenes as shards.", allow_abbrev=False)
+    parser = make_parser("Draw scenes as shards.")
     parser.add_argument("--out", default="scenes", help="folder to make (default scenes)")
     make_scenes(parser.parse_args(argv).out)
 

@@ -7,23 +7,23 @@ show find a file vocab.tiktoken beside the shards by themselves. For a small or 
 a vocabulary makes a smaller head than CLIP's 49,408 subwords, and labels that are whole words.
 """
 
-import argparse
 from collections import Counter
 from contextlib import suppress
 
 import data
-from cli import check, number, output_file, run_command, write_file
+from cli import check, make_parser, number, output_file, printable, run_command, write_file
 
 
 def make_vocabulary(shards, size, captions):
-    """The most frequent words of the shards' captions -> the text of a .tiktoken file with `size`
-    entries, of which 514 are bytes and special tokens."""
-    pairs, counts = data.Pairs(shards, None, 0, captions), Counter()
-    for row in data.progress(pairs.index.tolist(), "counting words", unit="sample"):
-        for source in dict.fromkeys(captions):
-            with suppress(data.BadSample):  # training will name it
-                for text in pairs.texts(row, source):
-                    counts.update(data.WORD.findall(data.clean(text)))
+    """Returns the text of a .tiktoken file with `size` entries: 514 bytes and special tokens, and
+    the most frequent words of the shards' captions."""
+    data.check_sources(captions)
+    samples = data.Shards(shards)
+    counts = Counter()
+    for row in data.progress(samples.index.tolist(), "counting words", unit="sample"):
+        with suppress(data.BadSample):  # training will name it
+            for text in samples.all_texts(row, captions):
+                counts.update(data.WORD.findall(data.clean(text)))
     check(counts, f"there are no words in {', '.join(captions)} of these shards")
     # Words of one byte are in every vocabulary.
     words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
@@ -31,17 +31,16 @@ def make_vocabulary(shards, size, captions):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__, "captions")
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--size", type=number(int, 515), default=10_000, help="entries (default 10,000)")
-    add("--captions", nargs="+", default=["txt"], help="txt or json.FIELD (default txt)")
     out = {"type": output_file(".tiktoken"), "default": "vocab.tiktoken"}
     add("--out", **out, help="file to write (default vocab.tiktoken)")
     args = parser.parse_args(argv)
-    shards = data.expand(args.shards)
-    if {"train", "val"} <= {s.rpartition("/")[2].partition("-")[0] for s in shards}:
-        print("warning: the words of validation shards are counted, too")
+    shards, validation = data.split_sides(data.expand(args.shards))
+    if validation:
+        print(printable(f"validation shards are left out: {' '.join(validation)}"))
     text = make_vocabulary(shards, args.size, args.captions)
     write_file(args.out, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(text.splitlines()) + 2:,} entries")

@@ -10,17 +10,27 @@ import open_clip
 import open_clip.model
 import pytest
 import torch
-from material import close, error_of, open_clip_of, pairs, run, same_towers, small, write_checkpoint
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
+from material import (
+    close,
+    error_of,
+    open_clip_of,
+    pairs,
+    photo,
+    run,
+    same_towers,
+    small,
+    write_checkpoint,
+)
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
-from scripts.convert import main, open_clip_config, open_clip_state, our_name
-from superclip import SuperCLIPConfig
+from scripts.convert import main, open_clip_config, open_clip_state, our_name, read_weights
+from superclip import SuperCLIP, SuperCLIPConfig
 
 OFFICIAL = torch.load(Path(__file__).parent / "official_tiny.pt", weights_only=True)
-VOCAB = data.tiktoken_text(data.BYTE_TOKENS[:298])  # for a model with 300 tokens
-V = {"vocab_size": 300}
+VOCAB = data.words_to_tiktoken(["dog"])
+V = {"vocab_size": data.Tokenizer(VOCAB).vocab_size}
 
 
 def save(content, path):
@@ -31,10 +41,10 @@ def save(content, path):
 @pytest.fixture
 def converted(tmp_path):
     """A function that converts a file with these flags and loads the result."""
-    (tmp_path / "300.tiktoken").write_text(VOCAB)
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
 
     def convert(path, *flags):
-        vocab = "--vocab", tmp_path / "300.tiktoken"
+        vocab = "--vocab", tmp_path / "own.tiktoken"
         assert not run(main, path, tmp_path / "out.pt", *vocab, *flags)
         return evaluation.load(tmp_path / "out.pt")[0]
 
@@ -46,13 +56,21 @@ def same_weights(model, state):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def model_of(path):
+    """The model of a file of the authors. Its 300 tokens are too few for a vocabulary of ours, so
+    there is none."""
+    weights, config, _ = read_weights(path)
+    model = SuperCLIP(SuperCLIPConfig(**config))
+    model.load_state_dict(weights)
+    return model
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_three_training_steps_equal_the_authors(prefix, tmp_path, converted):
+def test_three_training_steps_equal_the_authors(prefix, tmp_path):
     """Their weights, converted and loaded: features, logits and losses of three steps. In the first
     step, where their loss masks nothing, also the gradient norm of every parameter."""
     state = {prefix + k: v for k, v in OFFICIAL["state_dict"].items()}
-    model = converted(save({"epoch": 1, "state_dict": state}, tmp_path / "official.pt"))
-    model.requires_grad_(True).train()
+    model = model_of(save({"epoch": 1, "state_dict": state}, tmp_path / "official.pt"))
     for number, step in enumerate(OFFICIAL["steps"]):
         model.zero_grad()
         out = model(step["image"], step["text"])
@@ -69,14 +87,14 @@ def test_three_training_steps_equal_the_authors(prefix, tmp_path, converted):
     assert model.num_captions.item() == 18
 
 
-def test_the_authors_counters_become_integer_counts(tmp_path, converted):
+def test_the_authors_counters_become_integer_counts(tmp_path):
     """They add up shares of captions over steps of 16,384. Here: two steps, a token in 75 % of the
     captions of each, and a token in 33 captions."""
     state = dict(OFFICIAL["state_dict"])
     state["num_samples"] = torch.full((1, 1), 2.0, dtype=torch.float64)
     state["cap_fq"] = torch.zeros(1, 300, dtype=torch.float64)
     state["cap_fq"][0, 7], state["cap_fq"][0, 8] = 1.5, 33 / 16384 - 1e-9
-    model = converted(save({"state_dict": state}, tmp_path / "a.pt"))
+    model = model_of(save({"state_dict": state}, tmp_path / "a.pt"))
     assert model.num_captions.item() == 2 * 16384
     assert model.token_counts[[7, 8]].tolist() == [24576, 33]
     assert model.token_weights()[8].item() == pytest.approx(math.log(32769 / 34))
@@ -93,31 +111,51 @@ def test_both_layouts_of_open_clip_become_plain_clip(custom_text, tmp_path, conv
     same_towers(model, other)
 
 
-def test_what_shapes_do_not_tell_comes_from_flags_or_a_json_file(tmp_path, converted, capsys):
-    """OpenAI's files have matrices in float16, and three scalars that mean quick GELU. Without
-    them, plain GELU is assumed, which is said. Heads are 64 wide, and here 32. A flag wins over the
-    .json file of open_clip, and a .json file of something else changes nothing."""
+def heads_of_32():
+    """open_clip's model with heads that are 32 wide and quick GELU, as the weights of a file: in
+    OpenAI's files, matrices are float16."""
     other = open_clip_of(small(vision_heads=4, text_heads=2, quick_gelu=True, **V))
     open_clip.model.convert_weights_to_fp16(other)
-    state, path = other.state_dict(), tmp_path / "x.pt"
-    heads = ["--vision_heads", 4, "--text_heads", 2]
-    scalars = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}
-    b16, b32 = map(open_clip.get_model_config, ("ViT-B-16", "ViT-B-32-quickgelu"))
-    for content, beside, flags, expected, asked in (
-        (state | scalars, None, heads, (4, 2, True), False),
-        (state, None, heads, (4, 2, False), True),
-        (state, None, [*heads, "--quick_gelu"], (4, 2, True), False),
-        (state, b16, [], (2, 8, False), False),
-        (state, b32, ["--text_heads", 2], (2, 2, True), False),
-        (state, {"vision_cfg": 3}, ["--no-quick_gelu"], (2, 2, False), False),
-    ):
-        path.with_suffix(".json").write_text(json.dumps(beside))
-        model = converted(save(content, path), *flags)
-        config = model.config
-        assert (config.vision_heads, config.text_heads, config.quick_gelu) == expected
-        assert ("--quick_gelu" in capsys.readouterr().out) == asked
-        if expected == (4, 2, True):
-            same_towers(model, other.float())
+    return other
+
+
+HEADS = ["--vision_heads", 4, "--text_heads", 2]
+# Three scalars are in OpenAI's files only, and mean quick GELU and heads that are 64 wide.
+SCALARS = {x: torch.tensor(1) for x in ("input_resolution", "context_length", "vocab_size")}
+B16 = open_clip.get_model_config("ViT-B-16")
+B32 = open_clip.get_model_config("ViT-B-32-quickgelu")
+ALL = {"--quick_gelu", "--vision_heads", "--text_heads", "--image_mean", "--image_std"}
+STATS = {"--image_mean", "--image_std"}
+
+
+@pytest.mark.parametrize(
+    "scalars, beside, flags, expected, assumed",
+    [
+        pytest.param(SCALARS, None, [], (2, 2, True), set(), id="OpenAI's file"),
+        pytest.param(SCALARS, None, HEADS, (4, 2, True), set(), id="a flag wins"),
+        pytest.param({}, None, [], (2, 2, False), ALL, id="nothing is known"),
+        pytest.param({}, {"vision_cfg": 3}, [], (2, 2, False), ALL, id="another .json"),
+        pytest.param({}, None, HEADS, (4, 2, False), STATS | {"--quick_gelu"}, id="heads given"),
+        pytest.param({}, None, [*HEADS, "--quick_gelu"], (4, 2, True), STATS, id="GELU, too"),
+        pytest.param({}, B16, [], (2, 8, False), STATS, id="open_clip's .json"),
+        pytest.param({}, B32, ["--text_heads", 2], (2, 2, True), STATS, id="and a flag"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_given_or_said_to_be_assumed(
+    scalars, beside, flags, expected, assumed, tmp_path, converted, capsys
+):
+    other = heads_of_32()
+    path = save(other.state_dict() | scalars, tmp_path / "x.pt")
+    path.with_suffix(".json").write_text(json.dumps(beside))
+
+    model = converted(path, *flags)
+
+    config = model.config
+    assert (config.vision_heads, config.text_heads, config.quick_gelu) == expected
+    printed = capsys.readouterr().out
+    assert {flag for flag in ALL if flag in printed} == assumed
+    if expected == (4, 2, True):
+        same_towers(model, other.float())
 
 
 @pytest.mark.parametrize("image_size, length", [(16, 12), (48, 12), (56, 20)])
@@ -157,42 +195,125 @@ def test_a_checkpoint_of_this_project_stays_what_it_is(changes, tmp_path, capsys
     torch.testing.assert_close(torch.load(out)["model"], half, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it
-def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(tmp_path, capsys):
-    (tmp_path / "300.tiktoken").write_text(VOCAB)
-    path, out, state = tmp_path / "weights.pt", tmp_path / "x.pt", open_clip_state(small(**V))
-    for named, content in (
-        ("conv1", {k: v for k, v in state.items() if "conv1" not in k}),
-        ("conv1", state | {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}),
-        ("positional", state | {"visual.positional_embedding": torch.zeros(18, 128)}),  # no square
-        ("token_counts", state | {"cap_fq": torch.zeros(1, 300)}),  # without a head
-        ("--vocab", open_clip_state(small(vocab_size=301))),
-    ):
-        save(content, path)
-        message = error_of(capsys, main, path, out, "--vocab", tmp_path / "300.tiktoken")
-        assert "weights.pt" in message and named in message and len(message) < 400, named
-    (tmp_path / "x.safetensors").write_bytes(b"no weights")
-    assert "x.safetensors" in error_of(capsys, main, tmp_path / "x.safetensors", out)
-    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
-    assert "state_dict" in error_of(capsys, main, path, out)  # which tells what to do
+STATE = open_clip_state(small(**V))
+LACKS = {name: tensor for name, tensor in STATE.items() if "conv1" not in name}
+
+
+def with_part(name, tensor):
+    return {**STATE, name: tensor}
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        pytest.param(LACKS, "conv1", id="a tensor is missing"),
+        pytest.param(with_part("visual.conv1.weight", torch.zeros(128, 3, 0, 0)), "conv1", id="0"),
+        pytest.param(
+            with_part("visual.positional_embedding", torch.zeros(18, 128)),
+            "positional",
+            id="patches make no square",
+        ),
+        pytest.param(
+            with_part("cap_fq", torch.zeros(1, V["vocab_size"])),
+            "token_counts",
+            id="without a head",
+        ),
+        pytest.param(
+            with_part("cap_fq", torch.zeros(1, V["vocab_size"], dtype=torch.complex64)),
+            "",
+            id="complex counts",
+        ),
+        pytest.param(
+            open_clip_state(small(vocab_size=V["vocab_size"] + 1)),
+            "--vocab",
+            id="another vocabulary",
+        ),
+        pytest.param([1, 2], "state_dict", id="a list"),
+        pytest.param({"state_dict": [1, 2]}, "state_dict", id="a list of weights"),
+        pytest.param({"text_projection.weight": 5}, "conv1", id="a number"),
+        pytest.param({3: torch.zeros(1)}, "conv1", id="no names"),
+        pytest.param(
+            {"a.q_proj.weight": torch.zeros(2, 2), "a.k_proj.weight": torch.zeros(2)},
+            "k_proj",
+            id="query without key",
+        ),
+        pytest.param(
+            with_part("visual.proj", torch.zeros(128, 24).to_sparse()), "proj", id="sparse"
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(content, named, tmp_path, capsys):
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
+    path = save(content, tmp_path / "weights.pt")
+    out = tmp_path / "x.pt"
+    flags = ["--vocab", tmp_path / "own.tiktoken"]
+    if named == "":  # such a tensor is no weight, and is left out
+        assert not run(main, path, out, *flags)
+        return
+
+    message = error_of(capsys, main, path, out, *flags)
+
+    assert "weights.pt" in message and named in message and len(message) < 400
     assert not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it
+def test_a_file_of_another_kind_is_one_sentence_that_says_what_to_do(tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
+    (tmp_path / "x.safetensors").write_bytes(b"no weights")
+
+    assert "state_dict" in error_of(capsys, main, path, tmp_path / "x.pt")
+    assert "x.safetensors" in error_of(capsys, main, tmp_path / "x.safetensors", tmp_path / "x.pt")
+
+
+def test_a_size_that_the_patches_do_not_divide_is_a_mistake(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a.pt", small(**V), VOCAB)
+
+    assert "image_size" in error_of(capsys, main, path, tmp_path / "x.pt", "--image_size", 33)
+
+
+def test_a_run_that_can_be_resumed_is_not_replaced(tmp_path, capsys):
+    """The optimizer is in last.pt alone, so a file without one may be written over."""
+    path = write_checkpoint(tmp_path / "a.pt", small(**V), VOCAB)
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    save({**torch.load(path), "optimizer": {}}, last)
+    save(torch.load(path), best)
+    before = last.read_bytes()
+
+    assert "last.pt" in error_of(capsys, main, path, last)
+    assert last.read_bytes() == before
+    assert not run(main, path, best)
+
+
+def run_recipe(printed, folder, monkeypatch):
+    """Run the lines of Python that convert has printed, in an empty folder. Returns the names that
+    they define."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = {}
+    exec("\n".join(line[2:] for line in printed.splitlines() if line.startswith("  ")), names)
+    return names
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_open_clip_loads_what_to_open_clip_writes(loss, suffix, tmp_path, capsys, converted):
-    """The printed lines of Python give a model with the same features, scale and bias, a preprocess
-    with the mean and std of the configuration, and a tokenizer with its vocabulary. Converted back,
-    all but the word head is there again: what shapes do not tell is in the .json file."""
+def test_open_clip_loads_what_to_open_clip_writes(
+    loss, suffix, tmp_path, capsys, converted, monkeypatch
+):
+    """The printed lines of Python, run in an empty folder, give a model with the same features,
+    scale and bias, a preprocess with the mean and std of the configuration, and a tokenizer with
+    its vocabulary. Converted back, all but the word head is there again: what shapes do not tell is
+    in the .json file."""
     stats = dict(image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5))
     model = small(loss=loss, quick_gelu=True, vision_heads=4, text_heads=2, **V, **stats)
     path = write_checkpoint(tmp_path / "best.pt", model, VOCAB)
     out = tmp_path / f"superclip-{loss}{suffix}"
-    assert not run(main, path, out, "--to", "open_clip")
+    monkeypatch.chdir(tmp_path)
+    assert not run(main, path, out.name, "--to", "open_clip")
     assert os.stat(out).st_mode == os.stat(path).st_mode  # readable for others
-    printed, scope = capsys.readouterr().out, {}
-    exec("\n".join(line[2:] for line in printed.splitlines() if line.startswith("  ")), scope)
+    scope = run_recipe(capsys.readouterr().out, tmp_path / "empty", monkeypatch)
     other = scope["model"].eval()
     same_towers(model, other)
     normalize = scope["preprocess"].transforms[-1]
@@ -241,6 +362,55 @@ def test_transformers_loads_what_to_transformers_writes(quick_gelu, is_clip, tmp
     same_weights(again, {k: v for k, v in model.state_dict().items() if k in again.state_dict()})
 
 
+WORDS = "a photo of the red dog women's t-shirt 日 本 !! -- x".split()
+TEXTS = [
+    "A photo of the RED dog",
+    "women’s t-shirt!!",
+    "red-dog, a--b",
+    "日本 dog日",
+    "a purple dog.",
+    "hotdog bred a!!!",
+    "dog's x- - -x",
+    "e\u0301cole",
+    "dog" * 30,
+    "",
+    "a\tphoto \n of",
+    "हिन्दी १२",
+    "dog\u0301!",
+]
+
+
+@torch.no_grad()
+def test_transformers_tokenizes_and_classifies_with_a_vocabulary_of_words(
+    tmp_path, capsys, monkeypatch
+):
+    """Equal ids, and the printed pipeline gives this project's scores. The picture has the model's
+    size, because transformers crops and resizes in its own way."""
+    tokenizer = data.Tokenizer(data.words_to_tiktoken(WORDS), 16)
+    model = small(vocab_size=tokenizer.vocab_size)
+    path = write_checkpoint(tmp_path / "a.pt", model, tokenizer.vocab)
+    picture = photo(0, (32, 32))
+    names = ["red dog", "women's t-shirt"]
+    monkeypatch.chdir(tmp_path)
+
+    assert not run(main, path, "folder", "--to", "transformers")
+
+    classify = run_recipe(capsys.readouterr().out, tmp_path / "empty", monkeypatch)["classify"]
+    answers = classify(picture, candidate_labels=names, hypothesis_template="a photo of a {}.")
+    images = model.encode_image(data.load_image(picture, 32)[None])
+    texts = model.encode_text(tokenizer([f"a photo of a {name}." for name in names]))
+    scores = (model.logit_scale.exp() * images @ texts.T).softmax(dim=1)[0].tolist()
+    assert {x["label"]: x["score"] for x in answers} == pytest.approx(
+        dict(zip(names, scores)), 1e-4
+    )
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for text in TEXTS:
+        ids = [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True).strip() == tokenizer.decode(ids)
+
+
 def test_an_average_of_weights(tmp_path, capsys):
     """By hand: 0.75 * 2 + 0.25 * 4 = 2.5. Counts stay, and so does a head that the other lacks."""
     paths = tmp_path / "in.pt", tmp_path / "out.pt", "--share", 0.25, "--average"
@@ -256,7 +426,19 @@ def test_an_average_of_weights(tmp_path, capsys):
         for name, p in averaged.named_parameters():
             assert (p == (head if name.startswith("head.") else 2.5)).all(), name
         assert torch.equal(averaged.token_counts, model.token_counts)
-    words = data.tiktoken_text([*data.BYTE_TOKENS[:297], b"xyz "])
+    words = data.words_to_tiktoken(["cat"])
     for m, vocab in ((small(quick_gelu=True, **V), VOCAB), (other, words)):
         path = write_checkpoint(tmp_path / "unfit.pt", m, vocab)
         assert "unfit.pt" in error_of(capsys, main, *paths, path)
+
+
+def test_models_with_the_same_mean_can_be_averaged(tmp_path):
+    """Whether it comes from a flag or from a checkpoint."""
+    path = write_checkpoint(tmp_path / "a.pt", small(image_mean=(0.5, 0.5, 0.5), **V), VOCAB)
+    other = save(open_clip_state(small(**V)), tmp_path / "b.pt")
+    flags = ["--vocab", tmp_path / "own.tiktoken", "--image_mean", 0.5, 0.5, 0.5]
+    (tmp_path / "own.tiktoken").write_text(VOCAB)
+
+    assert not run(main, path, tmp_path / "out.pt", "--average", other, *flags)
+
+    assert evaluation.load(tmp_path / "out.pt")[0].config.image_mean == (0.5, 0.5, 0.5)

@@ -6,18 +6,34 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from material import error_of, photo
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from scripts import pack
+from cli import run_command
+from scripts import pack, show, vocab
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch):
+    """A machine of known speed, so that no test waits for a measurement."""
+    speeds = {torch.float32: 1e11, torch.bfloat16: 4e11}
+    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: speeds[dtype])
 
 
 def write_list(path, rows):
@@ -64,38 +80,69 @@ def photos(tmp_path):
     return write_list(tmp_path / "list.jsonl", rows)
 
 
-def test_images_and_rows_become_samples(tmp_path, capsys):
+def write_table(path, *lines):
+    path.write_text("\n".join(lines))
+    return path
+
+
+def image_of(sample):
+    return Image.open(io.BytesIO(sample[2]))
+
+
+def test_rows_of_one_image_become_one_sample(tmp_path, capsys):
+    photo().save(tmp_path / "dog.jpg")
+    lines = ["dog.jpg,a dog,one,", "./x/../dog.jpg,second,two,", f"{tmp_path}/dog.jpg,a dog,,"]
+    path = write_table(tmp_path / "list.csv", "image,title,long,empty", *lines)
+
+    out = run(path, "--val", 0)
+
+    fields, text, content = samples(out)["dog.jpg"]
+    assert fields["captions"] == ["a dog", "second"] and text == "a dog"
+    assert fields["long"] == ["one", "two"] and fields["empty"] is None
+    assert fields["sha256"] == hashlib.sha256(content).hexdigest()
+    assert bad_lines(out) == []
+    commands = commands_of(capsys.readouterr().out)
+    assert all("--captions json.captions" in x for x in commands if "train-*.tar" in x)
+
+
+def test_a_large_image_becomes_smaller_and_upright_without_its_metadata(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by 90 degrees
     photo(0, (300, 200)).save(tmp_path / "large.jpg", exif=turned, comment=b"private")
-    for name in ("s.jpg", "s.png", "s.webp"):
-        photo(0, (70, 40)).save(tmp_path / name)
-    photo(1).save(tmp_path / "s.mpo.jpg", "MPO", save_all=True, append_images=[photo(2)])
+    path = write_table(tmp_path / "list.csv", "image,caption", "large.jpg,a dog")
+
+    out = run(path, "--size", 64, "--val", 0)
+
+    sample = samples(out)["large.jpg"]
+    image = image_of(sample)
+    expected = photo(0, (300, 200)).transpose(Image.ROTATE_270).resize((64, 96), Image.BICUBIC)
+    assert image.size == (sample[0]["width"], sample[0]["height"]) == (64, 96)
+    assert not image.getexif() and "comment" not in image.info
+    assert np.abs(np.asarray(image, int) - np.asarray(expected)).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["s.jpg", "s.png", "s.webp", "mpo.jpg"])
+@pytest.mark.parametrize("options", [["--size", 64], ["--size", 0]], ids=["small enough", "all"])
+def test_a_file_is_not_encoded_again_without_need(name, options, tmp_path):
+    size = (70, 40) if 64 in options else (300, 200)
+    more = {}
+    if name == "mpo.jpg":
+        more = {"format": "MPO", "save_all": True, "append_images": [photo(2)]}
+    photo(0, size).save(tmp_path / name, **more)
+    path = write_table(tmp_path / "list.csv", "image,caption", f"{name},a dog")
+
+    out = run(path, *options, "--val", 0)
+
+    assert samples(out)[name][2] == (tmp_path / name).read_bytes()
+
+
+def test_transparent_parts_become_white(tmp_path):
     Image.new("RGBA", (100, 100), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rows = ["image,title,long", "large.jpg,a dog,one", "./x/../large.jpg,second,two"]
-    rows += ["large.jpg,a dog,", f"{tmp_path}/s.png,red,x", *(f"{name},a cat," for name in files)]
-    (tmp_path / "list.csv").write_text("\n".join(rows))
-    out = run(tmp_path / "list.csv", "--size", 64, "--val", 0)
-    found = samples(out, "train")
-    assert found.keys() == files.keys() and bad_lines(out) == []
-    for name, (fields, text, content) in found.items():
-        assert Image.open(io.BytesIO(content)).size == (fields["width"], fields["height"])
-        assert (content == files[name]) == (name[0] == "s")  # not encoded again without need
-        assert fields["sha256"] == hashlib.sha256(files[name]).hexdigest()
-        assert text == fields["captions"][0]
-    fields = found["large.jpg"][0]
-    assert fields["captions"] == ["a dog", "second", "a cat"] and fields["long"] == ["one", "two"]
-    assert found["s.jpg"][0]["captions"] == ["a cat"] and found["s.png"][0]["long"] == "x"
-    assert "--captions json.captions" in capsys.readouterr().out
-    large, clear = (Image.open(io.BytesIO(found[name][2])) for name in ("large.jpg", "clear.png"))
-    assert large.size == (64, 96) and not large.getexif() and "comment" not in large.info
-    assert np.asarray(clear).min() > 250  # transparent parts are white
-    small = photo(0, (300, 200)).transpose(Image.ROTATE_270).resize((64, 96), Image.BICUBIC)
-    assert np.abs(np.asarray(large, int) - np.asarray(small)).mean() < 3
-    run(tmp_path / "list.csv", "--size", 0, "--out", tmp_path / "whole")
-    whole = samples(tmp_path / "whole")
-    assert {name: content for name, (_, _, content) in whole.items()} == files
+    path = write_table(tmp_path / "list.csv", "image,caption", "clear.png,a dog")
+
+    out = run(path, "--size", 64, "--val", 0)
+
+    assert np.asarray(image_of(samples(out)["clear.png"])).min() > 250
 
 
 def test_the_content_of_an_image_decides_its_split(tmp_path):
@@ -108,6 +155,57 @@ def test_the_content_of_an_image_decides_its_split(tmp_path):
     val = {name for name in names if int(hashes[name], 16) < 0.3 * 2**256}
     assert samples(out, "val").keys() == val and 10 < len(val) < 80
     assert samples(out, "train").keys() == {*names} - val
+
+
+def test_a_group_stays_on_one_side(tmp_path, capsys):
+    """Two photographs of a product show the same thing, so they must not be on both sides."""
+    names = [f"{i}{view}.png" for i in range(40) for view in "ab"]
+    for i, name in enumerate(names):
+        photo(i).save(tmp_path / name)
+    rows = [{"image": name, "caption": "a dog", "product": int(name[:-5])} for name in names]
+    path = write_list(tmp_path / "list.jsonl", rows)
+
+    out = run(path, "--val", 0.3, "--group", "product")
+
+    val = {fields["product"] for fields, _, _ in samples(out, "val").values()}
+    train = {fields["product"] for fields, _, _ in samples(out, "train").values()}
+    assert val and train and not val & train
+    assert f"in training, too: 0 of {len(samples(out, 'val'))} images" in capsys.readouterr().out
+    assert str(out) in error_of(capsys, pack.main, "--csv", path, "--out", out, "--val", 0.3)
+
+
+def test_equal_files_in_two_groups_are_named_if_both_sides_have_them(tmp_path, capsys):
+    """And an image without a group is a group of its own: a hash of its file decides."""
+    photo(0).save(tmp_path / "alone.png")
+    rows = [{"image": "alone.png", "caption": "a dog", "group": ""}]
+    for i in range(20):
+        photo(1).save(tmp_path / f"copy {i}.png")
+        rows.append({"image": f"copy {i}.png", "caption": "a dog", "group": f"group {i}"})
+    path = write_list(tmp_path / "list.jsonl", rows)
+
+    out = run(path, "--val", 0.3, "--group", "group")
+
+    val = [image for image in samples(out, "val") if image != "alone.png"]
+    assert 0 < len(val) < 20
+    *_, names = capsys.readouterr().out.partition(f"too: {len(val)} of")
+    assert {line.strip() for line in names.splitlines()[1:4]} <= set(val)
+    sha256 = hashlib.sha256((tmp_path / "alone.png").read_bytes()).hexdigest()
+    assert ("alone.png" in samples(out, "val")) == (int(sha256, 16) < 0.3 * 2**256)
+    assert "color" in error_of(capsys, pack.main, "--csv", path, "--out", out, "--group", "color")
+
+
+def test_validation_captions_that_are_in_training_are_counted(photos, capsys):
+    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+    rows = [
+        {**row, "caption": "A red  dog" if i % 2 else "a red dog"} for i, row in enumerate(rows)
+    ]
+    write_list(photos, rows)
+
+    out = run(photos, "--val", 0.3)
+
+    n = len(samples(out, "val"))
+    printed = capsys.readouterr().out
+    assert 0 < n < 12 and f"0 of {n} images and the captions of {n}\n" in printed
 
 
 @pytest.mark.parametrize("kind, mark", [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("jsonl", "")])
@@ -174,27 +272,64 @@ def test_a_bad_row_of_a_table_costs_no_other_row(photos):
     assert bad_lines(out) == [2, 3, 6, 9]  # the last one is of three lines: two were swallowed
 
 
-def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
+def test_only_files_are_opened(photos):
+    os.mkfifo(photos.with_name("pipe.jpg"))  # whoever reads it waits
+    photos.with_name("device.jpg").symlink_to("/dev/zero")  # and this has no end
+    rows = [{"image": name, "caption": "a dog"} for name in ("pipe.jpg", "device.jpg", "é 1.jpg")]
+    write_list(photos, rows)
+
+    out = run(photos, "--val", 0)
+
+    assert bad_lines(out) == [1, 2]
+    assert samples(out).keys() == {"é 1.jpg"}
+
+
+def test_a_field_may_be_long(photos):
+    path = write_table(
+        photos.with_name("l.csv"), "image,caption,page", f"é 1.jpg,a dog,{'x' * 200_000}"
+    )
+
+    out = run(path, "--val", 0)
+
+    assert len(samples(out)["é 1.jpg"][0]["page"]) == 200_000
+
+
+def start(function, *arguments):
+    process = fork.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys, monkeypatch):
     options = ["--val", 0.3, "--shard_size", 2, "--images", photos.parent]
     whole = shards(run(photos, *options))
     pairs = data.Pairs(sorted(map(str, photos.parent.glob("out/*.tar"))), None, 0)
     assert sorted({*pairs.index[:, 0].bincount().tolist()}) == [1, 2]
     (photos.parent / "x").mkdir()
     path = photos.rename(photos.parent / "x" / photos.name)
-    out, last = path.with_name("out"), photos.with_name("é 11.jpg")
-    last.rename(path.with_name("away.jpg"))
-    os.mkfifo(last)  # whoever reads it waits
-    process = multiprocessing.get_context("fork").Process(target=run, args=(path, *options))
-    process.start()
-    while len(shards(out)) < 2 and process.is_alive():
+    out = path.with_name("out")
+    encode = pack.encode
+
+    def stop_at_the_last(item, split, args):
+        if item[0] == "é 11.jpg":
+            time.sleep(600)
+        return encode(item, split, args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pack, "encode", stop_at_the_last)
+        process = start(run, path, *options)
+    while len(shards(out)) < 2 or not [*out.glob(".*.tmp")]:  # the next one is being written
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    path.with_name("away.jpg").rename(last)
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert 2 <= len(finished) < len(whole)
+
     assert shards(run(path, *options)) == whole  # equal bytes
+
     assert all(path.stat().st_ino == number for path, number in finished.items())
+    assert not [*out.glob(".*.tmp")]
     argv = ["--csv", path, "--out", out, *options]
     assert str(out) in error_of(capsys, pack.main, *argv, "--size", 32)
     path.write_text(path.read_text() + "\n")
@@ -202,17 +337,96 @@ def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
     assert shards(out) == whole
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_the_next_commands_suit_the_data_and_train_py_knows_their_options(photos, gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+@pytest.mark.parametrize("same, codes", [(True, [0, 0]), (False, [0, 2])], ids=["same", "another"])
+def test_two_packs_into_one_folder_lose_nothing(same, codes, photos):
+    """The second one waits. It then finds that nothing is left to pack, or that the list is another
+    one."""
+    other = photos.with_name("other.jsonl")
+    other.write_text(photos.read_text() + ("" if same else "\n\n"))
+    out = photos.with_name("both")
+
+    def command(path):
+        sys.stderr = open(os.devnull, "w")
+        run_command(lambda _: pack.main(["--csv", str(path), "--out", str(out), "--val", "0"]))
+
+    processes = [start(command, path) for path in (photos, photos if same else other)]
+    for process in processes:
+        process.join()
+
+    assert sorted(process.exitcode for process in processes) == codes
+    assert len(samples(out)) == 12
+
+
+# ---- what pack advises
+
+
+def commands_of(printed):
+    return [line.strip() for line in printed.splitlines() if line.startswith("  python")]
+
+
+def test_the_operations_are_those_that_torch_counts():
+    """Of the tiny model, which is quickly built."""
+    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=10_000))
+    images = torch.zeros(2, 3, 72, 72)
+    tokens = torch.full((2, 16), model.config.vocab_size - 1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as encoding:
+        model.encode_image(images)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
+        model(images, tokens)["loss"].backward()
+
+    counted = [counter.get_total_flops() / 2 / 1e9 for counter in (encoding, training)]
+
+    assert pack.OPERATIONS["tiny"] == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "n, gpu, times, model",
+    [
+        pytest.param(1_810, False, ["3", "23", "2"], "tiny", id="a few pictures, no GPU"),
+        pytest.param(40_000, False, ["65", "8", "3"], "tiny", id="a shop, no GPU"),
+        pytest.param(40_000, True, ["5", "30", "50"], "ViT-S-16", id="a shop, a GPU"),
+        pytest.param(3_000_000, True, ["6", "38", "227"], "ViT-B-16", id="the web, a GPU"),
+    ],
+)
+def test_pack_names_the_ways_that_the_data_allow(n, gpu, times, model, photos, monkeypatch, capsys):
+    """Each with its time, in minutes or hours: for the first case 1,910 images * 8.8e9 operations /
+    0.9e11 a second are 3 minutes, and 5 epochs * 1,810 pairs * 30e9 / half of 4e11 are 23."""
     out = run(photos, "--val", 0.3)
-    cases = (300, True, 5), (3_000, False, 30), (40_000, False, 4), (3_000_000, False, 1)
-    for n, several, epochs in cases:  # of the table in the README
-        *_, last = map(shlex.split, pack.next_commands(out, n, several))
-        assert last[:2] == ["python", "train.py"]
-        args = train.make_parser().parse_args(last[2:])
+    capsys.readouterr()
+    if gpu:
+        speeds = {torch.float32: 5e12, torch.bfloat16: 2.4e13}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: speeds[dtype])
+
+    pack.print_ways(out, 100, n, several=True)
+
+    printed = capsys.readouterr().out
+    commands = [shlex.split(line) for line in commands_of(printed)]
+    trained = [line[2:] for line in commands if line[1] == "train.py"]
+    tuned, from_nothing = map(train.make_parser().parse_args, trained)
+    for args in (tuned, from_nothing):
         data.expand(args.train_data + args.val_data)  # raises if there are no such files
-        assert bool(args.init_from) == (n == 300 or gpu and n <= 40_000)
-        assert args.epochs == (epochs if not gpu else 30 if n > 40_000 else 5)
-        assert (args.model == "tiny") == (n > 300 and not gpu)
-        assert args.captions == (["json.captions"] if several else ["txt"])
+        assert args.captions == ["json.captions"]
+    assert tuned.init_from == "clip.pt" and from_nothing.init_from is None
+    assert from_nothing.model == model
+    assert re.findall(r"about (\d+) ", printed) == times
+
+
+def test_a_few_pairs_are_not_trained_on(photos, capsys):
+    run(photos)  # twelve
+
+    printed = capsys.readouterr().out
+    assert "scripts.search" in printed and "train.py" not in printed
+
+
+def test_what_pack_prints_works_without_a_network(photos, monkeypatch, capsys):
+    """The vocabulary and the look at the pairs. (tests/test_train.py trains.)"""
+    monkeypatch.chdir(photos.parent)
+    out = run(photos, "--val", 0.3)
+    commands = [shlex.split(x) for x in commands_of(capsys.readouterr().out)]
+
+    vocab.main(commands[0][3:])
+    show.main(commands[1][3:])
+
+    assert commands[0][2] == "scripts.vocab" and commands[1][2] == "scripts.show"
+    assert (out / "vocab.tiktoken").is_file() and Path("grid.png").is_file()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import random
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import data
+from cli import lock_folder
 from scripts import scenes, walk
 
 NAMES = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
@@ -100,3 +102,50 @@ def test_a_world_is_drawn_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):  # in a process that draws
         scenes.make_scenes(tmp_path / "broken", train=0, val=1, settings=["no setting"])
     assert [*tmp_path.iterdir()] == []
+
+
+def small_world(folder):
+    scenes.make_scenes(folder, train=2, val=1)
+    return {path.name for path in folder.glob("*.t*")}
+
+
+WORLD = {"train-00000.tar", "val-00000.tar", "vocab.tiktoken"}
+
+
+def test_what_a_killed_run_has_left_is_removed_and_what_another_one_draws_is_not(tmp_path):
+    dead, alive = tmp_path / ".scenes-dead", tmp_path / ".scenes-alive"
+    for folder in (dead, alive):
+        (folder / "scenes").mkdir(parents=True)
+    locked, done = multiprocessing.Event(), multiprocessing.Event()
+
+    def draw_slowly():
+        lock_folder(alive)
+        locked.set()
+        done.wait(60)
+
+    other = multiprocessing.get_context("fork").Process(target=draw_slowly)
+    other.start()
+    locked.wait(60)
+
+    drawn = small_world(tmp_path / "scenes")
+
+    done.set()
+    other.join()
+    assert drawn == WORLD
+    assert {path.name for path in tmp_path.iterdir()} == {"scenes", ".scenes-alive"}
+
+
+def test_scenes_that_another_run_finishes_first_are_used(tmp_path, monkeypatch):
+    faster = tmp_path / "scenes" / "of the other.tar"
+
+    def vocabulary():  # while this run draws, the folder appears
+        faster.parent.mkdir()
+        faster.touch()
+        return ""
+
+    monkeypatch.setattr(scenes, "vocabulary", vocabulary)
+
+    drawn = small_world(tmp_path / "scenes")
+
+    assert drawn == {faster.name}
+    assert [*tmp_path.iterdir()] == [faster.parent]

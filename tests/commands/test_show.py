@@ -92,12 +92,24 @@ def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
     out = tmp_path / "vocab.tiktoken"
     vocab.main([str(path), "--size", "517", "--out", str(out)])
     assert "517 entries" in capsys.readouterr().out
-    tokenizer = data.Tokenizer.from_file(data.vocabulary_beside([path]))
+    tokenizer = data.tokenizer_for([path])
     assert [tokenizer.decode([i]) for i in (512, 513)] == ["red", "dog"]
     assert tokenizer.encode("a Red dog")[1:] == [512, 513]
     vocab.main([str(path), "--out", str(out)])  # all: red, dog, !!, the, dog's, ball
     assert data.Tokenizer.from_file(out).vocab_size == 514 + 6
     assert "validation" not in capsys.readouterr().out
-    both = [coloured(tmp_path / f"{side}-0.tar", "a dog") for side in ("train", "val")]
-    vocab.main([*both, "--out", str(out)])  # a mistake, mostly
-    assert "validation" in capsys.readouterr().out
+
+
+def test_vocab_leaves_validation_shards_out(tmp_path, capsys):
+    shards = [
+        coloured(tmp_path / "train-0.tar", "a red dog"),
+        coloured(tmp_path / "val-0.tar", "a blue cat"),
+    ]
+    out = tmp_path / "vocab.tiktoken"
+
+    vocab.main([*shards, "--out", str(out)])
+
+    tokenizer = data.Tokenizer.from_file(out)
+    words = [tokenizer.decode([i]) for i in range(512, tokenizer.vocab_size - 2)]
+    assert words == ["red", "dog"]
+    assert shards[1] in capsys.readouterr().out
