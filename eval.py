@@ -127,6 +127,26 @@ def fits(tensor, expected):
     return bool(tensor.isfinite().all())
 
 
+def check_moments(path, moments, optimizer):
+    """What becomes the state of AdamW passes through here: dict of number of a parameter -> dict of
+    its moments. A parameter that had no gradient yet has none. Raises InputError.
+
+    AdamW's fused kernel reads and writes as many numbers as the parameter has, so moments of
+    another shape would damage memory.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    shape_of = {i: p.shape for i, p in enumerate(params)}
+    try:
+        for i, state in moments.items():
+            shapes = {"step": (), "exp_avg": shape_of[i], "exp_avg_sq": shape_of[i]}
+            check({name: x.shape for name, x in state.items()} == shapes, "shapes")
+            for x in state.values():
+                check(x.dtype == torch.float32 and x.is_contiguous(), "layout")
+                check(x.isfinite().all(), "values")
+    except Exception:  # a number in place of a tensor, an unknown parameter ...
+        raise InputError(f"{path} cannot be resumed: its optimizer does not fit") from None
+
+
 def read_checkpoint(path):
     """Returns what a file of train.py or scripts/convert.py holds: a dict with model (tensors by
     name), config (a dict), vocab (a text) and whatever else train.py keeps there. Raises InputError

@@ -863,12 +863,13 @@ def read_best(args, val_pairs):
 
 def was_validated(args, step):
     """Whether the log has a validation of this step. A run that was killed during one has none."""
-    with open(Path(args.out_dir, "log.jsonl"), errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, AttributeError, RecursionError):  # cut by a kill
-                row = json.loads(line)
-                if row.get("step") == step and "zeroshot" in row:
-                    return True
+    log = Path(args.out_dir, "log.jsonl")
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    for line in lines:
+        with suppress(ValueError, AttributeError, RecursionError):  # cut by a kill
+            row = json.loads(line)
+            if row.get("step") == step and "zeroshot" in row:
+                return True
     return False
 
 

@@ -136,30 +136,6 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert sorted(name for _, name in result) == [f"{shard}:000{i}  a red ring" for i in range(2)]
 
 
-# ---- Words that the model hardly knows
-
-
-def test_words_that_the_model_hardly_knows_are_named():
-    """By hand: of 50,000 captions "red" was in 10 and "blue" in 11, and "green", which is in the
-    vocabulary, in none. No token is "teal"."""
-    model = make_model()
-    model.num_captions += 50_000
-    for word, n in {"red": 10, "blue": 11}.items():
-        model.token_counts[TOKENIZER.encode(word)] = n
-
-    rare = search.rare_words(model, TOKENIZER, "Red blue, green teal")
-
-    assert rare == [("red", 10), ("green", 0), ("teal", None)]
-
-
-def test_plain_clip_counts_no_words_but_has_a_vocabulary():
-    clip = make_model(cls_weight=0)
-
-    rare = search.rare_words(clip, TOKENIZER, "red blue teal")
-
-    assert rare == [("teal", None)]
-
-
 # ---- The file of features
 
 
