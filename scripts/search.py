@@ -82,7 +82,8 @@ def file_entries(paths, out):
 def shard_entries(pairs):
     """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
     its row of the index}."""
-    print(f"parts of shards not used: {len(pairs.unused):,} (if any: see python -m scripts.show)")
+    if pairs.unused:
+        print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
     files = [os.path.abspath(shard) for shard in pairs.shards]
     mtimes = [os.stat(shard).st_mtime_ns for shard in pairs.shards]
     entries = {}

@@ -204,7 +204,8 @@ def draw_words(results, window, path):
     captions = []
     for title, image, words, maps in results:
         cells += word_cells(image, maps)
-        captions.append(f"{title}, full colour: {maps.abs().max().exp():.1f} times")
+        factor = maps.abs().max().exp()
+        captions.append(f"full colour {factor:.1f} times: {title}")
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 
