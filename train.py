@@ -882,11 +882,13 @@ def print_next(args, model, best, last):
         print(f"\n{folder}/last.pt: step {last['step']}, mean R@1 {last['mean_r1']:.1%}")
     if best is not None:
         print(f"{folder}/best.pt: step {best['step']}, mean R@1 {best['mean_r1']:.1%}")
+    # Only shards of their own can be found again. Pairs that were held out cannot.
+    shards = " --data SHARDS" if args.val_data in (None, ["none"]) else ""
     print("What the model has learned:")
-    print(f"  python -m scripts.report --checkpoint {folder}/{name} --out report.html")
+    print(f"  python -m scripts.report --checkpoint {folder}/{name} --out report.html{shards}")
     if model.head is not None:
         print(f"  python -m scripts.words --checkpoint {folder}/{name} --out words.png")
-    print(f"  python -m scripts.search --checkpoint {folder}/{name} TEXT")
+    print(f"  python -m scripts.search --checkpoint {folder}/{name} TEXT{shards}")
 
 
 # -----------------------------------------------------------------------------

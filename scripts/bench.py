@@ -45,7 +45,7 @@ from cli import (
 )
 from scripts.convert import open_clip_config
 from scripts.report import read_log
-from superclip import PRESETS, LayerNorm
+from superclip import PRESETS, LayerNorm, SuperCLIPConfig
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
 # Learning rate, that of the head, and weight decay, which make no difference here
@@ -93,12 +93,6 @@ def open_pairs(shards, image_size, batch_size):
     pairs = data.Pairs(shards, data.Tokenizer.from_file("clip"), image_size)
     check(batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs
-
-
-def precision(device, dtype):
-    """Returns the autocast and the loss scaler of a step, as train.py makes them."""
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
 # Each command is a generator of rows, dicts that main prints and keeps. It gets train.py's options,
@@ -150,9 +144,9 @@ def bench_loader(options, args):
     settings = parse(options)
     check(settings.train_data, "loader needs --train_data: a shard or two of photographs")
     N = settings.batch_size
-    size = settings.image_size or PRESETS[settings.model]["image_size"]
+    size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
     pairs = open_pairs(data.expand(settings.train_data), size, N)
-    device = train.set_up(settings.device)
+    device = train.set_up_device(settings.device)
     steps = 10 * args.repeat
     start = time.perf_counter()
     for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, steps, settings.workers, device):
@@ -171,11 +165,11 @@ class Run:
     def __init__(self, options):
         args = parse(options)
         self.args = args
-        self.device = train.set_up(args.device)
+        self.device = train.set_up_device(args.device)
         tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
-        self.model = train.make_model(args, None, tokenizer, self.device)
+        self.model, _ = train.make_model(args, None, tokenizer.vocab_size, self.device)
         N = args.batch_size
         S = self.model.config.image_size
         grid = self.model.visual.grid
@@ -185,7 +179,7 @@ class Run:
         keep = train.patches_to_keep(args.patch_dropout, grid, N, args.seed, 0, self.device)
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens, "keep": keep}
         self.batch = {name: x.to(self.device) for name, x in batch.items() if x is not None}
-        self.autocast, self.scaler = precision(self.device, args.dtype)
+        self.autocast, self.scaler = train.precision(self.device, args.dtype)
         if self.scaler.is_enabled():
             # At this scale the first gradients of float16 are finite, and no update is skipped.
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": 1024.0})
