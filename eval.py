@@ -260,9 +260,7 @@ class ShardImages(Dataset):
         pairs = self.pairs
         row = pairs.index[i].tolist()
         try:
-            texts = []
-            for source in dict.fromkeys(pairs.captions):
-                texts += pairs.texts(row, source)
+            texts = pairs.all_texts(row, pairs.captions)
             return data.load_image(pairs.read(row, data.IMAGE), pairs.image_size), texts
         except (data.BadSample, OSError) as error:
             return f"{pairs.shards[row[0]]}: {pairs.key(row)}: {error}", None
@@ -305,8 +303,7 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
     """list of M strings -> features (M, E)."""
     features = []
     for i in data.progress(range(0, len(texts), batch_size), "encoding texts"):
-        tokens = tokenizer(texts[i : i + batch_size])  # (B, T)
-        tokens = tokens[:, : tokens.argmax(dim=1).max() + 1]  # up to the last end token
+        tokens = data.trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
@@ -723,8 +720,8 @@ def command_zeroshot(model, tokenizer, args):
 
 def command_retrieval(model, tokenizer, args):
     shards = data.expand(args.data)
-    sides = {Path(shard).name.partition("-")[0] for shard in shards}
-    if {"train", "val"} <= sides:
+    sides = {data.side(shard) for shard in shards}
+    if {"train", "validation"} <= sides:
         raise InputError("these shards are of training and of validation: name one of the two")
     pairs = data.Pairs(shards, tokenizer, model.config.image_size, args.captions)
     images, texts, owner = encode_shards(model, pairs, args.batch_size, args.workers)
