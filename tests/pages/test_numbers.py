@@ -73,6 +73,19 @@ WORD_LOSSES = [
 ]
 TO_TEXT, TO_IMAGE = (100 * LAST["validation"][way]["R@1"]["value"] for way in WAYS)
 
+
+def of_study(metric, kind="value", **spec):
+    """The mean over the runs of the study that have this spec, in percent."""
+    runs = [run for run in rows_of("runs.jsonl") if spec.items() <= run["spec"].items()]
+    numbers = [run["scores"][metric][kind] for run in runs]
+    return 100 * sum(numbers) / len(numbers)
+
+
+OBJECTS = {"data": "objects", "search": False, "batch_size": 16, "samples": 96_000}
+UNTRAINED = {"data": "objects", "search": False, "samples": 0}
+SEARCH = {"data": "scenes", "search": True, "batch_size": 32, "group": None, "samples": 48_000}
+SEARCH |= {"settings": 256, "captions": "mixed", "label_captions": None}
+
 SENTENCES = {  # each # stands for one of the numbers, in this order
     "After # steps R@1 is at # %": (FIRST["step"], 100 * FIRST["mean_r1"]),
     "Colours come first (# %), shapes later (# %)": (
@@ -93,6 +106,17 @@ SENTENCES = {  # each # stands for one of the numbers, in this order
         zeroshot(LAST, "shape"),
     ),
     "Better than zero-shot (# %)": (zeroshot(LAST, "held_out"),),
+    "the setting alone gives # %": (of_study("R@1", "floor", **OBJECTS),),
+    "names # % with random weights and # % after CLIP": (
+        of_study("probe object", **UNTRAINED),
+        of_study("probe object", cls_weight=0.0, **OBJECTS),
+    ),
+    "at 7e-4 CLIP # %, SuperCLIP # %; at 3.5e-4 # and # %": (
+        of_study("R@1", cls_weight=0.0, learning_rate=7e-4, **SEARCH),
+        of_study("R@1", cls_weight=1.0, learning_rate=7e-4, **SEARCH),
+        of_study("R@1", cls_weight=0.0, learning_rate=3.5e-4, **SEARCH),
+        of_study("R@1", cls_weight=1.0, learning_rate=3.5e-4, **SEARCH),
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """The model in the repository, assets/tiny.pt, loads and is the one of the README's numbers."""
 
-import random
+import os
 import re
 from pathlib import Path
 
@@ -18,29 +18,44 @@ TINY = ROOT / "assets" / "tiny.pt"
 
 
 @pytest.fixture(scope="module")
-def held_out():
-    """The pictures of scenes/zeroshot/held_out: pairs of an image and the number of its class."""
-    names = [*map(" ".join, scenes.COMBINATIONS)]
-    pictures = []
-    for look in scenes.HELD_OUT:
-        name = " ".join(look)
-        for i in range(40):
-            scene = scenes.make_scene(random.Random(f"held_out {name} {i}"), [look], count=1)
-            image = data.load_image(scenes.jpeg(scene), scenes.SIZE)
-            pictures.append((image, names.index(name)))
-    return pictures
+def world(tmp_path_factory):
+    """The built-in scenes of validation: shards of pairs, and folders of single objects."""
+    folder = tmp_path_factory.mktemp("world") / "scenes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)  # one process, because each has to import torch
+        scenes.make_scenes(folder, train=1)
+    return folder
 
 
-def test_it_names_what_training_never_showed_as_often_as_the_readme_says(held_out):
-    """Within two pictures, because another CPU rounds otherwise."""
-    stated = re.search(r"held_out +([\d.]+) % +chance +1.56 % .+ n 320\n", README)
+def stated(name):
+    """The score in the README's line of this name, in percent."""
+    return float(re.search(rf"^{name} +([\d.]+) %", README, re.M)[1])
+
+
+def test_it_finds_captions_as_often_as_the_readme_says(world):
+    """Within two of 1,000 images, because another CPU rounds otherwise."""
     model, tokenizer, _ = evaluation.load(TINY)
-    names = [*map(" ".join, scenes.COMBINATIONS)]
+    shards = data.expand([f"{world}/val-*.tar"])
+    pairs = data.Pairs(shards, tokenizer, model.config.image_size, ["json.long"])
 
-    score = evaluation.zeroshot(model, tokenizer, held_out, names, workers=0)["top1"]
+    scores = evaluation.retrieval(*evaluation.encode_shards(model, pairs))
 
-    assert score["n"] == 320
-    assert 100 * score["value"] == pytest.approx(float(stated[1]), abs=0.63)
+    found = scores["image_to_text"]["R@1"]
+    assert found["n"] == 1000
+    assert 100 * found["value"] == pytest.approx(stated("image to text R@1"), abs=0.21)
+
+
+@pytest.mark.parametrize("name, n", [("colour_shape", 640), ("held_out", 320)])
+def test_it_names_objects_as_often_as_the_readme_says(world, name, n):
+    """Within two images."""
+    model, tokenizer, _ = evaluation.load(TINY)
+    images = evaluation.ClassFolders(world / "zeroshot" / name, model.config.image_size)
+    names = evaluation.class_names(images)
+
+    score = evaluation.zeroshot(model, tokenizer, images, names, workers=0)["top1"]
+
+    assert score["n"] == n
+    assert 100 * score["value"] == pytest.approx(stated(f"zero-shot {name}"), abs=201 / n)
 
 
 def test_the_readmes_first_command_draws_scenes_and_the_words_that_it_sees(tmp_path, capsys):
