@@ -1,9 +1,8 @@
 """One run of the study in compare.py: train a model on the CPU, score it, and return the numbers.
 
 A run is a process with one thread, and there are as many at a time as there are cores, because for
-models of this size that trains more than one process with all cores does. Its steps are made of
-train.py's functions. They differ from train.py's in one thing: images are decoded once, so there is
-no crop augmentation.
+models of this size that trains more than one process with all cores does. Its steps are those of
+`train.py --crop_area 1`, equal to the bit, from images that are decoded once.
 
 There are three sets of pairs: the built-in *scenes*; *objects*, which are photographs of CIFAR-10
 in settings drawn as for the scenes; and *products*, photographs of a shop with their titles.
@@ -39,7 +38,7 @@ RUN = dict(
     learning_rate=None,
     samples=48_000,  # seen
     seed=0,
-    search=False,  # "mean": trained and judged on training pairs (True: an older rule)
+    search=False,  # "mean": trained and judged on training pairs, to choose a learning rate
     captions="mixed",  # short, long, or a mix of both
     label_captions=None,  # for the words, if others
 )
@@ -53,6 +52,13 @@ CORNERS = 3, 37  # pixels: where it may begin, inside the border
 MOST = {"train": 25_000, "test": 4_000}  # photographs of objects that become pairs
 VAL = 0.15  # share of the products
 KINDS = "type", "colour", "neither"  # of words in a title: what they name
+FACTS = {"objects": ["object"], "products": ["type", "colour"]}  # that photographs are told by
+# What a learning rate is chosen by beside R@1: a zero-shot score of each set of pairs.
+SECOND_SCORE = {
+    "scenes": "colour_shape",
+    "objects": "zero-shot object",
+    "products": "zero-shot type",
+}
 
 
 # -----------------------------------------------------------------------------
@@ -65,27 +71,38 @@ class Table:
 
     def __init__(self, path, part=slice(None)):
         content = torch.load(path, mmap=True, weights_only=True)
-        self.images, self.tokens = content["images"][part], content["tokens"][part]
-        self.facts, self.vocab = json.loads(content["facts"])[part], content["vocab"]
+        self.images = content["images"][part]
+        self.tokens = content["tokens"][part]
+        self.facts = json.loads(content["facts"])[part]
+        self.vocab = content["vocab"]
 
 
 def write_table(path, tokenizer, images, captions, facts):
     """images (N, 3, S, S); captions: a list of C texts of each; facts: a dict of each."""
-    ids = [[tokenizer.encode(text) for text in of_image] for of_image in captions]
-    length = min(77, 2 + max(len(caption) for of_image in ids for caption in of_image))
-    tokens = torch.stack([tokenizer.pad(of_image, length) for of_image in ids]).int()
-    content = {"images": images, "tokens": tokens, "facts": json.dumps(facts)}
-    torch.save({**content, "vocab": tokenizer.vocab}, path)
+    ids = []
+    for texts in captions:
+        ids.append([tokenizer.encode(text) for text in texts])
+    longest = max(len(max(ids_of_image, key=len)) for ids_of_image in ids)
+    length = min(77, 2 + longest)  # with start and end
+    tokens = [tokenizer.pad(ids_of_image, length) for ids_of_image in ids]
+    content = {
+        "images": images,
+        "tokens": torch.stack(tokens).int(),
+        "facts": json.dumps(facts),
+        "vocab": tokenizer.vocab,
+    }
+    torch.save(content, path)
 
 
 def read_shards(shards, captions):
-    """-> images (N, 3, S, S), the captions of each, and its fields of .json."""
-    pairs, images, texts = data.Pairs(shards, None, scenes.SIZE, captions), [], []
-    for pixels, of_batch in evaluation.batches(
-        evaluation.ShardImages(pairs), 256, None, "decoding"
-    ):
+    """Returns images (N, 3, S, S), the list of captions of each, and its fields of .json."""
+    pairs = data.Pairs(shards, None, scenes.SIZE, captions)
+    dataset = evaluation.ShardImages(pairs)
+    images = []
+    texts = []
+    for pixels, texts_of_batch in evaluation.batches(dataset, 256, None, "decoding"):
         images.append(pixels)
-        texts += of_batch
+        texts += texts_of_batch
     fields = [json.loads(pairs.read(row, data.JSON)) for row in pairs.index.tolist()]
     return torch.cat(images), texts, fields
 
@@ -103,27 +120,34 @@ def prepare_scenes(folder, settings, **numbers):
     for part in ("train", "val"):
         shards = data.expand([f"{world}/{part}-*.tar"])
         images, captions, fields = read_shards(shards, ["json.short", "json.long"])
-        drawn = [f["scene"] for f in fields]
-        write_table(folder / f"scenes-{settings}-{part}.pt", tokenizer, images, captions, drawn)
+        facts = [f["scene"] for f in fields]
+        write_table(folder / f"scenes-{settings}-{part}.pt", tokenizer, images, captions, facts)
 
 
 def place_objects(dataset, settings, most, seed):
-    """Photographs with the numbers of their classes, each in a corner of a drawn setting -> as
-    write_table takes them: images, captions (the setting, and three that name the object, too),
-    facts."""
-    grounds = {x: scenes.draw_setting(*x, 4 * scenes.SIZE).reduce(4) for x in settings}
-    images, captions, facts, rng = [], [], [], random.Random(seed)
+    """Put photographs, each in a corner of a drawn setting. dataset: photographs with the numbers
+    of their classes; most: as many of them at most. Returns images, captions (the setting, and
+    three that name the object, too) and facts, as write_table takes them."""
+    rng = random.Random(seed)
     numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
-    for photograph, label in map(dataset.__getitem__, data.progress(numbers, "placing objects")):
+    images = []
+    captions = []
+    facts = []
+    for number in data.progress(numbers, "placing objects"):
+        photograph, label = dataset[number]
         check(not isinstance(photograph, str), photograph)
-        cloth, pattern, border = setting = rng.choice(settings)
+        setting = rng.choice(settings)
         x, y = rng.choice(CORNERS), rng.choice(CORNERS)
-        image = data.load_image(grounds[setting], scenes.SIZE).clone()
+        picture = scenes.draw_setting(*setting, 4 * scenes.SIZE).reduce(4)
+        image = data.load_image(picture, scenes.SIZE).clone()
         image[:, y : y + PHOTOGRAPH, x : x + PHOTOGRAPH] = photograph
-        name, ground = dataset.classes[label], f"{pattern} {cloth} with {border}"
-        thing = f"an {name}" if name[0] in "aeiou" else f"a {name}"
-        long = f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"
+        cloth, pattern, border = setting
+        ground = f"{pattern} {cloth} with {border}"
+        name = dataset.classes[label]
+        article = "an" if name[0] in "aeiou" else "a"
+        thing = f"{article} {name}"
         images.append(image)
+        long = [f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"]
         captions.append([ground, *long])
         facts.append({"object": thing, "setting": ground})
     return torch.stack(images), captions, facts
@@ -134,20 +158,23 @@ def read_objects(source, split):
     or None for CIFAR-10, which is downloaded."""
     if source:
         return evaluation.ClassFolders(source / split, PHOTOGRAPH)
-    load, folder = partial(data.load_image, size=PHOTOGRAPH), cache_folder()
+    load = partial(data.load_image, size=PHOTOGRAPH)
+    folder = cache_folder()
     try:
         return torchvision.datasets.CIFAR10(folder, split == "train", load, download=True)
     except OSError as error:
         raise InputError(f"cannot download CIFAR-10 ({error}): see --objects") from None
 
 
-def prepare_objects(folder, settings, source):
+def prepare_objects(folder, settings, source=None):
     """Decode objects into `folder`. source: see read_objects."""
-    some, parts = some_settings(settings), {}
+    parts = {}
+    words = set()
     for name, split in (("train", "train"), ("val", "test")):
-        parts[name] = place_objects(read_objects(source, split), some, MOST[split], split)
-    texts = (text for _, captions, _ in parts.values() for own in captions for text in own)
-    words = {word for text in texts for word in text.split()}
+        dataset = read_objects(source, split)
+        parts[name] = place_objects(dataset, some_settings(settings), MOST[split], split)
+        for texts in parts[name][1]:
+            words.update(" ".join(texts).split())
     tokenizer = data.Tokenizer(data.words_to_tiktoken(sorted(words)))
     for name, part in parts.items():
         write_table(folder / f"objects-{settings}-{name}.pt", tokenizer, *part)
@@ -157,11 +184,14 @@ def prepare_products(folder, settings, source):
     """Pack and decode products into `folder`. source: a folder with pairs.csv and images/. A hash
     of the image file decides on which side a product is."""
     shards = folder / "products"
-    images, out = ("--images", f"{source}/images"), ("--out", str(shards))
-    pack.main(["--csv", f"{source}/pairs.csv", *images, *out, "--val", str(VAL)])
-    captions, seen = ["json.group", "txt"], set()
+    # fmt: off
+    pack.main(["--csv", f"{source}/pairs.csv", "--images", f"{source}/images",
+               "--out", str(shards), "--val", str(VAL)])
+    # fmt: on
+    captions = ["json.group", "txt"]
     train_shards = data.expand([shards / "train-*.tar"])
     tokenizer = data.Tokenizer(make_vocabulary(train_shards, 10_000, captions))
+    seen = set()
     for part in ("train", "val"):
         images, texts, facts = read_shards(data.expand([shards / f"{part}-*.tar"]), captions)
         # Shuffled, because a list is often sorted, and the last pairs of training judge a search.
@@ -169,19 +199,27 @@ def prepare_products(folder, settings, source):
         if part == "val":
             numbers = new_products(facts, numbers, seen)
         for f in facts:
-            seen |= {f["sha256"], data.clean(f["captions"][0])}
-        facts, texts = ([x[i] for i in numbers] for x in (facts, texts))
+            seen |= identity(f)
+        texts = [texts[i] for i in numbers]
+        facts = [facts[i] for i in numbers]
         path = folder / f"products-{settings}-{part}.pt"
         write_table(path, tokenizer, images[numbers], texts, facts)
+
+
+def identity(facts):
+    """What makes two products the same: the file, or the title."""
+    return {facts["sha256"], data.clean(facts["captions"][0])}
 
 
 def new_products(facts, numbers, seen):
     """Those of these numbers whose file and title are neither in `seen` nor among the products
     before them."""
-    seen, kept = {*seen}, []
+    seen = {*seen}
+    kept = []
     for i in numbers:
-        known = {facts[i]["sha256"], data.clean(facts[i]["captions"][0])}
-        kept += [] if known & seen else [i]
+        known = identity(facts[i])
+        if not known & seen:
+            kept.append(i)
         seen |= known
     return kept
 
@@ -191,11 +229,17 @@ class DecodedPairs(data.Pairs):
     of the time, as train.py does with --captions json.short json.long."""
 
     def __init__(self, table, tokenizer, spec):
-        self.images, self.tokens, self.tokenizer = table.images, table.tokens, tokenizer
-        self.image_size, self.seed = scenes.SIZE, spec["seed"]
+        self.images = table.images
+        self.tokens = table.tokens
+        self.tokenizer = tokenizer
+        self.image_size = scenes.SIZE
+        self.seed = spec["seed"]
         numbers = range(table.tokens.shape[1])
-        sources = {"short": [numbers[:1]], "long": [numbers[1:]]}
-        sources["mixed"] = sources["short"] + sources["long"]
+        sources = {
+            "short": [numbers[:1]],
+            "long": [numbers[1:]],
+            "mixed": [numbers[:1], numbers[1:]],
+        }
         self.captions = sources[spec["captions"]]
         self.label_captions = sources[spec["label_captions"] or spec["captions"]]
 
@@ -218,7 +262,7 @@ class DecodedPairs(data.Pairs):
 
 def trim(tokens):
     """(B, T) -> the columns up to the longest caption's end token, the largest id of a caption."""
-    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].long()
+    return tokens[:, : tokens.argmax(dim=1).max() + 1].long()
 
 
 # -----------------------------------------------------------------------------
@@ -228,13 +272,20 @@ def trim(tokens):
 def retrieval_scores(model, table):
     """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
     added. The captions are long ones."""
-    images = torch.cat([model.encode_image(part) for part in table.images[:RANKED].split(256)])
+    images = [model.encode_image(part) for part in table.images[:RANKED].split(256)]
     texts = [model.encode_text(trim(part)) for part in table.tokens[:RANKED, 1].split(256)]
-    a, b = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images))).values()
-    return {
-        k: {"n": a[k]["n"] + b[k]["n"]} | {x: (a[k][x] + b[k][x]) / 2 for x in ("value", "chance")}
-        for k in ("R@1", "R@5", "R@10")
-    }
+    images = torch.cat(images)
+    ways = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images)))
+    scores = {}
+    for name in ("R@1", "R@5", "R@10"):
+        a = ways["image_to_text"][name]
+        b = ways["text_to_image"][name]
+        scores[name] = {
+            "value": (a["value"] + b["value"]) / 2,
+            "chance": (a["chance"] + b["chance"]) / 2,
+            "n": a["n"] + b["n"],
+        }
+    return scores
 
 
 def floor(facts):
@@ -243,83 +294,127 @@ def floor(facts):
     return len({f["setting"] for f in facts}) / len(facts)
 
 
-def classify(model, tokenizer, images, labels, learn, templates=evaluation.TEMPLATES):
-    """images (N, 3, S, S) and N names -> what eval.py's zeroshot returns, and the scores of linear
-    probes on the frozen class token and on the mean of the patch tokens. The probes learn from the
-    images for which learn (N,) is true, and are scored on the others."""
-    names = sorted({*labels})
-    dataset = [(image, names.index(label)) for image, label in zip(images, labels)]
-    probes, (features, y) = [], evaluation.frozen_features(model, dataset)
-    for x in features.chunk(2, dim=1):
-        with torch.enable_grad():
-            parts = (x[learn], y[learn]), (x[~learn], y[~learn])
-            probes.append(evaluation.probe(*parts, len(names))[0])
-    return evaluation.zeroshot(model, tokenizer, dataset, names, templates), *probes
+def classes_of(images, labels):
+    """images (N, 3, S, S) and N names -> a dataset of (image, class number), the classes."""
+    classes = sorted({*labels})
+    numbers = [classes.index(label) for label in labels]
+    return list(zip(images, numbers)), classes
+
+
+def probe(features, labels, learn):
+    """The score of a linear probe on frozen features (N, D) with labels (N,). It learns from the
+    images for which learn (N,) is true, and is scored on the others."""
+    taught = features[learn], labels[learn]
+    asked = features[~learn], labels[~learn]
+    classes = int(labels.max()) + 1
+    with torch.enable_grad():
+        return evaluation.probe(taught, asked, classes)[0]
 
 
 def draw_looks(combinations, kind):
-    """PER_LOOK pictures of one object for each combination -> the looks, the images."""
-    looks = [look for look in combinations for _ in range(PER_LOOK)]
+    """PER_LOOK pictures of one object for each combination. Returns images and looks, which are
+    names such as "red star". kind: seeds the drawing."""
     images = []
-    for i, look in enumerate(looks):
-        scene = scenes.make_scene(random.Random(f"{kind} {i}"), [look], 1)
-        images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
-    return looks, images
+    looks = []
+    for look in combinations:
+        for _ in range(PER_LOOK):
+            scene = scenes.make_scene(random.Random(f"{kind} {len(images)}"), [look], 1)
+            images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
+            looks.append(" ".join(look))
+    return images, looks
 
 
 def searched_look_scores(model, tokenizer):
-    """What a learning rate is chosen by, beside R@1: zero-shot accuracy among the 64 looks, of
-    pictures that are not those of the study, and of looks that training shows."""
-    looks, images = draw_looks(scenes.SEEN, "search")
-    names = [*map(" ".join, scenes.COMBINATIONS)]
-    dataset = [(image, names.index(" ".join(look))) for image, look in zip(images, looks)]
-    return {"colour_shape": evaluation.zeroshot(model, tokenizer, dataset, names)["top1"]}
+    """colour_shape for a search: zero-shot accuracy among the 64 looks, of pictures that are not
+    those of the study, and of looks that training shows."""
+    images, looks = draw_looks(scenes.SEEN, "search")
+    names = [" ".join(look) for look in scenes.COMBINATIONS]
+    dataset = [(image, names.index(look)) for image, look in zip(images, looks)]
+    result = evaluation.zeroshot(model, tokenizer, dataset, names)
+    return {"colour_shape": result["top1"]}
 
 
 def look_scores(model, tokenizer):
-    """Scores of drawn pictures of one object."""
-    looks, images = draw_looks(scenes.COMBINATIONS, "object")
-    learn, scores = torch.arange(len(looks)) % PER_LOOK < SHOTS, {}
-    for name, labels in (
-        ("colour", [c for c, _ in looks]),
-        ("shape", [s for _, s in looks]),
-        ("colour_shape", [*map(" ".join, looks)]),
-    ):
-        zeroshot, probe, _ = classify(model, tokenizer, images, labels, learn)
-        scores |= {name: zeroshot["top1"], f"probe {name}": probe}
-    unseen = [s for s in zeroshot["per_class"] if (*s["name"].split(),) in scenes.HELD_OUT]
-    value, n = (sum(s[x] for s in unseen) for x in ("value", "n"))
-    scores["held_out"] = {**zeroshot["top1"], "value": value / len(unseen), "n": n}
+    """Scores of drawn pictures of one object: zero-shot, and linear probes of the class token."""
+    images, looks = draw_looks(scenes.COMBINATIONS, "object")
+    learn = torch.arange(len(looks)) % PER_LOOK < SHOTS
+    labels = {
+        "colour": [look.split()[0] for look in looks],
+        "shape": [look.split()[1] for look in looks],
+        "colour_shape": looks,
+    }
+    scores = {}
+    for name in labels:
+        dataset, classes = classes_of(images, labels[name])
+        zeroshot = evaluation.zeroshot(model, tokenizer, dataset, classes)
+        features, numbers = evaluation.frozen_features(model, dataset)
+        class_token, _ = features.chunk(2, dim=1)
+        scores[name] = zeroshot["top1"]
+        scores[f"probe {name}"] = probe(class_token, numbers, learn)
+    # of the last one, colour_shape
+    held_out = [" ".join(look) for look in scenes.HELD_OUT]
+    unseen = [s for s in zeroshot["per_class"] if s["name"] in held_out]
+    scores["held_out"] = {
+        "value": sum(s["value"] for s in unseen) / len(unseen),
+        "chance": zeroshot["top1"]["chance"],
+        "n": sum(s["n"] for s in unseen),
+    }
     return scores
 
 
-def photograph_scores(model, tokenizer, table, fact, templates=("{}",)):
-    """Classification of photographs by one of their facts, among its ten commonest values. The
-    probes learn from the second half of the photographs."""
-    names = [name for name, _ in Counter(f[fact] for f in table.facts).most_common(10)]
+def photographs(table, fact):
+    """The photographs that have one of the ten commonest values of a fact -> a dataset of (image,
+    class number), the classes."""
+    common = Counter(f[fact] for f in table.facts).most_common(10)
+    names = [name for name, _ in common]
     numbers = [i for i, f in enumerate(table.facts) if f[fact] in names]
     labels = [table.facts[i][fact] for i in numbers]
+    return classes_of(table.images[numbers], labels)
+
+
+def zeroshot_photographs(model, tokenizer, table, fact):
+    """Zero-shot classification of photographs by one of their facts, as a dict of one score."""
+    dataset, classes = photographs(table, fact)
+    templates = ["{}"]
+    if fact == "object":  # captions name the setting, too
+        settings = dict.fromkeys(f["setting"] for f in table.facts)
+        templates = ["{} on " + setting for setting in settings]
+    result = evaluation.zeroshot(model, tokenizer, dataset, classes, templates)
+    return {f"zero-shot {fact}": result["top1"]}
+
+
+def probe_photographs(model, table, fact):
+    """Linear probes of the class token and of the mean of the patch tokens, by one of the facts.
+    They learn from the second half of the photographs."""
+    dataset, _ = photographs(table, fact)
+    features, labels = evaluation.frozen_features(model, dataset)
+    class_token, patch_mean = features.chunk(2, dim=1)
     learn = torch.arange(len(labels)) >= len(labels) // 2
-    zeroshot, *probes = classify(model, tokenizer, table.images[numbers], labels, learn, templates)
-    kinds = f"zero-shot {fact}", f"probe {fact}", f"patch probe {fact}"
-    return dict(zip(kinds, (zeroshot["top1"], *probes)))
+    return {
+        f"probe {fact}": probe(class_token, labels, learn),
+        f"patch probe {fact}": probe(patch_mean, labels, learn),
+    }
+
+
+def stem(word):
+    """A word without plural and hyphens: titles write t-shirt, types Tshirts."""
+    return word.replace("-", "").rstrip("s")
 
 
 def word_scores(model, tokenizer, table):
     """How well the head's logit of a word ranks the images that have it in their title: mean
     average precision over the words of at least ten images, for each of KINDS. Chance is the share
     of images that have the word."""
-
-    def stem(word):  # without plurals and hyphens: titles write t-shirt, types Tshirts
-        return word.replace("-", "").rstrip("s")
-
     logits = torch.cat([model.class_logits(part) for part in table.images.split(256)])
     has = torch.zeros_like(logits, dtype=torch.bool)  # (N, V)
     has.scatter_(1, table.tokens[:, 1].long(), True)
     has[:, [PAD, tokenizer.start, tokenizer.end]] = False
-    rest, scores = (has.sum(dim=0) >= 10).nonzero().flatten().tolist(), {}
+    rest = (has.sum(dim=0) >= 10).nonzero().flatten().tolist()
+    scores = {}
     for kind in KINDS:
-        named = {stem(w) for f in table.facts for w in data.clean(f.get(kind, "")).split()}
+        named = set()
+        for f in table.facts:
+            named.update(stem(word) for word in data.clean(f.get(kind, "")).split())
         words = [w for w in rest if kind == "neither" or stem(tokenizer.decode([w])) in named]
         rest = [w for w in rest if w not in words]
         if words:
@@ -339,17 +434,24 @@ def average_precision(scores, right):
 def swap_scores(model, tokenizer, table):
     """Of scenes with two objects: which caption is true, its own, or one in which the objects have
     exchanged their colours? Both have the same words, so a bag of words cannot tell them apart."""
-    numbers, texts = [], []
+    numbers = []
+    texts = []
     for i, scene in enumerate(table.facts[:500]):
-        if len(scene["objects"]) == 2:
-            first, second = scene["objects"]
-            others = {**first, "colour": second["colour"]}, {**second, "colour": first["colour"]}
-            for objects in (scene["objects"], others):
-                # Both are worded alike.
-                texts.append(scenes.describe({**scene, "objects": objects}, random.Random(i))[1])
-            numbers.append(i)
+        if len(scene["objects"]) < 2:
+            continue
+        first, second = scene["objects"]
+        swapped = [
+            {**first, "colour": second["colour"]},
+            {**second, "colour": first["colour"]},
+        ]
+        for objects in (scene["objects"], swapped):
+            rng = random.Random(i)  # so that both are worded alike
+            _, long = scenes.describe({**scene, "objects": objects}, rng)
+            texts.append(long)
+        numbers.append(i)
     answers = evaluation.encode_texts(model, tokenizer, texts).unflatten(0, (len(numbers), 2))
-    cosines = torch.einsum("ne,nce->nc", model.encode_image(table.images[numbers]), answers)
+    images = model.encode_image(table.images[numbers])
+    cosines = torch.einsum("ne,nce->nc", images, answers)
     right = torch.tensor([True, False]).expand(len(numbers), 2)
     hits = evaluation.recall(evaluation.rank_counts(cosines, right), 1)
     return {"choose swap": evaluation.score(hits, 1 / 2)}
@@ -361,14 +463,16 @@ def swap_scores(model, tokenizer, table):
 
 def make_model(spec, vocab_size):
     torch.manual_seed(spec["seed"])
-    fields = {k: v for k, v in spec.items() if hasattr(SuperCLIPConfig, k)}
-    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size, **fields))
+    tiny = PRESETS["tiny"]
+    config = SuperCLIPConfig(**tiny, vocab_size=vocab_size, cls_weight=spec["cls_weight"])
+    model = SuperCLIP(config)
     if spec["group"]:  # each image is told from the captions of its own group only
         compare = model.compare
 
-        def compare_in_groups(*features):
-            groups = zip(*(x.split(spec["group"]) for x in features))
-            losses = [compare(*group)["contrastive_loss"] for group in groups]
+        def compare_in_groups(images, texts):
+            losses = []
+            for group in zip(images.split(spec["group"]), texts.split(spec["group"])):
+                losses.append(compare(*group)["contrastive_loss"])
             return {"contrastive_loss": torch.stack(losses).mean()}
 
         model.compare = compare_in_groups
@@ -379,21 +483,22 @@ def optimise(model, tokenizer, table, spec):
     """Train as train.py does. Returns the last losses and the dtype, which is bfloat16 if the CPU
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
     differed by 0.2 points at most, and colour_shape by 1.6.)"""
-    device, rate = torch.device("cpu"), spec["learning_rate"]
+    device = torch.device("cpu")
     dtype = train.pick_dtype(device, scenes=True)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
     autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rate = spec["learning_rate"]
+    N = spec["batch_size"]
     optimizer = train.make_optimizer(model, rate, rate, scenes.built_in()["weight_decay"])
-    N, steps = spec["batch_size"], spec["samples"] // spec["batch_size"]
+    steps = spec["samples"] // N
     pairs = DecodedPairs(table, tokenizer, spec)
     batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, device)
     losses = {}
     for step, (batch, _) in enumerate(batches):
         losses = train.plain_step(model, batch, autocast, scaler)
-        train.update(
-            model, optimizer, scaler, train.learning_rate_at(step, 1.0, steps // 10, steps)
-        )
+        factor = train.learning_rate_at(step, 1.0, steps // 10, steps)
+        train.update(model, optimizer, scaler, factor)
     return {name: x.item() for name, x in losses.items() if name.endswith("_loss")}, dtype
 
 
@@ -402,30 +507,40 @@ def score_run(model, tokenizer, spec, held_out):
     scores = retrieval_scores(model, held_out)
     if spec["data"] == "objects":
         scores["R@1"]["floor"] = floor(held_out.facts[:RANKED])
-    if spec["search"] == "mean" and spec["data"] == "scenes":
+    if spec["search"] and spec["data"] == "scenes":
         return scores | searched_look_scores(model, tokenizer)
     if spec["search"]:
-        return scores
-    if spec["data"] == "objects":
-        grounds = ["{} on " + setting for setting in {f["setting"]: None for f in held_out.facts}]
-        return scores | photograph_scores(model, tokenizer, held_out, "object", grounds)
-    if spec["data"] == "products":
-        for fact in ("type", "colour"):
-            scores |= photograph_scores(model, tokenizer, held_out, fact)
-        return scores | (word_scores(model, tokenizer, held_out) if model.head is not None else {})
-    return scores | look_scores(model, tokenizer) | swap_scores(model, tokenizer, held_out)
+        fact = FACTS[spec["data"]][0]
+        return scores | zeroshot_photographs(model, tokenizer, held_out, fact)
+    if spec["data"] == "scenes":
+        scores |= look_scores(model, tokenizer)
+        return scores | swap_scores(model, tokenizer, held_out)
+    for fact in FACTS[spec["data"]]:
+        scores |= zeroshot_photographs(model, tokenizer, held_out, fact)
+        scores |= probe_photographs(model, held_out, fact)
+    if spec["data"] == "products" and model.head is not None:
+        scores |= word_scores(model, tokenizer, held_out)
+    return scores
+
+
+def rounded(score):
+    """The numbers of a score that runs.jsonl keeps."""
+    names = ("value", "chance", "floor", "n")
+    return {name: round(score[name], 5) for name in names if name in score}
 
 
 def run(task):
     """Train and score one model. task: a spec, the folder of the tables, and perhaps a file to keep
     the model in."""
     spec, folder, *kept = task
-    start, name = time.perf_counter(), f"{spec['data']}-{spec['settings']}"
+    start = time.perf_counter()
+    name = f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
-        parts = slice(-RANKED), slice(-RANKED, None)
-        table, held_out = (Table(folder / f"{name}-train.pt", part) for part in parts)
+        table = Table(folder / f"{name}-train.pt", slice(-RANKED))
+        held_out = Table(folder / f"{name}-train.pt", slice(-RANKED, None))
     else:
-        table, held_out = (Table(folder / f"{name}-{part}.pt") for part in ("train", "val"))
+        table = Table(folder / f"{name}-train.pt")
+        held_out = Table(folder / f"{name}-val.pt")
     tokenizer = data.Tokenizer(table.vocab)
     model = make_model(spec, tokenizer.vocab_size)
     losses, dtype = optimise(model, tokenizer, table, spec)
@@ -433,7 +548,10 @@ def run(task):
     for path in kept:
         evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
     scores = score_run(model, tokenizer, spec, held_out)
-    numbers = "value", "chance", "floor", "n"
-    scores = {k: {x: round(s[x], 5) for x in numbers if x in s} for k, s in scores.items()}
-    seconds = round(time.perf_counter() - start, 1)
-    return {"spec": spec, "scores": scores, "losses": losses, "seconds": seconds, "dtype": dtype}
+    return {
+        "spec": spec,
+        "scores": {name: rounded(score) for name, score in scores.items()},
+        "losses": losses,
+        "seconds": round(time.perf_counter() - start, 1),
+        "dtype": dtype,
+    }
