@@ -31,7 +31,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import tarfile
@@ -70,30 +69,6 @@ COMBINATIONS = list(itertools.product(COLOURS, SHAPES))
 # 8 of the 64 combinations: each colour once, and each shape once.
 HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)]
 SEEN = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
-
-TRAIN_DATA = ["scenes/train-*.tar"]  # of a bare `python train.py`
-
-
-def built_in(batch_size=None):
-    """The options of a bare `python train.py`, which were chosen together. A batch four times as
-    large takes half as many steps, at twice the learning rate."""
-    ratio = math.sqrt((batch_size or 32) / 32)
-    kinds = "colour", "shape", "colour_shape", "held_out"
-    return {
-        "train_data": TRAIN_DATA,
-        "val_data": ["scenes/val-*.tar"],
-        "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in kinds],
-        "captions": ["json.short", "json.long"],
-        "val_captions": ["json.long"],
-        "model": "tiny",
-        "batch_size": 32,
-        "epochs": round(3.6 * ratio, 3),
-        "learning_rate": round(4e-4 * ratio, 6),
-        "weight_decay": 0.1,
-        # The model keeps two cores busy. On a machine with no more, a process of its own for the
-        # loading would only get in its way.
-        "workers": max(0, os.cpu_count() - 2),
-    }
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,6 @@ where it was. This file is the plan and the report. run.py is one run.
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import tempfile
@@ -32,6 +31,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import data
 from cli import check, number, optional, run_command
 from study import run
 
@@ -374,7 +374,7 @@ def describe_machine():
     """Where and when: without it no number means anything."""
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").partition(": ")[2]
     return {
-        "device": f"{cpu}, {os.cpu_count()} cores",
+        "device": f"{cpu}, {data.cores()} cores",
         "torch": torch.__version__,
         "commit": subprocess.getoutput("git describe --always --dirty"),
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -715,7 +715,7 @@ def main(argv):
     add("--objects", type=Path, metavar="DIR", help=text)
     add("--products", type=Path, metavar="DIR", help="pairs.csv and images/ of a shop's products")
     text = "runs at a time (default: the cores)"
-    add("--jobs", type=number(int, 1), default=os.cpu_count(), help=text)
+    add("--jobs", type=number(int, 1), default=data.cores(), help=text)
     args = parser.parse_args(argv)
     if args.quick:
         return quick(args.jobs)

@@ -248,7 +248,7 @@ class DecodedPairs(data.Pairs):
 
     def __getitem__(self, item):
         visit, sample = item
-        rng = random.Random(self.seed << 40 | visit)  # draws what data.Pairs draws
+        rng = data.rng_of_visit(self.seed, visit)  # draws what data.Pairs draws
         caption = label = self.ids(sample, rng.choice(rng.choice(self.captions)))
         if self.label_captions != self.captions:
             label = self.ids(sample, rng.choice(rng.choice(self.label_captions)))
@@ -260,11 +260,6 @@ class DecodedPairs(data.Pairs):
         return ids[1 : ids.index(self.tokenizer.end)]
 
 
-def trim(tokens):
-    """(B, T) -> the columns up to the longest caption's end token, the largest id of a caption."""
-    return tokens[:, : tokens.argmax(dim=1).max() + 1].long()
-
-
 # -----------------------------------------------------------------------------
 # Scores
 
@@ -273,7 +268,9 @@ def retrieval_scores(model, table):
     """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
     added. The captions are long ones."""
     images = [model.encode_image(part) for part in table.images[:RANKED].split(256)]
-    texts = [model.encode_text(trim(part)) for part in table.tokens[:RANKED, 1].split(256)]
+    texts = [
+        model.encode_text(data.trim(part)) for part in table.tokens[:RANKED, 1].long().split(256)
+    ]
     images = torch.cat(images)
     ways = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images)))
     scores = {}
@@ -484,13 +481,12 @@ def optimise(model, tokenizer, table, spec):
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
     differed by 0.2 points at most, and colour_shape by 1.6.)"""
     device = torch.device("cpu")
-    dtype = train.pick_dtype(device, scenes=True)
+    dtype = train.pick_dtype(device)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
-    autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    autocast, scaler = train.precision(device, dtype)
     rate = spec["learning_rate"]
     N = spec["batch_size"]
-    optimizer = train.make_optimizer(model, rate, rate, scenes.built_in()["weight_decay"])
+    optimizer = train.make_optimizer(model, rate, rate, train.SCENES["weight_decay"])
     steps = spec["samples"] // N
     pairs = DecodedPairs(table, tokenizer, spec)
     batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, device)

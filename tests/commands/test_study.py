@@ -3,7 +3,6 @@ says what the runs say. Tiny runs of each kind of data."""
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -69,7 +68,7 @@ def few_looks(monkeypatch):
     """Fewer pictures to draw and to score."""
     monkeypatch.setattr(scenes, "COMBINATIONS", scenes.HELD_OUT)
     monkeypatch.setattr(scenes, "SEEN", scenes.HELD_OUT)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # a process that draws has to import torch
+    monkeypatch.setattr(data, "cores", lambda: 1)  # a process that draws has to import torch
     monkeypatch.setattr(run, "RANKED", 50)
 
 

@@ -1,6 +1,5 @@
 """The model in the repository, assets/tiny.pt, loads and is the one of the README's numbers."""
 
-import os
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def world(tmp_path_factory):
     """The built-in scenes of validation: shards of pairs, and folders of single objects."""
     folder = tmp_path_factory.mktemp("world") / "scenes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)  # one process, because each has to import torch
+        patch.setattr(data, "cores", lambda: 1)  # one process, because each has to import torch
         scenes.make_scenes(folder, train=1)
     return folder
 
