@@ -233,7 +233,7 @@ def cache_folder():
     raise InputError("there is no folder for a cache: set XDG_CACHE_HOME to one")
 
 
-LOCK_FILES = []  # open until the process ends, because closing one would free its lock
+LOCK_FILES = []  # open as long as the locks are to last, because closing a file frees its lock
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES}
 
 
@@ -262,6 +262,12 @@ def lock_folder(folder, seconds=60):
             print(f"waiting for another command to leave {printable(str(folder))}", file=sys.stderr)
             is_told = True
         time.sleep(0.1)
+
+
+def unlock_folders():
+    """Lets other commands into the folders again, as the end of this process does, too."""
+    while LOCK_FILES:
+        LOCK_FILES.pop().close()
 
 
 # -----------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from cli import (
     pick_device,
     printable,
     run_command,
+    unlock_folders,
 )
 from scripts.scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
@@ -1042,6 +1043,8 @@ def main(argv):
         if is_out_of_memory(error):
             raise InputError("out of memory: a smaller --micro_batch_size needs less") from error
         raise
+    finally:
+        unlock_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
     return exit_code

@@ -268,9 +268,8 @@ def retrieval_scores(model, table):
     """R@k among the first thousand pairs, as the mean of both ways, whose numbers of questions are
     added. The captions are long ones."""
     images = [model.encode_image(part) for part in table.images[:RANKED].split(256)]
-    texts = [
-        model.encode_text(data.trim(part)) for part in table.tokens[:RANKED, 1].long().split(256)
-    ]
+    tokens = table.tokens[:RANKED, 1].long()
+    texts = [model.encode_text(data.trim(part)) for part in tokens.split(256)]
     images = torch.cat(images)
     ways = evaluation.retrieval(images, torch.cat(texts), torch.arange(len(images)))
     scores = {}
