@@ -12,7 +12,6 @@ exact, batches are equal on every process, and a run can be resumed from one int
 """
 
 import base64
-import errno
 import glob
 import gzip
 import hashlib
@@ -27,12 +26,13 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 import unicodedata
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|
 # as in "t-shirt" and "women's". Scripts without spaces have one word per character.
 ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 PART = rf"(?:(?!{ALONE})[\p{{L}}\p{{M}}\p{{N}}])+"
-WORD = regex.compile(rf"{START}|{END}|{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")
+WORD = regex.compile(rf"{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")
 QUOTES = str.maketrans("‘’‚‛ʼ“”„‟", "'''''\"\"\"\"")
 CONTROL = regex.compile("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 # Letters of full and half width, and ligatures
@@ -78,8 +78,8 @@ WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\
 
 
 def clean(text):
-    """A caption as CLIP's tokenizer sees it: HTML entities decoded, quotes straightened, letters
-    composed (NFC), of normal width and in lower case.
+    """Returns a caption as CLIP's tokenizer sees it: HTML entities decoded, quotes straightened,
+    letters composed (NFC), of normal width and in lower case.
 
     This is what open_clip's cleaning does to the captions people write. The library ftfy, which
     open_clip uses, also repairs text that was decoded with the wrong encoding ("cafÃ©"). We leave
@@ -106,30 +106,39 @@ def words_to_tiktoken(words):
 
 def merges_to_tiktoken(text):
     """CLIP's file of BPE merges -> the text of a .tiktoken file of the same vocabulary."""
-    # The file writes each byte as a printable character, and the end of a word as </w>. CLIP uses
-    # no more merges than fill up its vocabulary.
-    byte_of = dict(zip(map(chr, [*BYTES[:188], *range(256, 324)]), BYTES)) | {" ": 32}
-    merges = text.replace(" ", "").replace("</w>", " ").split("\n")[1 : 49152 - 256 - 2 + 1]
-    return tiktoken_text(BYTE_TOKENS + [bytes(byte_of[c] for c in merge) for merge in merges])
+    # The file writes each byte as a printable character, and the end of a word as </w>.
+    characters = map(chr, [*BYTES[:188], *range(256, 324)])
+    byte_of = dict(zip(characters, BYTES)) | {" ": 32}
+    lines = text.replace(" ", "").replace("</w>", " ").split("\n")
+    merges = lines[1:48895]  # as many as fill up CLIP's vocabulary: 49,408 - 512 - 2
+    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
 
 
 def clip_vocabulary():
-    """The text of a .tiktoken file of CLIP's vocabulary: from an installed open_clip_torch, from
-    tiktoken's cache, or by download."""
+    """Returns the text of a .tiktoken file of CLIP's vocabulary: from an installed open_clip_torch,
+    from tiktoken's cache, or by download. Raises InputError."""
     spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
-    with suppress(Exception):  # whatever the network raises
-        if spec:
-            content = Path(spec.origin).with_name(CLIP_VOCAB_URL.rpartition("/")[2]).read_bytes()
+    try:
+        if spec and spec.origin:
+            content = Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
         else:
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
         return merges_to_tiktoken(gzip.decompress(content).decode())
-    raise InputError(f"cannot download {CLIP_VOCAB_URL}: install open_clip_torch, or give --vocab")
+    except Exception as error:  # whatever the disk and the network raise
+        reason = f"CLIP's vocabulary can neither be read nor downloaded ({error})"
+        raise InputError(f"{reason}: install open_clip_torch, or give --vocab") from error
 
 
-def vocabulary_beside(shards):
-    """The default of --vocab: vocab.tiktoken beside the shards if it is there, else clip."""
-    path = Path(shards[0]).with_name("vocab.tiktoken")
-    return path if path.is_file() else "clip"
+def read_ranks(vocab):
+    """The text of a .tiktoken file -> dict of token (bytes) -> rank. Raises InputError."""
+    try:
+        lines = [line.split() for line in vocab.splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise InputError("lines of a vocabulary are tokens in base64 and ranks") from error
+    check(sorted(ranks.values()) == [*range(len(ranks))], "tokens do not have ranks from 0 up")
+    check(ranks.keys() >= {*BYTE_TOKENS}, "tokens do not include each byte, alone and with a space")
+    return ranks
 
 
 class Tokenizer:
@@ -137,43 +146,60 @@ class Tokenizer:
 
     The trick is to write CLIP's end-of-word mark as a trailing space byte. Then CLIP's ids are
     tiktoken's ranks, and a word that the vocabulary has as a whole becomes one token. A vocabulary
-    of whole words is one in which every token of several bytes ends in that space.
+    of whole words is one in which every token of several bytes ends in that space. It spells an
+    unknown word in bytes.
     """
 
     def __init__(self, vocab, context_length=77):
         """vocab: the text of a .tiktoken file; context_length: tokens of a caption in __call__."""
-        self.vocab, self.context_length = vocab, context_length
-        ranks = {}
-        with suppress(ValueError):
-            lines = [line.split() for line in vocab.splitlines() if line]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        whole = sorted(ranks.values()) == [*range(len(ranks))] and {*BYTE_TOKENS[:256]} <= {*ranks}
-        check(whole, "a vocabulary has ranks from 0 up, and all 256 single bytes among its tokens")
-        self.start, self.end, self.vocab_size = (len(ranks) + i for i in range(3))
-        has_parts = any(len(token) > 1 and not token.endswith(b" ") for token in ranks)
-        self.pattern = CLIP_WORD if has_parts else WORD
-        special = {START: self.start, END: self.end}
+        self.vocab = vocab
+        self.context_length = context_length
+        self.ranks = read_ranks(vocab)
+        self.start = len(self.ranks)
+        self.end = self.start + 1
+        self.vocab_size = self.start + 2
         self.encoding = tiktoken.Encoding(
-            "superclip", pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens=special
+            "superclip",
+            pat_str="[^ ]+ ",
+            mergeable_ranks=self.ranks,
+            special_tokens={START: self.start, END: self.end},
         )
+        parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
+        self.pattern = CLIP_WORD if parts else WORD
 
     @classmethod
     def from_file(cls, path, context_length=77):
         """path: a .tiktoken file, CLIP's bpe_simple_vocab_16e6.txt.gz, or "clip" to find the latter
-        (clip_vocabulary)."""
+        (clip_vocabulary). Raises InputError."""
         if path == "clip":
             return cls(clip_vocabulary(), context_length)
         content = Path(path).read_bytes()
-        with suppress(Exception):  # gzip, zlib, UTF-8, merges and base64 have errors of their own
-            text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-            is_clip = text.startswith('"bpe_simple_vocab')
-            return cls(merges_to_tiktoken(text) if is_clip else text, context_length)
-        raise InputError(f"{path} is neither a .tiktoken file nor CLIP's file of merges")
+        try:
+            if content.startswith(b"\x1f\x8b"):
+                content = gzip.decompress(content)
+            text = content.decode()
+            if text.startswith('"bpe_simple_vocab'):
+                text = merges_to_tiktoken(text)
+            return cls(text, context_length)
+        except Exception as error:  # gzip, zlib, UTF-8, merges and base64 have errors of their own
+            raise InputError(f"{path} is neither a .tiktoken file nor CLIP's: {error}") from error
 
     def encode(self, text):
         """str -> list of ids of any length, without start and end."""
         words = self.pattern.findall(clean(text))
-        return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
+        if self.pattern is CLIP_WORD:
+            return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
+        # tiktoken would merge an unknown word where it ends in a known one: "pumpkin" would have
+        # the token of "in", and the head would learn to see "in". Here it is spelled in bytes.
+        ids = []
+        for word in words:
+            token = word.encode() + b" "
+            if token in self.ranks:
+                ids.append(self.ranks[token])
+            else:
+                ids += [self.ranks[bytes([byte])] for byte in token[:-2]]
+                ids.append(self.ranks[token[-2:]])  # the last byte has the space
+        return ids
 
     def decode(self, ids):
         """ids -> str in lower case with a space after each word, without start, end and padding."""
@@ -183,13 +209,141 @@ class Tokenizer:
     def __call__(self, texts, context_length=None):
         """list of B strings -> LongTensor (B, context_length): start, tokens, end, padding. A text
         that is too long is cut, and still ends with the end token."""
-        texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(texts, str):
+            texts = [texts]
         return self.pad(map(self.encode, texts), context_length or self.context_length)
 
     def pad(self, captions, length):
         """B lists of ids -> LongTensor (B, length): start, ids, end, padding."""
-        captions = [[self.start, *ids[: length - 2], self.end] for ids in captions]
-        return torch.tensor([c + [PAD] * (length - len(c)) for c in captions]).view(-1, length)
+        rows = [[self.start, *ids[: length - 2], self.end] for ids in captions]
+        rows = [row + [PAD] * (length - len(row)) for row in rows]
+        return torch.tensor(rows).view(-1, length)
+
+
+def tokenizer_for(shards, vocab=None):
+    """Returns the tokenizer of --vocab, a file or "clip". By default it is vocab.tiktoken beside
+    the shards if that is there, else CLIP's."""
+    beside = Path(shards[0]).with_name("vocab.tiktoken")
+    if vocab is None:
+        vocab = beside if beside.is_file() else "clip"
+    return Tokenizer.from_file(vocab)
+
+
+def trim(tokens):
+    """(B, T) -> the columns up to the last end token, which has the largest id. Tokens that follow
+    it change nothing, because attention is causal."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def cores():
+    """Returns the number of cores that this process may use. In a container or under a scheduler
+    they may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def end_with_parent():
+    """Makes this process end when the one that has started it does, even if that is killed. Left
+    alone, it would wait for work for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def process_pool(tasks):
+    """A pool of processes for so many tasks, for a `with` statement. Raises InputError if one of
+    the processes is killed."""
+    try:
+        with ProcessPoolExecutor(min(tasks, cores()), initializer=end_with_parent) as pool:
+            yield pool
+    except BrokenExecutor:
+        raise InputError("a process of the pool was killed: is memory short?") from None
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+
+# How the names of shards end. Those after the first are compressed, which rules out random access.
+ENDINGS = ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
+
+
+def braces(pattern):
+    """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar", and a pattern without braces itself."""
+    match = regex.search(r"{(\d{1,18})\.\.(\d{1,18})}", pattern)
+    if not match:
+        yield pattern
+        return
+    low, high = match.groups()
+    check(int(low) <= int(high), f"there are no numbers in {match[0]}")
+    for i in range(int(low), int(high) + 1):
+        yield from braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
+
+
+def shards_at(path):
+    """Returns the shards that a path, a folder or a glob names, as a list. Raises InputError."""
+    if Path(path).is_dir():  # it may also hold files such as a.tar.part and a.tar.md5
+        found = [p for p in glob.glob(f"{glob.escape(path)}/*") if p.endswith(ENDINGS)]
+    elif Path(path).exists():
+        found = [path]
+    else:
+        found = glob.glob(path)
+    check(found, f"no shards match {path}")
+    return found
+
+
+def expand(patterns):
+    """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
+    braces must match, so that a missing download is noticed."""
+    shards = {}  # real path -> path: a shard that is given twice counts once
+    for pattern in patterns:
+        for path in braces(str(pattern)):
+            for shard in shards_at(path):
+                is_compressed = shard.endswith(ENDINGS[1:])
+                check(os.path.isfile(shard) and not is_compressed, f"not a .tar: {shard}")
+                shards[os.path.realpath(shard)] = shard
+    return sorted(shards.values())
+
+
+def real_paths(paths):
+    """Returns the set of the files that these paths lead to."""
+    return {os.path.realpath(path) for path in paths}
+
+
+# What the names of shards say of the side that they are on.
+SIDES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "validation",
+}
+
+
+def side(path):
+    """Returns "train" or "validation" if the name of a shard has such a word between hyphens,
+    underscores, dots and digits, as cc3m-train-0000.tar has, else None."""
+    for word in regex.split(r"[-_.\d]+", Path(path).name.lower()):
+        if word in SIDES:
+            return SIDES[word]
+    return None
+
+
+def split_sides(shards):
+    """list of shards -> (training shards, validation shards). Those whose names do not tell are
+    training shards. If all are of one side, they are returned as the first list."""
+    training = [shard for shard in shards if side(shard) != "validation"]
+    validation = [shard for shard in shards if side(shard) == "validation"]
+    return (training, validation) if training else (validation, [])
 
 
 # -----------------------------------------------------------------------------
@@ -199,33 +353,6 @@ class Tokenizer:
 IMAGE, TEXT, JSON = 1, 3, 5
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
 BLOCK = 512  # bytes; a tar is made of such blocks, and 32 bits count the blocks of a terabyte
-# How the names of shards end. Those after the first are compressed, which rules out random access.
-ENDINGS = ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
-
-
-def braces(pattern):
-    """ "a{00..02}.tar" -> a00.tar a01.tar a02.tar; without braces, the pattern itself."""
-    match = regex.fullmatch(r"(.*?){(\d+)\.\.(\d+)}(.*)", pattern)
-    if not match or int(match[2]) > int(match[3]):
-        return [pattern]
-    head, low, high, tail = match.groups()
-    numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
-    return [path for number in numbers for path in braces(f"{head}{number}{tail}")]
-
-
-def expand(patterns):
-    """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
-    braces must match, so that a missing download is noticed."""
-    shards = {}  # real path -> path: a shard that is given twice counts once
-    for path in [path for pattern in patterns for path in braces(str(pattern))]:
-        found = [path] if Path(path).exists() else glob.glob(path)
-        if Path(path).is_dir():  # it may also hold files such as a.tar.part and a.tar.md5
-            found = [p for p in glob.glob(f"{glob.escape(path)}/*") if p.endswith(ENDINGS)]
-        check(found, f"no shards match {path}")
-        for shard in found:
-            check(os.path.isfile(shard) and not shard.endswith(ENDINGS[1:]), f"not a .tar: {shard}")
-            shards[os.path.realpath(shard)] = shard
-    return sorted(shards.values())
 
 
 def split_name(name):
@@ -235,38 +362,56 @@ def split_name(name):
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
+def has_data(file):
+    """Is there a byte that is not 0 in the rest of a file?"""
+    while chunk := file.read(2**20):
+        if chunk.strip(b"\0"):
+            return True
+    return False
+
+
 def read_headers(path, number):
-    """A shard and its number -> (index rows, an int32 array (n, 7); list of (key, reason) of the
-    samples and parts that are not used)."""
-    rows, unused, others = {}, {}, {}
+    """A shard and its number -> (index rows, an int32 array (n, 7); list of (shard, key, reason) of
+    the samples and parts that are not used).
+
+    A damaged shard is used up to the damage. A file that cannot be read raises InputError, because
+    what is returned here is cached, and the trouble may pass.
+    """
+    rows = {}  # key -> index row
+    unused = {}  # key -> reason
     try:
         with tarfile.open(path, "r:") as tar:
+            end = os.stat(path).st_size
             for member in tar:
-                key, extension = split_name(member.name)
                 check(member.size >= 0, "a size is negative")  # would make tarfile go in circles
+                key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
                 if column and key and member.isfile():
-                    row = rows.setdefault(key, [number] + [0] * 6)
+                    row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     if row[column]:
                         unused[key] = f"appears twice, the first one is used: {member.name}"
                     elif 0 < member.size < 2**31:
                         row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
-                    others[extension] = others.get(extension, 0) + 1
+                    unused[f"*{extension}"] = f"a link or another kind: {member.name}"
+                check(tar.offset <= end, "the archive ends too early")
             # tarfile stops silently at a damaged header, and at the end of an archive although
             # another one may follow.
             tar.fileobj.seek(tar.offset)
-            if any(chunk.strip(b"\0") for chunk in iter(partial(tar.fileobj.read, 2**20), b"")):
-                size = tar.fileobj.seek(0, os.SEEK_END) - tar.offset
-                unused[""] = f"the archive ends, or is damaged: {size:,} bytes are not used"
+            if has_data(tar.fileobj):
+                unused[""] = f"ends early, or is damaged: {end - tar.offset:,} bytes are not used"
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path} cannot be read: {error!r}") from error
     except Exception as error:  # for damaged headers tarfile has half a dozen kinds
-        unused[""] = f"{str(error) or type(error).__name__}; the rest is not read"
-    unused |= {f"*{e}": f"a link or another kind: {n:,} files" for e, n in others.items()}
-    without = {key: "no image, or an empty one" for key, row in rows.items() if not row[IMAGE]}
+        unused[""] = f"{str(error) or repr(error)}; the rest is not read"
+
+    for key in [key for key, row in rows.items() if not row[IMAGE]]:
+        unused.setdefault(key, "no image, or an empty one")
+        del rows[key]
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
-    rows = np.array([row for row in rows.values() if row[IMAGE]], dtype=np.int32).reshape(-1, 7)
-    return rows, list((without | unused).items())
+    index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
+    return index, [(path, *entry) for entry in unused.items()]
 
 
 def build_index(shards):
@@ -278,30 +423,127 @@ def build_index(shards):
     """
     name = hashlib.sha1(os.fsencode("\n".join(map(os.path.abspath, shards)))).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    path = cache_folder() / f"index-6-{name}"
+    path = cache_folder() / f"index-7-{name}"
     stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
     with suppress(Exception):  # there is no cache, or a damaged one
         cached_stamp, index, unused = torch.load(path, weights_only=True)
         if cached_stamp == stamp:
             return index, unused
-    try:
-        with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
-            results = pool.map(read_headers, shards, range(len(shards)))
-            results = list(progress(results, "indexing shards", len(shards), unit="shard"))
-    except BrokenExecutor:
-        raise InputError("a process that read the shards was killed: is memory short?") from None
-    index = torch.from_numpy(np.concatenate([rows for rows, _ in results]))
-    unused = [(shard, *entry) for shard, (_, entries) in zip(shards, results) for entry in entries]
-    with suppress(OSError, RuntimeError):  # a cache that cannot be written is no reason to stop
+
+    with process_pool(len(shards)) as pool:
+        results = pool.map(read_headers, shards, range(len(shards)))
+        rows, unused = zip(*progress(results, "indexing shards", len(shards), unit="shard"))
+    index = torch.from_numpy(np.concatenate(rows))
+    unused = list(chain.from_iterable(unused))
+    # A cache that cannot be written is no reason to stop. Two commands may write it at once, since
+    # each writes a file of its own and renames it.
+    with suppress(OSError, RuntimeError):
         write_file(path, lambda file: torch.save((stamp, index, unused), file))
     return index, unused
 
 
 def add_member(tar, name, content):
-    """Add bytes as a member of a tar that is open for writing."""
+    """Adds bytes as a member of a tar that is open for writing."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
+
+
+# -----------------------------------------------------------------------------
+# Samples: what shards hold, at random access
+
+
+MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
+# Shards that stay open: at most half as many as a process may have open files.
+OPEN_SHARDS = max(16, min(500, os.sysconf("SC_OPEN_MAX") // 2))
+
+
+class BadSample(Exception):
+    """This sample cannot be used. The message says why."""
+
+
+@lru_cache(OPEN_SHARDS)
+def open_shard(path):
+    """A shard, open for reading."""
+    return open(path, "rb")
+
+
+def check_sources(sources):
+    """Raises InputError unless each source of captions is txt or json.FIELD."""
+    for source in sources:
+        check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
+
+
+class Shards:
+    """The samples in tar shards.
+
+    index: int32 tensor (N, 7), a row for each sample, in which IMAGE, TEXT and JSON name columns.
+    unused: list of (shard, key, reason) of what is not used. Raises InputError if no sample is
+    left. Methods take a row as a list.
+    """
+
+    def __init__(self, shards):
+        self.shards = shards
+        self.index, self.unused = build_index(shards)
+        reasons = [reason for _, _, reason in self.unused[:1]]
+        check(len(self.index), f"no image-caption pairs in {shards[0]}: {''.join(reasons)}")
+
+    def __len__(self):
+        return len(self.index)
+
+    def select(self, mask):
+        """Keeps the samples for which the mask (N,) is True."""
+        self.index = self.index[mask]
+
+    def read_at(self, number, block, size):
+        """Returns `size` bytes of a shard from a block on. Raises BadSample."""
+        file = open_shard(self.shards[number])
+        content = os.pread(file.fileno(), size, block * BLOCK)
+        if len(content) < size:
+            raise BadSample("the shard ends too early")
+        return content
+
+    def read(self, row, column):
+        """Returns the bytes of one member: IMAGE, TEXT or JSON. Raises BadSample."""
+        block, size = row[column], row[column + 1]
+        if size == 0:
+            raise BadSample("it has no such member, or an empty one")
+        return self.read_at(row[0], block, size)
+
+    def key(self, row):
+        """Returns the sample's name, or "?" if the shard has changed or is gone. It is read from
+        the tar header, which is the block before the image, to save memory. The header may shorten
+        a name that is long or not ASCII."""
+        try:
+            header = self.read_at(row[0], row[IMAGE] - 1, BLOCK)
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        except (tarfile.TarError, BadSample, OSError):
+            return "?"
+        return split_name(name)[0]
+
+    def texts(self, row, source):
+        """Returns all texts that a sample has in a source, txt or json.FIELD, as a list of strings.
+        A field holds a string or a list of strings. Raises BadSample."""
+        try:
+            if source == "txt":
+                value = self.read(row, TEXT).decode("utf-8-sig")
+            else:
+                value = json.loads(self.read(row, JSON))[source.removeprefix("json.")]
+            texts = value if isinstance(value, list) else [value]
+            # JSON may hold half of a surrogate pair, which cannot be printed or written.
+            texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise BadSample(f"{source} is missing, or is not UTF-8 text or a list of it") from None
+        if not texts or max(map(len, texts)) > MAX_CAPTION:
+            raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
+        return texts
+
+    def all_texts(self, row, sources):
+        """Returns all texts of several sources, each source once. Raises BadSample."""
+        texts = []
+        for source in dict.fromkeys(sources):
+            texts += self.texts(row, source)
+        return texts
 
 
 # -----------------------------------------------------------------------------
@@ -316,37 +558,44 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
-class BadSample(Exception):
-    """This sample cannot be used. The message says why."""
+def why(error):
+    """Returns the text of an error of Pillow, without the address in memory that some have."""
+    return str(error).partition(" <")[0]
 
 
-def crop_box(width, height, rng=None, smallest=0.9):
-    """The part of an image to look at, as x, y, width, height in pixels.
+def crop_box(width, height, rng=None, crop_area=1.0):
+    """Returns the part of an image to look at, as x, y, width, height in pixels.
 
-    Without rng: the largest central square. With rng (a random.Random): CLIP's only augmentation,
-    a random rectangle that covers a share of the area from `smallest` to 1. It is not mirrored,
-    because captions say "left".
+    With a crop_area of 1 that is the largest central square. Otherwise it is CLIP's only
+    augmentation, a random rectangle that covers a share of the area from crop_area to 1. It is not
+    mirrored, because captions say "left".
     """
-    for _ in range(10 if rng else 0):  # as torchvision's RandomResizedCrop does it
-        area = width * height * rng.uniform(smallest, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, width - w), rng.randint(0, height - h), w, h
-    side = min(width, height)  # also if the image is too long for such a rectangle
-    return (width - side) // 2, (height - side) // 2, side, side
+    w = h = min(width, height)
+    if crop_area < 1:
+        # As torchvision's RandomResizedCrop does it, but with random numbers of our own, so that a
+        # crop depends on nothing but the seed and the visit.
+        for _ in range(10):
+            area = width * height * rng.uniform(crop_area, 1.0)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w = round(math.sqrt(area * ratio))
+            h = round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, width - w), rng.randint(0, height - h), w, h
+        # The image is too long for such a rectangle. As much of its centre as fits into 4:3:
+        w = min(width, round(height * 4 / 3))
+        h = min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def upright_rgb(image, box=None):
     """PIL image -> the part of it in the box (x0, y0, x1, y1), or all, as an RGB image: turned as
     its EXIF data says, with transparent parts white."""
     # Older versions of Pillow have mode I for PNGs of 16 bits, too.
-    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise BadSample(f"32-bit pixels (mode {image.mode}) have no fixed range of brightness")
     image = image.crop(box)
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
-        if image.getexif().get(0x0112, 1) != 1:  # the tag of the orientation
-            image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -355,7 +604,7 @@ def upright_rgb(image, box=None):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(source, size, rng=None, crop_area=0.9):
+def load_image(source, size, rng=None, crop_area=1.0):
     """Bytes of an image file, or a PIL image -> uint8 tensor (3, size, size), cropped (crop_box)
     and resized, bicubic with antialiasing. Raises BadSample.
 
@@ -364,119 +613,92 @@ def load_image(source, size, rng=None, crop_area=0.9):
     the decoder wrote them ("channels last").
     """
     try:
-        is_file = isinstance(source, bytes)
-        image = Image.open(io.BytesIO(source), formats=FORMATS) if is_file else source
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
+        if image.format == "TIFF":
+            image.load()  # older versions of Pillow turn it here, which may change its size
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
-        if is_file and scale <= 0.5:  # draft halves the picture while the crop allows it
+        if isinstance(source, bytes):  # draft halves the picture while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
         k = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8; draft rounds the size up
         image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
-    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
-    # With a batch axis in front, torch sees that this is channels last.
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise BadSample(f"the image cannot be decoded: {why(error)}") from None
+    # With a batch axis in front, torch sees that this is channels last. torchvision's resize gives
+    # the same bits, but with its pil_to_tensor an image of 256 to 512 pixels takes 7 to 9 % longer.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 # -----------------------------------------------------------------------------
-# Samples and their order
-
-MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
+# Pairs and their order
 
 
-@lru_cache(max(16, min(500, os.sysconf("SC_OPEN_MAX") // 2)))
-def open_shard(path):
-    """A shard, open for reading. Up to 500 shards stay open, and at most half as many as a process
-    may have open files."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        # That says nothing about the sample.
-        check(error.errno != errno.EMFILE, f"too many open files to open {path}: raise ulimit -n")
-        raise
+def rng_of_visit(seed, visit):
+    """Returns the random numbers of one pair of the run: those of its captions and its crop."""
+    return random.Random(seed << 40 | visit)
 
 
-class Pairs(Dataset):
+class Pairs(Shards, Dataset):
     """Image-caption pairs in tar shards.
 
-    shards: paths. captions, labels: lists of sources, each "txt" or "json.FIELD", where the
-    field holds a string or a list of strings. One text is drawn each time; a source that is named
-    twice is drawn twice as often. Index it with (visit, sample): `visit` counts the samples of the
-    whole run and seeds the crop and the choice of the caption, so that these do not depend on which
-    process loads the sample.
+    shards: paths. captions, labels: lists of sources, each txt or json.FIELD. One text is drawn
+    each time; a source that is named twice is drawn twice as often. Index it with (visit, sample):
+    `visit` counts the samples of the whole run and seeds the crop and the choice of the caption, so
+    that these do not depend on which process loads the sample.
     """
 
     def __init__(
         self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0, crop_area=0.9
     ):
-        self.shards, self.tokenizer = shards, tokenizer
-        self.image_size, self.seed, self.crop_area = image_size, seed, crop_area
-        self.captions, self.label_captions = captions, labels or captions
-        self.index, self.unused = build_index(shards)
-        for source in (*self.captions, *self.label_captions):
-            check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
-        why = f" ({self.unused[0][0]}: {self.unused[0][2]})" if self.unused else ""
-        check(len(self.index), printable(f"no image-caption pairs in {self.shards[0]}{why}"))
+        super().__init__(shards)
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.captions = captions
+        self.label_captions = labels or captions
+        self.seed = seed
+        self.crop_area = crop_area
+        check_sources([*self.captions, *self.label_captions])
 
-    def __len__(self):
-        return len(self.index)
+    def fingerprint(self):
+        """Returns a short text that changes when the shards or the sources of captions do, or the
+        captions of one of 64 samples at even distances."""
+        content = hashlib.sha1(self.index.numpy().tobytes() + str(self.captions).encode())
+        for row in self.index[:: math.ceil(len(self) / 64)].tolist():
+            with suppress(BadSample):  # training will name it
+                content.update(str(self.all_texts(row, self.captions)).encode())
+        return content.hexdigest()[:12]
 
-    def read(self, row, column):
-        """The bytes of one member: IMAGE, TEXT or JSON. Raises BadSample."""
-        shard, block, size = self.shards[row[0]], row[column], row[column + 1]
-        if size == 0:
-            raise BadSample(f"no {'txt' if column == TEXT else 'json'}, or an empty one")
-        content = os.pread(open_shard(shard).fileno(), size, block * BLOCK)
-        if len(content) < size:
-            raise BadSample("the shard ends too early")
-        return content
-
-    def key(self, row):
-        """The sample's name, read from the tar header before the image to save memory. The header
-        may shorten a name that is long or not ASCII."""
-        with suppress(tarfile.TarError, BadSample, OSError):  # the shard has changed, or is gone
-            header = self.read([row[0], row[IMAGE] - 1, BLOCK], IMAGE)  # one block before the image
-            return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
-        return "?"
-
-    def texts(self, row, source):
-        """All captions that a sample has in a source, a list of strings. Raises BadSample."""
-        try:
-            texts = self.read(row, TEXT if source == "txt" else JSON).decode("utf-8-sig")
-            texts = texts if source == "txt" else json.loads(texts)[source.removeprefix("json.")]
-            texts = texts if isinstance(texts, list) else [texts]
-            # JSON may hold half of a surrogate pair, which cannot be printed or written.
-            texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise BadSample(f"{source} is missing, or is not UTF-8 text or a list of it") from None
-        if not texts or max(map(len, texts)) > MAX_CAPTION:
-            raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
-        return texts
+    def draw(self, row, rng):
+        """A row of the index -> (image, ids of the caption, ids of the label caption). Raises
+        BadSample."""
+        caption = rng.choice(self.texts(row, rng.choice(self.captions)))
+        ids = label_ids = self.tokenizer.encode(caption)
+        if self.label_captions != self.captions:
+            label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
+            label_ids = self.tokenizer.encode(label)
+        image = load_image(self.read(row, IMAGE), self.image_size, rng, self.crop_area)
+        return image, ids, label_ids
 
     def __getitem__(self, item):
         """(visit, sample) -> (image, ids of the caption, ids of the label caption, replaced).
 
         Another sample, at random, replaces a bad one, so that batches have the same size on every
-        process; replaced is the list of (shard, key, reason) of the bad ones."""
+        process; replaced is a list of texts, which name the bad ones and say what is wrong."""
         visit, sample = item
-        rng = random.Random(self.seed << 40 | visit)
+        rng = rng_of_visit(self.seed, visit)
         replaced = []
         while len(replaced) < 100:
             row = self.index[sample].tolist()
             try:
-                caption = label = rng.choice(self.texts(row, rng.choice(self.captions)))
-                if self.label_captions != self.captions:
-                    label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
-                crop = rng if self.crop_area < 1 else None
-                image = load_image(self.read(row, IMAGE), self.image_size, crop, self.crop_area)
-                return image, *map(self.tokenizer.encode, (caption, label)), replaced
+                return *self.draw(row, rng), replaced
             except (BadSample, OSError) as error:
-                replaced.append((self.shards[row[0]], self.key(row), str(error)))
+                replaced.append(f"{self.shards[row[0]]} {self.key(row)}: {error}")
                 sample = rng.randrange(len(self))
-        shard, _, reason = replaced[-1]
-        raise InputError(f"a hundred bad samples in a row, the last one in {shard}: {reason}")
+        raise InputError(f"a hundred bad samples in a row, the last one in {replaced[-1]}")
 
     def collate(self, items):
         """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
@@ -489,24 +711,34 @@ class Pairs(Dataset):
             "images": images.permute(0, 3, 1, 2),  # channels last, which convolutions like
             "tokens": self.tokenizer.pad(captions, length),
             "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # the whole captions
-            "replaced": [entry for entries in replaced for entry in entries],
+            "replaced": list(chain.from_iterable(replaced)),
         }
 
 
-def round_up(ids):
-    """Length of the longest of these lists of ids, with start and end, as a multiple of 16. Few
-    distinct lengths mean few recompilations, and trimmed padding costs nothing."""
-    return 16 * math.ceil((max(map(len, ids)) + 2) / 16)
+def round_up(captions):
+    """Returns the length of the longest of these lists of ids, with start and end, as a multiple of
+    16. Few distinct lengths mean few recompilations, and trimmed padding costs nothing."""
+    return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
+
+
+def hold_out(pairs, val_pairs):
+    """Moves every hundredth pair, but at most a thousand, from training to validation. Both are of
+    the same shards."""
+    distance = max(100, math.ceil(len(pairs) / 1000))
+    held_out = torch.arange(len(pairs)) % distance == 0
+    pairs.select(~held_out)
+    val_pairs.select(held_out)
 
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
+    """Returns a random permutation of the n samples."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def batch_indices(n, batch_size, seed, step):
-    """The global batch of a step, as a list of batch_size pairs (visit, sample). A pure function,
-    so that a run can start at any step.
+    """Returns the global batch of a step, as a list of batch_size pairs (visit, sample). A pure
+    function, so that a run can start at any step.
 
     Every epoch is another permutation of the n samples, cut into n // batch_size batches. What is
     left over is not used in that epoch.
@@ -523,102 +755,134 @@ SMALL = 64  # pairs that a process loads at a time, so that it soon has somethin
 
 
 def small_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
-    """Yield what one process of a run loads from step `start` to `stop`, as lists of (visit,
+    """Yields what one process of a run loads from step `start` to `stop`, as lists of (visit,
     sample): its slice `local` of each global batch, in small batches of at most SMALL pairs, none
     of which reaches across a micro-batch."""
     for step in range(start, stop):
         batch = batch_indices(n, batch_size, seed, step)[local]
+        # BatchSampler cuts a list into lists.
         for micro_batch in BatchSampler(batch, micro_batch_size, drop_last=False):
             yield from BatchSampler(micro_batch, SMALL, drop_last=False)
 
 
 def start_worker(_):
-    # The main process answers Ctrl-C and SIGTERM, and needs its workers until it has saved. So they
-    # ignore the first, and end half a minute after the second.
+    """What a loading process does first."""
+    # A scheduler, or Ctrl-C, sends its signal to all processes. The main process answers it, and
+    # needs the others until it has saved, and perhaps validated. They end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
     # If a batch cannot be put into shared memory, the worker would drop it and the main process
     # would wait for ever. So the worker ends instead, which the main process notices.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def plan_workers(workers=None, ahead=0, batch_bytes=1):
-    """-> (number of workers, batches that each of them keeps ready), for a loader that should be
-    `ahead` batches of batch_bytes ahead of the training.
+def kill_workers():
+    """Ends the loading processes that are left. They ignore SIGTERM, by which Python and torch
+    would end them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
-    By default there are as many workers as cores that this process may use (in a container or
-    under a scheduler, fewer than the machine has), shared among the processes of a run. All the
-    batches that are ready on a machine fit into 4 GiB of shared memory.
+
+# How torch says that a loading process has died, or could not hand over its batch
+DEATH = regex.compile(r"DataLoader worker \(|shared memory|open files|ancdata")
+
+
+def make_loader(dataset, workers=None, ahead=0, **options):
+    """Yields the batches of a DataLoader, made by so many workers, which keep `ahead` batches
+    ready.
+
+    By default there is a worker for each core, shared among the processes of a run. An evaluation
+    has no more of them than batches, because each takes a tenth of a second to start. They are
+    forked, so that they share the index, which Python 3.14's default would copy.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = 2**32 // processes // batch_bytes  # batches
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(cores // processes, max(1, room // 2))
-    return workers, max(2, min(math.ceil(ahead / max(1, workers)), room // max(1, workers)))
-
-
-def make_loader(dataset, workers=None, ahead=0, batch_bytes=1, **options):
-    """Yield the batches of a DataLoader, made by workers (plan_workers). These are forked, so that
-    they share the index, which Python 3.14's default would copy."""
-    workers, ready = plan_workers(workers, ahead, batch_bytes)
-    if workers:
-        fork = "fork" if sys.platform == "linux" else None
-        options |= {"prefetch_factor": ready, "multiprocessing_context": fork}
-    options |= {"num_workers": workers, "worker_init_fn": start_worker}
+        workers = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(workers, math.ceil(len(dataset) / options.get("batch_size", 1)))
+    if workers > 0:
+        options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
+        options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=start_worker, **options)
+    # Python runs this before it waits, at the end of the program, for all that it has started.
+    multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
     try:
-        batches = iter(DataLoader(dataset, **options))
-        # torch's handler would raise the death of a worker wherever this process happens to be, as
-        # in the middle of an update. Without it, the death is noticed when a batch is fetched.
-        with suppress(ValueError):  # this is not the main thread
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        batches = iter(loader)
+    except BaseException:  # too many processes or open files: torch would wait long for the others
+        kill_workers()
+        raise
+    # torch's handler would raise the death of a worker wherever this process happens to be, as in
+    # the middle of an update. Without it, the death is noticed when a batch is fetched.
+    with suppress(ValueError):  # this is not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
         yield from batches
     except (RuntimeError, EOFError, ConnectionError) as error:
-        text = r"DataLoader worker \(|shared memory|open files|ancdata"
-        died = not isinstance(error, RuntimeError) or regex.search(text, str(error))
-        check(not died, "a loading process has died: try docker --shm-size, ulimit -n, --workers 0")
-        raise
+        if isinstance(error, RuntimeError) and not DEATH.search(str(error)):
+            raise
+        raise InputError(
+            "a loading process has died: try docker --shm-size, ulimit -n, --workers 0"
+        ) from error
 
 
 def pad_and_join(captions):
     """list of tokens (B, T), with a T of their own each -> one tensor, padded to the longest."""
     T = max(tokens.shape[1] for tokens in captions)
-    return torch.cat([F.pad(x, (0, T - x.shape[1]), value=PAD) for x in captions])
+    return torch.cat([F.pad(tokens, (0, T - tokens.shape[1]), value=PAD) for tokens in captions])
 
 
 def join(batches):
     """list of small batches -> one batch: images one after the other, captions padded."""
-    parts = {name: [batch[name] for batch in batches] for name in batches[0]}
-    return {k: (torch.cat if k == "images" else pad_and_join)(part) for k, part in parts.items()}
+    if len(batches) == 1:
+        return batches[0]
+    return {
+        "images": torch.cat([batch["images"] for batch in batches]),
+        "tokens": pad_and_join([batch["tokens"] for batch in batches]),
+        "label_tokens": pad_and_join([batch["label_tokens"] for batch in batches]),
+    }
 
 
 def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, device):
-    """Yield the micro-batches of one process from step `start` to `stop`, each as soon as its small
-    batches are there: (dict of images, tokens and label_tokens on the device, number of the bad
-    samples that were replaced in it). Each bad sample is named once.
+    """Yields the micro-batches of one process from step `start` to `stop`, each as soon as its
+    small batches are there: (dict of images, tokens and label_tokens on the device, number of the
+    bad samples that were replaced in it). Each bad sample is named once.
 
     local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
     A GPU copies and joins on a stream of its own, while it computes the batch before. Images travel
     as uint8.
     """
-    order = small_batches(len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop)
-    micro_batches = len(range(batch_size)[local]) // micro_batch_size  # in a step
-    parts, named = math.ceil(micro_batch_size / SMALL), set()  # in a micro-batch; bad samples
-    part_bytes = min(SMALL, micro_batch_size) * 3 * pairs.image_size**2
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": bool(stream)}
-    loader = make_loader(pairs, workers, micro_batches * parts, part_bytes, **options)
-    for _ in range((stop - start) * micro_batches):
-        batch, replaced = [], []
-        with torch.cuda.stream(stream):  # which does nothing for None
+    first, last, _ = local.indices(batch_size)
+    per_step = (last - first) // micro_batch_size  # micro-batches in a step
+    parts = math.ceil(micro_batch_size / SMALL)  # small batches in a micro-batch
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    loader = make_loader(
+        pairs,
+        workers,
+        ahead=per_step * parts,  # a step
+        batch_sampler=small_batches(
+            len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
+        ),
+        collate_fn=pairs.collate,
+        pin_memory=on_gpu,
+    )
+    named = set()  # bad samples
+    for _ in range((stop - start) * per_step):
+        small = []
+        replaced = []
+        with torch.cuda.stream(stream):  # does nothing for None
             for part in islice(loader, parts):
-                replaced += map(tuple, part.pop("replaced"))  # pin_memory makes lists of them
-                batch.append({k: x.to(device, non_blocking=True) for k, x in part.items()})
-            batch = join(batch) if parts > 1 else batch[0]
-        for x in batch.values() if stream else ():
-            torch.cuda.current_stream(device).wait_stream(stream)
-            x.record_stream(torch.cuda.current_stream(device))  # else its memory is reused too soon
-        for entry in sorted({*replaced} - named):
-            tqdm.write(printable("bad sample: {} {}: {}".format(*entry)), sys.stderr)
+                replaced += part.pop("replaced")
+                # Only pinned memory stays as it is until it has been copied.
+                small.append({k: x.to(device, non_blocking=on_gpu) for k, x in part.items()})
+            batch = join(small)
+        if on_gpu:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(stream)
+            for x in batch.values():
+                x.record_stream(computing)  # else its memory is reused too soon
+        for text in replaced:
+            if text not in named:
+                tqdm.write(printable(f"bad sample: {text}"), sys.stderr)
         named.update(replaced)
         yield batch, len(replaced)

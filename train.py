@@ -322,8 +322,7 @@ def prepare(args, saved):
         start_from = saved or (args.init_from and evaluation.read_checkpoint(args.init_from))
         if start_from:
             return start_from, data.Tokenizer(start_from["vocab"])
-        vocab = args.vocab or data.vocabulary_beside(data.expand(args.train_data))
-        return None, data.Tokenizer.from_file(vocab)
+        return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
 def make_model(args, start_from, tokenizer, device):
@@ -372,9 +371,8 @@ def open_data(args, tokenizer, image_size):
         evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
     val_pairs = None
     if args.val_data is None and len(pairs) >= 200:
-        held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
         val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
-        pairs.index, val_pairs.index = pairs.index[~held_out], pairs.index[held_out]
+        data.hold_out(pairs, val_pairs)
         print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
     elif args.val_data not in (None, ["none"]):
         val_shards = data.expand(args.val_data)
@@ -409,11 +407,6 @@ def schedule(args, pairs):
     log_every = args.log_every or max(1, min(20, steps // 20))
     eval_every = args.eval_every or math.ceil(steps / max(5, math.ceil(steps / 2000)))
     return steps, warmup_steps, log_every, eval_every, args.save_every or steps
-
-
-def fingerprint(pairs):
-    """A short text that changes when the shards or the sources of the captions do."""
-    return hashlib.sha1(bytes(pairs.index.numpy()) + str(pairs.captions).encode()).hexdigest()[:12]
 
 
 # -----------------------------------------------------------------------------
@@ -605,7 +598,7 @@ def train(args, saved, start_from, tokenizer):
     optimizer = make_optimizer(model, args.learning_rate, head_rate, args.weight_decay)
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
     steps, warmup_steps, log_every, eval_every, save_every = schedule(args, pairs)
-    prints = data_print, val_print = fingerprint(pairs), val_pairs and fingerprint(val_pairs)
+    prints = data_print, val_print = pairs.fingerprint(), val_pairs and val_pairs.fingerprint()
     code = int.from_bytes(hashlib.sha1(f"{vars(args)} {data_print}".encode()).digest()[:6], "big")
     check(all_sum(torch.tensor(code)) == WORLD * code, "the processes differ in options or data")
     step, best = resume(args, saved, *prints, optimizer, scaler) if saved else (0, -1.0)

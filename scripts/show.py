@@ -157,7 +157,7 @@ def main(argv):
     add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
-    tokenizer = data.Tokenizer.from_file(args.vocab or data.vocabulary_beside(shards))
+    tokenizer = data.tokenizer_for(shards, args.vocab)
     pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
     unused = list(pairs.unused)
     lengths, document_counts, repeats = count_tokens(pairs, unused)

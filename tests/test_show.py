@@ -92,7 +92,7 @@ def test_vocab_takes_the_most_frequent_words(tmp_path, capsys):
     out = tmp_path / "vocab.tiktoken"
     vocab.main([str(path), "--size", "517", "--out", str(out)])
     assert "517 entries" in capsys.readouterr().out
-    tokenizer = data.Tokenizer.from_file(data.vocabulary_beside([path]))
+    tokenizer = data.tokenizer_for([path])
     assert [tokenizer.decode([i]) for i in (512, 513)] == ["red", "dog"]
     assert tokenizer.encode("a Red dog")[1:] == [512, 513]
     vocab.main([str(path), "--out", str(out)])  # all: red, dog, !!, the, dog's, ball
