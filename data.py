@@ -11,7 +11,6 @@ index, after which any sample is two or three reads away. So the shuffle is glob
 exact, batches are equal on every process, and a run can be resumed from one integer, its step.
 """
 
-import atexit
 import base64
 import glob
 import gzip
@@ -111,7 +110,7 @@ def merges_to_tiktoken(text):
     characters = map(chr, [*BYTES[:188], *range(256, 324)])
     byte_of = dict(zip(characters, BYTES)) | {" ": 32}
     lines = text.replace(" ", "").replace("</w>", " ").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]  # CLIP uses as many as fill up its vocabulary
+    merges = lines[1:48895]  # as many as fill up CLIP's vocabulary: 49,408 - 512 - 2
     return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
 
 
@@ -131,11 +130,14 @@ def clip_vocabulary():
 
 
 def read_ranks(vocab):
-    """The text of a .tiktoken file -> dict of token (bytes) -> rank."""
-    lines = [line.split() for line in vocab.splitlines() if line]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    check(sorted(ranks.values()) == [*range(len(ranks))], "ranks are not those from 0 up")
-    check(ranks.keys() >= {*BYTE_TOKENS}, "not every byte is a token, alone and with a space")
+    """The text of a .tiktoken file -> dict of token (bytes) -> rank. Raises InputError."""
+    try:
+        lines = [line.split() for line in vocab.splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise InputError("lines of a vocabulary are tokens in base64 and ranks") from error
+    check(sorted(ranks.values()) == [*range(len(ranks))], "tokens do not have ranks from 0 up")
+    check(ranks.keys() >= {*BYTE_TOKENS}, "tokens do not include each byte, alone and with a space")
     return ranks
 
 
@@ -776,14 +778,11 @@ def start_worker(_):
 
 
 def kill_workers():
-    """Ends loading processes. They ignore SIGTERM, by which Python would end them, and for which it
-    would wait at the end of the program."""
+    """Ends the loading processes that are left. They ignore SIGTERM, by which Python and torch
+    would end them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-atexit.register(kill_workers)
 
 
 # How torch says that a loading process has died, or could not hand over its batch
@@ -805,6 +804,8 @@ def make_loader(dataset, workers=None, ahead=0, **options):
         options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
         options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=start_worker, **options)
+    # Python runs this before it waits, at the end of the program, for all that it has started.
+    multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
     try:
         batches = iter(loader)
     except BaseException:  # too many processes or open files: torch would wait long for the others

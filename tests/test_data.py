@@ -7,8 +7,10 @@ import os
 import pickle
 import random
 import resource
+import select
 import signal
 import tarfile
+import time
 from collections import Counter
 from importlib import reload
 from pathlib import Path
@@ -68,6 +70,32 @@ def test_expand_takes_paths_folders_globs_and_braces_and_each_shard_once(tmp_pat
         data.expand([folder])
 
 
+@pytest.mark.parametrize("pattern, named", [("{0..99999999999}.tar", "0.tar"), ("{2..1}", "2..1")])
+def test_braces_stop_at_the_first_number_without_a_shard(tmp_path, pattern, named):
+    with pytest.raises(InputError, match=named):
+        data.expand([f"{tmp_path}/{pattern}"])
+
+
+SIDES = {
+    "train": ["train-00000.tar", "cc3m-train-0000.tar", "Train.tar", "x_train2.tar"],
+    "validation": ["val-0.tar", "cc3m-validation-0000.tar", "VALID_1.tar", "test.tar", "0val0.tar"],
+    None: ["00000.tar", "training-0.tar", "evaluation.tar", "latest-0.tar", "trainval.tar"],
+}
+
+
+@pytest.mark.parametrize("side, names", SIDES.items(), ids=map(str, SIDES))
+def test_the_name_of_a_shard_tells_its_side(side, names):
+    assert {data.side(f"train/val/{name}") for name in names} == {side}
+
+
+def test_shards_are_split_by_their_sides_if_there_are_both():
+    train, val, other = "a/train-0.tar", "a/val-0.tar", "a/0.tar"
+
+    assert data.split_sides([val, train, other]) == ([train, other], [val])
+    assert data.split_sides([train, other]) == ([train, other], [])
+    assert data.split_sides([val]) == ([val], [])
+
+
 NO_SAMPLE = [
     ("__MACOSX/._a.jpg", b"x"),
     ("a.mask.png", b"x"),  # the name of its sample ends at the first dot: not an image of sample a
@@ -103,6 +131,8 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, format):
 
 NEGATIVE = tarfile.TarInfo("0.jpg")
 NEGATIVE.size = -1024  # after which tarfile would read this header again, without end
+HUGE = tarfile.TarInfo("0.jpg")
+HUGE.size = 2**62  # where no file can be read, which the system calls an invalid argument
 # case -> (damage to a shard of three samples, how many of them are still in the index)
 DAMAGE = {
     "ends inside an image": (lambda tar: tar[: tar.index(b"00002.jpg") + 600], 3),
@@ -110,6 +140,7 @@ DAMAGE = {
     "a damaged header": (lambda tar: tar.replace(b"00001.jpg", b"?????.jpg"), 1),
     "two archives in one file": (lambda tar: tar + tar, 3),
     "a negative size": (lambda tar: NEGATIVE.tobuf(tarfile.GNU_FORMAT) + tar, 0),
+    "a size past the end of all files": (lambda tar: HUGE.tobuf(tarfile.GNU_FORMAT) + tar, 0),
     "empty": (lambda tar: b"", 0),
 }
 
@@ -121,9 +152,9 @@ def test_a_damaged_shard_is_named_and_the_others_are_used(tmp_path, damage, left
     Path(paths[0]).write_bytes(damage(content))
     pairs = Pairs(paths, TOKENIZER, 16)
     assert len(pairs) == left + 2
-    assert [entry[:2] for entry in pairs.unused] == [(paths[0], "")]
+    assert (paths[0], "") in [entry[:2] for entry in pairs.unused]
     if left == 3 and len(damage(content)) < len(content):  # the sample is found too short only now
-        assert [entry[:2] for entry in pairs[0, 2][3]] == [(paths[0], "00002")]
+        assert f"{paths[0]} 00002: " in pairs[0, 2][3][0]
 
 
 def test_the_index_is_cached_until_a_shard_changes(tmp_path, monkeypatch):
@@ -145,6 +176,20 @@ def test_the_index_is_cached_until_a_shard_changes(tmp_path, monkeypatch):
     assert len(data.build_index(paths[1:])[0]) == 300  # another list has an index of its own
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(5, "no"), MemoryError()])
+def test_an_error_that_may_pass_names_the_shard_and_is_not_cached(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    path = shard(tmp_path / "0.tar", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", fail)
+        with pytest.raises(InputError, match=path):
+            data.build_index([path])
+
+    assert len(data.build_index([path])[0]) == 2
+
+
 def test_where_no_cache_can_be_made_it_is_a_new_folder_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -161,19 +206,10 @@ def test_more_shards_than_open_files_lose_no_sample(tmp_path):
         reload(data)  # it asks for the limit when it is imported
         pairs = data.Pairs(data.expand([tmp_path]), TOKENIZER, 8)
         assert len(pairs) == 200 and not any(pairs[i, i][3] for i in range(200))
-        data.open_shard.cache_clear()
-        files = []
-        with pytest.raises(OSError):
-            files += iter(lambda: open("/dev/null"), None)
-        with pytest.raises(InputError, match="ulimit"):  # it is not the sample's fault
-            pairs[0, 0]
 
     for i in range(200):
         shard(tmp_path / f"{i:03d}.tar", 1, i)
-    child = multiprocessing.get_context("fork").Process(target=read_with_few_files)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    assert exit_code(read_with_few_files) == 0
 
 
 # ---- Order and loading
@@ -233,17 +269,95 @@ def test_computing_begins_before_a_step_is_loaded_which_is_loaded_ahead(tmp_path
     assert len(list(batches)) == 3
 
 
-def test_workers_are_as_many_as_cores_and_hold_four_gib_at_most(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32), raising=False)
-    MiB = 2**20
-    for processes, workers, ahead, batch_bytes, expected in (
-        (2, None, 64, 9 * MiB, (16, 4)),  # a local batch of 4,096 images of 224 pixels
-        (1, 4, 9, 9 * MiB, (4, 3)),  # 12 cover 9
-        (4, 2, 10**6, MiB, (2, 512)),  # 4 GiB for all processes of the machine
-        (1, None, 64, 256 * MiB, (8, 2)),  # large images: fewer workers
-    ):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert data.plan_workers(workers, ahead, batch_bytes) == expected
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    "workers, processes, expected",
+    [(None, 1, 3), (None, 2, 1), (2, 1, 2), (999, 1, 5)],
+    ids=["a core each", "shared by two processes", "as asked", "no more than batches"],
+)
+def test_an_evaluation_has_as_many_workers_as_it_can_use(monkeypatch, workers, processes, expected):
+    monkeypatch.setattr(data, "cores", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+    batches = data.make_loader(range(10), workers, batch_size=2)
+
+    assert next(batches).tolist() == [0, 1]
+    assert len(multiprocessing.active_children()) == expected
+    assert len(list(batches)) == 4
+
+
+def two_pools(tell):
+    with data.process_pool(2) as pool:
+        list(pool.map(abs, range(4)))
+        tell()
+
+
+def two_loading_processes(tell):
+    for _ in data.make_loader(range(1000), 2, batch_size=1):
+        tell()
+
+
+@pytest.mark.parametrize("start", [two_pools, two_loading_processes])
+def test_processes_end_with_their_parent_even_if_it_is_killed(start):
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    reader, writer = os.pipe()  # open as long as one of the processes lives
+
+    def tell():
+        started.set()
+        time.sleep(600)
+
+    parent = fork.Process(target=start, args=(tell,))
+    parent.start()
+    os.close(writer)
+    assert started.wait(60)
+    parent.kill()
+
+    assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_loading_processes_outlive_a_signal_to_the_whole_group(tmp_path):
+    pairs = Pairs([shard(tmp_path / "0.tar", 16)], TOKENIZER, 16)
+    batches = data.load_batches(pairs, 4, slice(None), 4, 0, 40, 2, CPU)
+    next(batches)
+
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+
+    assert len(list(batches)) == 39
+    assert multiprocessing.active_children() == []
+
+
+def exit_code(function):
+    child = multiprocessing.get_context("fork").Process(target=function)
+    child.start()
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    return code
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_loader_that_cannot_start_ends_at_once():
+    def start_with_few_files():
+        few = len(os.listdir("/dev/fd")) + 25
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+        with pytest.raises(OSError, match="open files"):
+            next(data.make_loader(range(100), 50, batch_size=1))
+
+    assert exit_code(start_with_few_files) == 0
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_program_ends_although_its_loader_is_not_done():
+    def leave():
+        global left
+        left = data.make_loader(range(100), 2, batch_size=1)
+        next(left)
+
+    assert exit_code(leave) == 0
 
 
 class Deadly(Pairs):
@@ -262,6 +376,48 @@ def test_a_worker_that_dies_or_finds_only_bad_samples_ends_the_run(tmp_path, cap
     assert ("--workers" if kind is Deadly else "0.tar") in error
     # A worker that is left over would hold up the end of the program for half a minute.
     assert multiprocessing.active_children() == []
+
+
+def test_a_caption_that_is_also_the_label_is_tokenised_once(tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encoded.append(text) or [1])
+    pairs = Pairs([shard(tmp_path / "0.tar", 1)], TOKENIZER, 8)
+
+    _, ids, label_ids, _ = pairs[0, 0]
+
+    assert ids == label_ids == [1] and encoded == ["a red dog 0"]
+
+
+@pytest.mark.parametrize("n, distance", [(200, 100), (100_000, 100), (250_000, 250)])
+def test_every_hundredth_pair_is_held_out_but_a_thousand_at_most(tmp_path, n, distance):
+    pairs, val_pairs = (Pairs([shard(tmp_path / "0.tar", 1)], TOKENIZER, 8) for _ in range(2))
+    pairs.index = val_pairs.index = torch.arange(n)
+
+    data.hold_out(pairs, val_pairs)
+
+    assert val_pairs.index.tolist() == [*range(0, n, distance)]
+    assert len(pairs) + len(val_pairs) == n
+    assert not {*pairs.index.tolist()} & {*val_pairs.index.tolist()}
+
+
+def test_the_fingerprint_changes_with_shards_sources_and_captions(tmp_path):
+    def fingerprint(content, captions=("txt",)):
+        path.write_bytes(content)
+        data.open_shard.cache_clear()
+        return Pairs([str(path)], TOKENIZER, 8, captions).fingerprint()
+
+    path = tmp_path / "0.tar"
+    shard(path, 150)
+    content = path.read_bytes()
+    prints = [
+        fingerprint(content),
+        fingerprint(content, ["txt", "json.long"]),
+        fingerprint(content.replace(b"a red dog", b"a red cat")),
+        fingerprint(Path(shard(tmp_path / "1.tar", 151)).read_bytes()),
+    ]
+
+    assert fingerprint(content) == prints[0]
+    assert len({*prints}) == 4
 
 
 def test_captions_are_drawn_from_their_sources(tmp_path):
@@ -333,22 +489,49 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     assert (opened.mode, opened.size) == before  # a caller's image is left as it is
 
 
-def test_random_crops_follow_torchvisions_formula():
+def test_random_crops_have_torchvisions_sizes():
     numbers = SimpleNamespace(
         uniform=lambda low, high: torch.empty(1).uniform_(low, high).item(),
         randint=lambda low, high: torch.randint(low, high + 1, (1,)).item(),
     )
     for seed in range(300):
         width, height = random.Random(seed).choices(range(200, 600), k=2)
-        torch.manual_seed(seed)
-        x, y, w, h = data.crop_box(width, height, numbers)
-        torch.manual_seed(seed)
         image = torch.empty(3, height, width)
+
+        torch.manual_seed(seed)
+        x, y, w, h = data.crop_box(width, height, numbers, 0.9)
+        torch.manual_seed(seed)
         _, _, *expected = RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
-        assert [h, w] == expected or w == h == min(width, height)  # where no rectangle fits
+
+        assert [h, w] == expected
         assert 0 <= x <= width - w and 0 <= y <= height - h
-    pixels = load_image(encoded(photo(1), "PNG"), 20, random.Random(2))
-    assert difference(pixels, photo(1), data.crop_box(40, 30, random.Random(2))) < 1
+
+
+SHAPES = {  # (width, height) -> the central crop in an evaluation, and where no random one fits
+    (40, 40): ((0, 0, 40, 40), (0, 0, 40, 40)),
+    (60, 40): ((10, 0, 40, 40), (3, 0, 53, 40)),  # 3:2
+    (30, 90): ((0, 30, 30, 30), (0, 25, 30, 40)),
+    (1, 999): ((0, 499, 1, 1), (0, 499, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_random_crop_it_is_the_centre(shape):
+    never_fits = SimpleNamespace(uniform=lambda low, high: 10 * high)
+
+    square, long = SHAPES[shape]
+
+    assert data.crop_box(*shape) == data.crop_box(*shape, random.Random(0), 1) == square
+    assert data.crop_box(*shape, never_fits, 0.9) == long
+
+
+def test_an_image_is_cropped_at_random_only_if_a_crop_area_is_given():
+    content = encoded(photo(1), "PNG")  # 40 x 30
+
+    pixels = load_image(content, 20, random.Random(2), 0.9)
+
+    assert difference(pixels, photo(1), data.crop_box(40, 30, random.Random(2), 0.9)) < 1
+    assert torch.equal(load_image(content, 20, random.Random(2)), load_image(content, 20))
 
 
 def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail_and_its_edges():
@@ -358,7 +541,8 @@ def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail_and_its_edges():
         assert difference(pixels, picture, (0, 0, side, side)) < 5
     for seed in range(60):
         white = Image.new("RGB", random.Random(seed).choices(range(60, 400), k=2), "white")
-        assert load_image(encoded(white), 24, random.Random(seed)).min() == 255  # 0 past the edge
+        pixels = load_image(encoded(white), 24, random.Random(seed), 0.9)
+        assert pixels.min() == 255  # it is 0 past the edge
 
 
 GIF = encoded(photo(), "GIF")
@@ -389,6 +573,7 @@ def test_a_bad_sample_is_named_and_another_one_replaces_it(tmp_path, members, so
     image, ids, _, replaced = pairs[7, 0]
     assert torch.equal(pairs[7, 0][0], image)  # the same in every process
     assert image.shape == (3, 16, 16) and TOKENIZER.decode(ids) == "a red dog"
-    for named, key, reason in replaced + pairs.unused:
-        assert (named, key) == (path, "x") and reason and "0x" not in reason  # no address in memory
-    assert replaced or len(pairs) == 1
+    named = replaced or [f"{shard} {key}: {reason}" for shard, key, reason in pairs.unused]
+    assert all(text.startswith(f"{path} x: ") for text in named)
+    assert not any("0x" in text for text in named)  # no address in memory
+    assert named and (replaced or len(pairs) == 1)

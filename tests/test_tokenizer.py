@@ -106,13 +106,59 @@ def test_in_a_word_vocabulary_a_known_word_is_one_token_and_others_are_bytes():
     assert words == "rock -' n '- roll , x -- y - z - can '' t 12 , 5".split()
 
 
+# Words that end in a word which the vocabulary knows, or in its bytes
+@pytest.mark.parametrize("word", ["pumpkin", "bred", "lion", "nedà", "собаки", "q", "é", "in-on"])
+def test_an_unknown_word_is_spelled_in_bytes(word):
+    tokenizer = Tokenizer(words_to_tiktoken(["in", "on", "red", "ed", "à", "и"]))
+
+    ids = tokenizer.encode(f"red {word} in")
+
+    spelled = [data.BYTES.index(byte) for byte in word.encode()]
+    spelled[-1] += 256  # the last byte has the space
+    assert ids == [tokenizer.encode("red")[0], *spelled, tokenizer.encode("in")[0]]
+    assert tokenizer.decode(ids) == f"red {word} in"
+
+
+def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path):
+    shards = [str(tmp_path / "0.tar")]
+    (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(["red"]))
+    (tmp_path / "other.tiktoken").write_text(words_to_tiktoken(["red", "blue"]))
+
+    assert data.tokenizer_for(shards).vocab_size == 515
+    assert data.tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
+    assert data.tokenizer_for(shards, "clip").vocab_size == 49408
+
+
+def test_captions_are_trimmed_to_the_last_end():
+    tokens = CLIP(["a dog", "a photo of a dog"])
+
+    assert torch.equal(data.trim(tokens), tokens[:, :7])
+
+
+VOCABULARIES = {
+    "no base64": "red 0",
+    "no rank": "cmVk",
+    "a gap in the ranks": words_to_tiktoken(["red"]) + "cmVkIHJlZA== 514\n",
+    "bytes are missing": "cmVkIA== 0\n",
+}
+
+
+@pytest.mark.parametrize("text", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_a_vocabulary_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "x.tiktoken"
+    path.write_text(text)
+
+    with pytest.raises(InputError, match="x.tiktoken"):
+        Tokenizer.from_file(path)
+
+
 def test_clips_vocabulary_comes_from_open_clip_or_a_cache_or_the_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     response, requested = requests.Response(), []
     response.status_code, response._content = 200, Path(default_bpe()).read_bytes()
     monkeypatch.setattr(requests, "get", lambda url: requested.append(url) or response)
     monkeypatch.delitem(sys.modules, "open_clip")
-    assert data.vocabulary_beside([tmp_path / "0.tar"]) == "clip"
+    assert data.tokenizer_for([tmp_path / "0.tar"]).encode("a photo") == [320, 1125]
     assert Tokenizer.from_file("clip").encode("a photo") == [320, 1125]
     assert not requested and "open_clip" not in sys.modules  # it is read, not imported
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # it is not installed
