@@ -46,7 +46,7 @@ def sentence_about(error):
     if isinstance(error, InputError):
         return re.sub("(?s).*InputError: ", "", text)  # a loading process puts its trace in front
     if is_out_of_memory(error):
-        return "out of memory: a smaller batch needs less"
+        return "out of memory: a smaller batch, or --micro_batch_size in train.py, needs less"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in RESOURCES):
         return re.sub(r"^\[Errno \d+\] ", "", text)
     return None

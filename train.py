@@ -43,7 +43,6 @@ from cli import (
     InputError,
     add_options,
     check,
-    is_out_of_memory,
     lock_folder,
     number,
     optional,
@@ -562,7 +561,10 @@ def distribute(model):
 
 def make_optimizer(model, learning_rate, head_learning_rate, weight_decay):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    Each group keeps its peak rate, because the word head may have one of its own."""
+    Each group keeps its peak rate, because the word head may have one of its own. None: the same.
+    """
+    if head_learning_rate is None:
+        head_learning_rate = learning_rate
     groups = []
     for in_head, peak in ((False, learning_rate), (True, head_learning_rate)):
         params = [p for name, p in model.named_parameters() if name.startswith("head.") == in_head]
@@ -922,10 +924,9 @@ def train(args, saved):
         wait_for_all()
     if has_new_head and args.head_learning_rate is None:
         args.head_learning_rate = 5e-4  # it knows nothing yet; saved with the options, for --resume
-    head_rate = args.head_learning_rate
-    if head_rate is None:
-        head_rate = args.learning_rate
-    optimizer = make_optimizer(model, args.learning_rate, head_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.learning_rate, args.head_learning_rate, args.weight_decay
+    )
     ddp_model = distribute(model) if M == B else model  # grad_cache_step averages by itself
 
     # ---- Where the run stands
@@ -954,8 +955,7 @@ def train(args, saved):
                 eval_due = eval_due and score_start
 
             # 1. Save first, so that nothing is lost whatever happens to the validation. Rank 0 also
-            # saves after 15 minutes, because it cannot save once another process has died: it then
-            # waits for a GPU that waits for the dead one.
+            # saves after 15 minutes: once another process has died, it waits for ever for its GPU.
             save_due = eval_due or step % plan.save_every == 0
             if RANK == 0 and time.monotonic() > saved_time + 15 * 60:
                 save_due = True
@@ -996,8 +996,7 @@ def train(args, saved):
 
             # 6. The log, at a few steps only, because to read the losses is to wait for the device
             log.bar.update()
-            next_eval = step % plan.eval_every == 0 or step == plan.steps
-            if step % plan.log_every == 0 or next_eval:
+            if step % plan.log_every == 0 or step % plan.eval_every == 0 or step == plan.steps:
                 rate = args.learning_rate * factor
                 row = log.training_row(step, losses, grad_norm, rate, model)
                 if not math.isfinite(row["loss"]):
@@ -1040,8 +1039,6 @@ def main(argv):
             raise InputError("stopped because another process has ended") from error
         if " compiler" in str(error):
             raise InputError("torch.compile needs a C++ compiler: --no-compile") from error
-        if is_out_of_memory(error):
-            raise InputError("out of memory: a smaller --micro_batch_size needs less") from error
         raise
     finally:
         unlock_folders()
