@@ -668,7 +668,6 @@ class Log:
         # None: a bar if this is a terminal
         self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
         self.write({"header": header, "step": step})
-        self.begin_interval(step)
 
     def begin_interval(self, step):
         """The next row measures speed and waiting from here on."""
@@ -712,7 +711,8 @@ class Log:
         }
 
     def write(self, row):
-        """Adds a row to the file."""
+        """Adds a row to the file, and begins the interval that the next one measures."""
+        self.begin_interval(row["step"])
         if self.file is None:
             return
         try:
@@ -724,7 +724,7 @@ class Log:
             self.wandb.log(row, step=row["step"])
 
     def show(self, row):
-        """Prints a row of training."""
+        """Prints a row of training, before it is written."""
         losses = [
             f"{name.removesuffix('_loss')} {value:.3f}"
             for name, value in row.items()
@@ -975,7 +975,6 @@ def train(args, saved):
                     if best is None or row["mean_r1"] >= best["mean_r1"]:
                         if save_best(args, model, tokenizer, val_pairs, row):
                             best = row
-                log.begin_interval(step)
 
             # 3. Leave together, or some would wait for the features of the others for ever.
             stop_number = stop.agreed()
@@ -1001,9 +1000,8 @@ def train(args, saved):
                 row = log.training_row(step, losses, grad_norm, rate, model)
                 if not math.isfinite(row["loss"]):
                     raise InputError(f"the loss is {row['loss']}: {evaluation.DIVERGED}")
-                log.write(row)
                 log.show(row)
-                log.begin_interval(step)
+                log.write(row)
     finally:
         # Whatever has ended the loop, the last whole step is sound. After an error within a step,
         # only the token counts may be one batch ahead.
