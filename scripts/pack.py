@@ -249,7 +249,7 @@ def encode(item, split, args):
     except FileNotFoundError:
         return f"there is no such file: {file}"
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        return f"the image cannot be read: {data.why(error)}"
+        return f"the image cannot be read: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
     return suffix, content, fields
 
