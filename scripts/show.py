@@ -185,9 +185,17 @@ def main(argv):
     add("--val_data", nargs="+", help="shards that must not share much with these")
     add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
-    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--context_length", type=number(int, 3), default=77, help="in tokens (default 77)")
-    add("--seed", type=number(int, 0), default=0, help="of the choice of samples (default 0)")
+    add(
+        "--vocab",
+        help="vocabulary file, or clip (default: vocab.tiktoken beside the shards, else clip)",
+    )
+    add(
+        "--context_length",
+        type=number(int, 3),
+        default=77,
+        help="of the model, in tokens (default 77)",
+    )
+    add("--seed", type=number(int, 0), default=0, help="seed of the choice of samples")
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
     tokenizer = data.tokenizer_for(shards, args.vocab)

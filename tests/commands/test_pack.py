@@ -4,10 +4,10 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,11 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from cli import run_command
 from scripts import pack, show, vocab
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
-
-fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
@@ -294,13 +291,28 @@ def test_a_field_may_be_long(photos):
     assert len(samples(out)["é 1.jpg"][0]["page"]) == 200_000
 
 
-def start(function, *arguments):
-    process = fork.Process(target=function, args=arguments)
-    process.start()
-    return process
+# Packs, but for the last of the photographs, which it reads for ever.
+SLOW = """
+import sys, time
+from scripts import pack
+encode = pack.encode
+def slow(item, split, args):
+    if item[0] == "é 11.jpg":
+        time.sleep(600)
+    return encode(item, split, args)
+pack.encode = slow
+pack.main(sys.argv[1:])
+"""
+ROOT = Path(pack.__file__).parents[1]
 
 
-def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys, monkeypatch):
+def start(*command):
+    """Start Python in a process of its own."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
     options = ["--val", 0.3, "--shard_size", 2, "--images", photos.parent]
     whole = shards(run(photos, *options))
     pairs = data.Pairs(sorted(map(str, photos.parent.glob("out/*.tar"))), None, 0)
@@ -308,21 +320,13 @@ def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys, mo
     (photos.parent / "x").mkdir()
     path = photos.rename(photos.parent / "x" / photos.name)
     out = path.with_name("out")
-    encode = pack.encode
-
-    def stop_at_the_last(item, split, args):
-        if item[0] == "é 11.jpg":
-            time.sleep(600)
-        return encode(item, split, args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pack, "encode", stop_at_the_last)
-        process = start(run, path, *options)
-    while len(shards(out)) < 2 or not [*out.glob(".*.tmp")]:  # the next one is being written
-        assert process.is_alive()
+    process = start("-c", SLOW, "--csv", path, "--out", out, *options)
+    while len(shards(out)) < 2:
+        assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
+    (out / ".train-00009.tar.1.tmp").touch()  # of a shard that was being written
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert 2 <= len(finished) < len(whole)
 
@@ -344,16 +348,11 @@ def test_two_packs_into_one_folder_lose_nothing(same, codes, photos):
     other = photos.with_name("other.jsonl")
     other.write_text(photos.read_text() + ("" if same else "\n\n"))
     out = photos.with_name("both")
+    command = ["-m", "scripts.pack", "--out", out, "--val", 0, "--images", photos.parent, "--csv"]
 
-    def command(path):
-        sys.stderr = open(os.devnull, "w")
-        run_command(lambda _: pack.main(["--csv", str(path), "--out", str(out), "--val", "0"]))
+    processes = [start(*command, path) for path in (photos, photos if same else other)]
 
-    processes = [start(command, path) for path in (photos, photos if same else other)]
-    for process in processes:
-        process.join()
-
-    assert sorted(process.exitcode for process in processes) == codes
+    assert sorted(process.wait() for process in processes) == codes
     assert len(samples(out)) == 12
 
 

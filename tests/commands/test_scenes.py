@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 from PIL import Image
 
 import data
-from cli import lock_folder
 from scripts import scenes, walk
 
 NAMES = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
@@ -112,25 +112,28 @@ def small_world(folder):
 WORLD = {"train-00000.tar", "val-00000.tar", "vocab.tiktoken"}
 
 
+# Locks a file until its standard input ends
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_what_a_killed_run_has_left_is_removed_and_what_another_one_draws_is_not(tmp_path):
     dead, alive = tmp_path / ".scenes-dead", tmp_path / ".scenes-alive"
     for folder in (dead, alive):
         (folder / "scenes").mkdir(parents=True)
-    locked, done = multiprocessing.Event(), multiprocessing.Event()
-
-    def draw_slowly():
-        lock_folder(alive)
-        locked.set()
-        done.wait(60)
-
-    other = multiprocessing.get_context("fork").Process(target=draw_slowly)
-    other.start()
-    locked.wait(60)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, alive / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()  # it has locked its folder
 
     drawn = small_world(tmp_path / "scenes")
 
-    done.set()
-    other.join()
+    other.communicate()
     assert drawn == WORLD
     assert {path.name for path in tmp_path.iterdir()} == {"scenes", ".scenes-alive"}
 
