@@ -106,7 +106,7 @@ OPTIONS = {
 def make_parser(doc, *names):
     """A parser for a command. doc: its module's docstring, whose first sentence --help shows;
     names: those of OPTIONS that it takes."""
-    description = doc.partition("\n\n")[0].replace("\n", " ")
+    description = doc.partition("\n\n")[0].replace("\n", " ").rstrip(".:") + "."
     # no abbreviations, because a typo should not become another option
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add_options(parser, *names)

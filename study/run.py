@@ -141,11 +141,8 @@ def place_objects(dataset, settings, most, seed):
         picture = scenes.draw_setting(*setting, 4 * scenes.SIZE).reduce(4)
         image = data.load_image(picture, scenes.SIZE).clone()
         image[:, y : y + PHOTOGRAPH, x : x + PHOTOGRAPH] = photograph
-        cloth, pattern, border = setting
-        ground = f"{pattern} {cloth} with {border}"
-        name = dataset.classes[label]
-        article = "an" if name[0] in "aeiou" else "a"
-        thing = f"{article} {name}"
+        ground = scenes.describe_setting(*setting)
+        thing = scenes.with_article(dataset.classes[label])
         images.append(image)
         long = [f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"]
         captions.append([ground, *long])
