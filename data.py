@@ -137,7 +137,7 @@ def read_ranks(vocab):
     except ValueError as error:
         raise InputError("lines of a vocabulary are tokens in base64 and ranks") from error
     check(sorted(ranks.values()) == [*range(len(ranks))], "tokens do not have ranks from 0 up")
-    check(ranks.keys() >= {*BYTE_TOKENS}, "tokens do not include each byte, alone and with a space")
+    check(ranks.keys() >= {*BYTE_TOKENS[:256]}, "tokens do not include each single byte")
     return ranks
 
 
@@ -146,8 +146,8 @@ class Tokenizer:
 
     The trick is to write CLIP's end-of-word mark as a trailing space byte. Then CLIP's ids are
     tiktoken's ranks, and a word that the vocabulary has as a whole becomes one token. A vocabulary
-    of whole words is one in which every token of several bytes ends in that space. It spells an
-    unknown word in bytes.
+    of whole words is one in which every token of several bytes ends in that space, and every byte
+    has a token with it. It spells an unknown word in bytes.
     """
 
     def __init__(self, vocab, context_length=77):
@@ -165,7 +165,7 @@ class Tokenizer:
             special_tokens={START: self.start, END: self.end},
         )
         parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
-        self.pattern = CLIP_WORD if parts else WORD
+        self.pattern = CLIP_WORD if parts or {*BYTE_TOKENS} - self.ranks.keys() else WORD
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -284,8 +284,9 @@ def braces(pattern):
         yield pattern
         return
     low, high = match.groups()
-    check(int(low) <= int(high), f"there are no numbers in {match[0]}")
-    for i in range(int(low), int(high) + 1):
+    numbers = range(int(low), int(high) + 1)
+    check(numbers, f"there are no numbers in {match[0]}")
+    for i in numbers:
         yield from braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
 
 
@@ -308,8 +309,8 @@ def expand(patterns):
     for pattern in patterns:
         for path in braces(str(pattern)):
             for shard in shards_at(path):
-                is_compressed = shard.endswith(ENDINGS[1:])
-                check(os.path.isfile(shard) and not is_compressed, f"not a .tar: {shard}")
+                check(os.path.isfile(shard), f"not a file: {shard}")
+                check(not shard.endswith(ENDINGS[1:]), f"not an uncompressed .tar: {shard}")
                 shards[os.path.realpath(shard)] = shard
     return sorted(shards.values())
 
@@ -335,7 +336,6 @@ def side(path):
     for word in regex.split(r"[-_.\d]+", Path(path).name.lower()):
         if word in SIDES:
             return SIDES[word]
-    return None
 
 
 def split_sides(shards):
@@ -468,12 +468,6 @@ def open_shard(path):
     return open(path, "rb")
 
 
-def check_sources(sources):
-    """Raises InputError unless each source of captions is txt or json.FIELD."""
-    for source in sources:
-        check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
-
-
 class Shards:
     """The samples in tar shards.
 
@@ -558,11 +552,6 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
-def why(error):
-    """Returns the text of an error of Pillow, without the address in memory that some have."""
-    return str(error).partition(" <")[0]
-
-
 def crop_box(width, height, rng=None, crop_area=1.0):
     """Returns the part of an image to look at, as x, y, width, height in pixels.
 
@@ -621,12 +610,12 @@ def load_image(source, size, rng=None, crop_area=1.0):
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
-        if isinstance(source, bytes):  # draft halves the picture while the crop allows it
+        if isinstance(source, bytes) and scale <= 0.5:  # draft halves it while the crop allows it
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
         k = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8; draft rounds the size up
         image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
-    except Exception as error:  # Pillow raises a dozen kinds
-        raise BadSample(f"the image cannot be decoded: {why(error)}") from None
+    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
+        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
     # With a batch axis in front, torch sees that this is channels last. torchvision's resize gives
     # the same bits, but with its pil_to_tensor an image of 256 to 512 pixels takes 7 to 9 % longer.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -661,7 +650,8 @@ class Pairs(Shards, Dataset):
         self.label_captions = labels or captions
         self.seed = seed
         self.crop_area = crop_area
-        check_sources([*self.captions, *self.label_captions])
+        for source in [*self.captions, *self.label_captions]:
+            check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
 
     def fingerprint(self):
         """Returns a short text that changes when the shards or the sources of captions do, or the
@@ -724,8 +714,7 @@ def round_up(captions):
 def hold_out(pairs, val_pairs):
     """Moves every hundredth pair, but at most a thousand, from training to validation. Both are of
     the same shards."""
-    distance = max(100, math.ceil(len(pairs) / 1000))
-    held_out = torch.arange(len(pairs)) % distance == 0
+    held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
     pairs.select(~held_out)
     val_pairs.select(held_out)
 
@@ -803,11 +792,11 @@ def make_loader(dataset, workers=None, ahead=0, **options):
     if workers > 0:
         options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
         options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
-    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=start_worker, **options)
+    options |= {"num_workers": workers, "worker_init_fn": start_worker}
     # Python runs this before it waits, at the end of the program, for all that it has started.
     multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
     try:
-        batches = iter(loader)
+        batches = iter(DataLoader(dataset, **options))
     except BaseException:  # too many processes or open files: torch would wait long for the others
         kill_workers()
         raise
