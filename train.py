@@ -186,16 +186,21 @@ def parse(argv):
         saved = read_resumable(last)
         return resumed_options(saved["arguments"], argv), saved
 
+    parser.set_defaults(epochs=30.0)
+    special = {}
     if given.train_data is None:
         parser.set_defaults(**SCENES)
         # A batch four times as large takes half as many steps, at twice the learning rate.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
-        parser.set_defaults(epochs=round(2.4 * ratio, 3), learning_rate=round(3.5e-4 * ratio, 6))
-    else:
-        parser.set_defaults(epochs=30.0)
+        special = {**SCENES, "epochs": round(2.4 * ratio, 3)}
+        special["learning_rate"] = round(3.5e-4 * ratio, 6)
     if given.init_from is not None:
-        # Larger steps would destroy what the weights know.
-        parser.set_defaults(learning_rate=5e-5, model=None, loss=None)
+        special["learning_rate"] = 5e-5  # larger steps would destroy what the weights know
+        special["model"] = None  # these two are the checkpoint's
+        special["loss"] = None
+    if special:
+        print("defaults of this run:", special)
+    parser.set_defaults(**special)
     args = parser.parse_args(argv)
     if args.steps is not None:
         args.epochs = None
@@ -203,9 +208,6 @@ def parse(argv):
         for name in IN_A_CHECKPOINT:
             if getattr(args, name) is not None:
                 raise InputError(f"--init_from sets it: leave --{name} out")
-    special = {name: x for name, x in vars(args).items() if x != getattr(given, name)}
-    if special:
-        print("defaults of this run:", special)
     return args, None
 
 
