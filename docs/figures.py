@@ -41,10 +41,11 @@ STYLE = {
 }  # fmt: skip
 
 
-def save(name):
-    plt.savefig(ROOT / "assets" / f"{name}.png", dpi=200)
+def save(path):
+    """Writes the figure that was drawn last."""
+    plt.savefig(path, dpi=200)
     plt.close()
-    print(f"wrote assets/{name}.png")
+    print(f"wrote {path}")
 
 
 def tutorial_scenes():
@@ -124,7 +125,6 @@ def architecture():
     plt.text(123, 76, f"{tokenizer.vocab_size}\nlogits", color=RED, ha="center")
     arrow((17, 5), (17, 1.8), (166, 1.8), (166, 48), (147, 48), (147, 65), added=True)
     plt.text(145, 50.5, "label: its words,\nweighted by IDF", color=RED, ha="right")
-    save("architecture")
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +151,6 @@ def label():
     axes[0].invert_yaxis()
     figure.suptitle(f"“{captions[0]}”", x=0.015, ha="left", fontsize=12)
     plt.tight_layout()
-    save("label")
 
 
 def matrix():
@@ -185,7 +184,6 @@ def matrix():
     axis.spines[:].set_visible(False)
     axis.add_patch(Rectangle((1.53, 0.53), 0.94, 0.94, fill=False, ec=INK, lw=2))
     axis.set_xlabel("bold: right pairs; frame: what caption 2 picks", labelpad=8)
-    save("tutorial_matrix")
 
 
 # -----------------------------------------------------------------------------
@@ -203,7 +201,6 @@ def objects(folder):
         axis.set_title(textwrap.fill(captions[i][1], 22), loc="center")
         axis.axis("off")
     plt.tight_layout()
-    save("objects")
 
 
 # -----------------------------------------------------------------------------
@@ -292,7 +289,6 @@ def curve(path, clip_path):
     draw_lines(right, lines, 6)
     right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))
     plt.tight_layout(w_pad=1.5)
-    save("curve")
 
 
 # -----------------------------------------------------------------------------
@@ -324,7 +320,6 @@ def idea(clip_path, superclip_path, k=5):
         axis.tick_params(length=0)
         axis.invert_yaxis()
         axis.spines[:].set_visible(False)
-    save("idea")
 
 
 def main(argv):
@@ -339,17 +334,25 @@ def main(argv):
     parser.add_argument("--models", nargs=2, metavar=("CLIP", "SUPERCLIP"), help=text)
     text = "train/CLASS/ and test/CLASS/ of photographs (default: no picture of objects)"
     parser.add_argument("--objects", metavar="DIR", help=text)
+    text = "folder to draw into (default assets)"
+    parser.add_argument("--out", type=Path, default=ROOT / "assets", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
     architecture()
+    save(args.out / "architecture.png")
     label()
+    save(args.out / "label.png")
     matrix()
+    save(args.out / "tutorial_matrix.png")
     curve(args.log, args.clip_log)
+    save(args.out / "curve.png")
     if args.models:
         idea(*args.models)
+        save(args.out / "idea.png")
     if args.objects:
         objects(args.objects)
+        save(args.out / "objects.png")
 
 
 if __name__ == "__main__":
