@@ -2,14 +2,15 @@
 
     python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
     python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
-    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
+    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.html
     python -m scripts.search --checkpoint out/best.pt "a mug"
-    python -m scripts.search ... --features photos.npz
+    python -m scripts.search ... --features photos.npz --serve
 
-The first command prints the best images for each text with their scores, and --out draws them, too.
-Without --images and --data, the validation pictures of the run are searched. A score is the cosine
-similarity of two features. Compare only scores of the same text, because some texts score higher
-than others everywhere.
+The first command prints the best images for each text with their scores. --out also shows them, as
+a picture or, for a name that ends in .html, as a page that needs no network, and --serve opens a
+page to search with: see scripts/serve.py. Without --images and --data, the validation pictures of
+the run are searched. A score is the cosine similarity of two features. Compare only scores of the
+same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search encodes only those
 that are new or have changed. Other programs, such as a notebook or FAISS, can read the file:
@@ -27,6 +28,7 @@ Axes: N images, E embedding, Q searches, S pixels a side.
 import hashlib
 import math
 import os
+import threading
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
@@ -49,12 +51,14 @@ from cli import (
     printable,
     run_command,
     write_file,
+    write_json,
 )
+from scripts import serve
 from scripts.pictures import (
+    FORMATS,
     contact_sheet,
     image_files,
     load_font,
-    picture_file,
     validation_of,
     wrap,
 )
@@ -96,20 +100,17 @@ def shard_entries(pairs):
     return entries
 
 
-def known_of(pairs, row, captions):
-    """What is known of an image in shards, a list: the file that scripts/pack.py made it from, and
-    its first caption. captions: sources, of which the first that the image has is taken. Nothing is
-    known of an image outside, whose row is None."""
-    known = []
-    if row is None:
-        return known
-    with suppress(data.BadSample, OSError):
-        known.append(pairs.texts(row, "json.image")[0])
-    for source in captions:
+def first_text(pairs, row, sources):
+    """The first text that a sample of shards has in the first of the sources that it has, or ""."""
+    for source in sources:
         with suppress(data.BadSample, OSError):
-            known.append(pairs.texts(row, source)[0])
-            break
-    return known
+            return pairs.texts(row, source)[0]
+    return ""
+
+
+def short_name(path):
+    """A path without the current folder."""
+    return path.removeprefix(os.getcwd() + os.sep)
 
 
 class Images(Dataset):
@@ -187,38 +188,70 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
 # Searching
 
 
-def encode_queries(model, tokenizer, texts, like):
-    """What to look for, texts and entries of images -> dict {text or entry: feature (E,)}."""
-    queries = {}
-    if like:
-        queries |= find_features(model, like, workers=0)
-    if texts:
-        vectors = evaluation.encode_texts(model, tokenizer, texts).cpu()
-        queries |= zip(texts, vectors)
-    return queries
+class Search:
+    """A model, and the images to search with it. An image's number is its place in `entries`.
 
+    features: dict {entry: feature (E,)}; pairs: data.Pairs, or None; row_of: dict {entry: its row
+    of pairs.index}; captions: sources, of which the first that an image has is taken. The result of
+    a search is a dict: the text, or the name of the image that others are like; the words of the
+    text that the model hardly knows; and what was found, a list of dicts.
+    """
 
-def best_images(scores, k, is_text):
-    """scores (N,) of the images for one search -> list of (score, number of the image), the best k.
-    An image would find itself and its copies, which are of no use to anybody."""
-    if not is_text:
+    def __init__(self, model, tokenizer, features, pairs, row_of, captions):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.entries = list(features)
+        self.features = torch.stack([*features.values()])  # (N, E)
+        self.pairs = pairs
+        self.row_of = row_of
+        self.captions = captions
+        self.lock = threading.Lock()  # for the model, which the page of --serve asks from threads
+
+    def by_text(self, text, k, skip=0):
+        """The images that fit a text best: k of them, after the first `skip`."""
+        with self.lock:
+            [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
+            unknown = evaluation.unknown_words(self.tokenizer, [text], self.model)
+        found = self.best(self.features @ feature, k, skip)
+        return {"text": text, "unknown": unknown, "found": found}
+
+    def by_image(self, entry, feature, k, skip=0):
+        """The images that are most like another, which need not be one of them."""
+        scores = self.features @ feature
+        # An image would find itself and its copies, which are of no use to anybody.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
-    order = scores.argsort(descending=True, stable=True)[:k].tolist()
-    best = [(float(scores[i]), i) for i in order]
-    return [(score, i) for score, i in best if score > -math.inf]
+        found = self.best(scores, k, skip)
+        return {"like": short_name(entry.name), "unknown": {}, "found": found}
+
+    def best(self, scores, k, skip):
+        order = scores.argsort(descending=True, stable=True)[skip : skip + k].tolist()
+        return [self.about(i, scores[i].item()) for i in order if scores[i] > -math.inf]
+
+    def about(self, i, score):
+        """What is known of image i. Its file is the one that scripts/pack.py made it from, and it
+        has a caption only in shards; each is "" if it is not known."""
+        entry = self.entries[i]
+        found = {"number": i, "score": score, "name": short_name(entry.name)}
+        found |= {"file": "", "caption": ""}
+        row = self.row_of.get(entry)
+        if row is not None:
+            found["file"] = first_text(self.pairs, row, ["json.image"])
+            found["caption"] = first_text(self.pairs, row, self.captions)
+        return found
+
+    def image(self, entry, side):
+        """An image as a uint8 tensor (3, side, side), or, a text, the reason why not."""
+        image, _ = Images([entry], side)[0]
+        return image
 
 
-def print_found(query, found):
-    """Print a search, and the list of (score, entry, what is known of the image) that it found. The
-    names of files are shown without the current folder."""
-    here = os.getcwd() + os.sep
-    title = query
-    if isinstance(query, Entry):
-        title = f"like {query.name.removeprefix(here)}"
+def print_result(result):
+    title = result.get("text") or f"like {result['like']}"
     print("\n" + printable(title))
-    for score, entry, known in found:
-        line = "  ".join([entry.name.removeprefix(here), *known])
-        print(f"{score:8.3f}  {printable(line)}")
+    for found in result["found"]:
+        known = [found["name"], found["file"], found["caption"]]
+        line = "  ".join(filter(None, known))
+        print(f"{found['score']:8.3f}  {printable(line)}")
 
 
 # -----------------------------------------------------------------------------
@@ -237,16 +270,14 @@ def card(text):
     return pil_to_tensor(picture)
 
 
-def block_of(query, found):
-    """The cells that draw() shows of a search: list of (entry or text, caption). Arguments as in
-    print_found."""
-    if isinstance(query, Entry):
-        cells = [(query, "like this")]
-    else:
-        cells = [(query, "")]
-    for score, entry, known in found:
-        caption = known[-1] if known else os.path.basename(entry.name)
-        cells.append((entry, f"{score:.3f} {caption}"))
+def block_of(query, result, entries):
+    """The cells that draw() shows of a search, list of (entry or text, caption). query: what it was
+    for, a text or an entry."""
+    caption = "like this" if isinstance(query, Entry) else ""
+    cells = [(query, caption)]
+    for found in result["found"]:
+        title = found["caption"] or found["file"] or os.path.basename(found["name"])
+        cells.append((entries[found["number"]], f"{found['score']:.3f} {title}"))
     return cells
 
 
@@ -271,6 +302,14 @@ def draw(blocks, path):
     contact_sheet(images, [caption for _, caption in cells], path, columns)
 
 
+def write_out(path, results, search):
+    """Write the file of --out. results: dict {text or entry: the result of its search}."""
+    if path.suffix.lower() == ".html":
+        serve.write_results(path, results, search)
+    else:
+        draw([block_of(*pair, search.entries) for pair in results.items()], path)
+
+
 # -----------------------------------------------------------------------------
 # The command
 
@@ -283,12 +322,18 @@ def read_options(argv):
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--like", action="append", default=[], help="image to look for; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
-    add("--out", type=picture_file, help="picture to draw: .png, .jpg or .webp")
+    add("--out", type=output_file(".html", *FORMATS), help="page or picture to write: .html, .png")
+    add("--json", type=output_file(".json"), help="file to write what was found to")
     npz_file = output_file(".npz")
     add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
+    add("--serve", action="store_true", help="open a page to search with, for this machine alone")
+    port = number(int, 0, 65535)
+    add("--port", type=port, default=8000, help="of that page (default 8000; 0: any free one)")
     args = parser.parse_intermixed_args(argv)
-    check(args.texts or args.like, "name a text to look for, or an image (--like)")
+    if not args.texts and not args.like:
+        check(args.serve, "name a text to look for, or an image (--like), or open a page (--serve)")
+        check(not args.out, "--out shows what was found: name a text to look for, or an image")
     # The shell makes several names of --images *.jpg, and all but the first would become texts.
     wrong = [text for text in args.texts if not text.strip() or os.path.exists(text)]
     if wrong:
@@ -312,6 +357,9 @@ def open_shards(args):
 
 def main(argv):
     args = read_options(argv)
+    server = None
+    if args.serve:
+        server = serve.open_server(args.port)  # now, so that no work is lost if another has it
     like = file_entries(args.like, args.out)
     entries = file_entries(args.images, args.out)
     pairs, captions = open_shards(args)
@@ -320,25 +368,28 @@ def main(argv):
         row_of = shard_entries(pairs)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
 
-    queries = encode_queries(model, tokenizer, args.texts, like)
+    features_of_like = {}
+    if like:
+        features_of_like = find_features(model, like, workers=0)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features = find_features(model, [*entries, *row_of], args.workers, args.features, sha256)
-    entries = list(features)
-    scores = torch.stack([*queries.values()]) @ torch.stack([*features.values()]).T  # (Q, N)
+    search = Search(model, tokenizer, features, pairs, row_of, captions)
 
-    print(f"{len(entries):,} images; scores are cosine similarities")
+    print(f"{len(features):,} images; scores are cosine similarities")
     evaluation.print_unknown_words(tokenizer, args.texts, model)
-    blocks = []
-    for query, scores_of_query in zip(queries, scores):
-        found = []
-        for score, i in best_images(scores_of_query, args.k, is_text=isinstance(query, str)):
-            entry = entries[i]
-            found.append((score, entry, known_of(pairs, row_of.get(entry), captions)))
-        print_found(query, found)
-        blocks.append(block_of(query, found))
+    results = {}  # text or entry -> the result of its search
+    for entry, feature in features_of_like.items():
+        results[entry] = search.by_image(entry, feature, args.k)
+    for text in args.texts:
+        results[text] = search.by_text(text, args.k)
+    for result in results.values():
+        print_result(result)
+    write_json(args.json, [*results.values()])
     if args.out:
-        draw(blocks, args.out)
+        write_out(args.out, results, search)
         print(f"\nwrote {args.out}")
+    if server:
+        serve.run(server, search, args.k)
 
 
 if __name__ == "__main__":
