@@ -969,12 +969,12 @@ def train(args, saved):
             validates = RANK == 0 and (val_pairs is not None or args.zeroshot_data)
             if validates and eval_due and (is_last or stop.number == 0):
                 row = validate(model, tokenizer, val_pairs, args, step)
-                log.write(row)
                 if val_pairs is not None:
                     last = row
                     if best is None or row["mean_r1"] >= best["mean_r1"]:
                         if save_best(args, model, tokenizer, val_pairs, row):
                             best = row
+                log.write(row)  # after best.pt, because --resume repeats what is not in the log
                 log.begin_interval(step)
 
             # 3. Leave together, or some would wait for the features of the others for ever.
