@@ -863,15 +863,19 @@ def read_best(args, val_pairs):
 
 
 def was_validated(args, step):
-    """Whether the log has a validation of this step. A run that was killed during one has none."""
+    """Whether the log has a validation of this step. A run that was killed during one has none. A
+    header says from which step a run goes on, and ends what the log had of later steps."""
     log = Path(args.out_dir, "log.jsonl")
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    found = False
     for line in lines:
-        with suppress(ValueError, AttributeError, RecursionError):  # cut by a kill
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):  # cut by a kill
             row = json.loads(line)
             if row.get("step") == step and "zeroshot" in row:
-                return True
-    return False
+                found = True
+            elif "header" in row and row["step"] < step:
+                found = False
+    return found
 
 
 def print_next(args, model, best, last):
