@@ -215,6 +215,8 @@ def resumed_options(saved, argv):
     command line, so that argparse checks a file from elsewhere as it checks a user."""
     parser = make_parser()
     given = parser.parse_args(argv)
+    unknown = saved.keys() - vars(given).keys()
+    check(not unknown, f"{given.out_dir}/last.pt has options that are unknown: {unknown}")
     options = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
     if given.steps is not None or given.epochs is not None:  # the one drives out the other
         options["steps"] = None
@@ -223,6 +225,7 @@ def resumed_options(saved, argv):
     parser.set_defaults(**dict.fromkeys(unset))  # None is a value, too
     before = as_command_line(options)
     args = parser.parse_args([*before, *argv])
+    check(args.train_data is not None, f"{given.out_dir}/last.pt does not name its data")
     old_args = parser.parse_args(before)
     for name in FIXED.intersection(vars(args)):
         if getattr(args, name) != getattr(old_args, name):
@@ -237,8 +240,11 @@ def as_command_line(options):
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            if value:
-                argv += [f"--{name}", *map(str, value)]
+            texts = [str(x) for x in value]
+            # or a list in a file from elsewhere could set another option, such as --out_dir
+            check(not any(text.startswith("-") for text in texts), f"--{name} has an option in it")
+            if texts:
+                argv += [f"--{name}", *texts]
         elif value is not None:
             argv.append(f"--{name}={value}")
     return argv
