@@ -819,6 +819,10 @@ def read_resumable(path):
     saved = evaluation.read_checkpoint(path)
     for name in ("optimizer", "scaler", "arguments"):
         check(isinstance(saved.get(name), dict), f"{path} cannot be resumed: it has no {name}")
+    for name in FIELDS.intersection(saved["arguments"]):
+        value = saved["arguments"][name]
+        fits = value is None or value == saved["config"].get(name)
+        check(fits, f"{path} cannot be resumed: --{name} is not that of its model")
     samples = saved.get("samples")
     check(isinstance(samples, int) and samples >= 0, f"{path} cannot be resumed: no sample count")
     return saved
