@@ -842,8 +842,13 @@ def resume(args, saved, pairs, optimizer, scaler):
     # The groups are ours, and not the file's, so that a given --learning_rate counts.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if saved["scaler"]:  # empty without float16
-        scaler.load_state_dict(saved["scaler"])
+    theirs = saved["scaler"]
+    ours = scaler.state_dict()
+    if theirs and ours:  # both are empty without float16
+        kinds = {name: type(x) for name, x in theirs.items()}
+        fits = kinds == {name: type(x) for name, x in ours.items()}
+        check(fits, f"{args.out_dir}/last.pt cannot be resumed: its scaler does not fit")
+        scaler.load_state_dict(theirs)
     return saved["samples"] // args.batch_size
 
 
