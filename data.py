@@ -756,10 +756,10 @@ def small_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
 
 def start_worker(_):
     """What a loading process does first."""
-    # A scheduler, or Ctrl-C, sends its signal to all processes. The main process answers it, and
-    # needs the others until it has saved, and perhaps validated. They end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A scheduler, Ctrl-C or a closed terminal sends its signal to all processes. The main process
+    # answers it, and needs the others until it has saved, and perhaps validated. They end with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     # If a batch cannot be put into shared memory, the worker would drop it and the main process
     # would wait for ever. So the worker ends instead, which the main process notices.

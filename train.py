@@ -216,6 +216,8 @@ def resumed_options(saved, argv):
     command line, so that argparse checks a file from elsewhere as it checks a user."""
     parser = make_parser()
     given = parser.parse_args(argv)
+    unknown = saved.keys() - vars(given).keys()
+    check(not unknown, f"{given.out_dir}/last.pt has options that are unknown: {unknown}")
     options = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
     if given.steps is not None or given.epochs is not None:  # the one drives out the other
         options["steps"] = None
@@ -224,6 +226,7 @@ def resumed_options(saved, argv):
     parser.set_defaults(**dict.fromkeys(unset))  # None is a value, too
     before = as_command_line(options)
     args = parser.parse_args([*before, *argv])
+    check(args.train_data is not None, f"{given.out_dir}/last.pt does not name its data")
     old_args = parser.parse_args(before)
     for name in FIXED.intersection(vars(args)):
         if getattr(args, name) != getattr(old_args, name):
@@ -238,8 +241,11 @@ def as_command_line(options):
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            if value:
-                argv += [f"--{name}", *map(str, value)]
+            texts = [str(x) for x in value]
+            # or a list in a file from elsewhere could set another option, such as --out_dir
+            check(not any(text.startswith("-") for text in texts), f"--{name} has an option in it")
+            if texts:
+                argv += [f"--{name}", *texts]
         elif value is not None:
             argv.append(f"--{name}={value}")
     return argv
@@ -817,6 +823,10 @@ def read_resumable(path):
     saved = evaluation.read_checkpoint(path)
     for name in ("optimizer", "scaler", "arguments"):
         check(isinstance(saved.get(name), dict), f"{path} cannot be resumed: it has no {name}")
+    for name in FIELDS.intersection(saved["arguments"]):
+        value = saved["arguments"][name]
+        fits = value is None or value == saved["config"].get(name)
+        check(fits, f"{path} cannot be resumed: --{name} is not that of its model")
     samples = saved.get("samples")
     check(isinstance(samples, int) and samples >= 0, f"{path} cannot be resumed: no sample count")
     return saved
@@ -836,8 +846,13 @@ def resume(args, saved, pairs, optimizer, scaler):
     # The groups are ours, and not the file's, so that a given --learning_rate counts.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if saved["scaler"]:  # empty without float16
-        scaler.load_state_dict(saved["scaler"])
+    theirs = saved["scaler"]
+    ours = scaler.state_dict()
+    if theirs and ours:  # both are empty without float16
+        kinds = {name: type(x) for name, x in theirs.items()}
+        fits = kinds == {name: type(x) for name, x in ours.items()}
+        check(fits, f"{args.out_dir}/last.pt cannot be resumed: its scaler does not fit")
+        scaler.load_state_dict(theirs)
     return saved["samples"] // args.batch_size
 
 
@@ -867,15 +882,19 @@ def read_best(args, val_pairs):
 
 
 def was_validated(args, step):
-    """Whether the log has a validation of this step. A run that was killed during one has none."""
+    """Whether the log has a validation of this step. A run that was killed during one has none. A
+    header says from which step a run goes on, and ends what the log had of later steps."""
     log = Path(args.out_dir, "log.jsonl")
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    found = False
     for line in lines:
-        with suppress(ValueError, AttributeError, RecursionError):  # cut by a kill
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):  # cut by a kill
             row = json.loads(line)
             if row.get("step") == step and "zeroshot" in row:
-                return True
-    return False
+                found = True
+            elif "header" in row and row["step"] < step:
+                found = False
+    return found
 
 
 def print_next(args, model, best, last):
@@ -971,12 +990,12 @@ def train(args, saved):
             validates = RANK == 0 and (val_pairs is not None or args.zeroshot_data)
             if validates and eval_due and (is_last or stop.number == 0):
                 row = validate(model, tokenizer, val_pairs, args, step)
-                log.write(row)
                 if val_pairs is not None:
                     last = row
                     if best is None or row["mean_r1"] >= best["mean_r1"]:
                         if save_best(args, model, tokenizer, val_pairs, row):
                             best = row
+                log.write(row)  # after best.pt, because --resume repeats what is not in the log
 
             # 3. Leave together, or some would wait for the features of the others for ever.
             stop_number = stop.agreed()

@@ -1,6 +1,7 @@
 """What all tests share: one thread, a fixed seed, a cache of their own."""
 
 import gc
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -8,8 +9,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from material import COLOURS, make_model, png, write_checkpoint
+from children import PRELOAD, ROOT, Children
+from material import COLOURS, TINY, make_model, png, write_checkpoint
+from runs import short_run, write_shards
 
+import train
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -30,12 +34,59 @@ def seed_and_signals():
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
 def shallow(monkeypatch):
     """The tiny model has two blocks and one block in its towers, instead of four and two."""
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(vision_layers=2, text_layers=1))
+
+
+@pytest.fixture
+def smallest(monkeypatch):
+    """The tiny model is smaller still: one block in each tower, 16 patches."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with training, validation and bad shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(shards, tmp_path_factory):
+    """The folder of a short run that nothing has interrupted. No test may write into it."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        train.main(short_run(shards, out))
+    return out
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path):
+    return shutil.copytree(whole_run, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def server(cache):
+    """The server from which processes are forked. It imports torch and the project once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture
+def children(server, tmp_path):
+    """Starts processes (children.py), and ends them after the test."""
+    children = Children(tmp_path, TINY)
+    yield children
+    children.end()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import tarfile
 from dataclasses import asdict
 
 import numpy as np
-import open_clip.model
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,6 +157,8 @@ def close(mine, other):
 
 def open_clip_of(model, custom_text=False):
     """open_clip's CLIP with the same weights, in one of its two layouts."""
+    import open_clip.model  # here, because that takes two seconds, also in processes of tests
+
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
     state, other = open_clip_state(model), kind(**open_clip_config(model.config)).eval()
     if custom_text:

@@ -1,7 +1,6 @@
 """One step: the same gradients plain, in micro-batches, on two processes, scaled and compiled."""
 
 import math
-import multiprocessing
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import product
@@ -9,12 +8,13 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from material import TINY
+from material import TINY, make_model
+from runs import losses_of, short_run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from superclip import PAD, SuperCLIP, SuperCLIPConfig
+from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 N, P, V = 8, 16, 40  # pairs of all processes, patches, vocabulary
 KEEP = torch.rand(N, P, generator=torch.Generator().manual_seed(2)).argsort(dim=1)[:, :5]
@@ -22,9 +22,22 @@ FLOAT32, NOT_SCALED = nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
 STEPS = [(N, False), (2, True)]  # micro_batch_size, grad_cache_step or the plain step?
 
 
-def small_model(**changes):
+class ForkedSuperCLIP(SuperCLIP):
+    """What a fork may do: a third term, which asks the patches of an image to agree less."""
+
+    def terms_of_each_pair(self, image_tokens, label_tokens):
+        terms = super().terms_of_each_pair(image_tokens, label_tokens)
+        mean_patch = image_tokens[:, 1:].float().mean(dim=1)
+        return {**terms, "agreement_loss": mean_patch.square().sum(dim=1).mean()}
+
+    def total_loss(self, terms):
+        ours = {name: x for name, x in terms.items() if name != "agreement_loss"}
+        return super().total_loss(ours) + 0.3 * terms.get("agreement_loss", 0.0)
+
+
+def small_model(kind=SuperCLIP, **changes):
     torch.manual_seed(0)
-    model = SuperCLIP(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
+    model = kind(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)  # no zeros are left that could hide a wrong gradient
@@ -66,6 +79,7 @@ def assert_same_gradients(gradients, expected, tolerance=1e-5):
 
 
 CONFIGS = {"CLIP": {"cls_weight": 0}, "words": {"cls_weight": 0.7}, "sigmoid": {"loss": "sigmoid"}}
+CONFIGS["a fork's term"] = {"kind": ForkedSuperCLIP}
 CASES = list(product(CONFIGS, (False, True), (False, True)))  # ..., dropped patches, micro-batches
 
 
@@ -88,10 +102,9 @@ def run_process(rank, folder):
     dist.destroy_process_group()
 
 
-def test_plain_micro_batches_one_process_and_two_give_the_same_gradients(tmp_path):
+def test_plain_micro_batches_one_process_and_two_give_the_same_gradients(server, tmp_path):
     """And the same token counts. Each of two processes scores its own pairs alone, so that their
     losses differ, and the mean of both is the loss of the batch."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo.testing", "torchvision"])
     torch.multiprocessing.start_processes(run_process, (tmp_path,), 2, start_method="forkserver")
     one, two = run_cases(0, 1), [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for case in CASES:
@@ -104,6 +117,19 @@ def test_plain_micro_batches_one_process_and_two_give_the_same_gradients(tmp_pat
             first, second = (results[case][0][name] for results in two)
             torch.testing.assert_close((first + second) / 2, value)
             assert abs(first - second) > 0.01 or value == 0  # plain CLIP's word loss
+
+
+@pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=["plain", "micro-batches"])
+def test_a_forks_term_is_in_the_loss_and_in_the_log(shards, tmp_path, monkeypatch, options):
+    """The test above has its gradient, in micro-batches and on two processes, too."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr(train, "SuperCLIP", ForkedSuperCLIP)
+
+    train.main(short_run(shards, tmp_path, "--steps", 2, *options))
+
+    row = losses_of(tmp_path)[-1]
+    ours = row["contrastive_loss"] + row["classification_loss"]
+    assert row["loss"] == pytest.approx(ours + 0.3 * row["agreement_loss"])
 
 
 def test_micro_batches_are_computed_as_they_arrive_and_two_pairs_at_a_time():
@@ -180,24 +206,6 @@ def test_compiled_equals_eager_and_lengths_of_captions_recompile_little(size, mi
     torch._dynamo.reset()
 
 
-def test_learning_rate_and_schedule_by_hand():
-    rate = [train.learning_rate_at(step, 8.0, 4, 12) for step in range(13)]
-    assert rate[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]  # a quarter more each step, up to the peak
-    assert rate[8] == pytest.approx(4.0)  # half way down
-    assert rate[10] == pytest.approx(4 * (1 - math.sqrt(0.5)))
-    assert rate[12] == pytest.approx(0.0)
-    assert train.learning_rate_at(0, 8.0, 0, 12) == 8.0  # without warm-up
-    # Steps in all, of warm-up, and between rows, validations and saves, as --help states them
-    for options, expected in (
-        ("--epochs=2.5", (10, 1, 1, 2, 10)),  # 70 pairs make four batches of 16
-        ("--steps=1000", (1000, 100, 20, 200, 1000)),
-        ("--steps=50000", (50_000, 1000, 20, 2000, 50_000)),
-        ("--steps=9 --warmup_steps=0 --log_every=3 --eval_every=4 --save_every=5", (9, 0, 3, 4, 5)),
-    ):
-        args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
-        assert train.schedule(args, range(70)) == expected
-
-
 def test_weight_decay_is_for_matrices_alone():
     model = small_model(loss="sigmoid")
     groups = train.make_optimizer(model, 1.0, 1.0, 0.3).param_groups
@@ -223,6 +231,19 @@ def test_an_update_clips_and_bounds_the_scale_and_the_head_has_a_rate_of_its_own
     for name, p in before.items():
         step = (model.get_parameter(name) - p).abs().max().item()
         assert step == pytest.approx(1e-2 if name.startswith("head.") else 1e-4, rel=0.05), name
+
+
+def test_an_update_does_not_take_the_logit_scale_below_0():
+    """exp(0) = 1: a lower scale would make all candidates alike. A step of Adam is as long as the
+    learning rate."""
+    model = make_model().train()
+    optimizer = train.make_optimizer(model, 0.01, 0.01, 0.2)
+    model.logit_scale.data.fill_(0.005)
+    model.logit_scale.grad = torch.tensor(1.0)
+
+    train.update(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+
+    assert model.logit_scale.item() == 0
 
 
 def test_dropped_patches_are_a_function_of_seed_and_step():

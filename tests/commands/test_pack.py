@@ -419,7 +419,7 @@ def test_a_few_pairs_are_not_trained_on(photos, capsys):
 
 
 def test_what_pack_prints_works_without_a_network(photos, monkeypatch, capsys):
-    """The vocabulary and the look at the pairs. (tests/test_train.py trains.)"""
+    """The vocabulary and the look at the pairs. (tests/test_run.py trains.)"""
     monkeypatch.chdir(photos.parent)
     out = run(photos, "--val", 0.3)
     commands = [shlex.split(x) for x in commands_of(capsys.readouterr().out)]

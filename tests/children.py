@@ -1,0 +1,209 @@
+"""Processes that do what `python train.py` does, and to which something happens at a firm moment.
+
+They are forked from a server that has imported torch once, so that each starts at once. Nothing
+here imports material.py, whose open_clip would make the server slow.
+"""
+
+import itertools
+import multiprocessing
+import os
+import pkgutil
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import superclip
+
+ROOT = Path(superclip.__file__).parent
+CONTEXT = multiprocessing.get_context("forkserver")
+# What the server imports: train.py is run anew in each process.
+PRELOAD = ["torch._dynamo.testing", "torchvision.transforms", "pytest", "eval", "scripts.scenes"]
+
+
+class Children:
+    """The processes of a test. Whatever the test does, they end with it."""
+
+    def __init__(self, folder, preset):
+        self.folder = folder
+        self.preset = preset
+        self.started = []
+
+    def train(self, options, *preparations):
+        """Starts `python train.py` with these options, after the preparations, which are functions
+        of this module. What it prints goes to process.output, a file."""
+        output = self.folder / f"output-{len(self.started)}.txt"
+        job = partial(train, [*map(str, options)], self.preset, output, preparations)
+        return self.start(job, output)
+
+    def train_two(self, options, *preparations, other_options=None, other_preparations=()):
+        """Starts two processes of one run, as torchrun does. What is given for the other one is for
+        rank 1. Without other_options it has those of rank 0."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [partial(become_rank, rank, port) for rank in (0, 1)]
+        first = self.train(options, ranks[0], *preparations)
+        return first, self.train(other_options or options, ranks[1], *other_preparations)
+
+    def start(self, job, output=None):
+        process = CONTEXT.Process(target=job)
+        process.output = output
+        process.start()
+        self.started.append(process)
+        return process
+
+    def end(self):
+        for process in self.started:
+            process.kill()
+            process.join()
+
+
+def finish(process):
+    """Waits for a process. Returns its exit code, and what it has printed."""
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, process.output.read_text()
+
+
+# ---- in the process
+
+
+def train(options, preset, output, preparations):
+    os.setpgid(0, 0)  # so that a signal to its group reaches its loading processes, and no others
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its own children
+    superclip.PRESETS["tiny"] = preset
+    for prepare in preparations:
+        prepare()
+    sys.stdout = open(1, "w", closefd=False)  # the objects of the server were for other files
+    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    sys.argv = ["train.py", *options]
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
+
+
+def become_rank(rank, port):
+    """What torchrun tells a process of two."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "a run"
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = "2"
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = str(port)
+
+
+# ---- preparations
+
+
+def before(function, number, act):
+    """At its number-th call, a function such as "os.fsync" first does something else."""
+    return partial(hook, function, number, act)
+
+
+def hook(function, number, act):
+    owner, _, name = function.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def call(*args, **options):
+        if next(calls) == number:
+            act()
+        return original(*args, **options)
+
+    setattr(owner, name, call)
+
+
+def in_step(number, act):
+    """A training step calls the model once. (A validation calls its towers.)"""
+    return before("superclip.SuperCLIP.forward", number, act)
+
+
+def lose_readers(*files):
+    """Nobody reads standard output (1) or standard error (2) any more."""
+    return partial(break_pipes, files)
+
+
+def break_pipes(files):
+    reading, writing = os.pipe()
+    os.close(reading)
+    for file in files:
+        os.dup2(writing, file)
+
+
+def ignoring(number):
+    """A signal is ignored from the start, as nohup does it."""
+    return partial(signal.signal, number, signal.SIG_IGN)
+
+
+def with_files_up_to(size):
+    """Files of more bytes cannot be written, as on a full disk."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
+def in_folder(path):
+    return partial(os.chdir, path)
+
+
+# ---- what may happen
+
+
+def receive(*numbers):
+    """The process gets these signals."""
+    return partial(send, os.kill, numbers)
+
+
+def group_receives(*numbers):
+    """The process and all that it has started get these signals."""
+    return partial(send, os.killpg, numbers)
+
+
+def send(kill, numbers):
+    for number in numbers:
+        kill(os.getpid(), number)
+
+
+def kill_a_loader():
+    """One of the loading processes is killed, as by the kernel when memory is short."""
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def check_loaders_live():
+    time.sleep(0.2)
+    assert multiprocessing.active_children(), "the loading processes have ended"
+
+
+def remove(folder):
+    return partial(shutil.rmtree, folder)
+
+
+def sleep(seconds):
+    return partial(time.sleep, seconds)
+
+
+def clock_jumps(seconds):
+    """The monotonic clock goes forward."""
+    return partial(shift_clock, seconds)
+
+
+def shift_clock(seconds):
+    clock = time.monotonic
+    time.monotonic = lambda: clock() + seconds
+
+
+def one_after_another(*acts):
+    return partial(run_all, acts)
+
+
+def run_all(acts):
+    for act in acts:
+        act()
