@@ -17,10 +17,23 @@ FLOAT32 = nullcontext()
 NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def make_model_without_zeros(**changes):
+class ForkedSuperCLIP(SuperCLIP):
+    """What a fork may do: a third term, which asks the patches of an image to agree less."""
+
+    def terms_of_each_pair(self, image_tokens, label_tokens):
+        terms = super().terms_of_each_pair(image_tokens, label_tokens)
+        mean_patch = image_tokens[:, 1:].float().mean(dim=1)
+        return {**terms, "agreement_loss": mean_patch.square().sum(dim=1).mean()}
+
+    def total_loss(self, terms):
+        ours = {name: x for name, x in terms.items() if name != "agreement_loss"}
+        return super().total_loss(ours) + 0.3 * terms.get("agreement_loss", 0.0)
+
+
+def make_model_without_zeros(kind=SuperCLIP, **changes):
     """A model in training, in which no zeros are left that could hide a wrong gradient."""
     torch.manual_seed(0)
-    model = SuperCLIP(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
+    model = kind(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
