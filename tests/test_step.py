@@ -195,18 +195,21 @@ def compile_parts(model, backend):
         setattr(model, name, part)
 
 
-def test_compiled_equals_eager():
-    """By torch's compiler up to the code for the machine, which would need a C++ compiler. A step
-    of micro-batches computes each part without gradients, and with them, as a plain step does."""
+@pytest.mark.parametrize(
+    "size, micro, backend", [(N, False, "aot_eager"), (2, True, "eager")], ids=STEPS
+)
+def test_compiled_equals_eager(size, micro, backend):
+    """By torch's compiler up to the code for the machine, which would need a C++ compiler. In
+    micro-batches by its first half alone: that is the one which meets several lengths."""
     torch.compiler.reset()
     compiled = make_model_without_zeros()
-    compile_parts(compiled, lambda part: "aot_eager")
+    compile_parts(compiled, lambda part: backend)
     shape = {"T": 16, "T_label": 32, "keep": KEEP}
 
-    step = losses_and_gradients(compiled, micro_batches(2, **shape), micro=True)
+    step = losses_and_gradients(compiled, micro_batches(size, **shape), micro)
 
     eager = make_model_without_zeros()
-    expected = losses_and_gradients(eager, micro_batches(2, **shape), micro=True)
+    expected = losses_and_gradients(eager, micro_batches(size, **shape), micro)
     torch.testing.assert_close(step, expected)
 
 
