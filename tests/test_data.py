@@ -290,6 +290,11 @@ def test_captions_are_cut_to_the_context_and_labels_are_not(odd_pairs):
             assert [TOKENIZER.start, *ids, TOKENIZER.end] in batch["label_tokens"][:, :58].tolist()
 
 
+@pytest.mark.parametrize("longest, length", [(0, 16), (14, 16), (15, 32), (30, 32), (31, 48)])
+def test_with_start_and_end_a_length_is_a_multiple_of_16(longest, length):
+    assert data.round_up([[7], [7] * longest]) == length
+
+
 def test_a_bad_sample_is_named_once_and_counted_each_time(odd_pairs, capsys):
     counts = [bad for _, bad in load(odd_pairs)]
 

@@ -77,9 +77,10 @@ def test_padding_start_and_end_weigh_nothing_even_where_they_are_rare():
 
 
 def test_the_label_of_a_caption_by_hand():
-    """It is a set: 3 is in the first caption twice, and has one share. Shares add up to 1."""
+    """It is a set: 3 is in the first caption twice, and has one share. Shares add up to 1, even if
+    the weights of common words do not."""
     weights = torch.zeros(V)
-    weights[[2, 3, 5, 7]] = torch.tensor([4.0, 1.0, 3.0, 1.0])
+    weights[[2, 3, 5, 7]] = torch.tensor([4.0, 1.0, 3.0, 1.0]) / 16
 
     tokens, shares = word_labels(CAPTIONS, weights)
 

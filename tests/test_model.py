@@ -109,6 +109,18 @@ def test_the_residual_stream_has_one_dtype_under_autocast(monkeypatch):
     assert {*dtypes.values()} == {(torch.bfloat16, torch.bfloat16)}
 
 
+def test_features_have_length_1_in_float32_under_autocast():
+    """bfloat16 would be off by up to 0.4 %."""
+    model = make_random_model()
+    images, tokens = make_pairs(model)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = torch.cat([model.encode_image(images), model.encode_text(tokens)])
+
+    assert features.dtype == torch.float32
+    assert features.norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
+
+
 # ---- the word head
 
 
@@ -168,6 +180,19 @@ def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     weights = superclip.state_dict()
 
     assert all(torch.equal(x, weights[name]) for name, x in clip.state_dict().items())
+
+
+# ---- many processes (the gradients are in test_step.py)
+
+
+def test_an_evaluation_is_the_matter_of_one_process(monkeypatch):
+    """Rank 0 validates alone, so it must not wait for the features of the others."""
+    model = make_random_model().eval()
+    images, tokens = make_pairs(model)
+    expected = model(images, tokens)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    torch.testing.assert_close(model(images, tokens), expected)
 
 
 # ---- the presets
