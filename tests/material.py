@@ -1,4 +1,4 @@
-"""What several test files are made of: a small model, small pictures, small shards."""
+"""What several test files are made of: small models, small pictures, small shards."""
 
 import io
 import json
@@ -9,26 +9,30 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
 from cli import run_command
 from data import words_to_tiktoken
-from scripts.convert import open_clip_config, open_clip_state
 from superclip import SuperCLIP, SuperCLIPConfig
 
-TINY = dict(image_size=16, patch_size=4, vision_width=64, vision_layers=1, text_width=64)
-TINY |= dict(text_layers=1, embed_dim=16)  # one head a tower; 16 patches
+# ---- pictures
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "grey": (120,) * 3}
+
+
+def encoded(image, format="JPEG", **options):
+    """A PIL image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
 
 
 def png(colour, rng):
     """A noisy square of one colour, as the bytes of a PNG file."""
     noise = rng.integers(-30, 30, (20, 20, 3))
-    buffer = io.BytesIO()
-    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
@@ -37,13 +41,20 @@ def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
     return Image.fromarray(pixels).resize(size, Image.BICUBIC).convert(mode)
 
 
+# ---- shards
+
+WITHOUT_CONTENT = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE
+
+
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
     """members: list of (name, content as bytes, or a type of member that has no content)."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            if content in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-                info.type, info.linkname, content = content, "a.jpg", b""
+            if content in WITHOUT_CONTENT:
+                info.type = content
+                info.linkname = "a.jpg"
+                content = b""
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return str(path)
@@ -51,21 +62,51 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 def write_shard(path, samples):
     """samples: a list of {extension: bytes}."""
-    samples = enumerate(samples)
-    return write_tar(path, [(f"{i:04d}.{x}", sample[x]) for i, sample in samples for x in sample])
+    members = []
+    for i, sample in enumerate(samples):
+        members += [(f"{i:04d}.{extension}", content) for extension, content in sample.items()]
+    return write_tar(path, members)
 
 
 def coloured(path, *captions):
     """A shard with a pair for each caption: a square of the colour that it names first, or red."""
-    names = [re.search("|".join(COLOURS), caption.lower() + " red")[0] for caption in captions]
-    pictures = [png(COLOURS[name], np.random.default_rng(i)) for i, name in enumerate(names)]
-    return write_shard(path, [{"png": p, "txt": c.encode()} for p, c in zip(pictures, captions)])
+    samples = []
+    for i, caption in enumerate(captions):
+        name = re.search("|".join(COLOURS), caption.lower() + " red")[0]
+        picture = png(COLOURS[name], np.random.default_rng(i))
+        samples.append({"png": picture, "txt": caption.encode()})
+    return write_shard(path, samples)
 
 
-# ---- for tests that evaluate a checkpoint
+def good_sample(key, seed=0):
+    """The members of one pair: a photograph, and "a red dog" with the seed as a number."""
+    return [
+        (f"{key}.jpg", encoded(photo(seed))),
+        (f"{key}.txt", f"a red dog {seed}".encode()),
+    ]
+
+
+def write_good_shard(path, n, start=0):
+    """A shard of n pairs, with the numbers from `start` on as their keys."""
+    members = []
+    for i in range(start, start + n):
+        members += good_sample(f"{i:05d}", i)
+    return write_tar(path, members)
+
+
+# ---- models
 
 WORDS = "a photo picture of the red green blue grey square ring thing".split()
 TOKENIZER = data.Tokenizer(words_to_tiktoken(WORDS))
+TINY = dict(
+    image_size=16,
+    patch_size=4,  # so there are 16 patches
+    vision_width=64,  # one head a tower
+    vision_layers=1,
+    text_width=64,
+    text_layers=1,
+    embed_dim=16,
+)
 
 
 def make_model(**changes):
@@ -79,6 +120,9 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab):
     content = {"model": model.state_dict(), "config": asdict(model.config), "vocab": vocab}
     torch.save(content, path)
     return path
+
+
+# ---- commands
 
 
 def run(main, *argv):
@@ -102,77 +146,3 @@ def result_of(capsys, main, path, *argv):
     capsys.readouterr()
     assert not run(main, *argv, "--json", path)
     return json.loads(path.read_text()), capsys.readouterr().out
-
-
-# ---- for tests of pages
-
-
-def numbers_of(page):
-    """The JSON that a page of scripts/report.py or scripts/demo.py carries."""
-    text = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
-    return json.loads(text[1])
-
-
-def same(numbers, tensor, tolerance=1e-3):
-    return (torch.tensor(numbers, dtype=tensor.dtype) - tensor).abs().max() <= tolerance
-
-
-def requests_of(browser):
-    """The addresses that a browser has asked for since it was asked this before."""
-    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if "requestWillBeSent" in m["method"]]
-    return {url for url in sent if not url.startswith("data:")}
-
-
-# ---- for tests that compare with open_clip
-
-SMALL = dict(image_size=32, patch_size=8, vision_width=128, vision_layers=2, text_width=128)
-SMALL |= dict(text_layers=2, embed_dim=24, context_length=16, vocab_size=60)
-
-
-@torch.no_grad()
-def small(**changes):
-    """A model with random biases and norms. At their initial zeros and ones, a bias in the wrong
-    place would change nothing."""
-    model = SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval()
-    for name, p in model.named_parameters():
-        if p.ndim == 1 and "class_embedding" not in name:
-            p += 0.1 * torch.randn_like(p)
-    return model
-
-
-def pairs(model, B=4, T=10):
-    """Random images (B, 3, S, S) and captions (B, T) that start and end as captions do."""
-    V, S = model.config.vocab_size, model.config.image_size
-    tokens = torch.randint(1, V - 2, (B, T))
-    tokens[:, 0], tokens[:, -1] = V - 2, V - 1
-    return torch.randn(B, 3, S, S), tokens
-
-
-def close(mine, other):
-    """No element differs by more than 1e-5 of the largest one."""
-    assert mine.shape == other.shape
-    assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
-
-
-def open_clip_of(model, custom_text=False):
-    """open_clip's CLIP with the same weights, in one of its two layouts."""
-    import open_clip.model  # here, because that takes two seconds, also in processes of tests
-
-    kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
-    state, other = open_clip_state(model), kind(**open_clip_config(model.config)).eval()
-    if custom_text:
-        state = open_clip.model.convert_to_custom_text_state_dict(state)
-    other.load_state_dict(state, strict=True)
-    return other
-
-
-@torch.no_grad()
-def same_towers(model, other, **shape):
-    """Image and text features of our model equal those of open_clip's, before and after they are
-    normalised. Ours gets trimmed captions, open_clip's the same ones padded to the context."""
-    images, tokens = pairs(model, **shape)
-    padded = F.pad(tokens, (0, other.context_length - tokens.shape[1]))
-    for normalize in (False, True):
-        close(model.encode_image(images, normalize), other.encode_image(images, normalize))
-        close(model.encode_text(tokens, normalize), other.encode_text(padded, normalize))

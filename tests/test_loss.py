@@ -1,4 +1,5 @@
-"""The losses: counts and weights by hand, the formula of the paper, and open_clip's losses."""
+"""The losses: counts, weights and labels by hand, then the formula of the paper, and open_clip's
+losses."""
 
 import math
 
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from material import make_model
 
-from superclip import PAD, classification_loss, contrastive_loss, sigmoid_loss
+from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_loss, word_labels
 
-V, START, END = 12, 10, 11
+V = 12
+START = 10
+END = 11
 CAPTIONS = torch.tensor(
     [
         [START, 3, 5, 3, END, PAD],  # 3 twice
@@ -21,35 +24,115 @@ CAPTIONS = torch.tensor(
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def same_value_and_gradients(ours, theirs, inputs):
-    torch.testing.assert_close(ours, theirs)
-    gradients = (torch.autograd.grad(loss, inputs) for loss in (ours, theirs))
-    torch.testing.assert_close(*gradients)
+# ---- how often each word was in a caption
 
 
-def keep_in(tensors):
-    """A context that adds to the list `tensors` what the backward pass will need."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t)
-
-
-def test_counts_and_weights_by_hand():
+def test_each_caption_counts_a_token_once_and_padding_never():
     model = make_model(vocab_size=V).train()
+
     model(IMAGES, CAPTIONS)
+
     assert model.num_captions.item() == 3
-    # of captions, not of tokens; of padding never; start and end last
     assert model.token_counts.tolist() == [0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 3, 3]
-    unseen, once, twice = math.log(4 / 1), math.log(4 / 2), math.log(4 / 3)
-    expected = [0, unseen, once, once, unseen, twice, unseen, once, unseen, unseen, 0, 0]
-    torch.testing.assert_close(model.token_weights(), torch.tensor(expected))
-    model.token_counts.zero_()  # start, end and padding weigh nothing even where they are rare
-    unseen = torch.full((V,), math.log(4)).index_fill(0, torch.tensor([PAD, START, END]), 0)
-    torch.testing.assert_close(model.token_weights(), unseen)
-    # Evaluation counts nothing. A second batch is added exactly, also where float32 stops.
-    model.eval()(IMAGES, CAPTIONS)
+
+
+def test_an_evaluation_counts_nothing():
+    model = make_model(vocab_size=V).eval()
+
+    model(IMAGES, CAPTIONS)
+
+    assert model.num_captions.item() == 0
+    assert model.token_counts.sum().item() == 0
+
+
+def test_counts_stay_exact_where_float32_stops():
+    model = make_model(vocab_size=V).to(torch.bfloat16).float().train()
     model.token_counts += 2**24
-    model.train()(IMAGES, CAPTIONS)
-    assert model.num_captions.item() == 6 and model.token_counts[3].item() == 2**24 + 1
-    assert model.to(torch.bfloat16).token_counts.dtype == torch.int64
+
+    model(IMAGES, CAPTIONS)
+
+    assert model.token_counts[3].item() == 2**24 + 1
+
+
+# ---- the weight of each word, and the label of a caption
+
+
+def test_the_weight_of_a_word_by_hand():
+    """log((3 + 1) / (n + 1)) for a word that was in n of 3 captions. Start and end, which are last,
+    were in all of them."""
+    unseen = math.log(4 / 1)
+    once = math.log(4 / 2)
+    twice = math.log(4 / 3)
+
+    weights = idf(torch.tensor(3), torch.tensor([0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 3, 3]))
+
+    expected = [0, unseen, once, once, unseen, twice, unseen, once, unseen, unseen, 0, 0]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+def test_padding_start_and_end_weigh_nothing_even_where_they_are_rare():
+    weights = idf(torch.tensor(3), torch.zeros(V, dtype=torch.long))
+
+    assert weights.nonzero().flatten().tolist() == [*range(1, START)]
+
+
+def test_the_label_of_a_caption_by_hand():
+    """It is a set: 3 is in the first caption twice, and has one share. Shares add up to 1, even if
+    the weights of common words do not."""
+    weights = torch.zeros(V)
+    weights[[2, 3, 5, 7]] = torch.tensor([4.0, 1.0, 3.0, 1.0]) / 16
+
+    tokens, shares = word_labels(CAPTIONS, weights)
+
+    label = torch.zeros(3, V).scatter_add(1, tokens, shares)
+    assert label[0].nonzero().flatten().tolist() == [3, 5]
+    assert label[0, [3, 5]].tolist() == [1 / 4, 3 / 4]
+    assert label[1, [2, 5, 7]].tolist() == [4 / 8, 3 / 8, 1 / 8]
+    assert label[2].sum() == 0
+
+
+# ---- the loss of the words
+
+
+def assert_same_value_and_gradients(ours, theirs, inputs):
+    torch.testing.assert_close(ours, theirs)
+    our_gradients = torch.autograd.grad(ours, inputs)
+    torch.testing.assert_close(our_gradients, torch.autograd.grad(theirs, inputs))
+
+
+def test_the_classification_loss_equals_the_dense_formula():
+    """Value and gradient of equations 2 to 4, on a label (B, V). Captions repeat tokens in any
+    order, and one is mostly padding."""
+    tokens = torch.randint(1, 50, (16, 20))
+    tokens[0, 3:] = PAD
+    weights = torch.rand(50)
+    weights[[PAD, 48, 49]] = 0
+    logits = torch.randn(16, 50, requires_grad=True)
+
+    ours = classification_loss(logits, tokens, weights)
+
+    label = F.normalize(torch.zeros(16, 50).scatter(1, tokens, weights[tokens]), p=1, dim=1)
+    assert_same_value_and_gradients(ours, F.cross_entropy(logits, label), [logits])
+
+
+def test_a_caption_without_any_weight_adds_nothing():
+    """Neither to the loss nor, as NaN, to a gradient."""
+    logits = torch.randn(3, V, requires_grad=True)
+    weights = torch.rand(V)
+    weights[[PAD, START, END]] = 0
+
+    loss = classification_loss(logits, CAPTIONS, weights)  # the third is empty
+    loss.backward()
+
+    others = classification_loss(logits[:2], CAPTIONS[:2], weights)
+    torch.testing.assert_close(3 * loss, 2 * others)
+    assert logits.grad[2].tolist() == V * [0]
+
+
+def test_a_head_that_knows_nothing_has_the_loss_ln_v():
+    loss = classification_loss(torch.zeros(2, V), CAPTIONS[:2], torch.ones(V))
+
+    assert loss.item() == pytest.approx(math.log(V))
 
 
 def test_a_word_beyond_the_context_counts_and_is_learned():
@@ -58,43 +141,81 @@ def test_a_word_beyond_the_context_counts_and_is_learned():
     model.num_captions += 1  # or each of its words were in all captions, and would weigh nothing
     tokens = torch.tensor([[START, 1, 1, 1, 1, 1, 1, END]])
     labels = torch.tensor([[START, 1, 1, 1, 1, 1, 1, 1, 1, 9, END]])
+
     model(IMAGES[:1], tokens, labels)["loss"].backward()
+
     assert model.token_counts[9].item() == 1
     bias_grad = model.head.linear.bias.grad
     assert bias_grad[9] < 0 < bias_grad[8]  # a step raises the logit of 9, and lowers that of 8
 
 
-def test_classification_loss_equals_the_dense_formula():
-    """Value and gradient of equations 2 to 4 on a (B, V) label. Captions repeat tokens in any
-    order, one is mostly padding, and one has no word that weighs anything: it adds 0, and no NaN.
-    """
-    tokens, weights = torch.randint(1, 50, (16, 20)), torch.rand(50)
-    tokens[0, 3:], tokens[1], weights[[PAD, 48, 49]] = PAD, PAD, 0
-    logits = torch.randn(16, 50, requires_grad=True)
-    ours = classification_loss(logits, tokens, weights)
-    label = F.normalize(torch.zeros(16, 50).scatter_(1, tokens, weights[tokens]), p=1, dim=1)
-    same_value_and_gradients(ours, F.cross_entropy(logits, label), [logits])
+# ---- the losses that compare pairs
+
+LOSSES = {  # ours, open_clip's, and the bias if there is one
+    "softmax": (contrastive_loss, open_clip.loss.ClipLoss(), []),
+    "sigmoid": (sigmoid_loss, open_clip.loss.SigLipLoss(), [-15.0]),
+    "sigmoid with a bias of 0": (sigmoid_loss, open_clip.loss.SigLipLoss(), [0.0]),
+}
 
 
-def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
-    model = make_model(loss="sigmoid")  # so that most answers are no
-    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == pytest.approx((10, -10))
+def make_inputs(scale, bias):
+    """Features of 24 images and texts, the scale, and the bias if there is one, with gradients."""
+    images, texts = F.normalize(torch.randn(2, 24, 32), dim=-1)
+    inputs = [images, texts, torch.tensor(scale), *map(torch.tensor, bias)]
+    return [x.requires_grad_() for x in inputs]
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize("bias", [None, 0.0, -15.0])
-def test_contrastive_losses_equal_open_clips_whole_and_in_slices(scale, bias):
-    """Value, and gradients of features, scale and bias. The mean over three processes that score 8
-    pairs each is the loss of 24, and none of them keeps (24, 24) similarities of all."""
-    images, texts = F.normalize(torch.randn(2, 24, 32), dim=-1)
-    inputs = [images, texts, torch.tensor(scale)] + ([] if bias is None else [torch.tensor(bias)])
-    inputs = [x.requires_grad_() for x in inputs]
-    ours, other = contrastive_loss, open_clip.loss.ClipLoss()
-    if bias is not None:
-        ours, other = sigmoid_loss, open_clip.loss.SigLipLoss()
-    same_value_and_gradients(ours(*inputs), other(*inputs), inputs)
-    with keep_in(kept := []):
-        parts = [ours(*inputs, local=slice(i, i + 8)) for i in (0, 8, 16)]
-    same_value_and_gradients(torch.stack(parts).mean(), other(*inputs), inputs)
-    shapes = {tuple(x.shape) for x in kept}
-    assert (8, 24) in shapes and (24, 24) not in shapes
+@pytest.mark.parametrize("ours, theirs, bias", LOSSES.values(), ids=LOSSES)
+def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
+    """Value, and gradients of features, scale and bias."""
+    inputs = make_inputs(scale, bias)
+
+    assert_same_value_and_gradients(ours(*inputs), theirs(*inputs), inputs)
+
+
+@pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
+def test_the_mean_over_processes_is_the_loss_of_the_batch(ours, _, bias):
+    """Each of three processes scores 8 of the 24 pairs."""
+    inputs = make_inputs(14.3, bias)
+
+    parts = [ours(*inputs, local=slice(i, i + 8)) for i in (0, 8, 16)]
+
+    assert_same_value_and_gradients(torch.stack(parts).mean(), ours(*inputs), inputs)
+
+
+@pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
+def test_a_process_keeps_the_similarities_of_its_own_pairs_alone(ours, _, bias):
+    kept = []  # shapes of what the backward pass will need
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(tuple(x.shape)) or x, lambda x: x
+    )
+
+    with hooks:
+        ours(*make_inputs(14.3, bias), local=slice(8, 16))
+
+    assert (8, 24) in kept
+    assert (24, 24) not in kept
+
+
+def test_a_model_that_tells_no_pairs_apart_has_the_loss_ln_n():
+    same = F.normalize(torch.ones(24, 32), dim=-1)
+
+    loss = contrastive_loss(same, same, logit_scale=100.0)
+
+    assert loss.item() == pytest.approx(math.log(24))
+
+
+def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
+    """So that most answers are no."""
+    model = make_model(loss="sigmoid")
+
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+
+
+def test_the_losses_are_added_with_their_weights():
+    model = make_model(cls_weight=0.3)
+    terms = {"contrastive_loss": torch.tensor(2.0), "classification_loss": torch.tensor(10.0)}
+
+    assert model.total_loss(terms).item() == pytest.approx(2 + 0.3 * 10)

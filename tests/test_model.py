@@ -1,4 +1,4 @@
-"""The model: the two towers against open_clip's, the word head, and the sizes of the presets."""
+"""The model: the two towers against open_clip's, the word head, plain CLIP, and the presets."""
 
 import open_clip
 import open_clip.model
@@ -6,96 +6,207 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from material import SMALL, close, open_clip_of, pairs, same_towers, small
+from oracle import (
+    SMALL,
+    assert_near,
+    assert_same_towers,
+    make_pairs,
+    make_random_model,
+    open_clip_of,
+)
 
-from scripts.convert import open_clip_state
+from scripts.convert import open_clip_config, open_clip_state
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
+# ---- the towers
 
+
+@pytest.mark.parametrize("T", [10, 16], ids=["short captions", "captions as long as the context"])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_small_towers_equal_open_clips(quick_gelu):
-    """With captions of 10 tokens and of the whole context."""
-    model = small(quick_gelu=quick_gelu, text_heads=4)
-    other = open_clip_of(model)
-    same_towers(model, other)
-    same_towers(model, other, T=16)
+def test_the_towers_equal_open_clips(quick_gelu, T):
+    model = make_random_model(quick_gelu=quick_gelu, text_heads=4)
+
+    assert_same_towers(model, open_clip_of(model), T)
+
+
+def test_a_new_model_starts_with_open_clips_spread():
+    """The standard deviation of each tensor. Two draws of 128 numbers differ by a tenth."""
+    config = SuperCLIPConfig(**SMALL)
+
+    ours = open_clip_state(SuperCLIP(config))
+
+    theirs = open_clip.model.CLIP(**open_clip_config(config)).state_dict()
+    spread = {name: x.std().item() for name, x in ours.items() if x.ndim > 0}
+    expected = {name: theirs[name].std().item() for name in spread}
+    assert spread == pytest.approx(expected, rel=0.4)
+    assert ours["logit_scale"] == theirs["logit_scale"]
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
-    model = small()
-    images, tokens = pairs(model)
+    model = make_random_model()
+    images, _ = make_pairs(model)
     keep = torch.stack([torch.randperm(16)[:5] for _ in range(4)])
     other = open_clip_of(model)
-    other.visual.patch_dropout.register_forward_hook(  # class token, then the kept patches
-        lambda _, args, x: torch.stack([torch.cat([x[i, :1], x[i, 1:][keep[i]]]) for i in range(4)])
-    )
-    close(model.encode_image(images, keep=keep), other.encode_image(images, normalize=True))
+
+    def drop(module, args, x):
+        """Returns the class token and the kept patches."""
+        return torch.cat([x[:, :1], torch.stack([x[i, 1:][keep[i]] for i in range(4)])], dim=1)
+
+    other.visual.patch_dropout.register_forward_hook(drop)
+
+    features = model.encode_image(images, keep=keep)
+
+    assert_near(features, other.encode_image(images, normalize=True))
+
+
+def test_a_step_looks_at_the_kept_patches_alone():
+    model = make_random_model()
+    images, tokens = make_pairs(model)
+    keep = torch.tensor([[3, 1, 9]]).expand(4, 3)
+
     out = model(images, tokens, keep=keep)
+
     torch.testing.assert_close(out["image_features"], model.encode_image(images, keep=keep))
     torch.testing.assert_close(out["text_features"], model.encode_text(tokens))
 
 
+def test_images_are_normalised_as_clips_by_default():
+    config = SuperCLIPConfig()
+
+    assert config.image_mean == open_clip.constants.OPENAI_DATASET_MEAN
+    assert config.image_std == open_clip.constants.OPENAI_DATASET_STD
+
+
 def test_uint8_images_are_normalised_by_the_configuration():
-    default = SuperCLIPConfig()
-    assert default.image_mean == open_clip.constants.OPENAI_DATASET_MEAN
-    assert default.image_std == open_clip.constants.OPENAI_DATASET_STD
-    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
-    model = small(image_mean=mean, image_std=std)
+    mean = (0.5, 0.4, 0.3)
+    std = (0.1, 0.2, 0.3)
+    model = make_random_model(image_mean=mean, image_std=std)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+
+    features = model.encode_image(images)
+
     floats = torchvision.transforms.functional.normalize(images / 255, mean, std)
-    torch.testing.assert_close(model.encode_image(images), model.encode_image(floats))
-    torch.testing.assert_close(model.class_logits(images), model.class_logits(floats))
+    torch.testing.assert_close(features, model.encode_image(floats))
 
 
 def test_the_residual_stream_has_one_dtype_under_autocast(monkeypatch):
     """Input and output of every block, and of every layer norm in it, are bfloat16. CUDA's autocast
     returns float32 from layer_norm. There is no GPU here, so the CPU's is made to do the same."""
-    layer_norm, dtypes = F.layer_norm, []
+    layer_norm = F.layer_norm
     monkeypatch.setattr(F, "layer_norm", lambda x, *args: layer_norm(x.float(), *args))
-    model = small()
-    for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
-        for module in (block, block.ln_1, block.ln_2):
-            module.register_forward_hook(lambda _, x, y: dtypes.extend((x[0].dtype, y.dtype)))
+    model = make_random_model()
+    dtypes = {}
+    for name, module in model.named_modules():
+        if ".resblocks." in name and name.endswith(("0", "1", "ln_1", "ln_2")):
+            module.register_forward_hook(
+                lambda _, x, y, name=name: dtypes.update({name: (x[0].dtype, y.dtype)})
+            )
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(*pairs(model))
-    assert dtypes == [torch.bfloat16] * 24  # 4 blocks, 3 modules, input and output
+        model(*make_pairs(model))
+
+    assert len(dtypes) == 2 * 2 * 3  # towers, blocks, modules of a block
+    assert {*dtypes.values()} == {(torch.bfloat16, torch.bfloat16)}
 
 
-def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
+def test_features_have_length_1_in_float32_under_autocast():
+    """bfloat16 would be off by up to 0.4 %."""
+    model = make_random_model()
+    images, tokens = make_pairs(model)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = torch.cat([model.encode_image(images), model.encode_text(tokens)])
+
+    assert features.dtype == torch.float32
+    assert features.norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
+
+
+# ---- the word head
+
+
+@pytest.mark.parametrize(
+    "keep", [None, torch.tensor([[3, 1, 9]]).expand(4, 3)], ids=["all patches", "three patches"]
+)
+def test_the_head_reads_the_mean_of_the_patches_without_the_class_token(keep):
     """Logits against the formula: linear(layer_norm(mean of the kept patches))."""
-    model = small()
-    images, _ = pairs(model)
-    for keep in (None, torch.tensor([[3, 1, 9]]).expand(4, 3)):
-        x = model.visual(images, keep)[:, 1:]
-        x = F.layer_norm(x.sum(dim=1) / x.shape[1], (128,), *model.head.ln.parameters())
-        weight, bias = model.head.linear.parameters()
-        close(model.class_logits(images, keep), x @ weight.T + bias)
+    model = make_random_model()
+    images, _ = make_pairs(model)
+
+    logits = model.class_logits(images, keep)
+
+    patches = model.visual(images, keep)[:, 1:]
+    mean = patches.sum(dim=1) / patches.shape[1]
+    normed = F.layer_norm(mean, (128,), *model.head.ln.parameters())
+    weight, bias = model.head.linear.parameters()
+    assert_near(logits, normed @ weight.T + bias)
 
 
-def test_cls_weight_0_is_exactly_clip():
-    """No head, the tensors of open_clip's CLIP, its loss alone. From one seed, the towers are those
-    of the model with a head, bit for bit."""
+def test_the_logits_of_a_new_head_have_variance_1():
+    model = SuperCLIP(SuperCLIPConfig(**{**SMALL, "vocab_size": 5000}))
+
+    logits = model.class_logits(make_pairs(model)[0])
+
+    assert logits.var(dim=1).tolist() == pytest.approx(4 * [1], abs=0.1)
+
+
+# ---- plain CLIP
+
+
+def test_with_cls_weight_0_the_tensors_are_those_of_open_clips_clip():
+    clip = make_random_model(cls_weight=0)
+
+    names = {name.removeprefix("text.") for name in clip.state_dict()}
+
+    assert names == open_clip_of(clip).state_dict().keys()
+
+
+def test_with_cls_weight_0_the_contrastive_loss_is_all_there_is():
+    clip = make_random_model(cls_weight=0).train()
+
+    out = clip(*make_pairs(clip))
+
+    assert torch.equal(out["loss"], out["contrastive_loss"])
+    assert "classification_loss" not in out
+    with pytest.raises(ValueError, match="cls_weight 0"):
+        clip.class_logits(make_pairs(clip)[0])
+
+
+def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     torch.manual_seed(1)
-    clip = SuperCLIP(SuperCLIPConfig(**SMALL, cls_weight=0)).train()
+    clip = SuperCLIP(SuperCLIPConfig(**SMALL, cls_weight=0))
     torch.manual_seed(1)
     superclip = SuperCLIP(SuperCLIPConfig(**SMALL))
-    names = {name.removeprefix("text.") for name in clip.state_dict()}
-    assert names == open_clip_of(clip).state_dict().keys()
-    images, tokens = pairs(clip)
-    out = clip(images, tokens)
-    assert torch.equal(out["loss"], out["contrastive_loss"]) and "classification_loss" not in out
-    assert torch.equal(out["loss"], superclip(images, tokens)["contrastive_loss"])
-    with pytest.raises(ValueError, match="cls_weight 0"):
-        clip.class_logits(images)
+
+    weights = superclip.state_dict()
+
+    assert all(torch.equal(x, weights[name]) for name, x in clip.state_dict().items())
+
+
+# ---- many processes (the gradients are in test_step.py)
+
+
+def test_an_evaluation_is_the_matter_of_one_process(monkeypatch):
+    """Rank 0 validates alone, so it must not wait for the features of the others."""
+    model = make_random_model().eval()
+    images, tokens = make_pairs(model)
+    expected = model(images, tokens)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    torch.testing.assert_close(model(images, tokens), expected)
+
+
+# ---- the presets
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))
 def test_a_preset_is_open_clips_model_of_that_name(name):
     """Names and shapes of all tensors, and the number of heads, which no shape tells."""
     theirs = open_clip.get_model_config(name)
-    with torch.device("meta"):
+
+    with torch.device("meta"):  # shapes without numbers
         model = SuperCLIP(SuperCLIPConfig(**PRESETS[name]))
         other = open_clip.model.CLIP(**theirs)
+
     shapes = {k: v.shape for k, v in other.state_dict().items()}
     assert {k: v.shape for k, v in open_clip_state(model).items()} == shapes
     assert model.config.text_heads == theirs["text_cfg"]["heads"]

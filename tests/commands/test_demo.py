@@ -5,7 +5,9 @@ import random
 
 import pytest
 import torch
-from material import numbers_of, requests_of, run, same, small
+from material import run
+from oracle import make_random_model
+from webpage import are_near, numbers_of, requests_of
 
 import data
 import eval as evaluation
@@ -28,7 +30,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     paths = [folder / "clip.pt", folder / "superclip.pt"]
     for cls_weight, path in enumerate(paths):
-        model = small(**SHAPE, cls_weight=cls_weight)
+        model = make_random_model(**SHAPE, cls_weight=cls_weight)
         evaluation.write_checkpoint(path, model, TOKENIZER.vocab, arguments=OPTIONS)
     return paths
 
@@ -129,7 +131,7 @@ def test_the_browser_encodes_a_picture(opened, models, m):
     script = "return [...models[arguments[0]].encodeImage(arguments[1])]"
     feature = opened.execute_script(script, m, pixels)
 
-    assert same(feature, models[m].encode_image(data.load_image(picture, 72)[None])[0])
+    assert are_near(feature, models[m].encode_image(data.load_image(picture, 72)[None])[0])
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -140,7 +142,7 @@ def test_the_browser_reads_a_text(opened, models, text):
     for m, model in enumerate(models):
         script = "return [...models[arguments[0]].encodeText(arguments[1])]"
         feature = opened.execute_script(script, m, tokens)
-        assert same(feature, model.encode_text(torch.tensor([tokens]))[0])
+        assert are_near(feature, model.encode_text(torch.tensor([tokens]))[0])
 
 
 def test_the_browser_computes_words_and_their_maps(opened, models):
@@ -153,8 +155,8 @@ def test_the_browser_computes_words_and_their_maps(opened, models):
     script = "wordMaps(models[1], arguments[0], arguments[1], () => false).then(arguments[2])"
     maps = opened.execute_async_script(script, pixels, ids)
 
-    assert same(logits, models[1].class_logits(image[None])[0])
-    assert same(maps, evaluation.word_maps(models[1], image, ids, window=2)[1])
+    assert are_near(logits, models[1].class_logits(image[None])[0])
+    assert are_near(maps, evaluation.word_maps(models[1], image, ids, window=2)[1])
 
 
 @pytest.mark.parametrize("i", range(len(LOOKS)), ids=[" ".join(look) for look in LOOKS])
@@ -194,7 +196,7 @@ def test_a_reader_composes_a_scene_and_both_models_answer(reloaded, models):
         bars = find(reloaded, f"#columns > :nth-child({m + 1}) ol").find_elements(
             "css selector", "b"
         )
-        assert same([float(bar.text.split()[0]) for bar in bars], 100 * best, 0.06)
+        assert are_near([float(bar.text.split()[0]) for bar in bars], 100 * best, 0.06)
 
 
 def test_a_word_that_the_vocabulary_lacks_is_named(reloaded):

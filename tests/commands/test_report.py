@@ -6,19 +6,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from material import (
-    COLOURS,
-    TOKENIZER,
-    coloured,
-    error_of,
-    make_model,
-    numbers_of,
-    png,
-    requests_of,
-    run,
-    same,
-    write_shard,
-)
+from material import COLOURS, TOKENIZER, coloured, error_of, make_model, png, run, write_shard
+from webpage import are_near, numbers_of, requests_of
 
 import data
 import eval as evaluation
@@ -200,7 +189,7 @@ def test_similarities_and_scores_are_those_of_eval(page, model, val_pairs):
     assert len(shown) == 12
     assert content["pairs"] == 13
     assert [content["images"][str(i)]["caption"] for i in shown] == [CAPTIONS[i] for i in shown]
-    assert same(content["similarity"], images[shown] @ texts[shown].T, 1e-6)
+    assert are_near(content["similarity"], images[shown] @ texts[shown].T, 1e-6)
     result = evaluation.retrieval(images, texts, owner)["text_to_image"]
     assert content["recall"] == result["R@1"]
 
@@ -214,8 +203,8 @@ def test_searches_show_the_best_pictures_and_the_right_one(page, model, val_pair
         right = search["caption"]
         similarity = texts[right] @ images.T
         ids, values = zip(*search["found"])
-        assert same(values, similarity[list(ids)], 1e-4)
-        assert same(values[:5], similarity.sort(descending=True).values[:5], 1e-4)
+        assert are_near(values, similarity[list(ids)], 1e-4)
+        assert are_near(values[:5], similarity.sort(descending=True).values[:5], 1e-4)
         assert right in ids
         assert search["place"] == 1 + (similarity > similarity[right] + 1e-6).sum()  # less: a tie
 
@@ -229,7 +218,7 @@ def test_words_and_maps_are_those_of_eval(page, model, val_pairs):
 
         assert [(w["word"], w["probability"]) for w in words] == [(w, p) for w, p, _ in top]
         assert [w["said"] for w in words] == [i in TOKENIZER.encode(caption) for _, _, i in top]
-        assert same([w["map"] for w in words], maps, 1e-3)
+        assert are_near([w["map"] for w in words], maps, 1e-3)
 
 
 def test_words_of_all_captions_of_a_picture_are_ticked(model, tmp_path):
@@ -260,7 +249,7 @@ def test_a_label_adds_up_to_the_classification_loss(page, model, val_pairs):
         shown = -sum(part["share"] * part["log_probability"] for part in label)
         assert shown == pytest.approx(loss, abs=1e-4)
         weights = model.token_weights()[[*dict.fromkeys(TOKENIZER.encode(caption))]]
-        assert same([part["idf"] for part in label], weights, 1e-6)
+        assert are_near([part["idf"] for part in label], weights, 1e-6)
 
 
 # ---- The command
@@ -379,7 +368,7 @@ def test_the_slider_computes_softmax_and_loss(opened, page, model, val_pairs, po
     scale = model.logit_scale.exp() / 2 ** (position / 10)
     assert losses[2] == pytest.approx(contrastive_loss(images, texts, scale).item(), abs=1e-3)
     rows = 100 * (scale * images @ texts.T).softmax(dim=1)
-    assert same(cells, rows.flatten(), 0.51)
+    assert are_near(cells, rows.flatten(), 0.51)
 
 
 def test_a_caption_is_shown_as_a_label_with_its_loss(opened, page):

@@ -1,0 +1,70 @@
+"""A model beside open_clip's with the same weights, for tests that compare the two."""
+
+import open_clip.model
+import torch
+import torch.nn.functional as F
+
+from scripts.convert import open_clip_config, open_clip_state
+from superclip import SuperCLIP, SuperCLIPConfig
+
+SMALL = dict(
+    image_size=32,
+    patch_size=8,
+    vision_width=128,
+    vision_layers=2,
+    text_width=128,
+    text_layers=2,
+    embed_dim=24,
+    context_length=16,
+    vocab_size=60,
+)
+
+
+@torch.no_grad()
+def make_random_model(**changes):
+    """A model with random biases and norms, too. At their initial zeros and ones, a bias in the
+    wrong place would change nothing."""
+    model = SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and "class_embedding" not in name:
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def make_pairs(model, B=4, T=10):
+    """Random images (B, 3, S, S) and captions (B, T) that start and end as captions do."""
+    V = model.config.vocab_size
+    S = model.config.image_size
+    tokens = torch.randint(1, V - 2, (B, T))
+    tokens[:, 0] = V - 2
+    tokens[:, -1] = V - 1
+    return torch.randn(B, 3, S, S), tokens
+
+
+def assert_near(ours, theirs):
+    """No element differs by more than 1e-5 of the largest one."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def open_clip_of(model, custom_text=False):
+    """open_clip's CLIP with the same weights, in one of its two layouts."""
+    state = open_clip_state(model)
+    kind = open_clip.model.CLIP
+    if custom_text:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+        kind = open_clip.model.CustomTextCLIP
+    other = kind(**open_clip_config(model.config)).eval()
+    other.load_state_dict(state, strict=True)
+    return other
+
+
+@torch.no_grad()
+def assert_same_towers(model, other, T=10):
+    """Image and text features of our model equal those of open_clip's, before and after they are
+    normalised. Ours gets trimmed captions, open_clip's the same ones padded to the context."""
+    images, tokens = make_pairs(model, T=T)
+    padded = F.pad(tokens, (0, other.context_length - T))
+    for normalize in (False, True):
+        assert_near(model.encode_image(images, normalize), other.encode_image(images, normalize))
+        assert_near(model.encode_text(tokens, normalize), other.encode_text(padded, normalize))

@@ -1,0 +1,85 @@
+"""The authors' code and this one: the same outputs, losses and gradients from the same weights.
+
+official_tiny.pt holds what the code of the paper's authors computes: the weights of a small model,
+and of three training steps the batch, features, logits and losses, and of the first step the norm
+of every parameter's gradient.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_near
+
+from scripts.convert import our_name, read_weights
+from superclip import SuperCLIP, SuperCLIPConfig
+
+OFFICIAL = torch.load(Path(__file__).with_name("official_tiny.pt"), weights_only=True)
+
+
+def load(path, state):
+    """A model with weights in the authors' layout, which go through a file. Its 300 tokens are too
+    few for a vocabulary of ours, so there is none."""
+    torch.save({"epoch": 1, "state_dict": state}, path)
+    weights, config, _ = read_weights(path)
+    model = SuperCLIP(SuperCLIPConfig(**config))
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Before its first step."""
+    return load(tmp_path / "official.pt", OFFICIAL["state_dict"])
+
+
+def test_three_training_steps_equal_the_authors(model):
+    """Their word loss counts padding, too. The one without it is stored beside it. Weights stay as
+    they are in the three steps, but each one counts the tokens of its captions."""
+    for step in OFFICIAL["steps"]:
+        out = model(step["image"], step["text"])
+
+        for name in ("image_features", "text_features", "contrastive_loss"):
+            assert_near(out[name], step[name])
+        assert_near(out["classification_loss"], step["class_loss_masked"])
+        assert_near(model.class_logits(step["image"]), step["class_logits"])
+
+    assert model.num_captions.item() == 18
+
+
+def test_the_gradients_of_the_first_step_equal_the_authors(model):
+    """The norm of every parameter's. In this step their loss counts no padding."""
+    step = OFFICIAL["steps"][0]
+    assert_near(step["class_loss"], step["class_loss_masked"])
+
+    model(step["image"], step["text"])["loss"].backward()
+
+    theirs = {our_name(name): float(norm) for name, norm in step["grad_norms"].items()}
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert norms == pytest.approx(theirs, rel=1e-5)
+
+
+def test_weights_of_many_processes_load_as_well(model, tmp_path):
+    """torch's DistributedDataParallel writes "module." before each name."""
+    state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
+
+    other = load(tmp_path / "parallel.pt", state)
+
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_authors_counters_become_integer_counts(tmp_path):
+    """They add up shares of captions over steps of 16,384. Here: two steps, a token in 75 % of the
+    captions of each, and a token in 33 captions."""
+    state = dict(OFFICIAL["state_dict"])
+    state["num_samples"] = torch.full((1, 1), 2.0, dtype=torch.float64)
+    state["cap_fq"] = torch.zeros(1, 300, dtype=torch.float64)
+    state["cap_fq"][0, 7] = 1.5
+    state["cap_fq"][0, 8] = 33 / 16384 - 1e-9
+
+    model = load(tmp_path / "official.pt", state)
+
+    assert model.num_captions.item() == 2 * 16384
+    assert model.token_counts[[7, 8]].tolist() == [24576, 33]
+    assert model.token_weights()[8].item() == pytest.approx(math.log(32769 / 34))

@@ -1,0 +1,169 @@
+"""From the bytes of a file to pixels: every kind of picture is cropped and resized as Pillow and
+torchvision do it."""
+
+import io
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from material import encoded, photo
+from PIL import Image, ImageOps
+from torchvision.transforms import RandomResizedCrop
+
+import data
+from data import load_image
+
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # of Pillow, as this test reads it
+
+
+def difference(pixels, image, box):
+    """To the crop and the antialiased bicubic resize by Pillow: mean over pixels, of 255."""
+    x, y, w, h = box
+    resized = image.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, (x, y, x + w, y + h))
+    return np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(resized, int)).mean()
+
+
+# ---- kinds of pictures
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(photo(3, (48, 32)), quality=95, exif=exif)
+
+
+GREY = photo(5, mode="L")
+WIDE = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256)  # 16 bits
+# case -> (file, its picture; by default as Pillow reads it, on white)
+PICTURES = {
+    "CMYK JPEG": (encoded(photo(5, mode="CMYK"), "JPEG"), None),
+    "grey JPEG": (encoded(photo(5, mode="L"), "JPEG"), None),
+    "palette PNG": (encoded(photo(5, mode="P"), "PNG"), None),
+    "black and white PNG": (encoded(photo(5, mode="1"), "PNG"), None),
+    "WEBP": (encoded(photo(5), "WEBP"), None),
+    "GIF": (encoded(photo(5, mode="P"), "GIF"), None),
+    "RGBA": (encoded(Image.merge("RGBA", (*photo(5).split(), GREY)), "PNG"), None),
+    "LA": (encoded(Image.merge("LA", (photo(6, mode="L"), GREY)), "PNG"), None),
+    "transparent palette": (encoded(photo(5).quantize(4), "PNG", transparency=0), None),
+    "16 bits PNG": (encoded(WIDE, "PNG"), GREY),
+    "animation": (encoded(photo(6), "PNG", save_all=True, append_images=[photo(7)]), photo(6)),
+    "damaged EXIF": (encoded(photo(9), exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff\xff"), None),
+    "1 x 999": (encoded(Image.new("RGB", (1, 999), (10, 200, 30)), "PNG"), None),
+    **{f"orientation {i}": (turned(i), None) for i in range(1, 9)},
+}
+
+
+def as_seen(image):
+    """A picture as a viewer shows it on a white page."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "CMYK":
+        image = image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+@pytest.mark.parametrize("content, picture", PICTURES.values(), ids=PICTURES)
+def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
+    """The largest square in the centre."""
+    picture = as_seen(picture or Image.open(io.BytesIO(content)))
+    width, height = picture.size
+    side = min(width, height)
+
+    pixels = load_image(content, 24)
+
+    assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
+    assert difference(pixels, picture, ((width - side) // 2, (height - side) // 2, side, side)) < 1
+
+
+@pytest.mark.parametrize("content", [file for file, _ in PICTURES.values()], ids=PICTURES)
+def test_an_image_of_pillow_is_as_good_as_its_file_and_stays_as_it_is(content):
+    opened = Image.open(io.BytesIO(content))
+    before = opened.mode, opened.size
+
+    pixels = load_image(opened, 24)
+
+    assert torch.equal(pixels, load_image(content, 24))
+    assert (opened.mode, opened.size) == before
+
+
+# ---- crops
+
+
+def test_random_crops_have_torchvisions_sizes():
+    numbers = SimpleNamespace(
+        uniform=lambda low, high: torch.empty(1).uniform_(low, high).item(),
+        randint=lambda low, high: torch.randint(low, high + 1, (1,)).item(),
+    )
+    for seed in range(300):
+        width, height = random.Random(seed).choices(range(200, 600), k=2)
+        image = torch.empty(3, height, width)
+
+        torch.manual_seed(seed)
+        x, y, w, h = data.crop_box(width, height, numbers, 0.9)
+        torch.manual_seed(seed)
+        _, _, *expected = RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
+
+        assert [h, w] == expected
+        assert 0 <= x <= width - w and 0 <= y <= height - h
+
+
+def test_random_crops_that_are_smaller_than_the_picture_reach_every_edge():
+    boxes = [data.crop_box(40, 40, random.Random(seed), 0.5) for seed in range(300)]
+
+    left = [x for x, _, w, _ in boxes if w < 40]
+    right = [x + w for x, _, w, _ in boxes if w < 40]
+    top = [y for _, y, _, h in boxes if h < 40]
+    bottom = [y + h for _, y, _, h in boxes if h < 40]
+    assert (min(left), max(right), min(top), max(bottom)) == (0, 40, 0, 40)
+
+
+SHAPES = {  # (width, height) -> the central crop in an evaluation, and where no random one fits
+    (40, 40): ((0, 0, 40, 40), (0, 0, 40, 40)),
+    (60, 40): ((10, 0, 40, 40), (3, 0, 53, 40)),  # 3:2
+    (30, 90): ((0, 30, 30, 30), (0, 25, 30, 40)),
+    (1, 999): ((0, 499, 1, 1), (0, 499, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_random_crop_it_is_the_centre(shape):
+    never_fits = SimpleNamespace(uniform=lambda low, high: 10 * high)
+
+    square, long = SHAPES[shape]
+
+    assert data.crop_box(*shape) == data.crop_box(*shape, random.Random(0), 1) == square
+    assert data.crop_box(*shape, never_fits, 0.9) == long
+
+
+def test_an_image_is_cropped_at_random_only_if_a_crop_area_is_given():
+    content = encoded(photo(1), "PNG")  # 40 x 30
+
+    pixels = load_image(content, 20, random.Random(2), 0.9)
+
+    assert difference(pixels, photo(1), data.crop_box(40, 30, random.Random(2), 0.9)) < 1
+    assert torch.equal(load_image(content, 20, random.Random(2)), load_image(content, 20))
+
+
+# ---- JPEG files that are decoded at a fraction of their size
+
+
+@pytest.mark.parametrize("side", [48, 72, 96, 192, 193, 400])
+def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail(side):
+    """Of one more than 192, the last eighth is padding."""
+    picture = photo(side, (side, side), detail=12)
+
+    pixels = load_image(encoded(picture, quality=95), 24)
+
+    assert difference(pixels, picture, (0, 0, side, side)) < 5
+
+
+def test_a_jpeg_decoded_at_a_fraction_is_never_cropped_past_its_edge():
+    """There it would be black."""
+    for seed in range(60):
+        white = Image.new("RGB", random.Random(seed).choices(range(60, 400), k=2), "white")
+
+        pixels = load_image(encoded(white), 24, random.Random(seed), 0.9)
+
+        assert pixels.min() == 255, white.size
