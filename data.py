@@ -468,6 +468,12 @@ def open_shard(path):
     return open(path, "rb")
 
 
+def check_sources(sources):
+    """Sources of captions are txt or json.FIELD. Raises InputError."""
+    for source in sources:
+        check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
+
+
 class Shards:
     """The samples in tar shards.
 
@@ -650,8 +656,7 @@ class Pairs(Shards, Dataset):
         self.label_captions = labels or captions
         self.seed = seed
         self.crop_area = crop_area
-        for source in [*self.captions, *self.label_captions]:
-            check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
+        check_sources([*self.captions, *self.label_captions])
 
     def fingerprint(self):
         """Returns a short text that changes when the shards or the sources of captions do, or the

@@ -19,16 +19,14 @@ from material import (
     TOKENIZER,
     error_of,
     make_model,
-    numbers_of,
     png,
-    requests_of,
     result_of,
     run,
-    same,
     write_checkpoint,
     write_shard,
 )
 from PIL import Image
+from webpage import are_near, numbers_of, requests_of
 
 import eval as evaluation
 from scripts import search
@@ -584,7 +582,7 @@ def test_a_click_on_a_word_shows_its_map(opened, world, slow_search):
     assert words[1][0] in figure.text
     script = "return [...arguments[0].getContext('2d').getImageData(0, 0, 4, 4).data]"
     pixels = torch.tensor(opened.execute_script(script, canvas)).view(4, 4, 4)
-    assert same(pixels[:, :, 3].tolist(), 220 * maps[1].abs() / maps.abs().max(), 1.5)
+    assert are_near(pixels[:, :, 3].tolist(), 220 * maps[1].abs() / maps.abs().max(), 1.5)
 
 
 def test_the_page_says_that_maps_take_time_and_that_the_server_has_gone(opened):
