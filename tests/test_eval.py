@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from material import COLOURS, TOKENIZER, coloured, make_model, png, result_of, run, write_shard
 from PIL import Image
 from tqdm import tqdm
+from watch import Watch
 
 import data
 import eval as evaluation
@@ -236,6 +237,15 @@ def test_chunks_change_nothing():
     assert torch.equal(evaluation.recall(counts, 1), (owner[slow] == label).double())
 
 
+def test_a_search_never_has_the_scores_of_all_questions_at_once():
+    label, owner = torch.arange(1500), torch.arange(1500).repeat(8)
+
+    with Watch(1500 * 12_000) as watch:
+        evaluation.search(torch.randn(1500, 4), label, torch.randn(12_000, 4), owner)
+
+    assert watch.made == []
+
+
 def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read shifts nothing. Colours
     are perfect features, but each caption is that of two images: half of the answers are right."""
@@ -300,6 +310,37 @@ def test_zeroshot_by_hand(folders, capsys):
     assert [part["mistaken_for"] for part in result["per_class"]][::2] == ["red", None]
     assert result["top1"]["value"] == pytest.approx((4 + 0.5 + 3 + 1.5) / 12)
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_feature_of_a_class_is_that_of_open_clip():
+    """The mean of its prompts' features, of length 1 again."""
+    model = make_model()
+
+    classifier = evaluation.zeroshot_classifier(model, TOKENIZER, NAMES, ["{}", "the thing of {}"])
+
+    templates = [lambda name: name, lambda name: f"the thing of {name}"]
+    expected = open_clip.build_zero_shot_classifier(model, TOKENIZER, NAMES, templates)
+    torch.testing.assert_close(classifier.T, expected)
+
+
+def test_each_real_image_counts_once(folders):
+    (folders / "red" / "again.png").symlink_to("0.png")
+    (folders / "red" / "nowhere.png").symlink_to("missing.png")
+
+    images = evaluation.images_in(folders / "red")
+
+    assert [path.name for path in images] == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_a_probe_of_many_weak_features_needs_a_large_penalty():
+    """The class shifts each of 200 noisy features a little."""
+    y = torch.arange(400) % 2
+    x = torch.randn(400, 200) + 0.15 * (2 * y - 1)[:, None]
+
+    _, penalty = evaluation.probe((x[:200], y[:200]), (x[200:], y[200:]), 2)
+
+    assert penalty >= 0.01
 
 
 def test_probe_finds_what_is_there_and_nothing_else():

@@ -46,6 +46,7 @@ def test_an_evaluation_counts_nothing():
 
 
 def test_counts_stay_exact_where_float32_stops():
+    """Also in a model that was turned into bfloat16 and back."""
     model = make_model(vocab_size=V).to(torch.bfloat16).float().train()
     model.token_counts += 2**24
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from material import TINY
+from material import TINY, TOKENIZER, write_good_shard
 from one_step import (
     KEEP,
     NOT_SCALED,
@@ -22,6 +22,7 @@ from one_step import (
 from runs import losses_of, short_run
 
 import train
+from data import Pairs
 from superclip import PRESETS
 
 # How many pairs a micro-batch has, and whether there are micro-batches
@@ -349,6 +350,19 @@ def test_kept_patches_are_a_function_of_seed_and_step():
     assert torch.equal(keep(3, 5), keep(3, 5))
     assert not torch.equal(keep(3, 5), keep(3, 6))
     assert not torch.equal(keep(3, 5), keep(4, 5))
+
+
+def test_a_micro_batch_keeps_the_patches_of_its_own_images(tmp_path):
+    """Of the last 4 of 8 images, two at a time, in two steps."""
+    pairs = Pairs([write_good_shard(tmp_path / "0.tar", 16)], TOKENIZER, 16)
+    options = ["--batch_size=8", "--patch_dropout=0.5", "--workers=0", "--seed=3"]
+    args = train.make_parser().parse_args(options)
+
+    batches = train.load_batches(args, pairs, 4, slice(4, 8), 2, 5, 7, torch.device("cpu"))
+
+    keep = torch.cat([batch["keep"] for batch, _ in batches])
+    steps = [train.patches_to_keep(0.5, 4, 8, 3, step, "cpu")[4:] for step in (5, 6)]
+    assert torch.equal(keep, torch.cat(steps))
 
 
 def test_without_patch_dropout_all_are_kept():
