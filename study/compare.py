@@ -591,8 +591,6 @@ def draw_panel(axis, study, part, field, label):
     for one, other in study.rows(part).values():
         spec = one[0]["spec"]
         rows[spec[field] or spec["batch_size"]] = (one, other)  # no group: the whole batch
-    if not rows:
-        return
     for i, (method, colour) in enumerate(COLOURS.items()):
         xs = [x * ASIDE[method] for x in rows]
         means = []
@@ -612,9 +610,13 @@ def draw_panel(axis, study, part, field, label):
 def draw_study(study, path):
     """Zero-shot accuracy against the batch size, the pairs compared, the number of settings."""
     plt = load_pyplot()
-    _, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
-    for axis, (name, (field, label)) in zip(axes, PANELS.items()):
-        draw_panel(axis, study, PARTS[name], field, label)
+    names = [name for name in PANELS if len(study.rows(PARTS[name])) > 1]
+    if not names:
+        return
+    _, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, name in zip(axes, names):
+        draw_panel(axis, study, PARTS[name], *PANELS[name])
     axes[0].set_ylabel("zero-shot, colour + shape (%)")
     axes[0].legend(loc="lower right", frameon=False)
     plt.tight_layout()
@@ -638,18 +640,19 @@ def draw_rates(study, path):
     """R@1 and colour_shape against the learning rate, at each batch size, as far as the searches
     are finished."""
     plt = load_pyplot()
-    _, axes = plt.subplots(2, len(BATCH_SIZES), figsize=(12, 6.4), sharex="col", sharey=True)
     found = searches(study)
-    for column, B in enumerate(BATCH_SIZES):
+    sizes = [B for B in BATCH_SIZES if ("CLIP", B) in found and ("SuperCLIP", B) in found]
+    if not sizes:
+        return
+    shape = dict(figsize=(4 * len(sizes), 6.4), sharex="col", sharey=True, squeeze=False)
+    _, axes = plt.subplots(2, len(sizes), **shape)
+    for column, B in enumerate(sizes):
         rates = set()
         for method, colour in COLOURS.items():
-            if (method, B) in found:
-                search = found[method, B]
-                rates |= search.tried.keys()
-                draw_search(axes[0, column], search, "R@1", colour, method)
-                draw_search(axes[1, column], search, "colour_shape", colour, method)
-        if not rates:
-            continue
+            search = found[method, B]
+            rates |= search.tried.keys()
+            draw_search(axes[0, column], search, "R@1", colour, method)
+            draw_search(axes[1, column], search, "colour_shape", colour, method)
         axes[0, column].axhline(100 / run.RANKED, **CHANCE)
         axes[1, column].axhline(100 / 64, **CHANCE)
         axes[0, column].set(title=f"batch {B}", xscale="log", ylim=(0, 104))
@@ -658,7 +661,7 @@ def draw_rates(study, path):
         axes[1, column].set_xticks(sorted(rates), [f"{1e4 * x:.3g}" for x in sorted(rates)])
     axes[0, 0].set_ylabel("R@1 (%)")
     axes[1, 0].set_ylabel("zero-shot, colour + shape (%)")
-    axes[0, 1].legend(loc="lower left", frameon=False)
+    axes[0, 0].legend(loc="lower left", frameon=False)
     plt.tight_layout()
     plt.savefig(path, dpi=150)
     plt.close()
