@@ -1,7 +1,7 @@
 """Processes that do what `python train.py` does, and to which something happens at a firm moment.
 
-They are forked from a server that has imported torch once, so that each starts at once. Nothing
-here imports material.py, whose open_clip would make the server slow.
+They are forked from a server that has imported torch once, so that none takes seconds to start. A
+test adds preparations: what is to happen, and before which call of which function.
 """
 
 import itertools
@@ -40,25 +40,24 @@ class Children:
         """Starts `python train.py` with these options, after the preparations, which are functions
         of this module. What it prints goes to process.output, a file."""
         output = self.folder / f"output-{len(self.started)}.txt"
-        job = partial(train, [*map(str, options)], self.preset, output, preparations)
-        return self.start(job, output)
-
-    def train_two(self, options, *preparations, other_options=None, other_preparations=()):
-        """Starts two processes of one run, as torchrun does. What is given for the other one is for
-        rank 1. Without other_options it has those of rank 0."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [partial(become_rank, rank, port) for rank in (0, 1)]
-        first = self.train(options, ranks[0], *preparations)
-        return first, self.train(other_options or options, ranks[1], *other_preparations)
-
-    def start(self, job, output=None):
-        process = CONTEXT.Process(target=job)
+        options = [str(option) for option in options]
+        process = CONTEXT.Process(target=train, args=(options, self.preset, output, preparations))
         process.output = output
         process.start()
         self.started.append(process)
         return process
+
+    def train_two(self, options, *preparations, other_options=None, other_preparations=()):
+        """Starts two processes of one run, as torchrun does. Returns rank 0 and rank 1, which has
+        the same options, unless others are given, and preparations of its own."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        become_first = partial(become_rank, 0, port)
+        become_second = partial(become_rank, 1, port)
+        first = self.train(options, become_first, *preparations)
+        second = self.train(other_options or options, become_second, *other_preparations)
+        return first, second
 
     def end(self):
         for process in self.started:

@@ -100,8 +100,8 @@ def test_bad_samples_are_replaced_and_counted(shards, tmp_path):
 
 
 def test_a_run_with_more_bad_samples_than_good_ones_ends(tmp_path, capsys):
-    worse = [{**sample(i), "png": b"x"} for i in range(30)]
-    good = [sample(i) for i in range(10)]
+    worse = [{**sample(i), "png": b"x"} for i in range(24)]
+    good = [sample(i) for i in range(16)]
     shard = write_shard(tmp_path / "worse.tar", worse + good)
     write_vocabulary(tmp_path)
 

@@ -121,7 +121,22 @@ def test_nohup_is_heeded(children, shards, tmp_path):
     assert checkpoint_of(tmp_path / "out")["step"] == 12
 
 
-# ---- in a validation
+# ---- in a validation, or before it
+
+
+def test_after_a_signal_a_validation_that_is_due_is_left_to_the_resumed_run(
+    children, shards, tmp_path, assert_nothing_is_lost
+):
+    """It may take longer than a scheduler waits."""
+    process = children.train(
+        short_run(shards, tmp_path / "out"), in_step(4, receive(signal.SIGTERM))
+    )
+
+    finish(process)
+
+    assert checkpoint_of(tmp_path / "out")["step"] == 4
+    assert validations_of(tmp_path / "out") == []
+    assert_nothing_is_lost(tmp_path / "out")
 
 
 def test_a_signal_in_a_validation_stops_the_run_after_it(
