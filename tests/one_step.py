@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 
 import torch
-from material import TINY
+from material import TINY, TOKENIZER, write_good_shard
 
 import train
-from data import trim
+from data import Pairs, trim
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
 
 N = 8  # pairs of all processes
@@ -64,6 +64,11 @@ def micro_batches(size=N, local=slice(None), keep=None, T=12, T_label=20):
             "label_tokens": trim(label_tokens[pairs]),
             "keep": None if keep is None else keep[pairs],
         }
+
+
+def write_pairs(path):
+    """Sixteen pairs, which lie in a shard."""
+    return Pairs([write_good_shard(path, 16)], TOKENIZER, 16)
 
 
 def losses_and_gradients(model, batches, micro=False, autocast=FLOAT32, scaler=NOT_SCALED):

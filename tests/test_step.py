@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from material import TINY, TOKENIZER, write_good_shard
+from material import TINY
 from one_step import (
     KEEP,
     NOT_SCALED,
@@ -18,11 +18,11 @@ from one_step import (
     losses_and_gradients,
     make_model_without_zeros,
     micro_batches,
+    write_pairs,
 )
 from runs import losses_of, short_run
 
 import train
-from data import Pairs
 from superclip import PRESETS
 
 # How many pairs a micro-batch has, and whether there are micro-batches
@@ -354,7 +354,7 @@ def test_kept_patches_are_a_function_of_seed_and_step():
 
 def test_a_micro_batch_keeps_the_patches_of_its_own_images(tmp_path):
     """Of the last 4 of 8 images, two at a time, in two steps."""
-    pairs = Pairs([write_good_shard(tmp_path / "0.tar", 16)], TOKENIZER, 16)
+    pairs = write_pairs(tmp_path / "0.tar")
     options = ["--batch_size=8", "--patch_dropout=0.5", "--workers=0", "--seed=3"]
     args = train.make_parser().parse_args(options)
 
