@@ -20,19 +20,28 @@ FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than cores
 
 
+@pytest.fixture
+def new_children():
+    """new_children() -> the processes that this one has started since the test began."""
+    before = multiprocessing.active_children()
+    return lambda: [child for child in multiprocessing.active_children() if child not in before]
+
+
 @pytest.mark.parametrize(
     "workers, processes, expected",
     [(None, 1, 3), (None, 2, 1), (2, 1, 2), (999, 1, 5)],
     ids=["a core each", "shared by two processes", "as asked", "no more than batches"],
 )
-def test_an_evaluation_has_as_many_workers_as_it_can_use(monkeypatch, workers, processes, expected):
+def test_an_evaluation_has_as_many_workers_as_it_can_use(
+    monkeypatch, new_children, workers, processes, expected
+):
     monkeypatch.setattr(data, "cores", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
 
     batches = data.make_loader(range(10), workers, batch_size=2)
 
     assert next(batches).tolist() == [0, 1]
-    assert len(multiprocessing.active_children()) == expected
+    assert len(new_children()) == expected
     assert len(list(batches)) == 4
 
 
@@ -94,17 +103,18 @@ def test_processes_end_with_their_parent_even_if_it_is_killed(start):
     os.close(reader)
 
 
-def test_loading_processes_outlive_a_signal_to_the_whole_group(tmp_path):
+def test_loading_processes_outlive_a_signal_to_the_whole_group(tmp_path, new_children):
     pairs = Pairs([write_good_shard(tmp_path / "0.tar", 16)], TOKENIZER, 16)
     batches = data.load_batches(pairs, 4, slice(None), 4, 0, 40, 2, CPU)
-    next(batches)
+    for _ in range(2):  # one of each process, so that both have begun
+        next(batches)
 
-    for process in multiprocessing.active_children():
+    for process in new_children():
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGINT)
 
-    assert len(list(batches)) == 39
-    assert multiprocessing.active_children() == []
+    assert len(list(batches)) == 38
+    assert new_children() == []
 
 
 def exit_code_of_process(function):
@@ -154,7 +164,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind, workers, named", FAILURES.values(), ids=FAILURES)
-def test_a_loader_that_fails_ends_the_run_with_a_sentence(tmp_path, capsys, kind, workers, named):
+def test_a_loader_that_fails_ends_the_run_with_a_sentence(
+    tmp_path, capsys, new_children, kind, workers, named
+):
     """A worker that is left over would hold up the end of the program for half a minute."""
     members = []
     for i in range(120):
@@ -166,4 +178,4 @@ def test_a_loader_that_fails_ends_the_run_with_a_sentence(tmp_path, capsys, kind
     error = capsys.readouterr().err
     assert code == 2
     assert named in error and error.count("\n") == 1
-    assert multiprocessing.active_children() == []
+    assert new_children() == []
