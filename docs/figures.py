@@ -1,7 +1,7 @@
 """Draw the figures of the tutorial and the README into assets/:
 
     python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
-    python -m docs.figures --models out_clip/last.pt out/last.pt --objects DIR
+    python -m docs.figures --objects DIR
 
 All numbers are computed here, by the project's functions, or read from the logs of runs with the
 built-in scenes (the second one with --cls_weight 0). DIR is a folder of photographs, as
@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 import data
-import eval as evaluation
 from cli import run_command
 from scripts import scenes
 from scripts.report import read_log
@@ -285,41 +285,12 @@ def curve(path, clip_path):
     if clip_path:
         _, rows_of_clip = read_log(clip_path)
         points = zero_shot(rows_of_clip, "colour_shape")
-        lines.append(("colour + shape,\nplain CLIP", AMBER, "--", points))
+        lines.append(("the same, CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)
-    right.set(title="validation R@1 and zero-shot scores (%)", ylim=(0, 103))
+    right.set(title="R@1 and zero-shot scores (%)", ylim=(0, 122), yticks=range(0, 101, 20))
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(3))
     plt.tight_layout(w_pad=1.5)
-
-
-# -----------------------------------------------------------------------------
-# The idea
-
-
-def idea(clip_path, superclip_path, k=5):
-    """A scene, and the texts that two models find most fitting among those of all 64 combinations
-    of colour and shape, with their probabilities."""
-    rng = random.Random("idea 8")  # one of the first scenes on which the two disagree
-    look = rng.choice(scenes.SEEN)
-    scene, names = scenes.make_scene(rng, [look], 1), [*map(" ".join, scenes.COMBINATIONS)]
-    figure = plt.figure(figsize=(8.5, 2.9), layout="constrained")
-    left, *others = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-    left.imshow(scenes.draw(scene, 288))
-    left.axis("off")
-    left.set_title(textwrap.fill(scenes.describe(scene, rng)[1], 32), fontsize=10)
-    for axis, path, name in zip(others, (clip_path, superclip_path), ("CLIP", "SuperCLIP")):
-        model, tokenizer, preprocess = evaluation.load(path)
-        image = model.encode_image(preprocess(scenes.draw(scene))[None])
-        texts = evaluation.zeroshot_classifier(model, tokenizer, names, evaluation.TEMPLATES)
-        best = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].topk(k)
-        said = [names[i] for i in best.indices.tolist()]
-        colours = [GREEN if text == " ".join(look) else "#c3c9d2" for text in said]
-        bars = axis.barh(range(k), best.values.tolist(), color=colours)
-        axis.bar_label(bars, fmt="{:.0%}", padding=3)
-        axis.set(title=f"{name} says", xlim=(0, 0.8), xticks=[])
-        axis.set_yticks(range(k), said)
-        axis.tick_params(length=0)
-        axis.invert_yaxis()
-        axis.spines[:].set_visible(False)
 
 
 def main(argv):
@@ -330,8 +301,6 @@ def main(argv):
     default = clip_log if clip_log.exists() else None
     text = f"of a run with --cls_weight 0 (default study/{clip_log.name}, if it exists)"
     parser.add_argument("--clip_log", default=default, help=text)
-    text = "checkpoints of CLIP and SuperCLIP, for the figure of the idea"
-    parser.add_argument("--models", nargs=2, metavar=("CLIP", "SUPERCLIP"), help=text)
     text = "train/CLASS/ and test/CLASS/ of photographs (default: no picture of objects)"
     parser.add_argument("--objects", metavar="DIR", help=text)
     text = "folder to draw into (default assets)"
@@ -347,9 +316,6 @@ def main(argv):
     save(args.out / "tutorial_matrix.png")
     curve(args.log, args.clip_log)
     save(args.out / "curve.png")
-    if args.models:
-        idea(*args.models)
-        save(args.out / "idea.png")
     if args.objects:
         objects(args.objects)
         save(args.out / "objects.png")
