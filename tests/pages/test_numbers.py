@@ -151,8 +151,8 @@ def intervals_around(value):
     numbers of images that the pages score, and of all shares of them that round to this value."""
     found = set()
     for n in (200, 320, 640, 1000, 1294, 1851):
-        for hundredths in range(-5, 6):
-            p = (float(value) + hundredths / 100) / 100
+        for thousandths in range(-50, 51):
+            p = (float(value) + thousandths / 1000) / 100
             low, high = wilson(min(max(p, 0), 1), n)
             found.add((percent(low), percent(high)))
     return found
