@@ -656,16 +656,21 @@ class Pairs(Shards, Dataset):
         self.label_captions = labels or captions
         self.seed = seed
         self.crop_area = crop_area
+        self.known_fingerprint = None
         check_sources([*self.captions, *self.label_captions])
 
     def fingerprint(self):
         """Returns a short text that changes when the shards or the sources of captions do, or the
-        captions of one of 64 samples at even distances."""
+        captions of one of 64 samples at even distances. It is computed once, because a checkpoint
+        must be written even if the shards have gone meanwhile."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         content = hashlib.sha1(self.index.numpy().tobytes() + str(self.captions).encode())
         for row in self.index[:: math.ceil(len(self) / 64)].tolist():
             with suppress(BadSample):  # training will name it
                 content.update(str(self.all_texts(row, self.captions)).encode())
-        return content.hexdigest()[:12]
+        self.known_fingerprint = content.hexdigest()[:12]
+        return self.known_fingerprint
 
     def draw(self, row, rng):
         """A row of the index -> (image, ids of the caption, ids of the label caption). Raises

@@ -303,12 +303,17 @@ def examine(model, tokenizer, pairs, n):
 # The page
 
 
-def write_page(path, template, content):
-    """Write page.html, with `content` as JSON in it, followed by a template that shows it."""
+def page_text(template, content):
+    """Returns page.html, with `content` as JSON in it, followed by a template that shows it."""
     # A caption may hold "</script>". Without "<" nothing in a script element can end it.
     numbers = json.dumps(content).replace("<", "\\u003c")
     page = START_OF_PAGE.read_text("utf-8").replace(PLACEHOLDER, numbers)
-    write_file(path, lambda file: file.write((page + template.read_text("utf-8")).encode()))
+    return page + template.read_text("utf-8")
+
+
+def write_page(path, template, content):
+    text = page_text(template, content)
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12):

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 
 import eval as evaluation
 from cli import InputError, check
-from scripts.report import PLACEHOLDER, SIDE, START_OF_PAGE, WORDS, data_uri, words_of, write_page
+from scripts.report import SIDE, WORDS, data_uri, page_text, words_of, write_page
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
@@ -145,9 +145,8 @@ def page_of(model, n, k):
     """The page for a browser, with which to search n pictures and show k at a time. Unlike the one
     in a file it may ask for more, but its own server alone."""
     content = {"served": True, "pictures": n, "k": k, "head": model.head is not None}
-    page = START_OF_PAGE.read_text("utf-8").replace(PLACEHOLDER, json.dumps(content))
-    page = page.replace("img-src data:", "img-src data:; connect-src 'self'")
-    return page + TEMPLATE.read_text("utf-8")
+    page = page_text(TEMPLATE, content)
+    return page.replace("img-src data:", "img-src data:; connect-src 'self'", 1)
 
 
 def words_in(search, entry, with_maps):
