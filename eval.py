@@ -11,12 +11,13 @@ same functions, in float32 as they are here, so that a checkpoint has one score.
 
 The file reads from top to bottom: a file becomes a model, images and texts become features, and
 features become scores. Then come the head's words and where they are seen, the words that a model
-does not know, and the commands.
+does not know, what the log of a run tells, and the commands.
 
 Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
 embedding, F features of a probe, P patches, W windows, K words.
 """
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from cli import (
     write_file,
     write_json,
 )
-from superclip import SuperCLIP, SuperCLIPConfig
+from superclip import SuperCLIP, SuperCLIPConfig, contrastive_loss
 
 # A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -446,6 +447,22 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     }
 
 
+@torch.no_grad()
+def loss_in_groups(model, image_features, text_features, owner, group):
+    """CLIP's contrastive loss in random groups of so many pairs, as a mean over the groups. With
+    groups as large as the batches of a training, it compares with the loss of that training.
+    Features and owner as in `retrieval`; an image is paired with its first caption."""
+    N = len(image_features)
+    first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    scale = model.logit_scale.exp()
+    losses = []
+    for numbers in order[: N // group * group].view(-1, group):
+        texts = text_features[first_caption[numbers]]
+        losses.append(contrastive_loss(image_features[numbers], texts, scale))
+    return torch.stack(losses).mean().item()
+
+
 def mean_r1(result):
     """What the best model is chosen by: R@1 of retrieval(), as the mean of both ways."""
     a = result["image_to_text"]["R@1"]["value"]
@@ -654,6 +671,15 @@ def unknown_words(tokenizer, texts, model=None):
     return unknown
 
 
+def share_of_known_words(tokenizer, texts):
+    """How many of the words in some texts are in the vocabulary, in 0..1. Each counts as often as
+    it occurs."""
+    words = tokenizer.pattern.findall(data.clean("\n".join(texts)))
+    words = [word for word in words if has_letters(word)]
+    unknown = unknown_words(tokenizer, texts)
+    return sum(word not in unknown for word in words) / max(1, len(words))
+
+
 def print_unknown_words(tokenizer, texts, model):
     """Name the words of some texts that the model hardly knows, if there are any."""
     for word, reason in unknown_words(tokenizer, texts, model).items():
@@ -667,6 +693,84 @@ def usable_templates(tokenizer, templates=TEMPLATES):
     name alone."""
     usable = [template for template in templates if not unknown_words(tokenizer, [template])]
     return usable or ["{}"]
+
+
+# -----------------------------------------------------------------------------
+# The log of a run
+
+
+def finite(text):
+    """A number of JSON -> float. Raises ValueError for NaN, Infinity and 1e999, which Python reads
+    and writes, but no browser does."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def parse_line(line):
+    """A line of a log -> dict, which is empty if this is no row. A run that was killed may have
+    left half a line, and what a full disk leaves may be anything."""
+    try:
+        row = json.loads(line, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    return {}
+
+
+def read_log(path):
+    """A log.jsonl -> the last header in it, and the list of rows that count, each with `samples`,
+    the number of pairs that training had seen.
+
+    A run that is resumed adds a header, with the step from which it goes on. What the attempt
+    before it has logged beyond that is no part of the run. The batch size may be another, so that
+    samples decide and not steps. Raises InputError if the first line is not a header.
+    """
+    lines = Path(path).read_text("utf-8", "replace").splitlines()
+    parsed = [parse_line(line) for line in lines]
+    is_ours = bool(parsed) and "header" in parsed[0]
+    check(is_ours, f"{path} is not a log of train.py: its first line is no header")
+    rows = []
+    try:
+        for row in parsed:
+            if "header" in row:
+                header = row["header"]
+                batch_size = header["arguments"]["batch_size"]
+                start = row["step"] * batch_size
+                rows = [earlier for earlier in rows if earlier["samples"] <= start]
+            elif row:
+                rows.append({**row, "samples": row["step"] * batch_size})
+    except (LookupError, TypeError):
+        raise InputError(f"{path} is not a log of this version of train.py") from None
+    return header, rows
+
+
+def overfitting(rows):
+    """Rows of a log, as read_log returns them -> a sentence if the model learns its training pairs
+    by heart, else None: if it beats a guess in training, but not among validation pairs, or if the
+    loss fell in training, but rose in the last two validations."""
+    training = []  # the contrastive loss at each validation
+    validation = []
+    loss = math.inf
+    guess = math.inf
+    for row in rows:
+        loss = row.get("contrastive_loss", loss)
+        if "val_contrastive_loss" in row:
+            training.append(loss)
+            validation.append(row["val_contrastive_loss"])
+            guess = math.log(row["val_group"])
+    reason = None
+    if validation and training[-1] < guess < validation[-1]:
+        reason = "among validation pairs the model does worse than a guess"
+    elif len(validation) > 2:
+        before, middle, last = validation[-3:]
+        if before < middle < last and training[-1] < training[-3]:
+            reason = "the contrastive loss falls in training, and rises among validation pairs"
+    if reason is None:
+        return None
+    return f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from."
 
 
 # -----------------------------------------------------------------------------

@@ -475,6 +475,22 @@ def read_start(args, saved):
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
+def print_known_words(args, tokenizer, pairs):
+    """Says how many words of the captions the vocabulary of --init_from has. (CLIP's has parts for
+    any word.)"""
+    if tokenizer.pattern is not data.WORD:
+        return
+    texts = []
+    for row in pairs.index[:: math.ceil(len(pairs) / 1000)].tolist():
+        with suppress(data.BadSample):  # training will name it
+            texts += pairs.all_texts(row, pairs.captions)
+    share = evaluation.share_of_known_words(tokenizer, texts)
+    print(f"{share:.0%} of the words in these captions are in the vocabulary of {args.init_from}")
+    if share < 0.5:
+        print("warning: the others are spelt in bytes, so that the model learns letters instead of")
+        print("words. Train a new model, with a vocabulary of your own (python -m scripts.vocab).")
+
+
 def open_data(args, tokenizer, image_size):
     """Returns the training pairs, and the validation pairs or None. What is wrong with the data
     ends the run before it starts."""
@@ -498,6 +514,8 @@ def open_data(args, tokenizer, image_size):
         data.hold_out(pairs, val_pairs)
         print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
 
+    if args.init_from is not None:
+        print_known_words(args, tokenizer, pairs)
     if args.batch_size > len(pairs):
         raise InputError(f"--batch_size is more than the {len(pairs):,} pairs")
     for folder in args.zeroshot_data:
@@ -667,6 +685,9 @@ class Log:
         self.header = header
         self.first_step = step
         self.bad_samples = 0
+        self.best_speed = 0.0  # images per second
+        self.slow_rows = 0  # one after the other
+        self.is_explained = False
         self.file = None
         self.wandb = None
         if RANK == 0:
@@ -744,6 +765,25 @@ class Log:
         tqdm.write(f"step {row['step']:6d}  {', '.join(losses)}, {speed}, {left} left")
         if left.days > 0 and self.interval_step == self.first_step:
             tqdm.write("A smaller --model or fewer --epochs take less time.")
+        self.explain_slowness(row)
+
+    def explain_slowness(self, row):
+        """Says why, once, if three rows in a row are below a third of the best speed."""
+        self.best_speed = max(self.best_speed, row["images_per_second"])
+        if row["images_per_second"] > self.best_speed / 3:
+            self.slow_rows = 0
+        else:
+            self.slow_rows += 1
+        if self.slow_rows < 3 or self.is_explained:
+            return
+        self.is_explained = True
+        if row["data_wait"] > 0.5:
+            tqdm.write("Slow, because it waits for data: more --workers may help.")
+        else:
+            tqdm.write(
+                "Slow, because another program computes, too. On a CPU, OMP_NUM_THREADS=1 is"
+            )
+            tqdm.write("steadier, as threads wait for each other. (It changes the last bits.)")
 
 
 # -----------------------------------------------------------------------------
@@ -762,6 +802,12 @@ def validate(model, tokenizer, pairs, args, step):
         row["validation"] = evaluation.retrieval(*features)
         row["mean_r1"] = evaluation.mean_r1(row["validation"])
         evaluation.print_retrieval(row["validation"])
+        # in groups as large as a batch, so that it compares with the loss in training
+        group = min(args.batch_size, len(features[0]))
+        row["val_group"] = group
+        row["val_contrastive_loss"] = evaluation.loss_in_groups(model, *features, group)
+        text = f"contrastive loss {row['val_contrastive_loss']:.3f} in groups of {group}"
+        tqdm.write(f"{text}, where a guess has {math.log(group):.3f}")
     for folder in args.zeroshot_data:
         images = evaluation.ClassFolders(folder, model.config.image_size)
         names = evaluation.class_names(images)
@@ -881,20 +927,19 @@ def read_best(args, val_pairs):
     return {"step": content["step"], "mean_r1": content["mean_r1"]}
 
 
-def was_validated(args, step):
-    """Whether the log has a validation of this step. A run that was killed during one has none. A
-    header says from which step a run goes on, and ends what the log had of later steps."""
-    log = Path(args.out_dir, "log.jsonl")
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    found = False
-    for line in lines:
-        with suppress(ValueError, TypeError, AttributeError, RecursionError):  # cut by a kill
-            row = json.loads(line)
-            if row.get("step") == step and "zeroshot" in row:
-                found = True
-            elif "header" in row and row["step"] < step:
-                found = False
-    return found
+def read_rows(args):
+    """Returns the rows of log.jsonl that count, as a list of dicts, or none of them if it cannot be
+    read."""
+    with suppress(OSError, InputError):
+        _, rows = evaluation.read_log(Path(args.out_dir, "log.jsonl"))
+        return rows
+    return []
+
+
+def was_validated(args, samples):
+    """Whether the log has a validation after so many samples. A run that was killed during one has
+    none."""
+    return any(row["samples"] == samples and "zeroshot" in row for row in read_rows(args))
 
 
 def print_next(args, model, best, last):
@@ -906,6 +951,9 @@ def print_next(args, model, best, last):
         print(f"\n{folder}/last.pt: step {last['step']}, mean R@1 {last['mean_r1']:.1%}")
     if best is not None:
         print(f"{folder}/best.pt: step {best['step']}, mean R@1 {best['mean_r1']:.1%}")
+    advice = evaluation.overfitting(read_rows(args))
+    if advice is not None:
+        print(advice)
     # Only shards of their own can be found again. Pairs that were held out cannot.
     shards = " --data SHARDS" if args.val_data in (None, ["none"]) else ""
     print("What the model has learned:")
@@ -956,7 +1004,7 @@ def train(args, saved):
     score_start = args.init_from is not None  # training may harm such a model
     if saved is not None:
         start = resume(args, saved, pairs, optimizer, scaler)
-        score_start = not was_validated(args, start)
+        score_start = not was_validated(args, saved["samples"])
     check(start <= plan.steps, f"--resume: step {start} is past --steps {plan.steps}")
     check_processes_agree(vars(args), pairs.fingerprint(), start)
     batches = load_batches(args, pairs, model.visual.grid, local, M, start, plan.steps, device)

@@ -24,9 +24,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 import data
+import eval as evaluation
 from cli import run_command
 from scripts import scenes
-from scripts.report import read_log
 from study import run
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
@@ -249,7 +249,7 @@ def draw_lines(axis, lines, gap):
 
 
 def curve(path, clip_path):
-    header, rows = read_log(path)
+    header, rows = evaluation.read_log(path)
     training = [row for row in rows if "loss" in row]
     B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
@@ -283,7 +283,7 @@ def curve(path, clip_path):
         if points := zero_shot(rows, kind):
             lines.append((name, colour, "-", points))
     if clip_path:
-        _, rows_of_clip = read_log(clip_path)
+        _, rows_of_clip = evaluation.read_log(clip_path)
         points = zero_shot(rows_of_clip, "colour_shape")
         lines.append(("the same, CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)

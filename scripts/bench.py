@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import eval as evaluation
 import train
 from cli import (
     check,
@@ -44,7 +45,6 @@ from cli import (
     write_json,
 )
 from scripts.convert import open_clip_config
-from scripts.report import read_log
 from superclip import PRESETS, LayerNorm, SuperCLIPConfig
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
@@ -344,7 +344,7 @@ def train_for_real(options, args):
     with tempfile.TemporaryDirectory() as folder:
         length = f"--steps={5 * args.repeat} --log_every={args.repeat}".split()
         train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
-        _, rows = read_log(f"{folder}/log.jsonl")
+        _, rows = evaluation.read_log(f"{folder}/log.jsonl")
     for row in rows:
         if "loss" in row:
             yield row

@@ -14,7 +14,6 @@ Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G pa
 import base64
 import io
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -64,54 +63,6 @@ def rounded(x, digits=4):
 # The run, from its log
 
 
-def finite(text):
-    """A number of JSON -> float. Raises ValueError for NaN, Infinity and 1e999, which Python reads
-    and writes, but no browser does."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
-def parse_line(line):
-    """A line of a log -> dict, which is empty if this is no row. A run that was killed may have
-    left half a line, and what a full disk leaves may be anything."""
-    try:
-        row = json.loads(line, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError):
-        return {}
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
-        return row
-    return {}
-
-
-def read_log(path):
-    """A log.jsonl -> the last header in it, and the list of rows that count, each with `samples`,
-    the number of pairs that training had seen.
-
-    A run that is resumed adds a header, with the step from which it goes on. What the attempt
-    before it has logged beyond that is no part of the run. The batch size may be another, so that
-    samples decide and not steps. Raises InputError if the first line is not a header.
-    """
-    lines = Path(path).read_text("utf-8", "replace").splitlines()
-    parsed = [parse_line(line) for line in lines]
-    is_ours = bool(parsed) and "header" in parsed[0]
-    check(is_ours, f"{path} is not a log of train.py: its first line is no header")
-    rows = []
-    try:
-        for row in parsed:
-            if "header" in row:
-                header = row["header"]
-                batch_size = header["arguments"]["batch_size"]
-                start = row["step"] * batch_size
-                rows = [earlier for earlier in rows if earlier["samples"] <= start]
-            elif row:
-                rows.append({**row, "samples": row["step"] * batch_size})
-    except (LookupError, TypeError):
-        raise InputError(f"{path} is not a log of this version of train.py") from None
-    return header, rows
-
-
 def training_seconds(training):
     """How long the steps of these rows took. Each row gives the speed since the row before it, in
     which validations are left out."""
@@ -144,27 +95,34 @@ def scores_of(validation):
 
 def summarise(header, rows):
     """What the page shows of a run: header, seconds of training, a curve of each term of the loss
-    and of the validations, lists of [step, value], and the last scores. Arguments: what read_log
-    returns."""
+    and of the validations, lists of [step, value], the last scores, and whether it overfits.
+    Arguments: what eval.read_log returns."""
     batch_size = header["arguments"]["batch_size"]
     training = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation" in row or "zeroshot" in row]
     losses = {}
     r1 = []
+    groups = []
     for row in training:
         step = row["samples"] // batch_size  # in steps of the last header, if they have changed
         for name in row:
             if name.endswith("_loss"):
                 losses.setdefault(name, []).append([step, row[name]])
     for row in validations:
+        step = row["samples"] // batch_size
         if "mean_r1" in row:
-            r1.append([row["samples"] // batch_size, row["mean_r1"]])
+            r1.append([step, row["mean_r1"]])
+        if "val_contrastive_loss" in row:
+            groups.append([step, row["val_contrastive_loss"]])
     last = validations[-1] if validations else {}
     return {
         "header": {key: header[key] for key in HEADER},
         "seconds": round(training_seconds(training)),
         "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
         "validations": r1,
+        "validation_losses": groups,
+        "group": last.get("val_group"),
+        "overfitting": evaluation.overfitting(rows),
         "step": last.get("step"),
         "scores": scores_of(last),
     }
@@ -172,7 +130,7 @@ def summarise(header, rows):
 
 def read_run(path):
     """A log.jsonl -> what the page shows of it. Raises InputError."""
-    header, rows = read_log(path)
+    header, rows = evaluation.read_log(path)
     try:
         return summarise(header, rows)
     except (LookupError, TypeError, AttributeError, ArithmeticError):

@@ -400,6 +400,13 @@ def test_words_that_a_model_hardly_knows_are_named(model, said):
         assert reason in unknown[word]
 
 
+def test_the_share_of_known_words_counts_each_as_often_as_it_occurs():
+    """Signs are no words."""
+    share = evaluation.share_of_known_words(TOKENIZER, ["Red, red teal!", "blue"])
+
+    assert share == 3 / 4
+
+
 def test_clip_spells_any_word_and_calls_none_unknown():
     assert evaluation.unknown_words(CLIP, ["qwxyz"], make_model(cls_weight=0)) == {}
 

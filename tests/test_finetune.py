@@ -2,8 +2,10 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from material import COLOURS, png, write_shard
 from runs import checkpoint_of, short_run, validations_of
 
 import train
@@ -99,3 +101,26 @@ def test_a_new_head_learns_at_the_usual_rate(shards, tune, tmp_path):
     assert all(torch.equal(new["model"][name], x) for name, x in clip["model"].items())
     assert new["model"]["head.linear.bias"].abs().max() > 0
     assert new["arguments"]["head_learning_rate"] == 5e-4  # for --resume
+
+
+# The captions of a shard, how many of their words the checkpoint has, and is another way named?
+CAPTIONS = {
+    "all known": ("a red square", "100%", False),
+    "two of three": ("a red circle", "67%", False),
+    "one of three": ("ein rotes thing", "33%", True),
+}
+
+
+@pytest.mark.parametrize("caption, share, is_warned", CAPTIONS.values(), ids=CAPTIONS)
+def test_the_words_that_the_vocabulary_has_are_counted(
+    tune, tmp_path, capsys, caption, share, is_warned
+):
+    picture = png(COLOURS["red"], np.random.default_rng(0))
+    pairs = [{"png": picture, "txt": caption.encode()}] * 20
+    write_shard(tmp_path / "train-0.tar", pairs)
+
+    tune("--steps", 1, "--train_data", tmp_path / "train-0.tar")
+
+    printed = capsys.readouterr().out
+    assert share in printed
+    assert ("scripts.vocab" in printed) == is_warned

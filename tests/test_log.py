@@ -154,6 +154,46 @@ def test_the_time_left_is_that_of_the_steps_to_come(flags, make_slow, capsys):
         assert 0.99 * PAUSE <= left / (4000 - step) <= whole
 
 
+# ---- a run that has become slow
+
+# speeds of the rows, share of the last one's time that is waiting, and the option that is named
+SPEEDS = {
+    "steady": ([90, 80, 90, 85], 0.1, None),
+    "three slow rows": ([90, 20, 20, 20], 0.1, "OMP_NUM_THREADS"),
+    "three slow rows that wait for data": ([90, 20, 20, 20], 0.9, "--workers"),
+    "two slow rows": ([90, 20, 20, 90], 0.1, None),
+    "slow now and then": ([90, 20, 90, 20, 90, 20], 0.1, None),
+    "slow from the start": ([20, 20, 20, 20], 0.1, None),
+}
+
+
+def show_rows(log, speeds, data_wait):
+    for step, speed in enumerate(speeds, start=1):
+        row = {"step": step, "images_per_second": speed, "data_wait": data_wait}
+        log.show(row)
+
+
+@pytest.fixture
+def log(tmp_path):
+    args = train.make_parser().parse_args(["--out_dir", str(tmp_path)])
+    return train.Log(args, {"steps": 100, "batch_size": 16}, 0)
+
+
+@pytest.mark.parametrize("speeds, data_wait, option", SPEEDS.values(), ids=SPEEDS)
+def test_three_slow_rows_are_explained(log, speeds, data_wait, option, capsys):
+    show_rows(log, speeds, data_wait)
+
+    printed = capsys.readouterr().out
+    named = [name for name in ("OMP_NUM_THREADS", "--workers") if name in printed]
+    assert named == [option] * (option is not None)
+
+
+def test_slowness_is_explained_once(log, capsys):
+    show_rows(log, [90, *[20] * 10, 90, *[20] * 10], 0.1)
+
+    assert capsys.readouterr().out.count("OMP_NUM_THREADS") == 1
+
+
 # ---- Weights & Biases
 
 WANDB = """

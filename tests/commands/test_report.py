@@ -72,7 +72,14 @@ def training_row(step, loss, speed=8, batch_size=4, **more):
 def validation_row(step, r1):
     validation = {"image_to_text": {"R@1": score(r1)}}
     zeroshot = {"x/held_out": score(r1 + 0.1)}
-    return {"step": step, "validation": validation, "mean_r1": r1, "zeroshot": zeroshot}
+    return {
+        "step": step,
+        "validation": validation,
+        "mean_r1": r1,
+        "val_contrastive_loss": 2 - r1,
+        "val_group": 4,
+        "zeroshot": zeroshot,
+    }
 
 
 def write_log(path, *rows, end=""):
@@ -94,6 +101,7 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["losses"]["contrastive_loss"] == [[10, 2.5], [20, 1.5], [30, 0.5]]
     assert page["losses"]["classification_loss"] == [[10, 3.5], [20, 2.5], [30, 1.5]]
     assert page["validations"] == [[20, 0.4], [30, 0.6]]
+    assert page["validation_losses"] == [[20, 1.6], [30, 1.4]]
     assert page["step"] == 30
     assert page["seconds"] == 40 / 8 + 40 / 4 + 40 / 8
     names = [part["name"] for part in page["scores"]]
@@ -107,7 +115,7 @@ def test_a_header_ends_the_earlier_rows_that_have_seen_more_samples(tmp_path):
     first = [header_row(0), training_row(10, 2.5), training_row(15, 2.0), validation_row(15, 0.5)]
     second = [header_row(5, 8), training_row(8, 1.0, batch_size=8)]
 
-    header, rows = report.read_log(write_log(tmp_path / "log.jsonl", *first, *second))
+    header, rows = evaluation.read_log(write_log(tmp_path / "log.jsonl", *first, *second))
 
     assert header["arguments"]["batch_size"] == 8
     assert [(row["step"], row["samples"]) for row in rows] == [(10, 40), (8, 64)]
@@ -141,7 +149,7 @@ def test_a_file_that_does_not_begin_with_a_header_is_no_log(tmp_path):
     path = write_log(tmp_path / "log.jsonl", training_row(10, 2.5), header_row(10))
 
     with pytest.raises(InputError, match="log.jsonl"):
-        report.read_log(path)
+        evaluation.read_log(path)
 
 
 def test_every_term_of_the_loss_has_a_curve(tmp_path):
@@ -333,8 +341,15 @@ def test_the_run_has_its_curves_and_its_scores(opened):
     titles = [title.text for title in all_of(opened, "#curves h3")]
     scores = " ".join(all_of(opened, "#scores")[0].text.split())
 
-    assert titles == ["Contrastive loss", "Classification loss", "R@1 in %, mean of both ways"]
+    terms = ["Contrastive loss", "Classification loss"]
+    assert titles == [*terms, "Contrastive loss of validation pairs", "R@1 in %, mean of both ways"]
     assert "zero-shot held out 70.0 % 10.0 % 35.0 to 70.0 % 10" in scores
+
+
+def test_the_page_says_that_the_model_overfits(opened):
+    """The loss of the last validation, 1.4 in groups of 4, is above ln 4 = 1.39, and in training it
+    is 0.5."""
+    assert all_of(opened, "#overfitting")[0].is_displayed()
 
 
 def test_a_word_shows_its_map_while_it_has_the_focus(opened, page):
