@@ -9,6 +9,10 @@ import re
 from pathlib import Path
 
 TUTORIAL = Path(__file__).with_name("tutorial.md")
+# The commands are for the project's folder, and for the Python of the kernel.
+SETUP = """import os, sys
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+%cd -q .."""
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.M | re.S)
 
 
@@ -19,18 +23,24 @@ def code_cell(source, printed=None):
     return {**cell, "outputs": [output] if printed else []}
 
 
+def markdown_cells(text):
+    """A list of one cell, or of none if the text is blank."""
+    source = text.strip()
+    return [{"cell_type": "markdown", "metadata": {}, "source": source}] if source else []
+
+
 def notebook(text):
     """The Markdown text of the tutorial -> the text of an .ipynb file."""
-    cells, end = [code_cell("%cd -q ..")], 0  # the commands are for the project's folder
-    for match in [*BLOCK.finditer(text), None]:
-        between = text[end : match.start() if match else len(text)].strip()
-        if between:
-            cells.append({"cell_type": "markdown", "metadata": {}, "source": between})
-        if match:
-            language, source, printed = match.groups()
-            source = re.sub(r"^(?=\S)", "!", source, flags=re.M) if language == "bash" else source
-            cells.append(code_cell(source.rstrip("\n"), printed))
-            end = match.end()
+    cells = [code_cell(SETUP)]
+    end = 0
+    for match in BLOCK.finditer(text):
+        cells += markdown_cells(text[end : match.start()])
+        language, source, printed = match.groups()
+        if language == "bash":
+            source = re.sub(r"^(?=\S)", "!", source, flags=re.M)
+        cells.append(code_cell(source.rstrip("\n"), printed))
+        end = match.end()
+    cells += markdown_cells(text[end:])
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4}
     return json.dumps({**content, "nbformat_minor": 4}, indent=1, ensure_ascii=False) + "\n"

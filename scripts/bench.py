@@ -160,9 +160,10 @@ def bench_loader(options, args):
 
 
 class Run:
-    """A model, random pixels and tokens, and a step as train.py makes it. options: train.py's."""
+    """A model, random pixels and tokens, and a step as train.py makes it. options: train.py's;
+    length: tokens of a caption."""
 
-    def __init__(self, options):
+    def __init__(self, options, length=LENGTH):
         args = parse(options)
         self.args = args
         self.device = train.set_up_device(args.device)
@@ -174,7 +175,7 @@ class Run:
         S = self.model.config.image_size
         grid = self.model.visual.grid
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        tokens = torch.randint(1, tokenizer.start, (N, LENGTH))
+        tokens = torch.randint(1, tokenizer.start, (N, length))
         tokens[:, -1] = tokenizer.end
         keep = train.patches_to_keep(args.patch_dropout, grid, N, args.seed, 0, self.device)
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens, "keep": keep}
@@ -231,6 +232,9 @@ def bench_step(options, args, *more):
     a part is for padding.)"""
     runs = {"CLIP": Run([*options, "--cls_weight=0"]), "SuperCLIP": Run(options)}
     runs |= {f"SuperCLIP {option}": Run([*options, option]) for option in more}
+    # open_clip pads all captions to the context length.
+    context_length = runs["CLIP"].model.config.context_length
+    runs["CLIP, captions not trimmed"] = Run([*options, "--cls_weight=0"], context_length)
     runs["open_clip"] = OpenClipRun(options)
     settings, device = runs["CLIP"].args, runs["CLIP"].device
     n = 8192 if device.type == "cuda" else 2048

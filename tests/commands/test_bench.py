@@ -81,8 +81,8 @@ def few(options, tmp_path):
 COMMANDS = {
     "data": {"images/s": 2},
     "loader": {"images/s": 1},
-    "step": {"TFLOP/s": 4},
-    "cuda": {"images/s": 1, "TFLOP/s": 4, "peak, GB": 3, "loss": 5},
+    "step": {"TFLOP/s": 5},
+    "cuda": {"images/s": 1, "TFLOP/s": 5, "peak, GB": 3, "loss": 5},
 }
 
 

@@ -1,6 +1,8 @@
 """What the README and the pages of docs/ say stays true."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from material import TOKENIZER, make_model, write_checkpoint
 from PIL import Image
 
-from docs.notebook import notebook
+from docs.notebook import SETUP, notebook
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -149,6 +151,16 @@ def test_the_notebook_is_that_of_the_tutorial():
     path = ROOT / "docs" / "tutorial.ipynb"
 
     assert path.read_text() == notebook(TUTORIAL), "run python -m docs.notebook"
+
+
+def test_the_shell_of_the_notebook_has_the_python_of_its_kernel(monkeypatch):
+    """Even if another one is first on the path. (A line with % is IPython's.)"""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    lines = [line for line in SETUP.splitlines() if not line.startswith("%")]
+
+    exec("\n".join(lines), {})
+
+    assert Path(shutil.which("python")).parent == Path(sys.executable).parent
 
 
 def is_same_text(printed, expected):
