@@ -466,52 +466,38 @@ def check_record(args, recipe):
     check(same or empty, f"{args.out} has shards of another list or options: name another --out")
 
 
-def main(argv):
+def read_options(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
+    # fmt: off
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder for the shards")
     add("--images", type=Path, help="folder of the images (default: the list's)")
-    add(
-        "--image_column",
-        nargs=1,
-        default=IMAGE_COLUMNS,
-        help="column of images (default: a likely name)",
-    )
-    add(
-        "--caption_column",
-        nargs=1,
-        default=CAPTION_COLUMNS,
-        help="of captions (default: a likely name)",
-    )
+    add("--image_column", nargs=1, default=IMAGE_COLUMNS,
+        help="column of images (default: a likely name)")
+    add("--caption_column", nargs=1, default=CAPTION_COLUMNS,
+        help="column of captions (default: a likely name)")
     add("--group", metavar="COLUMN", help="column: rows with the same value stay on one side")
-    add(
-        "--size",
-        type=number(int, 0),
-        default=256,
-        help="pixels of a short side, at most; 0 keeps files",
-    )
-    add(
-        "--quality",
-        type=number(int, 1, 100),
-        default=90,
-        help="quality of new JPEGs, 1 to 100 (default 90)",
-    )
+    add("--size", type=number(int, 0), default=256,
+        help="pixels of a short side, at most; 0 keeps files (default 256)")
+    add("--quality", type=number(int, 1, 100), default=90,
+        help="quality of new JPEGs, 1 to 100 (default 90)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
     # A key has five digits for the sample's place in its shard.
-    add(
-        "--shard_size",
-        type=number(int, 1, 100_000),
-        default=1000,
-        help="samples in a shard (default 1000)",
-    )
+    add("--shard_size", type=number(int, 1, 100_000), default=1000,
+        help="samples in a shard (default 1000)")
+    # fmt: on
     args = parser.parse_args(argv)
     args.images = Path(os.path.abspath(args.images or args.csv.parent))
-    samples, bad = read_list(args)
     check(args.csv.name != "bad_rows.csv", f"rename {args.csv}: pack writes a file of this name")
+    return args
+
+
+def claim_folder(args):
+    """Makes and locks --out, and keeps a record in it of what is packed there. Raises InputError if
+    something else is."""
     content = hashlib.sha256(args.csv.read_bytes()).hexdigest()
     recipe = json.dumps({**vars(args), "csv": content, "out": None}, default=str).encode()
-
     check_record(args, recipe)
     args.out.mkdir(parents=True, exist_ok=True)
     lock_folder(args.out)
@@ -519,6 +505,12 @@ def main(argv):
     for remains in args.out.glob(".*.tar.*.tmp"):  # of a pack that was killed
         remains.unlink()
     write_file(args.out / "pack.json", lambda file: file.write(recipe))
+
+
+def main(argv):
+    args = read_options(argv)
+    samples, bad = read_list(args)
+    claim_folder(args)
     packed = packed_images(shards_of(args.out))
     todo = {image: rows for image, rows in samples.items() if image not in packed}
     print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
