@@ -167,6 +167,12 @@ PARTS = {
             both("256 settings", settings=256, batch_size=8),
         ],
     ),
+    "sizes": Part(
+        "Batch size, at 48,000 samples (256: three times as many). The rate of 256 is far too low "
+        "for colour + shape: R@1 alone chose it. 128 saw too few samples to learn, and has no row.",
+        EARLIER, 5, ALL_LOOKS,
+        [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in (8, 16, 64, 256)],
+    ),
     "groups": Part(
         "Pairs compared, in a batch of 64: each image with the captions of its own group only.",
         EARLIER, 5, (*LOOKS, "probe colour_shape"),

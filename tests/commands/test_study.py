@@ -464,8 +464,8 @@ FINDINGS = re.findall(r"^\d+\. (.+)", (compare.FOLDER / "findings.md").read_text
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=[finding[:40] for finding in FINDINGS])
 def test_every_number_of_a_finding_is_in_the_runs(study, finding):
-    """A finding ends with the cells that it quotes: [table | row | column]. A difference is bold in
-    the finding if it is in the cell, which means that it is reliable."""
+    """A finding ends with a comment of the cells that it quotes: [table | row | column]. A
+    difference is bold in the finding if it is in the cell, which means that it is reliable."""
     page = compare.page(study)
     cells = read_tables(page)
     compared = re.findall(r"\| (\**)\d+\.\d -> [^|]+ ± ", page)
