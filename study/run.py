@@ -26,6 +26,7 @@ import train
 from cli import InputError, cache_folder, check
 from scripts import pack, scenes
 from scripts.vocab import make_vocabulary
+from scripts.words import localisation
 from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 # The options of a run, and their defaults.
@@ -127,7 +128,8 @@ def prepare_scenes(folder, settings, **numbers):
 def place_objects(dataset, settings, most, seed):
     """Put photographs, each in a corner of a drawn setting. dataset: photographs with the numbers
     of their classes; most: as many of them at most. Returns images, captions (the setting, and
-    three that name the object, too) and facts, as write_table takes them."""
+    three that name the object, too) and facts, as write_table takes them. The box of a photograph
+    is (x0, y0, x1, y1), in 0..1 of the image's side."""
     rng = random.Random(seed)
     numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
     images = []
@@ -146,7 +148,9 @@ def place_objects(dataset, settings, most, seed):
         images.append(image)
         long = [f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"]
         captions.append([ground, *long])
-        facts.append({"object": thing, "setting": ground})
+        corners = (x, y, x + PHOTOGRAPH, y + PHOTOGRAPH)
+        box = [pixels / scenes.SIZE for pixels in corners]
+        facts.append({"object": thing, "setting": ground, "box": box})
     return torch.stack(images), captions, facts
 
 
@@ -389,6 +393,16 @@ def probe_photographs(model, table, fact):
     }
 
 
+def place_scores(model, tokenizer, table):
+    """Is the place where an object's word is seen its photograph? As scripts/words.py asks it of
+    scenes, with windows of 2 x 2 and of 3 x 3 patches left out."""
+    pictures = []
+    for image, fact in zip(table.images[:RANKED], table.facts):
+        _, *ids = tokenizer.encode(fact["object"])  # an article, and what it is
+        pictures.append((image, [(i, fact["box"]) for i in ids]))
+    return {f"place, window {w} x {w}": localisation(model, pictures, w) for w in (2, 3)}
+
+
 def stem(word):
     """A word without plural and hyphens: titles write t-shirt, types Tshirts."""
     return word.replace("-", "").rstrip("s")
@@ -510,9 +524,11 @@ def score_run(model, tokenizer, spec, held_out):
     for fact in FACTS[spec["data"]]:
         scores |= zeroshot_photographs(model, tokenizer, held_out, fact)
         scores |= probe_photographs(model, held_out, fact)
-    if spec["data"] == "products" and model.head is not None:
-        scores |= word_scores(model, tokenizer, held_out)
-    return scores
+    if model.head is None:
+        return scores
+    if spec["data"] == "products":
+        return scores | word_scores(model, tokenizer, held_out)
+    return scores | place_scores(model, tokenizer, held_out)
 
 
 def rounded(score):
