@@ -540,7 +540,7 @@ def page(study):
     lines = [
         "# CLIP and SuperCLIP, made small",
         "",
-        (FOLDER / "findings.md").read_text(),  # ten sentences, and which rule chose the rates
+        (FOLDER / "findings.md").read_text(),  # in sentences, and which rule chose the rates
         "## How to read the tables",
         "",
         "Made by `python -m study.compare`. A cell reads: mean of the first kind -> mean of the "
