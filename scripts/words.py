@@ -115,7 +115,7 @@ def probabilities_of(model, image, id_of):
 
 
 # -----------------------------------------------------------------------------
-# Are the maps right? The built-in scenes can tell.
+# Are the maps right? The built-in scenes can tell, and so can the study's photographs.
 
 
 def read_scene(pairs, row):
@@ -146,27 +146,27 @@ def centres_on(boxes, grid, window):
     return in_columns & in_rows
 
 
-def localisation(model, pairs, window, limit=200):
-    """Is the place that matters most for a word the right one? Returns a score.
+def localisation(model, pictures, window):
+    """Is the place that matters most for a word the right one? pictures: (image (3, S, S), list of
+    (token id, box)) of each, as read_scene returns them. Returns a score.
 
     A word is right if the window whose removal lowers its probability most has its centre on the
-    word's object. Windows that tie count as their mean. Chance is the share of windows with their
-    centre on the object. Each scene counts once, with the mean of its words, because they are not
+    word's thing. Windows that tie count as their mean. Chance is the share of windows with their
+    centre on the thing. Each picture counts once, with the mean of its words, because they are not
     independent. Raises InputError.
     """
     hits, chances = [], []
-    for row in data.progress(pairs.index[:limit].tolist(), "localising", unit="scene"):
-        image, words = read_scene(pairs, row)
+    for image, words in pictures:
         if not words:
             continue
         ids = [i for i, _ in words]
         falls, _ = evaluation.word_maps(model, image, ids, window)  # (K, W)
-        on_object = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
+        on_thing = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
         is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # never if the model is NaN
-        right = (on_object & is_largest).sum(dim=1)
+        right = (on_thing & is_largest).sum(dim=1)
         hits.append((right / is_largest.sum(dim=1).clamp(min=1)).mean())
-        chances.append(on_object.double().mean())
-    check(hits, "no scene has a colour or shape that is one token and belongs to one object only")
+        chances.append(on_thing.double().mean())
+    check(hits, "no picture has a word that is one token and belongs to one thing only")
     return evaluation.score(torch.stack(hits), torch.stack(chances).mean())
 
 
@@ -272,7 +272,9 @@ def main(argv):
     result = {}
     if args.data:
         pairs = data.Pairs(data.expand(args.data), tokenizer, size)
-        result["localisation"] = localisation(model, pairs, window, args.limit)
+        rows = data.progress(pairs.index[: args.limit].tolist(), "localising", unit="scene")
+        with_boxes = (read_scene(pairs, row) for row in rows)
+        result["localisation"] = localisation(model, with_boxes, window)
         print(evaluation.format_score("right place", result["localisation"]))
 
     pictures = find_pictures(args, files, tokenizer, size)

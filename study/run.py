@@ -26,6 +26,7 @@ import train
 from cli import InputError, cache_folder, check
 from scripts import pack, scenes
 from scripts.vocab import make_vocabulary
+from scripts.words import localisation
 from superclip import PAD, PRESETS, SuperCLIP, SuperCLIPConfig
 
 # The options of a run, and their defaults.
@@ -79,15 +80,10 @@ class Table:
 
 def write_table(path, tokenizer, images, captions, facts):
     """images (N, 3, S, S); captions: a list of C texts of each; facts: a dict of each."""
-    ids = []
-    for texts in captions:
-        ids.append([tokenizer.encode(text) for text in texts])
-    longest = max(len(max(ids_of_image, key=len)) for ids_of_image in ids)
-    length = min(77, 2 + longest)  # with start and end
-    tokens = [tokenizer.pad(ids_of_image, length) for ids_of_image in ids]
+    tokens = [tokenizer(texts).int() for texts in captions]
     content = {
         "images": images,
-        "tokens": torch.stack(tokens).int(),
+        "tokens": torch.stack(tokens),
         "facts": json.dumps(facts),
         "vocab": tokenizer.vocab,
     }
@@ -127,7 +123,8 @@ def prepare_scenes(folder, settings, **numbers):
 def place_objects(dataset, settings, most, seed):
     """Put photographs, each in a corner of a drawn setting. dataset: photographs with the numbers
     of their classes; most: as many of them at most. Returns images, captions (the setting, and
-    three that name the object, too) and facts, as write_table takes them."""
+    three that name the object, too) and facts, as write_table takes them. The box of a photograph
+    is (x0, y0, x1, y1), in 0..1 of the image's side."""
     rng = random.Random(seed)
     numbers = rng.sample(range(len(dataset)), min(most, len(dataset)))
     images = []
@@ -137,16 +134,19 @@ def place_objects(dataset, settings, most, seed):
         photograph, label = dataset[number]
         check(not isinstance(photograph, str), photograph)
         setting = rng.choice(settings)
-        x, y = rng.choice(CORNERS), rng.choice(CORNERS)
+        x0, y0 = rng.choice(CORNERS), rng.choice(CORNERS)
+        x1 = x0 + PHOTOGRAPH
+        y1 = y0 + PHOTOGRAPH
         picture = scenes.draw_setting(*setting, 4 * scenes.SIZE).reduce(4)
         image = data.load_image(picture, scenes.SIZE).clone()
-        image[:, y : y + PHOTOGRAPH, x : x + PHOTOGRAPH] = photograph
+        image[:, y0:y1, x0:x1] = photograph
         ground = scenes.describe_setting(*setting)
         thing = scenes.with_article(dataset.classes[label])
         images.append(image)
         long = [f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"]
         captions.append([ground, *long])
-        facts.append({"object": thing, "setting": ground})
+        box = [pixels / scenes.SIZE for pixels in (x0, y0, x1, y1)]
+        facts.append({"object": thing, "setting": ground, "box": box})
     return torch.stack(images), captions, facts
 
 
@@ -275,7 +275,7 @@ def retrieval_scores(model, table):
         b = ways["text_to_image"][name]
         scores[name] = {
             "value": (a["value"] + b["value"]) / 2,
-            "chance": (a["chance"] + b["chance"]) / 2,
+            "chance": a["chance"],  # the same both ways: each image has one caption
             "n": a["n"] + b["n"],
         }
     return scores
@@ -387,6 +387,16 @@ def probe_photographs(model, table, fact):
         f"probe {fact}": probe(class_token, labels, learn),
         f"patch probe {fact}": probe(patch_mean, labels, learn),
     }
+
+
+def place_scores(model, tokenizer, table):
+    """Is the place where an object's word is seen its photograph? As scripts/words.py asks it of
+    scenes, with windows of 2 x 2 and of 3 x 3 patches left out."""
+    pictures = []
+    for image, fact in zip(table.images[:RANKED], table.facts):
+        word = tokenizer.encode(fact["object"])[-1]  # without its article
+        pictures.append((image, [(word, fact["box"])]))
+    return {f"place, window {w} x {w}": localisation(model, pictures, w) for w in (2, 3)}
 
 
 def stem(word):
@@ -510,9 +520,11 @@ def score_run(model, tokenizer, spec, held_out):
     for fact in FACTS[spec["data"]]:
         scores |= zeroshot_photographs(model, tokenizer, held_out, fact)
         scores |= probe_photographs(model, held_out, fact)
-    if spec["data"] == "products" and model.head is not None:
-        scores |= word_scores(model, tokenizer, held_out)
-    return scores
+    if model.head is None:
+        return scores
+    if spec["data"] == "products":
+        return scores | word_scores(model, tokenizer, held_out)
+    return scores | place_scores(model, tokenizer, held_out)
 
 
 def rounded(score):

@@ -6,11 +6,12 @@ import math
 import re
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from material import COLOURS, error_of, png
+from material import COLOURS, TOKENIZER, Seer, error_of, png
 
 import data
 import train
@@ -111,10 +112,14 @@ def test_an_object_lies_in_a_corner_and_its_captions_name_it(objects, tmp_path):
     tokenizer = data.Tokenizer(table.vocab)
     for image, tokens, fact in zip(table.images, table.tokens, table.facts):
         colour = torch.tensor(COLOURS[fact["object"].split()[1]])  # of the photograph
-        corners = [image[:, y:, x:][:, :32, :32] for x in run.CORNERS for y in run.CORNERS]
-        shown = [abs(c.double().mean(dim=(1, 2)) - colour).max() < 20 for c in corners]
+        corners = {(x, y): image[:, y:, x:][:, :32, :32] for x in (3, 37) for y in (3, 37)}
+        shown = [
+            [x / 72, y / 72, (x + 32) / 72, (y + 32) / 72]
+            for (x, y), part in corners.items()
+            if abs(part.double().mean(dim=(1, 2)) - colour).max() < 20
+        ]
         setting, *texts = [tokenizer.decode(ids) for ids in tokens]
-        assert sum(shown) == 1
+        assert shown == [fact["box"]]
         assert setting == fact["setting"]
         assert all(setting in text and fact["object"] in text for text in texts)
 
@@ -131,6 +136,27 @@ def test_a_run_on_objects_is_scored(shallow, objects, tmp_path):
     assert math.isclose(scores["R@1"]["floor"], blind, rel_tol=1e-4)
     assert scores["zero-shot object"]["n"] == 12
     assert scores["probe object"]["n"] == 6
+    assert scores["place, window 3 x 3"]["n"] == 12
+
+
+@pytest.mark.parametrize(
+    ("loudness", "value"), [(1, 1.0), (-1, 0.0)], ids=["looks at it", "looks away"]
+)
+def test_the_place_of_an_object_is_where_its_photograph_lies(loudness, value):
+    """Four of 5 x 5 windows, or of 4 x 4, have their centre on a red photograph in a corner."""
+    images = torch.zeros(4, 3, 72, 72, dtype=torch.uint8)
+    facts = []
+    for image, (x, y) in zip(images, ((3, 3), (37, 3), (3, 37), (37, 37))):
+        image[0, y : y + 32, x : x + 32] = 255
+        box = [x / 72, y / 72, (x + 32) / 72, (y + 32) / 72]
+        facts.append({"object": "a red", "box": box})
+    table = SimpleNamespace(images=images, facts=facts)
+
+    scores = run.place_scores(Seer(loudness), TOKENIZER, table)
+
+    small, large = scores["place, window 2 x 2"], scores["place, window 3 x 3"]
+    assert (small["value"], small["chance"], small["n"]) == (value, 4 / 25, 4)
+    assert (large["value"], large["chance"], large["n"]) == (value, 4 / 16, 4)
 
 
 def test_a_new_product_shares_neither_file_nor_title_with_one_before_it():

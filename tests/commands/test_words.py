@@ -3,13 +3,20 @@
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from material import COLOURS, TOKENIZER, coloured, error_of, make_model, result_of, write_shard
+from material import (
+    COLOURS,
+    TOKENIZER,
+    Seer,
+    coloured,
+    error_of,
+    make_model,
+    result_of,
+    write_shard,
+)
 from PIL import Image
 
 import data
@@ -63,26 +70,6 @@ def test_word_maps_are_those_of_the_slow_loop(window):
     torch.testing.assert_close(maps, total / times, atol=1e-5, rtol=1e-4)
 
 
-class Seer:
-    """A head that says red and square the louder, the more red patches it is shown, and blue and
-    ring the more blue ones."""
-
-    logit_scale = torch.tensor(1.0)
-    visual = SimpleNamespace(grid=6)
-
-    def __init__(self, loudness):
-        self.loudness = loudness
-
-    def class_logits(self, images, keep=None):
-        patches = F.avg_pool2d(images.float(), 4).flatten(2) / 255  # (B, 3, 36)
-        if keep is not None:
-            patches = patches.gather(2, keep[:, None].expand(-1, 3, -1))
-        logits = torch.zeros(len(images), TOKENIZER.vocab_size)
-        for word, channel in (("red", 0), ("square", 0), ("blue", 2), ("ring", 2)):
-            logits[:, TOKENIZER.encode(word)[0]] = self.loudness * patches[:, channel].sum(dim=1)
-        return logits
-
-
 def thing(colour, shape, x, y):
     """An object of 2 x 2 patches, as the file of a scene has it."""
     box = [(x + 0.1) / 6, (y + 0.1) / 6, (x + 1.9) / 6, (y + 1.9) / 6]
@@ -118,8 +105,9 @@ LOUDNESS = {
 def test_localisation_by_hand(shard_of_scenes, loudness, value):
     """One of 5 x 5 windows has its centre on a word's object. A scene counts once."""
     pairs = data.Pairs([shard_of_scenes], TOKENIZER, 24)
+    pictures = [words.read_scene(pairs, row) for row in pairs.index.tolist()]
 
-    score = words.localisation(Seer(loudness), pairs, window=2)
+    score = words.localisation(Seer(loudness), pictures, window=2)
 
     assert score["value"] == pytest.approx(value)
     assert score["chance"] == pytest.approx(1 / 25)

@@ -57,6 +57,21 @@ def test_it_names_objects_as_often_as_the_readme_says(world, name, n):
     assert 100 * score["value"] == pytest.approx(stated(f"zero-shot {name}"), abs=201 / n)
 
 
+def test_it_sees_words_in_the_right_place_as_often_as_the_pages_say(world):
+    """Within two of 200 scenes."""
+    pages = [(ROOT / "docs" / name).read_text() for name in ("tutorial.md", "products.md")]
+    said = re.findall(r"([\d.]+) % (?:are right|of drawn objects)", " ".join(pages))
+    model, tokenizer, _ = evaluation.load(TINY)
+    shards = data.expand([f"{world}/val-*.tar"])
+    pairs = data.Pairs(shards, tokenizer, model.config.image_size)
+    pictures = [words.read_scene(pairs, row) for row in pairs.index[:200].tolist()]
+
+    score = words.localisation(model, pictures, evaluation.default_window(model))
+
+    assert len(said) == 2
+    assert [*map(float, said)] == pytest.approx(2 * [100 * score["value"]], abs=1.01)
+
+
 def test_the_readmes_first_command_draws_scenes_and_the_words_that_it_sees(tmp_path, capsys):
     """A line is "caption: word probability, word probability ...", and most words are right."""
     argv = ["--checkpoint", str(TINY), "--device", "cpu", "--out", str(tmp_path / "words.png")]
