@@ -285,7 +285,7 @@ def curve(path, clip_path):
     if clip_path:
         _, rows_of_clip = evaluation.read_log(clip_path)
         points = zero_shot(rows_of_clip, "colour_shape")
-        lines.append(("the same, CLIP", AMBER, "--", points))
+        lines.append(("colour + shape, CLIP", AMBER, "--", points))
     draw_lines(right, lines, 6)
     right.set(title="R@1 and zero-shot scores (%)", ylim=(0, 122), yticks=range(0, 101, 20))
     for axis in (left, right):

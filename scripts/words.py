@@ -205,7 +205,7 @@ def draw_words(results, window, path):
     for title, image, words, maps in results:
         cells += word_cells(image, maps)
         factor = maps.abs().max().exp()
-        captions.append(f"full colour {factor:.1f} times: {title}")
+        captions.append(f"{title} (full colour: {factor:.1f} times)")
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 
