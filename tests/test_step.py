@@ -78,7 +78,7 @@ def run_process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(server, tmp_path_factory):
     """What each of two processes has found, on its half of the batch."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(run_process, (folder,), 2, start_method="forkserver")
