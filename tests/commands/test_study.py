@@ -321,7 +321,7 @@ def test_a_row_appears_when_its_seeds_are_there(tmp_path, seeds, shown):
     assert ("fixed rate" in "\n".join(compare.table_of(study, "name", part))) == shown
 
 
-def test_work_makes_two_runs_of_64_samples(server, shallow, objects, tmp_path, monkeypatch):
+def test_work_makes_two_runs_of_64_samples(server, objects, tmp_path, monkeypatch):
     """In processes of its own, from data that it prepares."""
     context = multiprocessing.get_context("forkserver")  # a spawned one would have to import torch
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
