@@ -21,7 +21,6 @@ from children import PRELOAD, ROOT, Children
 from material import COLOURS, TINY, make_model, png, write_checkpoint
 from runs import short_run, write_shards
 
-import data
 import train
 from scripts import scenes
 from superclip import PRESETS
@@ -29,12 +28,6 @@ from superclip import PRESETS
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
 gc.freeze()  # a search for garbage skips the half a million objects that were imported
-
-
-def pytest_xdist_auto_num_workers(config):
-    """For -n auto: one more than there are cores, because many tests wait for a process, a browser
-    or a disk."""
-    return data.cores() + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,9 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -190,11 +192,12 @@ def test_no_object_hides_another():
 
 
 @pytest.fixture(scope="module")
-def zeroshot(tmp_path_factory):
-    """The folders of single objects, by colour, shape or both."""
-    folder = tmp_path_factory.mktemp("classes")
-    scenes.write_classes(folder)
-    return folder / "zeroshot"
+def zeroshot():
+    """The folders of single objects, by colour, shape or both. They are soon deleted, because 1,600
+    files cost a disk seconds once they are written to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        scenes.write_classes(Path(folder))
+        yield Path(folder, "zeroshot")
 
 
 def test_class_folders_have_equal_numbers_of_pictures(zeroshot):
