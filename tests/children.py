@@ -1,15 +1,16 @@
-"""Processes that do what `python train.py` does, and to which something happens at a firm moment.
+"""Processes that do what `python train.py` or another command does, and to which something happens
+at a firm moment.
 
 They are forked from a server that has imported torch once, so that none takes seconds to start. A
 test adds preparations: what is to happen, and before which call of which function.
 """
 
+import importlib
 import itertools
 import multiprocessing
 import os
 import pkgutil
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -21,11 +22,13 @@ from pathlib import Path
 import torch
 
 import superclip
+from cli import run_command
+from scripts import pack
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# What the server imports: train.py is run anew in each process.
-PRELOAD = ["torch._dynamo.testing", "torchvision.transforms", "pytest", "eval", "scripts.scenes"]
+# What the server imports. train.py is imported anew in each process, which reads its rank there.
+PRELOAD = ["torch._dynamo.testing", "pytest", "scripts.pack", "scripts.scenes", "scripts.search"]
 
 
 class Children:
@@ -37,11 +40,15 @@ class Children:
         self.started = []
 
     def train(self, options, *preparations):
-        """Starts `python train.py` with these options, after the preparations, which are functions
+        """Starts `python train.py`, as start does."""
+        return self.start("train", options, *preparations)
+
+    def start(self, module, options, *preparations):
+        """Starts `python -m MODULE` with these options, after the preparations, which are functions
         of this module. What it prints goes to process.output, a file."""
         output = self.folder / f"output-{len(self.started)}.txt"
-        options = [str(option) for option in options]
-        process = CONTEXT.Process(target=train, args=(options, self.preset, output, preparations))
+        argv = [module, *map(str, options)]
+        process = CONTEXT.Process(target=run, args=(argv, self.preset, output, preparations))
         process.output = output
         process.start()
         self.started.append(process)
@@ -75,7 +82,7 @@ def finish(process):
 # ---- in the process
 
 
-def train(options, preset, output, preparations):
+def run(argv, preset, output, preparations):
     os.setpgid(0, 0)  # so that a signal to its group reaches its loading processes, and no others
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -87,8 +94,8 @@ def train(options, preset, output, preparations):
         prepare()
     sys.stdout = open(1, "w", closefd=False)  # the objects of the server were for other files
     sys.stderr = open(2, "w", closefd=False, buffering=1)
-    sys.argv = ["train.py", *options]
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
+    sys.argv = argv
+    run_command(importlib.import_module(argv[0]).main)
 
 
 def become_rank(rank, port):
@@ -151,6 +158,11 @@ def with_files_up_to(size):
 
 def in_folder(path):
     return partial(os.chdir, path)
+
+
+def at_known_speed():
+    """scripts/pack.py has measured how fast the machine is, which takes seconds."""
+    pack.measure_speed = lambda device, dtype: 1e11
 
 
 # ---- what may happen

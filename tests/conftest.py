@@ -12,6 +12,7 @@ import multiprocessing.forkserver
 import os
 import shutil
 import signal
+from itertools import product
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from material import COLOURS, TINY, make_model, png, write_checkpoint
 from runs import short_run, write_shards
 
 import train
+from scripts import scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -54,6 +56,18 @@ def shallow(monkeypatch):
 def smallest(monkeypatch):
     """The tiny model is smaller still: one block in each tower, 16 patches."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+@pytest.fixture
+def few_looks(monkeypatch):
+    """Scenes have two colours and two shapes, so that 280 objects are drawn to be classified, and
+    not 1,600."""
+    colours = {name: scenes.COLOURS[name] for name in ("red", "orange")}
+    monkeypatch.setattr(scenes, "COLOURS", colours)
+    monkeypatch.setattr(scenes, "SHAPES", ("square", "ring"))
+    monkeypatch.setattr(scenes, "COMBINATIONS", [*product(colours, ("square", "ring"))])
+    monkeypatch.setattr(scenes, "HELD_OUT", [("red", "square"), ("orange", "ring")])
+    monkeypatch.setattr(scenes, "SEEN", [("red", "ring"), ("orange", "square")])
 
 
 @pytest.fixture(scope="session")

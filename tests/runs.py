@@ -66,8 +66,9 @@ def change_checkpoint(out, **changes):
 
 def change_arguments(out, **changes):
     """Gives other values to some of the options that last.pt has saved."""
-    arguments = checkpoint_of(out)["arguments"]
-    change_checkpoint(out, arguments={**arguments, **changes})
+    checkpoint = checkpoint_of(out)
+    checkpoint["arguments"] |= changes
+    torch.save(checkpoint, Path(out, "last.pt"))
 
 
 def all_rows(out):

@@ -126,7 +126,9 @@ def test_a_seed_is_of_weights_and_order(shards, tmp_path, name):
     assert not torch.equal(first[name], other[name])
 
 
-def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
+def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
+    few_looks, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     few_scenes = partial(scenes.make_scenes, train=40, val=12)
     monkeypatch.setattr(train, "make_scenes", few_scenes)

@@ -78,7 +78,7 @@ def run_process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(server, tmp_path_factory):
     """What each of two processes has found, on its half of the batch."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(run_process, (folder,), 2, start_method="forkserver")
@@ -212,52 +212,76 @@ def compile_parts(model, backend):
         setattr(model, name, part)
 
 
-@pytest.mark.parametrize(
-    "size, micro, backend", [(N, False, "aot_eager"), (2, True, "eager")], ids=STEPS
-)
-def test_compiled_equals_eager(size, micro, backend):
-    """By torch's compiler up to the code for the machine, which would need a C++ compiler. In
-    micro-batches by its first half alone: that is the one which meets several lengths."""
+def test_compiled_equals_eager():
+    """By torch's compiler up to the code for the machine, which would need a C++ compiler."""
     torch.compiler.reset()
     compiled = make_model_without_zeros()
-    compile_parts(compiled, lambda part: backend)
-    shape = {"T": 16, "T_label": 32, "keep": KEEP}
+    compile_parts(compiled, lambda part: "aot_eager")
 
-    step = losses_and_gradients(compiled, micro_batches(size, **shape), micro)
+    step = losses_and_gradients(compiled, micro_batches(T=16, T_label=32, keep=KEEP))
 
     eager = make_model_without_zeros()
-    expected = losses_and_gradients(eager, micro_batches(size, **shape), micro)
+    expected = losses_and_gradients(eager, micro_batches(T=16, T_label=32, keep=KEEP))
     torch.testing.assert_close(step, expected)
 
 
+# Of the longest caption, and label, of a batch: a first pair, a few others, and more
+LENGTHS = (16, 32), (32, 32), (16, 48), (48, 16), (32, 64), (16, 16), (48, 80)
+
+
+def steps_of_all_lengths(model, size, micro):
+    """Yields the losses and gradients of a step with captions of each length."""
+    for T, T_label in LENGTHS:
+        model.zero_grad()
+        yield losses_and_gradients(
+            model, micro_batches(size, keep=KEEP, T=T, T_label=T_label), micro
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled_steps():
+    """By micro or not: what each step has found, and the parts that were compiled for it. By the
+    first half of torch's compiler alone, because that is the one which meets several lengths."""
+    found = {}
+    for size, micro in STEPS.values():
+        torch.compiler.reset()
+        model = make_model_without_zeros()
+        compilations = []
+
+        def backend(part, compilations=compilations):
+            def compile_graph(graph, inputs):
+                compilations.append(part)
+                return graph.forward
+
+            return compile_graph
+
+        compile_parts(model, backend)
+        found[micro] = []
+        for step in steps_of_all_lengths(model, size, micro):
+            found[micro].append((step, {*compilations}))
+            compilations.clear()
+    return found
+
+
 @both_steps
-def test_captions_of_other_lengths_hardly_recompile(size, micro):
+def test_compiled_equals_eager_for_captions_of_any_length(compiled_steps, size, micro):
+    eager = make_model_without_zeros()
+
+    expected = steps_of_all_lengths(eager, size, micro)
+
+    for (step, _), step_of_eager in zip(compiled_steps[micro], expected, strict=True):
+        torch.testing.assert_close(step, step_of_eager)
+
+
+@both_steps
+def test_captions_of_other_lengths_hardly_recompile(compiled_steps, size, micro):
     """The image tower and the contrastive loss never. The text tower and the word loss not once a
     few lengths have shown that these vary."""
-    torch.compiler.reset()
-    model = make_model_without_zeros()
-    compilations = []
+    first, *others = (compilations for _, compilations in compiled_steps[micro])
 
-    def backend(part):
-        def compile_graph(graph, inputs):
-            compilations.append(part)
-            return graph.forward
-
-        return compile_graph
-
-    def train_on(*lengths):
-        """Returns the names of the parts that were compiled."""
-        compilations.clear()
-        for T, T_label in lengths:
-            batches = micro_batches(size, keep=KEEP, T=T, T_label=T_label)
-            losses_and_gradients(model, batches, micro)
-        return {*compilations}
-
-    compile_parts(model, backend)
-    assert len(train_on((16, 32))) == 4
-    assert train_on((32, 32), (16, 48), (48, 16)) <= {"text", "terms_of_each_pair"}
-
-    assert train_on((32, 64), (16, 16), (48, 80)) == set()
+    assert len(first) == 4
+    assert set().union(*others[:3]) <= {"text", "terms_of_each_pair"}
+    assert set().union(*others[3:]) == set()
 
 
 # ---- the update

@@ -72,10 +72,10 @@ def test_ratios_are_taken_within_a_round_and_the_first_does_not_count():
 
 
 @pytest.fixture
-def few(options, tmp_path):
-    """Options for a run on eight pairs."""
+def few(options, smallest, tmp_path):
+    """Options for a run of the smallest model on eight pairs."""
     shard = coloured(tmp_path / "a.tar", *8 * ["a red dog"])
-    return [*options, f"--train_data={shard}", "--batch_size=4", "--image_size=24", "--workers=1"]
+    return [*options, f"--train_data={shard}", "--batch_size=4", "--workers=1"]
 
 
 COMMANDS = {

@@ -17,7 +17,9 @@ from superclip import PRESETS
 TOKENIZER = data.Tokenizer(scenes.vocabulary(), 16)
 TEXTS = ["a photo of a red star", "A zebra-crossing, striped NAVY!", "purple " * 30, ""]
 OPTIONS = dict(seed=3, learning_rate=1e-4, batch_size=8, samples=800)
-SHAPE = PRESETS["tiny"] | {"vision_layers": 2, "vocab_size": TOKENIZER.vocab_size}
+# The tiny model, but narrow, because the browser computes in JavaScript
+NARROW = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2, embed_dim=32)
+SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vocab_size)
 LOOKS = [*zip(scenes.COLOURS, scenes.SHAPES)]
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
 MODELS = {"CLIP": 0, "SuperCLIP": 1}

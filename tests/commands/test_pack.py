@@ -7,14 +7,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import at_known_speed, before, finish, receive, sleep
 from material import error_of, photo
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -291,68 +290,59 @@ def test_a_field_may_be_long(photos):
     assert len(samples(out)["é 1.jpg"][0]["page"]) == 200_000
 
 
-# Packs, but for the last of the photographs, which it reads for ever.
-SLOW = """
-import sys, time
-from scripts import pack
-encode = pack.encode
-def slow(item, split, args):
-    if item[0] == "é 11.jpg":
-        time.sleep(600)
-    return encode(item, split, args)
-pack.encode = slow
-pack.main(sys.argv[1:])
-"""
-ROOT = Path(pack.__file__).parents[1]
-
-
-def start(*command):
-    """Start Python in a process of its own."""
-    command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, capsys):
+def test_a_killed_run_is_finished_and_nothing_is_packed_twice(photos, children):
+    """os.replace gives pack.json its name, then the first and the second shard."""
     options = ["--val", 0.3, "--shard_size", 2, "--images", photos.parent]
     whole = shards(run(photos, *options))
-    pairs = data.Pairs(sorted(map(str, photos.parent.glob("out/*.tar"))), None, 0)
-    assert sorted({*pairs.index[:, 0].bincount().tolist()}) == [1, 2]
     (photos.parent / "x").mkdir()
     path = photos.rename(photos.parent / "x" / photos.name)
     out = path.with_name("out")
-    process = start("-c", SLOW, "--csv", path, "--out", out, *options)
-    while len(shards(out)) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    (out / ".train-00009.tar.1.tmp").touch()  # of a shard that was being written
+    argv = ["--csv", path, "--out", out, *options]
+    finish(children.start("scripts.pack", argv, before("os.replace", 4, receive(signal.SIGKILL))))
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
-    assert 2 <= len(finished) < len(whole)
+    assert len(finished) == 2
+    assert len([*out.glob(".*.tmp")]) == 1  # the shard that was being written
 
-    assert shards(run(path, *options)) == whole  # equal bytes
+    packed = shards(run(path, *options))
 
+    assert packed == whole  # equal bytes
     assert all(path.stat().st_ino == number for path, number in finished.items())
     assert not [*out.glob(".*.tmp")]
-    argv = ["--csv", path, "--out", out, *options]
+
+
+def test_a_shard_has_no_more_samples_than_asked_for(photos):
+    run(photos, "--val", 0.3, "--shard_size", 2)
+
+    pairs = data.Pairs(sorted(map(str, photos.parent.glob("out/*.tar"))), None, 0)
+    assert sorted({*pairs.index[:, 0].bincount().tolist()}) == [1, 2]
+
+
+def test_shards_of_other_options_or_of_another_list_are_not_added_to(photos, capsys):
+    out = run(photos, "--val", 0.3)
+    old = shards(out)
+    argv = ["--csv", photos, "--out", out, "--val", 0.3]
+
     assert str(out) in error_of(capsys, pack.main, *argv, "--size", 32)
-    path.write_text(path.read_text() + "\n")
-    assert str(out) in error_of(capsys, pack.main, *argv)  # another list
-    assert shards(out) == whole
+    photos.write_text(photos.read_text() + "\n")
+    assert str(out) in error_of(capsys, pack.main, *argv)
+
+    assert shards(out) == old
 
 
 @pytest.mark.parametrize("same, codes", [(True, [0, 0]), (False, [0, 2])], ids=["same", "another"])
-def test_two_packs_into_one_folder_lose_nothing(same, codes, photos):
+def test_two_packs_into_one_folder_lose_nothing(same, codes, photos, children):
     """The second one waits. It then finds that nothing is left to pack, or that the list is another
     one."""
     other = photos.with_name("other.jsonl")
     other.write_text(photos.read_text() + ("" if same else "\n\n"))
     out = photos.with_name("both")
-    command = ["-m", "scripts.pack", "--out", out, "--val", 0, "--images", photos.parent, "--csv"]
+    argv = ["--out", out, "--val", 0, "--images", photos.parent, "--csv"]
 
-    processes = [start(*command, path) for path in (photos, photos if same else other)]
+    slow = before("os.replace", 2, sleep(0.3))  # with its first shard
+    first = children.start("scripts.pack", [*argv, photos], at_known_speed, slow)
+    second = children.start("scripts.pack", [*argv, photos if same else other], at_known_speed)
 
-    assert sorted(process.wait() for process in processes) == codes
+    assert sorted(finish(process)[0] for process in (first, second)) == codes
     assert len(samples(out)) == 12
 
 

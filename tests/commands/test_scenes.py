@@ -6,7 +6,9 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -190,11 +192,12 @@ def test_no_object_hides_another():
 
 
 @pytest.fixture(scope="module")
-def zeroshot(tmp_path_factory):
-    """The folders of single objects, by colour, shape or both."""
-    folder = tmp_path_factory.mktemp("classes")
-    scenes.write_classes(folder)
-    return folder / "zeroshot"
+def zeroshot():
+    """The folders of single objects, by colour, shape or both. They are soon deleted, because 1,600
+    files cost a disk seconds once they are written to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        scenes.write_classes(Path(folder))
+        yield Path(folder, "zeroshot")
 
 
 def test_class_folders_have_equal_numbers_of_pictures(zeroshot):
@@ -222,7 +225,7 @@ def test_class_folders_hold_what_their_names_say(zeroshot):
 # ---- the folder that is drawn
 
 
-def test_a_world_is_drawn_whole_or_not_at_all(tmp_path):
+def test_a_world_is_drawn_whole_or_not_at_all(few_looks, tmp_path):
     with pytest.raises(ValueError):  # in a process that draws
         scenes.make_scenes(tmp_path / "broken", train=0, val=1, settings=["no setting"])
 
@@ -248,7 +251,9 @@ sys.stdin.read()
 """
 
 
-def test_what_a_killed_run_has_left_is_removed_and_what_another_one_draws_is_not(tmp_path):
+def test_what_a_killed_run_has_left_is_removed_and_what_another_one_draws_is_not(
+    few_looks, tmp_path
+):
     dead, alive = tmp_path / ".scenes-dead", tmp_path / ".scenes-alive"
     for folder in (dead, alive):
         (folder / "scenes").mkdir(parents=True)
@@ -264,7 +269,7 @@ def test_what_a_killed_run_has_left_is_removed_and_what_another_one_draws_is_not
     assert {path.name for path in tmp_path.iterdir()} == {"scenes", ".scenes-alive"}
 
 
-def test_scenes_that_another_run_finishes_first_are_used(tmp_path, monkeypatch):
+def test_scenes_that_another_run_finishes_first_are_used(few_looks, tmp_path, monkeypatch):
     faster = tmp_path / "scenes" / "of the other.tar"
 
     def vocabulary():  # while this run draws, the folder appears

@@ -6,16 +6,18 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import Children, finish
 from material import (
     COLOURS,
+    TINY,
     TOKENIZER,
     error_of,
     make_model,
@@ -58,9 +60,11 @@ def found(capsys, *argv, workers=0):
     return printed, results
 
 
-def feature_of(checkpoint, file):
+def features_of(checkpoint, files):
+    """The features (N, E) of files, one after the other."""
     model, _, preprocess = evaluation.load(checkpoint)
-    return model.encode_image(preprocess(Path(file).read_bytes())[None])[0]
+    images = [preprocess(Path(file).read_bytes()) for file in files]
+    return torch.cat([model.encode_image(image[None]) for image in images])
 
 
 # ---- What is found
@@ -77,8 +81,9 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, mo
     printed, results = found(capsys, *argv, workers=workers)
 
     model, tokenizer, _ = evaluation.load(checkpoint)
-    queries = [feature_of(checkpoint, photo), *model.encode_text(tokenizer(TEXTS))]
-    features = {str(file): feature_of(checkpoint, file) for file in Path().rglob("*.png")}
+    queries = [*features_of(checkpoint, [photo]), *model.encode_text(tokenizer(TEXTS))]
+    files = [*Path().rglob("*.png")]
+    features = dict(zip(map(str, files), features_of(checkpoint, files)))
     assert printed.startswith("12 images;")
     for title, query, result in zip([f"like {photo}", *TEXTS], queries, results, strict=True):
         slow = sorted(((float(f @ query), name) for name, f in features.items()), reverse=True)
@@ -175,8 +180,8 @@ def test_the_file_of_features_says_where_each_image_is(folders, checkpoint, tmp_
         content = originals[name].read_bytes()
         assert Path(file).read_bytes()[offset : offset + size] == content
         assert kept["mtimes"][i] == os.stat(file).st_mtime_ns
-        expected = feature_of(checkpoint, originals[name])
-        np.testing.assert_allclose(kept["features"][i], expected, atol=1e-5)
+    expected = features_of(checkpoint, [originals[name] for name in kept["names"]])
+    np.testing.assert_allclose(kept["features"], expected, atol=1e-5)
 
 
 class Counted:
@@ -320,7 +325,7 @@ def test_json_keeps_names_captions_and_scores(folders, checkpoint, tmp_path, cap
     assert by_text["text"] == "a red zebra"
     assert list(by_text["unknown"]) == ["zebra"]
     features = np.load(tmp_path / "x.npz")
-    query = feature_of(checkpoint, "green/0.png").numpy()
+    query = features_of(checkpoint, ["green/0.png"])[0].numpy()
     for result in results:
         found = {one["name"]: one for one in result["found"]}
         assert sorted(found) == ["a.tar:0000", *(f"blue/{i}.png" for i in range(4))]
@@ -360,21 +365,30 @@ def world(tmp_path_factory):
 @contextmanager
 def serving(world, *options):
     """The command with --serve, as a process, and the address that it names."""
-    command = [sys.executable, "-m", "scripts.search", "--checkpoint", world / "model.pt"]
-    command += ["--images", world / "photos", "--data", world / "a.tar", "--serve", "--port", "0"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    root = Path(search.__file__).parent.parent
-    with subprocess.Popen([*map(str, command + [*options])], cwd=root, **pipes) as process:
-        try:
-            printed = iter(process.stdout.readline, "")
-            addresses = (re.search(r"http://\S+", line) for line in printed)
-            yield process, next(filter(None, addresses))[0]
-        finally:
-            process.kill()
+    argv = ["--checkpoint", world / "model.pt", "--images", world / "photos", "--workers", 0]
+    argv += ["--data", world / "a.tar", "--serve", "--port", 0, *options]
+    children = Children(Path(tempfile.mkdtemp(dir=world)), TINY)
+    process = children.start("scripts.search", argv)
+    try:
+        yield process, address_in(process.output)
+    finally:
+        children.end()
+
+
+def address_in(output):
+    """Waits until the address is there."""
+    deadline = time.monotonic() + 60
+    while True:
+        printed = output.read_text() if output.exists() else ""
+        found = re.search(r"http://\S+(?= in a browser)", printed)
+        if found:
+            return found[0]
+        assert time.monotonic() < deadline, printed
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def address(world):
+def address(server, world):
     with serving(world) as (_, address):
         yield address
 
@@ -383,8 +397,7 @@ def address(world):
 def slow_search(world):
     """The slow way to search: names of all pictures, and their features (N, E)."""
     files = sorted((world / "photos").glob("*.png"))
-    features = [feature_of(world / "model.pt", file) for file in files]
-    return [file.name for file in files], torch.stack(features)
+    return [file.name for file in files], features_of(world / "model.pt", files)
 
 
 def ask(address, path, host=None):
@@ -478,16 +491,17 @@ def test_the_server_finds_what_the_slow_search_finds(address, world, slow_search
         assert len(found) == len(best) + 1  # the one in the shard
 
 
-def test_ctrl_c_ends_it_with_a_sentence(world):
+def test_ctrl_c_ends_it_with_a_sentence(server, world):
     """Also while it computes: Python cannot end threads that are inside torch."""
     with serving(world) as (process, address):
-        asked = [ask(address, f"TOKEN/maps?number={i}") for i in range(30)]
+        asked = [ask(address, f"TOKEN/maps?number={i}") for i in range(6)]
         asked[0].recv(1)
 
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
 
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 130
+        code, printed = finish(process)
+        _, _, errors = printed.partition("Ctrl-C ends it\n")
+        assert code == 130
         assert errors.count("\n") == 1
         assert "Ctrl-C" in errors
 
@@ -618,7 +632,7 @@ def test_hostile_captions_and_names_are_text(opened, address):
     assert opened.get_log("browser") == []
 
 
-def test_plain_clip_is_served_without_words(browser, world):
+def test_plain_clip_is_served_without_words(server, browser, world):
     write_checkpoint(world / "clip.pt", make_model(cls_weight=0))
     with serving(world, "--checkpoint", str(world / "clip.pt")) as (_, address):
         browser.implicitly_wait(30)

@@ -3,6 +3,7 @@ says what the runs say. Tiny runs of each kind of data."""
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 from collections import Counter
@@ -16,7 +17,7 @@ from material import COLOURS, TOKENIZER, Seer, error_of, png
 import data
 import train
 from eval import read_checkpoint
-from scripts import scenes
+from scripts import pack
 from study import compare, run
 
 TINY_RUN = {**run.RUN, "captions": "long", "samples": 64, "learning_rate": 1e-3}
@@ -28,7 +29,7 @@ EARLIER_PARTS = [name for name, p in compare.PARTS.items() if p.rule == compare.
 # ---- a run
 
 
-def test_the_studys_steps_are_train_pys(shallow, tmp_path):
+def test_the_studys_steps_are_train_pys(shallow, few_looks, tmp_path):
     """20 steps on the same scenes, with one thread and without crops: weights and losses are equal
     to the bit."""
     run.prepare_scenes(tmp_path, 256, train=100, val=10)
@@ -64,15 +65,6 @@ def test_groups_are_compared_within_themselves():
     assert torch.allclose(loss, (first + second) / 2)
 
 
-@pytest.fixture
-def few_looks(monkeypatch):
-    """Fewer pictures to draw and to score."""
-    monkeypatch.setattr(scenes, "COMBINATIONS", scenes.HELD_OUT)
-    monkeypatch.setattr(scenes, "SEEN", scenes.HELD_OUT)
-    monkeypatch.setattr(data, "cores", lambda: 1)  # a process that draws has to import torch
-    monkeypatch.setattr(run, "RANKED", 50)
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -86,9 +78,12 @@ def few_looks(monkeypatch):
         ),
     ],
 )
-def test_a_run_on_scenes_is_scored_and_kept(shallow, few_looks, tmp_path, changes, expected):
-    run.prepare_scenes(tmp_path, 4, train=150, val=50)
-    spec = {**TINY_RUN, "settings": 4, **changes}
+def test_a_run_on_scenes_is_scored_and_kept(
+    shallow, few_looks, tmp_path, monkeypatch, changes, expected
+):
+    monkeypatch.setattr(run, "RANKED", 50)
+    run.prepare_scenes(tmp_path, 16, train=100, val=50)
+    spec = {**TINY_RUN, "settings": 16, **changes}
 
     result = run.run((spec, tmp_path, tmp_path / "model.pt"))
 
@@ -174,18 +169,19 @@ def test_a_new_product_shares_neither_file_nor_title_with_one_before_it():
     ],
 )
 def test_a_run_on_products_is_scored(shallow, tmp_path, monkeypatch, search, expected):
+    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: 1e11)  # takes seconds
     monkeypatch.setattr(run, "VAL", 0.5)
-    monkeypatch.setattr(run, "RANKED", 40)
+    monkeypatch.setattr(run, "RANKED", 10)
     (tmp_path / "images").mkdir()
     rows = ["image,caption,type,colour,group"]
-    for i, colour in enumerate(40 * [*COLOURS]):
-        kind = f"{'abcd'[i // 40]}-ring"
+    for i, colour in enumerate(20 * [*COLOURS]):
+        kind = f"{'ab'[i // 40]}-ring"
         picture = png(COLOURS[colour], np.random.default_rng(i))
         (tmp_path / "images" / f"{i}.png").write_bytes(picture)
         rows.append(f"{i}.png,{colour} {kind} {i},{kind}s,{colour},things")
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     run.prepare_products(tmp_path, 256, tmp_path)
-    spec = {**TINY_RUN, "data": "products", **compare.DUAL, "search": search}
+    spec = {**TINY_RUN, "data": "products", "batch_size": 8, **compare.DUAL, "search": search}
 
     scores = run.run((spec, tmp_path))["scores"]
 
@@ -351,8 +347,10 @@ def test_a_row_appears_when_its_seeds_are_there(tmp_path, seeds, shown):
     assert ("fixed rate" in "\n".join(compare.table_of(study, "name", part))) == shown
 
 
-def test_work_makes_two_runs_of_64_samples(objects, tmp_path):
+def test_work_makes_two_runs_of_64_samples(server, objects, tmp_path, monkeypatch):
     """In processes of its own, from data that it prepares."""
+    context = multiprocessing.get_context("forkserver")  # a spawned one would have to import torch
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
     study = compare.Study(tmp_path / "runs.jsonl")
     tiny = dict(data="objects", settings=4, batch_size=4, samples=64, learning_rate=1e-3)
     part = compare.Part("", compare.BEST_MEAN, 1, ("R@1",), [compare.both("tiny", **tiny)])

@@ -1,6 +1,7 @@
 """The model in the repository, assets/tiny.pt, loads and is the one of the README's numbers."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ TINY = ROOT / "assets" / "tiny.pt"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The built-in scenes of validation: shards of pairs, and folders of single objects."""
-    folder = tmp_path_factory.mktemp("world") / "scenes"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "cores", lambda: 1)  # one process, because each has to import torch
-        scenes.make_scenes(folder, train=1)
-    return folder
+def world():
+    """The built-in scenes of validation: shards of pairs, and folders of single objects. They are
+    soon deleted, because 1,600 files cost a disk seconds once they are written to it."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "scenes")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "cores", lambda: 1)  # one process, because each has to import torch
+            scenes.make_scenes(folder, train=1)
+        yield folder
 
 
 def stated(name):
