@@ -165,7 +165,8 @@ class Tokenizer:
             special_tokens={START: self.start, END: self.end},
         )
         parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
-        self.pattern = CLIP_WORD if parts or {*BYTE_TOKENS} - self.ranks.keys() else WORD
+        has_all_bytes = self.ranks.keys() >= {*BYTE_TOKENS}
+        self.pattern = WORD if has_all_bytes and not parts else CLIP_WORD
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -633,7 +634,8 @@ def load_image(source, size, rng=None, crop_area=1.0):
 
 
 def rng_of_visit(seed, visit):
-    """Returns the random numbers of one pair of the run: those of its captions and its crop."""
+    """Returns the generator of one visit, the number of a pair among all that a run draws. It
+    chooses the pair's captions and its crop."""
     return random.Random(seed << 40 | visit)
 
 

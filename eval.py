@@ -648,7 +648,10 @@ def word_maps(model, image, ids, window, batch_size=64):
 # -----------------------------------------------------------------------------
 # Words that a model does not know
 
-RARE = 2e-4  # share of the captions in training: a word in fewer is hardly known
+# A word that was in at most so many captions in training is hardly known: so large a share of
+# them, or so few, whatever the share is.
+RARE_SHARE = 2e-4
+RARE = 100
 
 
 def unknown_words(tokenizer, texts, model=None):
@@ -666,7 +669,7 @@ def unknown_words(tokenizer, texts, model=None):
         ids = tokenizer.encode(word)
         if len(ids) > 1:  # its bytes
             unknown[word] = "is not in the vocabulary"
-        elif n > 0 and model.token_counts[ids[0]] <= RARE * n:
+        elif n > 0 and model.token_counts[ids[0]] <= max(RARE, RARE_SHARE * n):
             unknown[word] = f"was in {model.token_counts[ids[0]]:,} of {n:,} captions in training"
     return unknown
 
@@ -763,14 +766,17 @@ def overfitting(rows):
             guess = math.log(row["val_group"])
     reason = None
     if validation and training[-1] < guess < validation[-1]:
-        reason = "among validation pairs the model does worse than a guess"
+        reason = "the loss of validation pairs is above a guess's: too sure where it is wrong"
     elif len(validation) > 2:
         before, middle, last = validation[-3:]
         if before < middle < last and training[-1] < training[-3]:
             reason = "the contrastive loss falls in training, and rises among validation pairs"
     if reason is None:
         return None
-    return f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from."
+    return (
+        f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from. "
+        "To search few pictures, published weights may be better without any training."
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -840,7 +846,7 @@ def command_probe(model, _, args):
     test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
     torch.manual_seed(0)
-    untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # what was there before
+    untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights
     result = {}
     for kind, tower in (("", model), ("untrained ", untrained)):
         x, y = frozen_features(tower, train, args.batch_size, args.workers)

@@ -61,7 +61,8 @@ class SuperCLIPConfig:
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1, CLIP's by default
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # and their standard deviations
     loss: str = "softmax"  # how pairs are contrasted: softmax (CLIP) or sigmoid (SigLIP)
-    cls_weight: float = 1.0  # lambda, weight of the classification loss; 0 builds no head: CLIP
+    # lambda, weight of the classification loss, whose classes are words; 0 builds no head: CLIP
+    cls_weight: float = 1.0
 
     def __post_init__(self):
         if self.vision_heads == 0:
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's default; text replaces it
+        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's; TextTransformer replaces it
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, causal):
@@ -153,7 +154,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks. In the image tower every token sees all others. In the text tower it sees
-    only those before it (causal)."""
+    itself and those before it (causal)."""
 
     def __init__(self, width, layers, heads, quick, causal):
         super().__init__()
@@ -186,6 +187,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
         self.grid = config.image_size // config.patch_size  # patches per side
+        # A convolution whose stride is its size: one linear layer for each patch.
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
@@ -224,7 +226,8 @@ class TextTransformer(nn.Module):
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        # CLIP's choice: the deeper the tower, the less each block adds to the residual stream.
+        # CLIP's choice for its text tower: what adds to the residual stream (out_proj, c_proj)
+        # starts smaller the deeper the tower is. Its image tower keeps torch's defaults.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
@@ -277,7 +280,7 @@ def contrastive_loss(image_features, text_features, logit_scale, local=slice(Non
     target = torch.arange(len(images), device=images.device)[local]  # (B,): each its own
     with torch.autocast(images.device.type, enabled=False):
         per_image = logit_scale * images[local] @ texts.T  # (B, N)
-        per_text = logit_scale * texts[local] @ images.T
+        per_text = logit_scale * texts[local] @ images.T  # per_image.T has only local columns
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
@@ -304,7 +307,8 @@ def token_sets(label_tokens):
 
 def idf(num_captions, token_counts):
     """The weights of all tokens, (V,): log((num_captions + 1) / (token_counts + 1)), so that rare
-    words count more (paper, section 3.2). Start, end and padding are no words and weigh nothing.
+    words count more (paper, section 3.2). The counts grow in training, as in the authors' code.
+    Start, end and padding are no words and weigh nothing.
 
     num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
     """
@@ -373,6 +377,7 @@ class SuperCLIP(nn.Module):
         self.head = None
         if config.cls_weight:
             self.head = WordHead(config.vision_width, config.vocab_size)
+        # The scale is stored as its logarithm, so that it stays positive.
         if config.loss == "softmax":
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
             self.logit_bias = None
@@ -382,7 +387,8 @@ class SuperCLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         if self.head is not None:
-            # n_c and N in the paper; integers, because float32 stops counting at 2**24
+            # captions that contain each token, and all captions: n_c and N in the paper. They are
+            # integers, because float32 stops counting at 2**24.
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 
@@ -455,8 +461,9 @@ class SuperCLIP(nn.Module):
         return total
 
     def features_and_terms(self, images, tokens, label_tokens, keep=None):
-        """The part of a step that looks at each pair alone. Arguments as in forward. Returns image
-        and text features (B, E), of length 1, and a dict of terms."""
+        """The part of a step that looks at each pair alone, so that micro-batches can compute it.
+        Arguments as in forward. Returns image and text features (B, E), of length 1, and a dict of
+        terms."""
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = self.image_features(image_tokens)
         text_features = self.encode_text(tokens)

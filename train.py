@@ -190,7 +190,8 @@ def parse(argv):
     special = {}
     if given.train_data is None:
         parser.set_defaults(**SCENES)
-        # A batch four times as large takes half as many steps, at twice the learning rate.
+        # A batch four times as large takes half as many steps, at twice the learning rate: a
+        # compromise between as many samples and as many steps, found by trial.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
         special = {**SCENES, "epochs": round(2.4 * ratio, 3)}
         special["learning_rate"] = round(3.5e-4 * ratio, 6)
@@ -426,7 +427,8 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     for batch, (image_gradient, text_gradient) in zip(batches, gradients):
         with autocast:
             image_features, text_features, pair_terms = model.features_and_terms(**batch)
-        # A number whose gradient is, by the chain rule, that of the terms between pairs
+        # A number whose gradient is, by the chain rule, that of the terms between pairs. It is
+        # scaled already, because image_gradient and text_gradient are.
         surrogate = (image_features * image_gradient).sum() + (text_features * text_gradient).sum()
         own_loss = scaler.scale(model.total_loss(pair_terms) / n)
         (surrogate + own_loss).backward()
@@ -779,7 +781,7 @@ class Log:
         self.is_explained = True
         if row["data_wait"] > 0.5:
             tqdm.write("Slow, because it waits for data: more --workers may help.")
-        else:
+        elif torch.get_num_threads() > 1:
             tqdm.write(
                 "Slow, because another program computes, too. On a CPU, OMP_NUM_THREADS=1 is"
             )
@@ -818,7 +820,7 @@ def validate(model, tokenizer, pairs, args, step):
         images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
         for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
             found = ", ".join(word for word, _, _ in words)
-            tqdm.write(printable(f'"{texts[0]}" {found}'))
+            tqdm.write(printable(f'"{texts[0]}": the head says {found}'))
     model.train()
     return row
 
@@ -961,6 +963,7 @@ def print_next(args, model, best, last):
     if model.head is not None:
         print(f"  python -m scripts.words --checkpoint {folder}/{name} --out words.png")
     print(f"  python -m scripts.search --checkpoint {folder}/{name} TEXT{shards}")
+    print("The search is among validation pictures, or among yours with --images DIR.")
 
 
 # -----------------------------------------------------------------------------
@@ -1024,7 +1027,7 @@ def train(args, saved):
                 eval_due = eval_due and score_start
 
             # 1. Save first, so that nothing is lost whatever happens to the validation. Rank 0 also
-            # saves after 15 minutes: once another process has died, it waits for ever for its GPU.
+            # saves after 15 minutes: if another process has died, the next step never ends for it.
             save_due = eval_due or step % plan.save_every == 0
             if RANK == 0 and time.monotonic() > saved_time + 15 * 60:
                 save_due = True

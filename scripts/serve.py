@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -74,10 +73,10 @@ def run(server, search, k):
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        # As cli.run_command ends it, but at once: a thread may go on computing maps for a minute,
-        # and where Python ends under a thread that is inside torch, the process aborts.
-        print("error: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)
+        # At once: a thread may go on computing maps for a minute, and where Python ends under a
+        # thread that is inside torch, the process aborts.
+        print("\nstopped", flush=True)
+        os._exit(0)
 
 
 class Handler(BaseHTTPRequestHandler):

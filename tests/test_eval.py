@@ -382,8 +382,12 @@ NOT_THERE = "not in the vocabulary"
 # A model, and what is to be said of the words that it does not know
 UNKNOWN = {
     "only a vocabulary": (None, {"teal": NOT_THERE}),
-    "rare": (trained_on(50_000, red=10, blue=11), {"red": "10 of 50,000", "teal": NOT_THERE}),
-    "never shown": (trained_on(50, red=0), {"red": "0 of 50", "teal": NOT_THERE}),
+    "rare": (trained_on(50_000, red=100, blue=101), {"red": "100 of 50,000", "teal": NOT_THERE}),
+    "rare among many": (
+        trained_on(10**6, red=200, blue=201),
+        {"red": "200 of 1,000,000", "teal": NOT_THERE},
+    ),
+    "never shown": (trained_on(500, red=0), {"red": "0 of 500", "teal": NOT_THERE}),
     # A new head counts nothing yet, and the text tower may well know the words.
     "nothing counted": (make_model(), {"teal": NOT_THERE}),
     "plain CLIP": (make_model(cls_weight=0), {"teal": NOT_THERE}),

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from children import ROOT
 from runs import all_rows, header_of, losses_of, short_run, steps_of, validations_of
 
@@ -179,8 +180,15 @@ def log(tmp_path):
     return train.Log(args, {"steps": 100, "batch_size": 16}, 0)
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("speeds, data_wait, option", SPEEDS.values(), ids=SPEEDS)
-def test_three_slow_rows_are_explained(log, speeds, data_wait, option, capsys):
+def test_three_slow_rows_are_explained(log, two_threads, speeds, data_wait, option, capsys):
     show_rows(log, speeds, data_wait)
 
     printed = capsys.readouterr().out
@@ -188,10 +196,16 @@ def test_three_slow_rows_are_explained(log, speeds, data_wait, option, capsys):
     assert named == [option] * (option is not None)
 
 
-def test_slowness_is_explained_once(log, capsys):
+def test_slowness_is_explained_once(log, two_threads, capsys):
     show_rows(log, [90, *[20] * 10, 90, *[20] * 10], 0.1)
 
     assert capsys.readouterr().out.count("OMP_NUM_THREADS") == 1
+
+
+def test_one_thread_is_not_advised_to_one_thread(log, capsys):
+    show_rows(log, [90, 20, 20, 20], 0.1)
+
+    assert "OMP_NUM_THREADS" not in capsys.readouterr().out
 
 
 # ---- Weights & Biases

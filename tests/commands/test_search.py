@@ -4,6 +4,7 @@ scripts/serve.py in a real browser."""
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import tempfile
@@ -92,6 +93,23 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, mo
         assert f"\n{title}\n" in printed
         assert [name for _, name in result] == [name for _, name in slow[:7]]
         assert [s for s, _ in result] == pytest.approx([s for s, _ in slow[:7]], abs=6e-4)
+
+
+# A guess has ln 4 = 1.39 in groups of 4.
+@pytest.mark.parametrize("val_loss, is_said", [(1.5, True), (1.2, False)])
+def test_what_overfits_is_not_trusted(folders, checkpoint, tmp_path, capsys, val_loss, is_said):
+    """The log of the run, which lies beside the checkpoint, tells."""
+    header = {"header": {"arguments": {"batch_size": 4}}, "step": 0}
+    row = {"step": 1, "loss": 0.1, "contrastive_loss": 0.1}
+    validation = {"step": 1, "val_contrastive_loss": val_loss, "val_group": 4}
+    lines = [json.dumps(line) for line in (header, row, validation)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    shutil.copy(checkpoint, tmp_path / "best.pt")
+    argv = ["--images", folders / "red", TEXTS[0]]
+
+    printed, _ = found(capsys, "--checkpoint", tmp_path / "best.pt", *argv)
+
+    assert ("--epochs" in printed) == is_said
 
 
 def test_an_image_does_not_find_its_copies(folders, checkpoint, capsys):
@@ -491,7 +509,7 @@ def test_the_server_finds_what_the_slow_search_finds(address, world, slow_search
         assert len(found) == len(best) + 1  # the one in the shard
 
 
-def test_ctrl_c_ends_it_with_a_sentence(server, world):
+def test_ctrl_c_ends_it(server, world):
     """Also while it computes: Python cannot end threads that are inside torch."""
     with serving(world) as (process, address):
         asked = [ask(address, f"TOKEN/maps?number={i}") for i in range(6)]
@@ -500,10 +518,9 @@ def test_ctrl_c_ends_it_with_a_sentence(server, world):
         os.kill(process.pid, signal.SIGINT)
 
         code, printed = finish(process)
-        _, _, errors = printed.partition("Ctrl-C ends it\n")
-        assert code == 130
-        assert errors.count("\n") == 1
-        assert "Ctrl-C" in errors
+        _, _, last = printed.partition("Ctrl-C ends it\n")
+        assert code == 0
+        assert last.count("\n") <= 2  # and no trace
 
 
 def test_a_port_that_is_taken_is_a_sentence(address, world, capsys):

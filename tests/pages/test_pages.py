@@ -104,7 +104,7 @@ def test_the_code_in_the_readme_is_the_method():
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     expected = model(images, captions)
 
-    def is_in(captions):  # without padding, start and end, which are no words
+    def multi_hot(captions):  # without padding, start and end, which are no words
         present = torch.zeros(len(captions), TOKENIZER.vocab_size).scatter(1, captions, 1.0)
         return present.index_fill(1, torch.tensor([0, TOKENIZER.start, TOKENIZER.end]), 0.0)
 
@@ -112,7 +112,7 @@ def test_the_code_in_the_readme_is_the_method():
         "image_tokens": model.visual(images),
         "captions": captions,
         "contrastive_loss": expected["contrastive_loss"],
-        "is_in": is_in,
+        "multi_hot": multi_hot,
         "cls_weight": 1.0,
         "head": model.head,
         "num_captions": model.num_captions,
@@ -120,7 +120,7 @@ def test_the_code_in_the_readme_is_the_method():
         "normalize": F.normalize,
         "cross_entropy": F.cross_entropy,
     }
-    exec(re.search(r"```python\n(words = .+?)```", README, re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(logits = .+?)```", README, re.DOTALL)[1], names)
 
     for name in ("classification_loss", "loss"):
         torch.testing.assert_close(names[name], expected[name])

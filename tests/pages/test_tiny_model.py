@@ -14,6 +14,7 @@ from scripts import scenes, words
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
+TUTORIAL = " ".join((ROOT / "docs" / "tutorial.md").read_text().split())
 TINY = ROOT / "assets" / "tiny.pt"
 
 
@@ -45,6 +46,22 @@ def test_it_finds_captions_as_often_as_the_readme_says(world):
     found = scores["image_to_text"]["R@1"]
     assert found["n"] == 1000
     assert 100 * found["value"] == pytest.approx(stated("image to text R@1"), abs=0.21)
+
+
+def test_it_knows_the_colour_of_an_object_better_than_a_text_without_a_shape_does(world):
+    """The colour in the best of the 64 texts, as exercise 1 of the tutorial has it."""
+    model, tokenizer, _ = evaluation.load(TINY)
+    images = evaluation.ClassFolders(world / "zeroshot" / "colour", model.config.image_size)
+    names = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
+    templates = evaluation.usable_templates(tokenizer)
+    classifier = evaluation.zeroshot_classifier(model, tokenizer, names, templates)
+
+    features, labels = evaluation.encode_images(model, model.encode_image, images, 128, 0)
+
+    best = (features @ classifier.T).argmax(dim=1).tolist()
+    hits = [names[i].split()[0] == images.classes[label] for i, label in zip(best, labels)]
+    stated = float(re.search(r"64 texts of section 9 is right in ([\d.]+) %", TUTORIAL)[1])
+    assert 100 * sum(hits) / len(hits) == pytest.approx(stated, abs=201 / 320)
 
 
 @pytest.mark.parametrize("name, n", [("colour_shape", 640), ("held_out", 320)])
