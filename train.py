@@ -650,6 +650,7 @@ def describe(args, model, pairs, steps, dtype, device):
     header = {
         "samples": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": model.config.vocab_size,
         "steps": steps,
         "batch_size": args.batch_size,
         "processes": WORLD,

@@ -274,12 +274,14 @@ def write_page(path, template, content):
     write_file(path, lambda file: file.write(text.encode()))
 
 
-def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12):
+def write_report(
+    model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12, name="the model"
+):
     """Write the page to `out_path`.
 
     model: in eval mode; pairs: validation data (data.Pairs); log_path: the run's log.jsonl, or
     None; reference_path: the log of a run to compare with, used if its model is equal and has
-    trained on as many pairs; n: pictures to show. Raises InputError.
+    trained on as many pairs; n: pictures to show; name: of the model. Raises InputError.
     """
     run = None
     reference = None
@@ -290,7 +292,12 @@ def write_report(model, tokenizer, pairs, log_path, out_path, reference_path=Non
         is_equal = [run["header"][k] == other["header"][k] for k in ("config", "samples")]
         if all(is_equal):
             reference = other
-    content = {"run": run, "reference": reference, **examine(model, tokenizer, pairs, n)}
+    content = {
+        "name": name,
+        "run": run,
+        "reference": reference,
+        **examine(model, tokenizer, pairs, n),
+    }
     write_page(out_path, TEMPLATE, content)
 
 
@@ -319,7 +326,8 @@ def main(argv):
     check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     pairs = data.Pairs(data.expand(shards), tokenizer, model.config.image_size, captions)
-    write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n)
+    name = Path(args.checkpoint).name
+    write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n, name)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
