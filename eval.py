@@ -9,9 +9,10 @@ know of a model. Every score is printed with its chance level, the number of ima
 it is a mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the
 same functions, in float32 as they are here, so that a checkpoint has one score.
 
-The file reads from top to bottom: a file becomes a model, images and texts become features, and
-features become scores. Then come the head's words and where they are seen, the words that a model
-does not know, what the log of a run tells, and the commands.
+The file reads from top to bottom: a file becomes a model, which needs many checks, so you may begin
+after them. Images and texts become features, and features become scores. Then come the head's words
+and where they are seen, the words that a model does not know, what the log of a run tells, and the
+commands.
 
 Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
 embedding, F features of a probe, P patches, W windows, K words.
@@ -370,15 +371,15 @@ def format_score(name, s, more=""):
 # hits it would score 100 %, and if they counted as misses, 0 %. Here it scores what chance would.
 
 
-def rank_counts(scores, right):
-    """scores (Q, A) of A answers to Q questions, right (Q, A): which answers are right -> counts
+def rank_counts(similarity, right):
+    """similarity (Q, A) of A answers to Q questions, right (Q, A): which answers are right -> counts
     (3, Q), which decide whether a right answer is found: wrong answers above the best right one,
     and wrong and right answers that tie with it."""
-    best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     # Equal features may differ in the last bit. NaN, from a model that has diverged, counts as
     # above, so that it is never right.
-    above = ~(scores <= best + 1e-6) & ~right
-    tied = (scores - best).abs() <= 1e-6
+    above = ~(similarity <= best + 1e-6) & ~right
+    tied = (similarity - best).abs() <= 1e-6
     return torch.stack([above.sum(dim=1), (tied & ~right).sum(dim=1), (tied & right).sum(dim=1)])
 
 
@@ -402,12 +403,12 @@ def search(questions, question_label, answers, answer_label):
     chunks, so that the matrix (Q, A) never exists."""
     counts = []
     best = []
-    chunk = max(1, 2**24 // len(answers))  # 64 MB of scores
+    chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
     for i in data.progress(range(0, len(questions), chunk), "searching"):
         right = question_label[i : i + chunk, None] == answer_label
-        scores = questions[i : i + chunk] @ answers.T
-        counts.append(rank_counts(scores, right).cpu())
-        best.append(scores.argmax(dim=1).cpu())
+        similarity = questions[i : i + chunk] @ answers.T
+        counts.append(rank_counts(similarity, right).cpu())
+        best.append(similarity.argmax(dim=1).cpu())
     return torch.cat(counts, dim=1), torch.cat(best)
 
 

@@ -989,7 +989,7 @@ def train(args, saved):
     # ---- The tokenizer, the data, the model and its optimizer
     if LOCAL_RANK > 0:
         wait_for_all()  # One process of a machine draws and indexes. The others find it done.
-    start_from, tokenizer = read_start(args, saved)
+    start_from, tokenizer = read_start(args, saved)  # a checkpoint or None
     model, has_new_head = make_model(args, start_from, tokenizer.vocab_size, device)
     tokenizer.context_length = model.config.context_length
     pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
