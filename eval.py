@@ -372,9 +372,9 @@ def format_score(name, s, more=""):
 
 
 def rank_counts(similarity, right):
-    """similarity (Q, A) of A answers to Q questions, right (Q, A): which answers are right -> counts
-    (3, Q), which decide whether a right answer is found: wrong answers above the best right one,
-    and wrong and right answers that tie with it."""
+    """similarity (Q, A) of A answers to Q questions, right (Q, A): which answers are right.
+    Returns counts (3, Q), which decide whether a right answer is found: wrong answers above the
+    best right one, and wrong and right answers that tie with it."""
     best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     # Equal features may differ in the last bit. NaN, from a model that has diverged, counts as
     # above, so that it is never right.
