@@ -280,7 +280,7 @@ def write_report(
     """Write the page to `out_path`.
 
     model: in eval mode; pairs: validation data (data.Pairs); log_path: the run's log.jsonl, or
-    None; reference_path: the log of a run to compare with, used if its model is equal and has
+    None; reference_path: the log of another run to compare with, used if its model is equal and has
     trained on as many pairs; n: pictures to show; name: of the model. Raises InputError.
     """
     run = None
@@ -290,7 +290,8 @@ def write_report(
     if run and reference_path:
         other = read_run(reference_path)
         is_equal = [run["header"][k] == other["header"][k] for k in ("config", "samples")]
-        if all(is_equal):
+        is_itself = run["header"] == other["header"]
+        if all(is_equal) and not is_itself:
             reference = other
     content = {
         "name": name,

@@ -267,6 +267,7 @@ REFERENCES = {
     "another machine": ({"device": "b"}, True),
     "more pairs": ({"samples": 41}, False),
     "another model": ({"config": {}}, False),
+    "the same run": ({}, False),
 }
 
 
