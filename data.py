@@ -668,11 +668,17 @@ class Pairs(Shards, Dataset):
         if self.known_fingerprint is not None:
             return self.known_fingerprint
         content = hashlib.sha1(self.index.numpy().tobytes() + str(self.captions).encode())
-        for row in self.index[:: math.ceil(len(self) / 64)].tolist():
-            with suppress(BadSample):  # training will name it
-                content.update(str(self.all_texts(row, self.captions)).encode())
+        for texts in self.texts_of_some(64):
+            content.update(str(texts).encode())
         self.known_fingerprint = content.hexdigest()[:12]
         return self.known_fingerprint
+
+    def texts_of_some(self, n):
+        """Yields the captions of at most n samples at even distances, a list for each. Bad ones are
+        left out, because training will name them."""
+        for row in self.index[:: math.ceil(len(self) / n)].tolist():
+            with suppress(BadSample):
+                yield self.all_texts(row, self.captions)
 
     def draw(self, row, rng):
         """A row of the index -> (image, ids of the caption, ids of the label caption). Raises

@@ -20,6 +20,7 @@ embedding, F features of a probe, P patches, W windows, K words.
 
 import json
 import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -655,6 +656,12 @@ RARE_SHARE = 2e-4
 RARE = 100
 
 
+def words_in(tokenizer, texts):
+    """Returns the words of some texts, as the tokenizer splits them, without punctuation."""
+    words = tokenizer.pattern.findall(data.clean("\n".join(texts)))
+    return [word for word in words if has_letters(word)]
+
+
 def unknown_words(tokenizer, texts, model=None):
     """Which words of some texts are not in the vocabulary or, given a model with a word head, were
     hardly ever in the captions of its training? Returns a dict of word -> what is to be said of it.
@@ -664,9 +671,8 @@ def unknown_words(tokenizer, texts, model=None):
     n = 0  # captions in training; plain CLIP counts none
     if model is not None and model.head is not None:
         n = int(model.num_captions)
-    words = tokenizer.pattern.findall(data.clean("\n".join(texts)))
     unknown = {}
-    for word in filter(has_letters, words):
+    for word in words_in(tokenizer, texts):
         ids = tokenizer.encode(word)
         if len(ids) > 1:  # its bytes
             unknown[word] = "is not in the vocabulary"
@@ -678,8 +684,7 @@ def unknown_words(tokenizer, texts, model=None):
 def share_of_known_words(tokenizer, texts):
     """How many of the words in some texts are in the vocabulary, in 0..1. Each counts as often as
     it occurs."""
-    words = tokenizer.pattern.findall(data.clean("\n".join(texts)))
-    words = [word for word in words if has_letters(word)]
+    words = words_in(tokenizer, texts)
     unknown = unknown_words(tokenizer, texts)
     return sum(word not in unknown for word in words) / max(1, len(words))
 
@@ -751,6 +756,14 @@ def read_log(path):
     return header, rows
 
 
+def rows_in(folder):
+    """The rows that read_log finds in a folder's log.jsonl, or none if there is no such log."""
+    with suppress(OSError, InputError):
+        _, rows = read_log(Path(folder, "log.jsonl"))
+        return rows
+    return []
+
+
 def overfitting(rows):
     """Rows of a log, as read_log returns them -> a sentence if the model learns its training pairs
     by heart, else None: if it beats a guess in training, but not among validation pairs, or if the
@@ -778,6 +791,13 @@ def overfitting(rows):
         f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from. "
         "To search few pictures, published weights may be better without any training."
     )
+
+
+def print_overfitting(folder):
+    """Say so if the run in a folder overfits."""
+    sentence = overfitting(rows_in(folder))
+    if sentence is not None:
+        print(sentence)
 
 
 # -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -482,10 +483,7 @@ def print_known_words(args, tokenizer, pairs):
     any word.)"""
     if tokenizer.pattern is not data.WORD:
         return
-    texts = []
-    for row in pairs.index[:: math.ceil(len(pairs) / 1000)].tolist():
-        with suppress(data.BadSample):  # training will name it
-            texts += pairs.all_texts(row, pairs.captions)
+    texts = [*chain.from_iterable(pairs.texts_of_some(1000))]
     share = evaluation.share_of_known_words(tokenizer, texts)
     print(f"{share:.0%} of the words in these captions are in the vocabulary of {args.init_from}")
     if share < 0.5:
@@ -783,10 +781,8 @@ class Log:
         if row["data_wait"] > 0.5:
             tqdm.write("Slow, because it waits for data: more --workers may help.")
         elif torch.get_num_threads() > 1:
-            tqdm.write(
-                "Slow, because another program computes, too. On a CPU, OMP_NUM_THREADS=1 is"
-            )
-            tqdm.write("steadier, as threads wait for each other. (It changes the last bits.)")
+            tqdm.write("Slow, because another program computes, too, and threads wait for each")
+            tqdm.write("other. OMP_NUM_THREADS=1 is steadier on a CPU. (It changes the last bits.)")
 
 
 # -----------------------------------------------------------------------------
@@ -930,19 +926,11 @@ def read_best(args, val_pairs):
     return {"step": content["step"], "mean_r1": content["mean_r1"]}
 
 
-def read_rows(args):
-    """Returns the rows of log.jsonl that count, as a list of dicts, or none of them if it cannot be
-    read."""
-    with suppress(OSError, InputError):
-        _, rows = evaluation.read_log(Path(args.out_dir, "log.jsonl"))
-        return rows
-    return []
-
-
 def was_validated(args, samples):
     """Whether the log has a validation after so many samples. A run that was killed during one has
     none."""
-    return any(row["samples"] == samples and "zeroshot" in row for row in read_rows(args))
+    rows = evaluation.rows_in(args.out_dir)
+    return any(row["samples"] == samples and "zeroshot" in row for row in rows)
 
 
 def print_next(args, model, best, last):
@@ -954,9 +942,7 @@ def print_next(args, model, best, last):
         print(f"\n{folder}/last.pt: step {last['step']}, mean R@1 {last['mean_r1']:.1%}")
     if best is not None:
         print(f"{folder}/best.pt: step {best['step']}, mean R@1 {best['mean_r1']:.1%}")
-    advice = evaluation.overfitting(read_rows(args))
-    if advice is not None:
-        print(advice)
+    evaluation.print_overfitting(args.out_dir)
     # Only shards of their own can be found again. Pairs that were held out cannot.
     shards = " --data SHARDS" if args.val_data in (None, ["none"]) else ""
     print("What the model has learned:")

@@ -355,15 +355,6 @@ def open_shards(args):
     return data.Pairs(data.expand(shards), None, None), list(dict.fromkeys([*captions, "txt"]))
 
 
-def print_overfitting(log):
-    """Say so if the log of a run, which need not be there, shows that the model overfits."""
-    if log.is_file():
-        _, rows = evaluation.read_log(log)
-        sentence = evaluation.overfitting(rows)
-        if sentence is not None:
-            print(sentence)
-
-
 def main(argv):
     args = read_options(argv)
     server = None
@@ -385,7 +376,7 @@ def main(argv):
     search = Search(model, tokenizer, features, pairs, row_of, captions)
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    print_overfitting(Path(args.checkpoint).with_name("log.jsonl"))
+    evaluation.print_overfitting(Path(args.checkpoint).parent)
     evaluation.print_unknown_words(tokenizer, args.texts, model)
     results = {}  # text or entry -> the result of its search
     for entry, feature in features_of_like.items():

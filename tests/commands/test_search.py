@@ -112,6 +112,17 @@ def test_what_overfits_is_not_trusted(folders, checkpoint, tmp_path, capsys, val
     assert ("--epochs" in printed) == is_said
 
 
+def test_a_log_of_another_program_is_no_reason_to_stop(folders, checkpoint, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("hello\n")
+    shutil.copy(checkpoint, tmp_path / "best.pt")
+
+    _, results = found(
+        capsys, "--checkpoint", tmp_path / "best.pt", "--images", folders / "red", TEXTS[0]
+    )
+
+    assert len(results) == 1
+
+
 def test_an_image_does_not_find_its_copies(folders, checkpoint, capsys):
     photo = folders / "red" / "2.png"
     copy = folders / "green" / "copy.png"
