@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import signal
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,14 +70,17 @@ def run(server, search, k):
     server.k = k
     server.token = secrets.token_urlsafe(16)
     address = f"http://127.0.0.1:{server.server_port}/{server.token}/"
+    signal.signal(signal.SIGINT, stop)
     print(f"\nopen {address} in a browser; Ctrl-C ends it", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        # At once: a thread may go on computing maps for a minute, and where Python ends under a
-        # thread that is inside torch, the process aborts.
-        print("\nstopped", flush=True)
-        os._exit(0)
+    server.serve_forever()
+
+
+def stop(*_):
+    """What Ctrl-C does: end at once. A thread may go on computing maps for a minute, and where
+    Python ends under a thread that is inside torch, the process aborts. A KeyboardInterrupt would
+    close the request that has just come under its thread, which would then complain."""
+    print("\nstopped", flush=True)
+    os._exit(0)
 
 
 class Handler(BaseHTTPRequestHandler):
