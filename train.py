@@ -646,7 +646,7 @@ def describe(args, model, pairs, steps, dtype, device):
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
     header = {
-        "samples": len(pairs),
+        "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": model.config.vocab_size,
         "steps": steps,
@@ -789,13 +789,13 @@ class Log:
 # Validation
 
 
-@torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
 def validate(model, tokenizer, pairs, args, step):
     """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
     Prints the scores, and the head's top words for two pictures. Returns the row of the log."""
     row = {"step": step, "zeroshot": {}}
     tqdm.write(f"\nvalidation after step {step}")
     model.eval()
+    torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
     if pairs is not None:
         features = evaluation.encode_shards(model, pairs, workers=args.workers)
         row["validation"] = evaluation.retrieval(*features)
@@ -818,6 +818,7 @@ def validate(model, tokenizer, pairs, args, step):
         for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
             found = ", ".join(word for word, _, _ in words)
             tqdm.write(printable(f'"{texts[0]}": the head says {found}'))
+    torch.compiler.set_stance("default")
     model.train()
     return row
 

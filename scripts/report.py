@@ -43,7 +43,7 @@ REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.js
 SEARCHED = 1000  # pairs that a caption is searched among
 WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; searches of each kind
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
-HEADER = "arguments config parameters samples steps device dtype torch commit date".split()
+HEADER = "arguments config parameters pairs steps device dtype torch commit date".split()
 POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
 LETTERS = 300  # of a caption, because some pages are captions
 
@@ -289,7 +289,7 @@ def write_report(
         run = read_run(log_path)
     if run and reference_path:
         other = read_run(reference_path)
-        is_equal = [run["header"][k] == other["header"][k] for k in ("config", "samples")]
+        is_equal = [run["header"][k] == other["header"][k] for k in ("config", "pairs")]
         is_itself = run["header"] == other["header"]
         if all(is_equal) and not is_itself:
             reference = other

@@ -96,7 +96,7 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other
 
     train.main([*options.split(), "--steps=1", "--workers=0", "--device=cpu"])
 
-    assert header_of(tmp_path / "out")["samples"] == 70
+    assert header_of(tmp_path / "out")["pairs"] == 70
     scores = validations_of(tmp_path / "out")[-1]["validation"]["image_to_text"]
     assert scores["R@1"]["n"] == 20
     assert "1 of the shards" in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_one_pair_in_a_hundred_is_held_out_of_two_hundred_and_more(tmp_path, n, 
 
     train.main([*options.split(), "--steps=1", "--workers=0", "--device=cpu"])
 
-    assert header_of(tmp_path / "out")["samples"] == n - held_out
+    assert header_of(tmp_path / "out")["pairs"] == n - held_out
     rows = validations_of(tmp_path / "out")
     assert [row["validation"]["image_to_text"]["R@1"]["n"] for row in rows] == [held_out][:held_out]
 

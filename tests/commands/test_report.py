@@ -45,7 +45,7 @@ def header_row(step, batch_size=4, **changes):
         "arguments": {"model": "tiny", "batch_size": batch_size},
         "config": asdict(make_model(cls_weight=0.5).config),
         "parameters": 1000,
-        "samples": 40,
+        "pairs": 40,
         "steps": 30,
         "device": "a machine",
         "dtype": "float32",
@@ -265,7 +265,7 @@ def test_a_label_adds_up_to_the_classification_loss(page, model, val_pairs):
 
 REFERENCES = {
     "another machine": ({"device": "b"}, True),
-    "more pairs": ({"samples": 41}, False),
+    "more pairs": ({"pairs": 41}, False),
     "another model": ({"config": {}}, False),
     "the same run": ({}, False),
 }
