@@ -1,10 +1,11 @@
 """What all tests share: one thread, a fixed seed, a cache of their own.
 
 This folder proves what superclip.py, train.py, data.py and eval.py promise. Read it in the order of
-the method: test_loss, test_no_dense_label, test_model, test_authors; one step, test_step; the data,
-test_tokenizer, test_index, test_images, test_data, test_workers; the scores, test_eval and
-test_intervals; then whole runs, from test_run to test_processes, and test_gpu. commands/ and pages/
-hold the audits of scripts/, study/, the README and docs/.
+the method: test_loss, test_no_dense_label, test_model, test_authors; one step, test_step and
+test_update; the data, test_tokenizer, test_index, test_images, test_data, test_workers; a model and
+its scores, test_checkpoint, test_eval, test_intervals, test_unknown_words; then whole runs, from
+test_run to test_processes, and test_gpu. commands/ and pages/ hold the audits of scripts/, study/,
+the README and docs/.
 """
 
 import gc

@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import eval as evaluation
 from cli import run_command
 from data import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
@@ -122,6 +124,13 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab):
     content = {"model": model.state_dict(), "config": asdict(model.config), "vocab": vocab}
     torch.save(content, path)
     return path
+
+
+def features_of(checkpoint, files):
+    """The features (N, E) of image files, by the slow way: one after the other."""
+    model, _, preprocess = evaluation.load(checkpoint)
+    images = [preprocess(Path(file).read_bytes()) for file in files]
+    return torch.cat([model.encode_image(image[None]) for image in images])
 
 
 # ---- commands

@@ -1,12 +1,10 @@
-"""Scores against slow and obvious ways to compute them, chance against its formula; checkpoints."""
+"""Scores against slow and obvious ways to compute them, and chance against its formula."""
 
 import json
 import math
 import os
-import pickle
 import re
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import open_clip
@@ -20,9 +18,6 @@ from watch import Watch
 
 import data
 import eval as evaluation
-from cli import InputError
-from data import words_to_tiktoken
-from scripts import scenes
 
 NAMES = ("red", "green", "blue")
 
@@ -38,136 +33,6 @@ class Colours:
     def encode_text(self, tokens):
         ids = torch.tensor([TOKENIZER.encode(name)[0] for name in NAMES])
         return F.normalize((tokens[:, :, None] == ids).any(dim=1).float(), dim=1)
-
-
-# ---- a file becomes a model
-
-
-class Evil:
-    """What runs a command when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def write_changed(path, **changes):
-    """Write a checkpoint of a small model, of which each change gives another value to a part
-    (config, vocab), or, as a function, makes other weights of the model's."""
-    model = make_model()
-    content = {
-        "model": model.state_dict(),
-        "config": asdict(model.config),
-        "vocab": TOKENIZER.vocab,
-    }
-    for part, change in changes.items():
-        content[part] = change(content[part]) if callable(change) else change
-    torch.save(content, path)
-    return path
-
-
-def with_tensor(name, change):
-    """A function that changes one tensor of weights."""
-    return lambda weights: {**weights, name: change(weights.get(name))}
-
-
-def without_tensor(name):
-    return lambda weights: {k: v for k, v in weights.items() if k != name}
-
-
-def with_field(name, value):
-    return lambda config: {**config, name: value}
-
-
-def all_in_one_memory(weights):
-    """Weights of the same shapes, all of which lie in the memory of the largest."""
-    memory = torch.zeros(max(x.numel() for x in weights.values()))
-    return {k: memory[: v.numel()].view(v.shape) for k, v in weights.items()}
-
-
-# What is wrong, what the message must name, and the change of a checkpoint
-UNFIT = {
-    "whole numbers": ("visual.proj", {"model": with_tensor("visual.proj", torch.Tensor.char)}),
-    "complex": ("visual.proj", {"model": with_tensor("visual.proj", torch.Tensor.cfloat)}),
-    "complex counts": ("token_counts", {"model": with_tensor("token_counts", lambda x: x + 0j)}),
-    "shape": ("visual.proj", {"model": with_tensor("visual.proj", lambda x: x[1:])}),
-    "NaN": ("visual.proj", {"model": with_tensor("visual.proj", lambda x: x * math.nan)}),
-    "no tensor": ("version", {"model": with_tensor("visual.proj", lambda x: 1)}),
-    "sparse": ("parse", {"model": with_tensor("visual.proj", torch.Tensor.to_sparse)}),
-    "floating counts": ("token_counts", {"model": with_tensor("token_counts", torch.Tensor.float)}),
-    "negative counts": ("token_counts", {"model": with_tensor("token_counts", lambda x: x - 1)}),
-    "more counts": ("token_counts", {"model": with_tensor("token_counts", lambda x: x + 1)}),
-    "unknown tensor": ("extra", {"model": with_tensor("extra", lambda _: torch.zeros(1))}),
-    "missing weights": ("visual.proj", {"model": without_tensor("visual.proj")}),
-    "missing counter": ("num_captions", {"model": without_tensor("num_captions")}),
-    "missing bias": ("head.linear.bias", {"model": without_tensor("head.linear.bias")}),
-    "head of plain CLIP": ("head.", {"config": with_field("cls_weight", 0.0)}),
-    "size 0": ("version", {"config": with_field("patch_size", 0)}),
-    "heads": ("text_heads", {"config": with_field("text_heads", 7)}),
-    "text": ("version", {"config": with_field("vision_width", "64")}),
-    "unknown field": ("colour", {"config": with_field("colour", 3)}),
-    "no configuration": ("version", {"config": None}),
-    "no dict of weights": ("version", {"model": [1]}),
-    "no text": ("version", {"vocab": 3}),
-    "other vocabulary": ("--vocab", {"vocab": words_to_tiktoken(["red"])}),
-    "rank twice": ("version", {"vocab": TOKENIZER.vocab.replace(" 300\n", " 301\n")}),
-    "no vocabulary": ("version", {"vocab": "no vocabulary"}),
-    # A few bytes that would cost hours or gigabytes
-    "layers": ("layers", {"config": with_field("vision_layers", 200_000)}),
-    "one number repeated": (
-        "memory",
-        {"model": with_tensor("visual.proj", lambda x: torch.zeros(1).expand(64, 10**9))},
-    ),
-    "shared memory": ("memory", {"model": all_in_one_memory}),
-}
-
-
-@pytest.mark.parametrize("named, changes", UNFIT.values(), ids=UNFIT)
-def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, named, changes):
-    path = write_changed(tmp_path / "model.pt", **changes)
-
-    with pytest.raises(InputError) as error:
-        evaluation.read_checkpoint(path)
-
-    message = str(error.value)
-    assert str(path) in message and named in message and "\n" not in message
-
-
-FIT = {
-    "as it is": {},
-    "16 bits": {"model": with_tensor("visual.proj", torch.Tensor.half)},
-    "counts of 32 bits": {"model": with_tensor("token_counts", torch.Tensor.int)},
-    "counts of every caption": {"model": with_tensor("num_captions", lambda x: x + 5)},
-    "a transposed view": {"model": with_tensor("visual.proj", lambda x: x.T.contiguous().T)},
-}
-
-
-@pytest.mark.parametrize("changes", FIT.values(), ids=FIT)
-def test_a_checkpoint_that_fits_is_loaded(tmp_path, changes):
-    path = write_changed(tmp_path / "model.pt", **changes)
-
-    model, tokenizer, preprocess = evaluation.load(path)
-
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.token_counts.dtype == torch.int64
-    image = preprocess(Image.new("RGB", (40, 30)))[None]
-    assert model.encode_image(image).shape == model.encode_text(tokenizer(["red"])).shape
-
-
-@pytest.mark.parametrize("by_torch", [True, False])
-def test_a_file_that_runs_code_is_refused(tmp_path, by_torch):
-    path, mark = tmp_path / "model.pt", tmp_path / "mark"
-    if by_torch:
-        write_changed(path, optimizer=Evil(mark))
-    else:
-        path.write_bytes(pickle.dumps(Evil(mark), protocol=2))
-
-    with pytest.raises(InputError, match="refused"):
-        evaluation.read_checkpoint(path)
-
-    assert not mark.exists()
 
 
 # ---- features become scores
@@ -362,102 +227,6 @@ def test_probe_finds_what_is_there_and_nothing_else():
     x = torch.randn(400, 20) + 8 * y[:, None] * (torch.arange(20) == 0)
     for z in (x, x * 10 ** torch.linspace(-3, 3, 20) + 5):
         assert evaluation.probe((z[:200], y[:200]), (z[200:], y[200:]), 2)[0]["value"] == 1
-
-
-# ---- words that a model does not know
-
-
-def trained_on(n, **counts):
-    """A small model, whose training had n captions, and so many with each of these words."""
-    model = make_model()
-    model.num_captions += n
-    model.token_counts += n
-    for word, count in counts.items():
-        model.token_counts[TOKENIZER.encode(word)] = count
-    return model
-
-
-CLIP = data.Tokenizer.from_file("clip")
-NOT_THERE = "not in the vocabulary"
-# A model, and what is to be said of the words that it does not know
-UNKNOWN = {
-    "only a vocabulary": (None, {"teal": NOT_THERE}),
-    "rare": (trained_on(50_000, red=100, blue=101), {"red": "100 of 50,000", "teal": NOT_THERE}),
-    "rare among many": (
-        trained_on(10**6, red=200, blue=201),
-        {"red": "200 of 1,000,000", "teal": NOT_THERE},
-    ),
-    "never shown": (trained_on(500, red=0), {"red": "0 of 500", "teal": NOT_THERE}),
-    # A new head counts nothing yet, and the text tower may well know the words.
-    "nothing counted": (make_model(), {"teal": NOT_THERE}),
-    "plain CLIP": (make_model(cls_weight=0), {"teal": NOT_THERE}),
-}
-
-
-@pytest.mark.parametrize("model, said", UNKNOWN.values(), ids=UNKNOWN)
-def test_words_that_a_model_hardly_knows_are_named(model, said):
-    """Once each, and signs are no words."""
-    unknown = evaluation.unknown_words(TOKENIZER, ["Red, blue!", "TEAL -- teal"], model)
-
-    assert [*unknown] == [*said]
-    for word, reason in said.items():
-        assert reason in unknown[word]
-
-
-def test_the_share_of_known_words_counts_each_as_often_as_it_occurs():
-    """Signs are no words."""
-    share = evaluation.share_of_known_words(TOKENIZER, ["Red, red teal!", "blue"])
-
-    assert share == 3 / 4
-
-
-def test_clip_spells_any_word_and_calls_none_unknown():
-    assert evaluation.unknown_words(CLIP, ["qwxyz"], make_model(cls_weight=0)) == {}
-
-
-TEMPLATES = {
-    "all known": (TOKENIZER, ["a photo of {}!", "the {}"], ["a photo of {}!", "the {}"]),
-    "some known": (TOKENIZER, ["an etching of {}", "the {}"], ["the {}"]),
-    "none known": (TOKENIZER, ["an etching of {}", "Bild: {}"], ["{}"]),
-    "the name alone": (TOKENIZER, ["{}"], ["{}"]),
-    "CLIP's vocabulary": (CLIP, ["an etching of {}"], ["an etching of {}"]),
-}
-
-
-@pytest.mark.parametrize("tokenizer, given, used", TEMPLATES.values(), ids=TEMPLATES)
-def test_templates_with_unknown_words_are_left_out(tokenizer, given, used):
-    assert evaluation.usable_templates(tokenizer, given) == used
-
-
-def test_all_default_templates_suit_the_built_in_scenes():
-    """Their scores are means over four prompts, also with "the", which training never shows."""
-    tokenizer = data.Tokenizer(scenes.vocabulary())
-
-    assert evaluation.usable_templates(tokenizer) == [*evaluation.TEMPLATES]
-
-
-def test_zeroshot_asks_with_the_templates_that_it_knows_and_says_so(folders, tmp_path, capsys):
-    """In a validation and as a command, which also names the unknown words of the classes."""
-    words = ["red", "green", "blue", "a", "picture", "of"]  # and not "photo"
-    vocab = words_to_tiktoken(words)
-    tokenizer = data.Tokenizer(vocab)
-    model = make_model(vocab_size=tokenizer.vocab_size).requires_grad_(False)
-    checkpoint = tmp_path / "model.pt"
-    evaluation.write_checkpoint(checkpoint, model, vocab)
-    (tmp_path / "names.txt").write_text("blue\ngreen\ncrimson\n")
-    dataset = evaluation.ClassFolders(folders, 16)
-    names = ["blue", "green", "crimson"]
-
-    alone = evaluation.zeroshot(model, tokenizer, dataset, names)
-    argv = ["--checkpoint", checkpoint, "--images", folders, "--classes", tmp_path / "names.txt"]
-    path = tmp_path / "result.json"
-    result, printed = result_of(capsys, evaluation.main, path, "zeroshot", *argv, "--workers", 0)
-
-    used = ["a picture of a {}.", "a {}."]
-    asked = evaluation.zeroshot(model, tokenizer, dataset, names, used)
-    assert result == json.loads(json.dumps({"templates": used, **alone})) and alone == asked
-    assert all(f"\n  {template}\n" in printed for template in used) and "photo" not in printed
-    assert "'crimson' is not in the vocabulary" in printed and "'green'" not in printed
 
 
 # ---- commands

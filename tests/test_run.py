@@ -117,7 +117,7 @@ def test_one_pair_in_a_hundred_is_held_out_of_two_hundred_and_more(tmp_path, n, 
 
 @pytest.mark.parametrize("name", ["visual.proj", "token_counts"])
 def test_a_seed_is_of_weights_and_order(shards, tmp_path, name):
-    """And of dropped patches (test_step.py), captions and crops (test_data.py)."""
+    """And of dropped patches (test_update.py), captions and crops (test_data.py)."""
     for seed in (0, 1):
         options = "--steps", 1, "--learning_rate", 0, "--seed", seed
         train.main(short_run(shards, tmp_path / str(seed), *options))
