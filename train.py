@@ -1,6 +1,6 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, two minutes on two cores
+    python train.py                       built-in scenes, two to three minutes on two cores
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
@@ -82,7 +82,8 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: hold out 1 pair in 100, at most 1000)")
+        help="shards to validate on, or none (default: those named val or test; "
+        "else 1 pair in 100 of at least 200, at most 1000)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -95,7 +96,7 @@ def make_parser():
     add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
         help="smallest share of a picture that a random crop shows; 1: no crops (default 0.9)")
     add("--workers", type=number(int, 0, 999),
-        help="loading processes per GPU (default: as many as it has cores)")
+        help="loading processes per GPU (default: the cores, divided among the GPUs)")
     # the model
     add("--model", choices=PRESETS, default="ViT-B-16",
         help="size of both towers (default ViT-B-16)")
@@ -119,7 +120,8 @@ def make_parser():
         help="pairs of a process in memory at a time (default: all of its batch)")
     add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
     add("--head_learning_rate", type=positive,
-        help="peak learning rate of the word head (default: --learning_rate; 5e-4 for a new head)")
+        help="peak learning rate of the word head (default: --learning_rate; 5e-4 if --init_from "
+        "has no head)")
     add("--warmup_steps", type=number(int, 0),
         help="updates over which the rate rises (default: a tenth of all, at most 1000)")
     add("--weight_decay", type=positive, default=0.2,

@@ -4,7 +4,7 @@
     python -m scripts.bench loader --train_data SHARDS the loader of train.py alone, at full speed
     python -m scripts.bench step                       one update, beside open_clip
     python -m scripts.bench memory                     what a step needs, predicted without a GPU
-    python -m scripts.bench cuda --train_data SHARDS   all of this, and the gradients, on a GPU
+    python -m scripts.bench cuda --train_data SHARDS   a GPU: gradients, step, memory, loader, a run
 
 train.py's options set the rest, such as --model, --batch_size, --image_size, --dtype, --device and
 --compile, because train.py's own functions build the model and update it here. Each result is a

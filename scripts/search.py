@@ -327,7 +327,7 @@ def read_options(argv):
     npz_file = output_file(".npz")
     add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
-    add("--serve", action="store_true", help="open a page to search with, for this machine alone")
+    add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
     port = number(int, 0, 65535)
     add("--port", type=port, default=8000, help="of that page (default 8000; 0: any free one)")
     args = parser.parse_intermixed_args(argv)

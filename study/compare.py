@@ -169,7 +169,9 @@ PARTS = {
     ),
     "settings": Part(
         "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
-        "theirs. With one, most captions repeat, and the search can hardly tell rates apart.",
+        "theirs. The pictures of one object show all 256 settings, most of which a model of few "
+        "settings has never seen. With one, most captions repeat, and the search can hardly tell "
+        "rates apart.",
         EARLIER, 5, (*LOOKS, "probe colour_shape"),
         [
             both("1 setting", settings=1, batch_size=8),
