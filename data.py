@@ -31,7 +31,7 @@ import unicodedata
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
 
@@ -224,9 +224,9 @@ class Tokenizer:
 def tokenizer_for(shards, vocab=None):
     """Returns the tokenizer of --vocab, a file or "clip". By default it is vocab.tiktoken beside
     the shards if that is there, else CLIP's."""
-    beside = Path(shards[0]).with_name("vocab.tiktoken")
+    own = Path(shards[0]).with_name("vocab.tiktoken")
     if vocab is None:
-        vocab = beside if beside.is_file() else "clip"
+        vocab = own if own.is_file() else "clip"
     return Tokenizer.from_file(vocab)
 
 
@@ -406,13 +406,14 @@ def read_headers(path, number):
     except Exception as error:  # for damaged headers tarfile has half a dozen kinds
         unused[""] = f"{str(error) or repr(error)}; the rest is not read"
 
-    for key in [key for key, row in rows.items() if not row[IMAGE]]:
+    without_image = [key for key, row in rows.items() if not row[IMAGE]]
+    for key in without_image:
         unused.setdefault(key, "no image, or an empty one")
         del rows[key]
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
     index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
-    return index, [(path, *entry) for entry in unused.items()]
+    return index, [(path, key, reason) for key, reason in unused.items()]
 
 
 def build_index(shards):
@@ -486,15 +487,12 @@ class Shards:
     def __init__(self, shards):
         self.shards = shards
         self.index, self.unused = build_index(shards)
-        reasons = [reason for _, _, reason in self.unused[:1]]
-        check(len(self.index), f"no image-caption pairs in {shards[0]}: {''.join(reasons)}")
+        if len(self.index) == 0:
+            reason = self.unused[0][2] if self.unused else "it is empty"
+            raise InputError(f"no image-caption pairs in {shards[0]}: {reason}")
 
     def __len__(self):
         return len(self.index)
-
-    def select(self, mask):
-        """Keeps the samples for which the mask (N,) is True."""
-        self.index = self.index[mask]
 
     def read_at(self, number, block, size):
         """Returns `size` bytes of a shard from a block on. Raises BadSample."""
@@ -658,20 +656,16 @@ class Pairs(Shards, Dataset):
         self.label_captions = labels or captions
         self.seed = seed
         self.crop_area = crop_area
-        self.known_fingerprint = None
         check_sources([*self.captions, *self.label_captions])
 
+    @cached_property  # because a checkpoint must be written even if the shards have gone meanwhile
     def fingerprint(self):
-        """Returns a short text that changes when the shards or the sources of captions do, or the
-        captions of one of 64 samples at even distances. It is computed once, because a checkpoint
-        must be written even if the shards have gone meanwhile."""
-        if self.known_fingerprint is not None:
-            return self.known_fingerprint
+        """A short text that changes when the shards or the sources of captions do, or the captions
+        of one of 64 samples at even distances."""
         content = hashlib.sha1(self.index.numpy().tobytes() + str(self.captions).encode())
         for texts in self.texts_of_some(64):
             content.update(str(texts).encode())
-        self.known_fingerprint = content.hexdigest()[:12]
-        return self.known_fingerprint
+        return content.hexdigest()[:12]
 
     def texts_of_some(self, n):
         """Yields the captions of at most n samples at even distances, a list for each. Bad ones are
@@ -684,7 +678,8 @@ class Pairs(Shards, Dataset):
         """A row of the index -> (image, ids of the caption, ids of the label caption). Raises
         BadSample."""
         caption = rng.choice(self.texts(row, rng.choice(self.captions)))
-        ids = label_ids = self.tokenizer.encode(caption)
+        ids = self.tokenizer.encode(caption)
+        label_ids = ids
         if self.label_captions != self.captions:
             label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
             label_ids = self.tokenizer.encode(label)
@@ -702,7 +697,8 @@ class Pairs(Shards, Dataset):
         while len(replaced) < 100:
             row = self.index[sample].tolist()
             try:
-                return *self.draw(row, rng), replaced
+                image, ids, label_ids = self.draw(row, rng)
+                return image, ids, label_ids, replaced
             except (BadSample, OSError) as error:
                 replaced.append(f"{self.shards[row[0]]} {self.key(row)}: {error}")
                 sample = rng.randrange(len(self))
@@ -733,8 +729,8 @@ def hold_out(pairs, val_pairs):
     """Moves every hundredth pair, but at most a thousand, from training to validation. Both are of
     the same shards."""
     held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
-    pairs.select(~held_out)
-    val_pairs.select(held_out)
+    pairs.index = pairs.index[~held_out]
+    val_pairs.index = val_pairs.index[held_out]
 
 
 @lru_cache(maxsize=2)
@@ -840,8 +836,6 @@ def pad_and_join(captions):
 
 def join(batches):
     """list of small batches -> one batch: images one after the other, captions padded."""
-    if len(batches) == 1:
-        return batches[0]
     return {
         "images": torch.cat([batch["images"] for batch in batches]),
         "tokens": pad_and_join([batch["tokens"] for batch in batches]),
@@ -858,8 +852,8 @@ def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, worker
     A GPU copies and joins on a stream of its own, while it computes the batch before. Images travel
     as uint8.
     """
-    first, last, _ = local.indices(batch_size)
-    per_step = (last - first) // micro_batch_size  # micro-batches in a step
+    own = len(range(batch_size)[local])  # pairs of this process
+    per_step = own // micro_batch_size  # micro-batches in a step
     parts = math.ceil(micro_batch_size / SMALL)  # small batches in a micro-batch
     on_gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None

@@ -20,7 +20,6 @@ embedding, F features of a probe, P patches, W windows, K words.
 
 import json
 import math
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -67,16 +66,16 @@ def read_file(path, read=read_pickle):
     except Exception as error:  # torch and safetensors raise a dozen kinds
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path} is damaged, or refused (code?): save a state_dict") from None
+        raise InputError(f"{path} is damaged, or refused because it holds code") from None
 
 
-def check_weights(path, weights, config, vocab=None):
+def check_weights(path, weights, config, vocab):
     """Check what a file holds before a model is made of it: that all tensors of such a model are
     there, and no others, with the right shapes and finite values, and that the vocabulary has as
     many tokens.
 
     weights: dict of name -> tensor; config: dict of SuperCLIPConfig's fields; vocab: text of the
-    vocabulary, or None. Returns a SuperCLIPConfig. Raises InputError.
+    vocabulary. Returns a SuperCLIPConfig. Raises InputError.
     """
     try:
         config = SuperCLIPConfig(**config)
@@ -93,10 +92,9 @@ def check_weights(path, weights, config, vocab=None):
             counts = weights["token_counts"]
             in_range = (counts >= 0) & (counts <= weights["num_captions"])
             check(in_range.all(), "token_counts are not between 0 and num_captions")
-        if vocab is not None:
-            n = data.Tokenizer(vocab).vocab_size
-            reason = f"it is for {config.vocab_size:,} tokens, and the vocabulary has {n:,}"
-            check(n == config.vocab_size, f"{reason} (see --vocab of scripts.convert)")
+        n = data.Tokenizer(vocab).vocab_size
+        reason = f"it is for {config.vocab_size:,} tokens, and the vocabulary has {n:,}"
+        check(n == config.vocab_size, f"{reason} (see --vocab of scripts.convert)")
     except Exception as error:  # an unknown field, a size of 0, a text in place of a number ...
         if is_out_of_memory(error):
             raise
@@ -393,9 +391,9 @@ def recall(counts, k):
     product is the probability that no right answer is found. It is 0 if there are fewer wrong ones.
     """
     above, wrong, right = counts.double()
-    taken = torch.arange(k, device=counts.device)[:, None]  # places taken by wrong ones so far
-    missed = (wrong - taken) / (wrong - taken + right).clamp(min=1)  # (k, Q)
-    return 1 - missed.where(taken < k - above, 1.0).prod(dim=0)
+    before = torch.arange(k, device=counts.device)[:, None]  # wrong ones that came so far
+    missed = (wrong - before) / (wrong - before + right).clamp(min=1)  # (k, Q)
+    return 1 - missed.where(before < k - above, 1.0).prod(dim=0)
 
 
 def search(questions, question_label, answers, answer_label):
@@ -758,10 +756,11 @@ def read_log(path):
 
 def rows_in(folder):
     """The rows that read_log finds in a folder's log.jsonl, or none if there is no such log."""
-    with suppress(OSError, InputError):
+    try:
         _, rows = read_log(Path(folder, "log.jsonl"))
-        return rows
-    return []
+    except (OSError, InputError):
+        return []
+    return rows
 
 
 def overfitting(rows):

@@ -82,8 +82,7 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test; "
-        "else 1 pair in 100 of at least 200, at most 1000)")
+        help="shards to validate on, or none (default: those named val or test, else 1 in 100)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -184,9 +183,9 @@ def parse(argv):
     """Returns the options with all defaults, and the checkpoint to resume or None."""
     parser = make_parser()
     given = parser.parse_args(argv)
-    last = Path(given.out_dir, "last.pt")
-    if given.resume and last.exists():
-        saved = read_resumable(last)
+    path = Path(given.out_dir, "last.pt")
+    if given.resume and path.exists():
+        saved = read_resumable(path)
         return resumed_options(saved["arguments"], argv), saved
 
     parser.set_defaults(epochs=30.0)
@@ -211,7 +210,7 @@ def parse(argv):
     if args.init_from is not None:
         for name in IN_A_CHECKPOINT:
             if getattr(args, name) is not None:
-                raise InputError(f"--init_from sets it: leave --{name} out")
+                raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
     return args, None
 
 
@@ -227,7 +226,7 @@ def resumed_options(saved, argv):
         options["steps"] = None
         options["epochs"] = None
     unset = [name for name, value in options.items() if value is None]
-    parser.set_defaults(**dict.fromkeys(unset))  # None is a value, too
+    parser.set_defaults(**dict.fromkeys(unset))  # a saved None stays None
     before = as_command_line(options)
     args = parser.parse_args([*before, *argv])
     check(args.train_data is not None, f"{given.out_dir}/last.pt does not name its data")
@@ -355,13 +354,14 @@ class StopSignal:
 # One step
 
 
-def learning_rate_at(step, peak, warmup_steps, steps):
-    """Linear warm-up to `peak`, then cosine to 0: a pure function of the step, so that a resumed
-    run needs no scheduler. Early steps are small because Adam's second moments are still noise."""
+def learning_rate_factor(step, warmup_steps, steps):
+    """The share of its peak that the learning rate has in a step: linear warm-up to 1, then cosine
+    to 0. A pure function of the step, so that a resumed run needs no scheduler. Early steps are
+    small because Adam's second moments are still noise."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def patches_to_keep(dropout, grid, batch_size, seed, step, device):
@@ -433,8 +433,8 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
         # A number whose gradient is, by the chain rule, that of the terms between pairs. It is
         # scaled already, because image_gradient and text_gradient are.
         surrogate = (image_features * image_gradient).sum() + (text_features * text_gradient).sum()
-        own_loss = scaler.scale(model.total_loss(pair_terms) / n)
-        (surrogate + own_loss).backward()
+        pair_loss = scaler.scale(model.total_loss(pair_terms) / n)
+        (surrogate + pair_loss).backward()
         for name, value in pair_terms.items():
             terms[name] = terms.get(name, 0.0) + value.detach() / n
 
@@ -471,12 +471,13 @@ def update(model, optimizer, scaler, factor):
 def read_start(args, saved):
     """Returns the checkpoint to start from, or None, and the tokenizer: its own, or else that of
     the shards. The built-in scenes are drawn if they are not there."""
+    start_from = saved
     if saved is None and args.init_from is not None:
-        saved = evaluation.read_checkpoint(args.init_from)
+        start_from = evaluation.read_checkpoint(args.init_from)
     if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
         make_scenes("scenes")
-    if saved is not None:
-        return saved, data.Tokenizer(saved["vocab"])
+    if start_from is not None:
+        return start_from, data.Tokenizer(start_from["vocab"])
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
@@ -559,7 +560,7 @@ def make_model(args, start_from, vocab_size, device):
     model.visual.transformer.grad_checkpointing = args.grad_checkpointing
     model.text.transformer.grad_checkpointing = args.grad_checkpointing
     if wants_compile(args, device):
-        # Older torch cannot split what it compiles where recomputation begins.
+        # Older torch cannot split a compiled graph for several processes if blocks are recomputed.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         # one by one, so that captions of another length do not recompile the image tower
         model.visual.compile()
@@ -589,8 +590,8 @@ def distribute(model):
 
 def make_optimizer(model, learning_rate, head_learning_rate, weight_decay):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    Each group keeps its peak rate, because the word head may have one of its own. None: the same.
-    """
+    Each group keeps its peak rate, because the word head may have one of its own. By default it has
+    that of the rest."""
     if head_learning_rate is None:
         head_learning_rate = learning_rate
     groups = []
@@ -645,8 +646,11 @@ def describe(args, model, pairs, steps, dtype, device):
     device_name = f"{data.cores()} CPU cores"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
+    commit = ""
     git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    with suppress(OSError):  # git is not installed
+        answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = answer.stdout.strip()
     header = {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -657,9 +661,9 @@ def describe(args, model, pairs, steps, dtype, device):
         "dtype": dtype,
         "torch": torch.__version__,
         "device": device_name,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": pairs.fingerprint(),
+        "data_fingerprint": pairs.fingerprint,
     }
     print(", ".join(f"{name} {value}" for name, value in header.items()))
     if pairs.unused:
@@ -722,23 +726,24 @@ class Log:
         names = [name for name in losses if name == "loss" or name.endswith("_loss")]
         values = [losses[name].detach() / WORLD for name in names]
         bad_samples = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        *means, bad_samples = all_sum(torch.stack([*values, bad_samples])).tolist()
-        # A bad sample may be replaced by another one, so that one pair may count several.
+        sums = all_sum(torch.stack([*values, bad_samples])).tolist()
+        bad_samples = round(sums.pop())
+        # Each pair that was seen is good. So this is when more than half of all were bad.
         seen = (step - self.first_step) * N
         if bad_samples > seen:
-            raise InputError(f"more than half of the samples are bad: {bad_samples:,.0f} so far")
+            raise InputError(f"more than half of the samples are bad: {bad_samples:,} so far")
         seconds = time.perf_counter() - self.interval_time
         speed = (step - self.interval_step) * N / seconds
         return {
             "step": step,
             "samples": step * N,
-            **dict(zip(names, means)),
+            **dict(zip(names, sums)),
             "logit_scale": model.logit_scale.exp().item(),
             "grad_norm": grad_norm.nan_to_num().item(),
             "learning_rate": learning_rate,
             "images_per_second": round(speed, 1),
             "data_wait": round(self.waited / seconds, 3),
-            "bad_samples": round(bad_samples),
+            "bad_samples": bad_samples,
             "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 without a GPU
         }
 
@@ -804,11 +809,13 @@ def validate(model, tokenizer, pairs, args, step):
         row["mean_r1"] = evaluation.mean_r1(row["validation"])
         evaluation.print_retrieval(row["validation"])
         # in groups as large as a batch, so that it compares with the loss in training
-        group = min(args.batch_size, len(features[0]))
-        row["val_group"] = group
-        row["val_contrastive_loss"] = evaluation.loss_in_groups(model, *features, group)
-        text = f"contrastive loss {row['val_contrastive_loss']:.3f} in groups of {group}"
-        tqdm.write(f"{text}, where a guess has {math.log(group):.3f}")
+        size = min(args.batch_size, len(features[0]))
+        loss = evaluation.loss_in_groups(model, *features, size)
+        row["val_group"] = size
+        row["val_contrastive_loss"] = loss
+        tqdm.write(
+            f"contrastive loss {loss:.3f} in groups of {size} (a guess: {math.log(size):.3f})"
+        )
     for folder in args.zeroshot_data:
         images = evaluation.ClassFolders(folder, model.config.image_size)
         names = evaluation.class_names(images)
@@ -833,9 +840,9 @@ def claim_folder(args):
     """Locks --out_dir, before anything in it is read, because the run that was there before may
     still be saving. Raises InputError if there is nothing to resume, or a run to be spared."""
     out_dir = Path(args.out_dir)
-    last = out_dir / "last.pt"
-    if args.resume and args.train_data is None and not last.exists():
-        raise InputError(f"--resume: there is no {last}")
+    path = out_dir / "last.pt"
+    if args.resume and args.train_data is None and not path.exists():
+        raise InputError(f"--resume: there is no {path}")
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(out_dir)
     holds_run = any(out_dir.glob("*.pt"))
@@ -843,8 +850,8 @@ def claim_folder(args):
         raise InputError(f"{out_dir} holds a run: --resume it, or name another --out_dir")
     # Where there is no checkpoint at all, a run was killed before its first save, and a scheduler
     # that repeats its command with --resume starts it again.
-    if holds_run and not last.exists():
-        raise InputError(f"--resume: there is no {last}")
+    if holds_run and not path.exists():
+        raise InputError(f"--resume: there is no {path}")
     for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
         temporary.unlink()
 
@@ -862,7 +869,7 @@ def save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
         step=step,
         samples=step * args.batch_size,
         arguments=vars(args),
-        data_fingerprint=pairs.fingerprint(),
+        data_fingerprint=pairs.fingerprint,
     )
 
 
@@ -883,11 +890,8 @@ def read_resumable(path):
 def resume(args, saved, pairs, optimizer, scaler):
     """Takes up a saved run. Returns its step, counted in samples, so that a run may go on with
     another batch size."""
-    if saved.get("data_fingerprint") != pairs.fingerprint():
-        reason = "the shards have changed"
-        for name in ("train_data", "val_data"):
-            if getattr(args, name) != saved["arguments"].get(name):
-                reason = f"--{name} is another"
+    if saved.get("data_fingerprint") != pairs.fingerprint:
+        reason = "--train_data, --val_data, or the shards themselves"
         raise InputError(f"{args.out_dir} holds a run on other data ({reason}): start a new run")
     moments = saved.pop("optimizer").get("state")  # popped, so that no copy is kept
     evaluation.check_moments(f"{args.out_dir}/last.pt", moments, optimizer)
@@ -913,7 +917,7 @@ def save_best(args, model, tokenizer, val_pairs, row):
         step=row["step"],
         mean_r1=row["mean_r1"],
         arguments=vars(args),
-        data_fingerprint=val_pairs.fingerprint(),
+        data_fingerprint=val_pairs.fingerprint,
     )
 
 
@@ -924,7 +928,7 @@ def read_best(args, val_pairs):
     if val_pairs is None or not path.exists():
         return None
     content = evaluation.read_checkpoint(path)
-    if content.get("data_fingerprint") != val_pairs.fingerprint():
+    if content.get("data_fingerprint") != val_pairs.fingerprint:
         return None
     return {"step": content["step"], "mean_r1": content["mean_r1"]}
 
@@ -961,18 +965,16 @@ def print_next(args, model, best, last):
 
 
 def train(args, saved):
-    """A run from its first step, or from a checkpoint, to its last. Returns the exit code: 0, or
-    128 and the number of the signal that has stopped it."""
+    """A run, from its first step or a checkpoint. Returns 0, or 128 and the number of a signal."""
 
-    # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
+    # ---- The device, and the batch: B pairs in this process, M of them at a time
     device = set_up_device(args.device)
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
-    N = args.batch_size
-    B = N // WORLD
+    B = args.batch_size // WORLD
     M = args.micro_batch_size or B
     local = slice(RANK * B, (RANK + 1) * B)
-    check(N % WORLD == 0, f"--batch_size is not divisible by {WORLD} processes")
+    check(args.batch_size % WORLD == 0, f"--batch_size is not divisible by {WORLD} processes")
     check(B % M == 0, f"--micro_batch_size does not divide the {B} pairs of a process")
 
     # ---- The tokenizer, the data, the model and its optimizer
@@ -994,34 +996,36 @@ def train(args, saved):
     # ---- Where the run stands
     plan = make_schedule(args, len(pairs))
     start = 0
-    score_start = args.init_from is not None  # training may harm such a model
+    scores_start = args.init_from is not None  # before training can harm such a model
     if saved is not None:
         start = resume(args, saved, pairs, optimizer, scaler)
-        score_start = not was_validated(args, saved["samples"])
+        scores_start = not was_validated(args, saved["samples"])
     check(start <= plan.steps, f"--resume: step {start} is past --steps {plan.steps}")
-    check_processes_agree(vars(args), pairs.fingerprint(), start)
+    check_processes_agree(vars(args), pairs.fingerprint, start)
     batches = load_batches(args, pairs, model.visual.grid, local, M, start, plan.steps, device)
     log = Log(args, describe(args, model, pairs, plan.steps, dtype, device), start)
     stop = StopSignal()
-    best = read_best(args, val_pairs)  # the validations of best.pt and of last.pt
-    last = None
+    best = read_best(args, val_pairs)  # the validation of best.pt
+    last = None  # and that of last.pt
     step = start
     saved_step = start
+    if scores_start and start == 0:
+        saved_step = -1  # what --init_from brings is saved, too
     saved_time = time.monotonic()
 
     try:
         while True:
             is_last = step == plan.steps
             eval_due = is_last or step % plan.eval_every == 0
-            if step == start:
-                eval_due = eval_due and score_start
+            if step == start and not scores_start:
+                eval_due = False
 
             # 1. Save first, so that nothing is lost whatever happens to the validation. Rank 0 also
             # saves after 15 minutes: if another process has died, the next step never ends for it.
             save_due = eval_due or step % plan.save_every == 0
             if RANK == 0 and time.monotonic() > saved_time + 15 * 60:
                 save_due = True
-            if save_due and (step > saved_step or (step == 0 and eval_due)):
+            if save_due and step > saved_step:
                 if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
                     saved_step = step
                 saved_time = time.monotonic()
@@ -1051,7 +1055,7 @@ def train(args, saved):
                 losses = plain_step(ddp_model, log.fetch(batches), autocast, scaler)
 
             # 5. The update
-            factor = learning_rate_at(step, 1.0, plan.warmup_steps, plan.steps)
+            factor = learning_rate_factor(step, plan.warmup_steps, plan.steps)
             grad_norm = update(model, optimizer, scaler, factor)
             step += 1
 
@@ -1071,7 +1075,7 @@ def train(args, saved):
         if step > saved_step:
             if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
                 saved_step = step
-        if step < plan.steps:
+        if 0 < step < plan.steps:
             print(f"stopped after step {step}. To go on, give the same command with --resume")
 
     check(step == saved_step, f"step {step} was the last, but last.pt could not be written")

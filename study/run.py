@@ -499,7 +499,7 @@ def optimise(model, tokenizer, table, spec):
     losses = {}
     for step, (batch, _) in enumerate(batches):
         losses = train.plain_step(model, batch, autocast, scaler)
-        factor = train.learning_rate_at(step, 1.0, steps // 10, steps)
+        factor = train.learning_rate_factor(step, steps // 10, steps)
         train.update(model, optimizer, scaler, factor)
     return {name: x.item() for name, x in losses.items() if name.endswith("_loss")}, dtype
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import superclip
-from cli import run_command
+from cli import InputError, run_command
 from scripts import pack
 
 ROOT = Path(superclip.__file__).parent
@@ -186,6 +186,11 @@ def send(kill, numbers):
 def kill_a_loader():
     """One of the loading processes is killed, as by the kernel when memory is short."""
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def fail():
+    """Something that the user can mend is wrong."""
+    raise InputError("out of memory, say")
 
 
 def check_loaders_live():

@@ -85,6 +85,7 @@ UNFIT = {
     "no text": ("version", {"vocab": 3}),
     "other vocabulary": ("--vocab", {"vocab": words_to_tiktoken(["red"])}),
     "rank twice": ("version", {"vocab": TOKENIZER.vocab.replace(" 300\n", " 301\n")}),
+    "None for a vocabulary": ("version", {"vocab": None}),
     "no vocabulary": ("version", {"vocab": "no vocabulary"}),
     # A few bytes that would cost hours or gigabytes
     "layers": ("layers", {"config": with_field("vision_layers", 200_000)}),

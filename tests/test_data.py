@@ -68,7 +68,7 @@ def test_the_fingerprint_changes_with_shards_sources_and_captions(tmp_path):
     def fingerprint(content, captions=("txt",)):
         path.write_bytes(content)
         data.open_shard.cache_clear()
-        return Pairs([str(path)], TOKENIZER, 8, captions).fingerprint()
+        return Pairs([str(path)], TOKENIZER, 8, captions).fingerprint
 
     path = tmp_path / "0.tar"
     write_good_shard(path, 150)

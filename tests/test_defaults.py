@@ -69,7 +69,7 @@ def test_steps_replace_epochs():
 
 def test_the_learning_rate_rises_and_falls():
     """Four steps of warm-up, and then half a cosine to the twelfth."""
-    rate = [train.learning_rate_at(step, 8.0, 4, 12) for step in range(13)]
+    rate = [8 * train.learning_rate_factor(step, 4, 12) for step in range(13)]
 
     assert rate[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]  # a quarter more each step, up to the peak
     assert rate[8] == pytest.approx(4.0)  # half way down
@@ -78,7 +78,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_without_warm_up_the_learning_rate_starts_at_its_peak():
-    assert train.learning_rate_at(0, 8.0, 0, 12) == 8.0
+    assert train.learning_rate_factor(0, 0, 12) == 1.0
 
 
 # Options, and the steps in all, of warm-up, and between rows, validations and saves, for 70 pairs,

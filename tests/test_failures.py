@@ -2,7 +2,7 @@
 sentence says why the run has ended."""
 
 import pytest
-from children import finish, in_step, kill_a_loader, remove, with_files_up_to
+from children import fail, finish, in_step, kill_a_loader, remove, with_files_up_to
 from material import error_of, write_shard
 from runs import (
     checkpoint_of,
@@ -32,6 +32,16 @@ def test_a_killed_loading_process_ends_the_run_after_its_last_whole_step(
     assert saved["step"] >= 5
     assert saved["step"] == losses_of(tmp_path / "out")[-1]["step"]
     assert saved["model"]["num_captions"] == 16 * saved["step"]
+
+
+def test_a_run_that_fails_in_its_first_step_cannot_be_resumed_and_does_not_say_so(
+    children, shards, tmp_path
+):
+    code, printed = finish(children.train(short_run(shards, tmp_path / "out"), in_step(1, fail)))
+
+    assert code == 2
+    assert "--resume" not in printed
+    assert not list(tmp_path.glob("out/*.pt"))
 
 
 def test_a_failing_validation_ends_the_run_after_its_last_whole_step(

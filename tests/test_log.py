@@ -65,7 +65,7 @@ def test_a_row_holds_the_terms_and_their_weighted_sum(shards, tmp_path):
 
 def test_a_row_holds_the_samples_and_the_rate_of_its_step(whole_run):
     for row in losses_of(whole_run):
-        rate = train.learning_rate_at(row["step"] - 1, 1e-3, 1, 12)  # one step of warm-up
+        rate = 1e-3 * train.learning_rate_factor(row["step"] - 1, 1, 12)  # one step of warm-up
         assert row["learning_rate"] == pytest.approx(rate)
         assert row["samples"] == 16 * row["step"]
 
@@ -88,6 +88,14 @@ def test_the_header_names_the_commit(flags, tmp_path):
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     assert header_of(tmp_path)["commit"] == commit
+
+
+def test_a_run_needs_no_git(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    train.main([*flags, "--steps", "1"])
+
+    assert header_of(tmp_path)["commit"] == ""
 
 
 # ---- the clock

@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_another_length_batch_and_rate(copied_run):
     first, *_, last = [row for row in losses_of(copied_run) if row["step"] > 24]
     assert first["step"] == 26
     assert last["samples"] == 240
-    assert last["learning_rate"] == pytest.approx(train.learning_rate_at(29, 1e-4, 2, 30))
+    assert last["learning_rate"] == pytest.approx(1e-4 * train.learning_rate_factor(29, 2, 30))
 
 
 def test_a_run_that_is_already_longer_is_refused(copied_run, shards, capsys):
