@@ -27,6 +27,7 @@ def test_a_killed_loading_process_ends_the_run_after_its_last_whole_step(
     code, printed = finish(children.train(options, in_step(5, kill_a_loader)))
 
     assert code == 2
+    assert "--workers" in printed
     assert "Traceback" not in printed
     saved = checkpoint_of(tmp_path / "out")
     assert saved["step"] >= 5
