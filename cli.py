@@ -289,3 +289,16 @@ def pick_device(name):
         raise InputError(f"--device: there is no {name} ({reason})") from None
     check(device.type in ("cuda", "mps", "cpu"), f"--device is cuda, mps or cpu, not {name}")
     return device
+
+
+def pick_dtype(device):
+    """Returns the name of the fastest dtype that the device has units for."""
+    if device.type == "cuda":
+        # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
+        # has a small range, which the loss scaler makes up for.
+        capability = torch.cuda.get_device_capability(device)
+        return "bfloat16" if capability[0] >= 8 else "float16"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
+        if torch.cpu.get_capabilities().get("avx512_bf16"):
+            return "bfloat16"
+    return "float32"

@@ -66,7 +66,8 @@ def read_file(path, read=read_pickle):
     except Exception as error:  # torch and safetensors raise a dozen kinds
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path} is damaged, or refused because it holds code") from None
+        reason = "is damaged, or refused because it holds code: save its state_dict"
+        raise InputError(f"{path} {reason}") from None
 
 
 def check_weights(path, weights, config, vocab):

@@ -49,6 +49,7 @@ from cli import (
     optional,
     outlive_readers,
     pick_device,
+    pick_dtype,
     printable,
     run_command,
     unlock_folders,
@@ -296,19 +297,6 @@ def set_up_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that streams are of this device, too
     return device
-
-
-def pick_dtype(device):
-    """Returns the name of the fastest dtype that the device has units for."""
-    if device.type == "cuda":
-        # Ampere, compute capability 8, is the first with bfloat16 units. float16, on older GPUs,
-        # has a small range, which the loss scaler makes up for.
-        capability = torch.cuda.get_device_capability(device)
-        return "bfloat16" if capability[0] >= 8 else "float16"
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
-        if torch.cpu.get_capabilities().get("avx512_bf16"):
-            return "bfloat16"
-    return "float32"
 
 
 def precision(device, dtype):
@@ -640,17 +628,21 @@ def make_schedule(args, n):
 # The log
 
 
+def commit():
+    """Returns which commit this code is of, or "" if git does not know."""
+    git = ["git", "describe", "--always", "--dirty"]
+    with suppress(OSError):  # git is not installed
+        answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return answer.stdout.strip()
+    return ""
+
+
 def describe(args, model, pairs, steps, dtype, device):
     """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
     device_name = f"{data.cores()} CPU cores"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
-    commit = ""
-    git = ["git", "describe", "--always", "--dirty"]
-    with suppress(OSError):  # git is not installed
-        answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = answer.stdout.strip()
     header = {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -661,7 +653,7 @@ def describe(args, model, pairs, steps, dtype, device):
         "dtype": dtype,
         "torch": torch.__version__,
         "device": device_name,
-        "commit": commit,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": pairs.fingerprint,
     }

@@ -18,6 +18,7 @@ do.
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import statistics
 import tempfile
@@ -38,6 +39,7 @@ from cli import (
     check,
     make_parser,
     number,
+    optional,
     output_file,
     pick_device,
     printable,
@@ -104,9 +106,8 @@ def open_pairs(shards, image_size, batch_size):
 
 def bench_data(options, args):
     """This project's loader and webdataset's on the same photographs, with one thread."""
-    import open_clip
-    import webdataset
-
+    open_clip = optional("open_clip", "open_clip_torch")
+    webdataset = optional("webdataset")
     torch.set_num_threads(1)
     settings = parse(["--batch_size=64", "--image_size=224", *options])
     check(settings.train_data, "data needs --train_data: a shard or two of photographs")
@@ -210,8 +211,7 @@ class OpenClipRun(Run):
     to the context length."""
 
     def __init__(self, options):
-        import open_clip
-
+        open_clip = optional("open_clip", "open_clip_torch")
         super().__init__([*options, "--cls_weight=0"])
         self.model = open_clip.model.CLIP(**open_clip_config(self.model.config)).to(self.device)
         self.model.compile(disable=not self.args.compile)
@@ -235,8 +235,10 @@ def bench_step(options, args, *more):
     # open_clip pads all captions to the context length.
     context_length = runs["CLIP"].model.config.context_length
     runs["CLIP, captions not trimmed"] = Run([*options, "--cls_weight=0"], context_length)
-    runs["open_clip"] = OpenClipRun(options)
-    settings, device = runs["CLIP"].args, runs["CLIP"].device
+    if importlib.util.find_spec("open_clip"):
+        runs["open_clip"] = OpenClipRun(options)
+    settings = runs["CLIP"].args
+    device = runs["CLIP"].device
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, settings.dtype))
     rivals = {name: run.step for name, run in runs.items()}
@@ -244,7 +246,8 @@ def bench_step(options, args, *more):
     # Wall time, because a step uses all cores, and on a GPU no processor time at all.
     for name, numbers in race(rivals, args.repeat, time.perf_counter):
         # The counter knows neither compiled code nor all kernels of attention.
-        eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+        eager = torch.compiler.set_stance("force_eager")
+        plain = sdpa_kernel(SDPBackend.MATH)
         with eager, plain, FlopCounterMode(display=False) as counter:
             rivals[name]()
         numbers["TFLOP/s"] = counter.get_total_flops() / numbers["seconds"][1] / 1e12
@@ -272,7 +275,8 @@ def predict_memory(options):
     GB), fragmentation and rounding by the allocator, and the workspaces of cuDNN, cuBLAS and the
     attention kernels. torch.compile usually keeps less.
     """
-    settings, activations = parse(options), []
+    settings = parse(options)
+    activations = []
     # float16 takes the same memory as bfloat16, but its scaler wants to see numbers.
     same = ["--dtype=bfloat16"] if settings.dtype == "float16" else []
     # A fake model cannot be moved to another device, and need not be.
@@ -304,7 +308,8 @@ def predict_memory(options):
 def measure_memory(options):
     """The peak of a step on a GPU in bytes, as its allocator counts."""
     gc.collect()  # earlier models, which are in reference cycles
-    before, run = torch.cuda.memory_allocated(), Run(options)
+    before = torch.cuda.memory_allocated()
+    run = Run(options)
     run.step()  # makes AdamW's moments
     torch.cuda.reset_peak_memory_stats()
     run.step()
@@ -312,6 +317,8 @@ def measure_memory(options):
 
 
 def bench_memory(options, args, batch_sizes=(64, 256, 1024), measure=False):
+    if any(option.startswith("--batch_size") for option in options):
+        batch_sizes = [parse(options).batch_size]
     for batch_size, way in itertools.product(batch_sizes, WAYS):
         tried = [*options, f"--batch_size={batch_size}", *way.split()]
         sizes = predict_memory(tried)

@@ -557,7 +557,8 @@ def main(argv):
             vocab_file = path.with_suffix(".tiktoken")
             write_file(vocab_file, lambda file: file.write(vocab.encode()))
         return
-    check(evaluation.write_checkpoint(path, model, vocab), f"{path} could not be written")
+    is_written = evaluation.write_checkpoint(path, model, vocab)
+    check(is_written, f"{path} could not be written")
     print(f"wrote {path}: {model.config}")
 
 

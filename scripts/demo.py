@@ -118,14 +118,14 @@ def describe(checkpoint):
 
 
 def read_study():
-    """The scores of the study's five seeds at batch 8, for CLIP and for SuperCLIP: at the rates of
-    today's rule, or at those of an earlier one as long as there are no others."""
+    """The scores of the study's five seeds at batch 8, for CLIP and for SuperCLIP, at the rates of
+    today's rule."""
     runs = [json.loads(line) for line in STUDY.read_text().splitlines()]
     alike = {"batch_size": 8, "settings": len(scenes.SETTINGS), "search": False}
-    runs = [run for run in runs if alike.items() <= run["spec"].items()]
-    todays = [run for run in runs if not run.get("earlier")]
     scores = {0.0: [], 1.0: []}  # weight of the head -> scores of each seed
-    for run in todays or runs:
+    for run in runs:
+        if "earlier" in run or not alike.items() <= run["spec"].items():
+            continue
         scores[run["spec"]["cls_weight"]].append(run["scores"])
     return list(scores.values())
 

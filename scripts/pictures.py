@@ -105,5 +105,5 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
     pen.multiline_text((GAP, top_of_legend - GAP // 2), "\n".join(legend), "black", font)
 
-    format = FORMATS[Path(path).suffix.lower()]
+    format = FORMATS[path.suffix.lower()]
     write_file(path, lambda file: sheet.save(file, format))

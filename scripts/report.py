@@ -6,7 +6,7 @@
 The pictures are those on which the run was validated, unless --data names others. The page needs
 no network and no library. All its numbers are computed here, from the model, the validation pairs
 and the run's log, and they travel in the page as one JSON object. The HTML, CSS and JavaScript that
-show them are in report.html, and in page.html what the demo needs as well.
+show them are in report.html, and in page.html what all pages need.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -34,7 +34,7 @@ from cli import (
     write_file,
 )
 from scripts.pictures import validation_of
-from superclip import word_labels
+from scripts.show import label_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
@@ -99,7 +99,7 @@ def summarise(header, rows):
     Arguments: what eval.read_log returns."""
     batch_size = header["arguments"]["batch_size"]
     training = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "validation" in row or "zeroshot" in row]
+    validations = [row for row in rows if "zeroshot" in row]
     losses = {}
     r1 = []
     groups = []
@@ -183,19 +183,18 @@ def words_of(model, tokenizer, image, captions):
     ]
 
 
-def label_of(model, tokenizer, image, caption):
+def explained_label(model, tokenizer, image, caption):
     """What the head should answer for an image (3, S, S): each token of the caption once, with its
     IDF, its share of the label, and the logarithm of the probability that the head gives it."""
-    ids = list(dict.fromkeys(tokenizer.encode(caption)))
     weights = model.token_weights().cpu()
-    tokens, shares = word_labels(torch.tensor([ids], dtype=torch.long), weights)
-    share_of = dict(zip(tokens[0].tolist(), rounded(shares[0], 6)))
+    share_of = label_of(tokenizer.encode(caption), weights)
+    ids = list(share_of)
     logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0].float()
     log_probabilities = rounded(logits.log_softmax(dim=0)[ids], 6)
     label = []
     for i, idf, log_probability in zip(ids, rounded(weights[ids], 6), log_probabilities):
         name = evaluation.token_text(tokenizer, i)
-        numbers = {"idf": idf, "share": share_of[i], "log_probability": log_probability}
+        numbers = {"idf": idf, "share": round(share_of[i], 6), "log_probability": log_probability}
         label.append({"token": name, **numbers})
     return label
 
@@ -234,7 +233,7 @@ def examine(model, tokenizer, pairs, n):
         for picture in data.progress(pictures, "mapping words"):
             i = picture["number"]
             picture["words"] = words_of(model, tokenizer, images[i], captions[i])
-            picture["label"] = label_of(model, tokenizer, images[i], first_captions[i])
+            picture["label"] = explained_label(model, tokenizer, images[i], first_captions[i])
 
     used = set(shown)
     for search in found:

@@ -20,7 +20,7 @@ import torch
 import data
 from cli import make_parser, number, printable, run_command
 from scripts.pictures import contact_sheet, picture_file
-from superclip import PAD, idf, word_labels
+from superclip import idf, word_labels
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -50,19 +50,16 @@ def count_tokens(pairs, unused):
     """Read all captions. Returns (lengths: list of tokens in each; token_counts: in how many
     captions each token is, a tensor (V,); repeats: in how many samples a caption is)."""
     lengths = []
-    document_counts = Counter()
+    token_counts = torch.zeros(pairs.tokenizer.vocab_size, dtype=torch.int64)
     repeats = Counter()
     rows = data.progress(pairs.index.tolist(), "reading captions", unit="sample")
     for _, texts, _ in read_samples(pairs, rows, unused):
         for text in texts:
             ids = pairs.tokenizer.encode(text)
             lengths.append(len(ids))
-            document_counts.update(set(ids))
+            token_counts[list(set(ids))] += 1
         # Equal captions of one sample count once, because they are no false negatives.
         repeats.update({normal(text) for text in texts})
-    token_counts = torch.zeros(pairs.tokenizer.vocab_size, dtype=torch.int64)
-    for token, count in document_counts.items():
-        token_counts[token] = count
     return lengths, token_counts, repeats
 
 
@@ -151,16 +148,13 @@ def report_unused(unused):
             print(f"{'':11}{printable(example)}")
 
 
-def label_of(tokenizer, ids, weights):
-    """The label of a caption, as classification_loss has it: a list of (token, share), the largest
-    share first. ids: the caption's tokens; weights (V,): from idf."""
-    label_tokens = tokenizer.pad([ids], len(ids) + 2)
-    tokens, shares = word_labels(label_tokens, weights)
-    label = {}
-    for token, share in zip(tokens[0].tolist(), shares[0].tolist()):
-        if token not in (PAD, tokenizer.start, tokenizer.end):
-            label.setdefault(token, share)  # a token that repeats another has no share
-    return sorted(label.items(), key=lambda item: -item[1])
+def label_of(ids, weights):
+    """The label of a caption, as classification_loss has it: a dict of token -> share, with each
+    token once. ids: the caption's tokens; weights (V,): from idf."""
+    ids = list(dict.fromkeys(ids))
+    tokens, shares = word_labels(torch.tensor([ids], dtype=torch.long), weights)
+    share_of = dict(zip(tokens[0].tolist(), shares[0].tolist()))
+    return {i: share_of[i] for i in ids}  # in the order of the caption
 
 
 def print_sample(pairs, row, texts, weights):
@@ -173,7 +167,7 @@ def print_sample(pairs, row, texts, weights):
     shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
     print(f"  {len(ids)} tokens of the first caption: {shortened}")
     words = []
-    for token, share in label_of(pairs.tokenizer, ids, weights)[:20]:
+    for token, share in Counter(label_of(ids, weights)).most_common(20):
         words.append(f"{pairs.tokenizer.decode([token])} {share:.2f}")
     print(fill(printable("label: " + "  ".join(words))))
 

@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import train
 from cli import check, number, optional, run_command
 from study import run
 
@@ -364,7 +365,9 @@ class Study:
             wanted = []
             for changes in (row.a, row.b):
                 specs = self.specs(part, changes)
-                wanted += specs or self.search({**run.RUN, **changes}).missing
+                if not specs:  # its rate is not known yet
+                    specs = self.search({**run.RUN, **changes}).missing
+                wanted += specs
             new = {key(spec): spec for spec in wanted if key(spec) not in self.results}
             if new:
                 return list(new.values())
@@ -394,7 +397,7 @@ def describe_machine():
     return {
         "device": f"{cpu}, {data.cores()} cores",
         "torch": torch.__version__,
-        "commit": subprocess.getoutput("git describe --always --dirty"),
+        "commit": train.commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -23,7 +23,7 @@ import torchvision
 import data
 import eval as evaluation
 import train
-from cli import InputError, cache_folder, check
+from cli import InputError, cache_folder, check, pick_dtype
 from scripts import pack, scenes
 from scripts.vocab import make_vocabulary
 from scripts.words import localisation
@@ -487,7 +487,7 @@ def optimise(model, tokenizer, table, spec):
     has units for it, and else float32. (That has not mattered: in eight runs made in both, R@1
     differed by 0.2 points at most, and colour_shape by 1.6.)"""
     device = torch.device("cpu")
-    dtype = train.pick_dtype(device)
+    dtype = pick_dtype(device)
     torch.backends.cuda.enable_flash_sdp(False)  # as train.py does for small images
     autocast, scaler = train.precision(device, dtype)
     rate = spec["learning_rate"]

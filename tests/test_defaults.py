@@ -7,6 +7,7 @@ import torch
 from material import error_of
 from runs import short_run
 
+import cli
 import train
 
 # ---- the options of three kinds of run
@@ -129,14 +130,14 @@ CAPABILITIES = {  # of a GPU: its dtype, and whether it can run what torch.compi
 def test_the_dtype_of_a_gpu_is_the_fastest_that_it_has_units_for(monkeypatch, capability, dtype, _):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
-    assert train.pick_dtype(torch.device("cuda", 0)) == dtype
+    assert cli.pick_dtype(torch.device("cuda", 0)) == dtype
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_the_dtype_without_units_for_another_is_float32(monkeypatch, device):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
-    assert train.pick_dtype(torch.device(device)) == "float32"
+    assert cli.pick_dtype(torch.device(device)) == "float32"
 
 
 @pytest.mark.parametrize("capability, _, compiles", CAPABILITIES.values(), ids=CAPABILITIES)

@@ -27,9 +27,11 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 @pytest.fixture(autouse=True)
 def speed(monkeypatch):
-    """A machine of known speed, so that no test waits for a measurement."""
+    """A machine of known speed, which has units for bfloat16. So no test waits for measurements."""
     speeds = {torch.float32: 1e11, torch.bfloat16: 4e11}
     monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: speeds[dtype])
+    units = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
 
 
 def write_list(path, rows):
@@ -168,6 +170,20 @@ def test_a_group_stays_on_one_side(tmp_path, capsys):
     assert val and train and not val & train
     assert f"in training, too: 0 of {len(samples(out, 'val'))} images" in capsys.readouterr().out
     assert str(out) in error_of(capsys, pack.main, "--csv", path, "--out", out, "--val", 0.3)
+
+
+def test_an_image_in_two_groups_belongs_to_neither_side(tmp_path):
+    """Whichever it went to, pictures of one of the groups might be on the other side."""
+    rows = []
+    for name, product in (("both", "1"), ("both", "2"), ("one", "2")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        rows.append({"image": f"{name}.png", "caption": "a dog", "product": product})
+    path = write_list(tmp_path / "list.jsonl", rows)
+
+    out = run(path, "--group", "product")
+
+    assert [*samples(out)] == ["one.png"]
+    assert bad_lines(out) == [1, 2]
 
 
 def test_equal_files_in_two_groups_are_named_if_both_sides_have_them(tmp_path, capsys):
@@ -385,6 +401,7 @@ def test_pack_names_the_ways_that_the_data_allow(n, gpu, times, model, photos, m
     if gpu:
         speeds = {torch.float32: 5e12, torch.bfloat16: 2.4e13}
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
         monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: speeds[dtype])
 
     pack.print_ways(out, 100, n, several=True)
@@ -399,6 +416,18 @@ def test_pack_names_the_ways_that_the_data_allow(n, gpu, times, model, photos, m
     assert tuned.init_from == "clip.pt" and from_nothing.init_from is None
     assert from_nothing.model == model
     assert re.findall(r"about (\d+) ", printed) == times
+
+
+def test_a_cpu_without_units_for_bfloat16_is_not_timed_with_it(photos, monkeypatch, capsys):
+    """A product of two large matrices would take a minute there."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: {torch.float32: 1e11}[dtype])
+    out = run(photos, "--val", 0.3)
+    capsys.readouterr()
+
+    pack.print_ways(out, 100, 2_000, several=False)
+
+    assert "about 100 minutes" in capsys.readouterr().out  # 2,000 * 5 * 30e9 / half of 1e11
 
 
 def test_a_few_pairs_are_not_trained_on(photos, capsys):
