@@ -590,7 +590,6 @@ def page(study):
 
 
 COLOURS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
-ASIDE = {"CLIP": 0.96, "SuperCLIP": 1.04}  # so that intervals do not hide each other
 PANELS = {
     "batch": ("batch_size", "batch size (256: three times the samples)"),
     "groups": ("group", "pairs compared, of 64 (an earlier rule)"),
@@ -606,22 +605,26 @@ def load_pyplot():
     return plt
 
 
+def draw_line(axis, values, colour, label):
+    """Percents of seeds against x, values {x: list}: a dot for each seed, and a line through their
+    means. Returns the means, {x: mean}."""
+    means = {}
+    for x, ys in values.items():
+        means[x] = statistics.mean(ys)
+        axis.scatter([x] * len(ys), ys, color=colour, s=14, alpha=0.5)
+    axis.plot(list(means), list(means.values()), color=colour, label=label)
+    return means
+
+
 def draw_panel(axis, study, part, field, label):
-    """Zero-shot accuracy of both methods against a field of the spec: seeds, means, intervals."""
+    """Zero-shot accuracy of both methods against a field of the spec."""
     rows = {}
     for one, other in study.rows(part).values():
         spec = one[0]["spec"]
         rows[spec[field] or spec["batch_size"]] = (one, other)  # no group: the whole batch
     for i, (method, colour) in enumerate(COLOURS.items()):
-        xs = [x * ASIDE[method] for x in rows]
-        means = []
-        for x, kinds in zip(xs, rows.values()):
-            values = percent_of(kinds[i], "colour_shape")
-            axis.scatter([x] * len(values), values, color=colour, s=14, alpha=0.5)
-            mean, half = interval(values)
-            axis.errorbar(x, mean, half, color=colour, capsize=3)
-            means.append(mean)
-        axis.plot(xs, means, color=colour, label=method)
+        values = {x: percent_of(kinds[i], "colour_shape") for x, kinds in rows.items()}
+        draw_line(axis, values, colour, method)
     axis.axhline(100 / 64, **CHANCE)
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(rows), labels=[str(x) for x in rows])
@@ -646,13 +649,9 @@ def draw_study(study, path):
 
 
 def draw_search(axis, search, metric, colour, label):
-    """A score against the learning rate: each seed, the mean of each rate, a ring at the best."""
-    means = {}
-    for rate, runs in search.tried.items():
-        values = percent_of(runs, metric)
-        means[rate] = statistics.mean(values)
-        axis.scatter([rate] * len(values), values, color=colour, s=14, alpha=0.5)
-    axis.plot(list(means), list(means.values()), color=colour, label=label)
+    """A score against the learning rate, with a ring at the best."""
+    values = {rate: percent_of(runs, metric) for rate, runs in search.tried.items()}
+    means = draw_line(axis, values, colour, label)
     ring = dict(s=90, facecolors="none", edgecolors=colour, lw=2)
     axis.scatter([search.best], [means[search.best]], **ring)
 
@@ -723,7 +722,7 @@ def keep(folder):
             specs = study.specs(part, changes)
             check(specs, f"the search at {row.label} is not finished: see --only batch")
             path = folder / f"{name}.pt"
-            result = run.run((specs[0], Path(tables), path))
+            result = run.run((specs[0], Path(tables)), path)
             print(f"{path}: {line_of(result, LOOKS)}")
 
 

@@ -533,10 +533,9 @@ def rounded(score):
     return {name: round(score[name], 5) for name in names if name in score}
 
 
-def run(task):
-    """Train and score one model. task: a spec, the folder of the tables, and perhaps a file to keep
-    the model in."""
-    spec, folder, *kept = task
+def run(task, path=None):
+    """Train and score one model, and keep it at `path`. task: a spec, and the folder of tables."""
+    spec, folder = task
     start = time.perf_counter()
     name = f"{spec['data']}-{spec['settings']}"
     if spec["search"]:  # judged by training pairs, so that no rate is chosen by the validation data
@@ -549,7 +548,7 @@ def run(task):
     model = make_model(spec, tokenizer.vocab_size)
     losses, dtype = optimise(model, tokenizer, table, spec)
     model.eval().requires_grad_(False)  # scores are of float32
-    for path in kept:
+    if path is not None:
         evaluation.write_checkpoint(path, model, table.vocab, arguments=spec)
     scores = score_run(model, tokenizer, spec, held_out)
     return {

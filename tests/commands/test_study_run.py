@@ -79,7 +79,7 @@ def test_a_run_on_scenes_is_scored_and_kept(
     run.prepare_scenes(tmp_path, 16, train=100, val=50)
     spec = {**TINY_RUN, "settings": 16, **changes}
 
-    result = run.run((spec, tmp_path, tmp_path / "model.pt"))
+    result = run.run((spec, tmp_path), tmp_path / "model.pt")
 
     assert expected <= result["scores"].keys()
     assert read_checkpoint(tmp_path / "model.pt")["arguments"] == spec
