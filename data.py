@@ -224,9 +224,9 @@ class Tokenizer:
 def tokenizer_for(shards, vocab=None):
     """Returns the tokenizer of --vocab, a file or "clip". By default it is vocab.tiktoken beside
     the shards if that is there, else CLIP's."""
-    own = Path(shards[0]).with_name("vocab.tiktoken")
+    default = Path(shards[0]).with_name("vocab.tiktoken")
     if vocab is None:
-        vocab = own if own.is_file() else "clip"
+        vocab = default if default.is_file() else "clip"
     return Tokenizer.from_file(vocab)
 
 
@@ -852,8 +852,8 @@ def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, worker
     A GPU copies and joins on a stream of its own, while it computes the batch before. Images travel
     as uint8.
     """
-    own = len(range(batch_size)[local])  # pairs of this process
-    per_step = own // micro_batch_size  # micro-batches in a step
+    B = len(range(batch_size)[local])  # pairs of this process
+    per_step = B // micro_batch_size  # micro-batches in a step
     parts = math.ceil(micro_batch_size / SMALL)  # small batches in a micro-batch
     on_gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None

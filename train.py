@@ -1067,7 +1067,7 @@ def train(args, saved):
         if step > saved_step:
             if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
                 saved_step = step
-        if 0 < step < plan.steps:
+        if step < plan.steps and Path(args.out_dir, "last.pt").exists():
             print(f"stopped after step {step}. To go on, give the same command with --resume")
 
     check(step == saved_step, f"step {step} was the last, but last.pt could not be written")

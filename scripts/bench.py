@@ -316,7 +316,8 @@ def measure_memory(options):
     return torch.cuda.max_memory_allocated() - before
 
 
-def bench_memory(options, args, batch_sizes=(64, 256, 1024), measure=False):
+def bench_memory(options, args, measure=False):
+    batch_sizes = [64, 256, 1024]
     if any(option.startswith("--batch_size") for option in options):
         batch_sizes = [parse(options).batch_size]
     for batch_size, way in itertools.product(batch_sizes, WAYS):
@@ -369,7 +370,7 @@ def bench_cuda(options, args):
     for function, *inputs in (
         (compare_gradients, options, ways),
         (bench_step, options, args, *compiled),
-        (bench_memory, options, args, [parse(options).batch_size], bool(compiled)),
+        (bench_memory, options, args, bool(compiled)),
         (bench_loader, options, args),
         (train_for_real, options, args),
     ):

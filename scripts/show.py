@@ -50,16 +50,19 @@ def count_tokens(pairs, unused):
     """Read all captions. Returns (lengths: list of tokens in each; token_counts: in how many
     captions each token is, a tensor (V,); repeats: in how many samples a caption is)."""
     lengths = []
-    token_counts = torch.zeros(pairs.tokenizer.vocab_size, dtype=torch.int64)
+    document_counts = Counter()  # which counts ten times as fast as a tensor
     repeats = Counter()
     rows = data.progress(pairs.index.tolist(), "reading captions", unit="sample")
     for _, texts, _ in read_samples(pairs, rows, unused):
         for text in texts:
             ids = pairs.tokenizer.encode(text)
             lengths.append(len(ids))
-            token_counts[list(set(ids))] += 1
+            document_counts.update(set(ids))
         # Equal captions of one sample count once, because they are no false negatives.
         repeats.update({normal(text) for text in texts})
+    token_counts = torch.zeros(pairs.tokenizer.vocab_size, dtype=torch.int64)
+    for token, count in document_counts.items():
+        token_counts[token] = count
     return lengths, token_counts, repeats
 
 

@@ -2,7 +2,7 @@
 sentence says why the run has ended."""
 
 import pytest
-from children import fail, finish, in_step, kill_a_loader, remove, with_files_up_to
+from children import before, fail, finish, in_step, kill_a_loader, remove, with_files_up_to
 from material import error_of, write_shard
 from runs import (
     checkpoint_of,
@@ -43,6 +43,18 @@ def test_a_run_that_fails_in_its_first_step_cannot_be_resumed_and_does_not_say_s
     assert code == 2
     assert "--resume" not in printed
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+def test_a_fine_tuning_that_fails_in_its_first_validation_can_be_resumed_and_says_so(
+    children, shards, whole_run, tmp_path
+):
+    options = short_run(shards, tmp_path / "out", "--init_from", whole_run / "best.pt")
+
+    code, printed = finish(children.train(options, before("eval.retrieval", 1, fail)))
+
+    assert code == 2
+    assert "--resume" in printed
+    assert checkpoint_of(tmp_path / "out")["step"] == 0
 
 
 def test_a_failing_validation_ends_the_run_after_its_last_whole_step(

@@ -10,7 +10,6 @@ from material import error_of
 
 from study import compare, run
 
-TINY_RUN = {**run.RUN, "captions": "long", "samples": 64, "learning_rate": 1e-3}
 METRICS = {metric for part in compare.PARTS.values() for metric in part.metrics}
 EVERY_ROW = [(name, row) for name, part in compare.PARTS.items() for row in part.rows]
 EARLIER_PARTS = [name for name, p in compare.PARTS.items() if p.rule == compare.EARLIER]

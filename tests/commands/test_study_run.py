@@ -20,7 +20,6 @@ from scripts import pack
 from study import compare, run
 
 TINY_RUN = {**run.RUN, "captions": "long", "samples": 64, "learning_rate": 1e-3}
-METRICS = {metric for part in compare.PARTS.values() for metric in part.metrics}
 
 
 def test_the_studys_steps_are_train_pys(shallow, few_looks, tmp_path):
