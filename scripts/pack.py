@@ -384,13 +384,19 @@ def measure_speed(device, dtype):
     return 2 * n**3 / statistics.median(seconds)  # on a shared machine the fastest is luck
 
 
-def share_in_training(model, device):
-    """How much of the speed of a large product a training step reaches, in 0..1. Half of it, in a
-    trial with ViT-B/32 on a CPU. Products of the tiny model are small, and reach a quarter. For a
-    GPU it is the assumption of docs/speed.md."""
+def training_speed(model, device):
+    """Operations a second of a training step, as a share of the speed of one large product. On a
+    GPU that is the assumption of docs/speed.md, on a CPU it was tried on two cores.
+    """
+    dtype = pick_dtype(torch.device(device))
     if device == "cuda":
-        return 0.15
-    return 0.25 if model == "tiny" else 0.5
+        return 0.15 * measure_speed(device, getattr(torch, dtype))
+    # Units for bfloat16 make a large product six times as fast, and a step not even twice. So the
+    # product here is in float32.
+    speed = measure_speed(device, torch.float32)
+    if model == "tiny":
+        return speed / 3
+    return speed * (1.2 if dtype == "bfloat16" else 0.7)
 
 
 def duration(operations, speed):
@@ -406,8 +412,8 @@ def model_to_train(n, device):
     the other options."""
     if device == "cuda" and n >= 30_000:
         return "ViT-B-16" if n >= 1_000_000 else "ViT-S-16", 30, "--vocab clip"
-    # About 5,000 steps of a tiny model
-    epochs = max(1, min(30, round(5000 * 32 / n)))
+    # About 20,000 steps of a tiny model: docs/products.md tries half and twice as many.
+    epochs = max(1, min(30, round(20_000 * 32 / n)))
     return "tiny", epochs, "--batch_size 32 --learning_rate 4e-4"
 
 
@@ -422,8 +428,6 @@ def print_ways(out, n_val, n, several):
     several: do images have several captions?"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoding = 0.9 * measure_speed(device, torch.float32)  # as in a trial with ViT-B/32
-    dtype = pick_dtype(torch.device(device))  # Without units for bfloat16 it would take minutes.
-    training = measure_speed(device, getattr(torch, dtype))
     shards = shlex.quote(f"{out}/train-*.tar")
     more = " --captions json.captions" if several else ""
     vocab = f"python -m scripts.vocab {shards}{more} --out {shlex.quote(f'{out}/vocab.tiktoken')}"
@@ -453,14 +457,13 @@ def print_ways(out, n_val, n, several):
     tune = f"{train} --init_from clip.pt --epochs 5"
     if n < 10_000:
         tune += " --batch_size 32"
-    speed = training * share_in_training(name, device)
-    price = f"the same download, then {duration(5 * n * to_train, speed)}"
+    price = f"the same download, then {duration(5 * n * to_train, training_speed(name, device))}"
     print_way("fine-tune, for words of your own: with some thousand pairs", price, *get, tune)
 
     model, epochs, options = model_to_train(n, device)
     train += f" --model {model} --epochs {epochs} {options}"
-    speed = training * share_in_training(model, device)
-    price = f"no download, {duration(epochs * n * OPERATIONS[model][1], speed)}"
+    operations = epochs * n * OPERATIONS[model][1]
+    price = f"no download, {duration(operations, training_speed(model, device))}"
     print_way("train from nothing: weak with fewer than 10,000 pairs", price, train)
 
 
