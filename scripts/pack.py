@@ -384,19 +384,15 @@ def measure_speed(device, dtype):
     return 2 * n**3 / statistics.median(seconds)  # on a shared machine the fastest is luck
 
 
-def training_speed(model, device):
-    """Operations a second of a training step, as a share of the speed of one large product. On a
-    GPU that is the assumption of docs/speed.md, on a CPU it was tried on two cores.
-    """
-    dtype = pick_dtype(torch.device(device))
+def share_in_training(model, device):
+    """How much of the speed of a large product a training step reaches. For a GPU it is the
+    assumption of docs/speed.md. On a CPU, where the product is in float32, it was tried on two
+    cores: units for bfloat16 make a large product six times as fast, and a step not even twice."""
     if device == "cuda":
-        return 0.15 * measure_speed(device, getattr(torch, dtype))
-    # Units for bfloat16 make a large product six times as fast, and a step not even twice. So the
-    # product here is in float32.
-    speed = measure_speed(device, torch.float32)
+        return 0.15
     if model == "tiny":
-        return speed / 3
-    return speed * (1.2 if dtype == "bfloat16" else 0.7)
+        return 1 / 3
+    return 1.2 if pick_dtype(torch.device(device)) == "bfloat16" else 0.7
 
 
 def duration(operations, speed):
@@ -427,7 +423,10 @@ def print_ways(out, n_val, n, several):
     """Print what can be done with n training pairs in the folder `out`, and what that costs.
     several: do images have several captions?"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoding = 0.9 * measure_speed(device, torch.float32)  # as in a trial with ViT-B/32
+    speed = measure_speed(device, torch.float32)
+    encoding = 0.9 * speed  # as in a trial with ViT-B/32
+    if device == "cuda":
+        speed = measure_speed(device, getattr(torch, pick_dtype(torch.device(device))))
     shards = shlex.quote(f"{out}/train-*.tar")
     more = " --captions json.captions" if several else ""
     vocab = f"python -m scripts.vocab {shards}{more} --out {shlex.quote(f'{out}/vocab.tiktoken')}"
@@ -457,13 +456,14 @@ def print_ways(out, n_val, n, several):
     tune = f"{train} --init_from clip.pt --epochs 5"
     if n < 10_000:
         tune += " --batch_size 32"
-    price = f"the same download, then {duration(5 * n * to_train, training_speed(name, device))}"
+    training = speed * share_in_training(name, device)
+    price = f"the same download, then {duration(5 * n * to_train, training)}"
     print_way("fine-tune, for words of your own: with some thousand pairs", price, *get, tune)
 
     model, epochs, options = model_to_train(n, device)
     train += f" --model {model} --epochs {epochs} {options}"
-    operations = epochs * n * OPERATIONS[model][1]
-    price = f"no download, {duration(operations, training_speed(model, device))}"
+    training = speed * share_in_training(model, device)
+    price = f"no download, {duration(epochs * n * OPERATIONS[model][1], training)}"
     print_way("train from nothing: weak with fewer than 10,000 pairs", price, train)
 
 

@@ -420,7 +420,6 @@ def test_pack_names_the_ways_that_the_data_allow(n, gpu, times, model, photos, m
 def test_a_cpu_without_units_for_bfloat16_is_not_timed_with_it(photos, monkeypatch, capsys):
     """A product of two large matrices would take a minute there."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: {torch.float32: 1e11}[dtype])
     out = run(photos, "--val", 0.3)
     capsys.readouterr()
 

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 from children import ROOT
+from score_lines import SCORE_LINE, numbers_in, printed
 
 PAGE = (ROOT / "docs" / "products.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -30,8 +31,6 @@ def rows_below(heading):
 
 # ---- lines as eval.py prints them
 
-LINE = re.compile(r"^ *(\S.*?) +([\d.]+) % +chance .* interval ([\d.]+)-([\d.]+) +n ([\d,]+)", re.M)
-
 
 def scores_in(content, name=""):
     """Every score in what --json holds, with the name of its line."""
@@ -45,18 +44,12 @@ def scores_in(content, name=""):
             yield from scores_in(value, f"{name} {key}".strip().replace("_", " "))
 
 
-def printed(name, score):
-    low, high = score["interval"]
-    value = f"{100 * score['value']:.2f}"
-    return name, value, f"{100 * low:.1f}", f"{100 * high:.1f}", f"{score['n']:,}"
-
-
 def test_every_line_of_scores_is_one_that_was_measured():
     measured = {
         printed(*score) for content in SCORES[SHOWN].values() for score in scores_in(content)
     }
 
-    lines = LINE.findall(PAGE)
+    lines = SCORE_LINE.findall(PAGE)
 
     assert len(lines) > 10
     assert [line for line in lines if line not in measured] == []
@@ -153,12 +146,9 @@ SENTENCES = {  # each # stands for one of the numbers, in this order
 
 @pytest.mark.parametrize("sentence, numbers", SENTENCES.items(), ids=SENTENCES)
 def test_a_sentence_has_the_numbers_that_were_measured(sentence, numbers):
-    pattern = re.escape(sentence).replace(r"\#", r"([\d.]+)")
+    found = numbers_in(sentence, PAGE + README)
 
-    found = re.search(pattern, " ".join((PAGE + README).split()))
-
-    assert found, "no page says this any more: change SENTENCES"
-    for text, number in zip(found.groups(), numbers, strict=True):
+    for text, number in zip(found, numbers, strict=True):
         digits = len(text.partition(".")[2])
         assert text == f"{number:.{digits}f}"
 
