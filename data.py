@@ -20,17 +20,16 @@ import importlib.util
 import io
 import json
 import math
-import multiprocessing.queues
 import os
 import random
 import signal
 import sys
 import tarfile
-import threading
 import unicodedata
 import warnings
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from copy import copy
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -131,11 +130,9 @@ def clip_vocabulary():
 
 def read_ranks(vocab):
     """The text of a .tiktoken file -> dict of token (bytes) -> rank. Raises InputError."""
-    try:
-        lines = [line.split() for line in vocab.splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError as error:
-        raise InputError("lines of a vocabulary are tokens in base64 and ranks") from error
+    lines = [line.split() for line in vocab.splitlines() if line]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    # tiktoken would not notice either.
     check(sorted(ranks.values()) == [*range(len(ranks))], "tokens do not have ranks from 0 up")
     check(ranks.keys() >= {*BYTE_TOKENS[:256]}, "tokens do not include each single byte")
     return ranks
@@ -248,34 +245,8 @@ def cores():
     return os.cpu_count()
 
 
-def end_with_parent():
-    """Makes this process end when the one that has started it does, even if that is killed. Left
-    alone, it would wait for work for ever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@contextmanager
-def process_pool(tasks):
-    """A pool of processes for so many tasks, for a `with` statement. Raises InputError if one of
-    the processes is killed."""
-    try:
-        with ProcessPoolExecutor(min(tasks, cores()), initializer=end_with_parent) as pool:
-            yield pool
-    except BrokenExecutor:
-        raise InputError("a process of the pool was killed: is memory short?") from None
-
-
 # -----------------------------------------------------------------------------
 # Shards
-
-
-# How the names of shards end. Those after the first are compressed, which rules out random access.
-ENDINGS = ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
 
 
 def braces(pattern):
@@ -291,34 +262,17 @@ def braces(pattern):
         yield from braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
 
 
-def shards_at(path):
-    """Returns the shards that a path, a folder or a glob names, as a list. Raises InputError."""
-    if Path(path).is_dir():  # it may also hold files such as a.tar.part and a.tar.md5
-        found = [p for p in glob.glob(f"{glob.escape(path)}/*") if p.endswith(ENDINGS)]
-    elif Path(path).exists():
-        found = [path]
-    else:
-        found = glob.glob(path)
-    check(found, f"no shards match {path}")
-    return found
-
-
 def expand(patterns):
     """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
-    braces must match, so that a missing download is noticed."""
-    shards = {}  # real path -> path: a shard that is given twice counts once
-    for pattern in patterns:
-        for path in braces(str(pattern)):
-            for shard in shards_at(path):
-                check(os.path.isfile(shard), f"not a file: {shard}")
-                check(not shard.endswith(ENDINGS[1:]), f"not an uncompressed .tar: {shard}")
-                shards[os.path.realpath(shard)] = shard
-    return sorted(shards.values())
-
-
-def real_paths(paths):
-    """Returns the set of the files that these paths lead to."""
-    return {os.path.realpath(path) for path in paths}
+    braces must match, so that a missing download is noticed. Raises InputError."""
+    shards = set()
+    for pattern in chain.from_iterable(braces(str(p)) for p in patterns):
+        if os.path.isdir(pattern):
+            pattern = f"{glob.escape(pattern)}/*.tar"
+        found = glob.glob(glob.escape(pattern)) or glob.glob(pattern)  # a name may hold brackets
+        check(found, f"no shards match {pattern}")
+        shards.update(map(os.path.abspath, found))
+    return sorted(shards)
 
 
 # What the names of shards say of the side that they are on.
@@ -363,53 +317,35 @@ def split_name(name):
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
-def has_data(file):
-    """Is there a byte that is not 0 in the rest of a file?"""
-    while chunk := file.read(2**20):
-        if chunk.strip(b"\0"):
-            return True
-    return False
-
-
 def read_headers(path, number):
     """A shard and its number -> (index rows, an int32 array (n, 7); list of (shard, key, reason) of
-    the samples and parts that are not used).
-
-    A damaged shard is used up to the damage. A file that cannot be read raises InputError, because
-    what is returned here is cached, and the trouble may pass.
-    """
+    the samples and parts that are not used). A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
     unused = {}  # key -> reason
     try:
         with tarfile.open(path, "r:") as tar:
-            end = os.stat(path).st_size
             for member in tar:
-                check(member.size >= 0, "a size is negative")  # would make tarfile go in circles
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
                 if column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
-                    if row[column]:
-                        unused[key] = f"appears twice, the first one is used: {member.name}"
-                    elif 0 < member.size < 2**31:
-                        row[column : column + 2] = member.offset_data // BLOCK, member.size
+                    row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
                     unused[f"*{extension}"] = f"a link or another kind: {member.name}"
-                check(tar.offset <= end, "the archive ends too early")
             # tarfile stops silently at a damaged header, and at the end of an archive although
             # another one may follow.
             tar.fileobj.seek(tar.offset)
-            if has_data(tar.fileobj):
-                unused[""] = f"ends early, or is damaged: {end - tar.offset:,} bytes are not used"
-    except (OSError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read: {error!r}") from error
+            rest = tar.fileobj.read()
+            if rest.strip(b"\0"):
+                unused[""] = f"ends early, or is damaged: {len(rest):,} bytes are not used"
+    except OSError as error:  # what is returned here is cached, and this trouble may pass
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # for damaged headers tarfile has half a dozen kinds
-        unused[""] = f"{str(error) or repr(error)}; the rest is not read"
-
-    without_image = [key for key, row in rows.items() if not row[IMAGE]]
-    for key in without_image:
-        unused.setdefault(key, "no image, or an empty one")
-        del rows[key]
+        unused[""] = f"{error!r}; the rest is not read"
+    for key, row in list(rows.items()):
+        if row[IMAGE + 1] == 0:
+            unused[key] = "no image, or an empty one"
+            del rows[key]
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
     index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
@@ -420,27 +356,28 @@ def build_index(shards):
     """list of shards -> (int32 tensor (N, 7), list of (shard, key, reason) of what is not used).
 
     The index takes 28 bytes a sample, in one tensor that all loading processes share, where Python
-    objects would be copied to each of them. It is cached until the size or mtime of a shard
-    changes.
+    objects would be copied to each of them. It is cached under a name that changes with the path,
+    the size or the mtime of a shard.
     """
-    name = hashlib.sha1(os.fsencode("\n".join(map(os.path.abspath, shards)))).hexdigest()
+    stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
+    name = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    path = cache_folder() / f"index-7-{name}"
-    stamp = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
-    with suppress(Exception):  # there is no cache, or a damaged one
-        cached_stamp, index, unused = torch.load(path, weights_only=True)
-        if cached_stamp == stamp:
-            return index, unused
-
-    with process_pool(len(shards)) as pool:
+    path = cache_folder() / f"index-8-{name}"
+    if os.path.exists(path):  # False in a folder that cannot be read
+        return torch.load(path, weights_only=True)
+    index = []
+    unused = []
+    with ProcessPoolExecutor(min(len(shards), cores())) as pool:
         results = pool.map(read_headers, shards, range(len(shards)))
-        rows, unused = zip(*progress(results, "indexing shards", len(shards), unit="shard"))
-    index = torch.from_numpy(np.concatenate(rows))
-    unused = list(chain.from_iterable(unused))
+        for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
+            index.append(rows)
+            unused += reasons
+    index = torch.from_numpy(np.concatenate(index))
     # A cache that cannot be written is no reason to stop. Two commands may write it at once, since
     # each writes a file of its own and renames it.
-    with suppress(OSError, RuntimeError):
-        write_file(path, lambda file: torch.save((stamp, index, unused), file))
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file: torch.save((index, unused), file))
     return index, unused
 
 
@@ -470,12 +407,6 @@ def open_shard(path):
     return open(path, "rb")
 
 
-def check_sources(sources):
-    """Sources of captions are txt or json.FIELD. Raises InputError."""
-    for source in sources:
-        check(regex.fullmatch(r"txt|json\.\w+", source), f"{source!r} is not txt or json.FIELD")
-
-
 class Shards:
     """The samples in tar shards.
 
@@ -490,6 +421,8 @@ class Shards:
         if len(self.index) == 0:
             reason = self.unused[0][2] if self.unused else "it is empty"
             raise InputError(f"no image-caption pairs in {shards[0]}: {reason}")
+        if self.unused:
+            print(f"{len(self.unused):,} parts of shards are not used: see python -m scripts.show")
 
     def __len__(self):
         return len(self.index)
@@ -531,11 +464,20 @@ class Shards:
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except Exception:  # of what JSON may hold
             raise BadSample(f"{source} is missing, or is not UTF-8 text or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
+
+    def check_source(self, source):
+        """Raises InputError if none of the first hundred samples has a caption in a source, which
+        is what a typo looks like."""
+        for row in self.index[:100].tolist():
+            with suppress(BadSample):
+                self.texts(row, source)
+                return
+        raise InputError(f"the first samples of {self.shards[0]} have no captions in {source}")
 
     def all_texts(self, row, sources):
         """Returns all texts of several sources, each source once. Raises BadSample."""
@@ -647,7 +589,16 @@ class Pairs(Shards, Dataset):
     """
 
     def __init__(
-        self, shards, tokenizer, image_size, captions=("txt",), labels=None, seed=0, crop_area=0.9
+        self,
+        shards,
+        tokenizer,
+        image_size,
+        captions=("txt",),
+        labels=None,
+        seed=0,
+        crop_area=0.9,
+        patches=None,
+        patch_dropout=0.0,
     ):
         super().__init__(shards)
         self.tokenizer = tokenizer
@@ -656,27 +607,21 @@ class Pairs(Shards, Dataset):
         self.label_captions = labels or captions
         self.seed = seed
         self.crop_area = crop_area
-        check_sources([*self.captions, *self.label_captions])
+        self.patches = patches
+        self.patch_dropout = patch_dropout
+        self.named = set()  # numbers of bad samples
+        for source in (*self.captions, *self.label_captions):
+            self.check_source(source)
 
-    @cached_property  # because a checkpoint must be written even if the shards have gone meanwhile
+    @cached_property
     def fingerprint(self):
-        """A short text that changes when the shards or the sources of captions do, or the captions
-        of one of 64 samples at even distances."""
-        content = hashlib.sha1(self.index.numpy().tobytes() + str(self.captions).encode())
-        for texts in self.texts_of_some(64):
-            content.update(str(texts).encode())
-        return content.hexdigest()[:12]
-
-    def texts_of_some(self, n):
-        """Yields the captions of at most n samples at even distances, a list for each. Bad ones are
-        left out, because training will name them."""
-        for row in self.index[:: math.ceil(len(self) / n)].tolist():
-            with suppress(BadSample):
-                yield self.all_texts(row, self.captions)
+        """A short text that changes when the shards or the sources of captions do."""
+        content = self.index.numpy().tobytes() + str(self.captions).encode()
+        return hashlib.sha1(content).hexdigest()[:12]
 
     def draw(self, row, rng):
-        """A row of the index -> (image, ids of the caption, ids of the label caption). Raises
-        BadSample."""
+        """A row of the index -> (image, ids of the caption, ids of the label caption, the patches
+        to keep or None). Raises BadSample."""
         caption = rng.choice(self.texts(row, rng.choice(self.captions)))
         ids = self.tokenizer.encode(caption)
         label_ids = ids
@@ -684,39 +629,46 @@ class Pairs(Shards, Dataset):
             label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
             label_ids = self.tokenizer.encode(label)
         image = load_image(self.read(row, IMAGE), self.image_size, rng, self.crop_area)
-        return image, ids, label_ids
+        keep = None
+        if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
+            K = max(1, round(self.patches * (1 - self.patch_dropout)))
+            keep = rng.sample(range(self.patches), K)
+        return image, ids, label_ids, keep
 
     def __getitem__(self, item):
-        """(visit, sample) -> (image, ids of the caption, ids of the label caption, replaced).
+        """(visit, sample) -> what `draw` returns.
 
         Another sample, at random, replaces a bad one, so that batches have the same size on every
-        process; replaced is a list of texts, which name the bad ones and say what is wrong."""
+        process. Each process names a bad one once."""
         visit, sample = item
         rng = rng_of_visit(self.seed, visit)
-        replaced = []
-        while len(replaced) < 100:
+        for _ in range(100):
             row = self.index[sample].tolist()
             try:
-                image, ids, label_ids = self.draw(row, rng)
-                return image, ids, label_ids, replaced
+                return self.draw(row, rng)
             except (BadSample, OSError) as error:
-                replaced.append(f"{self.shards[row[0]]} {self.key(row)}: {error}")
-                sample = rng.randrange(len(self))
-        raise InputError(f"a hundred bad samples in a row, the last one in {replaced[-1]}")
+                reason = f"bad sample: {self.shards[row[0]]} {self.key(row)}: {error}"
+            if sample not in self.named and len(self.named) < 100:
+                self.named.add(sample)
+                tqdm.write(printable(reason), sys.stderr)
+            sample = rng.randrange(len(self))
+        raise InputError(f"a hundred bad samples in a row, such as this {reason}")
 
     def collate(self, items):
         """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
-        T'), replaced."""
-        images, captions, labels, replaced = zip(*items)
+        T') and, with patch dropout, keep (B, K)."""
+        images, captions, labels, keep = zip(*items)
         # default_collate stacks like torch.stack, and in a worker straight into shared memory
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
         length = min(self.tokenizer.context_length, round_up(captions))
-        return {
+        batch = {
             "images": images.permute(0, 3, 1, 2),  # channels last, which convolutions like
             "tokens": self.tokenizer.pad(captions, length),
             "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # the whole captions
-            "replaced": list(chain.from_iterable(replaced)),
         }
+        if self.patch_dropout > 0:
+            batch["keep"] = torch.tensor(keep)
+        return batch
 
 
 def round_up(captions):
@@ -725,12 +677,17 @@ def round_up(captions):
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 
-def hold_out(pairs, val_pairs):
-    """Moves every hundredth pair, but at most a thousand, from training to validation. Both are of
-    the same shards."""
+def hold_out(pairs, captions):
+    """Takes every hundredth pair, but at most a thousand, out of the training pairs, and returns
+    them as validation pairs, with these sources of captions."""
     held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
+    val_pairs = copy(pairs)
+    val_pairs.index = pairs.index[held_out]
+    val_pairs.captions = captions
+    for source in captions:
+        val_pairs.check_source(source)
     pairs.index = pairs.index[~held_out]
-    val_pairs.index = val_pairs.index[held_out]
+    return val_pairs
 
 
 @lru_cache(maxsize=2)
@@ -752,138 +709,60 @@ def batch_indices(n, batch_size, seed, step):
 
 
 # -----------------------------------------------------------------------------
-# Loading: small batches in many processes, joined on the device
-
-SMALL = 64  # pairs that a process loads at a time, so that it soon has something to hand over
+# Loading
 
 
-def small_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
-    """Yields what one process of a run loads from step `start` to `stop`, as lists of (visit,
-    sample): its slice `local` of each global batch, in small batches of at most SMALL pairs, none
-    of which reaches across a micro-batch."""
-    for step in range(start, stop):
-        batch = batch_indices(n, batch_size, seed, step)[local]
-        # BatchSampler cuts a list into lists.
-        for micro_batch in BatchSampler(batch, micro_batch_size, drop_last=False):
-            yield from BatchSampler(micro_batch, SMALL, drop_last=False)
-
-
-def start_worker(_):
-    """What a loading process does first."""
-    # A scheduler, Ctrl-C or a closed terminal sends its signal to all processes. The main process
-    # answers it, and needs the others until it has saved, and perhaps validated. They end with it.
+def ignore_signals(_):
+    """What a loading process does first. A scheduler, Ctrl-C or a closed terminal sends its signal
+    to all processes. The main process answers it, and needs the others until it has saved. They end
+    when it does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
-    # If a batch cannot be put into shared memory, the worker would drop it and the main process
-    # would wait for ever. So the worker ends instead, which the main process notices.
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def kill_workers():
-    """Ends the loading processes that are left. They ignore SIGTERM, by which Python and torch
-    would end them."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-# How torch says that a loading process has died, or could not hand over its batch
-DEATH = regex.compile(r"DataLoader worker \(|shared memory|open files|ancdata")
-
-
-def make_loader(dataset, workers=None, ahead=0, **options):
-    """Yields the batches of a DataLoader, made by so many workers, which keep `ahead` batches
-    ready.
-
-    By default there is a worker for each core, shared among the processes of a run. An evaluation
-    has no more of them than batches, because each takes a tenth of a second to start. They are
-    forked, so that they share the index, which Python 3.14's default would copy.
-    """
+def make_loader(dataset, workers, ahead=2, **options):
+    """A DataLoader with so many processes, by default one for each core, shared among the processes
+    of a run. ahead: batches that are made ready in advance."""
     if workers is None:
-        workers = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(workers, math.ceil(len(dataset) / options.get("batch_size", 1)))
+        # More than 16 would only take shared memory: each keeps two micro-batches ready.
+        workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0:
         options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
-        options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
-    options |= {"num_workers": workers, "worker_init_fn": start_worker}
-    # Python runs this before it waits, at the end of the program, for all that it has started.
-    multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
-    try:
-        batches = iter(DataLoader(dataset, **options))
-    except BaseException:  # too many processes or open files: torch would wait long for the others
-        kill_workers()
-        raise
-    # torch's handler would raise the death of a worker wherever this process happens to be, as in
-    # the middle of an update. Without it, the death is noticed when a batch is fetched.
-    with suppress(ValueError):  # this is not the main thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from batches
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and not DEATH.search(str(error)):
-            raise
-        raise InputError(
-            "a loading process has died: try docker --shm-size, ulimit -n, --workers 0"
-        ) from error
+        # Forked processes share the index and start in no time. Python 3.14 would spawn them.
+        options["multiprocessing_context"] = "fork"
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
-def pad_and_join(captions):
-    """list of tokens (B, T), with a T of their own each -> one tensor, padded to the longest."""
-    T = max(tokens.shape[1] for tokens in captions)
-    return torch.cat([F.pad(tokens, (0, T - tokens.shape[1]), value=PAD) for tokens in captions])
-
-
-def join(batches):
-    """list of small batches -> one batch: images one after the other, captions padded."""
-    return {
-        "images": torch.cat([batch["images"] for batch in batches]),
-        "tokens": pad_and_join([batch["tokens"] for batch in batches]),
-        "label_tokens": pad_and_join([batch["label_tokens"] for batch in batches]),
-    }
+def micro_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
+    """Yields what one process of a run loads from step `start` to `stop`, as lists of (visit,
+    sample): its slice `local` of each global batch, in micro-batches."""
+    for step in range(start, stop):
+        batch = batch_indices(n, batch_size, seed, step)[local]
+        yield from BatchSampler(batch, micro_batch_size, drop_last=False)  # cuts any list
 
 
 def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, device):
-    """Yields the micro-batches of one process from step `start` to `stop`, each as soon as its
-    small batches are there: (dict of images, tokens and label_tokens on the device, number of the
-    bad samples that were replaced in it). Each bad sample is named once.
+    """Yields what one process needs for each step from `start` to `stop`: a list of micro-batches,
+    dicts of images, tokens and label_tokens on the device. Images travel as uint8.
 
     local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
-    A GPU copies and joins on a stream of its own, while it computes the batch before. Images travel
-    as uint8.
     """
-    B = len(range(batch_size)[local])  # pairs of this process
-    per_step = B // micro_batch_size  # micro-batches in a step
-    parts = math.ceil(micro_batch_size / SMALL)  # small batches in a micro-batch
+    per_step = (local.stop - local.start) // micro_batch_size
+    sampler = micro_batches(
+        len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
+    )
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if on_gpu else None
     loader = make_loader(
         pairs,
         workers,
-        ahead=per_step * parts,  # a step
-        batch_sampler=small_batches(
-            len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
-        ),
+        ahead=per_step,
+        batch_sampler=sampler,
         collate_fn=pairs.collate,
-        pin_memory=on_gpu,
+        pin_memory=on_gpu,  # so that a copy need not be waited for
     )
-    named = set()  # bad samples
-    for _ in range((stop - start) * per_step):
-        small = []
-        replaced = []
-        with torch.cuda.stream(stream):  # does nothing for None
-            for part in islice(loader, parts):
-                replaced += part.pop("replaced")
-                # Only pinned memory stays as it is until it has been copied.
-                small.append({k: x.to(device, non_blocking=on_gpu) for k, x in part.items()})
-            batch = join(small)
-        if on_gpu:
-            computing = torch.cuda.current_stream(device)
-            computing.wait_stream(stream)
-            for x in batch.values():
-                x.record_stream(computing)  # else its memory is reused too soon
-        for text in replaced:
-            if text not in named:
-                tqdm.write(printable(f"bad sample: {text}"), sys.stderr)
-        named.update(replaced)
-        yield batch, len(replaced)
+    batches = iter(loader)
+    for _ in range(start, stop):
+        step = []
+        for batch in islice(batches, per_step):
+            step.append({k: x.to(device, non_blocking=on_gpu) for k, x in batch.items()})
+        yield step

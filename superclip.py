@@ -13,14 +13,25 @@ the mean of the image's patch tokens, and rare words count more than common ones
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. Its `forward` is train.py's step.
+towers, the word head, the losses, and the model that joins them. Its `forward` is the method.
 `python -m scripts.walk` follows one pair through it and prints every shape.
 
-To try a term of your own, return it under a name that ends in `_loss`: from `terms_of_each_pair` if
-it looks at every pair alone, from `terms_between_pairs` if it compares pairs. Give it a weight in
-`total_loss`. It is then trained and logged, with micro-batches and with many processes, too, as
-long as the mean of what the processes return is the term of the whole batch. A field of the
-configuration can hold the weight, and an option of the same name in train.py sets that field.
+To add a term to the loss:
+
+1. Compute it in `terms_of_each_pair` if it looks at every pair alone, or in `terms_between_pairs`
+   if it compares pairs, and return it under a name that ends in `_loss`.
+2. Add a field for its weight to the configuration, and use it in `total_loss`. An option of the
+   same name in train.py sets that field.
+3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
+   `contrastive_loss` does. Otherwise the term changes with the dtype of the run.
+4. A term of `terms_of_each_pair` must be a mean over pairs, because a step averages it over
+   micro-batches and processes. What is no such mean, a maximum say, belongs in
+   `terms_between_pairs`, which sees the features of all pairs. There each process returns a number,
+   and the mean of these numbers must be the term.
+5. Add a line to CONFIGS in tests/test_step.py. It compares the gradients of the plain step, of
+   micro-batches and of two processes.
+
+The term is then trained, logged and drawn by itself.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.
@@ -348,8 +359,10 @@ def classification_loss(logits, label_tokens, token_weights):
 class Gather(torch.autograd.Function):
     """Features (B, E) of this process -> those of all processes (N, E), in the order of the ranks.
 
-    The loss of each process depends on the features of all of them. So backward adds up what all
-    the losses say about a feature, and each process takes the sum for its own.
+    Each process has a loss of its own, which depends on the features of all. So backward sums what
+    all the losses say about a feature, and each process takes the rows of its own features. The
+    weights then get the gradient of the *sum* of the losses. DistributedDataParallel divides it by
+    the number of processes, and the mean of the losses is the loss of the global batch.
     """
 
     @staticmethod
@@ -392,6 +405,106 @@ class SuperCLIP(nn.Module):
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 
+    def forward(self, images, tokens, label_tokens=None, keep=None):
+        """The whole method on one batch of pairs, the one of this process.
+
+        images (B, 3, S, S); tokens (B, T); label_tokens (B, T'): captions to take the labels from,
+        by default the tokens; keep (B, K): patches to look at. In training mode the batch is first
+        counted into the token statistics. Returns a dict with loss = contrastive_loss +
+        cls_weight * classification_loss, its terms, and image_features, text_features (B, E).
+        """
+        if label_tokens is None:
+            label_tokens = tokens
+        if self.training:
+            self.count_tokens(label_tokens)
+        image_tokens, image_features, text_features = self.encode_pairs(images, tokens, keep)
+        terms = {
+            **self.terms_between_pairs(image_features, text_features),
+            **self.terms_of_each_pair(image_tokens, image_features, text_features, label_tokens),
+        }
+        return {
+            "loss": self.total_loss(terms),
+            **terms,
+            "image_features": image_features,
+            "text_features": text_features,
+        }
+
+    def encode_pairs(self, images, tokens, keep=None):
+        """images (B, 3, S, S), tokens (B, T), keep (B, K) -> the tokens of the image tower (B, 1 +
+        K, D), and image and text features (B, E), of length 1."""
+        image_tokens = self.visual(images, keep)
+        return image_tokens, self.image_features(image_tokens), self.encode_text(tokens)
+
+    def terms_between_pairs(self, image_features, text_features):
+        """The terms of the loss that compare pairs, as a dict: the contrastive loss of features
+        (B, E), of length 1.
+
+        In training each process scores its own pairs against those of all processes. The mean over
+        the processes is the term of the global batch.
+        """
+        B = len(image_features)
+        rank = 0
+        if self.training and dist.is_initialized():
+            rank = dist.get_rank()
+            image_features = Gather.apply(image_features)  # (N, E)
+            text_features = Gather.apply(text_features)
+        local = slice(rank * B, (rank + 1) * B)
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            loss = contrastive_loss(image_features, text_features, scale, local)
+        else:
+            loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
+        return {"contrastive_loss": loss}
+
+    def terms_of_each_pair(self, image_tokens, image_features, text_features, label_tokens):
+        """The terms of the loss that look at each pair alone, as a dict: the classification loss of
+        image tokens (B, 1 + K, D) and captions (B, T). Plain CLIP has none. The features (B, E), of
+        length 1, are there for a term of your own."""
+        if self.head is None:
+            return {}
+        logits = self.head(image_tokens)
+        loss = classification_loss(logits, label_tokens, self.token_weights())
+        return {"classification_loss": loss}
+
+    def total_loss(self, terms):
+        """The weighted sum of some terms, a dict of scalars by name. Nothing else knows weights."""
+        weights = {
+            "contrastive_loss": 1.0,
+            "classification_loss": self.config.cls_weight,
+        }
+        total = torch.zeros_like(self.logit_scale)
+        for name, value in terms.items():
+            if name not in weights:
+                raise ValueError(f"total_loss has no weight for {name}")
+            total = total + weights[name] * value
+        return total
+
+    def features_and_terms(self, images, tokens, label_tokens, keep=None):
+        """All of forward that looks at each pair alone: what a micro-batch computes before the
+        pairs are compared. Returns image and text features (B, E), and a dict of terms."""
+        image_tokens, image_features, text_features = self.encode_pairs(images, tokens, keep)
+        terms = self.terms_of_each_pair(image_tokens, image_features, text_features, label_tokens)
+        return image_features, text_features, terms
+
+    def count_tokens(self, label_tokens):
+        """Add the captions (B, T) of a batch, summed over all processes, to the statistics."""
+        if self.head is None:  # plain CLIP keeps none
+            return
+        tokens, is_new = token_sets(label_tokens)
+        # Padding is not counted: how much there is depends on how the batch was put together.
+        is_counted = is_new & (tokens != PAD)
+        counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
+        counts.scatter_add_(0, tokens.flatten(), is_counted.flatten().long())
+        counts[-1] = len(tokens)  # travels with the counts, so that one all_reduce serves both
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        self.token_counts += counts[:-1]
+        self.num_captions += counts[-1]
+
+    def token_weights(self):
+        """The IDF of every token, (V,), by the captions seen so far."""
+        return idf(self.num_captions, self.token_counts)
+
     def encode_image(self, images, normalize=True, keep=None):
         """images (B, 3, S, S), uint8 or already normalised floats -> features (B, E), of length 1
         if `normalize`. keep (B, K): indices of the patches to look at."""
@@ -413,96 +526,3 @@ class SuperCLIP(nn.Module):
         if self.head is None:
             raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
         return self.head(self.visual(images, keep))
-
-    def count_tokens(self, label_tokens):
-        """Add the captions (B, T) of a batch, summed over all processes, to the statistics."""
-        if self.head is None:  # plain CLIP keeps none
-            return
-        tokens, is_new = token_sets(label_tokens)
-        # Padding is not counted: how much there is depends on how the batch was put together.
-        is_counted = is_new & (tokens != PAD)
-        counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
-        counts.scatter_add_(0, tokens.flatten(), is_counted.flatten().long())
-        counts[-1] = len(tokens)  # travels with the counts, so that one all_reduce serves both
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-        self.token_counts += counts[:-1]
-        self.num_captions += counts[-1]
-
-    def token_weights(self):
-        """The IDF of every token, (V,), by the captions seen so far."""
-        return idf(self.num_captions, self.token_counts)
-
-    def terms_of_each_pair(self, image_tokens, label_tokens):
-        """The terms of the loss that look at each pair alone, as a dict: the classification loss of
-        image tokens (B, 1 + K, D) and captions (B, T). Plain CLIP has none."""
-        if self.head is None:
-            return {}
-        logits = self.head(image_tokens)
-        loss = classification_loss(logits, label_tokens, self.token_weights())
-        return {"classification_loss": loss}
-
-    def terms_between_pairs(self, image_features, text_features, local=slice(None)):
-        """The terms of the loss that compare pairs, as a dict: the contrastive loss that the
-        configuration names. Arguments as in contrastive_loss."""
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            loss = contrastive_loss(image_features, text_features, scale, local)
-        else:
-            loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
-        return {"contrastive_loss": loss}
-
-    def total_loss(self, terms):
-        """The weighted sum of some terms, a dict of scalars by name. Nothing else knows weights."""
-        weights = {"contrastive_loss": 1.0, "classification_loss": self.config.cls_weight}
-        total = torch.zeros_like(self.logit_scale)
-        for name, value in terms.items():
-            total = total + weights[name] * value
-        return total
-
-    def features_and_terms(self, images, tokens, label_tokens, keep=None):
-        """The part of a step that looks at each pair alone, so that micro-batches can compute it.
-        Arguments as in forward. Returns image and text features (B, E), of length 1, and a dict of
-        terms."""
-        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
-        image_features = self.image_features(image_tokens)
-        text_features = self.encode_text(tokens)
-        return image_features, text_features, self.terms_of_each_pair(image_tokens, label_tokens)
-
-    def compare(self, image_features, text_features):
-        """The part of a step that compares pairs: features (B, E) -> a dict of terms.
-
-        In training the features of all processes are gathered, and each process scores its own
-        pairs against all of them. The mean over the processes is the term of the global batch.
-        """
-        rank = 0
-        B = len(image_features)
-        if self.training and dist.is_initialized():
-            rank = dist.get_rank()
-            image_features = Gather.apply(image_features)  # (N, E)
-            text_features = Gather.apply(text_features)
-        local = slice(rank * B, (rank + 1) * B)
-        return self.terms_between_pairs(image_features, text_features, local)
-
-    def forward(self, images, tokens, label_tokens=None, keep=None):
-        """The whole method on one batch of pairs, the one of this process.
-
-        images (B, 3, S, S); tokens (B, T); label_tokens (B, T'): captions to take the labels from,
-        by default the tokens; keep (B, K): patches to look at. In training mode the batch is first
-        counted into the token statistics. Returns a dict with loss = contrastive_loss +
-        cls_weight * classification_loss, its terms, and image_features, text_features (B, E).
-        """
-        if label_tokens is None:
-            label_tokens = tokens
-        if self.training:
-            self.count_tokens(label_tokens)
-        image_features, text_features, pair_terms = self.features_and_terms(
-            images, tokens, label_tokens, keep
-        )
-        terms = {**self.compare(image_features, text_features), **pair_terms}
-        return {
-            "loss": self.total_loss(terms),
-            **terms,
-            "image_features": image_features,
-            "text_features": text_features,
-        }

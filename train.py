@@ -4,8 +4,8 @@
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
-The file reads from top to bottom: the options, the processes and the device, one step, what a run
-is made of, its log, validation, checkpoints, and the run.
+The file reads from top to bottom: the options, the processes, one step, what a run is made of,
+its folder, validation, and the run.
 
 Apart from weights, token counts and optimizer state, what a step needs is a function of the options
 and the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint
@@ -13,7 +13,7 @@ needs no state of a random generator, and a run that was killed and resumed ends
 as one that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
 
 Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
-patches (K of them kept), E embedding. M pairs are in memory at a time.
+patches (K of them kept), E embedding. M pairs go through the towers at a time.
 """
 
 import argparse
@@ -28,14 +28,13 @@ import warnings
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -46,14 +45,11 @@ from cli import (
     check,
     lock_folder,
     number,
-    optional,
-    outlive_readers,
     pick_device,
     pick_dtype,
-    printable,
     run_command,
-    unlock_folders,
 )
+from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
@@ -71,19 +67,21 @@ LOCAL_RANK = int(environ.get("LOCAL_RANK", 0))
 
 def make_parser():
     """All options. A default of None is a rule that the help states."""
-    # no abbreviations, because a typo should not become another option
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.usage = "python train.py [options]   (--help explains them)"  # not a list of them all
-    parser.epilog = "The built-in scenes and --init_from have other defaults, printed at the start."
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        usage="python train.py [options]   (--help explains them)",  # not a list of all
+        epilog="The built-in scenes and --init_from have other defaults, printed at the start.",
+        allow_abbrev=False,  # a typo should not become another option
+    )
     add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
     count = number(int, 1)
     positive = number(float, 0)
     # fmt: off
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test, else 1 in 100)")
+        help="shards to validate on, or none (default: those named val or test, else 1 pair in "
+        "100)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -98,30 +96,27 @@ def make_parser():
     add("--workers", type=number(int, 0, 999),
         help="loading processes per GPU (default: the cores, divided among the GPUs)")
     # the model
-    add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default ViT-B-16)")
+    add("--model", choices=PRESETS, help="size of both towers (default ViT-B-16)")
     add("--image_size", type=count, metavar="PIXELS",
         help="side of an image (default: the model's)")
-    add("--context_length", type=number(int, 3), metavar="TOKENS",
-        help="tokens of a caption that the text tower sees (default: the model's)")
     add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
     add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
     add("--cls_weight", type=positive, default=1.0,
         help="weight of the classification loss; 0 trains plain CLIP (default 1)")
-    add("--loss", choices=("softmax", "sigmoid"), default="softmax",
+    add("--loss", choices=("softmax", "sigmoid"),
         help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
     # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="updates in all (default: by --epochs)")
-    length.add_argument("--epochs", type=number(float, 1e-6),
+    length.add_argument("--epochs", type=number(float, 1e-6), default=30.0,
         help="passes over the data (default 30)")
     add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
     add("--micro_batch_size", type=count,
         help="pairs of a process in memory at a time (default: all of its batch)")
     add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
     add("--head_learning_rate", type=positive,
-        help="peak learning rate of the word head (default: --learning_rate; 5e-4 if --init_from "
-        "has no head)")
+        help="peak learning rate of the word head, and of whatever --init_from lacks (default: "
+        "--learning_rate, and 5e-4 for what --init_from lacks)")
     add("--warmup_steps", type=number(int, 0),
         help="updates over which the rate rises (default: a tenth of all, at most 1000)")
     add("--weight_decay", type=positive, default=0.2,
@@ -134,169 +129,132 @@ def make_parser():
     add_options(parser, "device")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="numbers to compute with (default: the fastest that the device has units for)")
-    add("--compile", action=switch, help="compile towers and losses (default: on CUDA)")
-    add("--grad_checkpointing", action=switch, default=False,
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile towers and word head (default: on CUDA)")
+    add("--grad_checkpointing", action="store_true",
         help="keep fewer activations: less memory, a third more time")
     # the run
     add("--out_dir", default="out", metavar="DIR",
         help="folder for checkpoints and log.jsonl (default out)")
-    add("--resume", action=switch, default=False,
-        help="go on with the run in --out_dir, with its saved options")
-    add("--log_every", type=count, help="steps between log rows (default: steps / 20, at most 20)")
+    add("--resume", action="store_true",
+        help="go on with the run in --out_dir: give its command again, and add this")
+    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
     add("--eval_every", type=count,
         help="steps between validations (default: steps / 3, at most 2000)")
-    add("--save_every", type=count, help="steps between saves (default: before each validation)")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
     # fmt: on
     return parser
 
 
-OF_THIS_CALL = ("out_dir", "resume", "wandb")  # --resume never takes them from a checkpoint
-FIELDS = {field.name for field in fields(SuperCLIPConfig)}  # an option of such a name sets it
-# What --resume may not change, or it would silently make another run.
-FIXED = FIELDS | {
-    "model", "init_from", "vocab", "captions", "label_captions", "freeze", "weight_decay",
-    "crop_area", "patch_dropout", "seed",
+# That of --init_from: larger steps would destroy what the weights know.
+FINE_TUNING = {"learning_rate": 5e-5}
+NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
+IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
+# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
+# vocabulary may have moved, so they are compared by what is in them.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "warmup_steps", "learning_rate", "head_learning_rate",
+    "micro_batch_size", "workers", "device", "dtype", "compile", "grad_checkpointing",
+    "log_every", "eval_every", "train_data", "val_data", "zeroshot_data", "vocab",
 }  # fmt: skip
-IN_A_CHECKPOINT = ("model", "image_size", "context_length", "vocab", "loss")  # for --init_from
-
-# The options of a bare `python train.py`, which were chosen together.
-SCENES = {
-    "train_data": ["scenes/train-*.tar"],
-    "val_data": ["scenes/val-*.tar"],
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "weight_decay": 0.1,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-}
 
 
 def parse(argv):
-    """Returns the options with all defaults, and the checkpoint to resume or None."""
+    """Returns the options, with the defaults of the built-in scenes and of --init_from."""
     parser = make_parser()
     given = parser.parse_args(argv)
-    path = Path(given.out_dir, "last.pt")
-    if given.resume and path.exists():
-        saved = read_resumable(path)
-        return resumed_options(saved["arguments"], argv), saved
-
-    parser.set_defaults(epochs=30.0)
-    special = {}
+    defaults = {}
     if given.train_data is None:
         parser.set_defaults(**SCENES)
         # A batch four times as large takes half as many steps, at twice the learning rate: a
         # compromise between as many samples and as many steps, found by trial.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
-        special = {**SCENES, "epochs": round(2.4 * ratio, 3)}
-        special["learning_rate"] = round(3.5e-4 * ratio, 6)
+        defaults.update(SCENES, epochs=round(2.4 * ratio, 3))
+        defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
     if given.init_from is not None:
-        special["learning_rate"] = 5e-5  # larger steps would destroy what the weights know
-        special["model"] = None  # these two are the checkpoint's
-        special["loss"] = None
-    if special:
-        print("defaults of this run:", special)
-    parser.set_defaults(**special)
-    args = parser.parse_args(argv)
-    if args.steps is not None:
-        args.epochs = None
-    if args.init_from is not None:
+        defaults.update(FINE_TUNING)
         for name in IN_A_CHECKPOINT:
-            if getattr(args, name) is not None:
+            if getattr(given, name) is not None:
                 raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
-    return args, None
-
-
-def resumed_options(saved, argv):
-    """Returns the saved options of a run, changed by those that are given. The saved ones become a
-    command line, so that argparse checks a file from elsewhere as it checks a user."""
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    unknown = saved.keys() - vars(given).keys()
-    check(not unknown, f"{given.out_dir}/last.pt has options that are unknown: {unknown}")
-    options = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
-    if given.steps is not None or given.epochs is not None:  # the one drives out the other
-        options["steps"] = None
-        options["epochs"] = None
-    unset = [name for name, value in options.items() if value is None]
-    parser.set_defaults(**dict.fromkeys(unset))  # a saved None stays None
-    before = as_command_line(options)
-    args = parser.parse_args([*before, *argv])
-    check(args.train_data is not None, f"{given.out_dir}/last.pt does not name its data")
-    old_args = parser.parse_args(before)
-    for name in FIXED.intersection(vars(args)):
-        if getattr(args, name) != getattr(old_args, name):
-            raise InputError(f"--resume cannot change --{name}")
-    return args
-
-
-def as_command_line(options):
-    """Options as a dict -> the command line that gives them."""
-    argv = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            texts = [str(x) for x in value]
-            # or a list in a file from elsewhere could set another option, such as --out_dir
-            check(not any(text.startswith("-") for text in texts), f"--{name} has an option in it")
-            if texts:
-                argv += [f"--{name}", *texts]
-        elif value is not None:
-            argv.append(f"--{name}={value}")
-    return argv
+    if defaults:
+        print("defaults of this run:", defaults)
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
 
 
 # -----------------------------------------------------------------------------
-# Processes and the device
+# Processes
 
 
 def join_processes():
     """Lets the processes that torchrun has started find each other."""
-    if WORLD > 1:
+    backend = "gloo"
+    if torch.cuda.is_available():
         # CPU tensors travel by gloo, so that processes can agree on something without waiting for
-        # their GPUs. Two hours, because all others wait while rank 0 validates.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        # their GPUs.
+        backend = "cpu:gloo,cuda:nccl"
+    # Two hours, because all others wait while rank 0 validates.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def all_sum(tensor):
+def check_processes_agree(*facts):
+    """All processes must have the same options, dtype, data and step, or they would train apart."""
+    if dist.is_initialized():
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, facts)
+        same = all(theirs == facts for theirs in everyone)
+        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
+
+
+def set_up_device(args):
+    """Returns the device of this process, and settles --compile."""
+    name = args.device
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
+    if args.compile is None:  # old GPUs cannot run what it makes
+        args.compile = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """The sum over all processes, in place. With one process, the tensor itself."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
 def wait_for_all():
     """Returns when all processes have come here."""
-    all_sum(torch.zeros(1))  # dist.barrier would use the GPU
+    all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
 
 
-def check_processes_agree(*facts):
-    """All processes must have the same facts: options, data and step."""
-    if dist.is_initialized():
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, facts)
-        same = all(theirs == facts for theirs in everyone)
-        check(same, "the processes differ in options, data or step")
+class StopSignal:
+    """SIGINT (Ctrl-C), SIGTERM (from schedulers) or SIGHUP (the terminal has gone) asks a run to
+    save and leave. Until then `number` is 0."""
+
+    def __init__(self):
+        self.number = 0
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self.receive)
+
+    def receive(self, number, _):
+        self.number = number
+        with suppress(OSError):  # the terminal may have gone
+            # not print, which may be what the signal has interrupted
+            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
+
+    def agreed(self):
+        """Returns the signal that any of the processes has received, or 0."""
+        # on the CPU, so that nobody waits for a GPU
+        return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
 
 
-def set_up_device(name):
-    """Returns the device of this process, by --device."""
-    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that streams are of this device, too
-    return device
+# -----------------------------------------------------------------------------
+# One step
 
 
 def precision(device, dtype):
@@ -304,42 +262,6 @@ def precision(device, dtype):
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     return autocast, scaler
-
-
-class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM (from schedulers) or SIGHUP (the terminal has gone) asks a run to
-    save and leave. Until then `number` is 0. Within three seconds another signal counts as the same
-    one, because torchrun passes on what a scheduler sends to all processes. A later one ends the
-    process at once."""
-
-    def __init__(self):
-        self.number = 0
-        self.time = None
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signal.SIGHUP, self.receive)
-
-    def receive(self, number, _):
-        if self.number == 0:
-            self.number = number
-            self.time = time.monotonic()
-            # os.write, because print may be what the signal has interrupted
-            with suppress(OSError):
-                os.write(2, b"\nThe run stops after this step or validation. Again: at once.\n")
-        elif time.monotonic() > self.time + 3:
-            os._exit(128 + number)
-
-    def agreed(self):
-        """Returns the signal that any of the processes has received, or 0."""
-        number = torch.tensor(self.number)  # on the CPU, so that nobody waits for a GPU
-        if dist.is_initialized():
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
-
-
-# -----------------------------------------------------------------------------
-# One step
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -352,30 +274,6 @@ def learning_rate_factor(step, warmup_steps, steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def patches_to_keep(dropout, grid, batch_size, seed, step, device):
-    """The patches that each image keeps in a step (FLIP, arXiv 2212.00794): indices (N, K), or None
-    for all. They are drawn for the global batch, so that they do not depend on the processes."""
-    if dropout == 0:
-        return None
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-    noise = torch.rand(batch_size, grid**2, generator=generator, device=device)  # (N, P)
-    K = max(1, round(grid**2 * (1 - dropout)))
-    return noise.argsort(dim=1)[:, :K]  # the first K of a random permutation of all patches
-
-
-def load_batches(args, pairs, grid, local, M, start, stop, device):
-    """Yields the micro-batches of this process from step `start` to `stop`, as data.load_batches
-    does. Adds the patches that their images keep: keep (M, K), or None for all."""
-    N = args.batch_size
-    batches = data.load_batches(pairs, N, local, M, start, stop, args.workers, device)
-    for step in range(start, stop):
-        keep = patches_to_keep(args.patch_dropout, grid, N, args.seed, step, device)
-        for i in range(local.start, local.stop, M):
-            batch, bad_samples = next(batches)
-            batch["keep"] = None if keep is None else keep[i : i + M]
-            yield batch, bad_samples
-
-
 def plain_step(model, batch, autocast, scaler):
     """Computes the losses of a batch, and leaves their gradient in .grad."""
     with autocast:
@@ -386,51 +284,33 @@ def plain_step(model, batch, autocast, scaler):
 
 def grad_cache_step(model, micro_batches, autocast, scaler):
     """Does what plain_step does, with the memory of one micro-batch (GradCache, arXiv 2101.06983).
-    That takes a third more time, because the towers run forward twice.
 
-    The contrastive loss needs the features of all pairs at once, but the towers do not. So the loss
-    is computed on features that have no graph. Then each micro-batch runs again, with a graph, and
-    backpropagates the gradient of its own features: by the chain rule, d loss / d weights is the
-    sum over micro-batches of d loss / d features * d features / d weights.
-
-    micro_batches: an iterator over equal parts of the batch, so that the first ones are computed
-    while the loader is at work on the last ones.
+    The contrastive loss needs the features of all pairs at once, but the towers do not. checkpoint
+    keeps nothing of a micro-batch but its features and its own terms. The backward pass comes to
+    the micro-batches one after the other, and runs the towers again for each, which takes a third
+    more time.
     """
-    batches = []
+    for batch in micro_batches:
+        model.count_tokens(batch["label_tokens"])  # all are counted before any is weighted
     image_parts = []
     text_parts = []
+    term_parts = []
     for batch in micro_batches:
-        with autocast, torch.no_grad():
-            image_features, text_features, _ = model.features_and_terms(**batch)
-        batches.append(batch)
-        image_parts.append(image_features)
-        text_parts.append(text_features)
-    # All of them are counted before any is weighted, as in the plain step.
-    model.count_tokens(data.pad_and_join([batch["label_tokens"] for batch in batches]))
-
-    images = torch.cat(image_parts).requires_grad_()  # (B, E)
-    texts = torch.cat(text_parts).requires_grad_()
-    terms = model.compare(images, texts)
-    scaler.scale(model.total_loss(terms)).backward()
-
-    n = len(batches)
-    gradients = zip(images.grad.chunk(n), texts.grad.chunk(n))
-    for batch, (image_gradient, text_gradient) in zip(batches, gradients):
         with autocast:
-            image_features, text_features, pair_terms = model.features_and_terms(**batch)
-        # A number whose gradient is, by the chain rule, that of the terms between pairs. It is
-        # scaled already, because image_gradient and text_gradient are.
-        surrogate = (image_features * image_gradient).sum() + (text_features * text_gradient).sum()
-        pair_loss = scaler.scale(model.total_loss(pair_terms) / n)
-        (surrogate + pair_loss).backward()
-        for name, value in pair_terms.items():
-            terms[name] = terms.get(name, 0.0) + value.detach() / n
-
-    if dist.is_initialized():
-        for p in model.parameters():
-            if p.requires_grad:
-                all_sum(p.grad).div_(dist.get_world_size())
-    return {"loss": model.total_loss(terms), **terms}
+            parts = checkpoint(model.features_and_terms, **batch, use_reentrant=False)
+        image_parts.append(parts[0])
+        text_parts.append(parts[1])
+        term_parts.append(parts[2])
+    with autocast:
+        losses = model.terms_between_pairs(torch.cat(image_parts), torch.cat(text_parts))
+    for name in term_parts[0]:
+        losses[name] = torch.stack([terms[name] for terms in term_parts]).mean()
+    losses["loss"] = model.total_loss(losses)
+    scaler.scale(losses["loss"]).backward()
+    for p in model.parameters():
+        if p.grad is not None:  # a frozen tower has none
+            all_reduce(p.grad).div_(WORLD)
+    return losses
 
 
 def update(model, optimizer, scaler, factor):
@@ -452,653 +332,393 @@ def update(model, optimizer, scaler, factor):
     return grad_norm
 
 
+def mean_losses(losses):
+    """The losses, as a dict of numbers: means over the processes. To read them is to wait for the
+    device."""
+    names = [name for name in losses if name == "loss" or name.endswith("_loss")]
+    values = torch.stack([losses[name].detach() / WORLD for name in names])
+    return dict(zip(names, all_reduce(values).tolist()))
+
+
 # -----------------------------------------------------------------------------
 # What a run is made of
 
 
-def read_start(args, saved):
-    """Returns the checkpoint to start from, or None, and the tokenizer: its own, or else that of
-    the shards. The built-in scenes are drawn if they are not there."""
-    start_from = saved
-    if saved is None and args.init_from is not None:
-        start_from = evaluation.read_checkpoint(args.init_from)
+def read_start(args):
+    """Returns the model to start from (--init_from) or None, and the tokenizer, its own or that of
+    the shards. Draws the built-in scenes if they are not there."""
     if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
         make_scenes("scenes")
-    if start_from is not None:
-        return start_from, data.Tokenizer(start_from["vocab"])
+    if args.init_from is not None:
+        source, tokenizer, _ = evaluation.load(args.init_from)
+        return source, tokenizer
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
-def print_known_words(args, tokenizer, pairs):
-    """Says how many words of the captions the vocabulary of --init_from has. (CLIP's has parts for
-    any word.)"""
-    if tokenizer.pattern is not data.WORD:
-        return
-    texts = [*chain.from_iterable(pairs.texts_of_some(1000))]
-    share = evaluation.share_of_known_words(tokenizer, texts)
-    print(f"{share:.0%} of the words in these captions are in the vocabulary of {args.init_from}")
-    if share < 0.5:
-        print("warning: the others are spelt in bytes, so that the model learns letters instead of")
-        print("words. Train a new model, with a vocabulary of your own (python -m scripts.vocab).")
-
-
-def open_data(args, tokenizer, image_size):
-    """Returns the training pairs, and the validation pairs or None. What is wrong with the data
-    ends the run before it starts."""
+def open_data(args, tokenizer, model):
+    """Returns the training pairs, and the validation pairs or None."""
     shards, val_shards = data.split_sides(data.expand(args.train_data))
+    size = model.config.image_size
+    pairs = data.Pairs(
+        shards,
+        tokenizer,
+        size,
+        captions=args.captions,
+        labels=args.label_captions,
+        seed=args.seed,
+        crop_area=args.crop_area,
+        patches=model.visual.grid**2,
+        patch_dropout=args.patch_dropout,
+    )
     if args.val_data is not None:
         val_shards = [] if args.val_data == ["none"] else data.expand(args.val_data)
     elif val_shards:
         print(f"validating on {len(val_shards):,} of the shards, by their names")
-    both = data.real_paths(shards) & data.real_paths(val_shards)
+    both = {*shards} & {*val_shards}
     if both:
         raise InputError(f"training and validation data share {min(both)}")
-
-    sources = (args.captions, args.label_captions)
-    pairs = data.Pairs(shards, tokenizer, image_size, *sources, args.seed, args.crop_area)
     val_captions = args.val_captions or args.captions
     val_pairs = None
     if val_shards:
-        val_pairs = data.Pairs(val_shards, tokenizer, image_size, val_captions)
+        val_pairs = data.Pairs(val_shards, tokenizer, size, val_captions)
     elif args.val_data is None and len(pairs) >= 200:
-        val_pairs = data.Pairs(shards, tokenizer, image_size, val_captions)
-        data.hold_out(pairs, val_pairs)
+        val_pairs = data.hold_out(pairs, val_captions)
         print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
-
-    if args.init_from is not None:
-        print_known_words(args, tokenizer, pairs)
-    if args.batch_size > len(pairs):
-        raise InputError(f"--batch_size is more than the {len(pairs):,} pairs")
-    for folder in args.zeroshot_data:
-        evaluation.ClassFolders(folder, image_size)  # it is scored later, but checked now
-    if val_pairs is not None and RANK == 0:
-        next(evaluation.batches(evaluation.ShardImages(val_pairs), 4, 0, "checking"))
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs, val_pairs
 
 
-def make_model(args, start_from, vocab_size, device):
-    """Returns a model on the device, new or that of a checkpoint (--resume, --init_from), and
-    whether its word head is new: one that the checkpoint does not have keeps its random weights."""
-    if start_from is None:
-        config = {**PRESETS[args.model], "vocab_size": vocab_size}
+def make_model(args, source, vocab_size, device):
+    """Returns a model on the device, and the names of the parameters that are new although there is
+    a source (--init_from): those that it lacks keep their random weights."""
+    if source is None:
+        config = {**PRESETS[args.model or "ViT-B-16"], "vocab_size": vocab_size}
     else:
-        config = dict(start_from["config"])
-    for name in FIELDS:
-        value = getattr(args, name, None)
+        config = dict(vars(source.config))
+    for field in fields(SuperCLIPConfig):  # an option of such a name sets it
+        value = getattr(args, field.name, None)
         if value is not None:
-            config[name] = value
+            config[field.name] = value
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
     except ValueError as error:
         raise InputError(str(error)) from error
+    new = []
+    if source is not None:
+        # not strict, because the head may be new, or not be wanted
+        new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
 
-    has_new_head = False
-    if start_from is not None:
-        weights = start_from.pop("model")  # popped, so that no copy is kept for the whole run
-        # Not strict: the head may be new, or not be wanted. read_checkpoint has checked the rest.
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-        has_new_head = len(missing) > 0
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
-
     model.visual.requires_grad_(args.freeze != "image")  # with its projection
     model.text.requires_grad_(args.freeze != "text")
-    model.visual.transformer.grad_checkpointing = args.grad_checkpointing
-    model.text.transformer.grad_checkpointing = args.grad_checkpointing
-    if wants_compile(args, device):
+    for tower in (model.visual, model.text):
+        tower.transformer.grad_checkpointing = args.grad_checkpointing
+        if args.compile:  # one by one, so that longer captions do not recompile the image tower
+            tower.compile()
+    if args.compile:
         # Older torch cannot split a compiled graph for several processes if blocks are recomputed.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
-        # one by one, so that captions of another length do not recompile the image tower
-        model.visual.compile()
-        model.text.compile()
         model.terms_of_each_pair = torch.compile(model.terms_of_each_pair)
-        model.terms_between_pairs = torch.compile(model.terms_between_pairs)
-    return model.to(device).train(), has_new_head
+    return model.to(device).train(), new
 
 
-def wants_compile(args, device):
-    """By default only CUDA compiles, and not on old GPUs, which cannot run what it makes."""
-    if args.compile is not None:
-        return args.compile
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def distribute(model):
-    """Returns a model that averages the gradients of all processes, or the same one if there is
-    only one process."""
-    if not dist.is_initialized():
-        return model
-    # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are not
-    # sent, because all processes count the same tokens.
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-    return DistributedDataParallel(model, **options)
-
-
-def make_optimizer(model, learning_rate, head_learning_rate, weight_decay):
+def make_optimizer(model, learning_rate, head_learning_rate, weight_decay, new=()):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    Each group keeps its peak rate, because the word head may have one of its own. By default it has
-    that of the rest."""
-    if head_learning_rate is None:
-        head_learning_rate = learning_rate
+    Each group keeps its peak rate. head_learning_rate is that of the word head and of the names in
+    `new`. None means the rate of the rest for the head, and NEW_LEARNING_RATE for the new."""
+    peaks = {"rest": learning_rate, "head": learning_rate, "new": NEW_LEARNING_RATE}
+    if head_learning_rate is not None:
+        peaks["head"] = head_learning_rate
+        peaks["new"] = head_learning_rate
+
+    def part(name):
+        if name in new:
+            return "new"
+        return "head" if name.startswith("head.") else "rest"
+
     groups = []
-    for in_head, peak in ((False, learning_rate), (True, head_learning_rate)):
-        params = [p for name, p in model.named_parameters() if name.startswith("head.") == in_head]
+    for this, peak in peaks.items():  # always six, because last.pt numbers parameters in this order
+        params = [p for name, p in model.named_parameters() if part(name) == this]
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
         groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]  # plain CLIP has no head
     # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-class Schedule(NamedTuple):
-    """The length of a run, and the distance between rows of the log, validations and saves, all in
-    steps."""
-
-    steps: int
-    warmup_steps: int
-    log_every: int
-    eval_every: int
-    save_every: int
-
-
-def make_schedule(args, n):
-    """Applies the rules that --help states to n pairs. Validations are at equal distances, so that
-    no two of them are close."""
-    steps = args.steps
-    if steps is None:
-        steps = max(1, round(args.epochs * (n // args.batch_size)))
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(1000, steps // 10)
-    validations = max(3, math.ceil(steps / 2000))
-    return Schedule(
-        steps,
-        warmup_steps,
-        args.log_every or max(1, min(20, steps // 20)),
-        args.eval_every or math.ceil(steps / validations),
-        args.save_every or steps,
-    )
+def set_lengths(args, n):
+    """Fills in the options whose defaults depend on the length of the run, for n pairs."""
+    if args.steps is None:
+        args.steps = max(1, round(args.epochs * (n // args.batch_size)))
+    if args.warmup_steps is None:
+        args.warmup_steps = min(1000, args.steps // 10)
+    if args.eval_every is None:
+        validations = max(3, math.ceil(args.steps / 2000))
+        args.eval_every = math.ceil(args.steps / validations)  # at equal distances
 
 
 # -----------------------------------------------------------------------------
-# The log
+# The folder of a run: last.pt, best.pt and log.jsonl
+
+
+def claim_folder(out_dir, resume):
+    """Locks --out_dir, because the run that was there before may still be saving. Raises InputError
+    if there is a run to be spared."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(out_dir)
+    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
+    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
+        raise InputError(f"{out_dir} holds a run: --resume its last.pt, or name another --out_dir")
 
 
 def commit():
-    """Returns which commit this code is of, or "" if git does not know."""
-    git = ["git", "describe", "--always", "--dirty"]
-    with suppress(OSError):  # git is not installed
-        answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return answer.stdout.strip()
-    return ""
+    """Which commit this code is of, or "" if git does not know."""
+    folder = quote(str(Path(__file__).parent))
+    return subprocess.getoutput(f"git -C {folder} describe --always --dirty 2> /dev/null")
 
 
-def describe(args, model, pairs, steps, dtype, device):
+def describe(args, model, pairs, val_pairs, dtype, device):
     """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
     device_name = f"{data.cores()} CPU cores"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
+    fingerprint = pairs.fingerprint
+    if val_pairs is not None:
+        fingerprint += f"-{val_pairs.fingerprint}"
     header = {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": model.config.vocab_size,
-        "steps": steps,
+        "steps": args.steps,
         "batch_size": args.batch_size,
         "processes": WORLD,
-        "dtype": dtype,
-        "torch": torch.__version__,
         "device": device_name,
+        "dtype": dtype,
+        "torch": str(torch.__version__),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": pairs.fingerprint,
+        "data_fingerprint": fingerprint,
     }
     print(", ".join(f"{name} {value}" for name, value in header.items()))
-    if pairs.unused:
-        print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
-    return {**header, "arguments": vars(args), "config": vars(model.config)}
+    more = {"command": sys.argv, "arguments": vars(args), "config": vars(model.config)}
+    return {**header, **more}
 
 
-def open_log(path):
-    """Opens log.jsonl to add to it. What is there already stays, if it is of this program."""
-    file = open(path, "a+", errors="replace")
-    file.seek(0)
-    first = file.readline().strip()
-    if first and not first.startswith('{"header"'):
-        raise InputError(f"{path} is not a log of this program: name another --out_dir")
-    if first:
-        file.write("\n")  # the last line may have been cut by a kill
-    return file
-
-
-class Log:
-    """The progress of a run: a bar on the terminal, and on rank 0 the file log.jsonl. The file has
-    a header, a row for each logged step and one for each validation. A resumed run adds another
-    header, and may log a step twice: the later row counts."""
-
-    def __init__(self, args, header, step):
-        self.header = header
-        self.first_step = step
-        self.bad_samples = 0
-        self.best_speed = 0.0  # images per second
-        self.slow_rows = 0  # one after the other
-        self.is_explained = False
-        self.file = None
-        self.wandb = None
-        if RANK == 0:
-            self.file = open_log(Path(args.out_dir, "log.jsonl"))
-            if args.wandb is not None:
-                self.wandb = optional("wandb").init(project=args.wandb, config=header)
-        # None: a bar if this is a terminal
-        self.bar = tqdm(total=header["steps"], initial=step, unit="step", disable=RANK > 0 or None)
-        self.write({"header": header, "step": step})
-
-    def begin_interval(self, step):
-        """The next row measures speed and waiting from here on."""
-        self.interval_step = step
-        self.interval_time = time.perf_counter()
-        self.waited = 0.0
-
-    def fetch(self, batches):
-        """Returns the next micro-batch. Measures the wait, and counts the bad samples in it."""
-        start = time.perf_counter()
-        batch, bad_samples = next(batches)
-        self.waited += time.perf_counter() - start
-        self.bad_samples += bad_samples
-        return batch
-
-    def training_row(self, step, losses, grad_norm, learning_rate, model):
-        """Returns the row of a step, which is the same on all processes. Bad samples are those
-        since the start or the resumption."""
-        N = self.header["batch_size"]
-        names = [name for name in losses if name == "loss" or name.endswith("_loss")]
-        values = [losses[name].detach() / WORLD for name in names]
-        bad_samples = torch.tensor(float(self.bad_samples), device=grad_norm.device)
-        sums = all_sum(torch.stack([*values, bad_samples])).tolist()
-        bad_samples = round(sums.pop())
-        # Each pair that was seen is good. So this is when more than half of all were bad.
-        seen = (step - self.first_step) * N
-        if bad_samples > seen:
-            raise InputError(f"more than half of the samples are bad: {bad_samples:,} so far")
-        seconds = time.perf_counter() - self.interval_time
-        speed = (step - self.interval_step) * N / seconds
-        return {
-            "step": step,
-            "samples": step * N,
-            **dict(zip(names, sums)),
-            "logit_scale": model.logit_scale.exp().item(),
-            "grad_norm": grad_norm.nan_to_num().item(),
-            "learning_rate": learning_rate,
-            "images_per_second": round(speed, 1),
-            "data_wait": round(self.waited / seconds, 3),
-            "bad_samples": bad_samples,
-            "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 without a GPU
-        }
-
-    def write(self, row):
-        """Adds a row to the file, and begins the interval that the next one measures."""
-        self.begin_interval(row["step"])
-        if self.file is None:
-            return
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        except OSError as error:  # a lost line is no reason to lose a run
-            tqdm.write(f"warning: cannot write the log: {error}")
-        if self.wandb is not None and "header" not in row:
-            self.wandb.log(row, step=row["step"])
-
-    def show(self, row):
-        """Prints a row of training, before it is written."""
-        losses = [
-            f"{name.removesuffix('_loss')} {value:.3f}"
-            for name, value in row.items()
-            if name.endswith("_loss")
-        ]
-        samples_left = (self.header["steps"] - row["step"]) * self.header["batch_size"]
-        left = timedelta(seconds=samples_left // max(row["images_per_second"], 0.1))
-        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-        tqdm.write(f"step {row['step']:6d}  {', '.join(losses)}, {speed}, {left} left")
-        if left.days > 0 and self.interval_step == self.first_step:
-            tqdm.write("A smaller --model or fewer --epochs take less time.")
-        self.explain_slowness(row)
-
-    def explain_slowness(self, row):
-        """Says why, once, if three rows in a row are below a third of the best speed."""
-        self.best_speed = max(self.best_speed, row["images_per_second"])
-        if row["images_per_second"] > self.best_speed / 3:
-            self.slow_rows = 0
-        else:
-            self.slow_rows += 1
-        if self.slow_rows < 3 or self.is_explained:
-            return
-        self.is_explained = True
-        if row["data_wait"] > 0.5:
-            tqdm.write("Slow, because it waits for data: more --workers may help.")
-        elif torch.get_num_threads() > 1:
-            tqdm.write("Slow, because another program computes, too, and threads wait for each")
-            tqdm.write("other. OMP_NUM_THREADS=1 is steadier on a CPU. (It changes the last bits.)")
-
-
-# -----------------------------------------------------------------------------
-# Validation
-
-
-def validate(model, tokenizer, pairs, args, step):
-    """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
-    Prints the scores, and the head's top words for two pictures. Returns the row of the log."""
-    row = {"step": step, "zeroshot": {}}
-    tqdm.write(f"\nvalidation after step {step}")
-    model.eval()
-    torch.compiler.set_stance("force_eager")  # other shapes and dtypes than in training
-    if pairs is not None:
-        features = evaluation.encode_shards(model, pairs, workers=args.workers)
-        row["validation"] = evaluation.retrieval(*features)
-        row["mean_r1"] = evaluation.mean_r1(row["validation"])
-        evaluation.print_retrieval(row["validation"])
-        # in groups as large as a batch, so that it compares with the loss in training
-        size = min(args.batch_size, len(features[0]))
-        loss = evaluation.loss_in_groups(model, *features, size)
-        row["val_group"] = size
-        row["val_contrastive_loss"] = loss
-        tqdm.write(
-            f"contrastive loss {loss:.3f} in groups of {size} (a guess: {math.log(size):.3f})"
-        )
-    for folder in args.zeroshot_data:
-        images = evaluation.ClassFolders(folder, model.config.image_size)
-        names = evaluation.class_names(images)
-        score = evaluation.zeroshot(model, tokenizer, images, names, workers=args.workers)["top1"]
-        tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
-        row["zeroshot"][folder] = score
-    if pairs is not None and model.head is not None:
-        images, captions = next(evaluation.batches(evaluation.ShardImages(pairs), 2, 0, "words"))
-        for texts, words in zip(captions, evaluation.top_words(model, tokenizer, images)):
-            found = ", ".join(word for word, _, _ in words)
-            tqdm.write(printable(f'"{texts[0]}": the head says {found}'))
-    torch.compiler.set_stance("default")
-    model.train()
-    return row
-
-
-# -----------------------------------------------------------------------------
-# The folder of a run
-
-
-def claim_folder(args):
-    """Locks --out_dir, before anything in it is read, because the run that was there before may
-    still be saving. Raises InputError if there is nothing to resume, or a run to be spared."""
-    out_dir = Path(args.out_dir)
-    path = out_dir / "last.pt"
-    if args.resume and args.train_data is None and not path.exists():
-        raise InputError(f"--resume: there is no {path}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock_folder(out_dir)
-    holds_run = any(out_dir.glob("*.pt"))
-    if holds_run and not args.resume:
-        raise InputError(f"{out_dir} holds a run: --resume it, or name another --out_dir")
-    # Where there is no checkpoint at all, a run was killed before its first save, and a scheduler
-    # that repeats its command with --resume starts it again.
-    if holds_run and not path.exists():
-        raise InputError(f"--resume: there is no {path}")
-    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
-        temporary.unlink()
-
-
-def save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
-    """Writes last.pt, from which --resume goes on. Returns whether that worked. Rank 0 does it."""
-    if RANK > 0:
-        return True
-    return evaluation.write_checkpoint(
-        Path(args.out_dir, "last.pt"),
-        model,
-        tokenizer.vocab,
-        optimizer=optimizer.state_dict(),
-        scaler=scaler.state_dict(),
-        step=step,
-        samples=step * args.batch_size,
-        arguments=vars(args),
-        data_fingerprint=pairs.fingerprint,
-    )
-
-
-def read_resumable(path):
-    """Returns what save_last has written. Raises InputError."""
+def resume(path, header, model, tokenizer, optimizer, scaler):
+    """Takes up the run that has written last.pt. Returns its step and its best mean R@1. Raises
+    InputError if it was another run than the one of this header."""
     saved = evaluation.read_checkpoint(path)
-    for name in ("optimizer", "scaler", "arguments"):
-        check(isinstance(saved.get(name), dict), f"{path} cannot be resumed: it has no {name}")
-    for name in FIELDS.intersection(saved["arguments"]):
-        value = saved["arguments"][name]
-        fits = value is None or value == saved["config"].get(name)
-        check(fits, f"{path} cannot be resumed: --{name} is not that of its model")
-    samples = saved.get("samples")
-    check(isinstance(samples, int) and samples >= 0, f"{path} cannot be resumed: no sample count")
-    return saved
-
-
-def resume(args, saved, pairs, optimizer, scaler):
-    """Takes up a saved run. Returns its step, counted in samples, so that a run may go on with
-    another batch size."""
-    if saved.get("data_fingerprint") != pairs.fingerprint:
-        reason = "--train_data, --val_data, or the shards themselves"
-        raise InputError(f"{args.out_dir} holds a run on other data ({reason}): start a new run")
-    moments = saved.pop("optimizer").get("state")  # popped, so that no copy is kept
-    evaluation.check_moments(f"{args.out_dir}/last.pt", moments, optimizer)
+    check(saved.keys() >= {"header", "optimizer"}, f"{path} is not the last.pt of a run")
+    before = saved["header"]["arguments"]
+    for name, value in header["arguments"].items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            was = before.get(name)
+            raise InputError(f"--resume: --{name} was {was} before, and is {value} now")
+    same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
+    check(same_data, f"--resume: --train_data or --val_data is not what {path} was trained on")
+    check(saved["vocab"] == tokenizer.vocab, f"--resume: {path} has another vocabulary (--vocab)")
+    model.load_state_dict(saved["model"])
     # The groups are ours, and not the file's, so that a given --learning_rate counts.
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    theirs = saved["scaler"]
-    ours = scaler.state_dict()
-    if theirs and ours:  # both are empty without float16
-        kinds = {name: type(x) for name, x in theirs.items()}
-        fits = kinds == {name: type(x) for name, x in ours.items()}
-        check(fits, f"{args.out_dir}/last.pt cannot be resumed: its scaler does not fit")
-        scaler.load_state_dict(theirs)
-    return saved["samples"] // args.batch_size
+    optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+    if saved["scaler"]:  # it is empty without float16
+        scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["best_r1"]
 
 
-def save_best(args, model, tokenizer, val_pairs, row):
-    """Writes best.pt. Returns whether that worked."""
-    return evaluation.write_checkpoint(
-        Path(args.out_dir, "best.pt"),
-        model,
-        tokenizer.vocab,
-        step=row["step"],
-        mean_r1=row["mean_r1"],
-        arguments=vars(args),
-        data_fingerprint=val_pairs.fingerprint,
-    )
-
-
-def read_best(args, val_pairs):
-    """Returns step and mean_r1 of best.pt, a dict, or None if there is none that compares: a score
-    on other validation data does not."""
-    path = Path(args.out_dir, "best.pt")
-    if val_pairs is None or not path.exists():
-        return None
-    content = evaluation.read_checkpoint(path)
-    if content.get("data_fingerprint") != val_pairs.fingerprint:
-        return None
-    return {"step": content["step"], "mean_r1": content["mean_r1"]}
-
-
-def was_validated(args, samples):
-    """Whether the log has a validation after so many samples. A run that was killed during one has
-    none."""
-    rows = evaluation.rows_in(args.out_dir)
-    return any(row["samples"] == samples and "zeroshot" in row for row in rows)
-
-
-def print_next(args, model, best, last):
-    """Says where the models are, and which commands come next. best, last: rows of validations, or
-    None without validation pairs."""
-    folder = quote(args.out_dir)
-    name = "last.pt" if best is None else "best.pt"
-    if last is not None:
-        print(f"\n{folder}/last.pt: step {last['step']}, mean R@1 {last['mean_r1']:.1%}")
-    if best is not None:
-        print(f"{folder}/best.pt: step {best['step']}, mean R@1 {best['mean_r1']:.1%}")
-    evaluation.print_overfitting(args.out_dir)
-    # Only shards of their own can be found again. Pairs that were held out cannot.
-    shards = " --data SHARDS" if args.val_data in (None, ["none"]) else ""
-    print("What the model has learned:")
-    print(f"  python -m scripts.report --checkpoint {folder}/{name} --out report.html{shards}")
-    if model.head is not None:
-        print(f"  python -m scripts.words --checkpoint {folder}/{name} --out words.png")
-    print(f"  python -m scripts.search --checkpoint {folder}/{name} TEXT{shards}")
-    print("The search is among validation pictures, or among yours with --images DIR.")
+def write_row(args, row):
+    """Adds a row to log.jsonl: a header at each start, the losses of a step, or a validation. A
+    resumed run may log a step twice: the later row counts."""
+    if RANK > 0:
+        return
+    with open(Path(args.out_dir, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+    if "loss" in row:
+        terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+        tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
 
 
 # -----------------------------------------------------------------------------
 # The run
 
 
-def train(args, saved):
-    """A run, from its first step or a checkpoint. Returns 0, or 128 and the number of a signal."""
+def validate(args, model, tokenizer, pairs, step):
+    """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
+    Returns the row of the log."""
+    row = {"step": step, "zeroshot": {}}
+    tqdm.write(f"\nvalidation after step {step}")
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
+        if pairs is not None:
+            # in groups as large as a batch, so that the loss compares with that in training
+            row |= evaluation.score_pairs(model, pairs, args.batch_size, workers=args.workers)
+        for folder in args.zeroshot_data:
+            scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
+            row["zeroshot"][folder] = scores["top1"]
+            name = f"zero-shot {Path(folder).name}"
+            tqdm.write(evaluation.format_score(name, scores["top1"]))
+    model.train()
+    return row
 
-    # ---- The device, and the batch: B pairs in this process, M of them at a time
-    device = set_up_device(args.device)
+
+def print_next(checkpoint, model, val_data):
+    """Says which commands come next."""
+    # Only shards of their own can be found again. Pairs that were held out cannot.
+    shards = " --data SHARDS" if val_data in (None, ["none"]) else ""
+    print("\nWhat the model has learned:")
+    print(f"  python -m scripts.report --checkpoint {checkpoint} --out report.html{shards}")
+    if model.head is not None:
+        print(f"  python -m scripts.words  --checkpoint {checkpoint} --out words.png")
+    print(f"  python -m scripts.search --checkpoint {checkpoint} TEXT{shards}")
+
+
+def train(args):
+    """A run, from its first step or last.pt. Returns 0, or 128 and the number of a signal."""
+
+    # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
+    device = set_up_device(args)
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
-    B = args.batch_size // WORLD
-    M = args.micro_batch_size or B
+    N = args.batch_size
+    B = N // WORLD
+    M = args.micro_batch_size or max(1, B)
+    is_whole = N % (WORLD * M) == 0
+    check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
     local = slice(RANK * B, (RANK + 1) * B)
-    check(args.batch_size % WORLD == 0, f"--batch_size is not divisible by {WORLD} processes")
-    check(B % M == 0, f"--micro_batch_size does not divide the {B} pairs of a process")
 
-    # ---- The tokenizer, the data, the model and its optimizer
+    # ---- The tokenizer, the model, the data and the optimizer
     if LOCAL_RANK > 0:
         wait_for_all()  # One process of a machine draws and indexes. The others find it done.
-    start_from, tokenizer = read_start(args, saved)  # a checkpoint or None
-    model, has_new_head = make_model(args, start_from, tokenizer.vocab_size, device)
+    source, tokenizer = read_start(args)
+    model, new = make_model(args, source, tokenizer.vocab_size, device)
+    del source  # or its weights would stay for the whole run
     tokenizer.context_length = model.config.context_length
-    pairs, val_pairs = open_data(args, tokenizer, model.config.image_size)
+    pairs, val_pairs = open_data(args, tokenizer, model)
     if LOCAL_RANK == 0:
         wait_for_all()
-    if has_new_head and args.head_learning_rate is None:
-        args.head_learning_rate = 5e-4  # it knows nothing yet; saved with the options, for --resume
+    set_lengths(args, len(pairs))
     optimizer = make_optimizer(
-        model, args.learning_rate, args.head_learning_rate, args.weight_decay
+        model, args.learning_rate, args.head_learning_rate, args.weight_decay, new
     )
-    ddp_model = distribute(model) if M == B else model  # grad_cache_step averages by itself
+    ddp_model = model
+    if WORLD > 1 and M == B:  # grad_cache_step averages by itself
+        # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are
+        # not sent, because all processes count the same tokens.
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        ddp_model = DistributedDataParallel(model, **options)
 
     # ---- Where the run stands
-    plan = make_schedule(args, len(pairs))
+    header = describe(args, model, pairs, val_pairs, dtype, device)
     start = 0
-    scores_start = args.init_from is not None  # before training can harm such a model
-    if saved is not None:
-        start = resume(args, saved, pairs, optimizer, scaler)
-        scores_start = not was_validated(args, saved["samples"])
-    check(start <= plan.steps, f"--resume: step {start} is past --steps {plan.steps}")
-    check_processes_agree(vars(args), pairs.fingerprint, start)
-    batches = load_batches(args, pairs, model.visual.grid, local, M, start, plan.steps, device)
-    log = Log(args, describe(args, model, pairs, plan.steps, dtype, device), start)
+    best_r1 = 0.0
+    last = Path(args.out_dir, "last.pt")
+    best = Path(args.out_dir, "best.pt")
+    if last.exists():
+        start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
+        if best.exists():  # last.pt is saved before the validation of its step, best.pt after it
+            best_r1 = max(best_r1, evaluation.read_checkpoint(best)["best_r1"])
+    check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
+    check(start <= args.steps, f"--resume: step {start} is past --steps {args.steps}")
+    write_row(args, {"header": header, "step": start})
+    batches = data.load_batches(pairs, N, local, M, start, args.steps, args.workers, device)
+
+    def save(name, **more):
+        path = Path(args.out_dir, name)
+        facts = {"header": header, "step": step, "best_r1": best_r1}
+        evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
+
     stop = StopSignal()
-    best = read_best(args, val_pairs)  # the validation of best.pt
-    last = None  # and that of last.pt
-    step = start
-    saved_step = start
-    if scores_start and start == 0:
-        saved_step = -1  # what --init_from brings is saved, too
     saved_time = time.monotonic()
+    images, seconds, waited = 0, 0.0, 0.0  # since the last row
 
-    try:
-        while True:
-            is_last = step == plan.steps
-            eval_due = is_last or step % plan.eval_every == 0
-            if step == start and not scores_start:
-                eval_due = False
+    # disable: only rank 0 has a bar, and only on a terminal (None)
+    steps = range(start, args.steps + 1)
+    for step in tqdm(steps, total=args.steps, initial=start, unit="step", disable=RANK > 0 or None):
+        stop_number = stop.agreed()
+        eval_due = step % args.eval_every == 0 or step == args.steps
 
-            # 1. Save first, so that nothing is lost whatever happens to the validation. Rank 0 also
-            # saves after 15 minutes: if another process has died, the next step never ends for it.
-            save_due = eval_due or step % plan.save_every == 0
-            if RANK == 0 and time.monotonic() > saved_time + 15 * 60:
-                save_due = True
-            if save_due and step > saved_step:
-                if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
-                    saved_step = step
-                saved_time = time.monotonic()
-                log.begin_interval(step)
+        # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
+        save_due = eval_due or stop_number > 0 or time.monotonic() > saved_time + 600
+        if RANK == 0 and save_due and step > start:
+            save("last.pt", optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
+            saved_time = time.monotonic()
 
-            # 2. Validate. Rank 0 does it, and the others wait at 3.
-            validates = RANK == 0 and (val_pairs is not None or args.zeroshot_data)
-            if validates and eval_due and (is_last or stop.number == 0):
-                row = validate(model, tokenizer, val_pairs, args, step)
-                if val_pairs is not None:
-                    last = row
-                    if best is None or row["mean_r1"] >= best["mean_r1"]:
-                        if save_best(args, model, tokenizer, val_pairs, row):
-                            best = row
-                log.write(row)  # after best.pt, because --resume repeats what is not in the log
+        # 2. Validate. Rank 0 does it, and the others wait for its features in the next step.
+        if RANK == 0 and eval_due and stop_number == 0:
+            row = validate(args, model, tokenizer, val_pairs, step)
+            write_row(args, row)
+            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is the best
+            if mean_r1 >= best_r1:
+                best_r1 = mean_r1
+                if step > 0:  # what a run begins with is only the bar
+                    save("best.pt")
 
-            # 3. Leave together, or some would wait for the features of the others for ever.
-            stop_number = stop.agreed()
-            if is_last or stop_number > 0:
-                break
+        # 3. Leave together, or some would wait for the features of the others for ever.
+        if step == args.steps or stop_number > 0:
+            break
 
-            # 4. The losses and their gradient
-            if M < B:
-                micro_batches = (log.fetch(batches) for _ in range(B // M))
-                losses = grad_cache_step(model, micro_batches, autocast, scaler)
-            else:
-                losses = plain_step(ddp_model, log.fetch(batches), autocast, scaler)
+        # 4. The losses and their gradient
+        start_time = time.perf_counter()
+        micro_batches = next(batches)
+        waited += time.perf_counter() - start_time
+        if M < B:
+            losses = grad_cache_step(model, micro_batches, autocast, scaler)
+        else:
+            losses = plain_step(ddp_model, micro_batches[0], autocast, scaler)
 
-            # 5. The update
-            factor = learning_rate_factor(step, plan.warmup_steps, plan.steps)
-            grad_norm = update(model, optimizer, scaler, factor)
-            step += 1
+        # 5. The update
+        factor = learning_rate_factor(step, args.warmup_steps, args.steps)
+        grad_norm = update(model, optimizer, scaler, factor)
 
-            # 6. The log, at a few steps only, because to read the losses is to wait for the device
-            log.bar.update()
-            if step % plan.log_every == 0 or step % plan.eval_every == 0 or step == plan.steps:
-                rate = args.learning_rate * factor
-                row = log.training_row(step, losses, grad_norm, rate, model)
-                if not math.isfinite(row["loss"]):
-                    raise InputError(f"the loss is {row['loss']}: {evaluation.DIVERGED}")
-                log.show(row)
-                log.write(row)
-    finally:
-        # Whatever has ended the loop, the last whole step is sound. After an error within a step,
-        # only the token counts may be one batch ahead.
-        log.bar.close()
-        if step > saved_step:
-            if save_last(args, model, tokenizer, optimizer, scaler, pairs, step):
-                saved_step = step
-        if step < plan.steps and Path(args.out_dir, "last.pt").exists():
-            print(f"stopped after step {step}. To go on, give the same command with --resume")
+        # 6. The log, at a few steps only, because to read the losses is to wait for the device
+        done = step + 1
+        log_due = done % args.log_every == 0 or done == args.steps
+        if log_due:
+            losses = mean_losses(losses)
+        seconds += time.perf_counter() - start_time
+        images += N
+        if log_due:
+            check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
+            row = {
+                "step": done,
+                **losses,
+                "logit_scale": model.logit_scale.exp().item(),
+                "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
+                "learning_rate": args.learning_rate * factor,
+                "images_per_second": round(images / seconds, 1),
+                "data_wait": round(waited / seconds, 3),
+                "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
+            }
+            write_row(args, row)
+            images, seconds, waited = 0, 0.0, 0.0
 
-    check(step == saved_step, f"step {step} was the last, but last.pt could not be written")
     wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
-    if step < plan.steps:
+    if stop_number > 0:
+        print(f"stopped after step {step}: to go on, give the same command with --resume")
         return 128 + stop_number
-    print_next(args, model, best, last)
+    if not best.exists():
+        print("No validation was as good as the one before training, so there is no best.pt.")
+    print_next(quote(str(best if best.exists() else last)), model, args.val_data)
     return 0
 
 
 def main(argv):
-    outlive_readers()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    given = make_parser().parse_args(argv)  # a mistake ends the run before the processes meet
-    try:
+    args = parse(argv)
+    if RANK == 0:
+        claim_folder(Path(args.out_dir), args.resume)
+    if WORLD > 1:
         join_processes()
-        if RANK == 0:
-            claim_folder(given)
-        wait_for_all()
-        args, saved = parse(argv)
-        exit_code = train(args, saved)
-    except RuntimeError as error:  # torch has no classes for these errors, so their text must tell
-        if "by peer" in str(error):
-            raise InputError("stopped because another process has ended") from error
-        if " compiler" in str(error):
-            raise InputError("torch.compile needs a C++ compiler: --no-compile") from error
-        raise
-    finally:
-        unlock_folders()
-    if dist.is_initialized():
+    exit_code = train(args)
+    if WORLD > 1:
         dist.destroy_process_group()
     return exit_code
 

@@ -14,6 +14,7 @@ Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G pa
 import base64
 import io
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -33,8 +34,8 @@ from cli import (
     run_command,
     write_file,
 )
-from scripts.pictures import validation_of
 from scripts.show import label_of
+from scripts.words import default_window, word_maps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
@@ -63,15 +64,66 @@ def rounded(x, digits=4):
 # The run, from its log
 
 
-def training_seconds(training):
+def read_log(path):
+    """A log.jsonl -> the last header in it, and the list of rows that count.
+
+    A run that is resumed adds a header, with the step from which it goes on. What the attempt
+    before it has logged beyond that is no part of the run. Raises InputError.
+    """
+    header = None
+    rows = []
+    try:
+        for line in Path(path).read_text("utf-8").splitlines():
+            row = json.loads(line)
+            if "header" in row:
+                header = row["header"]
+                rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+            else:
+                rows.append(row)
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is not a log of train.py: {error!r}") from error
+    check(header is not None, f"{path} is not a log of train.py: it has no header")
+    return header, rows
+
+
+def overfitting(rows):
+    """Rows of a log -> a sentence if the model learns its training pairs
+    by heart, else None: if it beats a guess in training, but not among validation pairs, or if the
+    loss fell in training, but rose in the last two validations."""
+    training = []  # the contrastive loss at each validation
+    validation = []
+    loss = math.inf
+    guess = math.inf
+    for row in rows:
+        loss = row.get("contrastive_loss", loss)
+        if "val_contrastive_loss" in row:
+            training.append(loss)
+            validation.append(row["val_contrastive_loss"])
+            guess = math.log(row["val_group"])
+    reason = None
+    if validation and training[-1] < guess < validation[-1]:
+        reason = "the loss of validation pairs is above a guess's: too sure where it is wrong"
+    elif len(validation) > 2:
+        before, middle, last = validation[-3:]
+        if before < middle < last and training[-1] < training[-3]:
+            reason = "the contrastive loss falls in training, and rises among validation pairs"
+    if reason is None:
+        return None
+    return (
+        f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from. "
+        "To search few pictures, published weights may be better without any training."
+    )
+
+
+def training_seconds(training, batch_size):
     """How long the steps of these rows took. Each row gives the speed since the row before it, in
     which validations are left out."""
     seconds = 0.0
     before = 0
     for row in training:
         speed = max(row["images_per_second"], 0.1)
-        seconds += (row["samples"] - before) / speed
-        before = row["samples"]
+        seconds += (row["step"] - before) * batch_size / speed
+        before = row["step"]
     return seconds
 
 
@@ -104,12 +156,12 @@ def summarise(header, rows):
     r1 = []
     groups = []
     for row in training:
-        step = row["samples"] // batch_size  # in steps of the last header, if they have changed
+        step = row["step"]
         for name in row:
             if name.endswith("_loss"):
                 losses.setdefault(name, []).append([step, row[name]])
     for row in validations:
-        step = row["samples"] // batch_size
+        step = row["step"]
         if "mean_r1" in row:
             r1.append([step, row["mean_r1"]])
         if "val_contrastive_loss" in row:
@@ -117,12 +169,12 @@ def summarise(header, rows):
     last = validations[-1] if validations else {}
     return {
         "header": {key: header[key] for key in HEADER},
-        "seconds": round(training_seconds(training)),
+        "seconds": round(training_seconds(training, batch_size)),
         "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
         "validations": r1,
         "validation_losses": groups,
         "group": last.get("val_group"),
-        "overfitting": evaluation.overfitting(rows),
+        "overfitting": overfitting(rows),
         "step": last.get("step"),
         "scores": scores_of(last),
     }
@@ -130,7 +182,7 @@ def summarise(header, rows):
 
 def read_run(path):
     """A log.jsonl -> what the page shows of it. Raises InputError."""
-    header, rows = evaluation.read_log(path)
+    header, rows = read_log(path)
     try:
         return summarise(header, rows)
     except (LookupError, TypeError, AttributeError, ArithmeticError):
@@ -170,13 +222,13 @@ def shortened(text):
 
 def words_of(model, tokenizer, image, captions):
     """The head's top words for an image (3, S, S): word, probability, whether one of the captions
-    has it, and its map (G, G) in nats (see eval.word_maps)."""
+    has it, and its map (G, G) in nats (see scripts.words)."""
     words = evaluation.top_words(model, tokenizer, image[None], WORDS)[0]
     said = set()
     for caption in captions:
         said.update(tokenizer.encode(caption))
     ids = [i for _, _, i in words]
-    _, maps = evaluation.word_maps(model, image, ids, evaluation.default_window(model))
+    _, maps = word_maps(model, image, ids, default_window(model))
     return [
         {"word": word, "probability": p, "said": i in said, "map": rounded(word_map, 3)}
         for (word, p, i), word_map in zip(words, maps)
@@ -225,7 +277,7 @@ def examine(model, tokenizer, pairs, n):
     recall = evaluation.retrieval(image_features, text_features, owner)["text_to_image"]["R@1"]
     shown = spread(owner.tolist(), n)
     found = searches(similarity.T)
-    window = evaluation.default_window(model)
+    window = default_window(model)
     has_maps = model.head is not None and window < model.visual.grid
 
     pictures = [{"number": i, "captions": shortened(" · ".join(captions[i]))} for i in shown]
@@ -320,7 +372,7 @@ def main(argv):
         log = Path(args.log)
     elif not log.is_file():
         log = None
-    shards, captions = validation_of(args.checkpoint)
+    shards, captions = evaluation.validation_of(args.checkpoint)
     shards = args.data or shards
     captions = args.captions or captions
     check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")

@@ -32,19 +32,37 @@ import itertools
 import json
 import math
 import random
-import shutil
 import tarfile
 import tempfile
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cli import InputError, check, lock_folder, make_parser, run_command
-from data import add_member, process_pool, words_to_tiktoken
+from cli import check, make_parser, number, run_command
+from data import add_member, cores, words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
+
+# The options of a bare `python train.py`, which were chosen together.
+OPTIONS = {
+    "train_data": ["scenes/train-*.tar"],
+    "val_data": ["scenes/val-*.tar"],
+    "zeroshot_data": [
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "weight_decay": 0.1,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+}
 
 # No two colours share a name, so that a word tells whether it means a cloth, a border or an object.
 CLOTHS = {
@@ -236,11 +254,11 @@ def draw_object(thing, width, height, line):
     return sheet, mask
 
 
-def jpeg(scene):
-    """The scene as the bytes of a JPEG file."""
+def jpeg(picture):
+    """A picture as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     # Full chroma (subsampling 0), because lines are one or two pixels wide.
-    draw(scene).save(buffer, "JPEG", quality=90, subsampling=0)
+    picture.save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
 
@@ -257,13 +275,24 @@ def vocabulary():
     return words_to_tiktoken(sorted(names | {*WORDS}))
 
 
-def make_samples(split, numbers, settings):
-    """Yield (number, scene, short caption, long caption) of each sample. It has random numbers of
-    its own, so that it is the same whichever process draws it."""
+def some_settings(n, seed):
+    """So many of the settings, in the order of all of them."""
+    chosen = random.Random(seed).sample(SETTINGS, n)
+    return [setting for setting in SETTINGS if setting in chosen]
+
+
+def generator(what, seed):
+    """The random numbers of one picture, by a text that names it. Each has its own, so that it is
+    the same whichever process draws it. With another seed all pictures are others."""
+    return random.Random(what if seed == 0 else f"{what} of world {seed}")
+
+
+def make_samples(split, numbers, settings=SETTINGS, seed=0):
+    """Yield (number, scene, short caption, long caption) of each sample."""
     combinations = SEEN if split == "train" else COMBINATIONS
     seen = set()
     for i in numbers:
-        rng = random.Random(f"{split} {i}")
+        rng = generator(f"{split} {i}", seed)
         scene = make_scene(rng, combinations, settings=settings)
         # In validation each long caption describes one picture only, so that R@1 can be 100 %.
         while split == "val" and facts(scene) in seen:
@@ -280,18 +309,18 @@ def facts(scene):
     return scene["cloth"], scene["pattern"], scene["border"], *objects
 
 
-def write_shard(task, folder, settings):
+def write_shard(task, folder, settings, seed):
     """Write one tar. task: its name, its split, and the numbers of its samples."""
     name, split, numbers = task
     with tarfile.open(folder / name, "w") as tar:
-        for i, scene, short, long in make_samples(split, numbers, settings):
+        for i, scene, short, long in make_samples(split, numbers, settings, seed):
             fields = {"short": short, "long": long, "scene": scene}
-            add_member(tar, f"{i:08d}.jpg", jpeg(scene))
+            add_member(tar, f"{i:08d}.jpg", jpeg(draw(scene)))
             add_member(tar, f"{i:08d}.txt", short.encode())
             add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
 
 
-def write_class(folder, kind, name, looks, n):
+def write_class(folder, kind, name, looks, n, settings, seed):
     """A folder with n pictures of single objects that have one of these looks, in turn. Without
     looks it stays empty."""
     folder = folder / "zeroshot" / kind / name
@@ -299,70 +328,58 @@ def write_class(folder, kind, name, looks, n):
     if not looks:
         return
     for i in range(n):
-        rng = random.Random(f"{kind} {name} {i}")
-        scene = make_scene(rng, [looks[i % len(looks)]], count=1)
-        (folder / f"{i:03d}.jpg").write_bytes(jpeg(scene))
+        rng = generator(f"{kind} {name} {i}", seed)
+        scene = make_scene(rng, [looks[i % len(looks)]], 1, settings)
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(draw(scene)))
 
 
-def write_classes(folder):
+def write_classes(folder, settings, seed):
     """Folders of single objects for zero-shot classification. In held_out, only the combinations
     that training never shows have pictures. The 56 other folders are empty, because a
     name alone is a class that a picture can be mistaken for."""
+    write = functools.partial(write_class, folder, settings=settings, seed=seed)
     for colour in COLOURS:
-        write_class(
-            folder, "colour", colour, [look for look in COMBINATIONS if look[0] == colour], 40
-        )
+        write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], 40)
     for shape in SHAPES:
-        write_class(folder, "shape", shape, [look for look in COMBINATIONS if look[1] == shape], 40)
+        write("shape", shape, [look for look in COMBINATIONS if look[1] == shape], 40)
     for look in COMBINATIONS:
-        write_class(folder, "colour_shape", " ".join(look), [look], 10)
-        looks = [look] if look in HELD_OUT else []
-        write_class(folder, "held_out", " ".join(look), looks, 40)
+        write("colour_shape", " ".join(look), [look], 10)
+        write("held_out", " ".join(look), [look] if look in HELD_OUT else [], 40)
 
 
-def remove_remains(parent):
-    """Remove what runs that were killed while they drew have left. The others hold a lock."""
-    for folder in parent.glob(".scenes-*"):
-        with suppress(InputError, OSError):  # another run draws into it, or has just removed it
-            if lock_folder(folder, seconds=0):
-                shutil.rmtree(folder)
-
-
-def make_scenes(out_dir, train=20_000, val=1_000, settings=SETTINGS, per_shard=1_000):
-    """Draw the data set into `out_dir`, which appears complete or not at all. train, val: numbers
-    of samples; settings: those that may occur; per_shard: training samples in a shard."""
+def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
+    """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
+    samples; settings: how many of them may occur; seed: each draws a world of its own."""
     out_dir = Path(out_dir).absolute()
     check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
-    check(val <= 1000 * len(settings), "so many different scenes need more settings")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    remove_remains(out_dir.parent)
     tasks = [("val-00000.tar", "val", range(val))]
-    for k, start in enumerate(range(0, train, per_shard)):
-        numbers = range(start, min(start + per_shard, train))
+    for k, start in enumerate(range(0, train, 1000)):
+        numbers = range(start, min(start + 1000, train))
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
     with tempfile.TemporaryDirectory(prefix=".scenes-", dir=out_dir.parent) as temporary:
-        lock_folder(temporary)
         folder = Path(temporary, "scenes")
         folder.mkdir()
         (folder / "vocab.tiktoken").write_text(vocabulary())
-        write = functools.partial(write_shard, folder=folder, settings=settings)
-        with process_pool(len(tasks)) as pool:
-            classes = pool.submit(write_classes, folder)
+        world = {"settings": some_settings(settings, seed), "seed": seed}
+        write = functools.partial(write_shard, folder=folder, **world)
+        with ProcessPoolExecutor(cores()) as pool:
+            classes = pool.submit(write_classes, folder, **world)
             shards = pool.map(write, tasks)
             list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
             classes.result()  # raises what went wrong in there
-        try:
-            folder.rename(out_dir)
-        except OSError:
-            # Another run that started with this one may have been faster. Its scenes are the same.
-            if not out_dir.exists():
-                raise
+        folder.rename(out_dir)
 
 
 def main(argv):
     parser = make_parser("Draw scenes as shards.")
-    parser.add_argument("--out", default="scenes", help="folder to make (default scenes)")
-    make_scenes(parser.parse_args(argv).out)
+    add = parser.add_argument
+    add("--out", default="scenes", help="folder to make (default scenes)")
+    add("--seed", type=number(int, 0), default=0, help="of the drawing (default 0)")
+    n = len(SETTINGS)
+    add("--settings", type=number(int, 1, n), default=n, help=f"that may occur (default {n})")
+    args = parser.parse_args(argv)
+    make_scenes(args.out, settings=args.settings, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from cli import (
     write_json,
 )
 from scripts import scenes
-from scripts.pictures import contact_sheet, image_files, picture_file, validation_of
+from scripts.pictures import contact_sheet, image_files, picture_file
 
 # A picture to look at: its full name, a short title, and its pixels (3, S, S), or, as a string, the
 # reason why it cannot be read
@@ -84,7 +84,7 @@ def find_pictures(args, files, tokenizer, size):
     pictures of the run, or scenes. Raises InputError."""
     if files or args.data:
         return pictures_of_files(files, size)
-    shards, captions = validation_of(args.checkpoint)
+    shards, captions = evaluation.validation_of(args.checkpoint)
     if shards:
         return pictures_of_run(shards, captions, tokenizer, size)
     if tokenizer.vocab == scenes.vocabulary():
@@ -112,6 +112,47 @@ def probabilities_of(model, image, id_of):
     logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
     probabilities = logits.softmax(dim=0)
     return [(word, probabilities[i].item(), i) for word, i in id_of.items()]
+
+
+# -----------------------------------------------------------------------------
+# Maps: where is a word?
+
+
+def default_window(model):
+    """Patches a side that word_maps leaves out: a quarter of the image, about as much as an object
+    takes."""
+    return max(1, round(model.visual.grid / 4))
+
+
+@torch.no_grad()
+def word_maps(model, image, ids, window, batch_size=64):
+    """Where an image (3, S, S) shows each of K tokens (a list of ids).
+
+    Returns falls (K, W): by how much the word's log-probability falls, in nats, when one of the W
+    windows of window x window patches is left out; and maps (K, grid, grid): for each patch the
+    mean over its windows.
+
+    Why by leaving out? The head is linear on the mean of the patch tokens, so its logit also splits
+    exactly into one part per token. But attention has mixed the patches by then, and those parts
+    light up the background as much as the object. A window that is left out is simply missing.
+    """
+    grid = model.visual.grid
+    # Row i of a band matrix: the patches of the i-th window along one side. A square is the product
+    # of two sides, and kron multiplies every row with every row.
+    side = torch.ones(grid - window + 1, grid).triu().tril(window - 1)
+    inside = torch.kron(side, side)  # (W, P): 1 for the patches of a window
+    outside = [(row == 0).nonzero().flatten() for row in inside]
+    keep = torch.stack(outside).to(evaluation.device_of(model))
+
+    image = image[None].to(evaluation.device_of(model))
+
+    def log_probability(keep, n):
+        logits = model.class_logits(image.expand(n, -1, -1, -1), keep)
+        return logits.log_softmax(dim=-1)[:, ids]
+
+    without = torch.cat([log_probability(k, len(k)) for k in keep.split(batch_size)])  # (W, K)
+    falls = (log_probability(None, 1) - without).T.cpu()  # (K, W)
+    return falls, (falls @ inside / inside.sum(dim=0)).unflatten(1, (grid, grid))
 
 
 # -----------------------------------------------------------------------------
@@ -160,7 +201,7 @@ def localisation(model, pictures, window):
         if not words:
             continue
         ids = [i for i, _ in words]
-        falls, _ = evaluation.word_maps(model, image, ids, window)  # (K, W)
+        falls, _ = word_maps(model, image, ids, window)  # (K, W)
         on_thing = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
         is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # never if the model is NaN
         right = (on_thing & is_largest).sum(dim=1)
@@ -249,7 +290,7 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
         found[name] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(to_draw) < MAX_IMAGES:
             ids = [i for _, _, i in words]
-            _, maps = evaluation.word_maps(model, image, ids, window)
+            _, maps = word_maps(model, image, ids, window)
             to_draw.append((title, image, words, maps))
     if reason and not found:
         raise InputError(f"none of the images can be read: {reason}")
@@ -266,7 +307,7 @@ def main(argv):
     grid = model.visual.grid
     size = model.config.image_size
     id_of = ids_of_words(tokenizer, args.word)
-    window = args.window or evaluation.default_window(model)
+    window = args.window or default_window(model)
     check(window < grid, f"--window must be from 1 to {grid - 1}: there are {grid} patches a side")
 
     result = {}
