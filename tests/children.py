@@ -10,25 +10,20 @@ import itertools
 import multiprocessing
 import os
 import pkgutil
-import resource
-import shutil
-import signal
 import socket
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import superclip
-from cli import InputError, run_command
-from scripts import pack
+from cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # What the server imports. train.py is imported anew in each process, which reads its rank there.
-PRELOAD = ["torch._dynamo.testing", "pytest", "scripts.pack", "scripts.scenes", "scripts.search"]
+PRELOAD = ["torch._dynamo.testing", "scripts.scenes", "scripts.search", "eval", "pytest"]
 
 
 class Children:
@@ -39,13 +34,9 @@ class Children:
         self.preset = preset
         self.started = []
 
-    def train(self, options, *preparations):
-        """Starts `python train.py`, as start does."""
-        return self.start("train", options, *preparations)
-
     def start(self, module, options, *preparations):
         """Starts `python -m MODULE` with these options, after the preparations, which are functions
-        of this module. What it prints goes to process.output, a file."""
+        that can be pickled. What it prints goes to process.output, a file."""
         output = self.folder / f"output-{len(self.started)}.txt"
         argv = [module, *map(str, options)]
         process = CONTEXT.Process(target=run, args=(argv, self.preset, output, preparations))
@@ -60,10 +51,9 @@ class Children:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        become_first = partial(become_rank, 0, port)
+        first = self.start("train", options, partial(become_rank, 0, port), *preparations)
         become_second = partial(become_rank, 1, port)
-        first = self.train(options, become_first, *preparations)
-        second = self.train(other_options or options, become_second, *other_preparations)
+        second = self.start("train", other_options or options, become_second, *other_preparations)
         return first, second
 
     def end(self):
@@ -92,8 +82,9 @@ def run(argv, preset, output, preparations):
     superclip.PRESETS["tiny"] = preset
     for prepare in preparations:
         prepare()
-    sys.stdout = open(1, "w", closefd=False)  # the objects of the server were for other files
-    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    # the objects of the server were for other files
+    sys.__stdout__ = sys.stdout = open(1, "w", closefd=False)
+    sys.__stderr__ = sys.stderr = open(2, "w", closefd=False)
     sys.argv = argv
     run_command(importlib.import_module(argv[0]).main)
 
@@ -134,6 +125,11 @@ def in_step(number, act):
     return before("superclip.SuperCLIP.forward", number, act)
 
 
+def receive(number):
+    """The process and all that it has started get a signal, as from a terminal or a scheduler."""
+    return partial(os.killpg, 0, number)
+
+
 def lose_readers(*files):
     """Nobody reads standard output (1) or standard error (2) any more."""
     return partial(break_pipes, files)
@@ -144,82 +140,3 @@ def break_pipes(files):
     os.close(reading)
     for file in files:
         os.dup2(writing, file)
-
-
-def ignoring(number):
-    """A signal is ignored from the start, as nohup does it."""
-    return partial(signal.signal, number, signal.SIG_IGN)
-
-
-def with_files_up_to(size):
-    """Files of more bytes cannot be written, as on a full disk."""
-    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-
-
-def in_folder(path):
-    return partial(os.chdir, path)
-
-
-def at_known_speed():
-    """scripts/pack.py has measured how fast the machine is, which takes seconds."""
-    pack.measure_speed = lambda device, dtype: 1e11
-
-
-# ---- what may happen
-
-
-def receive(*numbers):
-    """The process gets these signals."""
-    return partial(send, os.kill, numbers)
-
-
-def group_receives(*numbers):
-    """The process and all that it has started get these signals."""
-    return partial(send, os.killpg, numbers)
-
-
-def send(kill, numbers):
-    for number in numbers:
-        kill(os.getpid(), number)
-
-
-def kill_a_loader():
-    """One of the loading processes is killed, as by the kernel when memory is short."""
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-
-def fail():
-    """Something that the user can mend is wrong."""
-    raise InputError("out of memory, say")
-
-
-def check_loaders_live():
-    time.sleep(0.2)
-    assert multiprocessing.active_children(), "the loading processes have ended"
-
-
-def remove(folder):
-    return partial(shutil.rmtree, folder)
-
-
-def sleep(seconds):
-    return partial(time.sleep, seconds)
-
-
-def clock_jumps(seconds):
-    """The monotonic clock goes forward."""
-    return partial(shift_clock, seconds)
-
-
-def shift_clock(seconds):
-    clock = time.monotonic
-    time.monotonic = lambda: clock() + seconds
-
-
-def one_after_another(*acts):
-    return partial(run_all, acts)
-
-
-def run_all(acts):
-    for act in acts:
-        act()

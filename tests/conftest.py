@@ -1,11 +1,10 @@
 """What all tests share: one thread, a fixed seed, a cache of their own.
 
 This folder proves what superclip.py, train.py, data.py and eval.py promise. Read it in the order of
-the method: test_loss, test_no_dense_label, test_model, test_authors; one step, test_step and
-test_update; the data, test_tokenizer, test_index, test_images, test_data, test_workers; a model and
-its scores, test_checkpoint, test_eval, test_intervals, test_unknown_words; then whole runs, from
-test_run to test_processes, and test_gpu. commands/ and pages/ hold the audits of scripts/, study/,
-the README and docs/.
+the method: test_loss, test_model, test_authors; one step, test_step and test_update; the data,
+test_tokenizer, test_index, test_images, test_data; a model and its scores, test_checkpoint and
+test_eval; then whole runs, from test_run to test_processes, and test_gpu. commands/ and pages/ hold
+the tests of scripts/, study/, the README and docs/.
 """
 
 import gc
@@ -19,8 +18,15 @@ import numpy as np
 import pytest
 import torch
 from children import PRELOAD, ROOT, Children
-from material import COLOURS, TINY, make_model, png, write_checkpoint
-from runs import short_run, write_shards
+from material import (
+    COLOURS,
+    TINY,
+    make_model,
+    png,
+    short_run,
+    write_checkpoint,
+    write_shards,
+)
 
 import train
 from scripts import scenes
@@ -33,8 +39,12 @@ gc.freeze()  # a search for garbage skips the half a million objects that were i
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The index cache of shards goes to a temporary folder, never into the user's home."""
+    """The index cache of shards goes to a temporary folder, never into the user's home. At the end,
+    loading processes of runs that have failed are killed, because they ignore other signals."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +97,6 @@ def whole_run(shards, tmp_path_factory):
         patch.setitem(PRESETS, "tiny", TINY)
         train.main(short_run(shards, out))
     return out
-
-
-@pytest.fixture
-def copied_run(whole_run, tmp_path):
-    return shutil.copytree(whole_run, tmp_path / "copied")
 
 
 @pytest.fixture(scope="session")

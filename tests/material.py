@@ -1,22 +1,22 @@
-"""What several test files are made of: small models, small pictures, small shards."""
+"""What several test files are made of: small pictures, shards and models, commands, short runs."""
 
 import io
 import json
 import re
+import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import data
 import eval as evaluation
-from cli import run_command
+from cli import sentence_about
 from data import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -137,10 +137,17 @@ def features_of(checkpoint, files):
 
 
 def run(main, *argv):
-    """Run a command as a user does. Returns its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: main([str(a) for a in argv]))
-    return ended.value.code
+    """Run a command as a user does, but in this process. Returns its exit code."""
+    try:
+        return main([str(a) for a in argv])
+    except SystemExit as ended:  # from argparse
+        return ended.code
+    except Exception as error:
+        sentence = sentence_about(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
 
 
 def error_of(capsys, main, *argv):
@@ -177,3 +184,97 @@ class Seer:
         for word, channel in (("red", 0), ("square", 0), ("blue", 2), ("ring", 2)):
             logits[:, TOKENIZER.encode(word)[0]] = self.loudness * patches[:, channel].sum(dim=1)
         return logits
+
+
+# ---- short runs of train.py
+
+# What may differ between equal runs
+TIMES = ("images_per_second", "data_wait", "memory_gb")
+
+
+def sample(i):
+    """A noisy square of one colour. Every seventh caption is long: 32 columns of tokens, not 16."""
+    name = list(COLOURS)[i % 4]
+    caption = f"a {name} square"
+    if i % 7 == 0:
+        caption += " and nothing else on it" * 4
+    texts = {"captions": [caption, f"{name} thing"]}
+    picture = png(COLOURS[name], np.random.default_rng(i))
+    return {"png": picture, "txt": caption.encode(), "json": json.dumps(texts).encode()}
+
+
+def write_vocabulary(folder):
+    words = "a red green blue grey square thing and nothing else on it".split()
+    (folder / "vocab.tiktoken").write_text(data.words_to_tiktoken(words))
+
+
+def write_shards(folder):
+    """Writes shards of both sides, a shard with bad samples, and their vocabulary."""
+    write_shard(folder / "train-0.tar", map(sample, range(40)))
+    write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70: no multiple of a batch
+    write_shard(folder / "val-0.tar", map(sample, range(70, 90)))
+    bad = [sample(i) for i in range(40)]
+    del bad[3]["txt"]
+    bad[11]["png"] = bad[11]["png"][:200]
+    bad[20]["txt"] = b"   "
+    bad[30]["txt"] = b"\xff\xfe\xfa"
+    write_shard(folder / "bad-0.tar", bad)
+    write_vocabulary(folder)
+
+
+def short_run(shards, out, *more):
+    """The options of twelve steps of 16 pairs, which are logged and validated at steps that
+    interleave. more: options that come last, and so win."""
+    options = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --out_dir {out}"
+    options += " --batch_size 16 --steps 12 --learning_rate 1e-3 --workers 0"
+    options += " --device cpu --dtype float32 --log_every 2 --eval_every 4"
+    if "--init_from" not in more:  # else the checkpoint sets the model
+        options += " --model tiny"
+    return [*options.split(), *map(str, more)]
+
+
+def checkpoint_of(out, name="last.pt"):
+    return torch.load(Path(out, name), weights_only=True)
+
+
+def all_rows(out):
+    """All that a run has logged, in order."""
+    lines = Path(out, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def rows_by_step(out, kind):
+    """step -> row of this kind ("loss" or "validation"), without times. A resumed run may log a
+    step twice: the later row counts."""
+    rows = {}
+    for row in all_rows(out):
+        if kind in row:
+            rows[row["step"]] = {name: x for name, x in row.items() if name not in TIMES}
+    return rows
+
+
+def losses_of(out):
+    """The rows of training, in the order of their steps."""
+    rows = rows_by_step(out, "loss")
+    return [rows[step] for step in sorted(rows)]
+
+
+def validations_of(out):
+    """The rows of validations as they stand in the log. One that is made twice is there twice."""
+    return [row for row in all_rows(out) if "zeroshot" in row]
+
+
+def steps_of(rows):
+    return [row["step"] for row in rows]
+
+
+def assert_ends_like(out, whole_run):
+    """A run ends with the bits of another one, and its log has the same rows."""
+    for name in ("last.pt", "best.pt"):
+        ours = checkpoint_of(out, name)
+        theirs = checkpoint_of(whole_run, name)
+        assert ours["best_r1"] == theirs["best_r1"]
+        for part in ours.keys() & {"model", "optimizer", "step"}:
+            torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    for kind in ("loss", "validation"):
+        assert rows_by_step(out, kind) == rows_by_step(whole_run, kind)

@@ -3,11 +3,14 @@
 from contextlib import nullcontext
 
 import torch
-from material import TINY, TOKENIZER, write_good_shard
+import torch.distributed as dist
+from material import TINY
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import train
-from data import Pairs, trim
-from superclip import PAD, SuperCLIP, SuperCLIPConfig
+from data import trim
+from superclip import PAD, Gather, SuperCLIP, SuperCLIPConfig
 
 N = 8  # pairs of all processes
 P = 16  # patches
@@ -18,16 +21,31 @@ NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class ForkedSuperCLIP(SuperCLIP):
-    """What a fork may do: a third term, which asks the patches of an image to agree less."""
+    """What a fork may do: a second head, whose term looks at each pair alone, and a term that
+    compares the images of all processes."""
 
-    def terms_of_each_pair(self, image_tokens, label_tokens):
-        terms = super().terms_of_each_pair(image_tokens, label_tokens)
-        mean_patch = image_tokens[:, 1:].float().mean(dim=1)
-        return {**terms, "agreement_loss": mean_patch.square().sum(dim=1).mean()}
+    def __init__(self, config):
+        super().__init__(config)
+        self.second = nn.Linear(config.vision_width, 1)
+
+    def terms_of_each_pair(self, image_tokens, *rest):
+        answers = self.second(image_tokens[:, 0]).float()
+        return {
+            **super().terms_of_each_pair(image_tokens, *rest),
+            "second_loss": answers.square().mean(),
+        }
+
+    def terms_between_pairs(self, image_features, text_features):
+        images = Gather.apply(image_features) if dist.is_initialized() else image_features
+        return {
+            **super().terms_between_pairs(image_features, text_features),
+            "uniformity_loss": torch.pdist(images).square().mul(-2).exp().mean().log(),
+        }
 
     def total_loss(self, terms):
-        ours = {name: x for name, x in terms.items() if name != "agreement_loss"}
-        return super().total_loss(ours) + 0.3 * terms.get("agreement_loss", 0.0)
+        terms = dict(terms)
+        ours = 0.3 * terms.pop("second_loss") + 0.2 * terms.pop("uniformity_loss")
+        return super().total_loss(terms) + ours
 
 
 def make_model_without_zeros(kind=SuperCLIP, **changes):
@@ -50,39 +68,44 @@ def make_captions(T, generator):
     return captions
 
 
-def micro_batches(size=N, local=slice(None), keep=None, T=12, T_label=20):
-    """An iterator over the pairs of `local`, `size` at a time, each trimmed to its longest caption,
-    as the loader does it. T, T_label: length of the longest caption, and label, of all."""
+def micro_batches(size=N, local=slice(None), keep=None):
+    """The pairs of `local` as a list of batches of this size, each trimmed to its longest caption,
+    as the loader does it."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    tokens = make_captions(T, generator)
-    label_tokens = make_captions(T_label, generator)
+    tokens = make_captions(12, generator)
+    label_tokens = make_captions(20, generator)
+    batches = []
     for pairs in torch.arange(N)[local].split(size):
-        yield {
+        batch = {
             "images": images[pairs],
             "tokens": trim(tokens[pairs]),
             "label_tokens": trim(label_tokens[pairs]),
-            "keep": None if keep is None else keep[pairs],
         }
+        if keep is not None:
+            batch["keep"] = keep[pairs]
+        batches.append(batch)
+    return batches
 
 
-def write_pairs(path):
-    """Sixteen pairs, which lie in a shard."""
-    return Pairs([write_good_shard(path, 16)], TOKENIZER, 16)
-
-
-def losses_and_gradients(model, batches, micro=False, autocast=FLOAT32, scaler=NOT_SCALED):
-    """A step as train.py makes it. Returns a dict of losses, and a dict of gradients."""
-    if micro:
+def losses_and_gradients(model, batches, autocast=FLOAT32, scaler=NOT_SCALED):
+    """A step as train.py makes it, which depends on whether there are several micro-batches.
+    Returns a dict of losses, and a dict of the gradients of what is trained."""
+    if len(batches) > 1:
         losses = train.grad_cache_step(model, batches, autocast, scaler)
     else:
-        losses = train.plain_step(train.distribute(model), next(batches), autocast, scaler)
+        ddp_model = model
+        if dist.is_initialized():
+            ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
+        losses = train.plain_step(ddp_model, batches[0], autocast, scaler)
     losses = {name: x.detach() for name, x in losses.items() if name.endswith("_loss")}
-    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return losses, {name: p.grad.clone() for name, p in trained.items()}
 
 
 def assert_same_gradients(gradients, expected, tolerance=1e-5):
     """No element differs by more than this share of the largest one, and no gradient is zero."""
+    assert gradients.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name

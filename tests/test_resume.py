@@ -1,44 +1,46 @@
 """Whatever ends a run, --resume goes on from its last save and ends with the bits of a run that
-nothing has interrupted. A validation that is missing comes first, and none is made twice."""
+nothing has interrupted. What is in a folder is never written over, and a folder is for one run at a
+time."""
 
 import shutil
 import signal
+import time
+from functools import partial
 
 import pytest
-import torch
 from children import before, finish, in_step, receive
-from material import error_of
-from runs import (
+from material import (
     all_rows,
     assert_ends_like,
-    change_arguments,
     checkpoint_of,
-    header_of,
+    error_of,
     losses_of,
     short_run,
     steps_of,
-    validations_of,
-    write_old_log,
 )
 
 import train
 
 pytestmark = pytest.mark.usefixtures("smallest")
 
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path):
+    return shutil.copytree(whole_run, tmp_path / "copied")
+
+
 # ---- killed
 
 killed = receive(signal.SIGKILL)
-# The moments of a kill, and the step from which the run then goes on. os.fsync and os.replace are
-# called once for each checkpoint: last.pt at step 3 and 4, best.pt at 4, last.pt at 6 ...
+# The moments of a kill, and the step from which the run then goes on. os.replace gives a file its
+# name: last.pt at step 4, best.pt at 4, last.pt at 8 ...
 MOMENTS = {
     "before anything is saved": (in_step(3, killed), 0),
     "in a step": (in_step(6, killed), 4),
-    "as last.pt is written": (before("os.fsync", 4, killed), 4),
-    "before last.pt gets its name": (before("os.replace", 4, killed), 4),
-    "between the save and the validation": (before("eval.encode_shards", 1, killed), 4),
-    "in a validation": (before("eval.retrieval", 2, killed), 8),
-    "as best.pt is written": (before("os.fsync", 3, killed), 4),
-    "in the last validation": (before("eval.retrieval", 3, killed), 12),
+    "as last.pt is written": (before("os.replace", 3, killed), 4),
+    "in a validation": (before("eval.retrieval", 3, killed), 8),
+    "as best.pt is written": (before("os.replace", 4, killed), 8),
+    "in the last validation": (before("eval.retrieval", 4, killed), 12),
 }
 
 
@@ -48,146 +50,127 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ):
     out = tmp_path / "out"
     options = short_run(shards, out)
-    code, _ = finish(children.train(options, moment))
+    code, _ = finish(children.start("train", options, moment))
     assert code == -signal.SIGKILL
 
     train.main([*options, "--resume"])
 
     assert_ends_like(out, whole_run)
     assert steps_of(row for row in all_rows(out) if "header" in row) == [0, step]
-    assert steps_of(validations_of(out)) == [4, 8, 12]
     assert not list(out.glob(".*.tmp"))
-
-
-def test_a_kill_between_a_validation_and_best_pt_loses_no_model(children, shards, tmp_path):
-    options = short_run(shards, tmp_path / "out", "--steps", 4, "--save_every", 4)
-    process = children.train(options, before("os.fsync", 2, killed))  # the first is that of last.pt
-    finish(process)
-
-    train.main([*options, "--resume"])
-
-    assert checkpoint_of(tmp_path / "out", "best.pt")["step"] == 4
-
-
-def test_a_validation_of_an_older_run_does_not_count(children, shards, tmp_path):
-    """A log may hold the rows of a run whose checkpoints have been deleted."""
-    options = short_run(shards, tmp_path, "--steps", 4)
-    train.main(options)
-    (tmp_path / "last.pt").unlink()
-    (tmp_path / "best.pt").unlink()
-    finish(children.train(options, before("eval.retrieval", 1, killed)))
-
-    train.main([*options, "--resume"])
-
-    assert steps_of(validations_of(tmp_path)) == [4, 4]
 
 
 # ---- what --resume may change
 
 
 def test_a_complete_run_stays_as_it_is(copied_run, whole_run, shards):
-    before = (copied_run / "last.pt").read_bytes()
-
     train.main(short_run(shards, copied_run, "--resume"))
 
-    assert (copied_run / "last.pt").read_bytes() == before
+    assert (copied_run / "last.pt").read_bytes() == (whole_run / "last.pt").read_bytes()
     assert_ends_like(copied_run, whole_run)
 
 
-def test_a_run_goes_on_with_another_length_batch_and_rate(copied_run):
-    """Twelve steps of 16 pairs are 24 of 8. What is not given stays as it was."""
-    more = "--batch_size 8 --steps 30 --learning_rate 1e-4 --warmup_steps 2".split()
+def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards):
+    more = "--steps 16 --learning_rate 1e-4 --micro_batch_size 4 --workers 1 --dtype bfloat16"
 
-    train.main(["--resume", "--out_dir", str(copied_run), *more])
+    train.main(short_run(shards, copied_run, "--resume", *more.split()))
 
     saved = checkpoint_of(copied_run)
-    assert saved["step"] == 30
-    assert saved["samples"] == 240
-    assert saved["model"]["num_captions"] == 240
-    assert saved["arguments"]["learning_rate"] == 1e-4
-    assert saved["arguments"]["save_every"] == 3
-    first, *_, last = [row for row in losses_of(copied_run) if row["step"] > 24]
-    assert first["step"] == 26
-    assert last["samples"] == 240
-    assert last["learning_rate"] == pytest.approx(1e-4 * train.learning_rate_factor(29, 2, 30))
+    assert saved["step"] == 16
+    assert saved["model"]["num_captions"] == 16 * 16
+    rate = losses_of(copied_run)[-1]["learning_rate"]
+    assert rate == pytest.approx(1e-4 * train.learning_rate_factor(15, 1, 16))
 
 
-def test_a_run_that_is_already_longer_is_refused(copied_run, shards, capsys):
-    options = short_run(shards, copied_run, "--resume", "--steps", 11)
+def test_shards_and_vocabulary_may_have_moved(copied_run, whole_run, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "moved")
 
-    assert "--steps 11" in error_of(capsys, train.main, *options)
+    train.main(short_run(tmp_path / "moved", copied_run, "--resume"))
 
-
-VALIDATIONS = {
-    "the same": ([], True),
-    "other captions": (["--val_captions", "json.captions"], False),
-    "other shards": (["--val_data", "bad-0.tar"], False),
-}
+    assert_ends_like(copied_run, whole_run)
 
 
-@pytest.mark.parametrize("more, is_kept", VALIDATIONS.values(), ids=VALIDATIONS)
-def test_a_score_on_other_validation_data_does_not_compare(
-    copied_run, shards, monkeypatch, more, is_kept
-):
-    """The score of best.pt is raised by hand: on the same data, nothing beats it."""
-    monkeypatch.chdir(shards)
-    best = checkpoint_of(copied_run, "best.pt")
-    torch.save({**best, "mean_r1": 1.1}, copied_run / "best.pt")
+@pytest.mark.parametrize("steps", [4, 6])
+def test_the_best_score_so_far_counts_after_resuming(shards, tmp_path, monkeypatch, steps):
+    """The validation at step 8 is better than those before the last one, which may come again."""
+    scores = {0: 0.1, 4: 0.2, steps: 0.5, 8: 0.3}
 
-    train.main(short_run(shards, copied_run, *more, "--steps", 13, "--resume"))
+    def scored(args, model, tokenizer, pairs, step):
+        return {"step": step, "mean_r1": scores[step]}
 
-    best = checkpoint_of(copied_run, "best.pt")
-    assert (best["mean_r1"] == 1.1) == is_kept
+    monkeypatch.setattr(train, "validate", scored)
+    train.main(short_run(shards, tmp_path, "--steps", steps))
+
+    train.main(short_run(shards, tmp_path, "--steps", 8, "--resume"))
+
+    assert checkpoint_of(tmp_path, "best.pt")["step"] == steps
+
+
+OTHERS = """--steps 11, --batch_size 8, --weight_decay 0.3, --seed 1, --captions json.captions,
+--label_captions json.captions, --val_captions json.captions, --patch_dropout 0.5, --crop_area 0.5,
+--cls_weight 0.5, --loss sigmoid, --image_size 32, --freeze text, --train_data BAD,
+--val_data BAD, --val_data none, --vocab OTHER"""
+
+
+@pytest.mark.parametrize("other", OTHERS.replace("\n", " ").split(", "))
+def test_what_defines_a_run_cannot_be_changed(copied_run, shards, capsys, other):
+    option, value = other.split()
+    value = value.replace("BAD", f"{shards}/bad-0.tar").replace("OTHER", "clip")
+    before = (copied_run / "last.pt").read_bytes()
+
+    options = short_run(shards, copied_run, "--resume", option, value)
+    message = error_of(capsys, train.main, *options)
+
+    assert option in message
+    assert (copied_run / "last.pt").read_bytes() == before
 
 
 # ---- the folder
 
 
-def test_a_copied_run_goes_on_in_the_copy(whole_run, tmp_path, monkeypatch):
-    """--resume takes neither the folder from the checkpoint, nor Weights & Biases."""
-    before = {path.name: path.read_bytes() for path in whole_run.iterdir()}
-    shutil.copytree(whole_run, tmp_path / "out")
-    change_arguments(tmp_path / "out", wandb="a project")
-    monkeypatch.chdir(tmp_path)
-
-    train.main(["--resume", "--steps", "14"])
-
-    saved = checkpoint_of("out")
-    assert saved["step"] == 14
-    assert saved["arguments"]["out_dir"] == "out"
-    assert saved["arguments"]["wandb"] is None
-    assert {path.name: path.read_bytes() for path in whole_run.iterdir()} == before
-
-
 def test_without_any_checkpoint_resume_starts_the_run(shards, tmp_path):
     """A scheduler repeats its command, and may have killed the run before its first save."""
-    write_old_log(tmp_path)
+    train.main(short_run(shards, tmp_path, "--resume", "--steps", 1))
 
-    train.main(short_run(shards, tmp_path, "--resume"))
-
-    assert checkpoint_of(tmp_path)["step"] == 12
-    assert header_of(tmp_path) == "of an older run"
+    assert checkpoint_of(tmp_path)["step"] == 1
 
 
-def test_without_any_checkpoint_and_without_data_resume_is_refused(tmp_path, capsys):
-    assert "last.pt" in error_of(capsys, train.main, "--resume", "--out_dir", tmp_path)
-
-
-FILES = {  # which are there, and how much of each
-    "best.pt alone": {"best.pt": ("best.pt", 1)},
-    "weights alone": {"best.pt": ("best.pt", 1), "last.pt": ("best.pt", 1)},
-    "half of a file": {"best.pt": ("best.pt", 1), "last.pt": ("last.pt", 0.5)},
+FILES = {  # which are there, of which file of a run, how much of it, and whether --resume is given
+    "a run, not resumed": ({"last.pt": ("last.pt", 1)}, []),
+    "best.pt, not resumed": ({"best.pt": ("best.pt", 1)}, []),
+    "best.pt alone": ({"best.pt": ("best.pt", 1)}, ["--resume"]),
+    "weights alone": ({"last.pt": ("best.pt", 1)}, ["--resume"]),
+    "half of a file": ({"last.pt": ("last.pt", 0.5)}, ["--resume"]),
 }
 
 
-@pytest.mark.parametrize("files", FILES.values(), ids=FILES)
-def test_what_cannot_be_resumed_is_refused_and_kept(whole_run, shards, tmp_path, capsys, files):
+@pytest.mark.parametrize("files, options", FILES.values(), ids=FILES)
+def test_what_cannot_be_resumed_is_refused_and_kept(
+    whole_run, shards, tmp_path, capsys, files, options
+):
     for name, (source, share) in files.items():
         content = (whole_run / source).read_bytes()
         (tmp_path / name).write_bytes(content[: int(share * len(content))])
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
 
-    message = error_of(capsys, train.main, *short_run(shards, tmp_path, "--resume"))
+    message = error_of(capsys, train.main, *short_run(shards, tmp_path, *options))
 
-    assert "last.pt" in message
+    assert str(tmp_path) in message
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+
+
+def test_a_folder_is_for_one_run_at_a_time(children, shards, tmp_path, capsys):
+    """Even if it has not saved anything. A run that is killed leaves its folder to others."""
+    out = tmp_path / "out"
+    waits = in_step(3, partial(time.sleep, 60))
+    process = children.start("train", short_run(shards, out), waits)
+    while not (out / "log.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+
+    message = error_of(capsys, train.main, *short_run(shards, out))
+    children.end()
+    train.main(short_run(shards, out, "--steps", 1))
+
+    assert str(out) in message
+    assert checkpoint_of(out)["step"] == 1

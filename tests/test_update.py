@@ -1,27 +1,29 @@
-"""What follows the gradients of a step: the update, and the patches that a step leaves out."""
+"""What follows the gradients of a step: the update."""
 
 import math
 
 import pytest
 import torch
-from one_step import (
-    NOT_SCALED,
-    N,
-    losses_and_gradients,
-    make_model_without_zeros,
-    micro_batches,
-    write_pairs,
-)
+from one_step import NOT_SCALED, losses_and_gradients, make_model_without_zeros, micro_batches
 
 import train
 
-# ---- the update
+
+def make_step(rate=1e-4, head_rate=None, decay=0.0, new=(), factor=1.0, **changes):
+    """An update of a model. Returns the model, its optimizer, its parameters before, by name, and
+    the norm of the gradient."""
+    model = make_model_without_zeros(**changes)
+    optimizer = train.make_optimizer(model, rate, head_rate, decay, new)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses_and_gradients(model, micro_batches())
+    norm = train.update(model, optimizer, NOT_SCALED, factor)
+    return model, optimizer, before, norm
 
 
 def test_weight_decay_is_for_matrices_alone():
     model = make_model_without_zeros(loss="sigmoid")
 
-    groups = train.make_optimizer(model, 1.0, 1.0, 0.3).param_groups
+    groups = train.make_optimizer(model, 1.0, None, 0.3).param_groups
 
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     vectors = ("bias", "class_embedding", "logit_scale")
@@ -31,38 +33,47 @@ def test_weight_decay_is_for_matrices_alone():
 
 
 def test_the_optimizer_has_clips_betas_and_epsilon():
-    groups = train.make_optimizer(make_model_without_zeros(), 1.0, 1.0, 0.3).param_groups
+    groups = train.make_optimizer(make_model_without_zeros(), 1.0, None, 0.3).param_groups
 
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.98, 1e-6)}
 
 
 def test_an_update_clips_the_gradient_to_length_1():
     """Adam's first moment is a tenth of the gradient."""
-    model = make_model_without_zeros()
-    optimizer = train.make_optimizer(model, 1e-4, 1e-4, 0.0)
-    losses_and_gradients(model, micro_batches())
-
-    norm = train.update(model, optimizer, NOT_SCALED, 1.0)
+    _, optimizer, _, norm = make_step()
 
     moments = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
     assert norm > 1
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25])
-def test_an_update_has_the_factor_of_the_peak_rates_and_the_head_one_of_its_own(factor):
-    """Adam's first step is as long as the rate."""
-    model = make_model_without_zeros()
-    optimizer = train.make_optimizer(model, 1e-4, 1e-2, 0.0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses_and_gradients(model, micro_batches())
+# --head_learning_rate, the names that --init_from lacks, and the rates of the head and of a bias of
+# the image tower, where that of the rest is 1e-4
+HEAD = ["head.ln.weight", "head.ln.bias", "head.linear.weight", "head.linear.bias"]
+RATES = {
+    "a head as the rest": (None, [], 1e-4, 1e-4),
+    "a head with a rate of its own": (1e-2, [], 1e-2, 1e-4),
+    "a new head": (None, HEAD, 5e-4, 1e-4),
+    "a new head with a rate of its own": (1e-2, HEAD, 1e-2, 1e-4),
+    "something else that is new": (None, ["visual.ln_post.bias"], 1e-4, 5e-4),
+    "something new with the head's rate": (1e-2, ["visual.ln_post.bias"], 1e-2, 1e-2),
+}
 
-    train.update(model, optimizer, NOT_SCALED, factor)
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("head_rate, new, head, bias", RATES.values(), ids=RATES)
+def test_each_parameter_has_the_factor_of_its_peak_rate(factor, head_rate, new, head, bias):
+    """Adam's first step is as long as the rate."""
+    model, _, before, _ = make_step(1e-4, head_rate, new=new, factor=factor)
 
     for name, p in model.named_parameters():
+        peak = 1e-4
+        if name.startswith("head."):
+            peak = head
+        if name == "visual.ln_post.bias":
+            peak = bias
         step = (p - before[name]).abs().max().item()
-        rate = factor * (1e-2 if name.startswith("head.") else 1e-4)
-        assert step == pytest.approx(rate, rel=0.05), name
+        assert step == pytest.approx(factor * peak, rel=0.05), name
 
 
 @pytest.mark.parametrize("start, end", [(5.0, math.log(100)), (-1.0, 0.0)])
@@ -71,54 +82,25 @@ def test_an_update_keeps_the_logit_scale_between_1_and_100(start, end):
     model.logit_scale.data.fill_(start)
     losses_and_gradients(model, micro_batches())
 
-    train.update(model, train.make_optimizer(model, 1e-4, 1e-4, 0.0), NOT_SCALED, 1.0)
+    train.update(model, train.make_optimizer(model, 1e-4, None, 0.0), NOT_SCALED, 1.0)
 
     assert model.logit_scale.item() == pytest.approx(end)
 
 
 def test_an_update_leaves_no_gradient_behind():
-    model = make_model_without_zeros()
-    losses_and_gradients(model, micro_batches())
-
-    train.update(model, train.make_optimizer(model, 1e-4, 1e-4, 0.0), NOT_SCALED, 1.0)
+    model, _, _, _ = make_step()
 
     assert all(p.grad is None for p in model.parameters())
 
 
-# ---- dropped patches
+def test_an_infinite_gradient_of_float16_updates_nothing_and_halves_the_scale():
+    model = make_model_without_zeros()
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", 1024)
+    losses_and_gradients(model, micro_batches(), scaler=scaler)
+    model.logit_scale.grad.fill_(math.inf)
 
+    train.update(model, train.make_optimizer(model, 1e-3, None, 0.2), scaler, 1.0)
 
-def test_each_image_keeps_patches_of_its_own():
-    """A quarter of 16 patches, each of them once."""
-    keep = train.patches_to_keep(0.75, 4, N, seed=3, step=5, device="cpu")
-
-    assert keep.shape == (N, 4)
-    assert all(len({*row}) == 4 for row in keep.tolist())
-    assert len({*map(tuple, keep.tolist())}) > 1
-    assert 0 <= keep.min() and keep.max() < 16
-
-
-def test_kept_patches_are_a_function_of_seed_and_step():
-    def keep(seed, step):
-        return train.patches_to_keep(0.75, 4, N, seed, step, "cpu")
-
-    assert torch.equal(keep(3, 5), keep(3, 5))
-    assert not torch.equal(keep(3, 5), keep(3, 6))
-    assert not torch.equal(keep(3, 5), keep(4, 5))
-
-
-def test_a_micro_batch_keeps_the_patches_of_its_own_images(tmp_path):
-    """Of the last 4 of 8 images, two at a time, in two steps."""
-    pairs = write_pairs(tmp_path / "0.tar")
-    options = ["--batch_size=8", "--patch_dropout=0.5", "--workers=0", "--seed=3"]
-    args = train.make_parser().parse_args(options)
-
-    batches = train.load_batches(args, pairs, 4, slice(4, 8), 2, 5, 7, torch.device("cpu"))
-
-    keep = torch.cat([batch["keep"] for batch, _ in batches])
-    steps = [train.patches_to_keep(0.5, 4, 8, 3, step, "cpu")[4:] for step in (5, 6)]
-    assert torch.equal(keep, torch.cat(steps))
-
-
-def test_without_patch_dropout_all_are_kept():
-    assert train.patches_to_keep(0.0, 4, N, 3, 5, "cpu") is None
+    torch.testing.assert_close([p.detach() for p in model.parameters()], before)
+    assert scaler.get_scale() == 512
