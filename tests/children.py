@@ -45,16 +45,17 @@ class Children:
         self.started.append(process)
         return process
 
-    def train_two(self, options, *preparations, other_options=None, other_preparations=()):
-        """Starts two processes of one run, as torchrun does. Returns rank 0 and rank 1, which has
-        the same options, unless others are given, and preparations of its own."""
+    def train_two(self, first, second):
+        """Starts rank 0 and rank 1 of one run, as torchrun does. first, second: their options, and
+        whatever else start takes. Returns both processes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        first = self.start("train", options, partial(become_rank, 0, port), *preparations)
-        become_second = partial(become_rank, 1, port)
-        second = self.start("train", other_options or options, become_second, *other_preparations)
-        return first, second
+        processes = []
+        for rank, (options, *preparations) in enumerate((first, second)):
+            become = partial(become_rank, rank, port)
+            processes.append(self.start("train", options, become, *preparations))
+        return processes
 
     def end(self):
         for process in self.started:
@@ -128,15 +129,3 @@ def in_step(number, act):
 def receive(number):
     """The process and all that it has started get a signal, as from a terminal or a scheduler."""
     return partial(os.killpg, 0, number)
-
-
-def lose_readers(*files):
-    """Nobody reads standard output (1) or standard error (2) any more."""
-    return partial(break_pipes, files)
-
-
-def break_pipes(files):
-    reading, writing = os.pipe()
-    os.close(reading)
-    for file in files:
-        os.dup2(writing, file)

@@ -18,16 +18,9 @@ import numpy as np
 import pytest
 import torch
 from children import PRELOAD, ROOT, Children
-from material import (
-    COLOURS,
-    TINY,
-    make_model,
-    png,
-    short_run,
-    write_checkpoint,
-    write_shards,
-)
+from material import COLOURS, TINY, make_model, png, short_run, write_checkpoint, write_shards
 
+import cli
 import train
 from scripts import scenes
 from superclip import PRESETS
@@ -49,18 +42,14 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed_and_signals():
-    """A run leaves its signal handlers behind, and a pool that is forked later could not end."""
+    """A run leaves its locks and its signal handlers behind, and a pool that is forked later could
+    not end."""
     torch.manual_seed(0)
     yield
+    cli.LOCK_FILES.clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture
-def shallow(monkeypatch):
-    """The tiny model has two blocks and one block in its towers, instead of four and two."""
-    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(vision_layers=2, text_layers=1))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -71,8 +60,7 @@ def smallest(monkeypatch):
 
 @pytest.fixture
 def few_looks(monkeypatch):
-    """Scenes have two colours and two shapes, so that 280 objects are drawn to be classified, and
-    not 1,600."""
+    """Scenes have two colours and two shapes, so that few objects are drawn to be classified."""
     colours = {name: scenes.COLOURS[name] for name in ("red", "orange")}
     monkeypatch.setattr(scenes, "COLOURS", colours)
     monkeypatch.setattr(scenes, "SHAPES", ("square", "ring"))

@@ -47,19 +47,16 @@ def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
 
 # ---- shards
 
-WITHOUT_CONTENT = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE
-
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """members: list of (name, content as bytes, or a type of member that has no content)."""
+    """members: list of (name, content as bytes, or a folder's or a link's type)."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            if content in WITHOUT_CONTENT:
+            if content in (tarfile.DIRTYPE, tarfile.SYMTYPE):
                 info.type = content
-                info.linkname = "a.jpg"
-                content = b""
-            info.size = len(content)
+            else:
+                info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return str(path)
 
@@ -84,10 +81,8 @@ def coloured(path, *captions):
 
 def good_sample(key, seed=0):
     """The members of one pair: a photograph, and "a red dog" with the seed as a number."""
-    return [
-        (f"{key}.jpg", encoded(photo(seed))),
-        (f"{key}.txt", f"a red dog {seed}".encode()),
-    ]
+    caption = f"a red dog {seed}".encode()
+    return [(f"{key}.jpg", encoded(photo(seed))), (f"{key}.txt", caption)]
 
 
 def write_good_shard(path, n, start=0):
@@ -188,9 +183,6 @@ class Seer:
 
 # ---- short runs of train.py
 
-# What may differ between equal runs
-TIMES = ("images_per_second", "data_wait", "memory_gb")
-
 
 def sample(i):
     """A noisy square of one colour. Every seventh caption is long: 32 columns of tokens, not 16."""
@@ -205,7 +197,7 @@ def sample(i):
 
 def write_vocabulary(folder):
     words = "a red green blue grey square thing and nothing else on it".split()
-    (folder / "vocab.tiktoken").write_text(data.words_to_tiktoken(words))
+    (folder / "vocab.tiktoken").write_text(words_to_tiktoken(words))
 
 
 def write_shards(folder):
@@ -239,29 +231,18 @@ def checkpoint_of(out, name="last.pt"):
 
 def all_rows(out):
     """All that a run has logged, in order."""
-    lines = Path(out, "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-def rows_by_step(out, kind):
-    """step -> row of this kind ("loss" or "validation"), without times. A resumed run may log a
-    step twice: the later row counts."""
+def rows_of(out, kind):
+    """The rows of steps ("loss") or validations ("zeroshot"), in the order of their steps, without
+    what may differ between equal runs. A resumed run may log a step twice: the later row counts."""
     rows = {}
     for row in all_rows(out):
         if kind in row:
-            rows[row["step"]] = {name: x for name, x in row.items() if name not in TIMES}
-    return rows
-
-
-def losses_of(out):
-    """The rows of training, in the order of their steps."""
-    rows = rows_by_step(out, "loss")
+            times = ("images_per_second", "data_wait", "memory_gb")
+            rows[row["step"]] = {name: x for name, x in row.items() if name not in times}
     return [rows[step] for step in sorted(rows)]
-
-
-def validations_of(out):
-    """The rows of validations as they stand in the log. One that is made twice is there twice."""
-    return [row for row in all_rows(out) if "zeroshot" in row]
 
 
 def steps_of(rows):
@@ -276,5 +257,5 @@ def assert_ends_like(out, whole_run):
         assert ours["best_r1"] == theirs["best_r1"]
         for part in ours.keys() & {"model", "optimizer", "step"}:
             torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
-    for kind in ("loss", "validation"):
-        assert rows_by_step(out, kind) == rows_by_step(whole_run, kind)
+    for kind in ("loss", "zeroshot"):
+        assert rows_of(out, kind) == rows_of(whole_run, kind)

@@ -29,18 +29,15 @@ class ForkedSuperCLIP(SuperCLIP):
         self.second = nn.Linear(config.vision_width, 1)
 
     def terms_of_each_pair(self, image_tokens, *rest):
+        terms = super().terms_of_each_pair(image_tokens, *rest)
         answers = self.second(image_tokens[:, 0]).float()
-        return {
-            **super().terms_of_each_pair(image_tokens, *rest),
-            "second_loss": answers.square().mean(),
-        }
+        return {**terms, "second_loss": answers.square().mean()}
 
     def terms_between_pairs(self, image_features, text_features):
+        terms = super().terms_between_pairs(image_features, text_features)
         images = Gather.apply(image_features) if dist.is_initialized() else image_features
-        return {
-            **super().terms_between_pairs(image_features, text_features),
-            "uniformity_loss": torch.pdist(images).square().mul(-2).exp().mean().log(),
-        }
+        closeness = torch.exp(-2 * torch.pdist(images).square())
+        return {**terms, "uniformity_loss": closeness.mean().log()}
 
     def total_loss(self, terms):
         terms = dict(terms)
@@ -77,11 +74,8 @@ def micro_batches(size=N, local=slice(None), keep=None):
     label_tokens = make_captions(20, generator)
     batches = []
     for pairs in torch.arange(N)[local].split(size):
-        batch = {
-            "images": images[pairs],
-            "tokens": trim(tokens[pairs]),
-            "label_tokens": trim(label_tokens[pairs]),
-        }
+        batch = {"images": images[pairs], "tokens": trim(tokens[pairs])}
+        batch["label_tokens"] = trim(label_tokens[pairs])
         if keep is not None:
             batch["keep"] = keep[pairs]
         batches.append(batch)

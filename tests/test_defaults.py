@@ -8,8 +8,6 @@ import torch
 import cli
 import train
 
-# ---- the options of three kinds of run
-
 
 def test_the_defaults_are_those_of_published_runs():
     args = train.parse(["--train_data", "pairs.tar"])
@@ -49,9 +47,6 @@ def test_what_is_given_wins(start):
     assert (args.learning_rate, args.epochs, args.batch_size, args.weight_decay) == (0, 1, 8, 0)
 
 
-# ---- the schedule
-
-
 def test_the_learning_rate_rises_and_falls():
     """Four steps of warm-up, and then half a cosine to the twelfth."""
     rate = [8 * train.learning_rate_factor(step, 4, 12) for step in range(13)]
@@ -60,10 +55,7 @@ def test_the_learning_rate_rises_and_falls():
     assert rate[8] == pytest.approx(4.0)  # half way down
     assert rate[10] == pytest.approx(4 * (1 - 0.5**0.5))
     assert rate[12] == pytest.approx(0.0)
-
-
-def test_without_warm_up_the_learning_rate_starts_at_its_peak():
-    assert train.learning_rate_factor(0, 0, 12) == 1.0
+    assert train.learning_rate_factor(0, 0, 12) == 1.0  # without warm-up
 
 
 # Options, and the steps in all, of warm-up, and between validations, for 70 pairs, of which an
@@ -87,9 +79,6 @@ def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected)
     assert (args.steps, args.warmup_steps, args.eval_every) == expected
 
 
-# ---- the device
-
-
 @pytest.mark.parametrize(
     "capability, dtype", [((6, 1), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")]
 )
@@ -97,12 +86,3 @@ def test_the_dtype_of_a_gpu_is_the_fastest_that_it_has_units_for(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     assert cli.pick_dtype(torch.device("cuda", 0)) == dtype
-
-
-@pytest.mark.parametrize("options, compiles", [([], False), (["--compile"], True)])
-def test_a_cpu_compiles_only_if_it_is_told_to(options, compiles):
-    args = train.make_parser().parse_args(["--device=cpu", *options])
-
-    train.set_up_device(args)
-
-    assert args.compile == compiles

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from children import ROOT
-from material import all_rows, losses_of, short_run, steps_of, validations_of
+from material import all_rows, rows_of, short_run, steps_of
 
 import data
 import eval as evaluation
@@ -14,25 +14,23 @@ import train
 
 pytestmark = pytest.mark.usefixtures("smallest")
 
-PAUSE = 0.1  # seconds that a slow loader takes for a batch
-
 
 def test_a_row_is_logged_where_it_is_due(whole_run):
     """Every second step, and every fourth, which is validated, as is the model before training."""
-    assert steps_of(losses_of(whole_run)) == [2, 4, 6, 8, 10, 12]
-    assert steps_of(validations_of(whole_run)) == [0, 4, 8, 12]
+    assert steps_of(rows_of(whole_run, "loss")) == [2, 4, 6, 8, 10, 12]
+    assert steps_of(rows_of(whole_run, "zeroshot")) == [0, 4, 8, 12]
 
 
 def test_a_row_holds_the_terms_and_their_weighted_sum(shards, tmp_path):
     train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0.5))
 
-    row = losses_of(tmp_path)[-1]
+    row = rows_of(tmp_path, "loss")[-1]
     terms = row["contrastive_loss"] + 0.5 * row["classification_loss"]
     assert row["loss"] == pytest.approx(terms)
 
 
 def test_a_row_holds_the_rate_of_its_step(whole_run):
-    for row in losses_of(whole_run):
+    for row in rows_of(whole_run, "loss"):
         rate = 1e-3 * train.learning_rate_factor(row["step"] - 1, 1, 12)  # one step of warm-up
         assert row["learning_rate"] == pytest.approx(rate)
 
@@ -41,65 +39,37 @@ def test_the_header_says_what_the_run_is(whole_run):
     header = all_rows(whole_run)[0]["header"]
 
     model, _, _ = evaluation.load(whole_run / "last.pt")
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     assert header["parameters"] == sum(p.numel() for p in model.parameters())
     assert header["pairs"] == 70
     assert header["steps"] == 12
+    assert header["commit"] == commit
     assert header["arguments"]["learning_rate"] == 1e-3
     assert header["config"] == json.loads(json.dumps(vars(model.config)))
 
 
-def test_the_header_names_the_commit(shards, tmp_path):
-    train.main(short_run(shards, tmp_path, "--steps", 1))
-
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    assert all_rows(tmp_path)[0]["header"]["commit"] == commit
-
-
-def test_a_run_needs_no_git(shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    train.main(short_run(shards, tmp_path, "--steps", 1))
-
-    assert all_rows(tmp_path)[0]["header"]["commit"] == ""
-
-
-# ---- the clock
-
-
-@pytest.fixture(params=["--micro_batch_size=16", "--micro_batch_size=8"])
-def slow_rows(request, shards, tmp_path, monkeypatch):
-    """The rows of four steps for whose batches a loader needs PAUSE seconds each, and the seconds
-    that each step has taken, by the speed that its row tells."""
+@pytest.mark.parametrize("pause", [0.1, 0.0])
+def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatch, pause):
+    """Batches are there before they are needed, or come after a pause. A step cannot be shorter
+    than the pause in it, which is all waiting."""
     load_batches = data.load_batches
 
-    def load_slowly(*args):
-        for batch in load_batches(*args):
-            time.sleep(PAUSE)
+    def load(*args):
+        for batch in list(load_batches(*args)):
+            time.sleep(pause)
             yield batch
 
-    monkeypatch.setattr(data, "load_batches", load_slowly)
-    options = "--steps", 4, "--log_every", 1, "--eval_every", 2, request.param
+    monkeypatch.setattr(data, "load_batches", load)
+    options = "--steps", 4, "--log_every", 1, "--eval_every", 2
+
     train.main(short_run(shards, tmp_path, *options))
-    rows = [row for row in all_rows(tmp_path) if "loss" in row]
-    return [(row, 16 / row["images_per_second"]) for row in rows]
 
-
-def test_speed_and_data_wait_are_those_of_the_clock(slow_rows):
-    """A step cannot be shorter than the pause in it, which is all waiting."""
-    assert len(slow_rows) == 4
-    for row, seconds in slow_rows:
-        assert 0.99 * PAUSE < seconds < 20 * PAUSE
-        assert 0.99 * PAUSE < row["data_wait"] * seconds
-        assert row["data_wait"] <= 1
-
-
-def test_data_wait_is_near_0_if_batches_are_there_before_they_are_needed(
-    shards, tmp_path, monkeypatch
-):
-    load_batches = data.load_batches
-    monkeypatch.setattr(data, "load_batches", lambda *args: iter([*load_batches(*args)]))
-
-    train.main(short_run(shards, tmp_path))
-
-    assert min(row["data_wait"] for row in all_rows(tmp_path) if "loss" in row) < 0.1
+    rows = [row for row in all_rows(tmp_path) if "loss" in row][1:]  # the first waits for all
+    seconds = [16 / row["images_per_second"] for row in rows]
+    assert len(rows) == 3
+    assert 0.99 * pause < min(seconds) < 20 * 0.1
+    if pause > 0:
+        assert min(row["data_wait"] * s for row, s in zip(rows, seconds)) > 0.99 * pause
+    else:
+        assert min(row["data_wait"] for row in rows) < 0.1

@@ -12,10 +12,9 @@ from material import (
     COLOURS,
     checkpoint_of,
     coloured,
-    losses_of,
+    rows_of,
     short_run,
     steps_of,
-    validations_of,
     write_vocabulary,
 )
 
@@ -29,13 +28,84 @@ pytestmark = pytest.mark.usefixtures("smallest")
 
 def test_a_run_learns(whole_run):
     """At first, it can but guess: ln 16 for its 16 pairs, and about ln V + 1/2 for the words."""
-    first, *_, last = losses_of(whole_run)
+    first, *_, last = rows_of(whole_run, "loss")
 
     assert last["contrastive_loss"] < first["contrastive_loss"] - 0.3
     assert last["classification_loss"] < first["classification_loss"] - 1
 
 
-# ---- its validations
+WAYS = {
+    "SigLIP's loss": "--loss sigmoid",
+    "micro-batches": "--micro_batch_size 4 --grad_checkpointing --workers 1",
+    "fewer patches": "--patch_dropout 0.5 --captions json.captions txt",
+    "bfloat16": "--dtype bfloat16",
+    "float16": "--dtype float16",
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_other_ways_to_train_learn_too(shards, tmp_path, options):
+    train.main(short_run(shards, tmp_path, *options.split()))
+
+    first, *_, last = rows_of(tmp_path, "loss")
+    assert last["step"] == 12
+    assert last["loss"] < first["loss"] - 1
+
+
+def test_without_the_word_head_it_trains_plain_clip(shards, tmp_path, capsys):
+    train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0))
+
+    assert checkpoint_of(tmp_path)["config"]["cls_weight"] == 0
+    assert "classification_loss" not in rows_of(tmp_path, "loss")[-1]
+    assert "scripts.words" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "token_counts"])
+def test_a_seed_is_of_weights_and_order(shards, tmp_path, name):
+    """And of captions, crops and dropped patches (test_data.py)."""
+    for seed in (0, 1):
+        options = "--steps", 1, "--learning_rate", 0, "--seed", seed
+        train.main(short_run(shards, tmp_path / str(seed), *options))
+
+    first, other = (checkpoint_of(tmp_path / seed)["model"] for seed in "01")
+    assert not torch.equal(first[name], other[name])
+
+
+# ---- its data
+
+
+def trained_and_validated(tmp_path, shards):
+    """The numbers of training and validation pairs of a run on these shards."""
+    options = f"--train_data {shards} --out_dir {tmp_path}/out --model tiny --batch_size 16"
+    train.main([*options.split(), "--steps=1", "--workers=0", "--device=cpu"])
+    row = rows_of(tmp_path / "out", "validation")[-1]
+    header = checkpoint_of(tmp_path / "out")["header"]
+    return header["pairs"], row["validation"]["image_to_text"]["R@1"]["n"]
+
+
+def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other(shards, tmp_path):
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar", "vocab.tiktoken"):
+        shutil.copy(shards / name, tmp_path)
+
+    assert trained_and_validated(tmp_path, tmp_path) == (70, 20)
+
+
+def test_one_pair_in_a_hundred_is_held_out(tmp_path):
+    shard = coloured(tmp_path / "pairs.tar", *51 * [*COLOURS])
+    write_vocabulary(tmp_path)
+
+    assert trained_and_validated(tmp_path, shard) == (201, 3)
+
+
+def test_words_can_come_from_other_captions_than_the_text(shards, tmp_path):
+    """ "thing" is in the captions of json alone."""
+    train.main(short_run(shards, tmp_path, "--steps", 2, "--label_captions", "json.captions"))
+
+    model, tokenizer, _ = evaluation.load(tmp_path / "last.pt")
+    assert model.token_counts[tokenizer.encode("thing")] > 0
+
+
+# ---- its validations, and its end
 
 
 def test_one_checkpoint_has_one_score(shards, tmp_path):
@@ -47,7 +117,19 @@ def test_one_checkpoint_has_one_score(shards, tmp_path):
     pairs = data.Pairs(data.expand([shards / "val-0.tar"]), tokenizer, 16, ["json.captions"])
     result = evaluation.retrieval(*evaluation.encode_shards(model, pairs))
 
-    assert validations_of(tmp_path)[-1]["validation"] == json.loads(json.dumps(result))
+    validation = rows_of(tmp_path, "validation")[-1]["validation"]
+    assert validation == json.loads(json.dumps(result))
+
+
+def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
+    """And then the last model is the best."""
+    options = "--val_data", "none", "--zeroshot_data", folders
+    train.main(short_run(shards, tmp_path, *options))
+
+    rows = rows_of(tmp_path, "zeroshot")
+    assert steps_of(rows) == [0, 4, 8, 12]
+    assert [row["zeroshot"][str(folders)]["n"] for row in rows] == [12] * 4
+    assert checkpoint_of(tmp_path, "best.pt")["step"] == 12
 
 
 # R@1 at step 0, 4, 8 and 12, and the step whose model best.pt is
@@ -70,72 +152,16 @@ def test_best_pt_is_the_best_model_if_training_has_not_only_harmed(
     train.main(short_run(shards, tmp_path))
 
     *_, end = capsys.readouterr().out.partition("What the model has learned")
-    if step is None:
-        assert not (tmp_path / "best.pt").exists()
-        assert end.count(f"{tmp_path}/last.pt") == 3
-    else:
-        assert checkpoint_of(tmp_path, "best.pt")["step"] == step
-        assert end.count(f"{tmp_path}/best.pt") == 3
-
-
-def test_a_validation_shows_what_the_head_says_of_two_pictures(shards, tmp_path, capsys):
-    train.main(short_run(shards, tmp_path))
-
-    *_, last = capsys.readouterr().out.split("validation after step")
-    assert last.count('": the head says') == 2
-
-
-def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
-    """And then the last model is the best."""
-    options = "--val_data", "none", "--zeroshot_data", folders
-    train.main(short_run(shards, tmp_path, *options))
-
-    rows = validations_of(tmp_path)
-    assert steps_of(rows) == [0, 4, 8, 12]
-    assert [row["zeroshot"][str(folders)]["n"] for row in rows] == [12] * 4
-    assert checkpoint_of(tmp_path, "best.pt")["step"] == 12
-
-
-# ---- its data
-
-
-def validated(tmp_path, data):
-    """A run of one step on these data. Returns the numbers of training and validation pairs."""
-    options = f"--train_data {data} --out_dir {tmp_path}/out --model tiny --batch_size 16"
-    train.main([*options.split(), "--steps=1", "--workers=0", "--device=cpu"])
-    row = validations_of(tmp_path / "out")[-1]
-    header = checkpoint_of(tmp_path / "out")["header"]
-    return header["pairs"], row["validation"]["image_to_text"]["R@1"]["n"]
-
-
-def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other(shards, tmp_path):
-    for name in ("train-0.tar", "train-1.tar", "val-0.tar", "vocab.tiktoken"):
-        shutil.copy(shards / name, tmp_path)
-
-    assert validated(tmp_path, tmp_path) == (70, 20)
-
-
-def test_one_pair_in_a_hundred_is_held_out(tmp_path):
-    shard = coloured(tmp_path / "pairs.tar", *51 * [*COLOURS])
-    write_vocabulary(tmp_path)
-
-    assert validated(tmp_path, shard) == (201, 3)
-
-
-@pytest.mark.parametrize("name", ["visual.proj", "token_counts"])
-def test_a_seed_is_of_weights_and_order(shards, tmp_path, name):
-    """And of captions, crops and dropped patches (test_data.py)."""
-    for seed in (0, 1):
-        options = "--steps", 1, "--learning_rate", 0, "--seed", seed
-        train.main(short_run(shards, tmp_path / str(seed), *options))
-
-    first, other = (checkpoint_of(tmp_path / seed)["model"] for seed in "01")
-    assert not torch.equal(first[name], other[name])
+    name = "last.pt" if step is None else "best.pt"
+    assert end.count(f"{tmp_path}/{name}") == 3
+    assert (tmp_path / "best.pt").exists() == (step is not None)
+    assert checkpoint_of(tmp_path, name)["step"] == (step or 12)
 
 
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
     few_looks, tmp_path, monkeypatch, capsys
 ):
+    """Each validation says what the head sees in two pictures, beside a caption of each."""
     monkeypatch.chdir(tmp_path)
     few_scenes = partial(scenes.make_scenes, train=40, val=12)
     monkeypatch.setattr(train, "make_scenes", few_scenes)
@@ -143,45 +169,8 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 
     printed = capsys.readouterr().out
+    assert printed.count('": the head says') == 2 * 2
     commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python")]
     assert len(commands) == 3
     for _, _, module, *options in commands:
         importlib.import_module(module).main(options)
-
-
-# ---- other ways to train
-
-
-def test_without_the_word_head_it_trains_plain_clip(shards, tmp_path, capsys):
-    train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0))
-
-    model, _, _ = evaluation.load(tmp_path / "last.pt")
-    assert model.head is None
-    assert "classification_loss" not in losses_of(tmp_path)[-1]
-    assert "scripts.words" not in capsys.readouterr().out
-
-
-def test_words_can_come_from_other_captions_than_the_text(shards, tmp_path):
-    """ "thing" is in the captions of json alone."""
-    train.main(short_run(shards, tmp_path, "--steps", 2, "--label_captions", "json.captions"))
-
-    model, tokenizer, _ = evaluation.load(tmp_path / "last.pt")
-    assert model.token_counts[tokenizer.encode("thing")] > 0
-
-
-WAYS = {
-    "SigLIP's loss": "--loss sigmoid",
-    "micro-batches": "--micro_batch_size 4 --grad_checkpointing --workers 1",
-    "fewer patches": "--patch_dropout 0.5 --captions json.captions txt",
-    "bfloat16": "--dtype bfloat16",
-    "float16": "--dtype float16",
-}
-
-
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_other_ways_to_train_learn_too(shards, tmp_path, options):
-    train.main(short_run(shards, tmp_path, *options.split()))
-
-    first, *_, last = losses_of(tmp_path)
-    assert last["step"] == 12
-    assert last["loss"] < first["loss"] - 1

@@ -1,6 +1,5 @@
 """One step: the same gradients plain, in micro-batches, on two processes, scaled and compiled."""
 
-import math
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -8,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from material import TINY, losses_of, short_run
+from material import TINY, rows_of, short_run
 from one_step import (
     FLOAT32,
     KEEP,
@@ -120,7 +119,7 @@ def test_a_forks_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeypa
 
     train.main(short_run(shards, tmp_path, "--steps", 2, *options))
 
-    row = losses_of(tmp_path)[-1]
+    row = rows_of(tmp_path, "loss")[-1]
     ours = row["contrastive_loss"] + row["classification_loss"]
     theirs = 0.3 * row["second_loss"] + 0.2 * row["uniformity_loss"]
     assert row["loss"] == pytest.approx(ours + theirs)
@@ -144,55 +143,21 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 
 # ---- the same gradients by other ways to compute them
 
-both_sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 
-
-@both_sizes
-def test_grad_checkpointing_changes_no_gradient(size):
-    """Each block runs once more in each backward pass."""
+def test_grad_checkpointing_changes_no_gradient():
+    """Each block runs once more in the backward pass."""
     found = []
     runs = []  # of the first block
     for checkpointing in (False, True):
         model = make_model_without_zeros()
-        model.visual.transformer.grad_checkpointing = checkpointing
-        model.text.transformer.grad_checkpointing = checkpointing
+        for tower in (model.visual, model.text):
+            tower.transformer.grad_checkpointing = checkpointing
         norm = model.visual.transformer.resblocks[0].ln_1
         norm.register_forward_hook(lambda *_, found=found: runs.append(len(found)))
-        found.append(losses_and_gradients(model, micro_batches(size)))
+        found.append(losses_and_gradients(model, micro_batches()))
 
     torch.testing.assert_close(*found)
-    assert runs.count(1) == runs.count(0) + N // size
-
-
-@both_sizes
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_the_contrastive_loss_is_float32_under_bfloat16(loss, size):
-    """It is that of the same features without autocast. Near 100, bfloat16 would be 0.5 off."""
-    model = make_model_without_zeros(loss=loss)
-    model.logit_scale.data.fill_(math.log(100))
-
-    losses, _ = losses_and_gradients(model, micro_batches(size), BFLOAT16)
-
-    with BFLOAT16:
-        parts = [model.features_and_terms(**batch)[:2] for batch in micro_batches(size)]
-    images, texts = map(torch.cat, zip(*parts))
-    expected = model.terms_between_pairs(images, texts)["contrastive_loss"]
-    torch.testing.assert_close(losses["contrastive_loss"], expected.detach())
-
-
-@both_sizes
-def test_the_loss_scale_of_float16_changes_no_update(size):
-    """Gradients are scaled, and lose the scale before they are clipped."""
-    _, gradients = losses_and_gradients(make_model_without_zeros(), micro_batches(size))
-    model = make_model_without_zeros()
-    scaler = torch.amp.GradScaler("cpu", 1024)
-
-    _, scaled = losses_and_gradients(model, micro_batches(size), scaler=scaler)
-    norm = train.update(model, train.make_optimizer(model, 1e-3, None, 0.2), scaler, 1.0)
-
-    assert_same_gradients({name: g / 1024 for name, g in scaled.items()}, gradients)
-    expected = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert runs == [0, 1, 1]
 
 
 def test_compiled_equals_eager(monkeypatch):

@@ -9,15 +9,12 @@ from one_step import NOT_SCALED, losses_and_gradients, make_model_without_zeros,
 import train
 
 
-def make_step(rate=1e-4, head_rate=None, decay=0.0, new=(), factor=1.0, **changes):
-    """An update of a model. Returns the model, its optimizer, its parameters before, by name, and
-    the norm of the gradient."""
-    model = make_model_without_zeros(**changes)
-    optimizer = train.make_optimizer(model, rate, head_rate, decay, new)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses_and_gradients(model, micro_batches())
-    norm = train.update(model, optimizer, NOT_SCALED, factor)
-    return model, optimizer, before, norm
+def updated(model, scaler=NOT_SCALED, factor=1.0, rates=(1e-4, None), new=()):
+    """The model after a step, its optimizer, and the norm of the gradient."""
+    optimizer = train.make_optimizer(model, *rates, 0.0, new)
+    losses_and_gradients(model, micro_batches(), scaler=scaler)
+    norm = train.update(model, optimizer, scaler, factor)
+    return model, optimizer, norm
 
 
 def test_weight_decay_is_for_matrices_alone():
@@ -38,13 +35,20 @@ def test_the_optimizer_has_clips_betas_and_epsilon():
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.98, 1e-6)}
 
 
-def test_an_update_clips_the_gradient_to_length_1():
-    """Adam's first moment is a tenth of the gradient."""
-    _, optimizer, _, norm = make_step()
+@pytest.mark.parametrize("scale", [1, 1024])
+def test_an_update_clips_the_gradient_to_length_1(scale):
+    """Without the loss scale of float16. Adam's first moment is a tenth of the gradient."""
+    _, gradients = losses_and_gradients(make_model_without_zeros(), micro_batches())
+    scaler = torch.amp.GradScaler("cpu", scale)
 
+    model, optimizer, norm = updated(make_model_without_zeros(), scaler)
+
+    expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     moments = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
-    assert norm > 1
+    assert expected > 1
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --head_learning_rate, the names that --init_from lacks, and the rates of the head and of a bias of
@@ -64,12 +68,12 @@ RATES = {
 @pytest.mark.parametrize("head_rate, new, head, bias", RATES.values(), ids=RATES)
 def test_each_parameter_has_the_factor_of_its_peak_rate(factor, head_rate, new, head, bias):
     """Adam's first step is as long as the rate."""
-    model, _, before, _ = make_step(1e-4, head_rate, new=new, factor=factor)
+    before = dict(make_model_without_zeros().named_parameters())
+
+    model, _, _ = updated(make_model_without_zeros(), NOT_SCALED, factor, (1e-4, head_rate), new)
 
     for name, p in model.named_parameters():
-        peak = 1e-4
-        if name.startswith("head."):
-            peak = head
+        peak = head if name.startswith("head.") else 1e-4
         if name == "visual.ln_post.bias":
             peak = bias
         step = (p - before[name]).abs().max().item()
@@ -80,27 +84,19 @@ def test_each_parameter_has_the_factor_of_its_peak_rate(factor, head_rate, new, 
 def test_an_update_keeps_the_logit_scale_between_1_and_100(start, end):
     model = make_model_without_zeros()
     model.logit_scale.data.fill_(start)
-    losses_and_gradients(model, micro_batches())
 
-    train.update(model, train.make_optimizer(model, 1e-4, None, 0.0), NOT_SCALED, 1.0)
+    updated(model)
 
     assert model.logit_scale.item() == pytest.approx(end)
 
 
-def test_an_update_leaves_no_gradient_behind():
-    model, _, _, _ = make_step()
-
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_an_infinite_gradient_of_float16_updates_nothing_and_halves_the_scale():
+    before = dict(make_model_without_zeros().named_parameters())
     model = make_model_without_zeros()
-    before = [p.detach().clone() for p in model.parameters()]
+    model.logit_scale.register_hook(lambda gradient: gradient * math.inf)
     scaler = torch.amp.GradScaler("cpu", 1024)
-    losses_and_gradients(model, micro_batches(), scaler=scaler)
-    model.logit_scale.grad.fill_(math.inf)
 
-    train.update(model, train.make_optimizer(model, 1e-3, None, 0.2), scaler, 1.0)
+    updated(model, scaler)
 
-    torch.testing.assert_close([p.detach() for p in model.parameters()], before)
+    torch.testing.assert_close(dict(model.named_parameters()), before)
     assert scaler.get_scale() == 512
