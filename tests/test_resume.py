@@ -81,20 +81,30 @@ def test_shards_and_vocabulary_may_have_moved(copied_run, whole_run, shards, tmp
     assert_ends_like(copied_run, whole_run)
 
 
-@pytest.mark.parametrize("steps", [4, 6])
-def test_the_best_score_so_far_counts_after_resuming(shards, tmp_path, monkeypatch, steps):
-    """The validation at step 8 is better than those before the last one, which may come again."""
-    scores = {0: 0.1, 4: 0.2, steps: 0.5, 8: 0.3}
+# How long a run is at first, R@1 by step, and the step of best.pt after it has gone on to step 8.
+# The validation at step 4 comes again if the run goes on there, that at step 6 does not.
+SCORES = {
+    "the best one comes again": (4, {0: 0.1, 4: 0.5, 8: 0.3}, 4),
+    "the best one was the last": (6, {0: 0.1, 4: 0.2, 6: 0.5, 8: 0.3}, 6),
+    "none is as good as before training": (6, {0: 0.5, 4: 0.1, 6: 0.2, 8: 0.3}, None),
+}
 
-    def scored(args, model, tokenizer, pairs, step):
+
+@pytest.mark.parametrize("steps, scores, best", SCORES.values(), ids=SCORES)
+def test_the_best_score_so_far_counts_after_resuming(
+    shards, tmp_path, monkeypatch, steps, scores, best
+):
+    def validate(args, model, tokenizer, pairs, step):
         return {"step": step, "mean_r1": scores[step]}
 
-    monkeypatch.setattr(train, "validate", scored)
+    monkeypatch.setattr(train, "validate", validate)
     train.main(short_run(shards, tmp_path, "--steps", steps))
 
     train.main(short_run(shards, tmp_path, "--steps", 8, "--resume"))
 
-    assert checkpoint_of(tmp_path, "best.pt")["step"] == steps
+    assert (tmp_path / "best.pt").exists() == (best is not None)
+    if best is not None:
+        assert checkpoint_of(tmp_path, "best.pt")["step"] == best
 
 
 OTHERS = """--steps 11, --batch_size 8, --weight_decay 0.3, --seed 1, --captions json.captions,

@@ -26,6 +26,7 @@ def test_a_signal_in_a_step_stops_the_run_after_it(children, shards, whole_run, 
     train.main([*options, "--resume"])
 
     assert code == 128 + number, printed
+    assert printed.count("Ctrl-\\") == 1  # the loading process is silent
     assert "--resume" in printed
     assert step == 6
     assert_ends_like(tmp_path / "out", whole_run)
