@@ -21,14 +21,6 @@ def test_a_row_is_logged_where_it_is_due(whole_run):
     assert steps_of(rows_of(whole_run, "zeroshot")) == [0, 4, 8, 12]
 
 
-def test_a_row_holds_the_terms_and_their_weighted_sum(shards, tmp_path):
-    train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0.5))
-
-    row = rows_of(tmp_path, "loss")[-1]
-    terms = row["contrastive_loss"] + 0.5 * row["classification_loss"]
-    assert row["loss"] == pytest.approx(terms)
-
-
 def test_a_row_holds_the_rate_of_its_step(whole_run):
     for row in rows_of(whole_run, "loss"):
         rate = 1e-3 * train.learning_rate_factor(row["step"] - 1, 1, 12)  # one step of warm-up
@@ -49,27 +41,22 @@ def test_the_header_says_what_the_run_is(whole_run):
     assert header["config"] == json.loads(json.dumps(vars(model.config)))
 
 
-@pytest.mark.parametrize("pause", [0.1, 0.0])
-def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatch, pause):
-    """Batches are there before they are needed, or come after a pause. A step cannot be shorter
-    than the pause in it, which is all waiting."""
+def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatch):
+    """A step cannot be shorter than the pause of its loader, which is most of the waiting."""
     load_batches = data.load_batches
 
-    def load(*args):
-        for batch in list(load_batches(*args)):
-            time.sleep(pause)
+    def load_slowly(*args):
+        for batch in load_batches(*args):
+            time.sleep(0.1)
             yield batch
 
-    monkeypatch.setattr(data, "load_batches", load)
-    options = "--steps", 4, "--log_every", 1, "--eval_every", 2
+    monkeypatch.setattr(data, "load_batches", load_slowly)
 
-    train.main(short_run(shards, tmp_path, *options))
+    train.main(short_run(shards, tmp_path, "--steps", 4, "--log_every", 2))
 
-    rows = [row for row in all_rows(tmp_path) if "loss" in row][1:]  # the first waits for all
-    seconds = [16 / row["images_per_second"] for row in rows]
-    assert len(rows) == 3
-    assert 0.99 * pause < min(seconds) < 20 * 0.1
-    if pause > 0:
-        assert min(row["data_wait"] * s for row, s in zip(rows, seconds)) > 0.99 * pause
-    else:
-        assert min(row["data_wait"] for row in rows) < 0.1
+    rows = [row for row in all_rows(tmp_path) if "loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        seconds = 16 / row["images_per_second"]  # of a step
+        assert 0.099 < seconds < 2
+        assert 0.099 < row["data_wait"] * seconds < 0.99 * seconds

@@ -113,14 +113,15 @@ def test_each_process_contrasts_its_own_pairs_alone(two_processes):
 
 
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=SIZES)
-def test_a_forks_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeypatch, options):
+def test_weighted_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeypatch, options):
+    """Those of a fork, too."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setattr(train, "SuperCLIP", ForkedSuperCLIP)
 
-    train.main(short_run(shards, tmp_path, "--steps", 2, *options))
+    train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0.5, *options))
 
     row = rows_of(tmp_path, "loss")[-1]
-    ours = row["contrastive_loss"] + row["classification_loss"]
+    ours = row["contrastive_loss"] + 0.5 * row["classification_loss"]
     theirs = 0.3 * row["second_loss"] + 0.2 * row["uniformity_loss"]
     assert row["loss"] == pytest.approx(ours + theirs)
 
