@@ -134,7 +134,7 @@ def read_shapes(path, weights):
         for field, length in zip(fields, shape):
             if field is not None:
                 config[field] = length
-    # The class token has a position, too. If the others make no square, check_weights says so.
+    # The class token has a position, too. If the others make no square, make_model says so.
     grid = int((config.pop("positions") - 1) ** 0.5)
     config["image_size"] = config["patch_size"] * max(1, grid)
     norms = [name for name in weights if name.endswith(".ln_1.weight")]
@@ -224,18 +224,20 @@ def convert(path, flags, vocab=None):
         print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
     if vocab is not None or known is None:
         known = data.Tokenizer.from_file(vocab or "clip").vocab
-    config = evaluation.check_weights(path, weights, config, known)
+    model, tokenizer = evaluation.make_model(path, weights, config, known)
     try:
-        model = SuperCLIP(SuperCLIPConfig(**{**vars(config), **flags}))
+        config = SuperCLIPConfig(**{**vars(model.config), **flags})
     except ValueError as error:  # such as a new image_size that patch_size does not divide
         raise InputError(f"{path} cannot become such a model: {error}") from None
+    weights = model.state_dict()
     image, text = "visual.positional_embedding", "text.positional_embedding"
-    weights[image] = resize_positions(weights[image], model.visual.grid)
+    weights[image] = resize_positions(weights[image], config.image_size // config.patch_size)
     # New positions start as copies of the last one. Captions that fitted keep their features.
-    length = torch.arange(model.config.context_length)
-    weights[text] = weights[text][length.clamp(max=config.context_length - 1)]
+    length = torch.arange(config.context_length)
+    weights[text] = weights[text][length.clamp(max=model.config.context_length - 1)]
+    model = SuperCLIP(config)
     model.load_state_dict(weights)
-    return model, known
+    return model, tokenizer.vocab
 
 
 def average(model, other, share):
@@ -557,8 +559,7 @@ def main(argv):
             vocab_file = path.with_suffix(".tiktoken")
             write_file(vocab_file, lambda file: file.write(vocab.encode()))
         return
-    is_written = evaluation.write_checkpoint(path, model, vocab)
-    check(is_written, f"{path} could not be written")
+    evaluation.write_checkpoint(path, model, vocab)
     print(f"wrote {path}: {model.config}")
 
 

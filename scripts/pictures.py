@@ -1,5 +1,5 @@
-"""What commands about pictures share: the validation data of a run, image files, and a sheet of
-images with captions."""
+"""What commands about pictures share: which image files there are, and a sheet of images with
+captions."""
 
 import math
 import textwrap
@@ -9,47 +9,21 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cli import InputError, check, output_file, write_file
-from eval import images_in, read_checkpoint
+from data import SUFFIXES
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 picture_file = output_file(*FORMATS)  # a type for argparse
 
 
-def are_texts(value):
-    """Is it what --val_data and --captions of train.py give, a list of strings? A checkpoint may
-    come from elsewhere and hold anything."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def validation_of(checkpoint):
-    """Where the run that wrote a checkpoint has its validation pairs.
-
-    Returns its shards, as they were given to train.py (--val_data), and the sources of captions.
-    The shards are None if the checkpoint names none: it comes from scripts.convert, or its run had
-    no validation data, or held its pairs out of the training shards. Raises InputError.
-    """
-    arguments = read_checkpoint(checkpoint).get("arguments")
-    if not isinstance(arguments, dict):
-        return None, ["txt"]
-    shards = arguments.get("val_data")
-    if not are_texts(shards) or shards in ([], ["none"]):
-        shards = None
-    captions = arguments.get("val_captions") or arguments.get("captions")
-    if not are_texts(captions):
-        captions = ["txt"]
-    return shards, captions
-
-
 def image_files(paths, out=None):
-    """Returns the list of image files among `paths` and in the folders among them, each real file
-    once. out: the picture to draw, which must not be one of them. Raises InputError."""
+    """Returns the list of image files among `paths` and below the folders among them, each real
+    file once. out: the picture to draw, which must not be one of them. Raises InputError."""
     files = {}  # real path -> path
     for path in map(Path, paths):
-        if path.is_file():
-            found = [path]
-        else:
-            found = images_in(path)
+        found = [path]
+        if not path.is_file():
+            found = [file for file in sorted(path.rglob("*.*")) if file.suffix.lower() in SUFFIXES]
         check(found, f"there is no image file or folder of images {path}")
         for file in found:
             files.setdefault(file.resolve(), file)

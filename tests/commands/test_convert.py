@@ -226,7 +226,7 @@ MISFITS = {
     ),
     "another vocabulary": (
         open_clip_state(make_random_model(vocab_size=V["vocab_size"] + 1)),
-        "--vocab",
+        "vocabulary",
     ),
     "a list": ([1, 2], "state_dict"),
     "a list of weights": ({"state_dict": [1, 2]}, "state_dict"),

@@ -52,7 +52,7 @@ def test_word_maps_are_those_of_the_slow_loop(window):
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     ids = [TOKENIZER.encode(word)[0] for word in ("red", "ring", "a")]
 
-    falls, maps = evaluation.word_maps(model, image, ids, window, batch_size=3)
+    falls, maps = words.word_maps(model, image, ids, window, batch_size=3)
 
     whole = model.class_logits(image[None]).log_softmax(dim=1)[0, ids]
     slow_falls = []
@@ -235,7 +235,7 @@ def test_without_images_the_validation_pictures_of_the_run_are_shown(tmp_path, c
     shard = coloured(tmp_path / "val.tar", *captions)
     run = {"val_data": [shard], "val_captions": None, "captions": ["txt"]}
     path = tmp_path / "best.pt"
-    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, arguments=run)
+    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, header={"arguments": run})
 
     result, _ = result_of(capsys, words.main, tmp_path / "x.json", "--checkpoint", path)
 

@@ -51,7 +51,7 @@ def test_it_finds_captions_as_often_as_the_readme_says(world):
 def test_it_knows_the_colour_of_an_object_better_than_a_text_without_a_shape_does(world):
     """The colour in the best of the 64 texts, as exercise 1 of the tutorial has it."""
     model, tokenizer, _ = evaluation.load(TINY)
-    images = evaluation.ClassFolders(world / "zeroshot" / "colour", model.config.image_size)
+    images = evaluation.class_folders(world / "zeroshot" / "colour", model.config.image_size)
     names = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
     templates = evaluation.usable_templates(tokenizer)
     classifier = evaluation.zeroshot_classifier(model, tokenizer, names, templates)
@@ -68,10 +68,8 @@ def test_it_knows_the_colour_of_an_object_better_than_a_text_without_a_shape_doe
 def test_it_names_objects_as_often_as_the_readme_says(world, name, n):
     """Within two images."""
     model, tokenizer, _ = evaluation.load(TINY)
-    images = evaluation.ClassFolders(world / "zeroshot" / name, model.config.image_size)
-    names = evaluation.class_names(images)
 
-    score = evaluation.zeroshot(model, tokenizer, images, names, workers=0)["top1"]
+    score = evaluation.score_folder(model, tokenizer, world / "zeroshot" / name)["top1"]
 
     assert score["n"] == n
     assert 100 * score["value"] == pytest.approx(stated(f"zero-shot {name}"), abs=201 / n)
@@ -87,7 +85,7 @@ def test_it_sees_words_in_the_right_place_as_often_as_the_pages_say(world):
     pairs = data.Pairs(shards, tokenizer, model.config.image_size)
     pictures = [words.read_scene(pairs, row) for row in pairs.index[:200].tolist()]
 
-    score = words.localisation(model, pictures, evaluation.default_window(model))
+    score = words.localisation(model, pictures, words.default_window(model))
 
     assert len(said) == 2
     assert [*map(float, said)] == pytest.approx(2 * [100 * score["value"]], abs=1.01)
