@@ -3,7 +3,6 @@
     python -m scripts.convert ViT-B-16.pt clip.pt
     python -m scripts.convert out/best.pt model.safetensors --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
-    python -m scripts.convert out_fine/best.pt robust.pt --average clip.pt
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of
 transformers' CLIPModel (or its folder), of the authors' SuperCLIP, or of this project. The shapes
@@ -238,21 +237,6 @@ def convert(path, flags, vocab=None):
     model = SuperCLIP(config)
     model.load_state_dict(weights)
     return model, tokenizer.vocab
-
-
-def average(model, other, share):
-    """Average the weights of two models, in the first one. share: of the other one."""
-    # The head comes last. If only one of the two has it, zip ends before it.
-    for p, q in zip(model.parameters(), other.parameters()):
-        p.data.lerp_(q.data, share)
-
-
-def differences(config, other):
-    """The fields in which two configurations differ, but for the head."""
-    fields = vars(config).items()
-    return [
-        name for name, value in fields if value != getattr(other, name) and name != "cls_weight"
-    ]
 
 
 # -----------------------------------------------------------------------------
@@ -510,7 +494,7 @@ def output_path(args):
     suffixes = [".pt"] if args.to is None else [".pt", ".safetensors"]
     fits = path.suffix in suffixes and args.output.parent.is_dir()
     check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
-    sources = [args.input, args.input / path.name, args.average or args.input]
+    sources = [args.input, args.input / path.name]
     taken = path.resolve() in [source.resolve() for source in sources]
     check(not taken, f"OUT would replace {path.resolve()}")
     check(not holds_optimizer(path), f"OUT would replace {path}, from which a run can be resumed")
@@ -523,8 +507,6 @@ def main(argv):
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
     add("output", metavar="OUT", type=Path, help=".pt, .safetensors for open_clip, or a new folder")
     add("--to", choices=["open_clip", "transformers"], help="this layout, without the word head")
-    add("--average", metavar="FILE", type=Path, help="average the weights with those of FILE")
-    add("--share", type=number(float, 0, 1), default=0.5, help="share of FILE (default 0.5)")
     add("--half", action="store_true", help="weights of 16 bits, in half the space")
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
@@ -542,13 +524,6 @@ def main(argv):
             flags[name] = tuple(value) if isinstance(value, list) else value
 
     model, vocab = convert(args.input, flags, args.vocab)
-    if args.average is not None:
-        other, other_vocab = convert(args.average, flags, args.vocab)
-        unlike = differences(model.config, other.config)
-        if other_vocab != vocab:
-            unlike.append("vocabulary")
-        check(not unlike, f"{args.average} has another {', '.join(unlike)}")
-        average(model, other, args.share)
     if args.half:
         model = model.half()
     if args.to is not None:
