@@ -507,7 +507,6 @@ def main(argv):
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
     add("output", metavar="OUT", type=Path, help=".pt, .safetensors for open_clip, or a new folder")
     add("--to", choices=["open_clip", "transformers"], help="this layout, without the word head")
-    add("--half", action="store_true", help="weights of 16 bits, in half the space")
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
     add("--vision_heads", type=number(int, 1), help="image heads of IN (default: width / 64)")
@@ -524,8 +523,6 @@ def main(argv):
             flags[name] = tuple(value) if isinstance(value, list) else value
 
     model, vocab = convert(args.input, flags, args.vocab)
-    if args.half:
-        model = model.half()
     if args.to is not None:
         tokenizer = data.Tokenizer(vocab)
         write = write_open_clip if args.to == "open_clip" else write_transformers

@@ -186,19 +186,6 @@ def test_a_checkpoint_of_another_size_changes_its_positions_alone(trained, tmp_p
     assert_same_weights(again, model.state_dict() | {name: weights[name] for name in resized})
 
 
-def test_half_of_the_bytes_hold_the_nearest_numbers(trained, tmp_path):
-    """Counts stay whole."""
-    model, path = trained
-
-    assert not run(main, path, tmp_path / "out.pt", "--half")
-
-    expected = {}
-    for name, x in model.state_dict().items():
-        expected[name] = x.half() if x.is_floating_point() else x
-    weights = torch.load(tmp_path / "out.pt")["model"]
-    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
-
-
 # ---- files that do not fit
 
 STATE = open_clip_state(make_random_model(**V))
