@@ -33,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import eval as evaluation
 import train
 from cli import (
     check,
@@ -47,6 +46,7 @@ from cli import (
     write_json,
 )
 from scripts.convert import open_clip_config
+from scripts.report import read_log
 from superclip import PRESETS, LayerNorm, SuperCLIPConfig
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
 
 def parse(options):
     """train.py's options -> args, with defaults for a benchmark."""
-    defaults = ["--batch_size=16", "--dtype=bfloat16", "--no-compile"]
+    defaults = ["--model=ViT-B-16", "--batch_size=16", "--dtype=bfloat16", "--no-compile"]
     return train.make_parser().parse_args([*defaults, *options])
 
 
@@ -120,7 +120,7 @@ def bench_data(options, args):
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
     def ours():
-        for _ in data.load_batches(pairs, N, slice(N), N, 0, steps, 0, CPU):
+        for _ in data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, CPU):
             pass
 
     def theirs():  # as most CLIP training does: get_wds_dataset of open_clip_train/data.py
@@ -147,10 +147,11 @@ def bench_loader(options, args):
     N = settings.batch_size
     size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
     pairs = open_pairs(data.expand(settings.train_data), size, N)
-    device = train.set_up_device(settings.device)
+    device = train.set_up_device(settings)
     steps = 10 * args.repeat
+    batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, settings.workers, device)
     start = time.perf_counter()
-    for batch, _ in data.load_batches(pairs, N, slice(N), N, 0, steps, settings.workers, device):
+    for [batch] in batches:  # one micro-batch in each step
         batch["images"].sum().item()  # waits for the copy
     seconds = time.perf_counter() - start
     yield {"loader": "shards to device", "images/s": steps * N / seconds}
@@ -167,20 +168,22 @@ class Run:
     def __init__(self, options, length=LENGTH):
         args = parse(options)
         self.args = args
-        self.device = train.set_up_device(args.device)
+        self.device = train.set_up_device(args)
         tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
         self.model, _ = train.make_model(args, None, tokenizer.vocab_size, self.device)
         N = args.batch_size
         S = self.model.config.image_size
-        grid = self.model.visual.grid
+        P = self.model.visual.grid**2
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         tokens = torch.randint(1, tokenizer.start, (N, length))
         tokens[:, -1] = tokenizer.end
-        keep = train.patches_to_keep(args.patch_dropout, grid, N, args.seed, 0, self.device)
-        batch = {"images": images, "tokens": tokens, "label_tokens": tokens, "keep": keep}
-        self.batch = {name: x.to(self.device) for name, x in batch.items() if x is not None}
+        batch = {"images": images, "tokens": tokens, "label_tokens": tokens}
+        if args.patch_dropout > 0:  # as data.Pairs.draw does it
+            K = max(1, round(P * (1 - args.patch_dropout)))
+            batch["keep"] = torch.rand(N, P).argsort(dim=1)[:, :K]
+        self.batch = {name: x.to(self.device) for name, x in batch.items()}
         self.autocast, self.scaler = train.precision(self.device, args.dtype)
         if self.scaler.is_enabled():
             # At this scale the first gradients of float16 are finite, and no update is skipped.
@@ -356,7 +359,7 @@ def train_for_real(options, args):
     with tempfile.TemporaryDirectory() as folder:
         length = f"--steps={5 * args.repeat} --log_every={args.repeat}".split()
         train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
-        _, rows = evaluation.read_log(f"{folder}/log.jsonl")
+        _, rows = read_log(f"{folder}/log.jsonl")
     for row in rows:
         if "loss" in row:
             yield row
