@@ -1,10 +1,9 @@
-"""Measure speed and memory on this machine, beside the packages that do the same work.
+"""Measure speed on this machine, beside the packages that do the same work, and check a GPU.
 
     python -m scripts.bench data --train_data SHARDS   from shard to batch, beside webdataset
     python -m scripts.bench loader --train_data SHARDS the loader of train.py alone, at full speed
     python -m scripts.bench step                       one update, beside open_clip
-    python -m scripts.bench memory                     what a step needs, predicted without a GPU
-    python -m scripts.bench cuda --train_data SHARDS   a GPU: gradients, step, memory, loader, a run
+    python -m scripts.bench cuda --train_data SHARDS   a GPU: gradients, memory, step, loader, a run
 
 train.py's options set the rest, such as --model, --batch_size, --image_size, --dtype, --device and
 --compile, because train.py's own functions build the model and update it here. Each result is a
@@ -23,12 +22,9 @@ import itertools
 import statistics
 import tempfile
 import time
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +43,7 @@ from cli import (
 )
 from scripts.convert import open_clip_config
 from scripts.report import read_log
-from superclip import PRESETS, LayerNorm, SuperCLIPConfig
+from superclip import PRESETS, SuperCLIPConfig
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
 # Learning rate, that of the head, and weight decay, which make no difference here
@@ -70,30 +66,36 @@ def race(rivals, rounds, clock):
             start = clock()
             function()
             seconds[name].append(clock() - start)
-    # The first round pays for imports, caches and compilation.
-    (first, reference), *_ = seconds.items()
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times[1:], reference[1:])]
-        yield name, {"seconds": spread(times[1:]), f"ratio to {first}": spread(ratios)}
+    first = next(iter(rivals))
+    for name in rivals:
+        # The first round pays for imports, caches and compilation.
+        times = seconds[name][1:]
+        ratios = [a / b for a, b in zip(times, seconds[first][1:])]
+        yield name, {"seconds": spread(times), f"ratio to {first}": spread(ratios)}
 
 
 def spread(values):
-    return [f(values) for f in (min, statistics.median, max)]
+    return [min(values), statistics.median(values), max(values)]
 
 
 def show(value):
     """A number with at least three digits, or a spread as "median (lowest-highest)"."""
     if isinstance(value, list):
-        return "{1} ({0}-{2})".format(*map(show, value))
+        low, median, high = map(show, value)
+        return f"{median} ({low}-{high})"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return value
 
 
-def open_pairs(shards, image_size, batch_size):
-    """The pairs of shards, with CLIP's tokenizer. Raises InputError if they make no batch."""
-    pairs = data.Pairs(shards, data.Tokenizer.from_file("clip"), image_size)
-    check(batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+def open_pairs(settings):
+    """The pairs of --train_data, with CLIP's tokenizer. Raises InputError if they make no batch."""
+    check(settings.train_data, "this needs --train_data: a shard or two of photographs")
+    tokenizer = data.Tokenizer.from_file("clip")
+    size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
+    pairs = data.Pairs(data.expand(settings.train_data), tokenizer, size)
+    is_enough = settings.batch_size <= len(pairs)
+    check(is_enough, f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs
 
 
@@ -110,13 +112,10 @@ def bench_data(options, args):
     webdataset = optional("webdataset")
     torch.set_num_threads(1)
     settings = parse(["--batch_size=64", "--image_size=224", *options])
-    check(settings.train_data, "data needs --train_data: a shard or two of photographs")
+    pairs = open_pairs(settings)
     N = settings.batch_size
-    size = settings.image_size
-    shards = data.expand(settings.train_data)
-    pairs = open_pairs(shards, size, N)
     steps = len(pairs) // N
-    preprocess = open_clip.transform.image_transform(size, is_train=True)
+    preprocess = open_clip.transform.image_transform(pairs.image_size, is_train=True)
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
     def ours():
@@ -124,8 +123,8 @@ def bench_data(options, args):
             pass
 
     def theirs():  # as most CLIP training does: get_wds_dataset of open_clip_train/data.py
-        samples = webdataset.WebDataset(shards, shardshuffle=False).shuffle(N).decode("pilrgb")
-        samples = samples.to_tuple("jpg;png;jpeg;webp", "txt")
+        samples = webdataset.WebDataset(pairs.shards, shardshuffle=False)
+        samples = samples.shuffle(N).decode("pilrgb").to_tuple("jpg;png;jpeg;webp", "txt")
         samples = samples.map_tuple(preprocess, lambda text: tokenizer(text)[0])
         for _ in zip(range(steps), samples.batched(N, partial=False)):
             pass
@@ -143,15 +142,13 @@ def bench_data(options, args):
 def bench_loader(options, args):
     """The speed of train.py's loader, with no model to wait for."""
     settings = parse(options)
-    check(settings.train_data, "loader needs --train_data: a shard or two of photographs")
-    N = settings.batch_size
-    size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
-    pairs = open_pairs(data.expand(settings.train_data), size, N)
+    pairs = open_pairs(settings)
     device = train.set_up_device(settings)
+    N = settings.batch_size
     steps = 10 * args.repeat
-    batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, settings.workers, device)
     start = time.perf_counter()
-    for [batch] in batches:  # one micro-batch in each step
+    batches = data.load_batches(pairs, N, slice(0, N), N, 0, steps, settings.workers, device)
+    for [batch] in batches:  # the only micro-batch of a step
         batch["images"].sum().item()  # waits for the copy
     seconds = time.perf_counter() - start
     yield {"loader": "shards to device", "images/s": steps * N / seconds}
@@ -180,7 +177,7 @@ class Run:
         tokens = torch.randint(1, tokenizer.start, (N, length))
         tokens[:, -1] = tokenizer.end
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens}
-        if args.patch_dropout > 0:  # as data.Pairs.draw does it
+        if args.patch_dropout > 0:  # as in data.Pairs.draw
             K = max(1, round(P * (1 - args.patch_dropout)))
             batch["keep"] = torch.rand(N, P).argsort(dim=1)[:, :K]
         self.batch = {name: x.to(self.device) for name, x in batch.items()}
@@ -192,20 +189,17 @@ class Run:
 
     def backward(self):
         """Leaves the gradients in .grad."""
-        micro_batch_size = self.args.micro_batch_size
-        if micro_batch_size:
-            split = [x.split(micro_batch_size) for x in self.batch.values()]
-            parts = [dict(zip(self.batch, part)) for part in zip(*split)]
-            train.grad_cache_step(self.model, parts, self.autocast, self.scaler)
-        else:
+        M = self.args.micro_batch_size
+        if M is None:
             train.plain_step(self.model, self.batch, self.autocast, self.scaler)
-
-    def update(self):
-        train.update(self.model, self.optimizer, self.scaler, 1.0)
+        else:
+            split = [x.split(M) for x in self.batch.values()]
+            micro_batches = [dict(zip(self.batch, part)) for part in zip(*split)]
+            train.grad_cache_step(self.model, micro_batches, self.autocast, self.scaler)
 
     def step(self):
         self.backward()
-        self.update()
+        train.update(self.model, self.optimizer, self.scaler, 1.0)
         self.model.logit_scale.item()  # waits for the device
 
 
@@ -225,7 +219,8 @@ class OpenClipRun(Run):
 
     def backward(self):
         with self.autocast:
-            loss = self.contrastive_loss(*self.model(self.images, self.texts)[:3])
+            image_features, text_features, scale, *_ = self.model(self.images, self.texts)
+            loss = self.contrastive_loss(image_features, text_features, scale)
         self.scaler.scale(loss).backward()
 
 
@@ -234,7 +229,8 @@ def bench_step(options, args, *more):
     beside that of a product of two large matrices, the most that a device can do. (Of open_clip's,
     a part is for padding.)"""
     runs = {"CLIP": Run([*options, "--cls_weight=0"]), "SuperCLIP": Run(options)}
-    runs |= {f"SuperCLIP {option}": Run([*options, option]) for option in more}
+    for option in more:
+        runs[f"SuperCLIP {option}"] = Run([*options, option])
     # open_clip pads all captions to the context length.
     context_length = runs["CLIP"].model.config.context_length
     runs["CLIP, captions not trimmed"] = Run([*options, "--cls_weight=0"], context_length)
@@ -255,81 +251,6 @@ def bench_step(options, args, *more):
             rivals[name]()
         numbers["TFLOP/s"] = counter.get_total_flops() / numbers["seconds"][1] / 1e12
         yield {"step": f"{name}, {settings.model}, batch {settings.batch_size}", **numbers}
-
-
-# -----------------------------------------------------------------------------
-# memory: what a step needs at its peak
-
-WAYS = ("", "--grad_checkpointing", "--micro_batch_size=64")  # of training, in less and less memory
-
-
-def layer_norm_of_cuda(norm, x):
-    """CUDA's autocast computes it in float32, and keeps that for the backward pass."""
-    return torch.nn.LayerNorm.forward(norm, x.float()).to(x.dtype)
-
-
-def predict_memory(options):
-    """train.py's options -> dict of the bytes that a GPU needs: peak, of all tensors at the peak of
-    a step; activations, which autograd keeps for the backward pass (of one micro-batch).
-
-    train.py's own step runs on fake tensors, and torch's MemTracker counts their bytes. So the
-    count is exact in what the step creates: bfloat16 copies of the weights, similarities of all
-    pairs, float32 logits. It leaves out what tensors do not show: the CUDA context (about half a
-    GB), fragmentation and rounding by the allocator, and the workspaces of cuDNN, cuBLAS and the
-    attention kernels. torch.compile usually keeps less.
-    """
-    settings = parse(options)
-    activations = []
-    # float16 takes the same memory as bfloat16, but its scaler wants to see numbers.
-    same = ["--dtype=bfloat16"] if settings.dtype == "float16" else []
-    # A fake model cannot be moved to another device, and need not be.
-    stays = patch.object(torch.nn.Module, "to", lambda module, device: module)
-    norms = patch.object(LayerNorm, "forward", layer_norm_of_cuda)
-    with FakeTensorMode(), stays, norms, MemTracker() as tracker:
-        run = Run([*options, *same, "--device=cpu", "--no-compile"])
-        torch.backends.cuda.enable_flash_sdp(True)  # train.py switches it off on some CPU runs
-        for p in run.model.parameters():  # AdamW makes its moments, here from gradients of 0
-            p.grad = torch.zeros_like(p)
-        run.update()
-        features_and_terms = run.model.features_and_terms
-
-        def watch(*batch, **named):
-            if settings.micro_batch_size:  # or MemTracker refuses to see a module again
-                tracker.reset_mod_stats()
-            before = tracker.get_tracker_snapshot()[CPU]["Total"]
-            result = features_and_terms(*batch, **named)
-            activations.append(tracker.get_tracker_snapshot()[CPU]["Total"] - before)
-            return result
-
-        run.model.features_and_terms = watch
-        run.backward()
-        run.update()
-        peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    return {"peak": peak, "activations": max(activations)}
-
-
-def measure_memory(options):
-    """The peak of a step on a GPU in bytes, as its allocator counts."""
-    gc.collect()  # earlier models, which are in reference cycles
-    before = torch.cuda.memory_allocated()
-    run = Run(options)
-    run.step()  # makes AdamW's moments
-    torch.cuda.reset_peak_memory_stats()
-    run.step()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def bench_memory(options, args, measure=False):
-    batch_sizes = [64, 256, 1024]
-    if any(option.startswith("--batch_size") for option in options):
-        batch_sizes = [parse(options).batch_size]
-    for batch_size, way in itertools.product(batch_sizes, WAYS):
-        tried = [*options, f"--batch_size={batch_size}", *way.split()]
-        sizes = predict_memory(tried)
-        if measure:
-            sizes["measured peak"] = measure_memory(tried)
-        what = f"{parse(options).model}, batch {batch_size} {way}"
-        yield {"memory": what, **{f"{name}, GB": size / 2**30 for name, size in sizes.items()}}
 
 
 # -----------------------------------------------------------------------------
@@ -354,10 +275,19 @@ def compare_gradients(options, ways):
         yield {"gradient": f"{dtype} {way}", "relative error": error.item()}
 
 
+def measure_memory(options, way):
+    """What all tensors on the GPU take at the peak of a step, in GB. `way`: an option for less."""
+    run = Run([*options, *way.split()])
+    run.step()  # makes AdamW's moments
+    run.step()
+    what = f"{run.args.model}, batch {run.args.batch_size} {way}"
+    yield {"memory": what, "peak, GB": torch.cuda.max_memory_allocated() / 2**30}  # 0 on a CPU
+
+
 def train_for_real(options, args):
     """A short run of train.py: the rows of its log."""
     with tempfile.TemporaryDirectory() as folder:
-        length = f"--steps={5 * args.repeat} --log_every={args.repeat}".split()
+        length = [f"--steps={5 * args.repeat}", f"--log_every={args.repeat}"]
         train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
         _, rows = read_log(f"{folder}/log.jsonl")
     for row in rows:
@@ -368,26 +298,28 @@ def train_for_real(options, args):
 def bench_cuda(options, args):
     options = ["--device=cuda", "--batch_size=256", *options]
     device = pick_device(parse(options).device)  # says so if there is none
-    compiled = ["--compile"] if device.type == "cuda" else []
-    ways = "", "--micro_batch_size=4", "--grad_checkpointing", *compiled
-    for function, *inputs in (
-        (compare_gradients, options, ways),
-        (bench_step, options, args, *compiled),
-        (bench_memory, options, args, bool(compiled)),
-        (bench_loader, options, args),
-        (train_for_real, options, args),
-    ):
+    on_gpu = device.type == "cuda"
+    compiled = ["--compile"] if on_gpu else []
+    ways = ["", "--micro_batch_size=4", "--grad_checkpointing", *compiled]
+    parts = [compare_gradients(options, ways)]  # generators, so nothing has run yet
+    for way in ("", "--grad_checkpointing", "--micro_batch_size=64"):
+        parts.append(measure_memory(options, way))
+    parts.append(bench_step(options, args, *compiled))
+    parts.append(bench_loader(options, args))
+    parts.append(train_for_real(options, args))
+    for part in parts:
+        gc.collect()  # models of the part before, which are in reference cycles
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:  # so that the other parts run even if one fails
-            yield from function(*inputs)
+            yield from part
         except Exception as error:
-            yield {"failed": function.__name__, "why": f"{type(error).__name__}: {error}"}
+            yield {"failed": part.__name__, "why": f"{type(error).__name__}: {error}"}
 
 
 # -----------------------------------------------------------------------------
 
-COMMANDS = dict(
-    data=bench_data, loader=bench_loader, step=bench_step, memory=bench_memory, cuda=bench_cuda
-)
+COMMANDS = {"data": bench_data, "loader": bench_loader, "step": bench_step, "cuda": bench_cuda}
 
 
 def main(argv):
