@@ -10,6 +10,9 @@ of its tensors tell most of the configuration. The rest comes from flags, or fro
 beside the input (open_clip's, here ViT-B-16.json, or transformers' config.json), or else it is
 assumed, and the command says so. A file without a word head becomes plain CLIP, and train.py
 --init_from gives it a new head.
+
+The export to transformers needs CLIP's vocabulary for its tokenizer and its pipelines. With another
+vocabulary only the towers are written, and the command says how to tokenize for them.
 """
 
 import argparse
@@ -192,7 +195,7 @@ def read_weights(path):
     weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
     config |= read_shapes(path, weights)
     config |= read_config_beside(path, config["vision_width"])
-    vocab = path.with_suffix(".tiktoken")  # main writes it beside an export
+    vocab = path.with_suffix(".tiktoken")  # write_vocabulary puts it there
     if vocab.is_file():
         return weights, config, data.Tokenizer.from_file(vocab).vocab
     return weights, config, None
@@ -341,19 +344,27 @@ def write_open_clip(model, tokenizer, path):
     print(f"  model, _, preprocess = open_clip.create_model_and_transforms({path.stem!r},")
     print(f"      {str(path.resolve())!r}, image_mean={c.image_mean}, image_std={c.image_std})")
     if not is_clips(tokenizer):
-        print_tokenizer(path, c.context_length)
+        write_vocabulary(tokenizer, path)
 
 
-def print_tokenizer(path, context_length):
-    """Say how to tokenize where no other library can."""
-    vocab = str(path.with_suffix(".tiktoken").resolve())
+def is_clips(tokenizer):
+    return tokenizer.encode("a photo") == [320, 1125]
+
+
+def write_vocabulary(tokenizer, path):
+    """Write a vocabulary that no other library can read beside the weights, where this command
+    looks for it, and say how to tokenize with it."""
+    beside = path.with_suffix(".tiktoken")
+    write_file(beside, lambda file: file.write(tokenizer.vocab.encode()))
     print(f"  from data import Tokenizer  # needs: pip install -e {Path(__file__).parents[1]}")
-    print(f"  tokenizer = Tokenizer.from_file({vocab!r}, {context_length})")
+    name = str(beside.resolve())
+    print(f"  tokenizer = Tokenizer.from_file({name!r}, {tokenizer.context_length})")
 
 
 def write_transformers(model, tokenizer, path):
     """Write the towers to `path`, a model.safetensors in a folder of its own, with the files that
-    transformers wants beside it. Say how it loads them."""
+    transformers wants beside it. Say how it loads them, or, if the vocabulary is not CLIP's, how to
+    tokenize for them."""
     c = model.config
     folder = path.parent
     folder.mkdir(exist_ok=True)
@@ -368,109 +379,24 @@ def write_transformers(model, tokenizer, path):
         "image_std": c.image_std,
     }
     write_json(folder / "preprocessor_config.json", images)
-    settings = {"model_max_length": c.context_length}
     print(f"wrote {folder}, without the word head. In Python:")
-    if is_clips(tokenizer):
-        write_clip_tokenizer(folder)
-    elif tokenizer.pattern is not data.WORD:  # transformers would tokenize, but make things up
-        print_tokenizer(path, c.context_length)
+    if not is_clips(tokenizer):
+        write_vocabulary(tokenizer, path)
         return
-    else:
-        write_json(folder / "tokenizer.json", tokenizer_of_words(tokenizer))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings |= {"bos_token": data.START, "eos_token": data.END, "pad_token": data.END}
-    write_json(folder / "tokenizer_config.json", settings)
+    write_clip_tokenizer(folder, c.context_length)
     print("  from transformers import pipeline")
     print("  classify = pipeline('zero-shot-image-classification',")
     print(f"      {str(folder.resolve())!r})")
 
 
-def is_clips(tokenizer):
-    return tokenizer.encode("a photo") == [320, 1125]
-
-
-def write_clip_tokenizer(folder):
+def write_clip_tokenizer(folder, context_length):
     """Write CLIP's vocabulary as transformers loads it. open_clip knows the merges."""
     bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
     tokens = [*bpe.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)])
     write_file(folder / "merges.txt", lambda file: file.write(merges.encode()))
-
-
-def replace(pattern, content):
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-
-
-# data.clean and data.WORD as the library tokenizers has them. The long pattern is every place where
-# a word ends: behind letters, unless a hyphen joins more of them; behind a character that is a word
-# of its own, and before one; behind punctuation; and behind a hyphen that joins nothing.
-LETTER = r"[\p{L}\p{M}\p{N}]"
-OTHER = r"[^\s\p{L}\p{M}\p{N}]"
-WORD_ENDS = (
-    rf"(?<={LETTER})(?!{LETTER}|[-']{LETTER})|(?<={data.ALONE})(?!\p{{M}})"
-    rf"|(?<={LETTER})(?={data.ALONE})|(?<={OTHER})(?<!{LETTER}[-'])(?!{OTHER})"
-    rf"|(?<={LETTER}[-'])(?!{LETTER})(?!{OTHER})"
-)
-NORMALIZERS = [
-    replace("[‘’‚‛ʼ]", "'"),
-    replace("[“”„‟]", '"'),
-    {"type": "NFC"},
-    {"type": "Lowercase"},
-    replace(WORD_ENDS, " "),
-    replace(r"\s+", " "),
-    {"type": "Strip", "strip_left": True, "strip_right": False},
-]
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
-PRE_TOKENIZERS = [
-    {
-        "type": "Split",
-        "pattern": {"String": " "},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    },
-    BYTE_LEVEL,
-]
-
-
-def tokenizer_of_words(tokenizer):
-    """A data.Tokenizer of whole words -> the dict from which the library tokenizers builds the same
-    one. It differs in HTML entities, which it does not decode."""
-    # The library writes bytes as printable characters.
-    characters = dict(zip(data.BYTES, map(chr, [*data.BYTES[:188], *range(256, 324)])))
-    vocab = {}
-    for token, i in tokenizer.ranks.items():
-        vocab["".join(characters[byte] for byte in token)] = i
-    # A word is a token, or else it is spelled: the only merges are a byte and the space behind it.
-    space = characters[32]
-    merges = [[x, space] for x in characters.values()]
-    added = []
-    special = {}
-    for token, i in ((data.START, tokenizer.start), (data.END, tokenizer.end)):
-        no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added.append({"id": i, "content": token, "special": True, **no})
-        special[token] = {"id": token, "ids": [i], "tokens": [token]}
-    caption = {"Sequence": {"id": "A", "type_id": 0}}
-    ends = [{"SpecialToken": {"id": token, "type_id": 0}} for token in special]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": NORMALIZERS},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [ends[0], caption, ends[1]],
-            "pair": [caption, caption],
-            "special_tokens": special,
-        },
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True},
-    }
+    write_json(folder / "tokenizer_config.json", {"model_max_length": context_length})
 
 
 # -----------------------------------------------------------------------------
@@ -506,7 +432,8 @@ def main(argv):
     add = parser.add_argument
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
     add("output", metavar="OUT", type=Path, help=".pt, .safetensors for open_clip, or a new folder")
-    add("--to", choices=["open_clip", "transformers"], help="this layout, without the word head")
+    text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
+    add("--to", choices=["open_clip", "transformers"], help=text)
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
     add("--vision_heads", type=number(int, 1), help="image heads of IN (default: width / 64)")
@@ -524,12 +451,9 @@ def main(argv):
 
     model, vocab = convert(args.input, flags, args.vocab)
     if args.to is not None:
-        tokenizer = data.Tokenizer(vocab)
+        tokenizer = data.Tokenizer(vocab, model.config.context_length)
         write = write_open_clip if args.to == "open_clip" else write_transformers
         write(model, tokenizer, path)
-        if not is_clips(tokenizer):  # beside the weights, where this command would look for it
-            vocab_file = path.with_suffix(".tiktoken")
-            write_file(vocab_file, lambda file: file.write(vocab.encode()))
         return
     evaluation.write_checkpoint(path, model, vocab)
     print(f"wrote {path}: {model.config}")

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
-from material import error_of, photo, run, write_checkpoint
+from material import error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
@@ -185,61 +185,3 @@ def test_transformers_tokenizes_with_clips_vocabulary(exported, text):
 
     ids = processor.tokenizer(text, truncation=True).input_ids
     assert ids == tokenizer([text])[0, : len(ids)].tolist()
-
-
-WORDS = "a photo of the red dog women's t-shirt 日 本 !! -- x".split()
-TEXTS = [
-    "A photo of the RED dog",
-    "women’s t-shirt!!",
-    "red-dog, a--b",
-    "日本 dog日",
-    "a purple dog.",
-    "hotdog bred a!!!",
-    "dog's x- - -x",
-    "e\u0301cole",
-    "dog" * 30,
-    "",
-    "a\tphoto \n of",
-    "हिन्दी १२",
-    "dog\u0301!",
-]
-
-
-@pytest.fixture
-def exported_words(tmp_path, monkeypatch, capsys):
-    """A model, its tokenizer of words, the folder that was written for transformers, and what was
-    printed."""
-    tokenizer = data.Tokenizer(data.words_to_tiktoken(WORDS), 16)
-    model = make_random_model(vocab_size=tokenizer.vocab_size)
-    path = write_checkpoint(tmp_path / "a.pt", model, tokenizer.vocab)
-    monkeypatch.chdir(tmp_path)
-    assert not run(main, path, "folder", "--to", "transformers")
-    return model, tokenizer, tmp_path / "folder", capsys.readouterr().out
-
-
-def test_transformers_tokenizes_with_a_vocabulary_of_words(exported_words):
-    _, tokenizer, folder, _ = exported_words
-
-    theirs = AutoTokenizer.from_pretrained(folder)
-
-    for text in TEXTS:
-        ids = [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
-        assert theirs(text).input_ids == ids, text
-        assert theirs.decode(ids, skip_special_tokens=True).strip() == tokenizer.decode(ids)
-
-
-@torch.no_grad()
-def test_the_printed_pipeline_gives_our_scores(exported_words, tmp_path, monkeypatch):
-    """The picture has the model's size, because transformers crops and resizes in its own way."""
-    model, tokenizer, _, printed = exported_words
-    picture = photo(0, (32, 32))
-    names = ["red dog", "women's t-shirt"]
-
-    classify = run_recipe(printed, tmp_path / "empty", monkeypatch)["classify"]
-    answers = classify(picture, candidate_labels=names, hypothesis_template="a photo of a {}.")
-
-    image = model.encode_image(data.load_image(picture, 32)[None])
-    texts = model.encode_text(tokenizer([f"a photo of a {name}." for name in names]))
-    scores = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].tolist()
-    found = {answer["label"]: answer["score"] for answer in answers}
-    assert found == pytest.approx(dict(zip(names, scores)), rel=1e-4)
