@@ -18,14 +18,15 @@ vocabulary only the towers are written, and the command says how to tokenize for
 import argparse
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import eval as evaluation
 from cli import (
-    InputError,
     check,
     make_parser,
     number,
@@ -201,45 +202,39 @@ def read_weights(path):
     return weights, config, None
 
 
-def resize_positions(positions, grid):
-    """Positions (1 + P, D) -> (1 + grid * grid, D), interpolated as in open_clip. The first one is
-    the class token's, and stays."""
-    side = int((len(positions) - 1) ** 0.5)
-    patches = positions[1:].float().T.reshape(1, -1, side, side)  # (1, D, side, side)
-    patches = torch.nn.functional.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
-    return torch.cat([positions[:1].float(), patches.flatten(2)[0].T])
+def resize(model, image_size):
+    """Returns the model for images of another size: the positions of its patches are interpolated,
+    as in open_clip. Raises InputError."""
+    patch_size = model.config.patch_size
+    fits = image_size % patch_size == 0
+    check(fits, f"--image_size must be a multiple of {patch_size}, the size of a patch")
+    resized = SuperCLIP(replace(model.config, image_size=image_size))
+    old = model.visual.grid
+    new = resized.visual.grid
+    weights = model.state_dict()
+    positions = weights["visual.positional_embedding"]  # (1 + P, D); the first is the class token's
+    patches = positions[1:].T.reshape(1, -1, old, old)  # (1, D, old, old)
+    patches = F.interpolate(patches, (new, new), mode="bicubic", antialias=True)
+    patches = patches.flatten(2)[0].T  # (P, D)
+    weights["visual.positional_embedding"] = torch.cat([positions[:1], patches])
+    resized.load_state_dict(weights)
+    return resized
 
 
-def convert(path, flags, vocab=None):
-    """A file in any layout -> (model, text of its vocabulary). Raises InputError.
+def convert(path, facts, vocab=None):
+    """A file in any layout -> model, tokenizer. Raises InputError.
 
-    flags: fields of the configuration: what the file does not tell, or a new image_size or
-    context_length. vocab: a vocabulary file to use in place of the file's own, or of CLIP's if the
-    file has none.
+    facts: fields of the configuration that the file does not tell, or tells wrong; vocab: a
+    vocabulary file to use in place of the file's own, or of CLIP's if the file has none.
     """
     weights, config, known = read_weights(path)
-    for name, value in flags.items():
-        if name not in ("image_size", "context_length"):
-            config[name] = value
+    config |= facts
     assumed = [text for name, text in ASSUMED.items() if name not in config]
     if assumed:
         print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
     if vocab is not None or known is None:
         known = data.Tokenizer.from_file(vocab or "clip").vocab
-    model, tokenizer = evaluation.make_model(path, weights, config, known)
-    try:
-        config = SuperCLIPConfig(**{**vars(model.config), **flags})
-    except ValueError as error:  # such as a new image_size that patch_size does not divide
-        raise InputError(f"{path} cannot become such a model: {error}") from None
-    weights = model.state_dict()
-    image, text = "visual.positional_embedding", "text.positional_embedding"
-    weights[image] = resize_positions(weights[image], config.image_size // config.patch_size)
-    # New positions start as copies of the last one. Captions that fitted keep their features.
-    length = torch.arange(config.context_length)
-    weights[text] = weights[text][length.clamp(max=model.config.context_length - 1)]
-    model = SuperCLIP(config)
-    model.load_state_dict(weights)
-    return model, tokenizer.vocab
+    return evaluation.make_model(path, weights, config, known)
 
 
 # -----------------------------------------------------------------------------
@@ -441,22 +436,24 @@ def main(argv):
     add("--image_mean", nargs=3, type=number(float, 0, 1), help="mean of R, G, B (CLIP's)")
     add("--image_std", nargs=3, type=number(float, 0.001), help="deviation of R, G, B (CLIP's)")
     add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
-    add("--context_length", type=number(int, 3), help="a new length: the last position is repeated")
     args = parser.parse_args(argv)
     path = output_path(args)
-    flags = {}
-    for name, value in vars(args).items():
-        if hasattr(SuperCLIPConfig, name) and value is not None:
-            flags[name] = tuple(value) if isinstance(value, list) else value
+    facts = {}
+    for name in ASSUMED:
+        value = getattr(args, name)
+        if value is not None:
+            facts[name] = tuple(value) if isinstance(value, list) else value
+    model, tokenizer = convert(args.input, facts, args.vocab)
+    if args.image_size is not None:
+        model = resize(model, args.image_size)
 
-    model, vocab = convert(args.input, flags, args.vocab)
-    if args.to is not None:
-        tokenizer = data.Tokenizer(vocab, model.config.context_length)
-        write = write_open_clip if args.to == "open_clip" else write_transformers
-        write(model, tokenizer, path)
-        return
-    evaluation.write_checkpoint(path, model, vocab)
-    print(f"wrote {path}: {model.config}")
+    if args.to == "open_clip":
+        write_open_clip(model, tokenizer, path)
+    elif args.to == "transformers":
+        write_transformers(model, tokenizer, path)
+    else:
+        evaluation.write_checkpoint(path, model, tokenizer.vocab)
+        print(f"wrote {path}: {model.config}")
 
 
 if __name__ == "__main__":
