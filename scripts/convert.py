@@ -1,7 +1,7 @@
 """Convert weights: what others have trained into a checkpoint of this project, and back.
 
     python -m scripts.convert ViT-B-16.pt clip.pt
-    python -m scripts.convert out/best.pt model.safetensors --to open_clip
+    python -m scripts.convert out/best.pt model.pt --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of
@@ -327,12 +327,7 @@ def write_open_clip(model, tokenizer, path):
     state = open_clip_state(model)
     c = model.config
     beside = path.with_suffix(".json")
-    if path.suffix == ".safetensors":
-        # As bytes, because save_file of safetensors replaces the file that write_file has opened.
-        content = safetensors().save(state)
-        write_file(path, lambda file: file.write(content))
-    else:
-        write_file(path, lambda file: torch.save(state, file))
+    write_file(path, lambda file: torch.save(state, file))
     write_json(beside, open_clip_config(c))
     print(f"wrote {path} and {beside}, without the word head. In Python:\n  import open_clip")
     print(f"  open_clip.add_model_config({str(beside.resolve())!r})")
@@ -363,6 +358,7 @@ def write_transformers(model, tokenizer, path):
     c = model.config
     folder = path.parent
     folder.mkdir(exist_ok=True)
+    # As bytes, because save_file of safetensors replaces the file that write_file has opened.
     content = safetensors().save(transformers_state(model), {"format": "pt"})
     write_file(path, lambda file: file.write(content))
     write_json(folder / "config.json", transformers_config(c))
@@ -412,8 +408,8 @@ def output_path(args):
     path = args.output
     if args.to == "transformers":
         path = args.output / "model.safetensors"
-    suffixes = [".pt"] if args.to is None else [".pt", ".safetensors"]
-    fits = path.suffix in suffixes and args.output.parent.is_dir()
+    fits = args.to == "transformers" or path.suffix == ".pt"
+    fits = fits and args.output.parent.is_dir()
     check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
     sources = [args.input, args.input / path.name]
     taken = path.resolve() in [source.resolve() for source in sources]
@@ -426,7 +422,7 @@ def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
-    add("output", metavar="OUT", type=Path, help=".pt, .safetensors for open_clip, or a new folder")
+    add("output", metavar="OUT", type=Path, help=".pt file, or a new folder for transformers")
     text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
     add("--to", choices=["open_clip", "transformers"], help=text)
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
