@@ -351,13 +351,13 @@ def write_vocabulary(tokenizer, path):
     print(f"  tokenizer = Tokenizer.from_file({name!r}, {tokenizer.context_length})")
 
 
-def write_transformers(model, tokenizer, path):
-    """Write the towers to `path`, a model.safetensors in a folder of its own, with the files that
-    transformers wants beside it. Say how it loads them, or, if the vocabulary is not CLIP's, how to
-    tokenize for them."""
+def write_transformers(model, tokenizer, folder):
+    """Write the towers to model.safetensors in a new folder, with the files that transformers wants
+    beside it. Say how it loads them, or, if the vocabulary is not CLIP's, how to tokenize for
+    them."""
     c = model.config
-    folder = path.parent
-    folder.mkdir(exist_ok=True)
+    path = folder / "model.safetensors"
+    folder.mkdir()
     # As bytes, because save_file of safetensors replaces the file that write_file has opened.
     content = safetensors().save(transformers_state(model), {"format": "pt"})
     write_file(path, lambda file: file.write(content))
@@ -394,35 +394,18 @@ def write_clip_tokenizer(folder, context_length):
 # The command
 
 
-def holds_optimizer(path):
-    """Is it a checkpoint from which train.py can resume a run?"""
-    try:
-        content = evaluation.read_pickle(path)
-    except Exception:  # there is no such file, or it is something else
-        return False
-    return isinstance(content, dict) and "optimizer" in content
-
-
-def output_path(args):
-    """The file to write. Raises InputError if it cannot be OUT, or if something would be lost."""
-    path = args.output
-    if args.to == "transformers":
-        path = args.output / "model.safetensors"
-    fits = args.to == "transformers" or path.suffix == ".pt"
-    fits = fits and args.output.parent.is_dir()
-    check(fits and not any(args.output.glob("*")), f"OUT cannot be {args.output}: see --help")
-    sources = [args.input, args.input / path.name]
-    taken = path.resolve() in [source.resolve() for source in sources]
-    check(not taken, f"OUT would replace {path.resolve()}")
-    check(not holds_optimizer(path), f"OUT would replace {path}, from which a run can be resumed")
-    return path
+def check_output(path, is_folder):
+    """Raises InputError unless OUT is new, so that no weights are ever lost, and can be written."""
+    check(not path.exists(), f"{path} is there already: OUT must be new")
+    check(is_folder or path.suffix == ".pt", f"OUT must end in .pt, which {path} does not")
+    check(path.parent.is_dir(), f"there is no folder {path.parent}")
 
 
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
-    add("output", metavar="OUT", type=Path, help=".pt file, or a new folder for transformers")
+    add("output", metavar="OUT", type=Path, help="new .pt file, or for transformers a new folder")
     text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
     add("--to", choices=["open_clip", "transformers"], help=text)
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
@@ -433,7 +416,7 @@ def main(argv):
     add("--image_std", nargs=3, type=number(float, 0.001), help="deviation of R, G, B (CLIP's)")
     add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
     args = parser.parse_args(argv)
-    path = output_path(args)
+    check_output(args.output, is_folder=args.to == "transformers")
     facts = {}
     for name in ASSUMED:
         value = getattr(args, name)
@@ -444,12 +427,12 @@ def main(argv):
         model = resize(model, args.image_size)
 
     if args.to == "open_clip":
-        write_open_clip(model, tokenizer, path)
+        write_open_clip(model, tokenizer, args.output)
     elif args.to == "transformers":
-        write_transformers(model, tokenizer, path)
+        write_transformers(model, tokenizer, args.output)
     else:
-        evaluation.write_checkpoint(path, model, tokenizer.vocab)
-        print(f"wrote {path}: {model.config}")
+        evaluation.write_checkpoint(args.output, model, tokenizer.vocab)
+        print(f"wrote {args.output}: {model.config}")
 
 
 if __name__ == "__main__":
