@@ -1,12 +1,18 @@
-"""Draw the figures of the tutorial and the README into assets/:
+"""Draw the figures of the tutorial into assets/:
 
-    python -m docs.figures [--log out/log.jsonl] [--clip_log out_clip/log.jsonl]
-    python -m docs.figures --objects DIR
+    python -m docs.figures
 
-All numbers are computed here, by the project's functions, or read from the logs of runs with the
-built-in scenes (the second one with --cls_weight 0). DIR is a folder of photographs, as
-study/compare.py takes it. Figures are 8.5 inches wide and have letters of 11 points, so that they
-can be read at a README's width.
+All numbers are computed here, by the project's functions, or read from the logs of two runs, which
+are those in study/ unless others are named. One command trains anew and draws:
+
+    python train.py && python train.py --cls_weight 0 --out_dir out_clip &&
+        python -m docs.figures --log out/log.jsonl --clip_log out_clip/log.jsonl
+
+Figures are 8.5 inches wide and have letters of 11 points, so that they can be read at a README's
+width. Photographs and scenes with their captions are drawn by scripts.show, and the study's figures
+by study.plan:
+
+    python -m scripts.show 'scenes/val-*.tar' --captions json.long --picture assets/scenes.png
 """
 
 import argparse
@@ -24,10 +30,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 import data
-import eval as evaluation
 from cli import run_command
 from scripts import scenes
-from study import run
+from scripts.report import read_log
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,23 +192,6 @@ def matrix():
 
 
 # -----------------------------------------------------------------------------
-# Objects of the study
-
-
-def objects(folder):
-    """Eight test photographs in their settings, each of another class, with their captions."""
-    dataset = run.read_objects(Path(folder), "test")
-    images, captions, facts = run.place_objects(dataset, scenes.SETTINGS, 60, "figure")
-    of_class = {fact["object"]: i for i, fact in reversed([*enumerate(facts)])}  # the first ones
-    figure, axes = plt.subplots(2, 4, figsize=(8.5, 5.2))
-    for axis, i in zip(axes.flat, sorted(of_class.values())):
-        axis.imshow(images[i].permute(1, 2, 0), interpolation="nearest")
-        axis.set_title(textwrap.fill(captions[i][1], 22), loc="center")
-        axis.axis("off")
-    plt.tight_layout()
-
-
-# -----------------------------------------------------------------------------
 # The curve of a run
 
 
@@ -224,6 +212,14 @@ def blind():
     others with the same setting has a Poisson distribution, and a guess is right in 1/(k+1)."""
     others = 1000 / len(scenes.SETTINGS)
     return 100 * (1 - math.exp(-others)) / others
+
+
+def read_rows(path):
+    """A log -> its header, and its rows, each with the number of samples seen so far."""
+    header, rows = read_log(path)
+    for row in rows:
+        row["samples"] = row["step"] * header["batch_size"]
+    return header, rows
 
 
 def zero_shot(rows, kind):
@@ -249,9 +245,9 @@ def draw_lines(axis, lines, gap):
 
 
 def curve(path, clip_path):
-    header, rows = evaluation.read_log(path)
+    header, rows = read_rows(path)
     training = [row for row in rows if "loss" in row]
-    B, V = header["arguments"]["batch_size"], header["config"]["vocab_size"]
+    B, V = header["batch_size"], header["config"]["vocab_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
     last = training[-1]["samples"]
 
@@ -282,10 +278,8 @@ def curve(path, clip_path):
     ):
         if points := zero_shot(rows, kind):
             lines.append((name, colour, "-", points))
-    if clip_path:
-        _, rows_of_clip = evaluation.read_log(clip_path)
-        points = zero_shot(rows_of_clip, "colour_shape")
-        lines.append(("colour + shape, CLIP", AMBER, "--", points))
+    _, rows_of_clip = read_rows(clip_path)
+    lines.append(("colour + shape, CLIP", AMBER, "--", zero_shot(rows_of_clip, "colour_shape")))
     draw_lines(right, lines, 6)
     right.set(title="R@1 and zero-shot scores (%)", ylim=(0, 122), yticks=range(0, 101, 20))
     for axis in (left, right):
@@ -295,16 +289,14 @@ def curve(path, clip_path):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    study = ROOT / "study"
-    log, clip_log = study / "reference_log.jsonl", study / "clip_log.jsonl"
-    parser.add_argument("--log", default=log, help=f"of a run (default study/{log.name})")
-    default = clip_log if clip_log.exists() else None
-    text = f"of a run with --cls_weight 0 (default study/{clip_log.name}, if it exists)"
-    parser.add_argument("--clip_log", default=default, help=text)
-    text = "train/CLASS/ and test/CLASS/ of photographs (default: no picture of objects)"
-    parser.add_argument("--objects", metavar="DIR", help=text)
+    log = ROOT / "study" / "reference_log.jsonl"
+    clip_log = ROOT / "study" / "clip_log.jsonl"
+    add = parser.add_argument
+    add("--log", default=log, help=f"of a run (default study/{log.name})")
+    text = f"of a run with --cls_weight 0 (default study/{clip_log.name})"
+    add("--clip_log", default=clip_log, help=text)
     text = "folder to draw into (default assets)"
-    parser.add_argument("--out", type=Path, default=ROOT / "assets", metavar="DIR", help=text)
+    add("--out", type=Path, default=ROOT / "assets", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
@@ -316,9 +308,6 @@ def main(argv):
     save(args.out / "tutorial_matrix.png")
     curve(args.log, args.clip_log)
     save(args.out / "curve.png")
-    if args.objects:
-        objects(args.objects)
-        save(args.out / "objects.png")
 
 
 if __name__ == "__main__":
