@@ -12,21 +12,18 @@ A hash of the image file decides whether a sample is for training or for validat
 are never on both sides, and an image keeps its side when the list grows or is packed in parts. With
 --group, a hash of that column decides instead, so that two photographs of one product stay on one
 side. An image without a group is a group of its own.
-
-Start the command again after an interruption, or when missing images have arrived: it packs only
-the images that are in no shard yet.
 """
 
 import csv
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import shlex
 import statistics
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from functools import partial
@@ -40,22 +37,20 @@ import data
 from cli import (
     InputError,
     check,
-    lock_folder,
     make_parser,
     number,
     pick_dtype,
     run_command,
-    write_file,
 )
-from scripts.show import kind_of, normal, read_samples, report_overlap
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
 CAPTION_COLUMNS = "caption captions text title description alt_text".split()
-SPLITS = ("train", "val")
+SPLITS = ("val", "train")
 WRITTEN = ("image", "captions", "width", "height", "sha256")  # the fields of .json that pack makes
 # Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+SHARD_SIZE = 1000  # samples
 # Bytes that are not UTF-8 are read as surrogates, and UTF-16 is full of null characters.
 NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
 # If a quotation mark is not closed, the rows that follow become a part of the caption.
@@ -130,7 +125,7 @@ def read_list(args):
     """Read the list. Returns (samples, bad).
 
     samples: dict of image path within the folder -> list of its rows, each (line number, captions,
-    dict of the other columns). bad: set of (line number, image, reason).
+    dict of the other columns). bad: list of (line number, image, reason).
     """
     path = args.csv
     check(not path.is_dir(), f"{path} is a folder: --csv is a list of images and captions")
@@ -153,7 +148,7 @@ def read_list(args):
     check(not clash, f"rename {', '.join(clash)} in {path}: pack writes fields of these names")
 
     samples = {}
-    bad = set()
+    bad = []
     folder = os.path.join(args.images, "")
     for line, row in rows:
         image = row.pop(image_column, None)
@@ -166,7 +161,7 @@ def read_list(args):
         file = os.path.normpath(os.path.join(folder, image))  # two spellings are one image
         reason = problem_of(row, image, texts, file.startswith(folder))
         if reason is not None:
-            bad.add((line, image, reason))
+            bad.append((line, image, reason))
         else:
             samples.setdefault(file.removeprefix(folder), []).append((line, texts, row))
     return samples, bad
@@ -217,28 +212,26 @@ def smaller(image, size, quality):
     return jpeg.getvalue(), image.size
 
 
-def encode(item, split, args):
-    """(image, its rows) -> (suffix, bytes, fields of .json), or the reason why not, as a string.
-    None if the image belongs to the other split.
+def encode(item, args):
+    """(image, its rows) -> (split, suffix, bytes, fields of .json), or the reason why not, as a
+    string.
 
     An image with a short side of more than --size pixels becomes a smaller JPEG. A file that is
     small enough stays as it is, because encoding it again would lose quality, unless shards do not
     hold its format.
     """
     name, rows = item
+    fields = merge(rows)
+    group = fields.get(args.group)
+    if isinstance(group, list):
+        return f"it is in several groups: {group}"
     file = args.images / name
     size = args.size or 10**9
     try:
-        if file.exists() and not file.is_file():  # reading a pipe or a device may never end
-            return f"not a file: {file}"
+        if not file.is_file():  # reading a pipe may never end
+            return f"there is no such file: {file}"
         content = file.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        fields = merge(rows)
-        group = fields.get(args.group)
-        if isinstance(group, list):
-            return f"it is in several groups: {group}"
-        if split_of(sha256, group, args.val) != split:
-            return None
         image = Image.open(io.BytesIO(content), formats=data.FORMATS)
         suffix = KEPT.get(image.format)
         if suffix is not None and min(image.size) <= size:
@@ -247,113 +240,78 @@ def encode(item, split, args):
         else:
             suffix = ".jpg"
             content, (width, height) = smaller(image, size, args.quality)
-    except FileNotFoundError:
-        return f"there is no such file: {file}"
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
-    return suffix, content, fields
+    return split_of(sha256, group, args.val), suffix, content, fields
 
 
 # -----------------------------------------------------------------------------
 # Shards
 
 
-def write_shard(number, samples, file):
-    """samples: (suffix of the image, its bytes, fields of .json) of each."""
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for i, (suffix, content, fields) in enumerate(samples):
-            key = f"{number}{i:05d}"
-            data.add_member(tar, key + suffix, content)
-            data.add_member(tar, key + ".txt", fields["captions"][0].encode())
-            data.add_member(tar, key + ".json", json.dumps(fields).encode())
+class ShardWriter:
+    """Writes the samples of a split into shards of SHARD_SIZE samples."""
+
+    def __init__(self, folder, split):
+        self.folder = folder
+        self.split = split
+        self.n = 0  # samples so far
+        self.tar = None
+
+    def add(self, suffix, content, fields):
+        """suffix: of the image; content: its bytes; fields: of .json."""
+        shard, place = divmod(self.n, SHARD_SIZE)
+        if place == 0:
+            self.close()
+            self.tar = tarfile.open(self.folder / f"{self.split}-{shard:05d}.tar", "w")
+        key = f"{shard:05d}{place:05d}"
+        data.add_member(self.tar, key + suffix, content)
+        data.add_member(self.tar, key + ".txt", fields["captions"][0].encode())
+        data.add_member(self.tar, key + ".json", json.dumps(fields).encode())
+        self.n += 1
+
+    def close(self):
+        if self.tar is not None:
+            self.tar.close()
 
 
-def shards_of(out, split="*"):
-    return sorted(map(str, out.glob(f"{split}-*.tar")))
-
-
-def packed_images(shards):
-    """The names of all images that these shards hold."""
-    if not shards:
-        return set()
-    samples = data.Shards(shards)
-    return {json.loads(samples.read(row, data.JSON))["image"] for row in samples.index.tolist()}
-
-
-def encode_all(args, samples, bad, pool, split):
-    """Yield the samples of a split as write_shard takes them. What cannot be used goes to `bad`."""
-    encode_one = partial(encode, split=split, args=args)
+def make_shards(args, samples, bad, folder):
+    """Write the samples into the folder. What cannot be used goes to `bad`. Returns a dict of
+    split -> number of samples."""
+    writers = {split: ShardWriter(folder, split) for split in SPLITS}
     items = list(samples.items())
     n = 256
-    # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
-    for i in data.progress(range(0, len(items), n), split, unit="image", unit_scale=n):
-        part = items[i : i + n]
-        for (image, rows), result in zip(part, pool.imap(encode_one, part)):
-            if isinstance(result, str):
-                bad.update((line, image, result) for line, _, _ in rows)
-            elif result is not None:
-                yield result
-
-
-def new_shard(out, split):
-    """The first path of a shard that is not there yet."""
-    i = 0
-    while (out / f"{split}-{i:05d}.tar").exists():
-        i += 1
-    return out / f"{split}-{i:05d}.tar"
-
-
-def make_shards(args, samples, bad):
-    """Write samples into new shards. What cannot be used goes to `bad`."""
-    splits = SPLITS if args.val > 0 else SPLITS[:1]
     with ThreadPool() as pool:
-        # Each split reads all files. To read them once, two shards would have to grow in memory.
-        for split in splits:
-            encoded = encode_all(args, samples, bad, pool, split)
-            for first in encoded:  # each turn writes a shard
-                path = new_shard(args.out, split)
-                shard = itertools.chain([first], itertools.islice(encoded, args.shard_size - 1))
-                write_file(path, partial(write_shard, path.stem[-5:], shard))
+        # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
+        for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
+            part = items[i : i + n]
+            for (image, rows), result in zip(part, pool.imap(partial(encode, args=args), part)):
+                if isinstance(result, str):
+                    bad += [(line, image, result) for line, _, _ in rows]
+                else:
+                    split, *sample = result
+                    writers[split].add(*sample)
+    for writer in writers.values():
+        writer.close()
+    return {split: writer.n for split, writer in writers.items()}
 
 
 def write_bad_rows(path, bad):
-    text = io.StringIO()
-    csv.writer(text).writerows([("line", "image", "reason"), *sorted(bad)])
-    content = text.getvalue().encode("utf-8", "backslashreplace")
-    write_file(path, lambda file: file.write(content))
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
 
 
-# -----------------------------------------------------------------------------
-# What the folder holds
-
-
-def print_summary(out, bad):
-    """Print what the folder holds and what was not used. Returns the numbers of validation and of
-    training pairs."""
-    numbers = []
-    for split in ("val", "train"):
-        shards = shards_of(out, split)
-        n = len(data.build_index(shards)[0]) if shards else 0
+def print_summary(out, numbers, bad):
+    """Print what the folder holds and what was not used. numbers: from make_shards."""
+    for split, n in numbers.items():
+        shards = list(out.glob(f"{split}-*.tar"))
         size = sum(map(os.path.getsize, shards)) / 1e6
         print(f"{split:6}{len(shards):6,} shards{n:10,} samples{size:11,.1f} MB")
-        numbers.append(n)
     print(f"rows that cannot be used: {len(bad):,}, listed in {out / 'bad_rows.csv'}")
-    kinds = Counter(kind_of(reason) for _, _, reason in bad)
-    for reason, count in kinds.most_common(3):
-        print(f"{count:9,}  {reason}")
-    return numbers
-
-
-def print_overlap(out):
-    """Print how many captions are on both sides, and which images are, because equal files may be
-    in two groups."""
-    train, val = (data.Pairs(shards_of(out, x), None, 0, ["json.captions"]) for x in SPLITS)
-    captions = set()
-    rows = data.progress(train.index.tolist(), "comparing captions", unit="sample")
-    for _, texts, _ in read_samples(train, rows, []):
-        captions.update(map(normal, texts))
-    report_overlap(train, val, captions)
+    kinds = Counter(reason.partition(":")[0] for _, _, reason in bad)
+    for kind, count in kinds.most_common(3):
+        print(f"{count:9,}  {kind}")
 
 
 # -----------------------------------------------------------------------------
@@ -471,20 +429,12 @@ def print_ways(out, n_val, n, several):
 # The command
 
 
-def check_record(args, recipe):
-    """Only shards of the same list and the same options can be added to."""
-    record = args.out / "pack.json"
-    same = record.is_file() and record.read_bytes() == recipe
-    empty = not any(args.out.glob("*.tar"))
-    check(same or empty, f"{args.out} has shards of another list or options: name another --out")
-
-
 def read_options(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
-    add("--out", type=Path, required=True, help="folder for the shards")
+    add("--out", type=Path, required=True, help="folder to make for the shards")
     add("--images", type=Path, help="folder of the images (default: the list's)")
     add("--image_column", nargs=1, default=IMAGE_COLUMNS,
         help="column of images (default: a likely name)")
@@ -496,48 +446,33 @@ def read_options(argv):
     add("--quality", type=number(int, 1, 100), default=90,
         help="quality of new JPEGs, 1 to 100 (default 90)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
-    # A key has five digits for the sample's place in its shard.
-    add("--shard_size", type=number(int, 1, 100_000), default=1000,
-        help="samples in a shard (default 1000)")
     # fmt: on
     args = parser.parse_args(argv)
     args.images = Path(os.path.abspath(args.images or args.csv.parent))
-    check(args.csv.name != "bad_rows.csv", f"rename {args.csv}: pack writes a file of this name")
+    check(not args.out.exists(), f"{args.out} is there already: name another --out")
     return args
-
-
-def claim_folder(args):
-    """Makes and locks --out, and keeps a record in it of what is packed there. Raises InputError if
-    something else is."""
-    content = hashlib.sha256(args.csv.read_bytes()).hexdigest()
-    recipe = json.dumps({**vars(args), "csv": content, "out": None}, default=str).encode()
-    check_record(args, recipe)
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock_folder(args.out)
-    check_record(args, recipe)  # another pack may have been here in the meantime
-    for remains in args.out.glob(".*.tar.*.tmp"):  # of a pack that was killed
-        remains.unlink()
-    write_file(args.out / "pack.json", lambda file: file.write(recipe))
 
 
 def main(argv):
     args = read_options(argv)
     samples, bad = read_list(args)
-    claim_folder(args)
-    packed = packed_images(shards_of(args.out))
-    todo = {image: rows for image, rows in samples.items() if image not in packed}
-    print(f"{len(todo):,} images to pack, {len(samples) - len(todo):,} are in shards already")
-    make_shards(args, todo, bad)
+    parent = args.out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # The folder appears complete or not at all.
+    with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=parent) as temporary:
+        folder = Path(temporary, "shards")
+        folder.mkdir()
+        numbers = make_shards(args, samples, bad, folder)
+        if not any(numbers.values()):
+            raise InputError(f"none of the rows of {args.csv} can be used: {min(bad)[2]}")
+        write_bad_rows(folder / "bad_rows.csv", bad)
+        folder.rename(args.out)
 
-    write_bad_rows(args.out / "bad_rows.csv", bad)
-    n_val, n = print_summary(args.out, bad)
-    check(n_val + n > 0, f"none of the rows of {args.csv} can be used")
-    if n_val > 0 and n > 0:
-        print_overlap(args.out)
-    elif args.val > 0:
+    print_summary(args.out, numbers, bad)
+    if args.val > 0 and 0 in numbers.values():
         print("one side is empty: there are few images or groups, or --val is too small")
     several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
-    print_ways(args.out, n_val, n, several)
+    print_ways(args.out, numbers["val"], numbers["train"], several)
 
 
 if __name__ == "__main__":
