@@ -1,4 +1,4 @@
-"""scripts/demo.py: two models that answer in a browser, as they do in PyTorch."""
+"""docs/demo.py: two models that answer in a browser, as they do in PyTorch."""
 
 import base64
 import random
@@ -11,12 +11,14 @@ from webpage import are_near, numbers_of, requests_of
 
 import data
 import eval as evaluation
-from scripts import demo, scenes
+from docs import demo
+from scripts import scenes
+from scripts.words import word_maps
 from superclip import PRESETS
 
 TOKENIZER = data.Tokenizer(scenes.vocabulary(), 16)
 TEXTS = ["a photo of a red star", "A zebra-crossing, striped NAVY!", "purple " * 30, ""]
-OPTIONS = dict(seed=3, learning_rate=1e-4, batch_size=8, samples=800)
+OPTIONS = dict(seed=3, learning_rate=1e-4, batch_size=8)
 # The tiny model, but narrow, because the browser computes in JavaScript
 NARROW = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2, embed_dim=32)
 SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vocab_size)
@@ -33,7 +35,9 @@ def checkpoints(tmp_path_factory):
     paths = [folder / "clip.pt", folder / "superclip.pt"]
     for cls_weight, path in enumerate(paths):
         model = make_random_model(**SHAPE, cls_weight=cls_weight)
-        evaluation.write_checkpoint(path, model, TOKENIZER.vocab, arguments=OPTIONS)
+        evaluation.write_checkpoint(
+            path, model, TOKENIZER.vocab, header={"arguments": OPTIONS}, step=100
+        )
     return paths
 
 
@@ -158,7 +162,7 @@ def test_the_browser_computes_words_and_their_maps(opened, models):
     maps = opened.execute_async_script(script, pixels, ids)
 
     assert are_near(logits, models[1].class_logits(image[None])[0])
-    assert are_near(maps, evaluation.word_maps(models[1], image, ids, window=2)[1])
+    assert are_near(maps, word_maps(models[1], image, ids, window=2)[1])
 
 
 @pytest.mark.parametrize("i", range(len(LOOKS)), ids=[" ".join(look) for look in LOOKS])

@@ -1,10 +1,10 @@
 """Write one page in which CLIP and SuperCLIP answer side by side, in the reader's browser:
 
-    python -m scripts.demo out_clip/last.pt out/last.pt --out demo.html
+    python -m docs.demo out_clip/last.pt out/last.pt --out docs/demo.html
 
 The reader composes a built-in scene, and both models say what they see. The page needs no network
 and no library: it carries the weights, as int8 with a scale for each row. The forward pass, the
-drawing and the questions are in demo.html, and what the report needs as well is in page.html.
+drawing and the questions are in demo_template.html, and what all pages share is in page.html.
 Scores are computed here, and those of other seeds come from study/runs.jsonl. The two models of
 docs/demo.html are a pair of that study: python -m study.compare --keep pair
 """
@@ -23,7 +23,7 @@ from cli import check, make_parser, output_file, run_command
 from scripts import scenes
 from scripts.report import write_page
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).with_name("demo_template.html")
 STUDY = Path(__file__).resolve().parent.parent / "study" / "runs.jsonl"
 PROMPT = "a photo of a {}"  # one for each of the 64 combinations of colour and shape
 SCENES = 500  # of each kind
@@ -78,7 +78,7 @@ def make_pictures(kind):
     names = []
     for i in range(SCENES):
         scene = draw_objects(random.Random(f"{kind} {i}"), *KINDS[kind])
-        images.append(data.load_image(scenes.jpeg(scene), scenes.SIZE))
+        images.append(data.load_image(scenes.jpeg(scenes.draw(scene)), scenes.SIZE))
         names.append({f"{thing['colour']} {thing['shape']}" for thing in scene["objects"]})
     return torch.stack(images), names
 
@@ -103,9 +103,9 @@ def describe(checkpoint):
     """What the page needs of a model: its weights, options of its run, and scores. Raises
     InputError."""
     content = evaluation.read_checkpoint(checkpoint)
-    options = {**content, **content.get("arguments", {})}
-    is_known = {"seed", "samples"} <= options.keys()
-    check(is_known, f"{checkpoint} does not say how it was trained: name a last.pt")
+    check("header" in content, f"{checkpoint} does not say how it was trained: name a last.pt")
+    options = dict(content["header"]["arguments"])
+    options["samples"] = content["step"] * options["batch_size"]
     model, tokenizer, _ = evaluation.load(checkpoint)
     is_ours = tokenizer.vocab == scenes.vocabulary() and model.config.image_size == scenes.SIZE
     check(is_ours, f"{checkpoint} is no model of the built-in scenes")
