@@ -21,10 +21,8 @@ import json
 import os
 import re
 import shlex
-import statistics
 import tarfile
 import tempfile
-import time
 from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
@@ -39,7 +37,6 @@ from cli import (
     check,
     make_parser,
     number,
-    pick_dtype,
     run_command,
 )
 
@@ -317,112 +314,56 @@ def print_summary(out, numbers, bad):
 # -----------------------------------------------------------------------------
 # What to do with the pairs
 
-# Thousand millions of operations: to encode an image, and to train on a pair with a caption of 16
-# tokens, as torch counts them
-OPERATIONS = {
-    "tiny": (0.065, 0.24),
-    "ViT-S-16": (9.2, 30),
-    "ViT-B-32": (8.8, 30),
-    "ViT-B-16": (35, 109),
-}
-# Weights that open_clip downloads, 0.6 GB each
-PUBLISHED = {"ViT-B-32": "laion2b_s34b_b79k", "ViT-B-16": "laion2b_s34b_b88k"}
-FEWEST = 64  # training pairs: two batches of 32
+WAYS = """
+a vocabulary of the captions' words, and a look at the pairs:
+  python -m scripts.vocab {train}{captions} --out {out}/vocab.tiktoken
+  python -m scripts.show {pairs} --picture grid.png
 
+search with published weights, without training (downloads 0.6 GB):
+  pip install open_clip_torch
+  python -c "import open_clip, torch; torch.save({weights}.state_dict(), 'laion.pt')"
+  python -m scripts.convert laion.pt clip.pt
+  python -m scripts.search --checkpoint clip.pt --data {out} --features {out}/features.npz 'a text'
 
-def measure_speed(device, dtype):
-    """Operations a second of a product of two large matrices, the most that a device can do."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, b)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds)  # on a shared machine the fastest is luck
+fine-tune these weights, for words of your own:
+  python train.py --train_data {pairs} --init_from clip.pt --epochs 5{batch}
 
-
-def share_in_training(model, device):
-    """How much of the speed of a large product a training step reaches. For a GPU it is the
-    assumption of docs/speed.md. On a CPU, where the product is in float32, it was tried on two
-    cores: units for bfloat16 make a large product six times as fast, and a step not even twice."""
-    if device == "cuda":
-        return 0.15
-    if model == "tiny":
-        return 1 / 3
-    return 1.2 if pick_dtype(torch.device(device)) == "bfloat16" else 0.7
-
-
-def duration(operations, speed):
-    """How long so many thousand millions of operations take, as a text. speed: per second."""
-    minutes = operations * 1e9 / speed / 60
-    if minutes < 120:
-        return f"about {max(2, round(minutes))} minutes here"
-    return f"about {round(minutes / 60):,} hours here"
-
-
-def model_to_train(n, device):
-    """The preset that n pairs and a device allow to train from nothing, the number of epochs and
-    the other options."""
-    if device == "cuda" and n >= 30_000:
-        return "ViT-B-16" if n >= 1_000_000 else "ViT-S-16", 30, "--vocab clip"
-    # About 20,000 steps of a tiny model: docs/products.md tries half and twice as many.
-    epochs = max(1, min(30, round(20_000 * 32 / n)))
-    return "tiny", epochs, "--batch_size 32 --learning_rate 4e-4"
-
-
-def print_way(purpose, price, *commands):
-    print(f"\n{purpose} ({price}):")
-    for command in commands:
-        print(f"  {command}")
+train from nothing{warning}:
+  python train.py --train_data {pairs} {model}"""
 
 
 def print_ways(out, n_val, n, several):
-    """Print what can be done with n training pairs in the folder `out`, and what that costs.
+    """Print what can be done with n training pairs and n_val validation pairs in the folder `out`.
     several: do images have several captions?"""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = measure_speed(device, torch.float32)
-    encoding = 0.9 * speed  # as in a trial with ViT-B/32
-    if device == "cuda":
-        speed = measure_speed(device, getattr(torch, pick_dtype(torch.device(device))))
-    shards = shlex.quote(f"{out}/train-*.tar")
-    more = " --captions json.captions" if several else ""
-    vocab = f"python -m scripts.vocab {shards}{more} --out {shlex.quote(f'{out}/vocab.tiktoken')}"
+    train = shlex.quote(f"{out}/train-*.tar")
+    captions = ""
+    if several:
+        captions = " --captions json.captions"
+    pairs = train + captions
     if n_val > 0:
-        more = f" --val_data {shlex.quote(f'{out}/val-*.tar')}{more}"
-    show = f"python -m scripts.show {shards}{more} --picture grid.png"
-    print_way(
-        "a vocabulary of the captions' words, and a look at the pairs", "seconds", vocab, show
-    )
-
-    name = "ViT-B-32" if device == "cpu" else "ViT-B-16"
-    to_encode, to_train = OPERATIONS[name]
-    weights = f"open_clip.create_model('{name}', '{PUBLISHED[name]}').state_dict()"
-    get = [
-        "pip install open_clip_torch",
-        f"python -c \"import open_clip, torch; torch.save({weights}, 'laion.pt')\"",
-        "python -m scripts.convert laion.pt clip.pt",
-    ]
-    search = f"python -m scripts.search --checkpoint clip.pt --data {shlex.quote(str(out))}"
-    search += f" --features {shlex.quote(f'{out}/features.npz')} 'what you look for'"
-    price = f"downloads 0.6 GB, then {duration((n + n_val) * to_encode, encoding)}"
-    print_way("search without training: the best with fewer than 10,000 pairs", price, *get, search)
-    if n < FEWEST:
-        return
-
-    train = f"python train.py --train_data {shards}{more}"
-    tune = f"{train} --init_from clip.pt --epochs 5"
+        pairs = f"{train} --val_data {shlex.quote(f'{out}/val-*.tar')}{captions}"
+    batch = ""
+    warning = ""
     if n < 10_000:
-        tune += " --batch_size 32"
-    training = speed * share_in_training(name, device)
-    price = f"the same download, then {duration(5 * n * to_train, training)}"
-    print_way("fine-tune, for words of your own: with some thousand pairs", price, *get, tune)
-
-    model, epochs, options = model_to_train(n, device)
-    train += f" --model {model} --epochs {epochs} {options}"
-    training = speed * share_in_training(model, device)
-    price = f"no download, {duration(epochs * n * OPERATIONS[model][1], training)}"
-    print_way("train from nothing: weak with fewer than 10,000 pairs", price, train)
+        batch = " --batch_size 32"
+        warning = ", which is weak with so few pairs"
+    weights = "open_clip.create_model('ViT-B-32', 'laion2b_s34b_b79k')"
+    model = "--model tiny --batch_size 32 --learning_rate 4e-4"
+    if torch.cuda.is_available():
+        weights = "open_clip.create_model('ViT-B-16', 'laion2b_s34b_b88k')"
+        if n >= 30_000:
+            model = "--model ViT-S-16 --vocab clip"
+    text = WAYS.format(
+        out=shlex.quote(str(out)),
+        train=train,
+        captions=captions,
+        pairs=pairs,
+        weights=weights,
+        batch=batch,
+        warning=warning,
+        model=model,
+    )
+    print(text)
 
 
 # -----------------------------------------------------------------------------

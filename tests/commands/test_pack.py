@@ -14,21 +14,10 @@ import pytest
 import torch
 from material import error_of, photo
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
 from scripts import pack, show, vocab
-from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
-
-
-@pytest.fixture(autouse=True)
-def speed(monkeypatch):
-    """A machine of known speed, which has units for bfloat16. So no test waits for measurements."""
-    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: {torch.float32: 1e11}[dtype])
-    units = {"avx512_bf16": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
 
 
 def write_list(path, rows):
@@ -96,8 +85,7 @@ def test_rows_of_one_image_become_one_sample(tmp_path, capsys):
     assert fields["long"] == ["one", "two"] and fields["empty"] is None
     assert fields["sha256"] == hashlib.sha256(content).hexdigest()
     assert bad_lines(out) == []
-    commands = commands_of(capsys.readouterr().out)
-    assert all("--captions json.captions" in x for x in commands if "train-*.tar" in x)
+    assert "--captions json.captions" in capsys.readouterr().out
 
 
 def test_a_large_image_becomes_smaller_and_upright_without_its_metadata(tmp_path):
@@ -299,81 +287,40 @@ def test_a_shard_has_a_thousand_samples_at_most(photos, monkeypatch):
 
 
 def commands_of(printed):
-    return [line.strip() for line in printed.splitlines() if line.startswith("  python")]
-
-
-def test_the_operations_are_those_that_torch_counts():
-    """Of the tiny model, which is quickly built."""
-    model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=10_000))
-    images = torch.zeros(2, 3, 72, 72)
-    tokens = torch.full((2, 16), model.config.vocab_size - 1)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as encoding:
-        model.encode_image(images)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
-        model(images, tokens)["loss"].backward()
-
-    counted = [counter.get_total_flops() / 2 / 1e9 for counter in (encoding, training)]
-
-    assert pack.OPERATIONS["tiny"] == pytest.approx(counted, rel=0.02)
+    """The commands of this project."""
+    lines = [line.strip() for line in printed.splitlines()]
+    return [shlex.split(line) for line in lines if re.match(r"python (-m|train)", line)]
 
 
 @pytest.mark.parametrize(
-    "n, gpu, times, model",
+    "n, has_gpu, model",
     [
-        pytest.param(1_810, False, ["3", "38", "7"], "tiny", id="a few pictures, no GPU"),
-        pytest.param(40_000, False, ["65", "14", "77"], "tiny", id="a shop, no GPU"),
-        pytest.param(40_000, True, ["5", "101", "3"], "ViT-S-16", id="a shop, a GPU"),
-        pytest.param(3_000_000, True, ["6", "126", "757"], "ViT-B-16", id="the web, a GPU"),
+        pytest.param(2_000, True, "tiny", id="a few pictures"),
+        pytest.param(40_000, False, "tiny", id="a shop, no GPU"),
+        pytest.param(40_000, True, "ViT-S-16", id="a shop, a GPU"),
     ],
 )
-def test_pack_names_the_ways_that_the_data_allow(n, gpu, times, model, photos, monkeypatch, capsys):
-    """Each with its time, in minutes or hours: for the first case 1,910 images * 8.8e9 operations /
-    0.9e11 a second are 3 minutes, and 5 epochs * 1,810 pairs * 30e9 / (1.2 * 1e11) are 38."""
-    out = run(photos, "--val", 0.3)
-    capsys.readouterr()
-    if gpu:
-        speeds = {torch.float32: 5e12, torch.bfloat16: 2.4e13}
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-        monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: speeds[dtype])
+def test_pack_advises_what_the_data_allow(n, has_gpu, model, photos, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    out = photos.rename(photos.with_name("anna's photos"))
 
     pack.print_ways(out, 100, n, several=True)
 
     printed = capsys.readouterr().out
-    commands = [shlex.split(line) for line in commands_of(printed)]
-    trained = [line[2:] for line in commands if line[1] == "train.py"]
+    trained = [line[2:] for line in commands_of(printed) if line[1] == "train.py"]
     tuned, from_nothing = map(train.make_parser().parse_args, trained)
     for args in (tuned, from_nothing):
-        data.expand(args.train_data + args.val_data)  # raises if there are no such files
+        assert args.train_data == [f"{out}/train-*.tar"] and args.val_data == [f"{out}/val-*.tar"]
         assert args.captions == ["json.captions"]
-    assert tuned.init_from == "clip.pt" and from_nothing.init_from is None
-    assert from_nothing.model == model
-    assert re.findall(r"about (\d+) ", printed) == times
-
-
-def test_a_cpu_without_units_for_bfloat16_is_not_timed_with_it(photos, monkeypatch, capsys):
-    """A product of two large matrices would take a minute there."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    out = run(photos, "--val", 0.3)
-    capsys.readouterr()
-
-    pack.print_ways(out, 100, 2_000, several=False)
-
-    assert "about 71 minutes" in capsys.readouterr().out  # 2,000 * 5 * 30e9 / (0.7 * 1e11)
-
-
-def test_a_few_pairs_are_not_trained_on(photos, capsys):
-    run(photos)  # twelve
-
-    printed = capsys.readouterr().out
-    assert "scripts.search" in printed and "train.py" not in printed
+    assert (tuned.init_from, from_nothing.model) == ("clip.pt", model)
+    assert ("weak" in printed) == (n < 10_000)
 
 
 def test_what_pack_prints_works_without_a_network(photos, monkeypatch, capsys):
-    """The vocabulary and the look at the pairs. (tests/test_run.py trains.)"""
+    """The vocabulary and the look at the pairs."""
     monkeypatch.chdir(photos.parent)
     out = run(photos, "--val", 0.3)
-    commands = [shlex.split(x) for x in commands_of(capsys.readouterr().out)]
+    commands = commands_of(capsys.readouterr().out)
 
     vocab.main(commands[0][3:])
     show.main(commands[1][3:])

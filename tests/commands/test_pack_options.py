@@ -10,12 +10,6 @@ import data
 from scripts import pack
 
 
-@pytest.fixture(autouse=True)
-def speed(monkeypatch):
-    """A machine of known speed, so that no test waits for a measurement."""
-    monkeypatch.setattr(pack, "measure_speed", lambda device, dtype: 1e11)
-
-
 @pytest.fixture
 def photos(tmp_path):
     """Three large photographs, and a list of them with columns for two kinds of captions."""
