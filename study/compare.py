@@ -1,30 +1,42 @@
-"""The paper's claims made small: CLIP against SuperCLIP on scenes and on photographs.
+"""Does a change help? An experiment is a pair of command lines:
 
-    python -m study.compare --quick        one run of each method, three to five minutes
-    python -m study.compare                batch sizes 8, 32 and 256, seven hours of one core
-    python -m study.compare --only PART    another part of the study
-    python -m study.compare --report       figures and tables again, from study/runs.jsonl
+    python -m study.compare --a "train.py --cls_weight 0" --b "train.py" --common "--batch_size 8"
+    python -m study.compare --a "train.py" --b "../fork/train.py --my_weight 0.1" --rates
+    python -m study.compare --a "train.py" --b "-m study.no_idf" --probe
+    python -m study.compare --a "train.py --cls_weight 0" --b "train.py" \\
+        --common "--train_data 'pets/train-*.tar' --val_data 'pets/val-*.tar' --model tiny"
 
-Each row of a table compares two kinds of runs that differ in one thing, and in the learning rate if
-the table says so. The differences are paired by seed, and have a 95 % interval (Student's t).
+Both train with the same seeds. Each seed has a *world* of its own, drawn for it: shards to train on
+and to validate on, and folders of classes. So differences are paired by seed, and their intervals
+include the draw of the data. What a command does not say is as in a bare `python train.py`. With
+--train_data a command brings shards of its own, and needs no world.
 
-The learning rate is searched first, for both methods alike. Each method gets four rates with three
-seeds each. The rate with the best mean of R@1 and a zero-shot score, on pictures set aside from
-training, wins. While the best rate is at an end, another one is added there. Rows that differ in
-captions and the like borrow the rate of their batch size, or name their own. Earlier parts of the
-study chose their rates by earlier rules, which findings.md lists, and stand apart on the page.
+With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
+that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
+choice. While the best rate of all seeds is the lowest or the highest, one more is tried there.
 
-A finished run is a line in runs.jsonl and is not run again, so a study that was stopped goes on
-where it was. This file is the plan and the report. run.py is one run.
+Finished runs are lines of out_study/runs.jsonl, and of study/runs.jsonl, the published ones. A run
+is known by its command, seed, world and code. So a comparison that was stopped goes on, and runs of
+other code are never reported. The code is that of the program, of what it imports from its folder,
+and of what draws the world, without comments and docstrings.
 """
 
-import argparse
+import ast
+import functools
+import hashlib
+import io
 import json
 import math
+import os
+import shlex
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,725 +45,608 @@ from tqdm import tqdm
 
 import data
 import train
-from cli import check, number, optional, run_command
-from study import run
+from cli import check, lock_folder, make_parser, number, run_command
+from eval import DIVERGED
+from scripts.scenes import OPTIONS as SCENES
+from scripts.scenes import make_scenes
+from study.objects import make_objects
 
-FOLDER = Path(__file__).parent
-RUNS = FOLDER / "runs.jsonl"
-ASSETS = FOLDER.parent / "assets"
-CLIP = dict(cls_weight=0.0)
-SUPERCLIP = dict(cls_weight=1.0)
-METHODS = {"CLIP": CLIP, "SuperCLIP": SUPERCLIP}
-# Of Student's distribution: 95 % of the means of n pairs lie within so many standard errors.
-QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-BATCH_SIZES = (8, 32, 256)
-SAMPLES = run.RUN["samples"]
-FEWEST = 3  # seeds that a row has on the page; fewer tell too little
+PUBLISHED = Path(__file__).with_name("runs.jsonl")
+FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
+MOST_RATES = 8
+GOALS = ("R@1", "colour_shape", "object")  # a rate is judged by the mean of those that there are
+# What a linear probe learns from, and what it is scored on.
+PROBES = {
+    "scenes": ("zeroshot/colour_shape", "zeroshot/held_out"),
+    "objects": ("learn", "zeroshot/object"),
+}
+# What is kept of the header of a log.
+FACTS = ("pairs", "parameters", "steps", "device", "dtype", "torch", "commit", "date")
+
+# -----------------------------------------------------------------------------
+# Code
+
+
+def module_file(folder, name):
+    return Path(folder, name.replace(".", "/") + ".py")
+
+
+def imported_names(path):
+    """The modules that a file may import: "a" and "a.b" for "from a import b", because b may be a
+    module, too."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            names.append(f"{node.module}")
+    return names
+
+
+def without_docstrings(path):
+    """The code of a file as a text without comments, docstrings and layout."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        can_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if can_have_one and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
+
+
+def code_of(path, folder):
+    """A hash of a program: of its file, of those in its folder that it imports, and so on."""
+    found = set()
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        if file.is_file() and file not in found:
+            found.add(file)
+            todo += [module_file(folder, name) for name in imported_names(file)]
+    texts = [f"{file.relative_to(folder)}\n{without_docstrings(file)}\n" for file in sorted(found)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
 
 
 # -----------------------------------------------------------------------------
-# The plan
+# Worlds and commands
 
 
-class Row(NamedTuple):
-    """Two kinds of runs, each as the options in which it differs from run.RUN."""
+class World(NamedTuple):
+    """What is drawn for each seed: scenes, or photographs as study/objects.py has them."""
 
-    label: str
-    a: dict
-    b: dict
+    settings: int = 256
+    photographs: str = ""  # a folder
 
+    def __str__(self):
+        return f"{self.kind()}, {self.settings} settings {self.photographs}".strip()
 
-# What chose the learning rates of a part
-BEST_MEAN = "best mean"  # Study.search
-NAMED = "named"  # each row names its own
-EARLIER = "earlier"  # Such runs are marked "earlier": true in runs.jsonl.
+    def kind(self):
+        return "objects" if self.photographs else "scenes"
 
+    def code(self):
+        """That of what draws it."""
+        file = "study/objects.py" if self.photographs else "scripts/scenes.py"
+        return code_of(Path(file), Path("."))
 
-class Part(NamedTuple):
-    """A table of the report."""
-
-    text: str  # what the rows compare
-    rule: str
-    seeds: int
-    metrics: tuple
-    rows: list
-
-
-def both(label, **changes):
-    """A row that compares the two methods."""
-    return Row(label, {**CLIP, **changes}, {**SUPERCLIP, **changes})
-
-
-def needed(batch_size):
-    """Samples seen: equally many for all batch sizes but 256, which would make too few updates."""
-    return SAMPLES * 3 if batch_size == 256 else SAMPLES
+    def draw(self, out, seed):
+        """The folder of this world, which is drawn if it is not there."""
+        digest = hashlib.sha256(f"{self} {self.code()}".encode()).hexdigest()[:8]
+        folder = out / f"{self.kind()}-{self.settings}-{seed}-{digest}"
+        if folder.exists():
+            return folder
+        if self.photographs:
+            make_objects(folder, self.photographs, self.settings, seed)
+        else:
+            make_scenes(folder, settings=self.settings, seed=seed)
+        return folder
 
 
-LOOKS = ("R@1", "colour_shape", "colour", "shape")
-ALL_LOOKS = ("R@1", "colour_shape", "held_out", "colour", "shape", "probe colour_shape")
-OBJECTS = dict(data="objects", captions="long", batch_size=16)
-LONGER = {**OBJECTS, "samples": 2 * SAMPLES}
-CLASSIFIED = ("R@1", "zero-shot object", "probe object", "patch probe object")
-PRODUCTS = dict(data="products", captions="long", batch_size=32)
-LABELLED = (
-    "R@1", "R@10", "zero-shot type", "zero-shot colour", "probe type", "patch probe type",
-    "probe colour", "patch probe colour", "words of type", "words of colour", "words of neither",
-)  # fmt: skip
-DUAL = dict(captions="short", label_captions="long")
-RATE_32 = 1.75e-4  # that the earlier rule found for both methods at batch 32
-MAPPED = {**OBJECTS, "learning_rate": 2.47e-4}  # that it found for SuperCLIP
-PARTS = {
-    "batch": Part(
-        "Batch size, at equal samples seen (256: three times as many).",
-        BEST_MEAN, 5, ALL_LOOKS,
-        [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in BATCH_SIZES],
-    ),
-    "visual": Part(
-        "Purely visual: a linear probe on the frozen class token, at batch 32, beside a model with "
-        "random weights. The probe learns from two pictures of each combination.",
-        BEST_MEAN, 5, ("probe colour_shape", "probe colour", "probe shape"),
-        [
-            both("CLIP -> SuperCLIP"),
-            Row("untrained -> CLIP", dict(samples=0), CLIP),
-            Row("untrained -> SuperCLIP", dict(samples=0), SUPERCLIP),
-        ],
-    ),
-    "swap": Part(
-        "The true caption of a validation scene with two objects, or the one in which they "
-        "exchange their colours, so that the words are the same? At batch 32.",
-        BEST_MEAN, 5, ("choose swap",), [both("batch 32")],
-    ),
-    "maps": Part(
-        "Where the head sees an object: photographs in drawn settings, as in the table objects "
-        "below, at batch 16 and the rate used there. Windows of 2 x 2 or 3 x 3 patches are left "
-        "out, one at a time. The place is right if the window whose removal lowers the probability "
-        "of the object's word most has its centre on the photograph.",
-        NAMED, 3, ("place, window 2 x 2", "place, window 3 x 3"),
-        [Row("untrained -> SuperCLIP", {**MAPPED, "samples": 0}, MAPPED)],
-    ),
-    "objects": Part(
-        "Real photographs in drawn settings: CIFAR-10 at 32 pixels, in a corner of a setting of "
-        "the scenes, at batch 16. (Rates are those found for 48,000 samples.) The floor of R@1 is "
-        "what the setting alone gives; captions repeat, so it cannot be 100. Zero-shot and linear "
-        "probe (class token, patch mean) tell the ten classes of test photographs apart.",
-        EARLIER, 5, CLASSIFIED,
-        [
-            both("48,000 samples", **OBJECTS),
-            both("96,000 samples", **LONGER),
-            Row("untrained -> CLIP, 96,000 samples", {**LONGER, "samples": 0}, {**LONGER, **CLIP}),
-            Row("untrained -> SuperCLIP, 96,000 samples",
-                {**LONGER, "samples": 0}, {**LONGER, **SUPERCLIP}),
-        ],
-    ),
-    "objects, more": Part(
-        "The same objects and 48,000 samples, with one change. Dual captions: contrast the "
-        "setting, labels from the whole caption.",
-        EARLIER, 3, CLASSIFIED,
-        [
-            both("batch 64", **{**OBJECTS, "batch_size": 64}),
-            Row("lambda 1 -> 0.1", OBJECTS, {**OBJECTS, "cls_weight": 0.1}),
-            both("dual captions", **{**OBJECTS, **DUAL}),
-        ],
-    ),
-    "products": Part(
-        "Photographs of a shop, at 72 pixels and 48,000 samples. R@k among validation products "
-        "whose title and file are unique. Zero-shot and linear probe (class token, patch mean) "
-        "tell the ten commonest types and colours apart. Words: mean average precision of the "
-        "head's words that name a type, a colour, or neither. Dual captions: contrast the group.",
-        EARLIER, 3, LABELLED,
-        [
-            both("batch 32", **PRODUCTS),
-            both("batch 128", **{**PRODUCTS, "batch_size": 128}),
-            both("96,000 samples", **{**PRODUCTS, "samples": 2 * SAMPLES}),
-            Row("lambda 1 -> 0.1", PRODUCTS, {**PRODUCTS, "cls_weight": 0.1}),
-            Row("lambda 1 -> 0.3", PRODUCTS, {**PRODUCTS, "cls_weight": 0.3}),
-            both("dual captions", **{**PRODUCTS, **DUAL}),
-        ],
-    ),
-    "settings": Part(
-        "Number of settings, at batch 8. The fewer there are, the more pairs of a batch share "
-        "theirs. The pictures of one object show all 256 settings, most of which a model of few "
-        "settings has never seen. With one, most captions repeat, and the search can hardly tell "
-        "rates apart.",
-        EARLIER, 5, (*LOOKS, "probe colour_shape"),
-        [
-            both("1 setting", settings=1, batch_size=8),
-            both("16 settings", settings=16, batch_size=8),
-            both("256 settings", settings=256, batch_size=8),
-        ],
-    ),
-    "sizes": Part(
-        "Batch size, at 48,000 samples (256: three times as many). The rate of 256 is far too low "
-        "for colour + shape, because R@1 alone chose it. Compare the table batch.",
-        EARLIER, 5, ALL_LOOKS,
-        [both(f"batch {B}", batch_size=B, samples=needed(B)) for B in (16, 64, 256)],
-    ),
-    "groups": Part(
-        "Pairs compared, in a batch of 64: each image with the captions of its own group only.",
-        EARLIER, 5, (*LOOKS, "probe colour_shape"),
-        [
-            both("groups of 4", batch_size=64, group=4),
-            both("groups of 16", batch_size=64, group=16),
-            both("groups of 64", batch_size=64),
-        ],
-    ),
-    "rates": Part(
-        "Both methods at one learning rate, which no rule chose, at batch 32.",
-        EARLIER, 5, ALL_LOOKS,
-        [both("0.000175", learning_rate=1.75e-4), both("0.00035", learning_rate=3.5e-4)],
-    ),
-    "length": Part(
-        "Samples seen, at batch 32.",
-        EARLIER, 3, (*LOOKS, "probe colour_shape"),
-        [
-            both(f"{n:,} samples", samples=n, learning_rate=RATE_32)
-            for n in (SAMPLES // 2, SAMPLES, 2 * SAMPLES)
-        ],
-    ),
-    "captions": Part(
-        "Captions, at batch 32. Dual: contrastive loss on the short ones, labels from the long.",
-        EARLIER, 5, LOOKS,
-        [
-            both("short", captions="short", learning_rate=RATE_32),
-            both("long", captions="long", learning_rate=RATE_32),
-            both("mixed", captions="mixed", learning_rate=RATE_32),
-            Row("SuperCLIP: short -> dual", dict(captions="short"), DUAL),
-        ],
-    ),
-}  # fmt: skip
-PAIRS_OF_4 = dict(batch_size=64, group=4)
-QUICK = Part(
-    "Groups of 4 in a batch of 64, at the learning rates that the study found for them.",
-    BEST_MEAN, 1, LOOKS,
-    [Row("groups of 4", {**CLIP, **PAIRS_OF_4, "learning_rate": 1.24e-4},
-         {**SUPERCLIP, **PAIRS_OF_4, "learning_rate": 4.95e-4})],
-)  # fmt: skip
+class Command(NamedTuple):
+    """A command line of this train.py, of a fork's, or of a module that calls it."""
+
+    text: str  # as the user has written it
+    program: str  # "train.py" or "-m study.groups"
+    options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
+    world: World  # or None if it has shards of its own
+
+    def __str__(self):
+        """The whole line. The options are sorted, so that equal commands are equal texts."""
+        return " ".join([self.program, *map(shlex.quote, words_of(self.options))])
+
+    def folder(self):
+        """Where its code is."""
+        return Path(".") if self.program.startswith("-m ") else Path(self.program).parent
+
+    def file(self):
+        if self.program.startswith("-m "):
+            return module_file(".", self.program[3:])
+        return Path(self.program)
+
+    def code(self):
+        own = code_of(self.file(), self.folder())
+        return f"{own}-{self.world.code()}" if self.world else own
+
+    def rate(self):
+        return float(self.options["--learning_rate"][0])
+
+    def with_rate(self, rate):
+        return self._replace(options={**self.options, "--learning_rate": [f"{rate:.3g}"]})
+
+
+def words_of(options):
+    words = []
+    for name, values in sorted(options.items()):
+        words += [name, *values]
+    return words
+
+
+def options_of(words):
+    """["--steps=9", "--captions", "a", "b"] -> {"--steps": ["9"], "--captions": ["a", "b"]}"""
+    options = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            options[name] = [value] if equals else []
+        else:
+            check(options, f"{word!r} is no option")
+            options[name].append(word)
+    return options
+
+
+def defaults_of(options, world):
+    """What train.py would fill in for some options, as options: those of a run in this world, or of
+    one with shards of its own."""
+    names = ["learning_rate"]
+    if world:
+        names += SCENES
+    if "--steps" not in options:
+        names.append("epochs")
+    rules = ("--batch_size", "--train_data", "--init_from")  # what these defaults depend on
+    given = {name: options[name] for name in rules if name in options}
+    with redirect_stdout(io.StringIO()):  # it prints them
+        args = train.parse(words_of(given))
+    defaults = {"--workers": ["0"], "--eval_every": [str(10**9)]}  # once more at the end
+    for name in names:
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
+        defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
+    if world and world.photographs:
+        defaults["--zeroshot_data"] = ["WORLD/zeroshot/object"]
+    return defaults
+
+
+def read_command(text, common="", world=World()):  # noqa: B008
+    """A command line, and the options that it shares with another one -> a Command."""
+    words = shlex.split(text.removeprefix("python "))
+    n = 2 if words[:1] == ["-m"] else 1
+    options = options_of(shlex.split(common) + words[n:])
+    unwanted = options.keys() & {"--seed", "--out_dir", "--resume"}
+    check(not unwanted, f"{text!r}: leave out {' and '.join(unwanted)}")
+    if "--train_data" in options:
+        world = None
+    options = {**defaults_of(options, world), **options}
+    command = Command(f"{text} {common}".strip(), " ".join(words[:n]), options, world)
+    check(command.file().is_file(), f"{text!r}: there is no program {command.file()}")
+    return command.with_rate(command.rate())
 
 
 # -----------------------------------------------------------------------------
-# The finished runs, and what is still to do
-
-SEARCH_SEEDS = (100, 101, 102)
-LOWEST, HIGHEST = -5, 4  # exponents at which a search ends
+# One run
 
 
-def rate_at(batch_size, exponent):
-    """A learning rate of a search: a middle one that grows with the root of the batch size, doubled
-    or halved so many times."""
-    middle = 3.5e-4 * math.sqrt(batch_size / 32)
-    return float(f"{middle * 2**exponent:.3g}")
+class Task(NamedTuple):
+    """A run."""
+
+    command: Command
+    seed: int
+    probe: bool  # is a linear probe scored, too?
+
+    def __str__(self):
+        return f"{self.command.text}, rate {self.command.rate():.3g}, seed {self.seed}"
 
 
-class Search(NamedTuple):
-    """The search for a learning rate."""
-
-    missing: list  # specs of runs that are still to do
-    tried: dict  # rate: its runs, one of each seed; empty while some are missing
-    best: float | None  # rate; None while runs are missing
+RUNNING = set()  # processes
 
 
-def mean_score(runs):
-    """What a search compares: the mean of R@1 and the second score, over runs of all seeds."""
-    values = []
-    for result in runs:
-        scores = result["scores"]
-        second = scores[run.SECOND_SCORE[result["spec"]["data"]]]
-        values.append((scores["R@1"]["value"] + second["value"]) / 2)
-    return statistics.mean(values)
+def call(words):
+    """Run a Python command with one thread. Returns "", or if it has failed its last line."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([sys.executable, *words], env=environ, text=True, **pipes)
+    RUNNING.add(process)
+    output, _ = process.communicate()
+    RUNNING.discard(process)
+    if process.returncode == 0:
+        return ""
+    return output.strip().rpartition("\n")[2] or f"exit code {process.returncode}"
 
 
-def key(spec):
-    return json.dumps(spec, sort_keys=True)
+def train_and_score(task, world, out_dir):
+    """Train a model in out_dir, on the world in a folder. Returns a run: a dict of scores, seconds,
+    and what the log says of the machine. A run that has diverged has no scores."""
+    command = task.command
+    options = {**command.options, "--seed": [str(task.seed)], "--out_dir": [out_dir]}
+    words = [word.replace("WORLD/", f"{world}/") for word in words_of(options)]
+    start = time.perf_counter()
+    error = call([*command.program.split(), *words])
+    seconds = time.perf_counter() - start
+    check(not error or DIVERGED in error, f"{task}: {error}")
+    rows = [json.loads(line) for line in open(f"{out_dir}/log.jsonl")]
+    scores = {}
+    if not error:
+        scores = last_scores(rows)
+        if task.probe:
+            scores |= probe_scores(command, world, out_dir)
+    for score in scores.values():
+        del score["interval"]  # of one run, and not of the seeds
+    header = rows[0]["header"]
+    facts = {name: header[name] for name in FACTS}
+    return {"scores": scores, "seconds": round(seconds, 1), **facts}
+
+
+def last_scores(rows):
+    """The scores of the last validation in a log. R@k are means of both ways."""
+    row = [row for row in rows if "zeroshot" in row][-1]
+    scores = {}
+    if "validation" in row:
+        one_way, other_way = row["validation"].values()
+        for name, score in one_way.items():
+            mean = (score["value"] + other_way[name]["value"]) / 2
+            scores[name] = {**score, "value": mean}
+    for folder, score in row["zeroshot"].items():
+        scores[Path(folder).name] = score
+    return scores
+
+
+def probe_scores(command, world, out_dir):
+    """Linear probes of the frozen class token and of the mean of the patch tokens."""
+    learn, test = PROBES[command.world.kind()]
+    found = f"{out_dir}/probe.json"
+    words = [f"{command.folder()}/eval.py", "probe", "--workers", "0", "--json", found]
+    words += ["--checkpoint", f"{out_dir}/last.pt"]
+    words += ["--train", f"{world}/{learn}", "--test", f"{world}/{test}"]
+    error = call(words)
+    check(not error, f"{command.text}: {error}")
+    scores = json.loads(Path(found).read_text())
+    return {"probe": scores["class token"], "patch probe": scores["patch mean"]}
+
+
+# -----------------------------------------------------------------------------
+# Many runs
+
+
+class Unfinished(Exception):
+    """A run is missing, and nothing is to be run."""
+
+
+class Side(NamedTuple):
+    """What was run of one command of an experiment."""
+
+    command: Command
+    tried: dict  # learning rate: its runs, one of each seed
+
+    def goals(self):
+        """{learning rate: a number of each seed, by which it is judged}"""
+        return {rate: [goal(run) for run in runs] for rate, runs in self.tried.items()}
+
+    def rates(self):
+        """The rate of each seed."""
+        return rates_of_seeds(self.goals())
+
+    def runs(self):
+        """The run of each seed, at its rate."""
+        return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
 
 
 class Study:
-    """The finished runs of a runs.jsonl, and what is still to do."""
+    """Finished runs, and how to make others."""
 
-    def __init__(self, path):
-        self.path = path
-        self.lines = []
-        self.results = {}  # of today's rule and batches, by key
-        self.earlier = {}  # of earlier ones
-        if path.exists():
-            for line in path.read_text().splitlines():
-                self.take(json.loads(line))
+    def __init__(self, out, jobs, *paths):
+        """out: folder of worlds; jobs: runs at a time, or 0 to read only: then the code of a
+        program is the one that has run last; paths: files of runs, of which the first one grows."""
+        self.out = out
+        self.jobs = jobs
+        self.path = paths[0]
+        self.runs = []
+        self.codes = {}  # of programs in worlds
+        for path in paths:
+            if path.exists():
+                self.runs += [json.loads(line) for line in path.read_text().splitlines()]
+        if jobs == 0:
+            for run in self.runs:
+                self.codes[run["program"], run["world"]] = run["code"]
 
-    def take(self, result):
-        self.lines.append(result)
-        is_earlier = "earlier" in result
-        untrained = result["spec"]["samples"] == 0  # random weights are those of any rule
-        if is_earlier or untrained:
-            self.earlier[key(result["spec"])] = result
-        if not is_earlier or untrained:
-            self.results[key(result["spec"])] = result
-
-    def add(self, result):
-        self.take(result)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(result) + "\n")
-
-    def search(self, spec):
-        """The search for the learning rate of a spec, as far as it has come.
-
-        Each method gets four rates with three seeds each. The best mean score wins. While the best
-        rate is at an end, another one is added there. All runs of the search are trained without,
-        and scored on, pictures that are set aside from the training data. Specs that differ in
-        captions, samples seen or a weight of the word loss above 0 share a search.
-        """
-        shared = {
-            **run.RUN,
-            "data": spec["data"],
-            "settings": spec["settings"],
-            "batch_size": spec["batch_size"],
-            "group": spec["group"],
-            "cls_weight": 1.0 if spec["cls_weight"] > 0 else 0.0,
-            "samples": needed(spec["batch_size"]),
-            "captions": "mixed" if spec["data"] == "scenes" else "long",
-            "search": "mean",
+    def key(self, task):
+        """What tells a run from others, as a dict."""
+        command = task.command
+        world = str(command.world or "")
+        if (command.program, world) not in self.codes:
+            self.codes[command.program, world] = command.code()
+        return {
+            "command": str(command),
+            "world": world,
+            "seed": task.seed,
+            "probe": task.probe,
+            "code": self.codes[command.program, world],
         }
-        exponents = [-2, -1, 0, 1]
+
+    def find(self, task):
+        """The finished run of a task, or None."""
+        key = self.key(task)
+        return next((run for run in self.runs if key.items() <= run.items()), None)
+
+    def run(self, task_and_world):
+        """Run a task in the folder of its world. Returns the task and its run."""
+        task, world = task_and_world
+        with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
+            run = train_and_score(task, world, out_dir)
+        key = self.key(task)
+        check(task.command.code() == key["code"], f"{task}: its code has changed meanwhile")
+        return task, {**key, "program": task.command.program, **run}
+
+    def work(self, tasks):
+        """Run those of some tasks that are not finished."""
+        todo = {}
+        for task in tasks:
+            if self.find(task) is None:
+                todo[str(self.key(task))] = task  # both commands may share a run
+        if todo and self.jobs == 0:
+            raise Unfinished
+        pairs = []
+        for task in todo.values():
+            world = task.command.world
+            pairs.append((task, world and world.draw(self.out, task.seed)))
+        bar = tqdm(total=len(pairs), unit="run", smoothing=0, disable=not pairs)
+        with ThreadPool(max(1, self.jobs)) as pool:
+            try:
+                for task, run in pool.imap_unordered(self.run, pairs):
+                    self.runs.append(run)
+                    with open(self.path, "a") as file:
+                        file.write(json.dumps(run) + "\n")
+                    tqdm.write(f"{task}: {text_of(run)}")
+                    bar.update()
+            finally:  # after a failure, Ctrl-C or a kill
+                pool.terminate()  # what has not begun
+                for process in [*RUNNING]:
+                    process.terminate()
+                pool.join()
+                bar.close()
+
+    def experiment(self, pair, seeds, search, probe=False):
+        """Run a pair of commands with each seed, at their own rates or at those that a search
+        tries. Returns a list of two Sides."""
+        factors = FACTORS if search else (1,)
+        grids = [[command.rate() * factor for factor in factors] for command in pair]
         while True:
-            specs = []
-            for exponent in exponents:
-                rate = rate_at(spec["batch_size"], exponent)
-                specs += [{**shared, "learning_rate": rate, "seed": s} for s in SEARCH_SEEDS]
-            missing = [one for one in specs if key(one) not in self.results]
-            if missing:
-                return Search(missing, {}, None)
-            tried = {}
-            for one in specs:
-                tried.setdefault(one["learning_rate"], []).append(self.results[key(one)])
-            means = [mean_score(runs) for runs in tried.values()]
-            place = means.index(max(means))
-            if place == 0 and exponents[0] > LOWEST:
-                exponents.insert(0, exponents[0] - 1)
-            elif place == len(means) - 1 and exponents[-1] < HIGHEST:
-                exponents.append(exponents[-1] + 1)
-            else:
-                return Search([], tried, list(tried)[place])
-
-    def rate(self, spec, rule):
-        """The learning rate of a spec: its own, or what the rule has chosen, or None while that is
-        not known."""
-        if spec["learning_rate"] is not None:
-            return spec["learning_rate"]
-        if spec["samples"] == 0:
-            return 0.0
-        if rule == BEST_MEAN:
-            return self.search(spec).best
-        return self.earlier_rate(spec)
-
-    def earlier_rate(self, spec):
-        """The learning rate at which earlier runs of a spec were made, or None without any."""
-        kind = {**spec, "learning_rate": None, "seed": None}
-        rates = set()
-        for result in self.earlier.values():
-            if {**result["spec"], "learning_rate": None, "seed": None} == kind:
-                rates.add(result["spec"]["learning_rate"])
-        check(len(rates) < 2, f"earlier runs have several rates, so a row must name one: {spec}")
-        return rates.pop() if rates else None
-
-    def specs(self, part, changes):
-        """One kind of run, with each of its seeds. Empty while its learning rate is not known."""
-        spec = {**run.RUN, **changes}
-        rate = self.rate(spec, part.rule)
-        if rate is None:
-            return []
-        return [{**spec, "learning_rate": rate, "seed": seed} for seed in range(part.seeds)]
-
-    def todo(self, part):
-        """What the first unfinished row of a part needs next: its searches, or its runs."""
-        for row in part.rows:
-            wanted = []
-            for changes in (row.a, row.b):
-                specs = self.specs(part, changes)
-                if not specs:  # its rate is not known yet
-                    specs = self.search({**run.RUN, **changes}).missing
-                wanted += specs
-            new = {key(spec): spec for spec in wanted if key(spec) not in self.results}
-            if new:
-                return list(new.values())
-        return []
-
-    def runs(self, part, changes):
-        """The finished runs of one kind."""
-        results = self.earlier if part.rule == EARLIER else self.results
-        keys = [key(spec) for spec in self.specs(part, changes)]
-        return [results[k] for k in keys if k in results]
-
-    def rows(self, part):
-        """The rows that the page shows, because their runs are there: {label: (runs of the first
-        kind, runs of the second)}."""
-        shown = {}
-        for row in part.rows:
-            one = self.runs(part, row.a)
-            other = self.runs(part, row.b)
-            if min(len(one), len(other)) >= min(FEWEST, part.seeds):
-                shown[row.label] = (one, other)
-        return shown
-
-
-def describe_machine():
-    """Where and when: without it no number means anything."""
-    cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").partition(": ")[2]
-    return {
-        "device": f"{cpu}, {data.cores()} cores",
-        "torch": torch.__version__,
-        "commit": train.commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def line_of(result, metrics):
-    """A finished run in a line: what is special about it, and its scores."""
-    changed = {k: v for k, v in result["spec"].items() if v != run.RUN[k]}
-    scores = {m: result["scores"][m]["value"] for m in metrics if m in result["scores"]}
-    return f"{changed}: {scores}"
-
-
-def work(study, parts, sources, jobs):
-    """Run what is missing. parts: of the plan, by name; sources: by the name of the data, what
-    else their prepare function in run.py takes, as a dict."""
-    machine = describe_machine()
-    prepared = set()
-    # spawn, because to fork a process that has threads may hang
-    context = torch.multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        context.Pool(jobs, torch.set_num_threads, (1,)) as pool,
-    ):
-        for name, part in parts.items():
-            todo = study.todo(part)
-            while todo:
-                for spec in todo:
-                    kind, settings = spec["data"], spec["settings"]
-                    if (kind, settings) not in prepared:
-                        prepared.add((kind, settings))
-                        prepare = getattr(run, f"prepare_{kind}")
-                        prepare(Path(folder), settings, **sources.get(kind, {}))
-                tasks = [(spec, Path(folder)) for spec in todo]
-                results = pool.imap_unordered(run.run, tasks)
-                for result in tqdm(results, name, len(tasks), unit="run"):
-                    study.add({**result, **machine})
-                    tqdm.write(line_of(result, part.metrics))
-                todo = study.todo(part)
-        pool.close()
-        pool.join()  # or the processes end before they have tidied up, and Python complains
+            todo = []
+            sides = []
+            for command, rates in zip(pair, grids):
+                side = Side(command, {})
+                for rate in sorted(rates):
+                    kind = command.with_rate(rate)
+                    side.tried[rate] = [Task(kind, seed, probe) for seed in range(seeds)]
+                    todo += side.tried[rate]
+                sides.append(side)
+            self.work(todo)
+            is_complete = True
+            for side, rates in zip(sides, grids):
+                for rate, tasks in side.tried.items():
+                    side.tried[rate] = [self.find(task) for task in tasks]
+                more = next_rate(side.goals()) if search else None
+                if more is not None:
+                    rates.append(more)
+                    is_complete = False
+            if is_complete:
+                return sides
 
 
 # -----------------------------------------------------------------------------
-# The report: tables
+# Scores, in percent
 
 
-def interval(values):
-    """Returns the mean of up to five numbers, and half of the width of its 95 % interval, or None
-    if there is only one number."""
-    n = len(values)
-    mean = statistics.mean(values)
-    if n < 2:
-        return mean, None
-    return mean, QUANTILE[n] * statistics.stdev(values) / math.sqrt(n)
+def value_of(run, name):
+    """A score of a run. One that has diverged scores 0."""
+    return 100 * run["scores"].get(name, {"value": 0.0})["value"]
 
 
-def values_of(runs, metric):
-    """Runs -> {seed: value}. A CLIP has no scores of words."""
-    found = [r for r in runs if metric in r["scores"]]
-    return {r["spec"]["seed"]: r["scores"][metric]["value"] for r in found}
+def goal(run):
+    """What a learning rate is judged by."""
+    values = [value_of(run, name) for name in GOALS if name in run["scores"]]
+    return statistics.mean(values or [0.0])
 
 
-def percent_of(runs, metric):
-    """Runs -> the list of their values in percent."""
-    return [100 * value for value in values_of(runs, metric).values()]
+def text_of(run):
+    scores = [f"{name} {value_of(run, name):.1f}" for name in run["scores"]]
+    return f"{', '.join(scores) or 'diverged, scored 0'} ({run['seconds']:.0f} s)"
 
 
-def cell(one, other, metric):
-    """Runs of both kinds -> "12.3 -> 45.6, +33.3 ± 2.0" in percent, paired by seed, and in bold if
-    the interval leaves 0 out."""
-    a = values_of(one, metric)
-    b = values_of(other, metric)
-    seeds = sorted(a.keys() & b.keys())
-    if not seeds:  # a CLIP has no words, so that there is nothing to compare them with
-        return f"{100 * statistics.mean(b.values()):.1f}" if b else ""
-    before = 100 * statistics.mean(a[seed] for seed in seeds)
-    after = 100 * statistics.mean(b[seed] for seed in seeds)
-    mean, half = interval([100 * (b[seed] - a[seed]) for seed in seeds])
-    text = f"{before:.1f} -> {after:.1f}, {mean:+.1f}"
-    if half is None:
-        return text
-    text += f" ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+def mean_seconds(runs):
+    return statistics.mean(run["seconds"] for run in runs)
 
 
-def markdown(heads, lines):
-    rows = [heads, ["---"] * len(heads), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows] + [""]
+# -----------------------------------------------------------------------------
+# Which learning rate? Goals are a dict {rate: a number of each seed}.
 
 
-def head_of(metric, scores):
-    """The head of a column: a metric with its chance level, its floor if it has one, and n."""
-    if metric not in scores:
-        return metric
-    score = scores[metric]
-    levels = [f"{x} {100 * score[x]:.1f}" for x in ("chance", "floor") if x in score]
-    return f"{metric} ({', '.join(levels)}, n {score['n']:,})"
+def best_rate(goals):
+    """The rate with the best mean. Of equal ones it is the lowest."""
+    return max(sorted(goals), key=lambda rate: statistics.mean(goals[rate]))
 
 
-def table_of(study, name, part):
-    """A part's table in Markdown, a list of lines. Empty if no row has its runs."""
-    lines = []
-    scores = {}
-    for label, (one, other) in study.rows(part).items():
-        rates = [f"{runs[0]['spec']['learning_rate']:g}" for runs in (one, other)]
-        cells = [cell(one, other, metric) for metric in part.metrics]
-        lines.append([label, str(min(len(one), len(other))), " / ".join(rates), *cells])
-        scores = other[0]["scores"]
-    if not lines:
-        return []
-    heads = ["", "seeds", "learning rates", *(head_of(m, scores) for m in part.metrics)]
-    return [f"## {name}", "", part.text, "", *markdown(heads, lines)]
+def rates_of_seeds(goals):
+    """The rate of each seed: the one with the best mean over all other seeds."""
+    n = len(next(iter(goals.values())))
+    rates = []
+    for seed in range(n):
+        others = {rate: row[:seed] + row[seed + 1 :] for rate, row in goals.items()}
+        rates.append(best_rate(others))
+    return rates
 
 
-def searches(study):
-    """The finished searches of all batch sizes: {(method, batch size): Search}."""
-    found = {}
-    for B in BATCH_SIZES:
-        for method, kind in METHODS.items():
-            search = study.search({**run.RUN, **kind, "batch_size": B})
-            if search.best is not None:
-                found[method, B] = search
-    return found
+def next_rate(goals):
+    """The rate that a search has to try next, or None if it has seen enough."""
+    best = best_rate(goals)
+    if len(goals) == MOST_RATES:
+        return None
+    if best == min(goals):
+        return best / 2
+    if best == max(goals):
+        return best * 2
+    return None
 
 
-def search_table(study):
-    """Every learning rate that was tried, and what it gave."""
-    lines = []
-    for (method, B), search in searches(study).items():
-        tried = []
-        for rate, runs in search.tried.items():
-            first = statistics.mean(percent_of(runs, "R@1"))
-            second = statistics.mean(percent_of(runs, "colour_shape"))
-            mean = 100 * mean_score(runs)
-            tried.append(f"{rate:g}: {first:.1f} and {second:.1f}, mean {mean:.1f}")
-        lines.append([f"{method}, batch {B}", f"{search.best:g}", "; ".join(tried)])
-    if not lines:
-        return []
-    text = (
-        "R@1 and colour_shape in percent, as means over seeds 100 to 102, of pictures that are set "
-        "aside from training. The best mean of the two wins. The figure shows each seed."
+def rate_rows(side):
+    """What is to be known of each rate that was tried, a list of texts: the rate, the mean that it
+    is judged by, for how many seeds it was taken, how many of them learned the objects (colour +
+    shape above half), how many diverged."""
+    taken = side.rates()
+    rows = []
+    for rate, runs in side.tried.items():
+        mean = statistics.mean(map(goal, runs))
+        learned = sum(value_of(run, "colour_shape") > 50 for run in runs)
+        diverged = sum(not run["scores"] for run in runs)
+        counts = [f"{count} of {len(runs)}" for count in (taken.count(rate), learned, diverged)]
+        rows.append([f"{rate:.3g}", f"{mean:.1f}", *counts])
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Differences
+
+
+def chance_of(t, n):
+    """The probability that a mean of n differences is t standard errors from 0, or farther, if
+    there is none: both tails of Student's distribution with n - 1 degrees of freedom. For the angle
+    x with t = sqrt(n - 1) tan x, its density is proportional to cos(x) ** (n - 2)."""
+
+    def area(low, steps=2000):
+        width = (math.pi / 2 - low) / steps
+        return width * sum(math.cos(low + (i + 0.5) * width) ** (n - 2) for i in range(steps))
+
+    return area(math.atan(t / math.sqrt(n - 1))) / area(0)
+
+
+@functools.cache
+def quantile(n):
+    """So many standard errors around a mean of n make a 95 % interval, by bisection."""
+    low = 0.0
+    high = 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if chance_of(middle, n) > 0.05:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class Difference(NamedTuple):
+    """Two means, and the mean of n differences with its standard error."""
+
+    a: float
+    b: float
+    mean: float
+    error: float
+    n: int
+
+    def __str__(self):
+        return f"{self.mean:+.1f} ± {self.half():.1f}"
+
+    def half(self):
+        """Half of the 95 % interval."""
+        return quantile(self.n) * self.error
+
+    def excludes_0(self):
+        return abs(self.mean) > self.half()
+
+    def p(self):
+        """The probability of such a mean, or of a larger one, if there is no difference."""
+        return chance_of(abs(self.mean) / max(self.error, 1e-9), self.n)
+
+
+def difference(one, other, name):
+    """Compare a score of two lists of runs, paired by seed."""
+    a = [value_of(run, name) for run in one]
+    b = [value_of(run, name) for run in other]
+    differences = [y - x for x, y in zip(a, b)]
+    n = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    return Difference(
+        statistics.mean(a), statistics.mean(b), statistics.mean(differences), error, n
     )
-    figure = "![R@1 and colour_shape against the learning rate](../assets/rates.png)"
-    heads = ["", "best", "learning rate: R@1 and colour_shape, their mean"]
-    return ["## Learning rates", "", text, "", figure, "", *markdown(heads, lines)]
-
-
-def page(study):
-    """results.md as a text."""
-    hours = sum(result["seconds"] for result in study.lines) / 3600
-    devices = sorted({result["device"] for result in study.lines})
-    lines = [
-        "# CLIP and SuperCLIP, made small",
-        "",
-        (FOLDER / "findings.md").read_text(),  # in sentences, and which rule chose the rates
-        "## How to read the tables",
-        "",
-        "Made by `python -m study.compare`. A cell reads: mean of the first kind -> mean of the "
-        "second, and their difference with its 95 % interval (paired by seed, Student's t), in "
-        "percent. A cell in **bold** is reliable: its interval leaves 0 out. The others show no "
-        "reliable difference. Learning rates are those of the first and of the second kind. R@k is "
-        "the mean of both ways among 1,000 validation pairs with long captions. Of scenes, "
-        "colour_shape, colour and shape are zero-shot scores of pictures of one object, and "
-        "held_out those of combinations that training never shows.",
-        "",
-        f"{len(study.lines)} runs, {hours:.1f} core-hours on {' and '.join(devices)}. They are "
-        "trained in bfloat16 if the CPU has units for it, and else in float32. runs.jsonl has the "
-        "seconds, dtype, commit and date of each.",
-        "",
-    ]
-    for name, part in PARTS.items():
-        if part.rule != EARLIER:
-            lines += table_of(study, name, part)
-    lines += search_table(study)
-    lines += [
-        "# An earlier rule, and earlier batches",
-        "",
-        "The rates of the tables below were chosen by earlier rules, listed above, and captions "
-        "were trimmed to the longest of a batch, where they are padded to a multiple of 16 now. "
-        "Padding changes nothing but the last bits of a loss.",
-        "",
-    ]
-    for name, part in PARTS.items():
-        if part.rule == EARLIER:
-            lines += table_of(study, name, part)
-    return "\n".join(lines)
-
-
-# -----------------------------------------------------------------------------
-# The report: figures
-
-
-COLOURS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
-PANELS = {
-    "batch": ("batch_size", "batch size (256: three times the samples)"),
-    "groups": ("group", "pairs compared, of 64 (an earlier rule)"),
-    "settings": ("settings", "settings, batch 8 (an earlier rule)"),
-}
-CHANCE = dict(color="black", ls=":", lw=1, label="chance")
-
-
-def load_pyplot():
-    optional("matplotlib").use("Agg")
-    plt = optional("matplotlib.pyplot")
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def draw_line(axis, values, colour, label):
-    """Percents of seeds against x, values {x: list}: a dot for each seed, and a line through their
-    means. Returns the means, {x: mean}."""
-    means = {}
-    for x, ys in values.items():
-        means[x] = statistics.mean(ys)
-        axis.scatter([x] * len(ys), ys, color=colour, s=14, alpha=0.5)
-    axis.plot(list(means), list(means.values()), color=colour, label=label)
-    return means
-
-
-def draw_panel(axis, study, part, field, label):
-    """Zero-shot accuracy of both methods against a field of the spec."""
-    rows = {}
-    for one, other in study.rows(part).values():
-        spec = one[0]["spec"]
-        rows[spec[field] or spec["batch_size"]] = (one, other)  # no group: the whole batch
-    for i, (method, colour) in enumerate(COLOURS.items()):
-        values = {x: percent_of(kinds[i], "colour_shape") for x, kinds in rows.items()}
-        draw_line(axis, values, colour, method)
-    axis.axhline(100 / 64, **CHANCE)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(list(rows), labels=[str(x) for x in rows])
-    axis.set(xlabel=label, ylim=(0, 102))
-
-
-def draw_study(study, path):
-    """Zero-shot accuracy against the batch size, the pairs compared, the number of settings."""
-    plt = load_pyplot()
-    names = [name for name in PANELS if len(study.rows(PARTS[name])) > 1]
-    if not names:
-        return
-    _, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
-    axes = axes[0]
-    for axis, name in zip(axes, names):
-        draw_panel(axis, study, PARTS[name], *PANELS[name])
-    axes[0].set_ylabel("zero-shot, colour + shape (%)")
-    axes[0].legend(loc="lower right", frameon=False)
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
-    plt.close()
-
-
-def draw_search(axis, search, metric, colour, label):
-    """A score against the learning rate, with a ring at the best."""
-    values = {rate: percent_of(runs, metric) for rate, runs in search.tried.items()}
-    means = draw_line(axis, values, colour, label)
-    ring = dict(s=90, facecolors="none", edgecolors=colour, lw=2)
-    axis.scatter([search.best], [means[search.best]], **ring)
-
-
-def draw_rates(study, path):
-    """R@1 and colour_shape against the learning rate, at each batch size, as far as the searches
-    are finished."""
-    plt = load_pyplot()
-    found = searches(study)
-    sizes = [B for B in BATCH_SIZES if ("CLIP", B) in found and ("SuperCLIP", B) in found]
-    if not sizes:
-        return
-    shape = dict(figsize=(4 * len(sizes), 6.4), sharex="col", sharey=True, squeeze=False)
-    _, axes = plt.subplots(2, len(sizes), **shape)
-    for column, B in enumerate(sizes):
-        rates = set()
-        for method, colour in COLOURS.items():
-            search = found[method, B]
-            rates |= search.tried.keys()
-            draw_search(axes[0, column], search, "R@1", colour, method)
-            draw_search(axes[1, column], search, "colour_shape", colour, method)
-        axes[0, column].axhline(100 / run.RANKED, **CHANCE)
-        axes[1, column].axhline(100 / 64, **CHANCE)
-        axes[0, column].set(title=f"batch {B}", xscale="log", ylim=(0, 104))
-        axes[1, column].set_xlabel("learning rate x 10,000")
-        axes[1, column].set_xticks([], minor=True)
-        axes[1, column].set_xticks(sorted(rates), [f"{1e4 * x:.3g}" for x in sorted(rates)])
-    axes[0, 0].set_ylabel("R@1 (%)")
-    axes[1, 0].set_ylabel("zero-shot, colour + shape (%)")
-    axes[0, 0].legend(loc="lower left", frameon=False)
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
-    plt.close()
-
-
-def report(study, assets):
-    """Write results.md beside the runs, and the figures into the folder `assets`."""
-    check(study.lines, f"{study.path} holds no run yet")
-    results = study.path.with_name("results.md")
-    results.write_text(page(study))
-    draw_study(study, assets / "study.png")
-    draw_rates(study, assets / "rates.png")
-    print(f"wrote {results}, and study.png and rates.png in {assets}")
 
 
 # -----------------------------------------------------------------------------
 # The command
 
 
-def quick(jobs):
-    """One seed of the groups of 4; keeps nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        study = Study(Path(folder) / "runs.jsonl")
-        work(study, {"groups": QUICK}, {}, jobs)
-        print("\n".join(table_of(study, "groups", QUICK)))
+def print_rates(side):
+    print(f"\nlearning rates of {side.command.text}")
+    print("rate        mean   taken by   objects learned by   diverged (scored 0)")
+    for row in rate_rows(side):
+        print("{:10s}{:>6s}   {:8s}   {:18s}   {}".format(*row))
+    best = best_rate(side.goals())
+    print(f"{best:.3g} is the best of {len(side.tried)} rates tried")
 
 
-def keep(folder):
-    """Train both methods at batch 8 again, one seed of each, and keep the models in `folder`."""
-    study = Study(RUNS)
-    part = PARTS["batch"]
-    row = part.rows[0]
-    folder.mkdir(exist_ok=True)
-    torch.set_num_threads(1)  # as a process of the study has
-    with tempfile.TemporaryDirectory() as tables:
-        run.prepare_scenes(Path(tables), run.RUN["settings"])
-        for name, changes in (("clip", row.a), ("superclip", row.b)):
-            specs = study.specs(part, changes)
-            check(specs, f"the search at {row.label} is not finished: see --only batch")
-            path = folder / f"{name}.pt"
-            result = run.run((specs[0], Path(tables)), path)
-            print(f"{path}: {line_of(result, LOOKS)}")
+def print_sides(sides):
+    one, other = [side.runs() for side in sides]
+    scores = max((run["scores"] for run in one + other), key=len)  # of one that has not diverged
+    print(f"\na: {sides[0].command.text}\nb: {sides[1].command.text}")
+    print(f"{len(one)} seeds, in percent. {len(scores)} scores are compared, and the intervals are")
+    print("not corrected for their number.\n")
+    print(f"{'':14s}{'chance':>8s}{'a':>8s}{'b':>8s}   b - a")
+    for name, score in scores.items():
+        found = difference(one, other, name)
+        note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
+        chance = 100 * score["chance"]
+        print(f"{name:14s}{chance:8.1f}{found.a:8.1f}{found.b:8.1f}   {str(found):15s} {note}")
+    print(f"{'seconds':22s}{mean_seconds(one):8.0f}{mean_seconds(other):8.0f}")
+    for name, runs in zip("ab", (one, other)):
+        diverged = sum(not run["scores"] for run in runs)
+        if diverged > 0:
+            print(f"{diverged} of these runs of {name} diverged, and score 0")
+
+
+def add_shared(parser):
+    """Options that plan.py has, too."""
+    jobs = 1 if torch.cuda.is_available() else data.cores()
+    text = "runs at a time (default: the cores, or 1 with a GPU)"
+    parser.add_argument("--jobs", type=number(int, 1), default=jobs, help=text)
+    text = "folder of worlds and of what is running (default out_study)"
+    parser.add_argument("--out", type=Path, default="out_study", metavar="DIR", help=text)
+
+
+def open_out(out):
+    """Make the folder of a study, and let a kill end its runs as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out.mkdir(parents=True, exist_ok=True)
+    lock_folder(out)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="one seed of both methods, groups of 4; keeps nothing")
-    add("--report", action="store_true", help="do not train: write results.md and the figures")
-    add("--keep", type=Path, metavar="DIR", help="train and keep the models of docs/demo.html")
-    text = "parts of the study, at rates of today's rule (default: those whose rates it chose)"
-    add("--only", nargs="+", choices=PARTS, metavar="PART", help=text)
-    text = "train/CLASS/ and test/CLASS/ of photographs (default: downloads CIFAR-10)"
-    add("--objects", type=Path, metavar="DIR", help=text)
-    add("--products", type=Path, metavar="DIR", help="pairs.csv and images/ of a shop's products")
-    text = "runs at a time (default: the cores)"
-    add("--jobs", type=number(int, 1), default=data.cores(), help=text)
+    add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
+    add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
+    add("--common", default="", metavar="OPTIONS", help="options of both")
+    add("--seeds", type=number(int, 2), default=5, help="runs of each, two or more (default 5)")
+    add("--rates", action="store_true", help="search the learning rate of both, four rates each")
+    add("--probe", action="store_true", help="score a linear probe, too")
+    add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
+    text = "draw a world of photographs: see study/objects.py"
+    add("--photographs", default="", metavar="DIR", help=text)
+    add_shared(parser)
     args = parser.parse_args(argv)
-    if args.quick:
-        return quick(args.jobs)
-    if args.keep:
-        return keep(args.keep)
-    study = Study(RUNS)
-    if not args.report:
-        names = args.only or [name for name in PARTS if PARTS[name].rule == BEST_MEAN]
-        check(args.products or "products" not in names, "this part needs --products")
-        parts = {name: PARTS[name]._replace(rule=BEST_MEAN) for name in names}
-        sources = {"objects": {"source": args.objects}, "products": {"source": args.products}}
-        work(study, parts, sources, args.jobs)
-    report(study, ASSETS)
+    world = World(args.settings, args.photographs)
+    pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
+    open_out(args.out)
+    study = Study(args.out, args.jobs, args.out / "runs.jsonl", PUBLISHED)
+    sides = study.experiment(pair, args.seeds, args.rates, args.probe)
+    if args.rates:
+        for side in sides:
+            print_rates(side)
+    print_sides(sides)
 
 
 if __name__ == "__main__":

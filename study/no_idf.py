@@ -1,0 +1,27 @@
+"""All words of a caption weigh the same in its label, the rare and the common:
+
+python -m study.no_idf [options of train.py]
+"""
+
+import torch
+
+import superclip
+import train
+from cli import run_command
+
+
+def equal_weights(num_captions, token_counts):
+    """What superclip.idf returns, without the frequencies. Start, end and padding weigh nothing."""
+    weights = torch.ones_like(token_counts, dtype=torch.float)
+    weights[superclip.PAD] = 0.0
+    weights[-2:] = 0.0
+    return weights
+
+
+def main(argv):
+    superclip.idf = equal_weights
+    return train.main(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
