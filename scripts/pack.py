@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import tarfile
 import tempfile
@@ -43,15 +42,11 @@ from cli import (
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
 CAPTION_COLUMNS = "caption captions text title description alt_text".split()
-SPLITS = ("val", "train")
 WRITTEN = ("image", "captions", "width", "height", "sha256")  # the fields of .json that pack makes
 # Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 SHARD_SIZE = 1000  # samples
-# Bytes that are not UTF-8 are read as surrogates, and UTF-16 is full of null characters.
-NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
-# If a quotation mark is not closed, the rows that follow become a part of the caption.
-OTHER_ROWS = re.compile(r"\n[^\n]*\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+QUALITY = 90  # of new JPEGs, in 1..100
 
 # -----------------------------------------------------------------------------
 # The list
@@ -63,7 +58,7 @@ def json_rows(file):
         if text.strip():
             try:
                 row = json.loads(text)
-            except (ValueError, RecursionError):
+            except ValueError:
                 row = None
             yield line, row if isinstance(row, dict) else {None: row}
 
@@ -72,7 +67,6 @@ def table_rows(file, path):
     """The same for CSV and TSV, where fields without a column have the key None. The line number of
     a row with line breaks is that of its last line."""
     header = file.readline()
-    check(not NOT_UTF8.search(header), f"{path} is not text in UTF-8: save it as CSV UTF-8")
     file.seek(0)
     delimiter = "\t" if "\t" in header else max(",;", key=header.count)
     # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
@@ -98,69 +92,69 @@ def find_column(option, names, columns):
     raise InputError(f"which column is it? Choose with {option}: {', '.join(columns)}")
 
 
-def problem_of(row, image, captions, is_inside):
-    """Why a row cannot be used, or None. row: its other columns; is_inside: is the image in the
-    folder of images?"""
+def problem_of(row, image, captions):
+    """Why a row cannot be used, or None. row: its other columns."""
     if None in row:
         return "more fields than columns (is the caption in quotes?), or no JSON object"
     if not image:
         return "no image is named"
-    if not is_inside:
-        return "the path leads out of the folder of images"
     if not captions:
         return "the caption is missing or empty"
-    if max(map(len, captions)) > data.MAX_CAPTION:
-        return "the caption is too long"
-    if any(map(NOT_UTF8.search, captions)):
-        return "the caption is not UTF-8"
-    if any(map(OTHER_ROWS.search, captions)):
-        return "the caption holds other rows (see its quotes)"
     return None
+
+
+def texts_in(value):
+    """The texts in a column of captions, as a list: it has one text, or a list of them in JSON."""
+    values = value if isinstance(value, list) else [value]
+    texts = [text.strip() for text in values if isinstance(text, str)]
+    return [text for text in texts if text]
+
+
+def read_rows(path):
+    """The list as a list of (line number, dict of columns), and its columns. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            is_json = "json" in path.suffix.lower()
+            rows = list(json_rows(file) if is_json else table_rows(file, path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: save it as CSV UTF-8") from error
+    columns = {}
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    columns.pop(None, None)  # what belongs to no column
+    check(columns, f"{path} has no rows that can be read (JSONL has an object on each line)")
+    return rows, columns
 
 
 def read_list(args):
     """Read the list. Returns (samples, bad).
 
-    samples: dict of image path within the folder -> list of its rows, each (line number, captions,
-    dict of the other columns). bad: list of (line number, image, reason).
+    samples: dict of image -> list of its rows, each (line number, captions, dict of the other
+    columns). bad: list of (line number, image, reason).
     """
-    path = args.csv
-    check(not path.is_dir(), f"{path} is a folder: --csv is a list of images and captions")
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        is_json = "json" in path.suffix.lower()
-        rows = list(json_rows(file) if is_json else table_rows(file, path))
-    columns = {}
-    for _, row in rows:
-        columns |= dict.fromkeys(row)
-    columns = [column for column in columns if column is not None]
-    check(columns, f"{path} has no rows that can be read (JSONL has an object on each line)")
+    rows, columns = read_rows(args.csv)
     image_column = find_column("--image_column", args.image_column, columns)
     caption_column = find_column("--caption_column", args.caption_column, columns)
-    others = set(columns) - {image_column, caption_column}
-    check(
-        args.group is None or args.group in others, f"there is no column {args.group} for --group"
-    )
     print(f"images from column {image_column!r}, captions from column {caption_column!r}")
+    others = columns.keys() - {image_column, caption_column}
+    no_group = f"there is no column {args.group} for --group"
+    check(args.group is None or args.group in others, no_group)
     clash = others.intersection(WRITTEN)
-    check(not clash, f"rename {', '.join(clash)} in {path}: pack writes fields of these names")
+    check(not clash, f"rename {', '.join(clash)} in {args.csv}: pack writes fields of these names")
 
     samples = {}
     bad = []
     folder = os.path.join(args.images, "")
     for line, row in rows:
-        image = row.pop(image_column, None)
-        image = image.strip() if isinstance(image, str) else ""
-        captions = row.pop(caption_column, None)
-        if not isinstance(captions, list):
-            captions = [captions]
-        texts = [text.strip() for text in captions if isinstance(text, str)]
-        texts = [text for text in texts if text]
-        file = os.path.normpath(os.path.join(folder, image))  # two spellings are one image
-        reason = problem_of(row, image, texts, file.startswith(folder))
+        image = str(row.pop(image_column, None) or "").strip()
+        captions = texts_in(row.pop(caption_column, None))
+        reason = problem_of(row, image, captions)
         if reason is not None:
             bad.append((line, image, reason))
-        else:
-            samples.setdefault(file.removeprefix(folder), []).append((line, texts, row))
+            continue
+        file = os.path.normpath(os.path.join(folder, image))  # two spellings are one image
+        name = file.removeprefix(folder)
+        samples.setdefault(name, []).append((line, captions, row))
     return samples, bad
 
 
@@ -172,20 +166,19 @@ def merge(rows):
     """The rows of one image -> fields of .json: the captions and the other columns. Where the rows
     differ in a column, its field is a list."""
     captions = {}
-    columns = {}  # name -> dict of a value as JSON -> the value
+    columns = {}  # name -> list of the different values
     for _, texts, row in rows:
         captions |= dict.fromkeys(texts)
         for name, value in row.items():
-            values = columns.setdefault(name, {})
-            if value not in (None, ""):
-                values[json.dumps(value)] = value
+            values = columns.setdefault(name, [])
+            if value not in (None, "", *values):
+                values.append(value)
     fields = {"captions": list(captions)}
     for name, values in columns.items():
-        fields[name] = list(values.values())
-        if len(values) == 1:
-            fields[name] = fields[name][0]
-        if len(values) == 0:
-            fields[name] = None
+        if len(values) > 1:
+            fields[name] = values
+        else:
+            fields[name] = values[0] if values else None
     return fields
 
 
@@ -197,7 +190,7 @@ def split_of(sha256, group, val):
     return "val" if int(sha256[:8], 16) < val * 2**32 else "train"
 
 
-def smaller(image, size, quality):
+def smaller(image, size):
     """A PIL image -> the bytes of a JPEG with a short side of at most `size` pixels, and its width
     and height."""
     image.draft("RGB", (2 * size, 2 * size))  # leaves enough for a sharp resize
@@ -205,7 +198,7 @@ def smaller(image, size, quality):
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=quality, comment=b"")  # nor the old comment
+    image.save(jpeg, "JPEG", quality=QUALITY, comment=b"")  # nor the old comment
     return jpeg.getvalue(), image.size
 
 
@@ -236,7 +229,7 @@ def encode(item, args):
             width, height = image.size
         else:
             suffix = ".jpg"
-            content, (width, height) = smaller(image, size, args.quality)
+            content, (width, height) = smaller(image, size)
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
@@ -264,7 +257,7 @@ class ShardWriter:
             self.tar = tarfile.open(self.folder / f"{self.split}-{shard:05d}.tar", "w")
         key = f"{shard:05d}{place:05d}"
         data.add_member(self.tar, key + suffix, content)
-        data.add_member(self.tar, key + ".txt", fields["captions"][0].encode())
+        data.add_member(self.tar, key + ".txt", fields["captions"][0].encode("utf-8", "replace"))
         data.add_member(self.tar, key + ".json", json.dumps(fields).encode())
         self.n += 1
 
@@ -274,9 +267,9 @@ class ShardWriter:
 
 
 def make_shards(args, samples, bad, folder):
-    """Write the samples into the folder. What cannot be used goes to `bad`. Returns a dict of
-    split -> number of samples."""
-    writers = {split: ShardWriter(folder, split) for split in SPLITS}
+    """Write the samples into the folder. What cannot be used goes to `bad`. Returns the numbers of
+    training and of validation pairs."""
+    writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     items = list(samples.items())
     n = 256
     with ThreadPool() as pool:
@@ -291,24 +284,12 @@ def make_shards(args, samples, bad, folder):
                     writers[split].add(*sample)
     for writer in writers.values():
         writer.close()
-    return {split: writer.n for split, writer in writers.items()}
+    return writers["train"].n, writers["val"].n
 
 
 def write_bad_rows(path, bad):
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
-
-
-def print_summary(out, numbers, bad):
-    """Print what the folder holds and what was not used. numbers: from make_shards."""
-    for split, n in numbers.items():
-        shards = list(out.glob(f"{split}-*.tar"))
-        size = sum(map(os.path.getsize, shards)) / 1e6
-        print(f"{split:6}{len(shards):6,} shards{n:10,} samples{size:11,.1f} MB")
-    print(f"rows that cannot be used: {len(bad):,}, listed in {out / 'bad_rows.csv'}")
-    kinds = Counter(reason.partition(":")[0] for _, _, reason in bad)
-    for kind, count in kinds.most_common(3):
-        print(f"{count:9,}  {kind}")
 
 
 # -----------------------------------------------------------------------------
@@ -332,7 +313,7 @@ train from nothing{warning}:
   python train.py --train_data {pairs} {model}"""
 
 
-def print_ways(out, n_val, n, several):
+def print_ways(out, n, n_val, several):
     """Print what can be done with n training pairs and n_val validation pairs in the folder `out`.
     several: do images have several captions?"""
     train = shlex.quote(f"{out}/train-*.tar")
@@ -384,8 +365,6 @@ def read_options(argv):
     add("--group", metavar="COLUMN", help="column: rows with the same value stay on one side")
     add("--size", type=number(int, 0), default=256,
         help="pixels of a short side, at most; 0 keeps files (default 256)")
-    add("--quality", type=number(int, 1, 100), default=90,
-        help="quality of new JPEGs, 1 to 100 (default 90)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -403,17 +382,19 @@ def main(argv):
     with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=parent) as temporary:
         folder = Path(temporary, "shards")
         folder.mkdir()
-        numbers = make_shards(args, samples, bad, folder)
-        if not any(numbers.values()):
+        n, n_val = make_shards(args, samples, bad, folder)
+        if n + n_val == 0:
             raise InputError(f"none of the rows of {args.csv} can be used: {min(bad)[2]}")
         write_bad_rows(folder / "bad_rows.csv", bad)
         folder.rename(args.out)
 
-    print_summary(args.out, numbers, bad)
-    if args.val > 0 and 0 in numbers.values():
-        print("one side is empty: there are few images or groups, or --val is too small")
-    several = any(len(rows) > 1 or len(rows[0][1]) > 1 for rows in samples.values())
-    print_ways(args.out, numbers["val"], numbers["train"], several)
+    print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
+    print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
+    kinds = Counter(reason.partition(":")[0] for _, _, reason in bad)
+    for kind, count in kinds.most_common(3):
+        print(f"{count:9,}  {kind}")
+    several = any(len(merge(rows)["captions"]) > 1 for rows in samples.values())
+    print_ways(args.out, n, n_val, several)
 
 
 if __name__ == "__main__":
