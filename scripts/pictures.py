@@ -12,6 +12,7 @@ from cli import InputError, check, output_file, write_file
 from data import SUFFIXES
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
+LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which is 15 pixels high
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 picture_file = output_file(*FORMATS)  # a type for argparse
 
@@ -32,40 +33,21 @@ def image_files(paths, out=None):
     return list(files.values())
 
 
-def load_font(size):
-    """Pillow's own font, in pixels. Before Pillow 10.1 it has one size only."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:
-        return ImageFont.load_default()
-
-
-def wrap(text, font, width, lines):
-    """Returns a list of at most `lines` lines of at most `width` pixels. The last one ends in "…"
-    if the text is longer."""
-    text = " ".join(text.split())
-    text = text[: lines * width]  # a character is at least a pixel wide
-    for characters in range(width // 3, 0, -1):
-        wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder="…")
-        if all(font.getlength(line) <= width for line in wrapped):
-            break
-    return wrapped
-
-
 def contact_sheet(images, captions, path, columns=4, legend=""):
-    """Draw images with a caption of up to four lines below each, and a legend below all of them.
+    """Draw images with a caption of up to five lines below each, and a legend below all of them.
 
     images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
     whose suffix tells its format.
     """
     side = images[0].shape[-1]
-    font = load_font(15)
-    captions = [wrap(caption, font, side, lines=4) for caption in captions]
+    font = ImageFont.load_default(15)
+    letters = side // LETTER
+    captions = [textwrap.wrap(text, letters, max_lines=5, placeholder="…") for text in captions]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = side + GAP
     height = side + GAP + LINE * max(map(len, captions))
-    legend = wrap(legend, font, columns * width, lines=12)
+    legend = textwrap.wrap(legend, columns * width // LETTER)
     top_of_legend = GAP + rows * height
 
     sheet_size = (GAP + columns * width, top_of_legend + LINE * len(legend))
