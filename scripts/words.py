@@ -42,6 +42,7 @@ from scripts.pictures import contact_sheet, image_files, picture_file
 # reason why it cannot be read
 Picture = namedtuple("Picture", "name title image")
 SHOWN = 6  # validation pictures
+SCORED = 200  # scenes of --data
 
 
 # -----------------------------------------------------------------------------
@@ -263,8 +264,7 @@ def read_options(argv):
     add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     add("--window", type=number(int, 1), help="patches a side to leave out (default: a quarter)")
-    add("--data", nargs="+", help="shards of the built-in scenes: score the maps")
-    add("--limit", type=number(int, 1), default=200, help="scenes to score (default 200)")
+    add("--data", nargs="+", help=f"shards of the built-in scenes: score the maps of {SCORED}")
     add("--json", type=output_file(".json"), help="file to write the numbers to")
     return parser.parse_args(argv)
 
@@ -313,7 +313,7 @@ def main(argv):
     result = {}
     if args.data:
         pairs = data.Pairs(data.expand(args.data), tokenizer, size)
-        rows = data.progress(pairs.index[: args.limit].tolist(), "localising", unit="scene")
+        rows = data.progress(pairs.index[:SCORED].tolist(), "localising", unit="scene")
         with_boxes = (read_scene(pairs, row) for row in rows)
         result["localisation"] = localisation(model, with_boxes, window)
         print(evaluation.format_score("right place", result["localisation"]))

@@ -190,11 +190,11 @@ def test_a_picture_of_many_images_stays_small(folders, checkpoint, tmp_path, cap
 
 
 def test_the_score_of_the_maps_is_printed_and_kept(shard_of_scenes, checkpoint, tmp_path, capsys):
-    argv = ["--checkpoint", checkpoint, "--data", shard_of_scenes, "--limit", 1]
+    argv = ["--checkpoint", checkpoint, "--data", shard_of_scenes]
 
     result, printed = result_of(capsys, words.main, tmp_path / "result.json", *argv)
 
-    assert result["localisation"]["n"] == 1
+    assert result["localisation"]["n"] == 2
     assert "right place" in printed
 
 
