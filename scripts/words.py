@@ -17,7 +17,7 @@ Axes: S pixels a side, K words, W windows, G patches a side.
 
 import json
 import random
-from collections import Counter, namedtuple
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +99,12 @@ def find_pictures(args, files, tokenizer, size):
 
 def ids_of_words(tokenizer, words):
     """Words of --word -> dict of word -> token id. Raises InputError unless each is one token."""
-    ids_of = {word: tokenizer.encode(word) for word in words}
-    spelt = [word for word, ids in ids_of.items() if len(ids) != 1]
-    if spelt:
-        raise InputError(f"the vocabulary has no token {', '.join(spelt)}: try another --word")
-    return {word: ids[0] for word, ids in ids_of.items()}
+    id_of = {}
+    for word in words:
+        ids = tokenizer.encode(word)
+        check(len(ids) == 1, f"the vocabulary has no token {word}: try another --word")
+        id_of[word] = ids[0]
+    return id_of
 
 
 @torch.no_grad()
@@ -162,19 +163,19 @@ def word_maps(model, image, ids, window, batch_size=64):
 
 def read_scene(pairs, row):
     """A row of an index -> image (3, S, S) of a built-in scene, and a list of (token id, box): the
-    colours and shapes that only one of its objects has. Raises InputError."""
-    found = []
+    colours and shapes of its objects, of which no two are the same. Raises InputError."""
     try:
         image = data.load_image(pairs.read(row, data.IMAGE), pairs.image_size)
-        for thing in json.loads(pairs.read(row, data.JSON))["scene"]["objects"]:
-            for kind in ("colour", "shape"):
-                ids = pairs.tokenizer.encode(thing[kind])
-                if len(ids) == 1:
-                    found.append((ids[0], thing["box"]))
-    except (data.BadSample, ValueError, LookupError, TypeError):
+        objects = json.loads(pairs.read(row, data.JSON))["scene"]["objects"]
+    except (data.BadSample, ValueError, LookupError):
         raise InputError(f"{pairs.shards[row[0]]} is not a shard of the built-in scenes") from None
-    times = Counter(i for i, _ in found)
-    return image, [(i, box) for i, box in found if times[i] == 1]
+    words = []
+    for thing in objects:
+        for kind in ("colour", "shape"):
+            ids = pairs.tokenizer.encode(thing[kind])
+            if len(ids) == 1:
+                words.append((ids[0], thing["box"]))
+    return image, words
 
 
 def centres_on(boxes, grid, window):
@@ -272,14 +273,12 @@ def read_options(argv):
 def look_at(model, tokenizer, pictures, args, id_of, window):
     """Print the words of each picture: those of id_of (word -> token id) if there are any, else the
     most probable ones. Returns them as a dict of name -> list of words, for --json, and what
-    draw_words needs of the pictures to draw. Raises InputError if no picture can be read."""
+    draw_words needs of the pictures to draw."""
     found = {}
     to_draw = []
-    reason = None  # why the last unreadable picture cannot be read
     for name, title, image in pictures:
         if isinstance(image, str):
-            reason = image
-            print(printable(f"skipped {reason}"))
+            print(printable(f"skipped {image}"))
             continue
         if id_of:
             words = probabilities_of(model, image, id_of)
@@ -289,11 +288,8 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
         print(printable(f"{name}: {text}"))
         found[name] = [{"word": word, "probability": p} for word, p, _ in words]
         if args.out and len(to_draw) < MAX_IMAGES:
-            ids = [i for _, _, i in words]
-            _, maps = word_maps(model, image, ids, window)
+            _, maps = word_maps(model, image, [i for _, _, i in words], window)
             to_draw.append((title, image, words, maps))
-    if reason and not found:
-        raise InputError(f"none of the images can be read: {reason}")
     return found, to_draw
 
 
@@ -320,6 +316,7 @@ def main(argv):
 
     pictures = find_pictures(args, files, tokenizer, size)
     result["images"], drawn = look_at(model, tokenizer, pictures, args, id_of, window)
+    check(result["images"] or args.data, "none of the images can be read")
     if drawn:
         draw_words(drawn, window, args.out)
         print(f"wrote {args.out}: {len(drawn)} of {len(result['images'])} images")

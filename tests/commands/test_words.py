@@ -78,8 +78,7 @@ def thing(colour, shape, x, y):
 
 @pytest.fixture
 def shard_of_scenes(tmp_path):
-    """Two scenes on a grid of 6 x 6 patches, with a red square and a blue ring in each, and two
-    grey things that no colour or shape tells apart."""
+    """Two scenes on a grid of 6 x 6 patches, with a red square and a blue ring in each."""
     samples = []
     for i in range(2):
         pixels = np.zeros((24, 24, 3), np.uint8)
@@ -87,7 +86,6 @@ def shard_of_scenes(tmp_path):
         pixels[16 - 4 * i : 24 - 4 * i, 4:12, 2] = 255  # the blue ring in row 4 - i and column 1
         Image.fromarray(pixels).save(tmp_path / "x.png")
         objects = [thing("red", "square", i, 0), thing("blue", "ring", 1, 4 - i)]
-        objects += [thing("grey", "thing", 4, 0), thing("grey", "thing", 4, 4)]
         scene = json.dumps({"scene": {"objects": objects}}).encode()
         samples.append({"png": (tmp_path / "x.png").read_bytes(), "json": scene, "txt": b"red"})
     return write_shard(tmp_path / "scenes.tar", samples)
