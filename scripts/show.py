@@ -9,7 +9,6 @@ the captions of these shards. With --val_data it counts what validation shares w
 
 import hashlib
 import itertools
-import math
 import textwrap
 from collections import Counter
 from contextlib import suppress
@@ -66,21 +65,6 @@ def count_tokens(pairs, unused):
     return lengths, token_counts, repeats
 
 
-def share_with_twin(repeats, batch_size):
-    """The share of pairs that meet a twin, a pair with the same caption, in a random batch.
-
-    repeats: Counter of captions. If c of n pairs have a caption, each of them has n - c that do not
-    share it. It meets no twin if the B - 1 others of its batch, drawn without replacement, are all
-    among these: in C(n - c, B - 1) of C(n - 1, B - 1) cases.
-    """
-    n = repeats.total()
-    others = min(batch_size, n) - 1
-    pairs_alone = 0
-    for c, captions in Counter(repeats.values()).items():
-        pairs_alone += c * captions * math.comb(n - c, others)
-    return 1 - pairs_alone / (n * math.comb(n - 1, others))
-
-
 def report_captions(lengths, repeats, context_length):
     """Print how long captions are and how many repeat. lengths, repeats: from count_tokens."""
     n = len(lengths)
@@ -93,26 +77,16 @@ def report_captions(lengths, repeats, context_length):
     # The contrastive loss pushes an image away from its caption's twin, though both fit as well.
     twins = sum(count for count in repeats.values() if count > 1)
     print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
-    small = share_with_twin(repeats, 32)
-    large = share_with_twin(repeats, 256)
-    print(f"false negatives: {small:.2%} of pairs meet a twin in a batch of 32, {large:.2%} of 256")
     for text, count in repeats.most_common(3):
         if count > 1:
             print(f"{count:9,} x {printable(textwrap.shorten(text, 90))}")
 
 
-def name_of(pairs, row):
-    """The file that scripts/pack.py made a sample from, or its shard and key."""
-    with suppress(data.BadSample):
-        return pairs.texts(row, "json.image")[0]
-    return f"{pairs.shards[row[0]]} {pairs.key(row)}"
-
-
 def image_hashes(pairs, rows):
-    """Yield (row, hash of the bytes of its image) of each image that can be read."""
+    """Yield a hash of the bytes of each image that can be read."""
     for row in data.progress(rows, "comparing images", unit="image"):
         with suppress(data.BadSample, OSError):
-            yield row, hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
+            yield hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
 
 
 def report_overlap(pairs, val_pairs, captions):
@@ -126,29 +100,23 @@ def report_overlap(pairs, val_pairs, captions):
     # Only files of equal size can be equal.
     sizes = {row[data.IMAGE + 1] for row in val_rows}
     rows = [row for row in pairs.index.tolist() if row[data.IMAGE + 1] in sizes]
-    seen = {content for _, content in image_hashes(pairs, rows)}
-    equal = [row for row, content in image_hashes(val_pairs, val_rows) if content in seen]
-    text = f"{len(equal):,} of {len(val_rows):,} images and the captions of {known:,}"
+    seen = set(image_hashes(pairs, rows))
+    equal = sum(content in seen for content in image_hashes(val_pairs, val_rows))
+    text = f"{equal:,} of {len(val_rows):,} images and the captions of {known:,}"
     print(f"validation data that is in training, too: {text}")
-    for row in equal[:3]:
-        print(f"{'':11}{printable(name_of(val_pairs, row))}")
-
-
-def kind_of(reason):
-    """The part of a reason that others of its kind have, too: it ends at the first colon."""
-    return reason.partition(":")[0]
 
 
 def report_unused(unused):
-    """unused: list of (shard, key, reason). Prints their number by reason, with three examples."""
+    """unused: list of (shard, key, reason). Prints their number by reason, with an example each."""
     print(f"not used: {len(unused):,}")
-    kinds = Counter(kind_of(reason) for _, _, reason in unused)
-    for kind, count in kinds.most_common():
-        print(f"{count:9,}  {kind}")
-        examples = [entry for entry in unused if kind_of(entry[2]) == kind]
-        for shard, key, reason in examples[:3]:
-            example = f"{shard} {key}: {textwrap.shorten(reason, 90)}"
-            print(f"{'':11}{printable(example)}")
+    counts = Counter()
+    examples = {}
+    for shard, key, reason in unused:
+        kind = reason.partition(":")[0]
+        counts[kind] += 1
+        examples.setdefault(kind, f"{shard} {key}")
+    for kind, count in counts.most_common():
+        print(f"{count:9,}  {printable(f'{kind}, such as {examples[kind]}')}")
 
 
 def label_of(ids, weights):
@@ -192,7 +160,6 @@ def main(argv):
         default=77,
         help="of the model, in tokens (default 77)",
     )
-    add("--seed", type=number(int, 0), default=0, help="seed of the choice of samples")
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
     tokenizer = data.tokenizer_for(shards, args.vocab)
@@ -200,7 +167,7 @@ def main(argv):
     unused = list(pairs.unused)
     lengths, token_counts, repeats = count_tokens(pairs, unused)
 
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
     rows = pairs.index[order[: args.n + 1000]].tolist()  # a thousand bad images are enough
     readable = read_samples(pairs, rows, unused, images=True)
     samples = list(itertools.islice(readable, args.n))
