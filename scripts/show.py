@@ -5,6 +5,9 @@
 Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
 their tokens and label weights: what the word head is asked to predict. The weights are the IDF over
 the captions of these shards. With --val_data it counts what validation shares with training.
+
+If the vocabulary is one of words, as scripts.vocab makes them, it also says how many of the words
+it has. Before fine-tuning, ask that of the model's own: --checkpoint FILE.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ import torch
 
 import data
 from cli import make_parser, number, printable, run_command
+from eval import has_letters, load, unknown_words
 from scripts.pictures import contact_sheet, picture_file
 from superclip import idf, word_labels
 
@@ -80,6 +84,24 @@ def report_captions(lengths, repeats, context_length):
     for text, count in repeats.most_common(3):
         if count > 1:
             print(f"{count:9,} x {printable(textwrap.shorten(text, 90))}")
+
+
+def report_words(tokenizer, repeats):
+    """Print which share of the captions' words a vocabulary of words has. CLIP's has parts for any
+    word. repeats: from count_tokens."""
+    if tokenizer.pattern is not data.WORD:
+        return
+    counts = Counter()
+    for text, count in repeats.items():
+        for word in filter(has_letters, data.WORD.findall(text)):
+            counts[word] += count
+    unknown = Counter({word: counts[word] for word in unknown_words(tokenizer, counts)})
+    share = 1 - unknown.total() / max(1, counts.total())
+    text = f"the vocabulary has {share:.1%} of the words"
+    if unknown:
+        examples = ", ".join(word for word, _ in unknown.most_common(3))
+        text += f", and spells the others in bytes, such as {examples}"
+    print(printable(text))
 
 
 def image_hashes(pairs, rows):
@@ -150,19 +172,19 @@ def main(argv):
     add("--val_data", nargs="+", help="shards that must not share much with these")
     add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
-    add(
-        "--vocab",
-        help="vocabulary file, or clip (default: vocab.tiktoken beside the shards, else clip)",
-    )
-    add(
-        "--context_length",
-        type=number(int, 3),
-        default=77,
-        help="of the model, in tokens (default 77)",
-    )
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    text = "vocabulary file, or clip (default: vocab.tiktoken beside the shards, else clip)"
+    add_one("--vocab", metavar="FILE", help=text)
+    text = "model whose vocabulary to use instead, such as that of train.py --init_from"
+    add_one("--checkpoint", metavar="FILE", help=text)
+    text = "of the model, in tokens (default: that of the checkpoint, else 77)"
+    add("--context_length", type=number(int, 3), help=text)
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
-    tokenizer = data.tokenizer_for(shards, args.vocab)
+    if args.checkpoint is None:
+        tokenizer = data.tokenizer_for(shards, args.vocab)
+    else:
+        _, tokenizer, _ = load(args.checkpoint)
     pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
     unused = list(pairs.unused)
     lengths, token_counts, repeats = count_tokens(pairs, unused)
@@ -175,7 +197,8 @@ def main(argv):
     captions = f"{len(lengths):,} captions ({', '.join(args.captions)})"
     print(f"{len(pairs):,} samples in {len(shards):,} shards, {captions}")
     if lengths:
-        report_captions(lengths, repeats, args.context_length)
+        report_captions(lengths, repeats, args.context_length or tokenizer.context_length)
+        report_words(tokenizer, repeats)
     if args.val_data:
         val_pairs = data.Pairs(data.expand(args.val_data), tokenizer, SIDE, args.captions)
         report_overlap(pairs, val_pairs, repeats)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from material import COLOURS, png, run, write_shard
+from material import COLOURS, make_model, png, run, write_checkpoint, write_shard
 from PIL import Image
 
 from data import words_to_tiktoken
@@ -76,6 +76,26 @@ def test_label_weights_by_hand(dogs, capsys):
 
     shares = [f"{word} {weight / sum(weights.values()):.2f}" for word, weight in weights.items()]
     assert f"label: {'  '.join(shares)}" in printed
+
+
+def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
+    """Each counts as often as it occurs, and a full stop is no word."""
+    path = write_shard(folder / "0.tar", captioned("A red pumpkin.", "a red dog", "a red dog"))
+
+    printed = printed_by(capsys, path)
+
+    assert f"has {8 / 9:.1%} of the words" in printed and "such as pumpkin\n" in printed
+    assert "of the words" not in printed_by(capsys, path, "--vocab", "clip")
+
+
+def test_the_vocabulary_may_be_that_of_a_checkpoint(dogs, folder, capsys):
+    """It has "a", "red" and the digits, but no "dog", which each of the seven captions has."""
+    checkpoint = write_checkpoint(folder / "model.pt", make_model(context_length=7))
+
+    printed = printed_by(capsys, dogs, "--checkpoint", checkpoint)
+
+    assert f"has {19 / 26:.1%} of the words" in printed
+    assert "longer than 7 tokens: 6" in printed  # a red d o g 1, with start and end
 
 
 def test_the_picture_is_drawn(dogs, folder, capsys):
