@@ -1,21 +1,29 @@
-"""scripts/convert.py: weights of other layouts become a checkpoint of this project, and what a file
-does not tell is given, or said to be assumed."""
+"""scripts/convert.py: weights of other layouts become a checkpoint, and a checkpoint becomes what
+open_clip and transformers load, by the lines of Python that the command prints."""
 
+import contextlib
+import io
 import json
 
 import open_clip
 import open_clip.model
 import pytest
 import torch
-from material import error_of, run, write_checkpoint
-from oracle import assert_same_towers, make_pairs, make_random_model, open_clip_of
+from material import error_of, photo, run, write_checkpoint
+from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
+from transformers import CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
 from scripts.convert import main, open_clip_config, open_clip_state
+from superclip import SuperCLIPConfig
 
 VOCAB = data.words_to_tiktoken(["dog"])
 V = {"vocab_size": data.Tokenizer(VOCAB).vocab_size}
+STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
+STATS_FLAGS = ["--image_mean", *STATS["image_mean"], "--image_std", *STATS["image_std"]]
+HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
+HEADS_FLAGS = ["--vision_heads", 4, "--text_heads", 8]
 
 
 def save(content, path):
@@ -36,88 +44,77 @@ def converted(tmp_path):
     return convert
 
 
-def assert_same_weights(model, state):
-    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+def assert_same_but_for_the_head(again, model):
+    """Configuration and weights, where `again` is plain CLIP."""
+    assert again.config == SuperCLIPConfig(**{**vars(model.config), "cls_weight": 0})
+    weights = dict(again.state_dict())
+    expected = {name: x for name, x in model.state_dict().items() if name in weights}
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
-def without_head(model):
-    """The weights and statistics that plain CLIP has, too."""
-    lost = ("head.", "token_counts", "num_captions")
-    return {name: x for name, x in model.state_dict().items() if not name.startswith(lost)}
+def run_recipe(printed, folder, monkeypatch):
+    """Run the lines of Python that convert has printed, in an empty folder. Returns the names that
+    they define."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = {}
+    exec("\n".join(line[2:] for line in printed.splitlines() if line.startswith("  ")), names)
+    return names
 
 
-# ---- other layouts
+# ---- weights in
 
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["at the top level", "under text."])
 def test_weights_of_open_clip_become_plain_clip(custom_text, tmp_path, converted):
     """Its two layouts put the text tower there. Other files hold constants, too."""
     ours = make_random_model(**V)
-    other = open_clip_of(ours, custom_text)
-    state = other.state_dict() | {"text.attn_mask": torch.zeros(16, 16)}
+    state = open_clip_of(ours, custom_text).state_dict() | {"text.attn_mask": torch.zeros(16, 16)}
 
     model = converted(save(state, tmp_path / "weights.pt"))
 
-    assert vars(model.config) == {**vars(ours.config), "cls_weight": 0}
-    assert_same_weights(model, without_head(ours))
+    assert_same_but_for_the_head(model, ours)
 
 
-def heads_of_32():
-    """open_clip's model with heads that are 32 wide and quick GELU, as the weights of a file: in
-    OpenAI's files, matrices are float16."""
-    other = open_clip_of(make_random_model(vision_heads=4, text_heads=2, quick_gelu=True, **V))
+def narrow_heads():
+    """open_clip's model with narrow heads and quick GELU, as the weights of a file: in OpenAI's
+    files, matrices are float16."""
+    other = open_clip_of(make_random_model(quick_gelu=True, **HEADS, **V))
     open_clip.model.convert_weights_to_fp16(other)
     return other
 
 
-HEADS = ["--vision_heads", 4, "--text_heads", 2]
 # Three scalars are in OpenAI's files only, and mean quick GELU and heads that are 64 wide.
 SCALARS = {x: torch.tensor(1) for x in ("input_resolution", "context_length", "vocab_size")}
-B16 = open_clip.get_model_config("ViT-B-16")
 B32 = open_clip.get_model_config("ViT-B-32-quickgelu")
 ALL = {"--quick_gelu", "--vision_heads", "--text_heads", "--image_mean", "--image_std"}
-STATS = {"--image_mean", "--image_std"}
 # case -> (scalars in the file, the .json beside it, flags, the heads of both towers and whether
 # GELU is the quick one, the flags of what is assumed)
 KNOWLEDGE = {
     "OpenAI's file": (SCALARS, None, [], (2, 2, True), set()),
-    "a flag wins": (SCALARS, None, HEADS, (4, 2, True), set()),
-    "nothing is known": ({}, None, [], (2, 2, False), ALL),
-    "another .json": ({}, {"vision_cfg": 3}, [], (2, 2, False), ALL),
-    "heads given": ({}, None, HEADS, (4, 2, False), STATS | {"--quick_gelu"}),
-    "GELU, too": ({}, None, [*HEADS, "--quick_gelu"], (4, 2, True), STATS),
-    "open_clip's .json": ({}, B16, [], (2, 8, False), STATS),
-    "and a flag": ({}, B32, ["--text_heads", 2], (2, 2, True), STATS),
+    "a flag wins": (SCALARS, None, HEADS_FLAGS, (4, 8, True), set()),
+    "nothing is known": ({}, {"vision_cfg": 3}, [], (2, 2, False), ALL),
+    "open_clip's .json": ({}, B32, [], (2, 8, True), {"--image_mean", "--image_std"}),
 }
 
 
-@pytest.mark.parametrize("scalars, beside, flags, expected, _", KNOWLEDGE.values(), ids=KNOWLEDGE)
-def test_what_shapes_do_not_tell_is_known_from_elsewhere(
-    scalars, beside, flags, expected, _, tmp_path, converted
-):
-    path = save(heads_of_32().state_dict() | scalars, tmp_path / "x.pt")
+@pytest.mark.parametrize("case", KNOWLEDGE.values(), ids=KNOWLEDGE)
+def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(case, tmp_path, converted, capsys):
+    scalars, beside, flags, expected, assumed = case
+    path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt")
     path.with_suffix(".json").write_text(json.dumps(beside))
 
     config = converted(path, *flags).config
 
     assert (config.vision_heads, config.text_heads, config.quick_gelu) == expected
-
-
-@pytest.mark.parametrize("scalars, beside, flags, _, assumed", KNOWLEDGE.values(), ids=KNOWLEDGE)
-def test_what_is_assumed_is_said(scalars, beside, flags, _, assumed, tmp_path, converted, capsys):
-    path = save(heads_of_32().state_dict() | scalars, tmp_path / "x.pt")
-    path.with_suffix(".json").write_text(json.dumps(beside))
-
-    converted(path, *flags)
-
     printed = capsys.readouterr().out
     assert {flag for flag in ALL if flag in printed} == assumed
 
 
 def test_features_of_openais_weights_are_those_of_open_clip(tmp_path, converted):
-    other = heads_of_32()
+    other = narrow_heads()
 
-    model = converted(save(other.state_dict() | SCALARS, tmp_path / "x.pt"), *HEADS)
+    model = converted(save(other.state_dict() | SCALARS, tmp_path / "x.pt"), *HEADS_FLAGS)
 
     assert_same_towers(model, other.float())
 
@@ -125,88 +122,37 @@ def test_features_of_openais_weights_are_those_of_open_clip(tmp_path, converted)
 @pytest.mark.parametrize("image_size", [16, 48])
 def test_positions_are_interpolated_as_in_open_clip(image_size, tmp_path, converted):
     """Features equal those of open_clip's model of that size, filled by its resize_pos_embed."""
-    other = open_clip_of(make_random_model(**V))
-    path = save(other.state_dict(), tmp_path / "weights.pt")
+    state = open_clip_of(make_random_model(**V)).state_dict()
+    path = save(state, tmp_path / "weights.pt")
 
     model = converted(path, "--image_size", image_size)
 
     resized = open_clip.model.CLIP(**open_clip_config(model.config)).eval()
-    state = other.state_dict()
     open_clip.model.resize_pos_embed(state, resized)
     resized.load_state_dict(state, strict=True)
     assert_same_towers(model, resized)
 
 
-# ---- a checkpoint of this project
-
-CHANGES = {
-    "SuperCLIP": {},
-    "plain CLIP": {"cls_weight": 0},
-    "sigmoid": {"loss": "sigmoid", "text_heads": 4},
-}
-
-
-@pytest.fixture(params=CHANGES.values(), ids=CHANGES)
-def trained(request, tmp_path):
-    """A model that has counted captions, and its checkpoint."""
-    model = make_random_model(quick_gelu=True, **V, **request.param)
+@pytest.mark.parametrize("changes", [{}, {"cls_weight": 0}, {"loss": "sigmoid"}])
+def test_a_checkpoint_stays_what_it_is(changes, tmp_path):
+    """Configuration, weights, statistics and vocabulary."""
+    model = make_random_model(quick_gelu=True, **HEADS, **V, **changes)
     model.count_tokens(make_pairs(model)[1])
-    return model, write_checkpoint(tmp_path / "last.pt", model, VOCAB)
-
-
-def test_a_checkpoint_stays_what_it_is(trained, tmp_path, capsys):
-    """Configuration, weights, statistics and vocabulary, and nothing is assumed."""
-    model, path = trained
+    path = write_checkpoint(tmp_path / "last.pt", model, VOCAB)
 
     assert not run(main, path, tmp_path / "out.pt")
 
     again, tokenizer, _ = evaluation.load(tmp_path / "out.pt")
-    assert again.config == model.config
-    assert tokenizer.vocab == VOCAB
-    assert_same_weights(again, model.state_dict())
-    assert "--quick_gelu" not in capsys.readouterr().out
+    assert (again.config, tokenizer.vocab) == (model.config, VOCAB)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_size_changes_its_positions_alone(trained, tmp_path):
-    model, path = trained
-
-    assert not run(main, path, tmp_path / "out.pt", "--image_size", 48)
-
-    again, tokenizer, _ = evaluation.load(tmp_path / "out.pt")
-    assert again.config.image_size == 48
-    assert tokenizer.vocab == VOCAB
-    resized = "visual.positional_embedding"
-    weights = again.state_dict()
-    assert_same_weights(again, model.state_dict() | {resized: weights[resized]})
-
-
-# ---- files that do not fit
-
-STATE = open_clip_state(make_random_model(**V))
-
-
-def with_part(name, tensor):
-    return {**STATE, name: tensor}
-
+# ---- mistakes
 
 # case -> (content of the file, what the message names)
 MISFITS = {
-    "a tensor is missing": (
-        {name: tensor for name, tensor in STATE.items() if "conv1" not in name},
-        "conv1",
-    ),
-    "patches make no square": (
-        with_part("visual.positional_embedding", torch.zeros(18, 128)),
-        "positional",
-    ),
-    "counts without a head": (
-        with_part("cap_fq", torch.zeros(1, V["vocab_size"])),
-        "token_counts",
-    ),
-    "another vocabulary": (
-        open_clip_state(make_random_model(vocab_size=V["vocab_size"] + 1)),
-        "vocabulary",
-    ),
+    "no CLIP": ({"layer.weight": torch.zeros(2, 2)}, "conv1"),
+    "another vocabulary": (open_clip_state(make_random_model(vocab_size=600)), "vocabulary"),
     "a list": ([1, 2], "state_dict"),
 }
 
@@ -215,12 +161,10 @@ MISFITS = {
 def test_a_file_that_does_not_fit_is_one_sentence_that_names_it(content, named, tmp_path, capsys):
     (tmp_path / "own.tiktoken").write_text(VOCAB)
     path = save(content, tmp_path / "weights.pt")
-    out = tmp_path / "x.pt"
 
-    message = error_of(capsys, main, path, out, "--vocab", tmp_path / "own.tiktoken")
+    message = error_of(capsys, main, path, tmp_path / "x.pt", "--vocab", tmp_path / "own.tiktoken")
 
-    assert "weights.pt" in message and named in message and len(message) < 400
-    assert not out.exists()
+    assert "weights.pt" in message and named in message
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it
@@ -231,21 +175,113 @@ def test_an_archive_of_code_is_refused_with_what_to_do(tmp_path, capsys):
     assert "state_dict" in error_of(capsys, main, path, tmp_path / "x.pt")
 
 
-def test_a_safetensors_file_that_is_none_is_named(tmp_path, capsys):
-    (tmp_path / "x.safetensors").write_bytes(b"no weights")
+def test_a_size_that_the_patches_do_not_divide_is_a_mistake(checkpoint, tmp_path, capsys):
+    error = error_of(capsys, main, checkpoint, tmp_path / "x.pt", "--image_size", 33)
 
-    assert "x.safetensors" in error_of(capsys, main, tmp_path / "x.safetensors", tmp_path / "x.pt")
-
-
-def test_a_size_that_the_patches_do_not_divide_is_a_mistake(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "a.pt", make_random_model(**V), VOCAB)
-
-    assert "image_size" in error_of(capsys, main, path, tmp_path / "x.pt", "--image_size", 33)
+    assert "--image_size" in error
 
 
-def test_nothing_is_written_over(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "a.pt", make_random_model(**V), VOCAB)
-    before = path.read_bytes()
+def test_nothing_is_written_over(checkpoint, capsys):
+    before = checkpoint.read_bytes()
 
-    assert "a.pt" in error_of(capsys, main, path, path)
-    assert path.read_bytes() == before
+    assert checkpoint.name in error_of(capsys, main, checkpoint, checkpoint)
+    assert checkpoint.read_bytes() == before
+
+
+# ---- weights out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path, capsys, monkeypatch):
+    """A model with the same features, scale and bias, a preprocess with the mean and std of the
+    configuration, and a tokenizer with its vocabulary. The way back needs mean and std alone."""
+    model = make_random_model(loss=loss, quick_gelu=True, **V, **HEADS, **STATS)
+    path = write_checkpoint(tmp_path / "best.pt", model, VOCAB)
+    monkeypatch.chdir(tmp_path)
+
+    assert not run(main, path, "superclip.pt", "--to", "open_clip")
+    assert not run(main, "superclip.pt", "again.pt", *STATS_FLAGS)
+
+    again, tokenizer, _ = evaluation.load("again.pt")
+    assert_same_but_for_the_head(again, model)
+    assert tokenizer.vocab == VOCAB
+    names = run_recipe(capsys.readouterr().out, tmp_path / "empty", monkeypatch)
+    other = names["model"].eval()
+    assert_same_towers(model, other)
+    assert (other.logit_scale, other.logit_bias) == (model.logit_scale, model.logit_bias)
+    normalize = names["preprocess"].transforms[-1]
+    assert {"image_mean": tuple(normalize.mean), "image_std": tuple(normalize.std)} == STATS
+    assert torch.equal(names["tokenizer"](["a dog"]), tokenizer(["a dog"]))
+
+
+def export(folder, vocab, quick_gelu):
+    """Write a model for transformers into folder/export. Returns it and its tokenizer."""
+    tokenizer = data.Tokenizer(vocab, 16)
+    known = {"vocab_size": tokenizer.vocab_size, "quick_gelu": quick_gelu}
+    model = make_random_model(**known, **HEADS, **STATS)
+    path = write_checkpoint(folder / "a.pt", model, vocab)
+    assert not run(main, path, folder / "export", "--to", "transformers")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def test_transformers_has_the_same_features(tmp_path):
+    """Also of a text that goes on after its end. Its vocabulary lies beside the weights."""
+    model, tokenizer = export(tmp_path, VOCAB, quick_gelu=False)
+    images, tokens = make_pairs(model)
+    tokens[0, 4] = tokenizer.end
+
+    out = CLIPModel.from_pretrained(tmp_path / "export")(tokens, images)
+
+    assert_near(model.encode_image(images), out.image_embeds)
+    assert_near(model.encode_text(tokens), out.text_embeds)
+    assert (tmp_path / "export" / "model.tiktoken").read_text() == VOCAB
+
+
+@pytest.fixture(scope="module")
+def with_clips_vocabulary(tmp_path_factory):
+    """A model, its tokenizer, the folder for transformers, and what was printed."""
+    folder = tmp_path_factory.mktemp("clip")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        model, tokenizer = export(folder, data.clip_vocabulary(), quick_gelu=True)
+    return model, tokenizer, folder / "export", printed.getvalue()
+
+
+def test_what_transformers_saves_can_be_converted(with_clips_vocabulary, tmp_path):
+    """In the layout of the version that is installed."""
+    model, _, folder, _ = with_clips_vocabulary
+    for part in (CLIPModel, CLIPProcessor):
+        part.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+
+    assert not run(main, tmp_path / "saved", tmp_path / "again.pt")
+
+    assert_same_but_for_the_head(evaluation.load(tmp_path / "again.pt")[0], model)
+
+
+def test_transformers_tokenizes_with_clips_vocabulary(with_clips_vocabulary):
+    _, tokenizer, folder, _ = with_clips_vocabulary
+    text = "It's 42 naïve cafés!" + 20 * " x"  # longer than the context
+
+    ids = CLIPProcessor.from_pretrained(folder).tokenizer(text, truncation=True).input_ids
+
+    assert ids == tokenizer([text])[0].tolist()
+
+
+@torch.no_grad()
+def test_the_printed_pipeline_of_transformers_gives_our_scores(
+    with_clips_vocabulary, tmp_path, monkeypatch
+):
+    """The picture has the model's size, because transformers crops and resizes in its own way."""
+    model, tokenizer, _, printed = with_clips_vocabulary
+    picture = photo(0, (32, 32))
+    names = ["cat", "small dog"]
+
+    classify = run_recipe(printed, tmp_path / "empty", monkeypatch)["classify"]
+    answers = classify(picture, candidate_labels=names, hypothesis_template="a {}.")
+
+    image = model.encode_image(data.load_image(picture, 32)[None])
+    texts = model.encode_text(tokenizer([f"a {name}." for name in names]))
+    scores = (model.logit_scale.exp() * image @ texts.T).softmax(dim=1)[0].tolist()
+    found = {answer["label"]: answer["score"] for answer in answers}
+    assert found == pytest.approx(dict(zip(names, scores)), rel=1e-4)
