@@ -1,5 +1,5 @@
 """The losses: counts, weights and labels by hand, then the formula of the paper, and open_clip's
-losses."""
+losses. The label of a caption has V entries, nearly all of them 0, and is never made."""
 
 import math
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from material import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_loss, word_labels
 
@@ -59,22 +60,16 @@ def test_counts_stay_exact_where_float32_stops():
 
 
 def test_the_weight_of_a_word_by_hand():
-    """log((3 + 1) / (n + 1)) for a word that was in n of 3 captions. Start and end, which are last,
-    were in all of them."""
+    """log((3 + 1) / (n + 1)) for a word that was in n of 3 captions. Padding, which is first, and
+    start and end, which are last, weigh nothing, however rare they are."""
     unseen = math.log(4 / 1)
     once = math.log(4 / 2)
     twice = math.log(4 / 3)
 
-    weights = idf(torch.tensor(3), torch.tensor([0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 3, 3]))
+    weights = idf(torch.tensor(3), torch.tensor([0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 1, 0]))
 
     expected = [0, unseen, once, once, unseen, twice, unseen, once, unseen, unseen, 0, 0]
     torch.testing.assert_close(weights, torch.tensor(expected))
-
-
-def test_padding_start_and_end_weigh_nothing_even_where_they_are_rare():
-    weights = idf(torch.tensor(3), torch.zeros(V, dtype=torch.long))
-
-    assert weights.nonzero().flatten().tolist() == [*range(1, START)]
 
 
 def test_the_label_of_a_caption_by_hand():
@@ -130,12 +125,6 @@ def test_a_caption_without_any_weight_adds_nothing():
     assert logits.grad[2].tolist() == V * [0]
 
 
-def test_a_head_that_knows_nothing_has_the_loss_ln_v():
-    loss = classification_loss(torch.zeros(2, V), CAPTIONS[:2], torch.ones(V))
-
-    assert loss.item() == pytest.approx(math.log(V))
-
-
 def test_a_word_beyond_the_context_counts_and_is_learned():
     """Word 9 stands behind the 8 tokens of the context, in the caption for the label alone."""
     model = make_model(vocab_size=V, context_length=8).train()
@@ -150,12 +139,43 @@ def test_a_word_beyond_the_context_counts_and_is_learned():
     assert bias_grad[9] < 0 < bias_grad[8]  # a step raises the logit of 9, and lowers that of 8
 
 
+class Watch(TorchDispatchMode):
+    """Notes each operation that makes a tensor of so many numbers or more, whatever its shape and
+    dtype. One that returns a view of its input, or the input itself, makes none."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+        self.made = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        for returned, x in zip(operation._schema.returns, results):
+            is_new = returned.alias_info is None and torch.is_tensor(x)
+            if is_new and x.numel() >= self.numbers:
+                self.made.append(f"{operation.__name__} {tuple(x.shape)}")
+        return result
+
+
+def test_of_a_whole_forward_pass_the_logits_alone_are_so_large():
+    """B logits of V words. The counts of a training step and the weights of words are (V,)."""
+    B, V = 8, 5000
+    model = make_model(vocab_size=V).train()
+    images = torch.randint(0, 256, (B, 3, 16, 16), dtype=torch.uint8)
+    captions = torch.randint(1, V - 2, (B, 12))
+
+    with Watch(B * V) as watch:
+        model(images, captions)
+
+    assert watch.made == [f"addmm.default {(B, V)}"]
+
+
 # ---- the losses that compare pairs
 
 LOSSES = {  # ours, open_clip's, and the bias if there is one
     "softmax": (contrastive_loss, open_clip.loss.ClipLoss(), []),
-    "sigmoid": (sigmoid_loss, open_clip.loss.SigLipLoss(), [-15.0]),
-    "sigmoid with a bias of 0": (sigmoid_loss, open_clip.loss.SigLipLoss(), [0.0]),
+    "sigmoid": (sigmoid_loss, open_clip.loss.SigLipLoss(), [-3.0]),
 }
 
 
@@ -166,13 +186,24 @@ def make_inputs(scale, bias):
     return [x.requires_grad_() for x in inputs]
 
 
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("ours, theirs, bias", LOSSES.values(), ids=LOSSES)
 def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
     """Value, and gradients of features, scale and bias."""
     inputs = make_inputs(scale, bias)
 
     assert_same_value_and_gradients(ours(*inputs), theirs(*inputs), inputs)
+
+
+@pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
+def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
+    """Near 100, the largest logit, numbers of 16 bits are half a unit apart."""
+    inputs = make_inputs(100.0, bias)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(*inputs)
+
+    assert torch.equal(loss, ours(*inputs))
 
 
 @pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
@@ -199,14 +230,6 @@ def test_a_process_keeps_the_similarities_of_its_own_pairs_alone(ours, _, bias):
     assert (24, 24) not in kept
 
 
-def test_a_model_that_tells_no_pairs_apart_has_the_loss_ln_n():
-    same = F.normalize(torch.ones(24, 32), dim=-1)
-
-    loss = contrastive_loss(same, same, logit_scale=100.0)
-
-    assert loss.item() == pytest.approx(math.log(24))
-
-
 def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
     """So that most answers are no."""
     model = make_model(loss="sigmoid")
@@ -220,3 +243,9 @@ def test_the_losses_are_added_with_their_weights():
     terms = {"contrastive_loss": torch.tensor(2.0), "classification_loss": torch.tensor(10.0)}
 
     assert model.total_loss(terms).item() == pytest.approx(2 + 0.3 * 10)
+
+
+def test_a_term_without_a_weight_is_named():
+    """Left out in silence, a fork's term would train nothing."""
+    with pytest.raises(ValueError, match="agreement_loss"):
+        make_model().total_loss({"agreement_loss": torch.tensor(1.0)})
