@@ -15,43 +15,29 @@ from torchvision.transforms import RandomResizedCrop
 import data
 from data import load_image
 
-pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # of Pillow, as this test reads it
 
-
-def difference(pixels, image, box):
-    """To the crop and the antialiased bicubic resize by Pillow: mean over pixels, of 255."""
+def assert_looks_like(pixels, picture, box, most=1):
+    """Crop and antialiased bicubic resize by Pillow give as good as the same. most: difference, as
+    a mean over pixels, of 255."""
     x, y, w, h = box
-    resized = image.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, (x, y, x + w, y + h))
-    return np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(resized, int)).mean()
+    resized = picture.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, (x, y, x + w, y + h))
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(resized, int)).mean() < most
 
 
 # ---- kinds of pictures
 
-
-def turned(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(photo(3, (48, 32)), quality=95, exif=exif)
-
-
 GREY = photo(5, mode="L")
 WIDE = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256)  # 16 bits
-# case -> (file, its picture; by default as Pillow reads it, on white)
-PICTURES = {
-    "CMYK JPEG": (encoded(photo(5, mode="CMYK"), "JPEG"), None),
-    "grey JPEG": (encoded(photo(5, mode="L"), "JPEG"), None),
-    "palette PNG": (encoded(photo(5, mode="P"), "PNG"), None),
-    "black and white PNG": (encoded(photo(5, mode="1"), "PNG"), None),
-    "WEBP": (encoded(photo(5), "WEBP"), None),
-    "GIF": (encoded(photo(5, mode="P"), "GIF"), None),
-    "RGBA": (encoded(Image.merge("RGBA", (*photo(5).split(), GREY)), "PNG"), None),
-    "LA": (encoded(Image.merge("LA", (photo(6, mode="L"), GREY)), "PNG"), None),
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by a quarter
+PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on white
+    "CMYK JPEG": (encoded(photo(5, mode="CMYK")), None),
+    "turned JPEG": (encoded(photo(3, (48, 32)), quality=95, exif=TURNED), None),
+    "RGBA PNG": (encoded(Image.merge("RGBA", (*photo(5).split(), GREY)), "PNG"), None),
     "transparent palette": (encoded(photo(5).quantize(4), "PNG", transparency=0), None),
     "16 bits PNG": (encoded(WIDE, "PNG"), GREY),
-    "animation": (encoded(photo(6), "PNG", save_all=True, append_images=[photo(7)]), photo(6)),
-    "damaged EXIF": (encoded(photo(9), exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff\xff"), None),
+    "WEBP": (encoded(photo(5), "WEBP"), None),
     "1 x 999": (encoded(Image.new("RGB", (1, 999), (10, 200, 30)), "PNG"), None),
-    **{f"orientation {i}": (turned(i), None) for i in range(1, 9)},
 }
 
 
@@ -66,7 +52,7 @@ def as_seen(image):
 
 @pytest.mark.parametrize("content, picture", PICTURES.values(), ids=PICTURES)
 def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
-    """The largest square in the centre."""
+    """The largest square in the centre. An image of Pillow is as good as its file."""
     picture = as_seen(picture or Image.open(io.BytesIO(content)))
     width, height = picture.size
     side = min(width, height)
@@ -74,18 +60,8 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     pixels = load_image(content, 24)
 
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
-    assert difference(pixels, picture, ((width - side) // 2, (height - side) // 2, side, side)) < 1
-
-
-@pytest.mark.parametrize("content", [file for file, _ in PICTURES.values()], ids=PICTURES)
-def test_an_image_of_pillow_is_as_good_as_its_file_and_stays_as_it_is(content):
-    opened = Image.open(io.BytesIO(content))
-    before = opened.mode, opened.size
-
-    pixels = load_image(opened, 24)
-
-    assert torch.equal(pixels, load_image(content, 24))
-    assert (opened.mode, opened.size) == before
+    assert_looks_like(pixels, picture, ((width - side) // 2, (height - side) // 2, side, side))
+    assert torch.equal(load_image(Image.open(io.BytesIO(content)), 24), pixels)
 
 
 # ---- crops
@@ -96,7 +72,7 @@ def test_random_crops_have_torchvisions_sizes():
         uniform=lambda low, high: torch.empty(1).uniform_(low, high).item(),
         randint=lambda low, high: torch.randint(low, high + 1, (1,)).item(),
     )
-    for seed in range(300):
+    for seed in range(100):
         width, height = random.Random(seed).choices(range(200, 600), k=2)
         image = torch.empty(3, height, width)
 
@@ -109,21 +85,19 @@ def test_random_crops_have_torchvisions_sizes():
         assert 0 <= x <= width - w and 0 <= y <= height - h
 
 
-def test_random_crops_that_are_smaller_than_the_picture_reach_every_edge():
-    boxes = [data.crop_box(40, 40, random.Random(seed), 0.5) for seed in range(300)]
+def test_random_crops_reach_every_edge():
+    boxes = [data.crop_box(40, 40, random.Random(seed), 0.3) for seed in range(300)]
 
-    left = [x for x, _, w, _ in boxes if w < 40]
-    right = [x + w for x, _, w, _ in boxes if w < 40]
-    top = [y for _, y, _, h in boxes if h < 40]
-    bottom = [y + h for _, y, _, h in boxes if h < 40]
-    assert (min(left), max(right), min(top), max(bottom)) == (0, 40, 0, 40)
+    x, y, w, h = torch.tensor(boxes).T
+    is_small = (w < 40) & (h < 40)
+    assert x[is_small].min() == y[is_small].min() == 0
+    assert (x + w)[is_small].max() == (y + h)[is_small].max() == 40
 
 
 SHAPES = {  # (width, height) -> the central crop in an evaluation, and where no random one fits
     (40, 40): ((0, 0, 40, 40), (0, 0, 40, 40)),
     (60, 40): ((10, 0, 40, 40), (3, 0, 53, 40)),  # 3:2
     (30, 90): ((0, 30, 30, 30), (0, 25, 30, 40)),
-    (1, 999): ((0, 499, 1, 1), (0, 499, 1, 1)),
 }
 
 
@@ -137,13 +111,10 @@ def test_without_a_random_crop_it_is_the_centre(shape):
     assert data.crop_box(*shape, never_fits, 0.9) == long
 
 
-def test_an_image_is_cropped_at_random_only_if_a_crop_area_is_given():
-    content = encoded(photo(1), "PNG")  # 40 x 30
+def test_the_crop_of_an_image_is_that_of_its_generator():
+    pixels = load_image(encoded(photo(1), "PNG"), 20, random.Random(2), 0.9)
 
-    pixels = load_image(content, 20, random.Random(2), 0.9)
-
-    assert difference(pixels, photo(1), data.crop_box(40, 30, random.Random(2), 0.9)) < 1
-    assert torch.equal(load_image(content, 20, random.Random(2)), load_image(content, 20))
+    assert_looks_like(pixels, photo(1), data.crop_box(40, 30, random.Random(2), 0.9))
 
 
 # ---- JPEG files that are decoded at a fraction of their size
@@ -151,12 +122,14 @@ def test_an_image_is_cropped_at_random_only_if_a_crop_area_is_given():
 
 @pytest.mark.parametrize("side", [48, 72, 96, 192, 193, 400])
 def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail(side):
-    """Of one more than 192, the last eighth is padding."""
+    """Of one more than 192, the last eighth is padding. An image of Pillow is decoded in full."""
     picture = photo(side, (side, side), detail=12)
+    content = encoded(picture, quality=95)
 
-    pixels = load_image(encoded(picture, quality=95), 24)
+    pixels = load_image(content, 24)
 
-    assert difference(pixels, picture, (0, 0, side, side)) < 5
+    assert_looks_like(pixels, picture, (0, 0, side, side), most=5)
+    assert not torch.equal(pixels, load_image(Image.open(io.BytesIO(content)), 24))
 
 
 def test_a_jpeg_decoded_at_a_fraction_is_never_cropped_past_its_edge():
