@@ -22,15 +22,14 @@ and of what draws the world, without comments and docstrings.
 """
 
 import ast
-import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ import time
 from contextlib import redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
@@ -55,13 +55,20 @@ PUBLISHED = Path(__file__).with_name("runs.jsonl")
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
 GOALS = ("R@1", "colour_shape", "object")  # a rate is judged by the mean of those that there are
+DRAWN_BY = {"scenes": "scripts/scenes.py", "objects": "study/objects.py"}
 # What a linear probe learns from, and what it is scored on.
 PROBES = {
     "scenes": ("zeroshot/colour_shape", "zeroshot/held_out"),
     "objects": ("learn", "zeroshot/object"),
 }
+KEY = ("command", "world", "seed", "probe", "code")  # what a run is known by
 # What is kept of the header of a log.
 FACTS = ("pairs", "parameters", "steps", "device", "dtype", "torch", "commit", "date")
+# 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
+QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
+    2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930,
+)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Code
@@ -71,40 +78,31 @@ def module_file(folder, name):
     return Path(folder, name.replace(".", "/") + ".py")
 
 
-def imported_names(path):
-    """The modules that a file may import: "a" and "a.b" for "from a import b", because b may be a
-    module, too."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-            names.append(f"{node.module}")
-    return names
-
-
-def without_docstrings(path):
-    """The code of a file as a text without comments, docstrings and layout."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        can_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if can_have_one and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.unparse(tree)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def code_of(path, folder):
-    """A hash of a program: of its file, of those in its folder that it imports, and so on."""
-    found = set()
+    """A hash of a program: of its file, of those in its folder that it imports, of those that they
+    import, and so on, without comments and docstrings."""
+    texts = {}
     todo = [path]
     while todo:
         file = todo.pop()
-        if file.is_file() and file not in found:
-            found.add(file)
-            todo += [module_file(folder, name) for name in imported_names(file)]
-    texts = [f"{file.relative_to(folder)}\n{without_docstrings(file)}\n" for file in sorted(found)]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
+        if file in texts or not file.is_file():
+            continue
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                del node.body[0]
+            if isinstance(node, IMPORTS):
+                module = getattr(node, "module", None)
+                names = [alias.name for alias in node.names]
+                names += [f"{module}.{name}" for name in names]  # b may be a module of a
+                todo += [module_file(folder, name) for name in (f"{module}", *names)]
+        texts[file] = f"{file.relative_to(folder)}\n{ast.unparse(tree)}\n"
+    text = "".join(texts[file] for file in sorted(texts))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # -----------------------------------------------------------------------------
@@ -125,13 +123,11 @@ class World(NamedTuple):
 
     def code(self):
         """That of what draws it."""
-        file = "study/objects.py" if self.photographs else "scripts/scenes.py"
-        return code_of(Path(file), Path("."))
+        return code_of(Path(DRAWN_BY[self.kind()]), Path("."))
 
     def draw(self, out, seed):
         """The folder of this world, which is drawn if it is not there."""
-        digest = hashlib.sha256(f"{self} {self.code()}".encode()).hexdigest()[:8]
-        folder = out / f"{self.kind()}-{self.settings}-{seed}-{digest}"
+        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {self.code()}")
         if folder.exists():
             return folder
         if self.photographs:
@@ -145,26 +141,24 @@ class Command(NamedTuple):
     """A command line of this train.py, of a fork's, or of a module that calls it."""
 
     text: str  # as the user has written it
-    program: str  # "train.py" or "-m study.groups"
+    program: list  # ["train.py"] or ["-m", "study.groups"]
     options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
     world: World  # or None if it has shards of its own
 
     def __str__(self):
         """The whole line. The options are sorted, so that equal commands are equal texts."""
-        return " ".join([self.program, *map(shlex.quote, words_of(self.options))])
+        return " ".join([*self.program, *map(shlex.quote, words_of(self.options))])
 
     def folder(self):
         """Where its code is."""
-        return Path(".") if self.program.startswith("-m ") else Path(self.program).parent
-
-    def file(self):
-        if self.program.startswith("-m "):
-            return module_file(".", self.program[3:])
-        return Path(self.program)
+        return Path(".") if self.program[0] == "-m" else Path(self.program[0]).parent
 
     def code(self):
-        own = code_of(self.file(), self.folder())
-        return f"{own}-{self.world.code()}" if self.world else own
+        file = Path(self.program[0])
+        if self.program[0] == "-m":
+            file = module_file(".", self.program[1])
+        code = code_of(file, self.folder())
+        return f"{code}-{self.world.code()}" if self.world else code
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
@@ -188,7 +182,6 @@ def options_of(words):
             name, equals, value = word.partition("=")
             options[name] = [value] if equals else []
         else:
-            check(options, f"{word!r} is no option")
             options[name].append(word)
     return options
 
@@ -196,37 +189,33 @@ def options_of(words):
 def defaults_of(options, world):
     """What train.py would fill in for some options, as options: those of a run in this world, or of
     one with shards of its own."""
-    names = ["learning_rate"]
-    if world:
-        names += SCENES
-    if "--steps" not in options:
-        names.append("epochs")
-    rules = ("--batch_size", "--train_data", "--init_from")  # what these defaults depend on
-    given = {name: options[name] for name in rules if name in options}
+    # what the other defaults depend on
+    rules = options.keys() & {"--batch_size", "--train_data", "--init_from"}
     with redirect_stdout(io.StringIO()):  # it prints them
-        args = train.parse(words_of(given))
+        args = train.parse(words_of({name: options[name] for name in rules}))
     defaults = {"--workers": ["0"], "--eval_every": [str(10**9)]}  # once more at the end
-    for name in names:
+    for name in ("epochs", "learning_rate", *(SCENES if world else ())):
         value = getattr(args, name)
         values = value if isinstance(value, list) else [value]
         defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
     if world and world.photographs:
         defaults["--zeroshot_data"] = ["WORLD/zeroshot/object"]
+    if "--steps" in options:
+        del defaults["--epochs"]
+    if "--init_from" in options:  # it knows the model
+        defaults.pop("--model", None)
     return defaults
 
 
-def read_command(text, common="", world=World()):  # noqa: B008
+def read_command(text, common, world):
     """A command line, and the options that it shares with another one -> a Command."""
-    words = shlex.split(text.removeprefix("python "))
-    n = 2 if words[:1] == ["-m"] else 1
+    words = shlex.split(text)
+    n = 2 if words[0] == "-m" else 1
     options = options_of(shlex.split(common) + words[n:])
-    unwanted = options.keys() & {"--seed", "--out_dir", "--resume"}
-    check(not unwanted, f"{text!r}: leave out {' and '.join(unwanted)}")
     if "--train_data" in options:
         world = None
     options = {**defaults_of(options, world), **options}
-    command = Command(f"{text} {common}".strip(), " ".join(words[:n]), options, world)
-    check(command.file().is_file(), f"{text!r}: there is no program {command.file()}")
+    command = Command(f"{text} {common}".strip(), words[:n], options, world)
     return command.with_rate(command.rate())
 
 
@@ -250,15 +239,18 @@ RUNNING = set()  # processes
 
 def call(words):
     """Run a Python command with one thread. Returns "", or if it has failed its last line."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen([sys.executable, *words], env=environ, text=True, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     RUNNING.add(process)
     output, _ = process.communicate()
     RUNNING.discard(process)
-    if process.returncode == 0:
-        return ""
-    return output.strip().rpartition("\n")[2] or f"exit code {process.returncode}"
+    return output.strip().rpartition("\n")[2] if process.returncode else ""
 
 
 def train_and_score(task, world, out_dir):
@@ -268,31 +260,24 @@ def train_and_score(task, world, out_dir):
     options = {**command.options, "--seed": [str(task.seed)], "--out_dir": [out_dir]}
     words = [word.replace("WORLD/", f"{world}/") for word in words_of(options)]
     start = time.perf_counter()
-    error = call([*command.program.split(), *words])
-    seconds = time.perf_counter() - start
+    error = call([*command.program, *words])
+    seconds = round(time.perf_counter() - start, 1)
     check(not error or DIVERGED in error, f"{task}: {error}")
     rows = [json.loads(line) for line in open(f"{out_dir}/log.jsonl")]
-    scores = {}
-    if not error:
-        scores = last_scores(rows)
-        if task.probe:
-            scores |= probe_scores(command, world, out_dir)
-    for score in scores.values():
-        del score["interval"]  # of one run, and not of the seeds
     header = rows[0]["header"]
-    facts = {name: header[name] for name in FACTS}
-    return {"scores": scores, "seconds": round(seconds, 1), **facts}
+    run = {"scores": {}, "seconds": seconds, **{name: header[name] for name in FACTS}}
+    if not error:
+        run["scores"] = scores_of([row for row in rows if "zeroshot" in row][-1])
+        if task.probe:
+            run["scores"] |= probe_scores(command, world, out_dir)
+    return run
 
 
-def last_scores(rows):
-    """The scores of the last validation in a log. R@k are means of both ways."""
-    row = [row for row in rows if "zeroshot" in row][-1]
+def scores_of(row):
+    """The scores of a validation, a row of a log. R@1 is the mean of both ways."""
     scores = {}
     if "validation" in row:
-        one_way, other_way = row["validation"].values()
-        for name, score in one_way.items():
-            mean = (score["value"] + other_way[name]["value"]) / 2
-            scores[name] = {**score, "value": mean}
+        scores["R@1"] = {**row["validation"]["image_to_text"]["R@1"], "value": row["mean_r1"]}
     for folder, score in row["zeroshot"].items():
         scores[Path(folder).name] = score
     return scores
@@ -301,22 +286,21 @@ def last_scores(rows):
 def probe_scores(command, world, out_dir):
     """Linear probes of the frozen class token and of the mean of the patch tokens."""
     learn, test = PROBES[command.world.kind()]
-    found = f"{out_dir}/probe.json"
-    words = [f"{command.folder()}/eval.py", "probe", "--workers", "0", "--json", found]
-    words += ["--checkpoint", f"{out_dir}/last.pt"]
-    words += ["--train", f"{world}/{learn}", "--test", f"{world}/{test}"]
-    error = call(words)
+    options = {
+        "--checkpoint": [f"{out_dir}/last.pt"],
+        "--train": [f"{world}/{learn}"],
+        "--test": [f"{world}/{test}"],
+        "--workers": ["0"],
+        "--json": [f"{out_dir}/probe.json"],
+    }
+    error = call([f"{command.folder()}/eval.py", "probe", *words_of(options)])
     check(not error, f"{command.text}: {error}")
-    scores = json.loads(Path(found).read_text())
+    scores = json.loads(Path(out_dir, "probe.json").read_text())
     return {"probe": scores["class token"], "patch probe": scores["patch mean"]}
 
 
 # -----------------------------------------------------------------------------
 # Many runs
-
-
-class Unfinished(Exception):
-    """A run is missing, and nothing is to be run."""
 
 
 class Side(NamedTuple):
@@ -330,12 +314,20 @@ class Side(NamedTuple):
         return {rate: [goal(run) for run in runs] for rate, runs in self.tried.items()}
 
     def rates(self):
-        """The rate of each seed."""
-        return rates_of_seeds(self.goals())
+        """The rate of each seed, chosen by the others."""
+        n = len(next(iter(self.tried.values())))
+        return [best_rate(self.goals(), seed) for seed in range(n)]
 
     def runs(self):
         """The run of each seed, at its rate."""
         return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
+
+    def all_runs(self):
+        return [run for runs in self.tried.values() for run in runs]
+
+    def seconds(self):
+        """The mean time of these runs, as a text."""
+        return f"{mean(run['seconds'] for run in self.runs()):.0f}"
 
 
 class Study:
@@ -347,97 +339,79 @@ class Study:
         self.out = out
         self.jobs = jobs
         self.path = paths[0]
-        self.runs = []
+        self.runs = {}
         self.codes = {}  # of programs in worlds
         for path in paths:
-            if path.exists():
-                self.runs += [json.loads(line) for line in path.read_text().splitlines()]
-        if jobs == 0:
-            for run in self.runs:
-                self.codes[run["program"], run["world"]] = run["code"]
+            path.touch()
+            for run in map(json.loads, open(path)):
+                self.runs[tuple(run[name] for name in KEY)] = run
+                if jobs == 0:
+                    self.codes[run["program"], run["world"]] = run["code"]
 
     def key(self, task):
-        """What tells a run from others, as a dict."""
+        """The values of KEY, which tell a run from others."""
         command = task.command
+        program = " ".join(command.program)
         world = str(command.world or "")
-        if (command.program, world) not in self.codes:
-            self.codes[command.program, world] = command.code()
-        return {
-            "command": str(command),
-            "world": world,
-            "seed": task.seed,
-            "probe": task.probe,
-            "code": self.codes[command.program, world],
-        }
-
-    def find(self, task):
-        """The finished run of a task, or None."""
-        key = self.key(task)
-        return next((run for run in self.runs if key.items() <= run.items()), None)
+        if (program, world) not in self.codes:
+            self.codes[program, world] = command.code()
+        return str(command), world, task.seed, task.probe, self.codes[program, world]
 
     def run(self, task_and_world):
         """Run a task in the folder of its world. Returns the task and its run."""
         task, world = task_and_world
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
             run = train_and_score(task, world, out_dir)
-        key = self.key(task)
+        key = dict(zip(KEY, self.key(task)))
         check(task.command.code() == key["code"], f"{task}: its code has changed meanwhile")
-        return task, {**key, "program": task.command.program, **run}
+        return task, {**key, "program": " ".join(task.command.program), **run}
 
     def work(self, tasks):
-        """Run those of some tasks that are not finished."""
-        todo = {}
-        for task in tasks:
-            if self.find(task) is None:
-                todo[str(self.key(task))] = task  # both commands may share a run
-        if todo and self.jobs == 0:
-            raise Unfinished
+        """Run some tasks, each once."""
         pairs = []
-        for task in todo.values():
+        for task in {self.key(task): task for task in tasks}.values():
             world = task.command.world
             pairs.append((task, world and world.draw(self.out, task.seed)))
-        bar = tqdm(total=len(pairs), unit="run", smoothing=0, disable=not pairs)
-        with ThreadPool(max(1, self.jobs)) as pool:
+        with ThreadPool(self.jobs) as pool, tqdm(total=len(pairs), unit="run", smoothing=0) as bar:
             try:
                 for task, run in pool.imap_unordered(self.run, pairs):
-                    self.runs.append(run)
+                    self.runs[self.key(task)] = run
                     with open(self.path, "a") as file:
                         file.write(json.dumps(run) + "\n")
-                    tqdm.write(f"{task}: {text_of(run)}")
+                    tqdm.write(f"{task}: {text_of(run)}, {run['seconds']} s")
                     bar.update()
             finally:  # after a failure, Ctrl-C or a kill
                 pool.terminate()  # what has not begun
                 for process in [*RUNNING]:
                     process.terminate()
                 pool.join()
-                bar.close()
 
-    def experiment(self, pair, seeds, search, probe=False):
-        """Run a pair of commands with each seed, at their own rates or at those that a search
-        tries. Returns a list of two Sides."""
-        factors = FACTORS if search else (1,)
-        grids = [[command.rate() * factor for factor in factors] for command in pair]
+    def look(self, command, seeds, search, probe):
+        """What there is of a side of an experiment, and the list of tasks that it needs next."""
+        rates = [command.rate() * factor for factor in (FACTORS if search else (1,))]
         while True:
-            todo = []
-            sides = []
-            for command, rates in zip(pair, grids):
-                side = Side(command, {})
-                for rate in sorted(rates):
-                    kind = command.with_rate(rate)
-                    side.tried[rate] = [Task(kind, seed, probe) for seed in range(seeds)]
-                    todo += side.tried[rate]
-                sides.append(side)
+            tried = {}
+            missing = []
+            for rate in sorted(rates):
+                tasks = [Task(command.with_rate(rate), seed, probe) for seed in range(seeds)]
+                tried[rate] = [self.runs.get(self.key(task)) for task in tasks]
+                missing += [task for task, run in zip(tasks, tried[rate]) if run is None]
+            side = Side(command, tried)
+            if missing or not search or not next_rates(side.goals()):
+                return side, missing
+            rates += next_rates(side.goals())
+
+    def experiment(self, pair, seeds, search, probe):
+        """Run a pair of commands with each seed, at their own rates or at those that a search
+        tries. Returns their Sides, or None if runs are missing and none may be made."""
+        while True:
+            looks = [self.look(command, seeds, search, probe) for command in pair]
+            todo = looks[0][1] + looks[1][1]
+            if not todo:
+                return [side for side, _ in looks]
+            if self.jobs == 0:
+                return None
             self.work(todo)
-            is_complete = True
-            for side, rates in zip(sides, grids):
-                for rate, tasks in side.tried.items():
-                    side.tried[rate] = [self.find(task) for task in tasks]
-                more = next_rate(side.goals()) if search else None
-                if more is not None:
-                    rates.append(more)
-                    is_complete = False
-            if is_complete:
-                return sides
 
 
 # -----------------------------------------------------------------------------
@@ -452,160 +426,131 @@ def value_of(run, name):
 def goal(run):
     """What a learning rate is judged by."""
     values = [value_of(run, name) for name in GOALS if name in run["scores"]]
-    return statistics.mean(values or [0.0])
+    return mean(values or [0.0])
+
+
+def has_learned(run):
+    """Does a model name the colour and shape of most objects?"""
+    return value_of(run, "colour_shape") > 50
 
 
 def text_of(run):
     scores = [f"{name} {value_of(run, name):.1f}" for name in run["scores"]]
-    return f"{', '.join(scores) or 'diverged, scored 0'} ({run['seconds']:.0f} s)"
-
-
-def mean_seconds(runs):
-    return statistics.mean(run["seconds"] for run in runs)
+    return ", ".join(scores) or "diverged, scored 0"
 
 
 # -----------------------------------------------------------------------------
 # Which learning rate? Goals are a dict {rate: a number of each seed}.
 
 
-def best_rate(goals):
-    """The rate with the best mean. Of equal ones it is the lowest."""
-    return max(sorted(goals), key=lambda rate: statistics.mean(goals[rate]))
+def best_rate(goals, without=None):
+    """The rate with the best mean over the seeds, or over all but one. Of equal ones it is the
+    lowest."""
+
+    def total(rate):
+        return sum(value for seed, value in enumerate(goals[rate]) if seed != without)
+
+    return max(sorted(goals), key=total)
 
 
-def rates_of_seeds(goals):
-    """The rate of each seed: the one with the best mean over all other seeds."""
-    n = len(next(iter(goals.values())))
-    rates = []
-    for seed in range(n):
-        others = {rate: row[:seed] + row[seed + 1 :] for rate, row in goals.items()}
-        rates.append(best_rate(others))
-    return rates
-
-
-def next_rate(goals):
-    """The rate that a search has to try next, or None if it has seen enough."""
+def next_rates(goals):
+    """A list of the rate that a search has to try next, empty if it has seen enough."""
     best = best_rate(goals)
-    if len(goals) == MOST_RATES:
-        return None
-    if best == min(goals):
-        return best / 2
-    if best == max(goals):
-        return best * 2
-    return None
+    if len(goals) == MOST_RATES or min(goals) < best < max(goals):
+        return []
+    return [best / 2] if best == min(goals) else [best * 2]
 
 
-def rate_rows(side):
-    """What is to be known of each rate that was tried, a list of texts: the rate, the mean that it
-    is judged by, for how many seeds it was taken, how many of them learned the objects (colour +
-    shape above half), how many diverged."""
-    taken = side.rates()
-    rows = []
+def rate_texts(side):
+    """What is to be known of each rate that was tried: the mean that it is judged by, and for how
+    many seeds it was taken, learned the objects, diverged."""
+    texts = []
     for rate, runs in side.tried.items():
-        mean = statistics.mean(map(goal, runs))
-        learned = sum(value_of(run, "colour_shape") > 50 for run in runs)
+        taken = side.rates().count(rate)
+        learned = sum(map(has_learned, runs))
         diverged = sum(not run["scores"] for run in runs)
-        counts = [f"{count} of {len(runs)}" for count in (taken.count(rate), learned, diverged)]
-        rows.append([f"{rate:.3g}", f"{mean:.1f}", *counts])
-    return rows
+        average = mean(map(goal, runs))
+        texts.append(f"{rate:.3g}: {average:.1f} ({taken}, {learned}, {diverged})")
+    return texts
 
 
 # -----------------------------------------------------------------------------
 # Differences
 
 
-def chance_of(t, n):
-    """The probability that a mean of n differences is t standard errors from 0, or farther, if
-    there is none: both tails of Student's distribution with n - 1 degrees of freedom. For the angle
-    x with t = sqrt(n - 1) tan x, its density is proportional to cos(x) ** (n - 2)."""
-
-    def area(low, steps=2000):
-        width = (math.pi / 2 - low) / steps
-        return width * sum(math.cos(low + (i + 0.5) * width) ** (n - 2) for i in range(steps))
-
-    return area(math.atan(t / math.sqrt(n - 1))) / area(0)
-
-
-@functools.cache
-def quantile(n):
-    """So many standard errors around a mean of n make a 95 % interval, by bisection."""
-    low = 0.0
-    high = 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if chance_of(middle, n) > 0.05:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 class Difference(NamedTuple):
-    """Two means, and the mean of n differences with its standard error."""
+    """Two means, and the mean of the differences with half of its 95 % interval and its standard
+    error."""
 
+    chance: float
     a: float
     b: float
     mean: float
+    half: float
     error: float
-    n: int
 
     def __str__(self):
-        return f"{self.mean:+.1f} ± {self.half():.1f}"
-
-    def half(self):
-        """Half of the 95 % interval."""
-        return quantile(self.n) * self.error
+        return f"{self.mean:+.1f} ± {self.half:.1f}"
 
     def excludes_0(self):
-        return abs(self.mean) > self.half()
-
-    def p(self):
-        """The probability of such a mean, or of a larger one, if there is no difference."""
-        return chance_of(abs(self.mean) / max(self.error, 1e-9), self.n)
+        return abs(self.mean) > self.half
 
 
-def difference(one, other, name):
-    """Compare a score of two lists of runs, paired by seed."""
-    a = [value_of(run, name) for run in one]
-    b = [value_of(run, name) for run in other]
+def difference(sides, name):
+    """Compare a score of two sides, paired by seed."""
+    a, b = [[value_of(run, name) for run in side.runs()] for side in sides]
     differences = [y - x for x, y in zip(a, b)]
     n = len(differences)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    return Difference(
-        statistics.mean(a), statistics.mean(b), statistics.mean(differences), error, n
-    )
+    chance = 100 * known_scores(sides)[name]["chance"]
+    error = stdev(differences) / math.sqrt(n)
+    half = QUANTILES[n - 2] * error
+    return Difference(chance, mean(a), mean(b), mean(differences), half, error)
+
+
+def known_scores(sides):
+    """The scores of a run that has not diverged."""
+    return max((run["scores"] for side in sides for run in side.runs()), key=len)
 
 
 # -----------------------------------------------------------------------------
 # The command
 
 
-def print_rates(side):
-    print(f"\nlearning rates of {side.command.text}")
-    print("rate        mean   taken by   objects learned by   diverged (scored 0)")
-    for row in rate_rows(side):
-        print("{:10s}{:>6s}   {:8s}   {:18s}   {}".format(*row))
-    best = best_rate(side.goals())
-    print(f"{best:.3g} is the best of {len(side.tried)} rates tried")
+LINE = "{:14s}{:>8s}{:>8s}{:>8s}   {:16s} {}"
 
 
 def print_sides(sides):
-    one, other = [side.runs() for side in sides]
-    scores = max((run["scores"] for run in one + other), key=len)  # of one that has not diverged
-    print(f"\na: {sides[0].command.text}\nb: {sides[1].command.text}")
-    print(f"{len(one)} seeds, in percent. {len(scores)} scores are compared, and the intervals are")
-    print("not corrected for their number.\n")
-    print(f"{'':14s}{'chance':>8s}{'a':>8s}{'b':>8s}   b - a")
-    for name, score in scores.items():
-        found = difference(one, other, name)
+    for side in sides:
+        print(f"\n{side.command.text}: the best of {len(side.tried)} rates tried")
+        print("rate: mean of R@1 and a zero-shot score (seeds that it was taken for,")
+        print("seeds that learned the objects, seeds that diverged and score 0)")
+        print(*rate_texts(side), sep="\n")
+    scores = known_scores(sides)
+    print(f"\n{len(scores)} scores are compared, in percent, as means over the seeds\n")
+    print(LINE.format("", "chance", "a", "b", "b - a", ""))
+    for name in scores:
+        found = difference(sides, name)
+        levels = [f"{level:.1f}" for level in found[:3]]
         note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
-        chance = 100 * score["chance"]
-        print(f"{name:14s}{chance:8.1f}{found.a:8.1f}{found.b:8.1f}   {str(found):15s} {note}")
-    print(f"{'seconds':22s}{mean_seconds(one):8.0f}{mean_seconds(other):8.0f}")
-    for name, runs in zip("ab", (one, other)):
-        diverged = sum(not run["scores"] for run in runs)
-        if diverged > 0:
-            print(f"{diverged} of these runs of {name} diverged, and score 0")
+        print(LINE.format(name, *levels, str(found), note))
+    print(LINE.format("seconds", "", *map(Side.seconds, sides), "", ""))
+
+
+def make_options():
+    """The parser of an experiment."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
+    add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
+    add("--common", default="", metavar="OPTIONS", help="options of both")
+    add("--seeds", type=number(int, 2, 20), default=5, help="runs of each (default 5)")
+    add("--rates", action="store_true", help="search the learning rate of both, four rates each")
+    add("--probe", action="store_true", help="score a linear probe, too")
+    add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
+    text = "draw a world of photographs: see study/objects.py"
+    add("--photographs", default="", metavar="DIR", help=text)
+    add_shared(parser)
+    return parser
 
 
 def add_shared(parser):
@@ -617,6 +562,13 @@ def add_shared(parser):
     parser.add_argument("--out", type=Path, default="out_study", metavar="DIR", help=text)
 
 
+def run_experiment(study, args):
+    """Do what the options of an experiment say. Returns its two Sides."""
+    world = World(args.settings, args.photographs)
+    pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
+    return study.experiment(pair, args.seeds, args.rates, args.probe)
+
+
 def open_out(out):
     """Make the folder of a study, and let a kill end its runs as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -625,28 +577,10 @@ def open_out(out):
 
 
 def main(argv):
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
-    add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
-    add("--common", default="", metavar="OPTIONS", help="options of both")
-    add("--seeds", type=number(int, 2), default=5, help="runs of each, two or more (default 5)")
-    add("--rates", action="store_true", help="search the learning rate of both, four rates each")
-    add("--probe", action="store_true", help="score a linear probe, too")
-    add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
-    text = "draw a world of photographs: see study/objects.py"
-    add("--photographs", default="", metavar="DIR", help=text)
-    add_shared(parser)
-    args = parser.parse_args(argv)
-    world = World(args.settings, args.photographs)
-    pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
+    args = make_options().parse_args(argv)
     open_out(args.out)
     study = Study(args.out, args.jobs, args.out / "runs.jsonl", PUBLISHED)
-    sides = study.experiment(pair, args.seeds, args.rates, args.probe)
-    if args.rates:
-        for side in sides:
-            print_rates(side)
-    print_sides(sides)
+    print_sides(run_experiment(study, args))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,9 @@ import torch
 
 import superclip
 import train
-from cli import check, run_command
+from cli import run_command
 
 compare_all = superclip.contrastive_loss
-
-
-def compare_groups(images, texts, scale, local, group):
-    """The mean of contrastive_loss over groups of so many pairs."""
-    check(len(images) % group == 0, "--group must divide the number of pairs that are compared")
-    pairs = zip(images[local].split(group), texts[local].split(group))
-    return torch.stack([compare_all(*pair, scale) for pair in pairs]).mean()
 
 
 def main(argv):
@@ -29,10 +22,11 @@ def main(argv):
     parser.add_argument("--group", type=int, required=True)
     args, rest = parser.parse_known_args(argv)
 
-    def contrastive_loss(images, texts, scale, local=slice(None)):
-        return compare_groups(images, texts, scale, local, args.group)
+    def compare_groups(images, texts, scale, local=slice(None)):
+        groups = zip(images[local].split(args.group), texts[local].split(args.group))
+        return torch.stack([compare_all(*group, scale) for group in groups]).mean()
 
-    superclip.contrastive_loss = contrastive_loss
+    superclip.contrastive_loss = compare_groups
     return train.main(rest)
 
 

@@ -1,7 +1,7 @@
 """A world of photographs: CIFAR-10's, each on a setting drawn as those of the scenes, as shards and
 folders of classes, for train.py as any other data.
 
-    python -m study.compare --world objects --photographs DIR ...
+    python -m study.compare --photographs DIR ...
 
 DIR has photographs in train/CLASS/ and test/CLASS/. Any do, if there are enough. These lines make
 it of CIFAR-10:
@@ -33,51 +33,41 @@ VAL = 1_000  # pairs to search among
 CLASSIFIED = 2_000  # photographs to name the class of, and as many that a probe learns from
 
 
-def read_photographs(folder, rng, n):
-    """n photographs of a folder with a folder for each class, as a list of (class, picture), in the
-    order of a draw."""
+def place_photographs(folder, n, rng, settings):
+    """n photographs, drawn from a folder with a folder for each class, each in a corner of a
+    setting: a list of (class, name of the setting, bytes of a JPEG file)."""
     paths = sorted(Path(folder).glob("*/*.[jp][pn]g"))
     check(len(paths) >= n, f"{folder} has {len(paths):,} photographs, and {n:,} are needed")
-    photographs = []
-    for path in rng.sample(paths, n):
-        picture = Image.open(path).convert("RGB").resize((SIDE, SIDE))
-        photographs.append((path.parent.name, picture))
-    return photographs
+    placed = []
+    for path in progress(rng.sample(paths, n), "placing photographs"):
+        setting = rng.choice(settings)
+        picture = scenes.draw_setting(*setting, 4 * scenes.SIZE).reduce(4)
+        photograph = Image.open(path).convert("RGB").resize((SIDE, SIDE))
+        picture.paste(photograph, (rng.choice(CORNERS), rng.choice(CORNERS)))
+        ground = scenes.describe_setting(*setting)
+        placed.append((path.parent.name, ground, scenes.jpeg(picture)))
+    return placed
 
 
-def place(photograph, rng, settings):
-    """A photograph in a corner of a setting: the bytes of a JPEG file, and the setting's name."""
-    setting = rng.choice(settings)
-    picture = scenes.draw_setting(*setting, 4 * scenes.SIZE).reduce(4)
-    picture.paste(photograph, (rng.choice(CORNERS), rng.choice(CORNERS)))
-    return scenes.jpeg(picture), scenes.describe_setting(*setting)
-
-
-def describe(name, ground):
-    """The captions of a photograph. The short one is its setting alone."""
-    thing = scenes.with_article(name)
-    long = [f"{thing} on {ground}", f"{ground} and {thing}", f"photo of {thing} on {ground}"]
-    return {"short": ground, "long": long}
-
-
-def write_pairs(path, photographs, rng, settings):
-    """Write a shard. Returns the words of its captions."""
-    words = set()
+def write_shard(path, placed):
+    """Write photographs with their captions. The short one is the setting alone."""
     with tarfile.open(path, "w") as tar:
-        for i, (name, photograph) in enumerate(progress(photographs, path.name)):
-            content, ground = place(photograph, rng, settings)
-            captions = describe(name, ground)
+        for i, (name, ground, content) in enumerate(placed):
+            thing = scenes.with_article(name)
+            long = [
+                f"{thing} on {ground}",
+                f"{ground} and {thing}",
+                f"photo of {thing} on {ground}",
+            ]
+            fields = {"short": ground, "long": long}
             add_member(tar, f"{i:08d}.jpg", content)
-            add_member(tar, f"{i:08d}.json", json.dumps(captions).encode())
-            words.update(" ".join(captions["long"]).split())
-    return words
+            add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
 
 
-def write_classes(folder, photographs, rng, settings):
+def write_classes(folder, placed):
     """Write a folder for each class."""
-    for i, (name, photograph) in enumerate(photographs):
-        content, _ = place(photograph, rng, settings)
-        path = Path(folder, name, f"{i:05d}.jpg")
+    for i, (name, _, content) in enumerate(placed):
+        path = folder / name / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
@@ -88,14 +78,16 @@ def make_objects(out_dir, source, settings, seed):
     source/train, to search among and to name those of source/test."""
     rng = random.Random(f"objects {seed}")
     settings = scenes.some_settings(settings, seed)
-    shown = read_photographs(f"{source}/train", rng, TRAIN)
-    others = read_photographs(f"{source}/test", rng, VAL + CLASSIFIED)
+    shown = place_photographs(f"{source}/train", TRAIN, rng, settings)
+    others = place_photographs(f"{source}/test", VAL + CLASSIFIED, rng, settings)
+    names = " ".join(f"{name} {ground}" for name, ground, _ in shown + others)
+    words = {*scenes.WORDS, *names.split()}
     with tempfile.TemporaryDirectory(prefix=".objects-", dir=out_dir.parent) as temporary:
         folder = Path(temporary, "objects")
         folder.mkdir()
-        words = write_pairs(folder / "train-00000.tar", shown, rng, settings)
-        words |= write_pairs(folder / "val-00000.tar", others[:VAL], rng, settings)
-        write_classes(folder / "zeroshot" / "object", others[VAL:], rng, settings)
-        write_classes(folder / "learn", shown[:CLASSIFIED], rng, settings)
         (folder / "vocab.tiktoken").write_text(words_to_tiktoken(sorted(words)))
+        write_shard(folder / "train-00000.tar", shown)
+        write_shard(folder / "val-00000.tar", others[:VAL])
+        write_classes(folder / "zeroshot" / "object", others[VAL:])
+        write_classes(folder / "learn", shown[:CLASSIFIED])
         folder.rename(out_dir)
