@@ -7,10 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from children import ROOT
 
-import train
-
-ROOT = Path(train.__file__).parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 # python train.py ..., python -m scripts.pack ..., torchrun --nproc_per_node 8 train.py ...
@@ -19,8 +17,8 @@ PLACEHOLDERS = {"MODEL": "tiny"}  # words of a page that stand for one of severa
 
 
 def shell_lines(text):
-    """The command lines of a page, without comments: of its blocks, and of `code` in its sentences.
-    What follows && is a line of its own."""
+    """The command lines of a page: of its blocks, and of `code` in its sentences. What follows &&
+    is a line of its own."""
     lines = []
     for language, block in FENCE.findall(text):
         if language != "python":
@@ -30,51 +28,35 @@ def shell_lines(text):
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
-def commands_of(page):
-    """The lines of a page that start a command of this project, as (line, module, arguments),
-    without those that stop at three dots."""
-    found = []
+COMMANDS = {}  # line, with the name of its page -> module and arguments
+for page in PAGES:
     for line in shell_lines(page.read_text()):
         match = COMMAND.match(line)
         if match and "..." not in line:
             script, module, arguments = match.groups()
-            found.append((line, script or module, arguments))
-    return found
-
-
-COMMANDS = {f"{page.name}: {line}": rest for page in PAGES for line, *rest in commands_of(page)}
+            COMMANDS[f"{page.name}: {line}"] = (script or module, arguments)
 
 
 class Parsed(Exception):
     """A parser has accepted the arguments."""
 
 
-@pytest.fixture
-def stop_after_parsing(monkeypatch):
-    """A command ends with Parsed as soon as it has parsed its arguments. (train.py parses an empty
-    list before, to learn its defaults.)"""
-    for name in ("parse_args", "parse_intermixed_args"):
-        parse = getattr(argparse.ArgumentParser, name)
-
-        def parse_and_stop(self, args=None, namespace=None, parse=parse):
-            result = parse(self, args, namespace)
-            if args:
-                raise Parsed
-            return result
-
-        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
-
-
 @pytest.mark.parametrize("module, arguments", COMMANDS.values(), ids=COMMANDS)
-def test_a_command_understands_its_arguments(
-    module, arguments, stop_after_parsing, tmp_path, monkeypatch
-):
+def test_a_command_understands_its_arguments(module, arguments, tmp_path, monkeypatch):
     command = importlib.import_module(module)
     argv = [PLACEHOLDERS.get(word, word) for word in shlex.split(arguments, comments=True)]
     monkeypatch.chdir(tmp_path)
     for word in argv:  # the folders in which a command would write
         Path(word).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
 
-    if argv and argv != ["--help"]:
+        def parse_and_stop(self, args, namespace=None, parse=parse):
+            parse(self, args, namespace)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
+
+    if argv:  # a sentence may name a command alone
         with pytest.raises(Parsed):
             command.main(argv)
