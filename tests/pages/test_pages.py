@@ -37,16 +37,9 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
 
 @every_page
 def test_every_flag_that_a_page_names_exists(page):
-    """In a sentence, too. test_shell_lines.py holds that it belongs to its command."""
-    of_others = {
-        "nproc_per_node",
-        "check",
-        "help",
-        "repo",
-        "local",
-        "ipc",
-        "shm",
-    }  # torchrun, hf ...
+    """In a sentence, too. test_shell_lines.py holds that it belongs to its command. Flags of others
+    are those of torchrun, pytest, ruff, hf and docker."""
+    of_others = {"nproc_per_node", "dist", "check", "help", "repo", "local", "ipc", "shm"}
     sources = [path.read_text() for folder in ("", "*/") for path in ROOT.glob(f"{folder}*.py")]
     ours = set(re.findall(r'"--(\w+)"', "".join(sources)))
 
