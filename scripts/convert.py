@@ -339,14 +339,16 @@ def write_vocabulary(tokenizer, path):
 
 def write_transformers(model, tokenizer, folder):
     """Write the towers to model.safetensors in a new folder, with the files that transformers wants
-    beside it. Say how it loads them, or, if the vocabulary is not CLIP's, how to tokenize for
-    them."""
-    c = model.config
-    path = folder / "model.safetensors"
-    folder.mkdir()
+    beside it. Say how it loads them, and what tokenizes a caption if the vocabulary is not
+    CLIP's."""
     # As bytes, because save_file of safetensors replaces the file that write_file has opened.
     content = safetensors().save(transformers_state(model), {"format": "pt"})
+    if is_clips(tokenizer):
+        bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
+    folder.mkdir()  # now, when no package can be missing any more
+    path = folder / "model.safetensors"
     write_file(path, lambda file: file.write(content))
+    c = model.config
     write_json(folder / "config.json", transformers_config(c))
     images = {
         "image_processor_type": "CLIPImageProcessor",
@@ -357,18 +359,21 @@ def write_transformers(model, tokenizer, folder):
     }
     write_json(folder / "preprocessor_config.json", images)
     print(f"wrote {folder}, without the word head. In Python:")
-    if not is_clips(tokenizer):
+    name = str(folder.resolve())
+    if is_clips(tokenizer):
+        write_clip_tokenizer(bpe, folder, c.context_length)
+        print("  from transformers import pipeline")
+        print("  classify = pipeline('zero-shot-image-classification',")
+        print(f"      {name!r})")
+    else:
+        print("  from transformers import CLIPModel")
+        print(f"  model = CLIPModel.from_pretrained({name!r})")
         write_vocabulary(tokenizer, path)
-        return
-    write_clip_tokenizer(folder, c.context_length)
-    print("  from transformers import pipeline")
-    print("  classify = pipeline('zero-shot-image-classification',")
-    print(f"      {str(folder.resolve())!r})")
 
 
-def write_clip_tokenizer(folder, context_length):
-    """Write CLIP's vocabulary as transformers loads it. open_clip knows the merges."""
-    bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
+def write_clip_tokenizer(bpe, folder, context_length):
+    """Write CLIP's vocabulary as transformers loads it. bpe: open_clip's tokenizer, which knows the
+    merges."""
     tokens = [*bpe.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)])
