@@ -3,7 +3,7 @@
     python -m scripts.bench data --train_data SHARDS   from shard to batch, beside webdataset
     python -m scripts.bench loader --train_data SHARDS the loader of train.py alone, at full speed
     python -m scripts.bench step                       one update, beside open_clip
-    python -m scripts.bench cuda --train_data SHARDS   a GPU: gradients, memory, step, loader, a run
+    python -m scripts.bench cuda --train_data SHARDS   a GPU: gradients, step, loader, a run
 
 train.py's options set the rest, such as --model, --batch_size, --image_size, --dtype, --device and
 --compile, because train.py's own functions build the model and update it here. Each result is a
@@ -159,8 +159,8 @@ def bench_loader(options, args):
 
 
 class Run:
-    """A model, random pixels and tokens, and a step as train.py makes it. options: train.py's;
-    length: tokens of a caption."""
+    """A model, random pixels and tokens, and a step as train.py makes it, without patch dropout.
+    options: train.py's; length: tokens of a caption."""
 
     def __init__(self, options, length=LENGTH):
         args = parse(options)
@@ -172,14 +172,10 @@ class Run:
         self.model, _ = train.make_model(args, None, tokenizer.vocab_size, self.device)
         N = args.batch_size
         S = self.model.config.image_size
-        P = self.model.visual.grid**2
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         tokens = torch.randint(1, tokenizer.start, (N, length))
         tokens[:, -1] = tokenizer.end
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens}
-        if args.patch_dropout > 0:  # as in data.Pairs.draw
-            K = max(1, round(P * (1 - args.patch_dropout)))
-            batch["keep"] = torch.rand(N, P).argsort(dim=1)[:, :K]
         self.batch = {name: x.to(self.device) for name, x in batch.items()}
         self.autocast, self.scaler = train.precision(self.device, args.dtype)
         if self.scaler.is_enabled():
@@ -224,20 +220,19 @@ class OpenClipRun(Run):
         self.scaler.scale(loss).backward()
 
 
-def bench_step(options, args, *more):
-    """more: options for other runs of SuperCLIP, such as --compile. The speed of each step stands
-    beside that of a product of two large matrices, the most that a device can do. (Of open_clip's,
-    a part is for padding.)"""
+def bench_step(options, args):
+    """The speed of each step stands beside that of a product of two large matrices, the most that a
+    device can do. (Of open_clip's, a part is for padding.)"""
     runs = {"CLIP": Run([*options, "--cls_weight=0"]), "SuperCLIP": Run(options)}
-    for option in more:
-        runs[f"SuperCLIP {option}"] = Run([*options, option])
+    device = runs["CLIP"].device
+    if device.type == "cuda":
+        runs["SuperCLIP --compile"] = Run([*options, "--compile"])
     # open_clip pads all captions to the context length.
     context_length = runs["CLIP"].model.config.context_length
     runs["CLIP, captions not trimmed"] = Run([*options, "--cls_weight=0"], context_length)
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(options)
     settings = runs["CLIP"].args
-    device = runs["CLIP"].device
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, settings.dtype))
     rivals = {name: run.step for name, run in runs.items()}
@@ -275,17 +270,9 @@ def compare_gradients(options, ways):
         yield {"gradient": f"{dtype} {way}", "relative error": error.item()}
 
 
-def measure_memory(options, way):
-    """What all tensors on the GPU take at the peak of a step, in GB. `way`: an option for less."""
-    run = Run([*options, *way.split()])
-    run.step()  # makes AdamW's moments
-    run.step()
-    what = f"{run.args.model}, batch {run.args.batch_size} {way}"
-    yield {"memory": what, "peak, GB": torch.cuda.max_memory_allocated() / 2**30}  # 0 on a CPU
-
-
 def train_for_real(options, args):
-    """A short run of train.py: the rows of its log."""
+    """A short run of train.py: the rows of its log, in which memory_gb is the most that its tensors
+    took."""
     with tempfile.TemporaryDirectory() as folder:
         length = [f"--steps={5 * args.repeat}", f"--log_every={args.repeat}"]
         train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
@@ -298,18 +285,17 @@ def train_for_real(options, args):
 def bench_cuda(options, args):
     options = ["--device=cuda", "--batch_size=256", *options]
     device = pick_device(parse(options).device)  # says so if there is none
-    on_gpu = device.type == "cuda"
-    compiled = ["--compile"] if on_gpu else []
-    ways = ["", "--micro_batch_size=4", "--grad_checkpointing", *compiled]
-    parts = [compare_gradients(options, ways)]  # generators, so nothing has run yet
-    for way in ("", "--grad_checkpointing", "--micro_batch_size=64"):
-        parts.append(measure_memory(options, way))
-    parts.append(bench_step(options, args, *compiled))
-    parts.append(bench_loader(options, args))
-    parts.append(train_for_real(options, args))
-    for part in parts:
+    ways = ["", "--micro_batch_size=4", "--grad_checkpointing"]
+    if device.type == "cuda":
+        ways.append("--compile")
+    for part in (  # generators, of which none has begun
+        compare_gradients(options, ways),
+        bench_step(options, args),
+        bench_loader(options, args),
+        train_for_real(options, args),
+    ):
         gc.collect()  # models of the part before, which are in reference cycles
-        if on_gpu:
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:  # so that the other parts run even if one fails
             yield from part

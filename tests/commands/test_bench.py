@@ -12,7 +12,7 @@ COMMANDS = {
     "data": {"images/s": 2, "ratio to data.py": 2},
     "loader": {"images/s": 1},
     "step": {"TFLOP/s": 5, "ratio to CLIP": 5},
-    "cuda": {"relative error": 9, "peak, GB": 3, "TFLOP/s": 5, "images/s": 1, "loss": 5},
+    "cuda": {"relative error": 9, "TFLOP/s": 5, "images/s": 1, "memory_gb": 5},
 }
 
 
