@@ -152,14 +152,17 @@ def test_a_large_image_becomes_smaller_and_upright_without_its_metadata(tmp_path
     assert np.abs(np.asarray(image, int) - np.asarray(expected)).mean() < 3
 
 
-@pytest.mark.parametrize("name", ["s.jpg", "s.png", "s.webp", "s.mpo"])
-@pytest.mark.parametrize("size", [64, 0])
-def test_a_file_is_not_encoded_again_without_need(name, size, tmp_path):
-    photo(0, (70, 40 if size else 300)).save(tmp_path / name)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize("sides, size", [((70, 40), 64), ((70, 300), 0)])
+def test_a_file_is_not_encoded_again_without_need(format, sides, size, tmp_path):
+    """MPO is a JPEG with a second picture behind it, as some phones make it."""
+    path = tmp_path / "photo.jpg"
+    options = {"save_all": True, "append_images": [photo(1)]} if format == "MPO" else {}
+    photo(0, sides).save(path, format, **options)
 
-    _, content = pack_image(tmp_path / name, "--size", size)
+    _, content = pack_image(path, "--size", size)
 
-    assert content == (tmp_path / name).read_bytes()
+    assert content == path.read_bytes()
 
 
 # ---- sides
@@ -203,29 +206,30 @@ def test_a_shard_has_a_thousand_samples_at_most(photos, monkeypatch):
 
 
 def test_a_folder_that_is_there_stays_as_it_is(photos, capsys):
+    """It is refused before anything is read."""
     out = run(photos)
     before = {path: path.read_bytes() for path in out.iterdir()}
 
-    assert str(out) in error_of(capsys, pack.main, "--csv", photos, "--out", out)
+    assert str(out) in error_of(capsys, pack.main, "--csv", "none.csv", "--out", out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 # ---- what pack advises
 
 
-@pytest.mark.parametrize("n, has_gpu, model", [(40_000, True, "ViT-S-16"), (2_000, True, "tiny")])
-def test_pack_advises_what_the_data_allow(n, has_gpu, model, photos, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    out = photos.with_name("anna's photos")
+@pytest.mark.parametrize("n, n_val, model", [(40_000, 900, "ViT-S-16"), (2_000, 0, "tiny")])
+def test_pack_advises_what_the_data_and_a_gpu_allow(n, n_val, model, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = "anna's photos"
 
-    pack.print_ways(out, n, 100, several=True)
+    pack.print_ways(out, n, n_val, several=True)
 
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if "train.py" in line]
     tuned, from_nothing = (train.make_parser().parse_args(shlex.split(line)[2:]) for line in lines)
     for args in (tuned, from_nothing):
-        assert args.train_data == [f"{out}/train-*.tar"] and args.val_data == [f"{out}/val-*.tar"]
-        assert args.captions == ["json.captions"]
+        assert args.train_data == [f"{out}/train-*.tar"] and args.captions == ["json.captions"]
+        assert args.val_data == ([f"{out}/val-*.tar"] if n_val else None)
     assert (tuned.init_from, from_nothing.model) == ("clip.pt", model)
     assert ("weak" in printed) == (n < 10_000)
 

@@ -121,11 +121,11 @@ def test_an_object_has_its_colour_inside_its_box_and_a_ring_has_a_hole(look):
 def test_a_setting_has_its_border_and_its_pattern_in_a_lighter_shade():
     light = np.array(scenes.CLOTHS["navy"]) + 22
 
-    pictures = [scenes.draw_setting("navy", pattern, "gold", 288) for pattern in scenes.PATTERNS]
+    pictures = [scenes.draw_setting("navy", pattern, "rose", 288) for pattern in scenes.PATTERNS]
 
     assert [round(has(picture, light).mean(), 1) for picture in pictures] == [0, 0.3, 0.4, 0.1]
     for picture in pictures:
-        assert has(picture, scenes.BORDERS["gold"])[:, :12].all()
+        assert has(picture, scenes.BORDERS["rose"])[:, :12].all()
 
 
 # ---- the folder
