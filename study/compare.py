@@ -22,6 +22,7 @@ and of what draws the world, without comments and docstrings.
 """
 
 import ast
+import functools
 import hashlib
 import io
 import json
@@ -40,12 +41,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-import data
 import train
 from cli import check, lock_folder, make_parser, number, run_command
+from data import cores
 from eval import DIVERGED
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
@@ -55,7 +55,8 @@ PUBLISHED = Path(__file__).with_name("runs.jsonl")
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
 GOALS = ("R@1", "colour_shape", "object")  # a rate is judged by the mean of those that there are
-DRAWN_BY = {"scenes": "scripts/scenes.py", "objects": "study/objects.py"}
+SCENES_CODE = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py")  # what draws scenes
+DRAWN_BY = {"scenes": SCENES_CODE, "objects": (*SCENES_CODE, "study/objects.py")}
 # What a linear probe learns from, and what it is scored on.
 PROBES = {
     "scenes": ("zeroshot/colour_shape", "zeroshot/held_out"),
@@ -73,36 +74,26 @@ QUANTILES = (
 # -----------------------------------------------------------------------------
 # Code
 
-
-def module_file(folder, name):
-    return Path(folder, name.replace(".", "/") + ".py")
-
-
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-IMPORTS = (ast.Import, ast.ImportFrom)
 
 
-def code_of(path, folder):
-    """A hash of a program: of its file, of those in its folder that it imports, of those that they
-    import, and so on, without comments and docstrings."""
-    texts = {}
-    todo = [path]
-    while todo:
-        file = todo.pop()
-        if file in texts or not file.is_file():
-            continue
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-                del node.body[0]
-            if isinstance(node, IMPORTS):
-                module = getattr(node, "module", None)
-                names = [alias.name for alias in node.names]
-                names += [f"{module}.{name}" for name in names]  # b may be a module of a
-                todo += [module_file(folder, name) for name in (f"{module}", *names)]
-        texts[file] = f"{file.relative_to(folder)}\n{ast.unparse(tree)}\n"
-    text = "".join(texts[file] for file in sorted(texts))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+@functools.cache
+def without_docstrings(text):
+    """A Python file as a text -> its code without comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
+
+
+def code_of(files, folder):
+    """A hash of the code of some Python files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        code = without_docstrings(file.read_text())
+        digest.update(f"{file.relative_to(folder)}\n{code}\n".encode())
+    return digest.hexdigest()[:8]
 
 
 # -----------------------------------------------------------------------------
@@ -123,17 +114,16 @@ class World(NamedTuple):
 
     def code(self):
         """That of what draws it."""
-        return code_of(Path(DRAWN_BY[self.kind()]), Path("."))
+        return code_of(map(Path, DRAWN_BY[self.kind()]), ".")
 
     def draw(self, out, seed):
         """The folder of this world, which is drawn if it is not there."""
         folder = out / re.sub(r"\W+", "-", f"{self} {seed} {self.code()}")
-        if folder.exists():
-            return folder
-        if self.photographs:
-            make_objects(folder, self.photographs, self.settings, seed)
-        else:
-            make_scenes(folder, settings=self.settings, seed=seed)
+        if not folder.exists():
+            if self.photographs:
+                make_objects(folder, self.photographs, self.settings, seed)
+            else:
+                make_scenes(folder, settings=self.settings, seed=seed)
         return folder
 
 
@@ -141,30 +131,34 @@ class Command(NamedTuple):
     """A command line of this train.py, of a fork's, or of a module that calls it."""
 
     text: str  # as the user has written it
-    program: list  # ["train.py"] or ["-m", "study.groups"]
+    program: str  # "train.py" or "-m study.groups"
+    file: Path  # of the program
+    folder: Path  # of its code
     options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
     world: World  # or None if it has shards of its own
+    seed: int = 0
+    probe: bool = False  # is a linear probe scored, too?
 
     def __str__(self):
-        """The whole line. The options are sorted, so that equal commands are equal texts."""
-        return " ".join([*self.program, *map(shlex.quote, words_of(self.options))])
+        return f"{self.text}, rate {self.rate():.3g}, seed {self.seed}"
 
-    def folder(self):
-        """Where its code is."""
-        return Path(".") if self.program[0] == "-m" else Path(self.program[0]).parent
+    def line(self):
+        """The whole line but for the seed. The options are sorted, so that equal commands are equal
+        texts."""
+        return f"{self.program} {shlex.join(words_of(self.options))}"
 
     def code(self):
-        file = Path(self.program[0])
-        if self.program[0] == "-m":
-            file = module_file(".", self.program[1])
-        code = code_of(file, self.folder())
+        """That of the program, of the Python files in its folder, and of what draws the world."""
+        files = {self.file, self.folder / "scripts" / "scenes.py", *self.folder.glob("*.py")}
+        code = code_of(files, self.folder)
         return f"{code}-{self.world.code()}" if self.world else code
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
 
-    def with_rate(self, rate):
-        return self._replace(options={**self.options, "--learning_rate": [f"{rate:.3g}"]})
+    def at(self, rate, seed, probe):
+        options = {**self.options, "--learning_rate": [f"{rate:.3g}"]}
+        return self._replace(options=options, seed=seed, probe=probe)
 
 
 def words_of(options):
@@ -175,12 +169,12 @@ def words_of(options):
 
 
 def options_of(words):
-    """["--steps=9", "--captions", "a", "b"] -> {"--steps": ["9"], "--captions": ["a", "b"]}"""
+    """["--steps", "9", "--captions", "a", "b"] -> {"--steps": ["9"], "--captions": ["a", "b"]}"""
     options = {}
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            options[name] = [value] if equals else []
+            name = word
+            options[name] = []
         else:
             options[name].append(word)
     return options
@@ -207,38 +201,39 @@ def defaults_of(options, world):
     return defaults
 
 
+def words_in(text):
+    """A command line as words. "--steps=9" is two."""
+    return shlex.split(re.sub(r"(--\w+)=", r"\1 ", text))
+
+
 def read_command(text, common, world):
     """A command line, and the options that it shares with another one -> a Command."""
-    words = shlex.split(text)
-    n = 2 if words[0] == "-m" else 1
-    options = options_of(shlex.split(common) + words[n:])
+    words = words_in(text) or [""]
+    n = 1
+    file = Path(words[0])
+    folder = file.parent
+    if words[0] == "-m":
+        n = 2
+        folder = Path(".")
+        file = Path(words[1].replace(".", "/") + ".py")
+    check(file.is_file(), f"{text!r}: there is no program {file}")
+    options = options_of(words_in(common) + words[n:])
     if "--train_data" in options:
         world = None
     options = {**defaults_of(options, world), **options}
-    command = Command(f"{text} {common}".strip(), words[:n], options, world)
-    return command.with_rate(command.rate())
+    return Command(f"{text} {common}".strip(), " ".join(words[:n]), file, folder, options, world)
 
 
 # -----------------------------------------------------------------------------
 # One run
 
 
-class Task(NamedTuple):
-    """A run."""
-
-    command: Command
-    seed: int
-    probe: bool  # is a linear probe scored, too?
-
-    def __str__(self):
-        return f"{self.command.text}, rate {self.command.rate():.3g}, seed {self.seed}"
-
-
 RUNNING = set()  # processes
 
 
 def call(words):
-    """Run a Python command with one thread. Returns "", or if it has failed its last line."""
+    """Run a Python command with one thread. Returns "", or if it has failed its exit code and the
+    last line that it printed."""
     process = subprocess.Popen(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -250,25 +245,27 @@ def call(words):
     RUNNING.add(process)
     output, _ = process.communicate()
     RUNNING.discard(process)
-    return output.strip().rpartition("\n")[2] if process.returncode else ""
+    if process.returncode == 0:
+        return ""
+    last_line = output.strip().rpartition("\n")[2]
+    return f"exit code {process.returncode}: {last_line}"
 
 
-def train_and_score(task, world, out_dir):
+def train_and_score(command, world, out_dir):
     """Train a model in out_dir, on the world in a folder. Returns a run: a dict of scores, seconds,
     and what the log says of the machine. A run that has diverged has no scores."""
-    command = task.command
-    options = {**command.options, "--seed": [str(task.seed)], "--out_dir": [out_dir]}
+    options = {**command.options, "--seed": [str(command.seed)], "--out_dir": [out_dir]}
     words = [word.replace("WORLD/", f"{world}/") for word in words_of(options)]
     start = time.perf_counter()
-    error = call([*command.program, *words])
+    error = call([*command.program.split(), *words])
     seconds = round(time.perf_counter() - start, 1)
-    check(not error or DIVERGED in error, f"{task}: {error}")
-    rows = [json.loads(line) for line in open(f"{out_dir}/log.jsonl")]
+    check(not error or DIVERGED in error, f"{command}: {error}")
+    rows = [*map(json.loads, open(f"{out_dir}/log.jsonl"))]
     header = rows[0]["header"]
     run = {"scores": {}, "seconds": seconds, **{name: header[name] for name in FACTS}}
     if not error:
-        run["scores"] = scores_of([row for row in rows if "zeroshot" in row][-1])
-        if task.probe:
+        run["scores"] = scores_of(rows[-1])  # a run ends with a validation
+        if command.probe:
             run["scores"] |= probe_scores(command, world, out_dir)
     return run
 
@@ -286,16 +283,12 @@ def scores_of(row):
 def probe_scores(command, world, out_dir):
     """Linear probes of the frozen class token and of the mean of the patch tokens."""
     learn, test = PROBES[command.world.kind()]
-    options = {
-        "--checkpoint": [f"{out_dir}/last.pt"],
-        "--train": [f"{world}/{learn}"],
-        "--test": [f"{world}/{test}"],
-        "--workers": ["0"],
-        "--json": [f"{out_dir}/probe.json"],
-    }
-    error = call([f"{command.folder()}/eval.py", "probe", *words_of(options)])
-    check(not error, f"{command.text}: {error}")
-    scores = json.loads(Path(out_dir, "probe.json").read_text())
+    found = Path(out_dir, "probe.json")
+    words = [command.folder / "eval.py", "probe", "--checkpoint", Path(out_dir, "last.pt")]
+    words += ["--train", world / learn, "--test", world / test, "--workers", "0", "--json", found]
+    error = call(words)
+    check(not error, f"{command}: {error}")
+    scores = json.loads(found.read_text())
     return {"probe": scores["class token"], "patch probe": scores["patch mean"]}
 
 
@@ -322,9 +315,6 @@ class Side(NamedTuple):
         """The run of each seed, at its rate."""
         return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
 
-    def all_runs(self):
-        return [run for runs in self.tried.values() for run in runs]
-
     def seconds(self):
         """The mean time of these runs, as a text."""
         return f"{mean(run['seconds'] for run in self.runs()):.0f}"
@@ -348,37 +338,36 @@ class Study:
                 if jobs == 0:
                     self.codes[run["program"], run["world"]] = run["code"]
 
-    def key(self, task):
+    def key(self, command):
         """The values of KEY, which tell a run from others."""
-        command = task.command
-        program = " ".join(command.program)
         world = str(command.world or "")
-        if (program, world) not in self.codes:
-            self.codes[program, world] = command.code()
-        return str(command), world, task.seed, task.probe, self.codes[program, world]
+        place = (command.program, world)
+        if place not in self.codes:
+            self.codes[place] = command.code()
+        return command.line(), world, command.seed, command.probe, self.codes[place]
 
-    def run(self, task_and_world):
-        """Run a task in the folder of its world. Returns the task and its run."""
-        task, world = task_and_world
+    def run(self, command_and_world):
+        """Run a command in the folder of its world. Returns it and its run."""
+        command, world = command_and_world
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
-            run = train_and_score(task, world, out_dir)
-        key = dict(zip(KEY, self.key(task)))
-        check(task.command.code() == key["code"], f"{task}: its code has changed meanwhile")
-        return task, {**key, "program": " ".join(task.command.program), **run}
+            run = train_and_score(command, world, out_dir)
+        key = dict(zip(KEY, self.key(command)))
+        check(command.code() == key["code"], f"{command}: its code has changed meanwhile")
+        return command, {**key, "program": command.program, **run}
 
-    def work(self, tasks):
-        """Run some tasks, each once."""
+    def work(self, commands):
+        """Run some commands, each once."""
         pairs = []
-        for task in {self.key(task): task for task in tasks}.values():
-            world = task.command.world
-            pairs.append((task, world and world.draw(self.out, task.seed)))
+        for command in {self.key(command): command for command in commands}.values():
+            world = command.world
+            pairs.append((command, world and world.draw(self.out, command.seed)))
         with ThreadPool(self.jobs) as pool, tqdm(total=len(pairs), unit="run", smoothing=0) as bar:
             try:
-                for task, run in pool.imap_unordered(self.run, pairs):
-                    self.runs[self.key(task)] = run
+                for command, run in pool.imap_unordered(self.run, pairs):
+                    self.runs[self.key(command)] = run
                     with open(self.path, "a") as file:
                         file.write(json.dumps(run) + "\n")
-                    tqdm.write(f"{task}: {text_of(run)}, {run['seconds']} s")
+                    tqdm.write(f"{command}: {goal(run):.1f} % in {run['seconds']} s")
                     bar.update()
             finally:  # after a failure, Ctrl-C or a kill
                 pool.terminate()  # what has not begun
@@ -387,19 +376,20 @@ class Study:
                 pool.join()
 
     def look(self, command, seeds, search, probe):
-        """What there is of a side of an experiment, and the list of tasks that it needs next."""
+        """What there is of a side of an experiment, and the list of commands that it needs next."""
         rates = [command.rate() * factor for factor in (FACTORS if search else (1,))]
         while True:
             tried = {}
             missing = []
             for rate in sorted(rates):
-                tasks = [Task(command.with_rate(rate), seed, probe) for seed in range(seeds)]
-                tried[rate] = [self.runs.get(self.key(task)) for task in tasks]
-                missing += [task for task, run in zip(tasks, tried[rate]) if run is None]
+                commands = [command.at(rate, seed, probe) for seed in range(seeds)]
+                tried[rate] = [self.runs.get(self.key(c)) for c in commands]
+                missing += [c for c, run in zip(commands, tried[rate]) if run is None]
             side = Side(command, tried)
-            if missing or not search or not next_rates(side.goals()):
+            more = next_rates(side.goals()) if search and not missing else []
+            if not more:
                 return side, missing
-            rates += next_rates(side.goals())
+            rates += more
 
     def experiment(self, pair, seeds, search, probe):
         """Run a pair of commands with each seed, at their own rates or at those that a search
@@ -434,11 +424,6 @@ def has_learned(run):
     return value_of(run, "colour_shape") > 50
 
 
-def text_of(run):
-    scores = [f"{name} {value_of(run, name):.1f}" for name in run["scores"]]
-    return ", ".join(scores) or "diverged, scored 0"
-
-
 # -----------------------------------------------------------------------------
 # Which learning rate? Goals are a dict {rate: a number of each seed}.
 
@@ -458,7 +443,7 @@ def next_rates(goals):
     best = best_rate(goals)
     if len(goals) == MOST_RATES or min(goals) < best < max(goals):
         return []
-    return [best / 2] if best == min(goals) else [best * 2]
+    return [best / 2 if best == min(goals) else best * 2]
 
 
 def rate_texts(side):
@@ -469,8 +454,7 @@ def rate_texts(side):
         taken = side.rates().count(rate)
         learned = sum(map(has_learned, runs))
         diverged = sum(not run["scores"] for run in runs)
-        average = mean(map(goal, runs))
-        texts.append(f"{rate:.3g}: {average:.1f} ({taken}, {learned}, {diverged})")
+        texts.append(f"{rate:.3g}: {mean(map(goal, runs)):.1f} ({taken}, {learned}, {diverged})")
     return texts
 
 
@@ -479,15 +463,12 @@ def rate_texts(side):
 
 
 class Difference(NamedTuple):
-    """Two means, and the mean of the differences with half of its 95 % interval and its standard
-    error."""
+    """Two means, and the mean of the differences with half of its 95 % interval."""
 
-    chance: float
     a: float
     b: float
     mean: float
     half: float
-    error: float
 
     def __str__(self):
         return f"{self.mean:+.1f} ± {self.half:.1f}"
@@ -501,39 +482,29 @@ def difference(sides, name):
     a, b = [[value_of(run, name) for run in side.runs()] for side in sides]
     differences = [y - x for x, y in zip(a, b)]
     n = len(differences)
-    chance = 100 * known_scores(sides)[name]["chance"]
-    error = stdev(differences) / math.sqrt(n)
-    half = QUANTILES[n - 2] * error
-    return Difference(chance, mean(a), mean(b), mean(differences), half, error)
-
-
-def known_scores(sides):
-    """The scores of a run that has not diverged."""
-    return max((run["scores"] for side in sides for run in side.runs()), key=len)
+    half = QUANTILES[n - 2] * stdev(differences) / math.sqrt(n)
+    return Difference(mean(a), mean(b), mean(differences), half)
 
 
 # -----------------------------------------------------------------------------
 # The command
 
 
-LINE = "{:14s}{:>8s}{:>8s}{:>8s}   {:16s} {}"
-
-
 def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text}: the best of {len(side.tried)} rates tried")
-        print("rate: mean of R@1 and a zero-shot score (seeds that it was taken for,")
-        print("seeds that learned the objects, seeds that diverged and score 0)")
+        print("rate: mean of R@1 and zero-shot (taken for, learned by, diverged for so many seeds)")
         print(*rate_texts(side), sep="\n")
-    scores = known_scores(sides)
+    # of a run that has not diverged
+    scores = max((run["scores"] for side in sides for run in side.runs()), key=len)
     print(f"\n{len(scores)} scores are compared, in percent, as means over the seeds\n")
-    print(LINE.format("", "chance", "a", "b", "b - a", ""))
-    for name in scores:
+    print("                chance       a       b   b - a")
+    for name, score in scores.items():
         found = difference(sides, name)
-        levels = [f"{level:.1f}" for level in found[:3]]
         note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
-        print(LINE.format(name, *levels, str(found), note))
-    print(LINE.format("seconds", "", *map(Side.seconds, sides), "", ""))
+        levels = "{:8.1f}{:8.1f}{:8.1f}".format(100 * score["chance"], found.a, found.b)
+        print(f"{name:14s}{levels}   {found!s:15s} {note}")
+    print("seconds               {:>8s}{:>8s}".format(*map(Side.seconds, sides)))
 
 
 def make_options():
@@ -547,19 +518,16 @@ def make_options():
     add("--rates", action="store_true", help="search the learning rate of both, four rates each")
     add("--probe", action="store_true", help="score a linear probe, too")
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
-    text = "draw a world of photographs: see study/objects.py"
-    add("--photographs", default="", metavar="DIR", help=text)
+    add("--photographs", default="", metavar="DIR", help="of the world: see study/objects.py")
     add_shared(parser)
     return parser
 
 
 def add_shared(parser):
     """Options that plan.py has, too."""
-    jobs = 1 if torch.cuda.is_available() else data.cores()
-    text = "runs at a time (default: the cores, or 1 with a GPU)"
-    parser.add_argument("--jobs", type=number(int, 1), default=jobs, help=text)
-    text = "folder of worlds and of what is running (default out_study)"
-    parser.add_argument("--out", type=Path, default="out_study", metavar="DIR", help=text)
+    add = parser.add_argument
+    add("--jobs", type=number(int, 1), default=cores(), help="runs at a time (default: the cores)")
+    add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
 
 
 def run_experiment(study, args):

@@ -18,13 +18,11 @@ from typing import NamedTuple
 from cli import InputError, check, make_parser, optional, run_command
 from study import compare
 
-FOLDER = Path(__file__).parent
-ASSETS = FOLDER.parent / "assets"
-SUPERCLIP = '--a "train.py"'
+RESULTS = Path(__file__).with_name("results.md")
+ASSETS = RESULTS.parent.parent / "assets"
 PAIR = '--a "train.py --cls_weight 0" --b "train.py"'
 GROUPS = '--a "-m study.groups --group {0} --cls_weight 0" --b "-m study.groups --group {0}"'
 LOOKS = ("R@1", "colour_shape", "held_out")
-SHORT = "--captions json.short"
 AT_32 = "--batch_size 32 --epochs 2.4"
 FLICKR = (
     "--train_data 'out_study/flickr8k/train-*.tar' --val_data 'out_study/flickr8k/dev-*.tar' "
@@ -57,36 +55,32 @@ ROWS = {
     "batch256long": Row("batch 256, 144,000 samples", PAIR, "--batch_size 256 --epochs 7.2"),
     "groups4": Row("batch 64, groups of 4", GROUPS.format(4), "--batch_size 64 --epochs 2.4"),
     "groups64": Row("batch 64, groups of 64", GROUPS.format(64), "--batch_size 64 --epochs 2.4"),
-    "no_idf": Row("SuperCLIP: IDF -> none", f'{SUPERCLIP} --b "-m study.no_idf"', AT_32),
+    "no_idf": Row("SuperCLIP: IDF -> none", '--a "train.py" --b "-m study.no_idf"', AT_32),
     "lambda0.3": Row(
-        "SuperCLIP: lambda 1 -> 0.3", f'{SUPERCLIP} --b "train.py --cls_weight 0.3"', AT_32
+        "SuperCLIP: lambda 1 -> 0.3", '--a "train.py" --b "train.py --cls_weight 0.3"', AT_32
     ),
-    "lambda3": Row("SuperCLIP: lambda 1 -> 3", f'{SUPERCLIP} --b "train.py --cls_weight 3"', AT_32),
-    "short": Row("short captions", PAIR, f"{AT_32} {SHORT}"),
+    "lambda3": Row(
+        "SuperCLIP: lambda 1 -> 3", '--a "train.py" --b "train.py --cls_weight 3"', AT_32
+    ),
+    "short": Row("short captions", PAIR, "--batch_size 32 --epochs 2.4 --captions json.short"),
     "dual": Row(
         "SuperCLIP: short -> dual captions",
-        f'{SUPERCLIP} --b "train.py --label_captions json.long"',
-        f"{AT_32} {SHORT}",
+        '--a "train.py" --b "train.py --label_captions json.long"',
+        "--batch_size 32 --epochs 2.4 --captions json.short",
     ),
-    "sigmoid": Row("SigLIP -> SuperSigLIP", PAIR, f"{AT_32} --loss sigmoid"),
+    "sigmoid": Row("SigLIP -> SuperSigLIP", PAIR, "--batch_size 32 --epochs 2.4 --loss sigmoid"),
     "objects": Row(
         "CIFAR-10 in settings, batch 16, 96,000 samples",
         PAIR,
         "--batch_size 16 --epochs 4.8",
         "--photographs out_study/cifar10 --probe ",
-        ("R@1", "object", "probe", "patch probe"),
+        ("R@1", "object", "probe"),
     ),
     "settings16": Row(
         "16 settings, batch 8", PAIR, "--batch_size 8 --epochs 2.4", "--settings 16 "
     ),
 }
 BATCHES = ("batch8", "batch32", "batch256", "batch32long", "batch256long")
-# The figure: x is the number of pairs that are compared.
-PANELS = {
-    "48,000 samples": {8: "batch8", 32: "batch32", 256: "batch256"},
-    "144,000 samples": {32: "batch32long", 256: "batch256long"},
-    "batch 64, in groups": {4: "groups4", 64: "groups64"},
-}
 # The table to add to: the row and the side that a variant is.
 VARIANTS = {
     "CLIP": ("batch32", 0),
@@ -104,6 +98,12 @@ def sides_of(study, name):
     return compare.run_experiment(study, args)
 
 
+def complete_rows(study):
+    """{name: its two sides} of the rows all of whose runs are there. study: one that reads only."""
+    found = {name: sides_of(study, name) for name in ROWS}
+    return {name: sides for name, sides in found.items() if sides is not None}
+
+
 # -----------------------------------------------------------------------------
 # The page
 
@@ -113,12 +113,19 @@ Made by `python -m study.plan` from runs.jsonl. A cell reads: mean of the first 
 the second, and their difference with its 95 % interval, in percent. Five seeds, each with a world
 of its own, are paired (Student's t). One rule for all rows: each command has the best of the rates
 tried, four or more, and the rate of a seed is the one that is best for the other seeds. A row is
-CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said. R@1 is the mean of both ways
-among 1,000 pairs that training has not seen, colour_shape and object are zero-shot scores of class
-folders, and held_out is that of combinations that training never shows. Seconds are those of a run
-of each, on one core.
+CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
+
+R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
+and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
+training never shows (1.6), and probe that of a linear classifier on the frozen class token (10).
+Seconds are those of a run of each, on one core.
+
+## What the runs say
+
+A gap that lasts is there in the longer runs, too.
 """
-FIGURE = f"""![The colour + shape of each seed](../assets/study.png)
+OPEN = f"""
+![The colour + shape of each seed at each learning rate](../assets/study.png)
 
 ## A table to add a row to
 
@@ -126,20 +133,26 @@ Batch 32, 48,000 samples: the mean over five seeds, and the lowest and the highe
 variant gets its row by `--b`:
 
     python -m study.compare --a "train.py" --b "../fork/train.py" --common "{AT_32}" --rates
-"""
-RATES = """## All learning rates that were tried
+
+| | R@1 | colour_shape | held_out | command |
+| --- | --- | --- | --- | --- |"""
+RATES = """
+## All learning rates that were tried
 
 Each with the mean of R@1 and a zero-shot score over the seeds, and in parentheses the numbers of
 seeds that it was taken for, that learned the objects (colour + shape above half), and that diverged
 and score 0.
 
-![The mean of R@1 and colour_shape against the learning rate, each seed](../assets/rates.png)
+![R@1 of each seed at each learning rate](../assets/rates.png)
 """
 
 
-def markdown(heads, lines):
-    rows = [heads, ["---"] * len(heads), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows] + [""]
+def p_of(cell):
+    """The probability that five seeds differ as much by chance: both tails of Student's
+    distribution with four degrees of freedom, which has a closed form."""
+    error = cell.half / compare.QUANTILES[3]
+    s = abs(cell.mean) / max(math.hypot(cell.mean, 2 * error), 1e-9)
+    return 1 - 1.5 * s + 0.5 * s**3
 
 
 def survivors(cells):
@@ -152,46 +165,10 @@ def survivors(cells):
     return survive
 
 
-def p_of(cell):
-    """The probability that five seeds differ as much by chance. It is that of both tails of
-    Student's distribution with four degrees of freedom, which has a closed form."""
-    s = abs(cell.mean) / max(math.hypot(cell.mean, 2 * cell.error), 1e-9)
-    return 1 - 1.5 * s + 0.5 * s**3
-
-
-def tables(found):
-    """A table for each kind of scores, as lines, and all their cells."""
-    lines = []
-    cells = []
-    for scores in dict.fromkeys(ROWS[name].scores for name in found):
-        rows = []
-        for name, sides in found.items():
-            if ROWS[name].scores == scores:
-                row = [compare.difference(sides, score) for score in scores]
-                seconds = " / ".join(side.seconds() for side in sides)
-                rows.append([ROWS[name].label, *map(text_of, row), seconds])
-                cells += row
-        heads = [f"{score} (chance {cell.chance:.1f})" for score, cell in zip(scores, row)]
-        lines += markdown(["", *heads, "seconds"], rows)
-    return lines, cells
-
-
 def text_of(cell):
+    """A difference with both means, in bold if it excludes 0."""
     text = f"{cell.a:.1f} -> {cell.b:.1f}, {cell}"
     return f"**{text}**" if cell.excludes_0() else text
-
-
-def open_table(found):
-    lines = []
-    for label, (name, number) in VARIANTS.items():
-        if name in found:
-            side = found[name][number]
-            line = [label]
-            for score in LOOKS:
-                values = [compare.value_of(run, score) for run in side.runs()]
-                line.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-            lines.append([*line, f"`{side.command.text}`"])
-    return markdown(["", *LOOKS, "command"], lines)
 
 
 def easy_rates(side):
@@ -200,47 +177,58 @@ def easy_rates(side):
     return f"{sum(most)} of {len(most)}"
 
 
-def findings(found):
-    """What the runs say, as lines: is it a lasting gap, or are the objects learned sooner, and
-    higher rates borne?"""
-    lines = ["## What the runs say", "", "A gap that lasts is there in the longer runs, too.", ""]
-    for name in BATCHES:
+def row_of(label, *texts):
+    return f"| {' | '.join([label, *texts])} |"
+
+
+def open_table(found):
+    lines = []
+    for label, (name, number) in VARIANTS.items():
         if name in found:
-            cell = compare.difference(found[name], "colour_shape")
-            clip, superclip = map(easy_rates, found[name])
-            lines.append(
-                f"- {ROWS[name].label}: colour + shape {text_of(cell)}. Most seeds learn the "
-                f"objects at {clip} rates with CLIP, and at {superclip} with SuperCLIP."
-            )
-    return [*lines, ""]
+            side = found[name][number]
+            texts = []
+            for score in LOOKS:
+                values = [compare.value_of(run, score) for run in side.runs()]
+                texts.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+            lines.append(row_of(label, *texts, f"`{side.command.text}`"))
+    return lines
 
 
 def page(found):
     """results.md as a text."""
-    table, cells = tables(found)
-    missing = [row.label for name, row in ROWS.items() if name not in found]
-    runs = [run for sides in found.values() for side in sides for run in side.all_runs()]
-    made = {f"{run['device']}, {run['dtype']}, commit {run['commit']}": None for run in runs}
-    outside = sum(cell.excludes_0() for cell in cells)
-    lines = [
-        INTRO,
-        *findings(found),
-        "## All rows",
-        "",
-        f"{len(cells)} differences are shown. **Bold**: the interval excludes 0 (uncorrected), as "
-        f"{outside} do. {survivors(cells)} survive the correction of Benjamini and Hochberg at "
-        f"5 %. Made on: {'; '.join(made)}. Not run yet: {'; '.join(missing) or 'nothing'}.",
-        "",
-        *table,
-        FIGURE,
-        *open_table(found),
-        RATES,
-    ]
+    findings = []
+    table = []
+    cells = []
+    rates = []
     for name, sides in found.items():
-        lines.append(f"- {ROWS[name].label}: `python -m study.compare {ROWS[name]}`")
+        row = ROWS[name]
+        differences = [compare.difference(sides, score) for score in row.scores]
+        cells += differences
+        seconds = " / ".join(map(compare.Side.seconds, sides))
+        table.append(row_of(row.label, seconds, *map(text_of, differences)))
+        rates.append(f"- {row.label}: `python -m study.compare {row}`")
         for side in sides:
-            lines.append(f"  - `{side.command.text}`: {'; '.join(compare.rate_texts(side))}")
-    return "\n".join([*lines, ""])
+            rates.append(f"  - `{side.command.text}`: {'; '.join(compare.rate_texts(side))}")
+        if name in BATCHES:
+            easy = " rates with CLIP, and at ".join(map(easy_rates, sides))
+            findings.append(
+                f"- {row.label}: colour + shape {text_of(differences[1])}.\n  Most seeds learn the "
+                f"objects at {easy} with SuperCLIP."
+            )
+    outside = sum(cell.excludes_0() for cell in cells)
+    missing = [row.label for name, row in ROWS.items() if name not in found]
+    summary = f"""
+## All rows
+
+{len(cells)} differences are shown. In bold: the interval excludes 0 (uncorrected), as {outside} do.
+{survivors(cells)} survive the correction of Benjamini and Hochberg at 5 %. Not run yet, and not on
+this page: {"; ".join(missing) or "nothing"}.
+
+| | seconds | R@1 | colour_shape (object) | held_out (probe) |
+| --- | --- | --- | --- | --- |"""
+    return "\n".join(
+        [INTRO, *findings, summary, *table, OPEN, *open_table(found), RATES, *rates, ""]
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -249,48 +237,43 @@ def page(found):
 METHODS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
 
 
-def draw(path, panels, **labels):
-    """Scores of two sides, a dot for each seed, and a line through the means. panels: {title: a
-    dict {x: scores} of each side}; labels: of the axes."""
+def draw(path, found, score):
+    """A score of both methods against the learning rate: a dot for each seed, and a line through
+    the means."""
+    names = [name for name in BATCHES if name in found]
+    if not names:
+        return
     optional("matplotlib").use("Agg")
     plt = optional("matplotlib.pyplot")
-    n = len(panels)
-    _, axes = plt.subplots(1, n, figsize=(3 * n, 3), sharey=True, squeeze=False)
-    for axis, (title, pair) in zip(axes[0], panels.items()):
-        for scores, (method, colour) in zip(pair, METHODS.items()):
-            for x, values in scores.items():
-                axis.scatter([x] * len(values), values, color=colour, s=14, alpha=0.5)
-            axis.plot([*scores], [*map(mean, scores.values())], color=colour, label=method)
-        axis.set(title=title, xscale="log", **labels)
+    _, axes = plt.subplots(1, len(names), figsize=(14, 3), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for side, (method, colour) in zip(found[name], METHODS.items()):
+            rates = [*side.tried]
+            rows = [[compare.value_of(run, score) for run in side.tried[rate]] for rate in rates]
+            axis.plot(rates, rows, "o", color=colour, alpha=0.4, markersize=4)
+            axis.plot(rates, [*map(mean, rows)], color=colour, label=method)
+        axis.set(
+            title=ROWS[name].label.replace(", ", "\n"),
+            xlabel="learning rate",
+            ylim=(-3, 103),
+            xscale="log",
+            xticks=[1e-4, 3e-4, 1e-3],
+            xticklabels=["0.0001", "0.0003", "0.001"],
+        )
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel(f"{score} (%)")
     axes[0, 0].legend()
     plt.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def draw_figures(found):
-    panels = {}
-    for title, names in PANELS.items():
-        pair = ({}, {})
-        for x, name in names.items():
-            for scores, side in zip(pair, found.get(name, ())):
-                scores[x] = [compare.value_of(run, "colour_shape") for run in side.runs()]
-        panels[title] = pair
-    labels = {"xlabel": "pairs compared", "ylabel": "zero-shot, colour + shape (%)"}
-    draw(ASSETS / "study.png", panels, **labels)
-    panels = {}
-    for name in BATCHES:
-        panels[ROWS[name].label] = [side.goals() for side in found.get(name, ())]
-    labels = {"xlabel": "learning rate", "ylabel": "mean of R@1 and colour_shape (%)"}
-    draw(ASSETS / "rates.png", panels, **labels)
-
-
 def main(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="such as batch8 (default: all)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     compare.add_shared(parser)
     args = parser.parse_args(argv)
     unknown = {*args.rows} - ROWS.keys()
-    check(not unknown, f"there is no row {' or '.join(unknown)}")
+    check(not unknown, f"rows are {' '.join(ROWS)}")
     if not args.report:
         compare.open_out(args.out)
         study = compare.Study(args.out, args.jobs, compare.PUBLISHED)
@@ -299,11 +282,10 @@ def main(argv):
                 sides_of(study, name)
             except InputError as error:
                 print(f"{name} is not finished: {error}", flush=True)
-    study = compare.Study(args.out, 0, compare.PUBLISHED)
-    looks = {name: sides_of(study, name) for name in ROWS}
-    found = {name: sides for name, sides in looks.items() if sides is not None}
-    (FOLDER / "results.md").write_text(page(found))
-    draw_figures(found)
+    found = complete_rows(compare.Study(args.out, 0, compare.PUBLISHED))
+    RESULTS.write_text(page(found))
+    draw(ASSETS / "study.png", found, "colour_shape")
+    draw(ASSETS / "rates.png", found, "R@1")
 
 
 if __name__ == "__main__":
