@@ -174,13 +174,14 @@ def test_zeroshot_with_published_prompts_is_that_of_open_clip(folders):
     model = make_model()
     names = ["red", "green", "blue", "grey square", "ring", "unheard of"]
     dataset = evaluation.class_folders(folders, 16)
+    templates = evaluation.read_list("openai")
 
-    result = evaluation.zeroshot(
-        model, TOKENIZER, dataset, names, evaluation.read_list("openai"), batch_size=5
-    )
+    classes = evaluation.zeroshot_classifier(model, TOKENIZER, names, templates)  # (C, E)
+    result = evaluation.zeroshot(model, TOKENIZER, dataset, names, templates, batch_size=5)
 
     prompts = open_clip.OPENAI_IMAGENET_TEMPLATES
     classifier = open_clip.build_zero_shot_classifier(model, TOKENIZER, names, prompts)  # (E, C)
+    torch.testing.assert_close(classes, classifier.T)
     similarity = model.encode_image(torch.stack([image for image, _ in dataset])) @ classifier
     right = similarity.topk(5).indices == torch.tensor(dataset.targets)[:, None]
     for k in (1, 5):
