@@ -285,6 +285,7 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp
 
     assert result["class token"]["value"] == pytest.approx(1 / 3)
     assert result["patch mean"]["value"] == 1
+    assert result["untrained class token"]["value"] > 1 / 3  # another tower, which sees patches
     assert evaluation.format_score("patch mean", result["patch mean"]) in printed
 
 
