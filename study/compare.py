@@ -17,8 +17,8 @@ choice. While the best rate of all seeds is the lowest or the highest, one more 
 
 Finished runs are lines of out_study/runs.jsonl, and of study/runs.jsonl, the published ones. A run
 is known by its command, seed, world and code. So a comparison that was stopped goes on, and runs of
-other code are never reported. The code is that of the program, of what it imports from its folder,
-and of what draws the world, without comments and docstrings.
+other code are never reported. Code is that of the program (or module), of the Python files in its
+folder, of scripts/scenes.py there, and of what draws the world, without comments and docstrings.
 """
 
 import ast
@@ -492,7 +492,7 @@ def difference(sides, name):
 
 def print_sides(sides):
     for side in sides:
-        print(f"\n{side.command.text}: the best of {len(side.tried)} rates tried")
+        print(f"\n{side.command.text}, learning rates tried: {len(side.tried)}")
         print("rate: mean of R@1 and zero-shot (taken for, learned by, diverged for so many seeds)")
         print(*rate_texts(side), sep="\n")
     # of a run that has not diverged
