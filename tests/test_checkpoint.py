@@ -1,6 +1,5 @@
 """A file becomes a model, and a model a file. What does not fit is refused, and so is code."""
 
-import math
 import os
 
 import pytest
@@ -49,18 +48,6 @@ def test_what_is_written_is_loaded_ready_for_inference(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
     image = preprocess(Image.new("RGB", (40, 30)))[None]
     assert model.encode_image(image).shape == model.encode_text(tokenizer(["red"])).shape
-
-
-def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    path = write_checkpoint(tmp_path / "model.pt", MODEL)
-    before = path.read_bytes()
-    diverged = make_model()
-    diverged.visual.proj.data[0, 0] = math.nan
-
-    with pytest.raises(InputError, match="--learning_rate"):
-        evaluation.write_checkpoint(path, diverged, TOKENIZER.vocab)
-
-    assert path.read_bytes() == before
 
 
 class Evil:

@@ -65,56 +65,37 @@ def test_every_hundredth_pair_is_held_out_but_a_thousand_at_most(tmp_path, n, di
 @pytest.fixture
 def captioned(tmp_path):
     """A shard with one picture, which has several captions."""
-    fields = {"both": ["a red dog", "a blue cat"], "long": "the green grass", "odd": "a \ud800 dog"}
+    fields = {"both": ["a red dog", "a blue cat"], "odd": "a \ud800 dog"}
     members = [("0.jpg", JPEG), ("0.json", json.dumps(fields).encode()), ("0.txt", b"a dog")]
     return write_tar(tmp_path / "0.tar", members)
 
 
-def drawn_from(pairs, n=400):
-    """Captions and labels of so many visits to the first sample, two lists of texts."""
-    items = [pairs[visit, 0] for visit in range(n)]
-    captions = [TOKENIZER.decode(ids) for _, ids, _, _ in items]
-    return captions, [TOKENIZER.decode(label_ids) for _, _, label_ids, _ in items]
+def drawn_from(pairs):
+    """Captions and labels of 400 visits to the first sample, two lists of texts."""
+    _, captions, labels, _ = zip(*(pairs[visit, 0] for visit in range(400)))
+    return [*map(TOKENIZER.decode, captions)], [*map(TOKENIZER.decode, labels)]
 
 
-# Sources, and how often each caption is drawn from them in 400 visits. Half of a surrogate pair
-# becomes a question mark, or it could not be written to a file.
-SOURCES = {
-    "a list": (["json.both"], {"a red dog": 200, "a blue cat": 200}),
-    "one twice": (["txt", "json.odd", "txt"], {"a dog": 267, "a ? dog": 133}),
-}
+def test_captions_are_drawn_from_their_sources(captioned):
+    """One that is named twice is drawn twice as often, within three standard deviations. Half of a
+    surrogate pair becomes a question mark, or it could not be written to a file."""
+    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"]))
 
-
-@pytest.mark.parametrize("sources, expected", SOURCES.values(), ids=SOURCES)
-def test_captions_are_drawn_from_their_sources(captioned, sources, expected):
-    """Within three standard deviations. The caption is also the label."""
-    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, sources))
-
-    assert Counter(captions) == pytest.approx(expected, abs=30)
+    assert Counter(captions) == pytest.approx({"a dog": 267, "a ? dog": 133}, abs=30)
     assert labels == captions
 
 
-def test_labels_may_have_sources_of_their_own(captioned):
-    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, ["txt"], ["json.long"]), n=5)
+def test_labels_may_have_a_list_of_captions_of_their_own(captioned):
+    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, ["txt"], ["json.both"]))
 
-    assert captions == 5 * ["a dog"]
-    assert labels == 5 * ["the green grass"]
+    assert {*captions} == {"a dog"}
+    assert Counter(labels) == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
 
 
 @pytest.mark.parametrize("sources", [(["jsn.long"], None), (["txt"], ["json.lang"])])
 def test_a_source_that_no_sample_has_is_a_typo(captioned, sources):
     with pytest.raises(InputError, match="js"):
         Pairs([captioned], TOKENIZER, 8, *sources)
-
-
-def test_the_fingerprint_changes_with_shards_and_sources(captioned, tmp_path):
-    other = write_good_shard(tmp_path / "1.tar", 1)
-    prints = []
-    for shards in ([captioned], [captioned, other]):
-        prints += [Pairs(shards, TOKENIZER, 8, [x]).fingerprint for x in ("txt", "json.long")]
-
-    assert prints[0] == Pairs([captioned], TOKENIZER, 8, ["txt"]).fingerprint
-    assert len({*prints}) == 4
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
@@ -125,14 +106,17 @@ def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
         pairs = pickle.loads(pickle.dumps(pairs))  # as another process has it
         return [pairs[visit, 0] for visit in range(20)]
 
-    images, captions, _, kept = zip(*draws(seed=0))
+    first = draws(seed=0)
+    again = draws(seed=0)
+    *_, kept_otherwise = zip(*draws(seed=1))
 
-    torch.testing.assert_close(draws(seed=0), draws(seed=0), rtol=0, atol=0)
+    images, captions, _, kept = zip(*first)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert kept_otherwise != kept
     assert len({str(image.tolist()) for image in images}) > 15
     assert len({*map(tuple, captions)}) == 2
-    assert all(len({*keep}) == 12 and {*keep} < {*range(16)} for keep in kept)
     assert len({*map(tuple, kept)}) == 20
-    assert [*kept] != [keep for *_, keep in draws(seed=1)]
+    assert {len({*keep}) for keep in kept} == {12}
 
 
 # ---- bad samples

@@ -132,11 +132,10 @@ def test_the_loss_of_a_validation_is_clips_in_groups():
     model = make_model()
     images, texts = F.normalize(torch.randn(2, 6, 8), dim=2)
     two_texts = torch.stack([texts, images], dim=1).flatten(0, 1)
+    owner = torch.arange(6).repeat_interleave(2)
     same = torch.ones(7, 1)
 
-    loss = evaluation.loss_in_groups(
-        model, images, two_texts, torch.arange(6).repeat_interleave(2), 6
-    )
+    loss = evaluation.loss_in_groups(model, images, two_texts, owner, 6)
     guess = evaluation.loss_in_groups(model, same, same, torch.arange(7), 3)
 
     clip_loss = open_clip.loss.ClipLoss()(images, texts, model.logit_scale.exp())
@@ -148,17 +147,18 @@ def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read shifts nothing. Colours
     are perfect features, but there are two images of each: half of the answers are right."""
     samples = []
-    for i, name in enumerate([*NAMES, "grey", *NAMES]):
-        image = png(COLOURS[name], np.random.default_rng(i)) if name != "grey" else b"no image"
-        texts = json.dumps({"captions": [name, f"a {name} thing"]}).encode()
-        samples.append({"png": image, "txt": name.encode(), "json": texts})
+    for name in [*NAMES, *NAMES]:
+        fields = json.dumps({"c": [name, f"a {name} thing"]}).encode()
+        picture = png(COLOURS[name], np.random.default_rng(0))
+        samples.append({"png": picture, "txt": name.encode(), "json": fields})
+    samples.insert(3, {**samples[0], "png": b"no image"})
     shard = write_shard(tmp_path / "x.tar", samples)
-    pairs = data.Pairs([shard], TOKENIZER, 16, ["json.captions", "txt", "json.captions"])
+    pairs = data.Pairs([shard], TOKENIZER, 16, ["json.c", "txt", "json.c"])
 
     images, texts, owner = evaluation.encode_shards(Colours(), pairs, batch_size=2)
     result = evaluation.retrieval(images, texts, owner)
 
-    assert owner.tolist() == [i for i in range(6) for _ in range(3)]
+    assert owner.tolist() == torch.arange(6).repeat_interleave(3).tolist()
     assert values(result, "image_to_text", 1, 5) == pytest.approx([0.5, 1])
     assert values(result, "text_to_image", 1, 5) == pytest.approx([0.5, 1])
     printed = capsys.readouterr().out

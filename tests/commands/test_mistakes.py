@@ -11,7 +11,6 @@ import pytest
 import torch
 from material import COLOURS, error_of, make_model, png, write_checkpoint, write_shard
 
-import data
 import eval as evaluation
 import train
 from cli import InputError, run_command
@@ -106,20 +105,6 @@ def raises(error):
     return main
 
 
-class Mistake:
-    """A dataset that a user has made a mistake with."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, i):
-        raise InputError("--captions")
-
-
-def load_mistake(argv):
-    next(iter(data.make_loader(Mistake(), workers=1)))
-
-
 def lose_reader(argv):
     """A command whose output is read no further, as by `| head`."""
     reading, writing = os.pipe()
@@ -132,7 +117,6 @@ def lose_reader(argv):
 ENDS = {  # a command, its exit code, and what it says
     "well": (lambda argv: print("half of a surrogate pair: \ud800"), 0, ""),
     "a mistake": (raises(InputError("--steps")), 2, "error: --steps\n"),
-    "a mistake in a loading process": (load_mistake, 2, "error: --captions\n"),
     "a full disk": (raises(OSError(28, "No space")), 2, "No space\n"),
     "Ctrl-C": (raises(KeyboardInterrupt()), 130, "Ctrl-C\n"),
     "a mistake of ours": (raises(ValueError("ours")), 1, "Traceback"),
