@@ -41,7 +41,7 @@ eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.js
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
 eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test ./classes                 | --test
-words MODEL --image broken.png                                    | broken.png
+words MODEL --image hollow                                        | hollow
 words --checkpoint clip.pt --image photo.png                      | clip.pt
 search MODEL --images hollow "a text"                             | hollow
 search NONE --images classes "a text" --out x.doc                 | x.doc
@@ -71,7 +71,6 @@ def world(tmp_path_factory):
         write_shard(world / name, [pair, pair])
     for name in ("photo.png", "classes/red/0.png", "classes/green/0.png"):
         (world / name).write_bytes(picture)
-    (world / "broken.png").write_bytes(b"no image")
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
