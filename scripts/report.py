@@ -148,7 +148,7 @@ def scores_of(validation):
 def summarise(header, rows):
     """What the page shows of a run: header, seconds of training, a curve of each term of the loss
     and of the validations, lists of [step, value], the last scores, and whether it overfits.
-    Arguments: what eval.read_log returns."""
+    Arguments: what read_log returns."""
     batch_size = header["arguments"]["batch_size"]
     training = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "zeroshot" in row]

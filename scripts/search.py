@@ -59,7 +59,6 @@ from scripts.pictures import (
     contact_sheet,
     image_files,
     load_font,
-    validation_of,
     wrap,
 )
 
@@ -72,11 +71,10 @@ Entry = namedtuple("Entry", "file name offset size mtime")
 COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
 
 
-def file_entries(paths, out):
-    """Image files and folders -> list of their entries. The picture `out` must not be one of the
-    files."""
+def file_entries(paths):
+    """Image files and folders -> list of their entries."""
     entries = []
-    for path in image_files(paths, out):
+    for path in image_files(paths):
         name = os.path.abspath(path)
         status = os.stat(path)
         entries.append(Entry(name, name, 0, status.st_size, status.st_mtime_ns))
@@ -84,10 +82,8 @@ def file_entries(paths, out):
 
 
 def shard_entries(pairs):
-    """data.Pairs -> the entries of all their images, with or without captions, as a dict {entry:
+    """data.Shards -> the entries of all their images, with or without captions, as a dict {entry:
     its row of the index}."""
-    if pairs.unused:
-        print(f"{len(pairs.unused):,} parts of shards are not used: see python -m scripts.show")
     files = [os.path.abspath(shard) for shard in pairs.shards]
     mtimes = [os.stat(shard).st_mtime_ns for shard in pairs.shards]
     entries = {}
@@ -172,15 +168,15 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
     found = {entry: before[entry] for entry in entries if entry in before}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in before]
     images = Images(missing, model.config.image_size)
-    any_good = bool(found)
     try:
-        for batch, encoded in evaluation.batches(images, batch_size, workers, "encoding", any_good):
+        for batch, encoded in evaluation.batches(images, batch_size, workers, "encoding"):
             vectors = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
             found.update(zip(encoded, vectors))
     finally:  # also after Ctrl-C, so that the next search starts from there
         found = {entry: found[entry] for entry in entries if entry in found}  # in their order
         if path and found and list(found) != list(before):
             write_features(path, found, checkpoint)
+    check(found, "none of the images can be used")
     return found
 
 
@@ -191,10 +187,10 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
 class Search:
     """A model, and the images to search with it. An image's number is its place in `entries`.
 
-    features: dict {entry: feature (E,)}; pairs: data.Pairs, or None; row_of: dict {entry: its row
+    features: dict {entry: feature (E,)}; pairs: data.Shards, or None; row_of: dict {entry: its row
     of pairs.index}; captions: sources, of which the first that an image has is taken. The result of
-    a search is a dict: the text, or the name of the image that others are like; the words of the
-    text that the model hardly knows; and what was found, a list of dicts.
+    a search is a dict: the text, or the name of the image that others are like, and what was found,
+    a list of dicts.
     """
 
     def __init__(self, model, tokenizer, features, pairs, row_of, captions):
@@ -211,9 +207,8 @@ class Search:
         """The images that fit a text best: k of them, after the first `skip`."""
         with self.lock:
             [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
-            unknown = evaluation.unknown_words(self.tokenizer, [text], self.model)
         found = self.best(self.features @ feature, k, skip)
-        return {"text": text, "unknown": unknown, "found": found}
+        return {"text": text, "found": found}
 
     def by_image(self, entry, feature, k, skip=0):
         """The images that are most like another, which need not be one of them."""
@@ -221,7 +216,7 @@ class Search:
         # An image would find itself and its copies, which are of no use to anybody.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
         found = self.best(scores, k, skip)
-        return {"like": short_name(entry.name), "unknown": {}, "found": found}
+        return {"like": short_name(entry.name), "found": found}
 
     def best(self, scores, k, skip):
         order = scores.argsort(descending=True, stable=True)[skip : skip + k].tolist()
@@ -346,13 +341,12 @@ def open_shards(args):
     pairs of the run, and the sources of their captions. Or None and None."""
     if args.images and not args.data:
         return None, None
-    shards, captions = validation_of(args.checkpoint)
+    shards, captions = evaluation.validation_of(args.checkpoint)
     shards = args.data or shards
     check(
         shards, f"{args.checkpoint} names no validation shards: name --images or --data to search"
     )
-    # No tokenizer and no size, because the index, keys and captions are all that is needed here.
-    return data.Pairs(data.expand(shards), None, None), list(dict.fromkeys([*captions, "txt"]))
+    return data.Shards(data.expand(shards)), list(dict.fromkeys([*captions, "txt"]))
 
 
 def main(argv):
@@ -360,8 +354,8 @@ def main(argv):
     server = None
     if args.serve:
         server = serve.open_server(args.port)  # now, so that no work is lost if another has it
-    like = file_entries(args.like, args.out)
-    entries = file_entries(args.images, args.out)
+    like = file_entries(args.like)
+    entries = file_entries(args.images)
     pairs, captions = open_shards(args)
     row_of = {}  # entry in a shard -> its row of the index
     if pairs:
@@ -376,8 +370,6 @@ def main(argv):
     search = Search(model, tokenizer, features, pairs, row_of, captions)
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    evaluation.print_overfitting(Path(args.checkpoint).parent)
-    evaluation.print_unknown_words(tokenizer, args.texts, model)
     results = {}  # text or entry -> the result of its search
     for entry, feature in features_of_like.items():
         results[entry] = search.by_image(entry, feature, args.k)

@@ -11,8 +11,7 @@ from webpage import are_near, numbers_of, requests_of
 
 import data
 import eval as evaluation
-from cli import InputError
-from scripts import report
+from scripts import report, words
 from superclip import classification_loss, contrastive_loss
 
 HOSTILE = '</script><b id="x">a red</b> square <!-- <script> &lt; "\' \u2028'
@@ -109,49 +108,6 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["scores"][0] == {"name": names[0], **score(0.6)}
 
 
-def test_a_header_ends_the_earlier_rows_that_have_seen_more_samples(tmp_path):
-    """The run goes on from step 5 of 8 pairs: that is step 10 of 4 pairs, and step 15 was later,
-    though 15 is more than any step of the new attempt."""
-    first = [header_row(0), training_row(10, 2.5), training_row(15, 2.0), validation_row(15, 0.5)]
-    second = [header_row(5, 8), training_row(8, 1.0, batch_size=8)]
-
-    header, rows = evaluation.read_log(write_log(tmp_path / "log.jsonl", *first, *second))
-
-    assert header["arguments"]["batch_size"] == 8
-    assert [(row["step"], row["samples"]) for row in rows] == [(10, 40), (8, 64)]
-    page = report.read_run(tmp_path / "log.jsonl")
-    assert page["losses"]["contrastive_loss"] == [[5, 2.5], [8, 1.0]]  # in steps of 8 pairs
-
-
-ODD_LINES = {
-    "half a line": '{"step": 40, "lo',
-    "NaN": '{"step": 40, "loss": NaN, "contrastive_loss": NaN, "images_per_second": 8}',
-    "1e999": '{"step": 40, "loss": 1e999, "contrastive_loss": 1e999, "images_per_second": 8}',
-    "nothing": "",
-    "deep": "[" * 100_000,
-    "a list": "[1, 2]",
-    "no step": '{"loss": 1.0}',
-    "a step in letters": '{"step": "ten", "loss": 1.0}',
-    "zeros of a full disk": "\0" * 4096,
-}
-
-
-@pytest.mark.parametrize("line", ODD_LINES.values(), ids=ODD_LINES)
-def test_odd_lines_are_no_rows(line, tmp_path):
-    path = write_log(tmp_path / "log.jsonl", header_row(0), training_row(10, 2.5), end=line)
-
-    page = report.read_run(path)
-
-    assert page["losses"]["contrastive_loss"] == [[10, 2.5]]
-
-
-def test_a_file_that_does_not_begin_with_a_header_is_no_log(tmp_path):
-    path = write_log(tmp_path / "log.jsonl", training_row(10, 2.5), header_row(10))
-
-    with pytest.raises(InputError, match="log.jsonl"):
-        evaluation.read_log(path)
-
-
 def test_every_term_of_the_loss_has_a_curve(tmp_path):
     """That of a fork, too; other numbers have none."""
     rows = [training_row(10, 2.5, grad_norm=1.0), training_row(20, 2.0, my_loss=0.25)]
@@ -219,14 +175,14 @@ def test_searches_show_the_best_pictures_and_the_right_one(page, model, val_pair
 
 def test_words_and_maps_are_those_of_eval(page, model, val_pairs):
     for picture in numbers_of(page)["pictures"]:
-        words = picture["words"]
+        said = picture["words"]
         image, [caption] = evaluation.ShardImages(val_pairs)[picture["number"]]
         top = evaluation.top_words(model, TOKENIZER, image[None], 8)[0]
-        _, maps = evaluation.word_maps(model, image, [i for _, _, i in top], window=1)
+        _, maps = words.word_maps(model, image, [i for _, _, i in top], window=1)
 
-        assert [(w["word"], w["probability"]) for w in words] == [(w, p) for w, p, _ in top]
-        assert [w["said"] for w in words] == [i in TOKENIZER.encode(caption) for _, _, i in top]
-        assert are_near([w["map"] for w in words], maps, 1e-3)
+        assert [(w["word"], w["probability"]) for w in said] == [(w, p) for w, p, _ in top]
+        assert [w["said"] for w in said] == [i in TOKENIZER.encode(caption) for _, _, i in top]
+        assert are_near([w["map"] for w in said], maps, 1e-3)
 
 
 def test_words_of_all_captions_of_a_picture_are_ticked(model, tmp_path):
@@ -293,7 +249,7 @@ def test_data_and_captions_are_those_of_the_run_and_an_option_wins(tmp_path, mod
     """The run's captions are not in these shards, which --captions txt puts right."""
     options = {"val_data": val_pairs.shards, "val_captions": ["json.none"], "captions": ["txt"]}
     path = tmp_path / "best.pt"
-    evaluation.write_checkpoint(path, model, TOKENIZER.vocab, arguments=options)
+    evaluation.write_checkpoint(path, model, TOKENIZER.vocab, header={"arguments": options})
     argv = ["--checkpoint", path, "--out", tmp_path / "page.html"]
 
     assert run(report.main, *argv) == 2
@@ -304,7 +260,9 @@ def test_data_and_captions_are_those_of_the_run_and_an_option_wins(tmp_path, mod
 
 def test_a_run_that_held_pairs_out_needs_data(tmp_path, model, capsys):
     path = tmp_path / "best.pt"
-    evaluation.write_checkpoint(path, model, TOKENIZER.vocab, arguments={"val_data": None})
+    evaluation.write_checkpoint(
+        path, model, TOKENIZER.vocab, header={"arguments": {"val_data": None}}
+    )
 
     error = error_of(capsys, report.main, "--checkpoint", path, "--out", tmp_path / "page.html")
 

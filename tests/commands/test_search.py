@@ -1,8 +1,6 @@
 """scripts/search.py against the slow way to search, and the file that keeps features."""
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,34 +76,6 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, mo
         assert [s for s, _ in result] == pytest.approx([s for s, _ in slow[:7]], abs=6e-4)
 
 
-# A guess has ln 4 = 1.39 in groups of 4.
-@pytest.mark.parametrize("val_loss, is_said", [(1.5, True), (1.2, False)])
-def test_what_overfits_is_not_trusted(folders, checkpoint, tmp_path, capsys, val_loss, is_said):
-    """The log of the run, which lies beside the checkpoint, tells."""
-    header = {"header": {"arguments": {"batch_size": 4}}, "step": 0}
-    row = {"step": 1, "loss": 0.1, "contrastive_loss": 0.1}
-    validation = {"step": 1, "val_contrastive_loss": val_loss, "val_group": 4}
-    lines = [json.dumps(line) for line in (header, row, validation)]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    shutil.copy(checkpoint, tmp_path / "best.pt")
-    argv = ["--images", folders / "red", TEXTS[0]]
-
-    printed, _ = found(capsys, "--checkpoint", tmp_path / "best.pt", *argv)
-
-    assert ("--epochs" in printed) == is_said
-
-
-def test_a_log_of_another_program_is_no_reason_to_stop(folders, checkpoint, tmp_path, capsys):
-    (tmp_path / "log.jsonl").write_text("hello\n")
-    shutil.copy(checkpoint, tmp_path / "best.pt")
-
-    _, results = found(
-        capsys, "--checkpoint", tmp_path / "best.pt", "--images", folders / "red", TEXTS[0]
-    )
-
-    assert len(results) == 1
-
-
 def test_an_image_does_not_find_its_copies(folders, checkpoint, capsys):
     photo = folders / "red" / "2.png"
     copy = folders / "green" / "copy.png"
@@ -165,7 +135,7 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     shard = write_shard(tmp_path / "val.tar", [sample, sample])
     options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
     path = tmp_path / "best.pt"
-    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, arguments=options)
+    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, header={"arguments": options})
 
     _, [result] = found(capsys, "--checkpoint", path, "red")
 
@@ -213,7 +183,7 @@ class Counted:
 
     def __call__(self, folder):
         self.n = 0
-        entries = search.file_entries([folder], None)
+        entries = search.file_entries([folder])
         features = search.find_features(self.model, entries, 0, self.kept, "sha", batch_size=1)
         names = [entry.name for entry in features]
         assert names == sorted(str(file.absolute()) for file in Path(folder).rglob("*.png"))
@@ -287,7 +257,7 @@ def test_each_search_begins_a_row_of_the_picture(folders, tmp_path):
     for colour in colours:
         path = folders / f"{colour}.png"
         Image.new("RGB", (20, 20), colour).save(path)
-        [entries[colour]] = search.file_entries([path], None)
+        [entries[colour]] = search.file_entries([path])
     counts = {"red": 2, "green": 3, "blue": 8}  # the last one has eight, and a row seven
     blocks = [[(entries[colour], "")] * n for colour, n in counts.items()]
 
@@ -323,7 +293,6 @@ def test_the_command_draws_the_picture(folders, checkpoint, tmp_path, capsys):
 
 
 def test_json_keeps_names_captions_and_scores(folders, checkpoint, tmp_path, capsys, monkeypatch):
-    """And the words that the model does not know."""
     monkeypatch.chdir(folders)
     sample = {"png": Path("red/0.png").read_bytes(), "txt": b"a red ring", "json": b'{"image":"r"}'}
     write_shard("a.tar", [sample])
@@ -335,7 +304,6 @@ def test_json_keeps_names_captions_and_scores(folders, checkpoint, tmp_path, cap
     by_image, by_text = results
     assert by_image["like"] == "green/0.png"
     assert by_text["text"] == "a red zebra"
-    assert list(by_text["unknown"]) == ["zebra"]
     features = np.load(tmp_path / "x.npz")
     query = features_of(checkpoint, ["green/0.png"])[0].numpy()
     for result in results:

@@ -29,7 +29,7 @@ from PIL import Image
 from webpage import are_near, numbers_of, requests_of
 
 import eval as evaluation
-from scripts import search
+from scripts import search, words
 
 HOSTILE = "<img src=x onerror=document.title='stolen'></script><b id=x>a red \u2028ring"
 HOSTILE_NAME = "<img src=x onerror=document.title='stolen'>.png"
@@ -234,7 +234,6 @@ def test_a_reader_types_and_sees_the_best_pictures(opened, world, slow_search):
 
     type_in(opened, "a blue zebra")
 
-    assert "zebra" in all_of(opened, "#results > section > p")[0].text
     scores = features @ model.encode_text(tokenizer(["a blue zebra"]))[0]
     best = [names[i] for i in scores.argsort(descending=True)]
     titles = [title for title in titles_of(opened) if title.endswith(".png")]
@@ -280,9 +279,9 @@ def test_a_click_on_a_word_shows_its_map(opened, world, slow_search):
 
     model, tokenizer, preprocess = evaluation.load(world / "model.pt")
     image = preprocess((world / "photos" / title).read_bytes())
-    words = evaluation.top_words(model, tokenizer, image[None], 8)[0]
-    _, maps = evaluation.word_maps(model, image, [i for _, _, i in words], window=1)
-    assert words[1][0] in figure.text
+    top = evaluation.top_words(model, tokenizer, image[None], 8)[0]
+    _, maps = words.word_maps(model, image, [i for _, _, i in top], window=1)
+    assert top[1][0] in figure.text
     script = "return [...arguments[0].getContext('2d').getImageData(0, 0, 4, 4).data]"
     pixels = torch.tensor(opened.execute_script(script, canvas)).view(4, 4, 4)
     assert are_near(pixels[:, :, 3].tolist(), 220 * maps[1].abs() / maps.abs().max(), 1.5)
@@ -360,6 +359,5 @@ def test_the_page_of_out_needs_no_network_and_fits_a_phone(browser, world, capsy
     shown = all_of(browser, "#results li img")
     assert len(shown) == 92
     assert all(image.get_property("naturalWidth") == 224 for image in shown)
-    assert "zebra" in all_of(browser, "#results")[0].text
     assert all_of(browser, "#x, [onerror], form:not([hidden]), .actions") == []
     assert browser.title != "stolen"
