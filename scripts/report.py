@@ -205,13 +205,18 @@ def read_pairs(model, pairs):
     return torch.cat(images), captions, torch.cat(features)
 
 
-def data_uri(image):
-    """image (3, S, S) -> a small JPEG as the text of a data: address."""
+def small_jpeg(image):
+    """image (3, S, S) -> the bytes of a small JPEG file."""
     picture = to_pil_image(image)
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(image):
+    """image (3, S, S) -> a small JPEG as the text of a data: address."""
+    return "data:image/jpeg;base64," + base64.b64encode(small_jpeg(image)).decode()
 
 
 def shortened(text):

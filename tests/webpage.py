@@ -1,4 +1,4 @@
-"""What tests of the pages that report.py and demo.py write have in common."""
+"""What tests of pages have in common."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import torch
 
 
 def numbers_of(page):
-    """The JSON that a page of scripts/report.py or scripts/demo.py carries."""
+    """The JSON that a page carries."""
     text = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
     return json.loads(text[1])
 
@@ -20,5 +20,6 @@ def are_near(numbers, tensor, tolerance=1e-3):
 def requests_of(browser):
     """The addresses that a browser has asked for since it was asked this before."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if "requestWillBeSent" in m["method"]]
-    return {url for url in sent if not url.startswith("data:")}
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = {one["request"]["url"] for one in sent}
+    return {url for url in urls if not url.startswith("data:")}
