@@ -19,25 +19,22 @@ that are new or have changed. Other programs, such as a notebook or FAISS, can r
     photos["names"]     # (N,) absolute paths; SHARD:KEY for images in shards
     photos["features"]  # (N, E) float32, of length 1
 
-The other arrays tell versions apart: image i is sizes[i] bytes of files[i], from offsets[i] on, as
-they were at mtimes[i], in ns; checkpoint is the SHA-256 of the checkpoint.
+The other arrays tell versions apart: stamps (N,) are texts that change when an image does, and
+checkpoint is the SHA-256 of the checkpoint.
 
-Axes: N images, E embedding, Q searches, S pixels a side.
+Axes: N images, E embedding, S pixels a side.
 """
 
 import hashlib
 import math
 import os
-import threading
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import eval as evaluation
@@ -54,53 +51,66 @@ from cli import (
     write_json,
 )
 from scripts import serve
-from scripts.pictures import (
-    FORMATS,
-    contact_sheet,
-    image_files,
-    load_font,
-    wrap,
-)
+from scripts.pictures import FORMATS, contact_sheet, image_files
 
 # -----------------------------------------------------------------------------
 # Where images are
 
-# An image is `size` bytes of a file, from `offset` on, as they were at mtime, in ns. Images that
-# are equal in all of that have the same content, so they are encoded once.
-Entry = namedtuple("Entry", "file name offset size mtime")
-COLUMNS = "files", "names", "offsets", "sizes", "mtimes"  # in the file of features
+# An image to search. stamp: a text that changes when the image does; row: its row of the index of
+# the shards, or None if it is a file.
+Entry = namedtuple("Entry", "name stamp row")
+
+
+def stamp_of(path):
+    """When a file was changed, in ns, and its size, as a text."""
+    status = os.stat(path)
+    return f"{status.st_mtime_ns} {status.st_size}"
 
 
 def file_entries(paths):
     """Image files and folders -> list of their entries."""
+    return [Entry(os.path.abspath(file), stamp_of(file), None) for file in image_files(paths)]
+
+
+def shard_entries(shards):
+    """data.Shards -> list of the entries of all their images, with or without captions."""
     entries = []
-    for path in image_files(paths):
-        name = os.path.abspath(path)
-        status = os.stat(path)
-        entries.append(Entry(name, name, 0, status.st_size, status.st_mtime_ns))
+    for row in shards.index.tolist():
+        path = shards.shards[row[0]]
+        # With the place of the image, because a tar header may shorten two names to one.
+        stamp = f"{stamp_of(path)} {row[data.IMAGE]}"
+        entries.append(Entry(f"{path}:{shards.key(row)}", stamp, tuple(row)))
     return entries
 
 
-def shard_entries(pairs):
-    """data.Shards -> the entries of all their images, with or without captions, as a dict {entry:
-    its row of the index}."""
-    files = [os.path.abspath(shard) for shard in pairs.shards]
-    mtimes = [os.stat(shard).st_mtime_ns for shard in pairs.shards]
-    entries = {}
-    for row in pairs.index.tolist():
-        file = files[row[0]]
-        name = f"{file}:{pairs.key(row)}"
-        offset = row[data.IMAGE] * data.BLOCK
-        size = row[data.IMAGE + 1]
-        entries[Entry(file, name, offset, size, mtimes[row[0]])] = row
-    return entries
+class Images(Dataset):
+    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S), entry), where a text
+    takes the image's place if it cannot be read."""
+
+    def __init__(self, entries, shards, size):
+        self.entries = entries
+        self.shards = shards
+        self.size = size
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        entry = self.entries[i]
+        if entry.row is None:
+            return evaluation.read_image(entry.name, self.size), entry
+        try:
+            content = self.shards.read(entry.row, data.IMAGE)
+            return data.load_image(content, self.size), entry
+        except (data.BadSample, OSError) as error:
+            return f"{entry.name}: {error}", entry
 
 
-def first_text(pairs, row, sources):
-    """The first text that a sample of shards has in the first of the sources that it has, or ""."""
+def first_text(shards, row, sources):
+    """The first text that a sample has in the first of the sources that it has, or ""."""
     for source in sources:
         with suppress(data.BadSample, OSError):
-            return pairs.texts(row, source)[0]
+            return shards.texts(row, source)[0]
     return ""
 
 
@@ -109,74 +119,54 @@ def short_name(path):
     return path.removeprefix(os.getcwd() + os.sep)
 
 
-class Images(Dataset):
-    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S), entry), where a text
-    takes the image's place if it cannot be read."""
-
-    def __init__(self, entries, side):
-        self.entries, self.side = entries, side
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, i):
-        entry = self.entries[i]
-        try:
-            content = np.fromfile(entry.file, np.uint8, entry.size, "", entry.offset).tobytes()
-            return data.load_image(content, self.side), entry
-        except (data.BadSample, OSError) as error:
-            return f"{entry.name}: {error}", entry
-
-
 # -----------------------------------------------------------------------------
 # Features, and the file that keeps them
 
 
-def read_features(path, checkpoint, E):
-    """The file of --features -> dict {entry: feature (E,)}. Raises InputError unless it was made by
-    the checkpoint with this SHA-256, because features of different models cannot be compared."""
+def read_features(path, checkpoint):
+    """The file of --features -> dict {(name, stamp): feature (E,)}. Raises InputError unless the
+    checkpoint with this SHA-256 has made it, because features of two models do not compare."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(path) as content:
             made_by = content["checkpoint"].item()
-            vectors = torch.from_numpy(content["features"]).view(len(content["names"]), E)
-            columns = [content[name].tolist() for name in COLUMNS]
-        entries = [Entry(*values) for values in zip(*columns, strict=True)]
-        features = dict(zip(entries, vectors, strict=True))
-        intact = vectors.dtype == torch.float32 and bool(vectors.isfinite().all())
-    except Exception:  # NumPy and zipfile raise a dozen kinds
-        intact = False
-    check(intact, f"{path} is damaged, or no file of this command: name another")
+            versions = zip(content["names"].tolist(), content["stamps"].tolist())
+            features = dict(zip(versions, torch.from_numpy(content["features"])))
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds
+        raise InputError(f"{path} is damaged, or no file of --features: name another") from error
     check(made_by == checkpoint, f"{path} is of another checkpoint: name another file or delete it")
     return features
 
 
 def write_features(path, features, checkpoint):
     """Write what read_features reads. features: dict {entry: feature (E,)}."""
-    content = {"checkpoint": checkpoint, "features": torch.stack([*features.values()]).numpy()}
-    for name, values in zip(COLUMNS, zip(*features)):
-        content[name] = np.array(values)
+    names, stamps, _ = zip(*features)
+    content = {
+        "names": names,
+        "stamps": stamps,
+        "features": torch.stack([*features.values()]).numpy(),
+        "checkpoint": checkpoint,
+    }
     write_file(path, lambda file: np.savez(file, **content))
 
 
-def find_features(model, entries, workers, path=None, checkpoint="", batch_size=128):
+def find_features(model, entries, shards, workers, path=None, checkpoint=""):
     """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
     named. Features that are in the file `path` come from there, and all are kept there; checkpoint
     is its SHA-256. Raises InputError."""
-    before = {}
+    known = {}
     if path and path.exists():
-        before = read_features(path, checkpoint, model.config.embed_dim)
-    found = {entry: before[entry] for entry in entries if entry in before}
-    missing = [entry for entry in dict.fromkeys(entries) if entry not in before]
-    images = Images(missing, model.config.image_size)
+        known = read_features(path, checkpoint)
+    found = {e: known[e.name, e.stamp] for e in entries if (e.name, e.stamp) in known}
+    missing = [entry for entry in entries if entry not in found]
+    images = Images(missing, shards, model.config.image_size)
     try:
-        for batch, encoded in evaluation.batches(images, batch_size, workers, "encoding"):
-            vectors = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
-            found.update(zip(encoded, vectors))
-    finally:  # also after Ctrl-C, so that the next search starts from there
+        for batch, encoded in evaluation.batches(images, 128, workers, "encoding"):
+            features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
+            found.update(zip(encoded, features))
+    finally:  # also after Ctrl-C, so that the next search goes on from there
         found = {entry: found[entry] for entry in entries if entry in found}  # in their order
-        if path and found and list(found) != list(before):
+        if path and found and (missing or len(found) < len(known)):
             write_features(path, found, checkpoint)
-    check(found, "none of the images can be used")
     return found
 
 
@@ -187,39 +177,33 @@ def find_features(model, entries, workers, path=None, checkpoint="", batch_size=
 class Search:
     """A model, and the images to search with it. An image's number is its place in `entries`.
 
-    features: dict {entry: feature (E,)}; pairs: data.Shards, or None; row_of: dict {entry: its row
-    of pairs.index}; captions: sources, of which the first that an image has is taken. The result of
-    a search is a dict: the text, or the name of the image that others are like, and what was found,
-    a list of dicts.
+    features: dict {entry: feature (E,)}; shards: data.Shards, or None; captions: sources, of which
+    the first that an image has is shown. The result of a search is a dict: the text, or the name of
+    the image that others are like, and what was found, a list of dicts.
     """
 
-    def __init__(self, model, tokenizer, features, pairs, row_of, captions):
+    def __init__(self, model, tokenizer, features, shards, captions):
         self.model = model
         self.tokenizer = tokenizer
         self.entries = list(features)
         self.features = torch.stack([*features.values()])  # (N, E)
-        self.pairs = pairs
-        self.row_of = row_of
+        self.shards = shards
         self.captions = captions
-        self.lock = threading.Lock()  # for the model, which the page of --serve asks from threads
 
-    def by_text(self, text, k, skip=0):
-        """The images that fit a text best: k of them, after the first `skip`."""
-        with self.lock:
-            [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
-        found = self.best(self.features @ feature, k, skip)
-        return {"text": text, "found": found}
+    def by_text(self, text, k):
+        """The k images that fit a text best."""
+        [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
+        return {"text": text, "found": self.best(self.features @ feature, k)}
 
-    def by_image(self, entry, feature, k, skip=0):
-        """The images that are most like another, which need not be one of them."""
+    def by_image(self, entry, feature, k):
+        """The k images that are most like another, which need not be one of them."""
         scores = self.features @ feature
         # An image would find itself and its copies, which are of no use to anybody.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
-        found = self.best(scores, k, skip)
-        return {"like": short_name(entry.name), "found": found}
+        return {"like": short_name(entry.name), "found": self.best(scores, k)}
 
-    def best(self, scores, k, skip):
-        order = scores.argsort(descending=True, stable=True)[skip : skip + k].tolist()
+    def best(self, scores, k):
+        order = scores.argsort(descending=True, stable=True)[:k].tolist()
         return [self.about(i, scores[i].item()) for i in order if scores[i] > -math.inf]
 
     def about(self, i, score):
@@ -228,24 +212,24 @@ class Search:
         entry = self.entries[i]
         found = {"number": i, "score": score, "name": short_name(entry.name)}
         found |= {"file": "", "caption": ""}
-        row = self.row_of.get(entry)
-        if row is not None:
-            found["file"] = first_text(self.pairs, row, ["json.image"])
-            found["caption"] = first_text(self.pairs, row, self.captions)
+        if entry.row is not None:
+            found["file"] = first_text(self.shards, entry.row, ["json.image"])
+            found["caption"] = first_text(self.shards, entry.row, self.captions)
         return found
 
-    def image(self, entry, side):
-        """An image as a uint8 tensor (3, side, side), or, a text, the reason why not."""
-        image, _ = Images([entry], side)[0]
-        return image
+    def image(self, i, size):
+        """Image i as a uint8 tensor (3, size, size), or, a text, the reason why not."""
+        return Images(self.entries, self.shards, size)[i][0]
+
+
+def title_of(result):
+    return result["text"] if "text" in result else f"like {result['like']}"
 
 
 def print_result(result):
-    title = result.get("text") or f"like {result['like']}"
-    print("\n" + printable(title))
+    print("\n" + printable(title_of(result)))
     for found in result["found"]:
-        known = [found["name"], found["file"], found["caption"]]
-        line = "  ".join(filter(None, known))
+        line = "  ".join(filter(None, (found["name"], found["file"], found["caption"])))
         print(f"{found['score']:8.3f}  {printable(line)}")
 
 
@@ -254,55 +238,27 @@ def print_result(result):
 
 # Pixels of an image; images in a row; images in all: more would not fit into a .webp.
 SIDE, IN_A_ROW, MAX_IMAGES = 180, 7, 420
+WHITE = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
 
 
-def card(text):
-    """A text in the place of an image: uint8 tensor (3, SIDE, SIDE)."""
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    font = load_font(22)
-    lines = wrap(text, font, SIDE, lines=6)
-    ImageDraw.Draw(picture).text((0, 0), "\n".join(lines), "black", font)
-    return pil_to_tensor(picture)
-
-
-def block_of(query, result, entries):
-    """The cells that draw() shows of a search, list of (entry or text, caption). query: what it was
-    for, a text or an entry."""
-    caption = "like this" if isinstance(query, Entry) else ""
-    cells = [(query, caption)]
-    for found in result["found"]:
-        title = found["caption"] or found["file"] or os.path.basename(found["name"])
-        cells.append((entries[found["number"]], f"{found['score']:.3f} {title}"))
-    return cells
-
-
-def draw(blocks, path):
-    """Draw a block for each search, on rows of its own, and write the picture to `path`. blocks:
-    lists of (entry or text, caption)."""
-    columns = min(IN_A_ROW, max(map(len, blocks)))
-    cells = []
-    for block in blocks:
-        empty = -len(block) % columns  # cells at the end of its last row
-        cells += block + [("", "")] * empty
-    cells = cells[:MAX_IMAGES]
-
-    images = []
-    for cell, _ in cells:
-        image = cell
-        if isinstance(cell, Entry):
-            image, _ = Images([cell], SIDE)[0]
-        if isinstance(image, str):  # a text to search for, or the reason why there is no image
-            image = card(image)
-        images.append(image)
-    contact_sheet(images, [caption for _, caption in cells], path, columns)
-
-
-def write_out(path, results, search):
-    """Write the file of --out. results: dict {text or entry: the result of its search}."""
-    if path.suffix.lower() == ".html":
-        serve.write_results(path, results, search)
-    else:
-        draw([block_of(*pair, search.entries) for pair in results.items()], path)
+def draw(path, results, search):
+    """Draw each search on rows of its own: what it was for, and what was found. results: what the
+    methods of a Search return."""
+    columns = min(IN_A_ROW, 1 + max(len(result["found"]) for result in results))
+    cells = []  # (image, caption)
+    for result in results:
+        query = WHITE
+        if "like" in result:
+            query = evaluation.read_image(result["like"], SIDE)
+        cells.append((query, title_of(result)))
+        for found in result["found"]:
+            title = found["caption"] or found["file"] or os.path.basename(found["name"])
+            image = search.image(found["number"], SIDE)
+            cells.append((image, f"{found['score']:.3f} {title}"))
+        empty = -len(cells) % columns  # at the end of the last row
+        cells += [(WHITE, "")] * empty
+    images, captions = zip(*cells[:MAX_IMAGES])
+    contact_sheet(images, captions, path, columns)
 
 
 # -----------------------------------------------------------------------------
@@ -319,34 +275,15 @@ def read_options(argv):
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--out", type=output_file(".html", *FORMATS), help="page or picture to write: .html, .png")
     add("--json", type=output_file(".json"), help="file to write what was found to")
-    npz_file = output_file(".npz")
-    add("--features", type=npz_file, help=".npz file that keeps the features for the next search")
+    add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
     add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
-    port = number(int, 0, 65535)
-    add("--port", type=port, default=8000, help="of that page (default 8000; 0: any free one)")
+    add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
     if not args.texts and not args.like:
         check(args.serve, "name a text to look for, or an image (--like), or open a page (--serve)")
         check(not args.out, "--out shows what was found: name a text to look for, or an image")
-    # The shell makes several names of --images *.jpg, and all but the first would become texts.
-    wrong = [text for text in args.texts if not text.strip() or os.path.exists(text)]
-    if wrong:
-        raise InputError(f"texts must not be empty or files (repeat --images for each): {wrong}")
     return args
-
-
-def open_shards(args):
-    """Returns the pairs to search, those of --data or, if there is nothing to search, validation
-    pairs of the run, and the sources of their captions. Or None and None."""
-    if args.images and not args.data:
-        return None, None
-    shards, captions = evaluation.validation_of(args.checkpoint)
-    shards = args.data or shards
-    check(
-        shards, f"{args.checkpoint} names no validation shards: name --images or --data to search"
-    )
-    return data.Shards(data.expand(shards)), list(dict.fromkeys([*captions, "txt"]))
 
 
 def main(argv):
@@ -354,32 +291,34 @@ def main(argv):
     server = None
     if args.serve:
         server = serve.open_server(args.port)  # now, so that no work is lost if another has it
-    like = file_entries(args.like)
+    paths, captions = evaluation.validation_of(args.checkpoint)
+    if args.images or args.data:
+        paths = args.data
     entries = file_entries(args.images)
-    pairs, captions = open_shards(args)
-    row_of = {}  # entry in a shard -> its row of the index
-    if pairs:
-        row_of = shard_entries(pairs)
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    shards = None
+    if paths:
+        shards = data.Shards(data.expand(paths))
+        entries += shard_entries(shards)
+    check(entries, f"{args.checkpoint} names no validation shards: name --images or --data")
 
-    features_of_like = {}
-    if like:
-        features_of_like = find_features(model, like, workers=0)
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    like = find_features(model, file_entries(args.like), None, workers=0)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    features = find_features(model, [*entries, *row_of], args.workers, args.features, sha256)
-    search = Search(model, tokenizer, features, pairs, row_of, captions)
+    features = find_features(model, entries, shards, args.workers, args.features, sha256)
+    check(features, "none of the images can be read")
+    search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    results = {}  # text or entry -> the result of its search
-    for entry, feature in features_of_like.items():
-        results[entry] = search.by_image(entry, feature, args.k)
-    for text in args.texts:
-        results[text] = search.by_text(text, args.k)
-    for result in results.values():
+    results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]
+    results += [search.by_text(text, args.k) for text in args.texts]
+    for result in results:
         print_result(result)
-    write_json(args.json, [*results.values()])
+    write_json(args.json, results)
     if args.out:
-        write_out(args.out, results, search)
+        if args.out.suffix.lower() == ".html":
+            serve.write_results(args.out, results, search)
+        else:
+            draw(args.out, results, search)
         print(f"\nwrote {args.out}")
     if server:
         serve.run(server, search, args.k)

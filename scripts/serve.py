@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+import eval as evaluation
 from cli import InputError, check
 from scripts.report import SIDE, data_uri, page_text, small_jpeg, write_page
 
@@ -29,17 +30,15 @@ HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -
 
 
 def write_results(path, results, search):
-    """Write the page that needs no network. results: dict {text or entry: the result of its search}
-    of a scripts.search.Search."""
+    """Write the page that needs no network. results: what the methods of a scripts.search.Search
+    return."""
     images = {}  # number of a picture, or name of one that others are like -> data: address
-    for query, result in results.items():
+    for result in results:
         if "like" in result:
-            images[result["like"]] = data_uri(search.image(query, SIDE))
+            images[result["like"]] = data_uri(evaluation.read_image(result["like"], SIDE))
         for found in result["found"]:
-            i = found["number"]
-            images[i] = data_uri(search.image(search.entries[i], SIDE))
-    content = {"served": False, "results": [*results.values()], "images": images}
-    write_page(path, TEMPLATE, content)
+            images[found["number"]] = data_uri(search.image(found["number"], SIDE))
+    write_page(path, TEMPLATE, {"served": False, "results": results, "images": images})
 
 
 # -----------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             page = page.replace("img-src data:", "img-src data: 'self'; connect-src 'self'", 1)
             return "text/html", page.encode()
         if name == "picture":
-            image = search.image(search.entries[int(options["number"])], SIDE)
+            image = search.image(int(options["number"]), SIDE)
             check(not isinstance(image, str), "it cannot be read any more")
             return "image/jpeg", small_jpeg(image)
         if "like" in options:
