@@ -15,7 +15,6 @@ import base64
 import io
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,7 +33,6 @@ from cli import (
     run_command,
     write_file,
 )
-from scripts.show import label_of
 from scripts.words import default_window, word_maps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -42,7 +40,7 @@ START_OF_PAGE = TEMPLATE.with_name("page.html")
 PLACEHOLDER = "/* the numbers */"  # in page.html: where the JSON goes
 REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.jsonl"
 SEARCHED = 1000  # pairs that a caption is searched among
-WORDS, FOUND, EXAMPLES = 8, 5, 3  # words of a picture; pictures of a search; searches of each kind
+WORDS = 8  # of a picture
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
 HEADER = "arguments config parameters pairs steps device dtype torch commit date".split()
 POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
@@ -87,9 +85,9 @@ def read_log(path):
 
 
 def overfitting(rows):
-    """Rows of a log -> a sentence if the model learns its training pairs
-    by heart, else None: if it beats a guess in training, but not among validation pairs, or if the
-    loss fell in training, but rose in the last two validations."""
+    """Rows of a log -> a sentence if the model learns its training pairs by heart, else None: if it
+    beats a guess in training, but not among validation pairs, or if the loss fell in training, but
+    rose in the last two validations."""
     training = []  # the contrastive loss at each validation
     validation = []
     loss = math.inf
@@ -115,61 +113,40 @@ def overfitting(rows):
     )
 
 
-def training_seconds(training, batch_size):
-    """How long the steps of these rows took. Each row gives the speed since the row before it, in
-    which validations are left out."""
-    seconds = 0.0
-    before = 0
-    for row in training:
-        speed = max(row["images_per_second"], 0.1)
-        seconds += (row["step"] - before) * batch_size / speed
-        before = row["step"]
-    return seconds
-
-
 def scores_of(validation):
-    """The row of a validation -> its scores, a list of dicts with their names. Folders of zero-shot
-    classes go by their last name, if that tells them apart."""
-    scores = {}
-    for way, part in (validation.get("validation") or {}).items():
+    """The row of a validation -> its scores, a list of dicts with their names."""
+    scores = []
+    for way, part in validation.get("validation", {}).items():
         for name, score in part.items():
-            if name.startswith("R@"):
-                scores[f"{way} {name}"] = score
-    zeroshot = validation.get("zeroshot") or {}
-    times = Counter(Path(folder).name for folder in zeroshot)
-    for folder, score in zeroshot.items():
-        name = Path(folder).name
-        if times[name] > 1:
-            name = folder
-        scores[f"zero-shot {name}"] = score
-    return [{"name": name.replace("_", " "), **score} for name, score in scores.items()]
+            scores.append({"name": f"{way} {name}".replace("_", " "), **score})
+    for folder, score in validation.get("zeroshot", {}).items():
+        scores.append({"name": f"zero-shot {Path(folder).name}".replace("_", " "), **score})
+    return scores
 
 
-def summarise(header, rows):
-    """What the page shows of a run: header, seconds of training, a curve of each term of the loss
-    and of the validations, lists of [step, value], the last scores, and whether it overfits.
-    Arguments: what read_log returns."""
-    batch_size = header["arguments"]["batch_size"]
-    training = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "zeroshot" in row]
+def read_run(path):
+    """A log.jsonl -> what the page shows of a run: its header, a curve of each term of the loss and
+    of the validations, lists of [step, value], the last scores, and whether it overfits. Raises
+    InputError."""
+    header, rows = read_log(path)
+    check(header.keys() >= {*HEADER}, f"{path} is not a log of this version of train.py")
     losses = {}
     r1 = []
     groups = []
-    for row in training:
+    last = {}
+    for row in rows:
         step = row["step"]
-        for name in row:
-            if name.endswith("_loss"):
-                losses.setdefault(name, []).append([step, row[name]])
-    for row in validations:
-        step = row["step"]
+        if "loss" in row:
+            for name, value in row.items():
+                if name.endswith("_loss"):  # that of a fork, too
+                    losses.setdefault(name, []).append([step, value])
         if "mean_r1" in row:
             r1.append([step, row["mean_r1"]])
-        if "val_contrastive_loss" in row:
             groups.append([step, row["val_contrastive_loss"]])
-    last = validations[-1] if validations else {}
+        if "zeroshot" in row:
+            last = row
     return {
         "header": {key: header[key] for key in HEADER},
-        "seconds": round(training_seconds(training, batch_size)),
         "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
         "validations": r1,
         "validation_losses": groups,
@@ -180,13 +157,13 @@ def summarise(header, rows):
     }
 
 
-def read_run(path):
-    """A log.jsonl -> what the page shows of it. Raises InputError."""
-    header, rows = read_log(path)
-    try:
-        return summarise(header, rows)
-    except (LookupError, TypeError, AttributeError, ArithmeticError):
-        raise InputError(f"{path} is not a log of this version of train.py") from None
+def own_reference(run):
+    """The project's own run as another one to compare `run` with. None if it is that run, or if the
+    models or the numbers of pairs differ."""
+    reference = read_run(REFERENCE)
+    is_alike = all(run["header"][k] == reference["header"][k] for k in ("config", "pairs"))
+    is_itself = run["header"] == reference["header"]
+    return reference if is_alike and not is_itself else None
 
 
 # -----------------------------------------------------------------------------
@@ -196,13 +173,13 @@ def read_run(path):
 def read_pairs(model, pairs):
     """Up to SEARCHED pairs -> images (N, 3, S, S), a list of the captions of each, and image
     features (N, E)."""
-    images, captions, features = [], [], []
     some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
-    for pixels, captions_of_batch in evaluation.batches(some, 128, 0, "encoding"):
-        images.append(pixels)
-        captions += captions_of_batch
-        features.append(model.encode_image(pixels.to(evaluation.device_of(model))).cpu())
-    return torch.cat(images), captions, torch.cat(features)
+    # Their "features" are the pixels here, because some of the pictures are shown.
+    images, captions = evaluation.encode_images(model, torch.Tensor.cpu, some, 128, 0)
+    features = []
+    for part in data.progress(images.split(128), "encoding"):
+        features.append(model.encode_image(part.to(evaluation.device_of(model))).cpu())
+    return images, captions, torch.cat(features)
 
 
 def small_jpeg(image):
@@ -240,37 +217,6 @@ def words_of(model, tokenizer, image, captions):
     ]
 
 
-def explained_label(model, tokenizer, image, caption):
-    """What the head should answer for an image (3, S, S): each token of the caption once, with its
-    IDF, its share of the label, and the logarithm of the probability that the head gives it."""
-    weights = model.token_weights().cpu()
-    share_of = label_of(tokenizer.encode(caption), weights)
-    ids = list(share_of)
-    logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0].float()
-    log_probabilities = rounded(logits.log_softmax(dim=0)[ids], 6)
-    label = []
-    for i, idf, log_probability in zip(ids, rounded(weights[ids], 6), log_probabilities):
-        name = evaluation.token_text(tokenizer, i)
-        numbers = {"idf": idf, "share": round(share_of[i], 6), "log_probability": log_probability}
-        label.append({"token": name, **numbers})
-    return label
-
-
-def searches(similarity):
-    """similarity (N, N) of captions and images -> a few searches whose first picture is right, and
-    a few whose first is not: number of the caption, rank of its own picture, and the best pictures
-    with their scores. The right picture comes last if it is not among the best."""
-    right = torch.eye(len(similarity), dtype=torch.bool)
-    above, tied, _ = evaluation.rank_counts(similarity, right)
-    result = []
-    for group in (above + tied == 0, above > 0):
-        for i in spread(group.nonzero().flatten().tolist(), EXAMPLES):
-            best = similarity[i].topk(min(FOUND, len(similarity))).indices.tolist()
-            found = [[j, rounded(similarity[i, j])] for j in dict.fromkeys([*best, i])]
-            result.append({"caption": i, "place": int(above[i]) + 1, "found": found})
-    return result
-
-
 @torch.no_grad()
 def examine(model, tokenizer, pairs, n):
     """All numbers of the page that come from the model, as a dict. Raises InputError."""
@@ -280,21 +226,21 @@ def examine(model, tokenizer, pairs, n):
     similarity = image_features @ text_features.T  # (N, N)
     owner = torch.arange(len(images))
     recall = evaluation.retrieval(image_features, text_features, owner)["text_to_image"]["R@1"]
-    shown = spread(owner.tolist(), n)
-    found = searches(similarity.T)
     window = default_window(model)
     has_maps = model.head is not None and window < model.visual.grid
 
-    pictures = [{"number": i, "captions": shortened(" · ".join(captions[i]))} for i in shown]
-    if has_maps:
-        for picture in data.progress(pictures, "mapping words"):
-            i = picture["number"]
+    shown = spread(owner.tolist(), n)
+    pictures = []
+    for i in data.progress(shown, "mapping words"):
+        picture = {
+            "source": data_uri(images[i]),
+            "caption": shortened(first_captions[i]),
+            "captions": shortened(" · ".join(captions[i])),
+        }
+        if has_maps:
             picture["words"] = words_of(model, tokenizer, images[i], captions[i])
-            picture["label"] = explained_label(model, tokenizer, images[i], first_captions[i])
+        pictures.append(picture)
 
-    used = set(shown)
-    for search in found:
-        used.update(i for i, _ in search["found"])
     return {
         "head": has_maps,
         "loss": model.config.loss,
@@ -303,13 +249,8 @@ def examine(model, tokenizer, pairs, n):
         "window": window,
         "pairs": len(images),
         "similarity": rounded(similarity[shown][:, shown], 6),
-        "searches": found,
         "recall": recall,
         "pictures": pictures,
-        "images": {
-            i: {"source": data_uri(images[i]), "caption": shortened(first_captions[i])}
-            for i in used
-        },
     }
 
 
@@ -328,34 +269,6 @@ def page_text(template, content):
 def write_page(path, template, content):
     text = page_text(template, content)
     write_file(path, lambda file: file.write(text.encode()))
-
-
-def write_report(
-    model, tokenizer, pairs, log_path, out_path, reference_path=None, n=12, name="the model"
-):
-    """Write the page to `out_path`.
-
-    model: in eval mode; pairs: validation data (data.Pairs); log_path: the run's log.jsonl, or
-    None; reference_path: the log of another run to compare with, used if its model is equal and has
-    trained on as many pairs; n: pictures to show; name: of the model. Raises InputError.
-    """
-    run = None
-    reference = None
-    if log_path:
-        run = read_run(log_path)
-    if run and reference_path:
-        other = read_run(reference_path)
-        is_equal = [run["header"][k] == other["header"][k] for k in ("config", "pairs")]
-        is_itself = run["header"] == other["header"]
-        if all(is_equal) and not is_itself:
-            reference = other
-    content = {
-        "name": name,
-        "run": run,
-        "reference": reference,
-        **examine(model, tokenizer, pairs, n),
-    }
-    write_page(out_path, TEMPLATE, content)
 
 
 def read_options(argv):
@@ -383,8 +296,11 @@ def main(argv):
     check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     pairs = data.Pairs(data.expand(shards), tokenizer, model.config.image_size, captions)
-    name = Path(args.checkpoint).name
-    write_report(model, tokenizer, pairs, log, args.out, REFERENCE, args.n, name)
+    content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
+    if log:
+        content["run"] = read_run(log)
+        content["reference"] = own_reference(content["run"])
+    write_page(args.out, TEMPLATE, content | examine(model, tokenizer, pairs, args.n))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
