@@ -1,12 +1,14 @@
 """Write one page that shows what a model has learned, and what it makes of validation pictures:
 
     python -m scripts.report --checkpoint out/best.pt --out report.html
+    python -m scripts.report --checkpoint out/best.pt --reference other/log.jsonl --out report.html
     python -m scripts.report --checkpoint clip.pt --data SHARDS --out clip.html
 
-The pictures are those on which the run was validated, unless --data names others. The page needs
-no network and no library. All its numbers are computed here, from the model, the validation pairs
-and the run's log, and they travel in the page as one JSON object. The HTML, CSS and JavaScript that
-show them are in report.html, and in page.html what all pages need.
+The pictures are those on which the run was validated, unless --data names others. The curves of the
+run stand beside those of another one: that of --reference, or else the project's own if its model
+is alike. The page needs no network and no library. All its numbers are computed here, from the
+model, the validation pairs and the logs, and they travel in the page as one JSON object. The HTML,
+CSS and JavaScript that show them are in report.html, and in page.html what all pages need.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -159,9 +161,11 @@ def read_run(path):
 
 def own_reference(run):
     """The project's own run as another one to compare `run` with. None if it is that run, or if the
-    models or the numbers of pairs differ."""
+    models differ: in a field that both configurations have, because a fork may have more."""
     reference = read_run(REFERENCE)
-    is_alike = all(run["header"][k] == reference["header"][k] for k in ("config", "pairs"))
+    config = run["header"]["config"]
+    other = reference["header"]["config"]
+    is_alike = all(config[name] == other[name] for name in config.keys() & other.keys())
     is_itself = run["header"] == reference["header"]
     return reference if is_alike and not is_itself else None
 
@@ -280,6 +284,7 @@ def read_options(argv):
     add("--out", type=output_file(".html"), required=True, help="page to write")
     add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
     add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
+    add("--reference", metavar="LOG", help="log of a run to draw beside it")
     return parser.parse_args(argv)
 
 
@@ -300,6 +305,8 @@ def main(argv):
     if log:
         content["run"] = read_run(log)
         content["reference"] = own_reference(content["run"])
+    if args.reference:
+        content["reference"] = read_run(args.reference)
     write_page(args.out, TEMPLATE, content | examine(model, tokenizer, pairs, args.n))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 

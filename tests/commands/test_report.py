@@ -68,8 +68,8 @@ def test_overfitting_is_said(training, validation, is_said):
     assert (report.overfitting(rows) is not None) == is_said
 
 
-@pytest.mark.parametrize("change, is_alike", [({}, True), ({"loss": "x"}, False)])
-def test_the_projects_run_stands_beside_equal_models(change, is_alike):
+@pytest.mark.parametrize("change, is_alike", [({"my_weight": 1.0}, True), ({"loss": "x"}, False)])
+def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(change, is_alike):
     own = report.read_run(report.REFERENCE)
     header = {**own["header"], "date": "later", "config": own["header"]["config"] | change}
 
@@ -86,7 +86,7 @@ def world(tmp_path_factory):
     header = {"arguments": {"val_data": [shard], "captions": ["txt"]}}
     evaluation.write_checkpoint(folder / "best.pt", model, TOKENIZER.vocab, header=header)
     log = write_log(folder / "log.jsonl")
-    argv = ["--checkpoint", folder / "best.pt", "--log", log, "--device", "cpu"]
+    argv = ["--checkpoint", folder / "best.pt", "--reference", log, "--device", "cpu"]
     assert not run(report.main, *argv, "--out", folder / "report.html")
     return model, data.Pairs([shard], TOKENIZER, 16), folder / "report.html"
 
@@ -124,7 +124,10 @@ def test_a_visit(browser, world, tmp_path):
     assert all_of("#x, main b") == []
     assert all_of("#overfitting")[0].is_displayed()  # 1.4 in groups of 4: a guess has ln 4 = 1.39
 
+    # A negative term reaches down to the lower end of its plot.
     assert [title.text for title in all_of("#curves h3")][:2] == ["Contrastive loss", "My loss"]
+    points = "return [...document.querySelectorAll('#curves .run')[1].points].map((p) => p.y)"
+    assert browser.execute_script(points) == pytest.approx([150, 97.4, 44.9], abs=0.1)
 
     # A word shows its map while it has the focus: opaque where its number is large.
     browser.execute_script("arguments[0].focus()", all_of("#pictures button")[1])
