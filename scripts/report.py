@@ -5,10 +5,10 @@
     python -m scripts.report --checkpoint clip.pt --data SHARDS --out clip.html
 
 The pictures are those on which the run was validated, unless --data names others. The curves of the
-run stand beside those of another one: that of --reference, or else the project's own if its model
-is alike. The page needs no network and no library. All its numbers are computed here, from the
-model, the validation pairs and the logs, and they travel in the page as one JSON object. The HTML,
-CSS and JavaScript that show them are in report.html, and in page.html what all pages need.
+run stand beside those of another one: that of --reference, or else the project's own run, if their
+models are equal. The page needs no network and no library. All its numbers are computed here, from
+the model, the validation pairs and the logs, and they travel in the page as one JSON object. The
+HTML, CSS and JavaScript that show them are in report.html, and in page.html what all pages need.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -55,7 +55,7 @@ def spread(items, k):
     return [items[i * len(items) // k] for i in range(k)]
 
 
-def rounded(x, digits=4):
+def rounded(x, digits):
     """A tensor -> (nested lists of) numbers that are short when written."""
     return x.cpu().double().round(decimals=digits).tolist()
 
@@ -160,8 +160,8 @@ def read_run(path):
 
 
 def own_reference(run):
-    """The project's own run as another one to compare `run` with. None if it is that run, or if the
-    models differ: in a field that both configurations have, because a fork may have more."""
+    """The project's own run, to draw it beside `run`. None if it is that run, or if their models
+    differ in a field that both configurations have. (A fork may have more of them.)"""
     reference = read_run(REFERENCE)
     config = run["header"]["config"]
     other = reference["header"]["config"]
@@ -227,13 +227,13 @@ def examine(model, tokenizer, pairs, n):
     images, captions, image_features = read_pairs(model, pairs)
     first_captions = [captions_of_image[0] for captions_of_image in captions]
     text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
-    similarity = image_features @ text_features.T  # (N, N)
-    owner = torch.arange(len(images))
-    recall = evaluation.retrieval(image_features, text_features, owner)["text_to_image"]["R@1"]
+    numbers = torch.arange(len(images))
+    recall = evaluation.retrieval(image_features, text_features, numbers)["text_to_image"]["R@1"]
     window = default_window(model)
     has_maps = model.head is not None and window < model.visual.grid
 
-    shown = spread(owner.tolist(), n)
+    shown = spread(numbers.tolist(), n)
+    similarity = image_features[shown] @ text_features[shown].T  # (n, n)
     pictures = []
     for i in data.progress(shown, "mapping words"):
         picture = {
@@ -252,7 +252,7 @@ def examine(model, tokenizer, pairs, n):
         "size": model.config.image_size,
         "window": window,
         "pairs": len(images),
-        "similarity": rounded(similarity[shown][:, shown], 6),
+        "similarity": rounded(similarity, 6),
         "recall": recall,
         "pictures": pictures,
     }
@@ -284,7 +284,8 @@ def read_options(argv):
     add("--out", type=output_file(".html"), required=True, help="page to write")
     add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
     add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
-    add("--reference", metavar="LOG", help="log of a run to draw beside it")
+    text = "log of a run to draw beside it (default: the project's own, if their models are equal)"
+    add("--reference", metavar="LOG", help=text)
     return parser.parse_args(argv)
 
 
