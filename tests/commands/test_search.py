@@ -112,22 +112,24 @@ def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
 # ---- the file of features
 
 
-def test_another_program_can_read_the_features(folders, checkpoint):
-    """Also those of shards, where tar headers shorten two long names to one, and also when the
-    command has read the file itself."""
+def test_another_program_can_read_the_features(folders, checkpoint, capsys):
+    """Also those of shards, where tar headers shorten two long names to one. With the file, the
+    command finds what it has found without."""
     pictures = [Path("red/0.png"), Path("red/1.png")]
     members = [("n" * 150 + f"{i}.png", path.read_bytes()) for i, path in enumerate(pictures)]
     write_tar("a.tar", members)
     argv = ["--checkpoint", checkpoint, "--data", "a.tar", "--images", "blue", TEXTS[0]]
-    for _ in range(2):
-        assert not run(search.main, *argv, "--features", "x.npz")
+    argv += ["--features", "x.npz"]
 
-        kept = np.load("x.npz")
-        files = sorted(Path("blue").iterdir())
-        shard_names = [f"{folders}/a.tar:{'n' * 100}"] * 2
-        assert kept["names"].tolist() == [f"{folders}/{file}" for file in files] + shard_names
-        expected = features_of(checkpoint, [*files, *pictures])
-        np.testing.assert_allclose(kept["features"], expected, atol=1e-5)
+    first, again = [result_of(capsys, search.main, folders / "a.json", *argv) for _ in range(2)]
+
+    assert again == first
+    kept = np.load("x.npz")
+    files = sorted(Path("blue").iterdir())
+    shard_names = [f"{folders}/a.tar:{'n' * 100}"] * 2
+    assert kept["names"].tolist() == [f"{folders}/{file}" for file in files] + shard_names
+    expected = features_of(checkpoint, [*files, *pictures])
+    np.testing.assert_allclose(kept["features"], expected, atol=1e-5)
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
@@ -141,16 +143,15 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
 
     Image.new("RGB", (20, 20), "blue").save("red/1.png", compress_level=0)
     Path("blue/2.png").rename("blue/9.png")
-    Path("blue/3.png").unlink()
     assert not run(search.main, *argv)
 
     kept = np.load("x.npz")
-    names = kept["names"]
-    assert names.tolist() == sorted(str(file.absolute()) for file in Path().rglob("*.png"))
-    assert names[kept["features"].any(axis=1)].tolist() == [
-        f"{folders}/blue/9.png",
-        f"{folders}/red/1.png",
-    ]
+    encoded = kept["names"][kept["features"].any(axis=1)].tolist()
+    assert encoded == [f"{folders}/blue/9.png", f"{folders}/red/1.png"]
+    Path("blue/3.png").unlink()
+    assert not run(search.main, *argv)
+    files = sorted(str(file.absolute()) for file in Path().rglob("*.png"))
+    assert np.load("x.npz")["names"].tolist() == files
 
 
 def test_a_search_that_is_interrupted_keeps_what_it_has_encoded(folders, checkpoint):
