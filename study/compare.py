@@ -54,7 +54,8 @@ from study.objects import make_objects
 PUBLISHED = Path(__file__).with_name("runs.jsonl")
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
-GOALS = ("R@1", "colour_shape", "object")  # a rate is judged by the mean of those that there are
+# A rate is judged by the mean of those of these scores that there are, or else of all scores.
+GOALS = {"R@1", "colour_shape", "object"}
 SCENES_CODE = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py")  # what draws scenes
 DRAWN_BY = {"scenes": SCENES_CODE, "objects": (*SCENES_CODE, "study/objects.py")}
 # What a linear probe learns from, and what it is scored on.
@@ -149,7 +150,7 @@ class Command(NamedTuple):
 
     def code(self):
         """That of the program, of the Python files in its folder, and of what draws the world."""
-        files = {self.file, self.folder / "scripts" / "scenes.py", *self.folder.glob("*.py")}
+        files = {self.file, self.folder / "scripts/scenes.py", *self.folder.glob("*.py")}
         code = code_of(files, self.folder)
         return f"{code}-{self.world.code()}" if self.world else code
 
@@ -359,8 +360,8 @@ class Study:
         """Run some commands, each once."""
         pairs = []
         for command in {self.key(command): command for command in commands}.values():
-            world = command.world
-            pairs.append((command, world and world.draw(self.out, command.seed)))
+            folder = command.world and command.world.draw(self.out, command.seed)
+            pairs.append((command, folder))
         with ThreadPool(self.jobs) as pool, tqdm(total=len(pairs), unit="run", smoothing=0) as bar:
             try:
                 for command, run in pool.imap_unordered(self.run, pairs):
@@ -384,7 +385,7 @@ class Study:
             for rate in sorted(rates):
                 commands = [command.at(rate, seed, probe) for seed in range(seeds)]
                 tried[rate] = [self.runs.get(self.key(c)) for c in commands]
-                missing += [c for c, run in zip(commands, tried[rate]) if run is None]
+                missing += [c for c in commands if self.key(c) not in self.runs]
             side = Side(command, tried)
             more = next_rates(side.goals()) if search and not missing else []
             if not more:
@@ -415,8 +416,8 @@ def value_of(run, name):
 
 def goal(run):
     """What a learning rate is judged by."""
-    values = [value_of(run, name) for name in GOALS if name in run["scores"]]
-    return mean(values or [0.0])
+    names = GOALS & run["scores"].keys() or run["scores"]
+    return mean([value_of(run, name) for name in names] or [0.0])
 
 
 def has_learned(run):
