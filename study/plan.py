@@ -109,11 +109,12 @@ def complete_rows(study):
 
 INTRO = """# CLIP and SuperCLIP, made small
 
-Made by `python -m study.plan` from runs.jsonl. A cell reads: mean of the first command -> mean of
-the second, and their difference with its 95 % interval, in percent. Five seeds, each with a world
-of its own, are paired (Student's t). One rule for all rows: each command has the best of the rates
-tried, four or more, and the rate of a seed is the one that is best for the other seeds. A row is
-CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
+Made by `python -m study.plan` from runs.jsonl, which names the commit, a hash of the code and the
+machine of each run. A cell reads: mean of the first command -> mean of the second, and their
+difference with its 95 % interval, in percent. Five seeds are paired (Student's t), each with a
+world of its own (those of Flickr8k share its pairs). One rule for all rows: each command has the
+best of the rates tried, four or more, and the rate of a seed is the one that is best for the other
+seeds. A row is CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
 
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
 and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
