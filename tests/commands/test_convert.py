@@ -212,7 +212,7 @@ def export(folder, vocab, quick_gelu):
 
 @torch.no_grad()
 def test_transformers_has_the_same_features(tmp_path, capsys, monkeypatch):
-    """Also of a text that goes on after its end. For words, our own tokenizer is printed."""
+    """Also of a text that goes on after its end."""
     model, tokenizer = export(tmp_path, VOCAB, quick_gelu=False)
     images, tokens = make_pairs(model)
     tokens[0, 4] = tokenizer.end
@@ -222,7 +222,6 @@ def test_transformers_has_the_same_features(tmp_path, capsys, monkeypatch):
 
     assert_near(model.encode_image(images), out.image_embeds)
     assert_near(model.encode_text(tokens), out.text_embeds)
-    assert torch.equal(names["tokenizer"](["a dog"]), tokenizer(["a dog"]))
 
 
 @pytest.fixture(scope="module")

@@ -55,14 +55,13 @@ def opened(browser, tmp_path_factory):
     return browser, models
 
 
-def test_a_weight_loses_half_a_step_at_most_and_a_vector_nothing():
-    matrix, vector = torch.randn(7, 3), torch.randn(5)
+def test_a_weight_loses_half_a_step_at_most():
+    weights = torch.randn(7, 3)
 
-    rows = unpacked(demo.quantise(matrix))
+    rows = unpacked(demo.quantise(weights))
 
-    step = matrix.abs().amax(dim=1, keepdim=True) / 127
-    assert ((rows - matrix).abs() <= step / 2 + 1e-6).all()
-    torch.testing.assert_close(unpacked(demo.quantise(vector))[:, 0], vector)
+    step = weights.abs().amax(dim=1, keepdim=True) / 127
+    assert ((rows - weights).abs() <= step / 2 + 1e-6).all()
 
 
 @pytest.mark.parametrize("i", range(8), ids=[" ".join(look) for look in LOOKS])

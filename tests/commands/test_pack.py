@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import train
-from scripts import pack, show
+from scripts import pack
 
 
 def write_list(path, *rows):
@@ -219,13 +219,3 @@ def test_pack_advises_what_the_data_and_a_gpu_allow(n, model, monkeypatch, capsy
     assert (tuned.init_from, from_nothing.model) == ("clip.pt", model)
     assert tuned.train_data == from_nothing.train_data == ["anna's photos/train-*.tar"]
     assert ("weak" in printed) == (n < 10_000)
-
-
-def test_the_look_that_pack_advises_works(photos, monkeypatch, capsys):
-    monkeypatch.chdir(photos.parent)
-    run(photos, "--val", 0.3)
-    [command] = [line for line in capsys.readouterr().out.splitlines() if "scripts.show" in line]
-
-    show.main(shlex.split(command)[3:])
-
-    assert photos.with_name("grid.png").is_file()

@@ -94,10 +94,8 @@ def test_the_numbers_of_the_page_are_those_of_eval(world):
     model, pairs, page = world
     content = numbers_of(page)
 
-    images, texts, owner = evaluation.encode_shards(model, pairs)
+    images, texts, _ = evaluation.encode_shards(model, pairs)
     assert are_near(content["similarity"], images @ texts.T, 1e-6)
-    recall = evaluation.retrieval(images, texts, owner)["text_to_image"]["R@1"]
-    assert content["recall"] == recall
     samples = evaluation.ShardImages(pairs)
     for picture, (image, [caption]) in zip(content["pictures"], samples, strict=True):
         words = picture["words"]

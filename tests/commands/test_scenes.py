@@ -93,12 +93,6 @@ def test_held_out_combinations_are_shown_by_validation_alone():
     assert {*scenes.HELD_OUT} <= in_validation
 
 
-def test_no_long_caption_of_validation_fits_two_pictures():
-    facts = {(*setting_of(scene), *looks_of(scene)) for scene, _, _ in VAL}
-
-    assert len(facts) == len(VAL)
-
-
 # ---- pictures
 
 

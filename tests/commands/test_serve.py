@@ -6,11 +6,9 @@ import re
 import time
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 from children import Children
-from material import TINY, features_of, make_model, run, write_checkpoint
-from PIL import Image
+from material import TINY, features_of, make_model, photo, run, write_checkpoint
 from webpage import requests_of
 
 import eval as evaluation
@@ -25,9 +23,7 @@ def world(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
     (world / "photos").mkdir()
     for i in range(20):
-        pixels = np.random.default_rng(i).integers(0, 256, (3, 3, 3), np.uint8)
-        picture = Image.fromarray(pixels).resize((20, 20), Image.NEAREST)
-        picture.save(world / "photos" / f"{i:02d}.png")
+        photo(i).save(world / "photos" / f"{i:02d}.png")
     (world / "photos" / "05.png").rename(world / "photos" / HOSTILE)
     write_checkpoint(world / "model.pt", make_model())
     return world

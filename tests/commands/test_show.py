@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from material import COLOURS, make_model, png, run, write_checkpoint, write_shard
+from material import COLOURS, png, run, write_shard
 from PIL import Image
 
 from data import words_to_tiktoken
@@ -80,15 +80,6 @@ def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
     printed = printed_by(capsys, path)
 
     assert f"has {8 / 9:.1%} of the words" in printed and "such as pumpkin\n" in printed
-
-
-def test_the_vocabulary_may_be_that_of_a_checkpoint(dogs, folder, capsys):
-    """It has "a", "red" and the digits, but no "dog"."""
-    checkpoint = write_checkpoint(folder / "model.pt", make_model())
-
-    printed = printed_by(capsys, dogs, "--checkpoint", checkpoint)
-
-    assert f"has {19 / 27:.1%} of the words" in printed
 
 
 def test_the_picture_is_drawn(dogs, folder, capsys):

@@ -210,18 +210,17 @@ def test_without_idf_all_words_of_a_caption_share_alike(monkeypatch):
 def test_a_world_of_photographs_is_made_of_shards_and_class_folders(monkeypatch, tmp_path):
     for name, n in (("TRAIN", 8), ("VAL", 2), ("CLASSIFIED", 4)):
         monkeypatch.setattr(objects, name, n)
-    for split in ("train", "test"):
-        for i in range(10):
-            path = tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            photo(i).save(path)
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(5):
+            photo(i).save(tmp_path / name / f"{i}.png")
 
     objects.make_objects(tmp_path / "world", tmp_path, 16, seed=0)
 
     world = data.Shards([f"{tmp_path}/world/train-00000.tar"])
-    texts = [world.all_texts(row, ["json.long"]) for row in world.index.tolist()]
+    texts = [world.all_texts(row, ["json.long"])[0] for row in world.index.tolist()]
     assert len(texts) == 8
-    assert all("a cat" in text or "a dog" in text for text in sum(texts, []))
+    assert all("a cat" in text or "a dog" in text for text in texts)
     assert len([*tmp_path.glob("world/zeroshot/object/*/*.jpg")]) == 4
 
 
