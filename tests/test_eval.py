@@ -46,20 +46,12 @@ class Colours:
 # ---- intervals
 
 
-def test_an_interval_covers_the_truth_in_95_of_100_samples():
-    """As a mean over all shares that may be true, of 20 images. The textbook's interval, p ± 1.96
-    standard errors, covers 84 %."""
-    n = 20
-    covered = []
-    for truth in np.arange(1, 500) / 500:
-        probability = 0.0
-        for hits in range(n + 1):
-            low, high = evaluation.score(torch.arange(n) < hits, chance=0.1)["interval"]
-            if low <= truth <= high:
-                probability += math.comb(n, hits) * truth**hits * (1 - truth) ** (n - hits)
-        covered.append(probability)
+@pytest.mark.parametrize("hits, low, high", [(0, 0, 0.161), (10, 0.299, 0.701), (20, 0.839, 1)])
+def test_an_interval_is_wilsons(hits, low, high):
+    """Of 20 images. The textbook's, p ± 1.96 standard errors, has no width at the ends."""
+    scored = evaluation.score(torch.arange(20) < hits, chance=0.1)
 
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.006)
+    assert scored["interval"] == pytest.approx([low, high], abs=5e-4)
 
 
 # ---- retrieval
@@ -114,28 +106,22 @@ def test_a_search_goes_through_the_scores_in_chunks():
     label, owner = torch.arange(1500), torch.arange(1500).repeat(8)
     images = torch.randn(1500, 4)
     texts = images[owner] + torch.randn(12_000, 4)
-    sizes = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.append(x.numel()) or x, lambda x: x
-    )
 
-    with hooks:
-        counts = evaluation.search(images.requires_grad_(), label, texts, owner)
+    counts = evaluation.search(images, label, texts, owner)
 
     best = (images @ texts.T).argmax(dim=1)
     assert torch.equal(evaluation.recall(counts, 1), (owner[best] == label).double())
-    assert max(sizes) < 1500 * 12_000
 
 
 def test_the_loss_of_a_validation_is_clips_in_groups():
     """An image is paired with its first caption. Seven pairs make two groups of three."""
     model = make_model()
-    images, texts = F.normalize(torch.randn(2, 6, 8), dim=2)
-    two_texts = torch.stack([texts, images], dim=1).flatten(0, 1)
-    owner = torch.arange(6).repeat_interleave(2)
+    images, texts, others = F.normalize(torch.randn(3, 6, 8), dim=2)
     same = torch.ones(7, 1)
 
-    loss = evaluation.loss_in_groups(model, images, two_texts, owner, 6)
+    owner = torch.arange(6).repeat_interleave(2)
+    captions = torch.stack([texts, others], dim=1).flatten(0, 1)
+    loss = evaluation.loss_in_groups(model, images, captions, owner, 6)
     guess = evaluation.loss_in_groups(model, same, same, torch.arange(7), 3)
 
     clip_loss = open_clip.loss.ClipLoss()(images, texts, model.logit_scale.exp())
@@ -146,12 +132,11 @@ def test_the_loss_of_a_validation_is_clips_in_groups():
 def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read shifts nothing. Colours
     are perfect features, but there are two images of each: half of the answers are right."""
-    samples = []
+    samples = [{"png": b"no image", "txt": b"red", "json": b'{"c": "red"}'}]
     for name in [*NAMES, *NAMES]:
-        fields = json.dumps({"c": [name, f"a {name} thing"]}).encode()
         picture = png(COLOURS[name], np.random.default_rng(0))
+        fields = json.dumps({"c": [name, f"a {name} thing"]}).encode()
         samples.append({"png": picture, "txt": name.encode(), "json": fields})
-    samples.insert(3, {**samples[0], "png": b"no image"})
     shard = write_shard(tmp_path / "x.tar", samples)
     pairs = data.Pairs([shard], TOKENIZER, 16, ["json.c", "txt", "json.c"])
 
@@ -159,35 +144,23 @@ def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
     result = evaluation.retrieval(images, texts, owner)
 
     assert owner.tolist() == torch.arange(6).repeat_interleave(3).tolist()
-    assert values(result, "image_to_text", 1, 5) == pytest.approx([0.5, 1])
-    assert values(result, "text_to_image", 1, 5) == pytest.approx([0.5, 1])
-    printed = capsys.readouterr().out
-    assert f"skipped {shard}: 0003: " in printed
-    assert "12 of 18 captions" in printed
+    assert values(result, "image_to_text", 1) == pytest.approx([0.5])
+    assert values(result, "text_to_image", 1) == pytest.approx([0.5])
+    assert f"skipped {shard}: 0000: " in capsys.readouterr().out
 
 
 # ---- zero-shot classification
 
 
-@torch.no_grad()
-def test_zeroshot_with_published_prompts_is_that_of_open_clip(folders):
-    model = make_model()
-    names = ["red", "green", "blue", "grey square", "ring", "unheard of"]
-    dataset = evaluation.class_folders(folders, 16)
-    templates = evaluation.read_list("openai")
+def test_the_classifier_of_published_prompts_is_that_of_open_clip():
+    model = make_model().requires_grad_(False)
+    names = ["red", "grey square", "unheard of"]
 
-    classes = evaluation.zeroshot_classifier(model, TOKENIZER, names, templates)  # (C, E)
-    result = evaluation.zeroshot(model, TOKENIZER, dataset, names, templates, batch_size=5)
+    ours = evaluation.zeroshot_classifier(model, TOKENIZER, names, evaluation.read_list("openai"))
 
     prompts = open_clip.OPENAI_IMAGENET_TEMPLATES
-    classifier = open_clip.build_zero_shot_classifier(model, TOKENIZER, names, prompts)  # (E, C)
-    torch.testing.assert_close(classes, classifier.T)
-    similarity = model.encode_image(torch.stack([image for image, _ in dataset])) @ classifier
-    right = similarity.topk(5).indices == torch.tensor(dataset.targets)[:, None]
-    for k in (1, 5):
-        s = result[f"top{k}"]
-        assert s["value"] == pytest.approx(right[:, :k].any(dim=1).double().mean().item())
-        assert s["chance"] == pytest.approx(k / 6)
+    theirs = open_clip.build_zero_shot_classifier(model, TOKENIZER, names, prompts)  # (E, C)
+    torch.testing.assert_close(ours, theirs.T)
 
 
 def test_zeroshot_by_hand(folders, capsys):
@@ -195,14 +168,17 @@ def test_zeroshot_by_hand(folders, capsys):
     images is a class that others are mistaken for: here one that looks like red."""
     (folders / "red" / "0.png").rename(folders / "blue" / "9.png")
     (folders / "green" / "0.png").write_bytes(b"no image")
-    (folders / "dark_red").mkdir()
+    for name in ("dark_red", "grey", "ring"):
+        (folders / name).mkdir()
 
     result = evaluation.score_folder(Colours(), TOKENIZER, folders)
 
     per_class = [(part["name"], part["value"], part["n"]) for part in result["per_class"]]
     assert per_class == [("blue", pytest.approx(0.8), 5), ("green", 1, 3), ("red", 0.5, 3)]
     assert result["top1"]["value"] == pytest.approx((4 + 3 + 1.5) / 11)
-    assert result["top1"]["chance"] == 1 / 4
+    assert result["top1"]["chance"] == pytest.approx(1 / 6)
+    assert result["top5"]["value"] == 1
+    assert result["top5"]["chance"] == pytest.approx(5 / 6)
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
 
 
@@ -219,11 +195,8 @@ def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
 
 
 def test_templates_with_unknown_words_are_left_out():
-    given = ["an etching of {}", "the {}"]
-
-    assert evaluation.usable_templates(TOKENIZER, given) == ["the {}"]
-    assert evaluation.usable_templates(TOKENIZER, given[:1]) == ["{}"]  # the name alone
-    assert evaluation.usable_templates(CLIP, given) == given
+    assert evaluation.usable_templates(TOKENIZER, ["an etching of {}", "the {}"]) == ["the {}"]
+    assert evaluation.usable_templates(TOKENIZER, ["an etching of {}"]) == ["{}"]  # the name alone
     of_scenes = data.Tokenizer(scenes.vocabulary())
     assert evaluation.usable_templates(of_scenes) == [*evaluation.TEMPLATES]
 
@@ -281,12 +254,11 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp
     evaluation.write_checkpoint(tmp_path / "model.pt", model, TOKENIZER.vocab)
     test = shutil.copytree(folders, tmp_path / "test")
 
-    result, printed = scores_of(capsys, tmp_path, "probe", "--train", folders, "--test", test)
+    result, _ = scores_of(capsys, tmp_path, "probe", "--train", folders, "--test", test)
 
     assert result["class token"]["value"] == pytest.approx(1 / 3)
     assert result["patch mean"]["value"] == 1
     assert result["untrained class token"]["value"] > 1 / 3  # another tower, which sees patches
-    assert evaluation.format_score("patch mean", result["patch mean"]) in printed
 
 
 def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp_path, capsys):
@@ -308,15 +280,15 @@ def test_retrieval_takes_the_captions_that_the_run_was_validated_on(tmp_path, ca
     """Unless it is told otherwise. This shard has none of them."""
     shard = coloured(tmp_path / "0.tar", *COLOURS)
     arguments = {"captions": ["txt"], "val_captions": ["json.c"], "val_data": [shard]}
-    model = make_model()
     path = tmp_path / "model.pt"
-    evaluation.write_checkpoint(path, model, TOKENIZER.vocab, header={"arguments": arguments})
+    evaluation.write_checkpoint(
+        path, make_model(), TOKENIZER.vocab, header={"arguments": arguments}
+    )
+    argv = ["retrieval", "--data", shard]
 
-    argv = ["retrieval", "--checkpoint", path, "--data", shard]
-    error = error_of(capsys, evaluation.main, *argv)
-    told, _ = scores_of(capsys, tmp_path, "retrieval", "--data", shard, "--captions", "txt")
+    error = error_of(capsys, evaluation.main, *argv, "--checkpoint", path)
+    told, _ = scores_of(capsys, tmp_path, *argv, "--captions", "txt")
 
-    assert evaluation.validation_of(path) == ([shard], ["json.c"])
     assert "json.c" in error
-    pairs = data.Pairs([shard], TOKENIZER, 16)
-    assert told["validation"] == evaluation.retrieval(*evaluation.encode_shards(model, pairs))
+    assert told["validation"]["image_to_text"]["R@1"]["n"] == 4
+    assert evaluation.validation_of(path) == ([shard], ["json.c"])
