@@ -49,11 +49,11 @@ def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """members: list of (name, content as bytes, or a folder's or a link's type)."""
+    """members: list of (name, content as bytes, or a link's type)."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            if content in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+            if content == tarfile.SYMTYPE:
                 info.type = content
             else:
                 info.size = len(content)
@@ -85,10 +85,10 @@ def good_sample(key, seed=0):
     return [(f"{key}.jpg", encoded(photo(seed))), (f"{key}.txt", caption)]
 
 
-def write_good_shard(path, n, start=0):
-    """A shard of n pairs, with the numbers from `start` on as their keys."""
+def write_good_shard(path, n):
+    """A shard of n pairs, with numbers as their keys."""
     members = []
-    for i in range(start, start + n):
+    for i in range(n):
         members += good_sample(f"{i:05d}", i)
     return write_tar(path, members)
 
