@@ -111,11 +111,11 @@ def test_a_caption_without_any_weight_adds_nothing():
 
 
 def test_logits_of_16_bits_are_summed_in_float32():
-    logits = torch.randn(2, V).bfloat16()
+    logits = torch.randn(3, V).bfloat16()
 
-    loss = classification_loss(logits, CAPTIONS[:2], torch.ones(V))
+    loss = classification_loss(logits, CAPTIONS, torch.ones(V))
 
-    assert torch.equal(loss, classification_loss(logits.float(), CAPTIONS[:2], torch.ones(V)))
+    assert torch.equal(loss, classification_loss(logits.float(), CAPTIONS, torch.ones(V)))
 
 
 def test_a_word_beyond_the_context_counts_and_is_learned():
@@ -133,8 +133,7 @@ def test_a_word_beyond_the_context_counts_and_is_learned():
 
 
 class Watch(TorchDispatchMode):
-    """Notes each operation that makes a tensor of so many numbers or more, whatever its shape and
-    dtype. One that returns a view of its input, or the input itself, makes none."""
+    """Notes the shape of whatever new tensor has so many numbers or more."""
 
     def __init__(self, numbers):
         super().__init__()
@@ -143,11 +142,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        results = result if isinstance(result, (tuple, list)) else [result]
-        for returned, x in zip(operation._schema.returns, results):
-            is_new = returned.alias_info is None and torch.is_tensor(x)
-            if is_new and x.numel() >= self.numbers:
-                self.made.append(f"{operation.__name__} {tuple(x.shape)}")
+        is_new = torch.is_tensor(result) and operation._schema.returns[0].alias_info is None
+        if is_new and result.numel() >= self.numbers:
+            self.made.append(result.shape)
         return result
 
 
@@ -161,7 +158,7 @@ def test_of_a_whole_forward_pass_the_logits_alone_are_so_large():
     with Watch(B * V) as watch:
         model(images, captions)
 
-    assert watch.made == [f"addmm.default {(B, V)}"]
+    assert watch.made == [(B, V)]
 
 
 # ---- the losses that compare pairs
@@ -199,29 +196,12 @@ def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
     assert torch.equal(loss, ours(*inputs))
 
 
-@pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
-def test_a_process_never_has_the_similarities_of_all_pairs(ours, _, bias):
-    inputs = make_inputs(14.3, bias)
-
-    with Watch(24 * 24) as watch:
-        ours(*inputs, local=slice(8, 16))
-
-    assert watch.made == []
-
-
 def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
     """So that most answers are no."""
     model = make_model(loss="sigmoid")
 
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
-
-
-def test_the_losses_are_added_with_their_weights():
-    model = make_model(cls_weight=0.3)
-    terms = {"contrastive_loss": torch.tensor(2.0), "classification_loss": torch.tensor(10.0)}
-
-    assert model.total_loss(terms).item() == pytest.approx(2 + 0.3 * 10)
 
 
 def test_a_term_without_a_weight_is_named():

@@ -36,20 +36,19 @@ def test_a_new_model_starts_with_open_clips_spread():
     ours = open_clip_state(SuperCLIP(config))
 
     theirs = open_clip.model.CLIP(**open_clip_config(config)).state_dict()
-    for name, x in ours.items():
-        if x.ndim > 0:
-            assert x.std().item() == pytest.approx(theirs[name].std().item(), rel=0.4), name
+    for name in ours.keys() - {"logit_scale"}:
+        assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.4), name
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
     model = make_random_model()
-    images, tokens = make_pairs(model)
-    keep = torch.stack([torch.randperm(16)[:5] for _ in range(4)])
+    images, tokens = make_pairs(model, B=2)
+    keep = torch.tensor([[7, 0, 12], [2, 3, 4]])
     other = open_clip_of(model)
 
     def drop(module, args, x):
         """Returns the class token and the kept patches."""
-        return torch.cat([x[:, :1], torch.stack([x[i, 1:][keep[i]] for i in range(4)])], dim=1)
+        return torch.stack([x[0, [0, 8, 1, 13]], x[1, [0, 3, 4, 5]]])
 
     other.visual.patch_dropout.register_forward_hook(drop)
 
@@ -123,17 +122,6 @@ def test_with_cls_weight_0_the_model_is_clip():
     assert "classification_loss" not in out
     with pytest.raises(ValueError, match="cls_weight 0"):
         clip.class_logits(images)
-
-
-def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
-    torch.manual_seed(1)
-    clip = SuperCLIP(SuperCLIPConfig(**SMALL, cls_weight=0))
-    torch.manual_seed(1)
-    superclip = SuperCLIP(SuperCLIPConfig(**SMALL))
-
-    weights = superclip.state_dict()
-
-    assert all(torch.equal(x, weights[name]) for name, x in clip.state_dict().items())
 
 
 # ---- many processes (the gradients are in test_step.py)
