@@ -34,8 +34,8 @@ SPACE = [" "] * 12 + ["\n", "\r\n", "\t", "  ", "\u00a0", "\u3000"]
 def random_texts(n):
     """n texts of one to twelve pieces, glued with all kinds of white space."""
     rng = random.Random(0)
-    texts = ["", " \n\u3000"]
-    while len(texts) < n:
+    texts = []
+    for _ in range(n):
         text = ""
         for piece in rng.choices(PIECES, k=rng.randint(1, 12)):
             if "&" not in piece:  # there is no entity &NBSP;
@@ -55,13 +55,13 @@ def test_ids_equal_open_clips_on_every_token():
     open_clip's cleaning is slow to start."""
     tokens = [CLIP.encoding.decode_single_token_bytes(i) for i in range(CLIP.start)]
     for i in range(0, len(tokens), 100):
-        text = "\n".join(token.decode(errors="ignore") for token in tokens[i : i + 100])
+        text = b"\n".join(tokens[i : i + 100]).decode(errors="ignore")
         assert CLIP.encode(text) == ORACLE.encode(text), ascii(text)
 
 
 @pytest.mark.parametrize("context_length", [None, 16], ids=["CLIP's context", "cut to 16"])
 def test_padded_tokens_equal_open_clips(context_length):
-    texts = random_texts(200)
+    texts = ["", *random_texts(200)]
 
     tokens = CLIP(texts, context_length)
 
@@ -78,20 +78,6 @@ def test_start_and_end_are_the_last_ids_and_can_be_written():
     assert CLIP.encode("<START_OF_TEXT> <end_of_text>") == [49406, 49407]  # as in open_clip
 
 
-@pytest.mark.parametrize("text", ["cafÃ©", "\x1b[31mred\x1b[0m", "a &amp b", "\ud800"], ids=ascii)
-def test_an_odd_text_costs_odd_tokens_but_no_error(text):
-    """Nor do the words beside it change."""
-    ids = CLIP.encode(f"a {text} dog")
-
-    assert [ids[0], ids[-1]] == CLIP.encode("a dog")
-
-
-def test_captions_are_trimmed_to_the_last_end():
-    tokens = CLIP(["a dog", "a photo of a dog"])
-
-    assert torch.equal(data.trim(tokens), tokens[:, :7])
-
-
 # ---- a vocabulary of words
 
 KNOWN = ["red", "café", "собака", "t-shirt", "women's", "犬", "!!", "3d", "カ", "in", "ed", "и"]
@@ -102,16 +88,8 @@ def test_a_known_word_is_one_token():
     """Whatever its case. Bytes come first, alone and with a space, and start and end last."""
     ids = WORDS.encode("Women’s RED T-Shirt 犬カ犬 !!")
 
-    assert ids == [
-        512 + KNOWN.index(word) for word in ("women's", "red", "t-shirt", *"犬カ犬", "!!")
-    ]
+    assert ids == [512 + i for i in (4, 0, 3, 5, 8, 5, 6)]  # their places in KNOWN
     assert (WORDS.start, WORDS.end, WORDS.vocab_size) == (524, 525, 526)
-
-
-def test_words_have_inner_hyphens_and_apostrophes():
-    words = data.WORD.findall(data.clean("Rock-'n'-roll, x--y -z- can''t 12,5"))
-
-    assert words == "rock -' n '- roll , x -- y - z - can '' t 12 , 5".split()
 
 
 # Words that end in a word which the vocabulary knows, or in its bytes
