@@ -23,16 +23,11 @@ def test_weight_decay_is_for_matrices_alone():
     groups = train.make_optimizer(model, 1.0, None, 0.3).param_groups
 
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.98, 1e-6)}  # CLIP's
     vectors = ("bias", "class_embedding", "logit_scale")
     for name, p in model.named_parameters():
         is_vector = name.endswith(vectors) or "ln" in name
         assert decay[p] == (0.0 if is_vector else 0.3), name
-
-
-def test_the_optimizer_has_clips_betas_and_epsilon():
-    groups = train.make_optimizer(make_model_without_zeros(), 1.0, None, 0.3).param_groups
-
-    assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.98, 1e-6)}
 
 
 @pytest.mark.parametrize("scale", [1, 1024])
@@ -58,26 +53,23 @@ RATES = {
     "a head as the rest": (None, [], 1e-4, 1e-4),
     "a head with a rate of its own": (1e-2, [], 1e-2, 1e-4),
     "a new head": (None, HEAD, 5e-4, 1e-4),
-    "a new head with a rate of its own": (1e-2, HEAD, 1e-2, 1e-4),
-    "something else that is new": (None, ["visual.ln_post.bias"], 1e-4, 5e-4),
     "something new with the head's rate": (1e-2, ["visual.ln_post.bias"], 1e-2, 1e-2),
 }
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("head_rate, new, head, bias", RATES.values(), ids=RATES)
-def test_each_parameter_has_the_factor_of_its_peak_rate(factor, head_rate, new, head, bias):
-    """Adam's first step is as long as the rate."""
+def test_each_parameter_has_the_factor_of_its_peak_rate(head_rate, new, head, bias):
+    """Adam's first step is as long as the rate, here a quarter of the peak."""
     before = dict(make_model_without_zeros().named_parameters())
 
-    model, _, _ = updated(make_model_without_zeros(), NOT_SCALED, factor, (1e-4, head_rate), new)
+    model, _, _ = updated(make_model_without_zeros(), NOT_SCALED, 0.25, (1e-4, head_rate), new)
 
     for name, p in model.named_parameters():
         peak = head if name.startswith("head.") else 1e-4
         if name == "visual.ln_post.bias":
             peak = bias
         step = (p - before[name]).abs().max().item()
-        assert step == pytest.approx(factor * peak, rel=0.05), name
+        assert step == pytest.approx(0.25 * peak, rel=0.05), name
 
 
 @pytest.mark.parametrize("start, end", [(5.0, math.log(100)), (-1.0, 0.0)])
