@@ -30,8 +30,9 @@ def load(path, state):
 
 @pytest.fixture
 def model(tmp_path):
-    """Before its first step."""
-    return load(tmp_path / "official.pt", OFFICIAL["state_dict"])
+    """Before its first step. torch's DistributedDataParallel writes "module." before each name."""
+    state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
+    return load(tmp_path / "official.pt", state)
 
 
 def test_three_training_steps_equal_the_authors(model):
@@ -58,15 +59,6 @@ def test_the_gradients_of_the_first_step_equal_the_authors(model):
     theirs = {our_name(name): float(norm) for name, norm in step["grad_norms"].items()}
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
     assert norms == pytest.approx(theirs, rel=1e-5)
-
-
-def test_weights_of_many_processes_load_as_well(model, tmp_path):
-    """torch's DistributedDataParallel writes "module." before each name."""
-    state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
-
-    other = load(tmp_path / "parallel.pt", state)
-
-    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_the_authors_counters_become_integer_counts(tmp_path):

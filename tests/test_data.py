@@ -2,9 +2,6 @@
 batch is the same however it was loaded."""
 
 import json
-import multiprocessing
-import os
-import signal
 from collections import Counter
 from itertools import chain
 
@@ -14,7 +11,6 @@ from material import encoded, photo, write_good_shard, write_tar
 from PIL import Image
 
 import data
-from cli import InputError
 from data import Pairs, Tokenizer, batch_indices, words_to_tiktoken
 from superclip import PAD
 
@@ -91,12 +87,6 @@ def test_labels_may_have_a_list_of_captions_of_their_own(captioned):
 
     assert {*captions} == {"a dog"}
     assert Counter(labels) == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
-
-
-@pytest.mark.parametrize("sources", [(["jsn.long"], None), (["txt"], ["json.lang"])])
-def test_a_source_that_no_sample_has_is_a_typo(captioned, sources):
-    with pytest.raises(InputError, match="js"):
-        Pairs([captioned], TOKENIZER, 8, *sources)
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
@@ -199,24 +189,8 @@ def test_images_are_bytes_captions_are_cut_to_the_context_and_labels_are_not(odd
     assert short["tokens"].shape == (1, 16)
 
 
-# ---- loading processes
-
-
 def test_the_cores_are_shared_among_the_processes_of_a_run(monkeypatch):
     monkeypatch.setattr(data, "cores", lambda: 64)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
 
     assert data.make_loader(range(10), None).num_workers == 8
-
-
-def test_loading_processes_outlive_a_signal_to_the_whole_group(odd_pairs):
-    """Until the run has saved, they are needed. Then they end with it."""
-    batches = load(odd_pairs, workers=2, stop=20)
-    next(batches)  # a micro-batch of each process, so that both have begun
-
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGINT)
-
-    assert len(list(batches)) == 19
-    assert multiprocessing.active_children() == []

@@ -46,14 +46,6 @@ def test_with_a_rate_of_0_the_weights_stay(whole_run, tune, tmp_path):
     assert [row["mean_r1"] for row in rows] == [before["best_r1"]] * 4
 
 
-def test_the_head_can_have_a_rate_of_its_own(whole_run, tune):
-    before = checkpoint_of(whole_run, "best.pt")["model"]
-
-    after = tune("--steps", 1, "--head_learning_rate", 0)["model"]
-
-    assert equal_names(after, before) == {name for name in before if name.startswith("head.")}
-
-
 def test_the_vocabulary_and_the_model_come_along(whole_run, tune, shards, tmp_path):
     """Even to shards that lie beside no vocabulary."""
     bare = tmp_path / "bare"

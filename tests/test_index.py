@@ -57,12 +57,11 @@ def test_shards_are_split_by_their_sides_if_there_are_both():
 
 # ---- what the index finds
 
-FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
 NO_SAMPLE = [
     ("__MACOSX/._a.jpg", b"x"),
     ("a.mask.png", b"x"),  # an extension begins at the first dot: not an image of sample a
     ("README", b"x"),
-    ("link.jpg", tarfile.SYMTYPE),
     ("no image.txt", b"x"),
 ]
 
@@ -76,8 +75,8 @@ def contents_of(pairs):
     return found
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=["USTAR", "GNU", "PAX"])
-def test_the_index_finds_what_tarfile_wrote(tmp_path, format):
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     """Shards one after the other, and members of a sample in any order. A header holds 100 bytes of
     a name. What is no part of a sample is named once for each extension."""
     samples = [
@@ -86,16 +85,17 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, format):
         [("größe.JPG", JPEG), ("größe.json", b'{"a": 1}')],
         good_sample("z", 2),
     ]
+    monkeypatch.setattr(tarfile.TarFile, "format", format)  # in which tarfile writes
     members = [member for sample in samples[:-1] for member in sample[::-1]]
-    first = write_tar(tmp_path / "0.tar", [*members, *NO_SAMPLE], format)
-    second = write_tar(tmp_path / "1.tar", samples[-1], format)
+    first = write_tar(tmp_path / "0.tar", [*members, *NO_SAMPLE])
+    second = write_tar(tmp_path / "1.tar", samples[-1])
 
     pairs = Pairs([first, second], TOKENIZER, 8)
 
     assert contents_of(pairs) == [[content for _, content in sample] for sample in samples]
     assert pairs.key(pairs.index[3].tolist()) == "z"
     unused = {key for _, key, _ in pairs.unused}
-    assert unused == {"*._a.jpg", "*.mask.png", "*", "*.jpg", "no image"}
+    assert unused == {"*._a.jpg", "*.mask.png", "*", "no image"}
 
 
 # ---- damage

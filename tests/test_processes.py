@@ -22,15 +22,8 @@ pytestmark = pytest.mark.usefixtures("smallest")
 def test_two_processes_do_what_one_does(children, shards, tmp_path, options):
     """The same weights, counts and log. Bad samples are replaced in the process that meets them.
     The rate is low, because Adam makes much of the smallest difference."""
-    options = [
-        "--train_data",
-        shards / "bad-0.tar",
-        "--learning_rate",
-        1e-5,
-        "--patch_dropout",
-        0.5,
-        *options,
-    ]
+    pairs = ["--train_data", shards / "bad-0.tar", "--patch_dropout", 0.5]
+    options = [*pairs, "--learning_rate", 1e-5, *options]
     train.main(short_run(shards, tmp_path / "one", *options))
 
     both = short_run(shards, tmp_path / "two", *options)
