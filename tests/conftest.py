@@ -62,11 +62,12 @@ def smallest(monkeypatch):
 def few_looks(monkeypatch):
     """Scenes have two colours and two shapes, so that few objects are drawn to be classified."""
     colours = {name: scenes.COLOURS[name] for name in ("red", "orange")}
+    looks = [*product(colours, ("square", "ring"))]
     monkeypatch.setattr(scenes, "COLOURS", colours)
     monkeypatch.setattr(scenes, "SHAPES", ("square", "ring"))
-    monkeypatch.setattr(scenes, "COMBINATIONS", [*product(colours, ("square", "ring"))])
-    monkeypatch.setattr(scenes, "HELD_OUT", [("red", "square"), ("orange", "ring")])
-    monkeypatch.setattr(scenes, "SEEN", [("red", "ring"), ("orange", "square")])
+    monkeypatch.setattr(scenes, "COMBINATIONS", looks)
+    monkeypatch.setattr(scenes, "HELD_OUT", looks[::3])
+    monkeypatch.setattr(scenes, "SEEN", looks[1:3])
 
 
 @pytest.fixture(scope="session")

@@ -147,16 +147,3 @@ def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expecte
 
     assert indexed(path, other) == expected
     assert indexed(other) == 3  # other shards have an index of their own
-
-
-def test_shards_do_not_all_stay_open(tmp_path):
-    """There may be more of them than a process may open."""
-    shards = []
-    for i in range(data.OPEN_SHARDS + 20):
-        shards.append(write_tar(tmp_path / f"{i}.tar", [("a.jpg", b"x"), ("a.txt", b"a")]))
-    pairs = Pairs(shards, TOKENIZER, 8)
-    before = len(os.listdir("/dev/fd"))
-
-    contents_of(pairs)
-
-    assert len(os.listdir("/dev/fd")) <= before + data.OPEN_SHARDS

@@ -56,14 +56,6 @@ def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
     assert last["loss"] < first["loss"] - 1
 
 
-def test_without_the_word_head_it_trains_plain_clip(shards, tmp_path, capsys):
-    train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0))
-
-    assert checkpoint_of(tmp_path)["config"]["cls_weight"] == 0
-    assert "classification_loss" not in rows_of(tmp_path, "loss")[-1]
-    assert "scripts.words" not in capsys.readouterr().out
-
-
 def test_a_seed_is_of_weights_and_order(shards, tmp_path):
     """And of captions, crops and dropped patches (test_data.py)."""
     for seed in (0, 1):

@@ -31,15 +31,6 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
         assert not heading or heading in anchors_of(target), link
 
 
-def test_a_function_that_the_table_of_differences_names_is_there():
-    text = (ROOT / "docs" / "differences.md").read_text()
-    named = re.findall(r"(\w+\.py): `(\w+)` \|", text)
-
-    assert named
-    for file, name in named:
-        assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()), name
-
-
 # ---- code
 
 
