@@ -66,26 +66,17 @@ def captioned(tmp_path):
     return write_tar(tmp_path / "0.tar", members)
 
 
-def drawn_from(pairs):
-    """Captions and labels of 400 visits to the first sample, two lists of texts."""
-    _, captions, labels, _ = zip(*(pairs[visit, 0] for visit in range(400)))
-    return [*map(TOKENIZER.decode, captions)], [*map(TOKENIZER.decode, labels)]
-
-
-def test_captions_are_drawn_from_their_sources(captioned):
+def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     """One that is named twice is drawn twice as often, within three standard deviations. Half of a
     surrogate pair becomes a question mark, or it could not be written to a file."""
-    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"]))
+    pairs = Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"], ["json.both"])
 
-    assert Counter(captions) == pytest.approx({"a dog": 267, "a ? dog": 133}, abs=30)
-    assert labels == captions
+    _, captions, labels, _ = zip(*(pairs[visit, 0] for visit in range(400)))
 
-
-def test_labels_may_have_a_list_of_captions_of_their_own(captioned):
-    captions, labels = drawn_from(Pairs([captioned], TOKENIZER, 8, ["txt"], ["json.both"]))
-
-    assert {*captions} == {"a dog"}
-    assert Counter(labels) == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
+    captions = Counter(map(TOKENIZER.decode, captions))
+    labels = Counter(map(TOKENIZER.decode, labels))
+    assert captions == pytest.approx({"a dog": 267, "a ? dog": 133}, abs=30)
+    assert labels == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
@@ -99,9 +90,10 @@ def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
     again = draws(seed=0)
     *_, kept_otherwise = zip(*draws(seed=1))
 
-    images, captions, _, kept = zip(*first)
+    images, captions, labels, kept = zip(*first)
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert kept_otherwise != kept
+    assert labels == captions  # without sources of their own
     assert len({str(image.tolist()) for image in images}) > 15
     assert len({*map(tuple, captions)}) == 2
     assert {len({*keep}) for keep in kept} == {12}

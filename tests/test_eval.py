@@ -268,13 +268,11 @@ def test_retrieval_takes_the_captions_that_the_run_was_validated_on(tmp_path, ca
     shard = coloured(tmp_path / "0.tar", *COLOURS)
     arguments = {"captions": ["txt"], "val_captions": ["json.c"], "val_data": [shard]}
     path = tmp_path / "model.pt"
-    evaluation.write_checkpoint(
-        path, make_model(), TOKENIZER.vocab, header={"arguments": arguments}
-    )
-    argv = ["retrieval", "--data", shard]
+    header = {"arguments": arguments}
+    evaluation.write_checkpoint(path, make_model(), TOKENIZER.vocab, header=header)
 
-    error = error_of(capsys, evaluation.main, *argv, "--checkpoint", path)
-    told, _ = scores_of(capsys, tmp_path, *argv, "--captions", "txt")
+    error = error_of(capsys, evaluation.main, "retrieval", "--checkpoint", path, "--data", shard)
+    told, _ = scores_of(capsys, tmp_path, "retrieval", "--data", shard, "--captions", "txt")
 
     assert "json.c" in error
     assert told["validation"]["image_to_text"]["R@1"]["n"] == 4
