@@ -1,4 +1,5 @@
-"""What commands about pictures share: image files, and a sheet of images with captions."""
+"""What commands about pictures share: which image files there are, and a sheet of images with
+captions."""
 
 import math
 import textwrap
@@ -7,8 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
-import data
-from cli import check, output_file, write_file
+from cli import InputError, check, output_file, write_file
+from data import SUFFIXES
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which is 15 pixels high
@@ -16,18 +17,19 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 picture_file = output_file(*FORMATS)  # a type for argparse
 
 
-def image_files(paths):
+def image_files(paths, out=None):
     """Returns the list of image files among `paths` and below the folders among them, each real
-    file once. Raises InputError."""
+    file once. out: the picture to draw, which must not be one of them. Raises InputError."""
     files = {}  # real path -> path
     for path in map(Path, paths):
         found = [path]
         if not path.is_file():
-            below = sorted(path.rglob("*.*"))
-            found = [file for file in below if file.suffix.lower() in data.SUFFIXES]
+            found = [file for file in sorted(path.rglob("*.*")) if file.suffix.lower() in SUFFIXES]
         check(found, f"there is no image file or folder of images {path}")
         for file in found:
             files.setdefault(file.resolve(), file)
+    if out and out.resolve() in files:
+        raise InputError(f"--out would overwrite the image {out}")
     return list(files.values())
 
 

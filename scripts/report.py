@@ -68,22 +68,23 @@ def read_log(path):
     """A log.jsonl -> the last header in it, and the list of rows that count.
 
     A run that is resumed adds a header, with the step from which it goes on. What the attempt
-    before it has logged beyond that is no part of the run. Raises InputError.
+    before it has logged beyond that is no part of the run, and a validation may come again: then
+    the later one counts. Raises InputError.
     """
     header = None
-    rows = []
+    rows = {}  # by step and kind
     try:
         for line in Path(path).read_text("utf-8").splitlines():
             row = json.loads(line)
             if "header" in row:
                 header = row["header"]
-                rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+                rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
             else:
-                rows.append(row)
+                rows[row["step"], "loss" in row] = row
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not a log of train.py: {error!r}") from error
     check(header is not None, f"{path} is not a log of train.py: it has no header")
-    return header, rows
+    return header, list(rows.values())
 
 
 def overfitting(rows):

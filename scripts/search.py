@@ -67,9 +67,10 @@ def stamp_of(path):
     return f"{status.st_mtime_ns} {status.st_size}"
 
 
-def file_entries(paths):
-    """Image files and folders -> list of their entries."""
-    return [Entry(os.path.abspath(file), stamp_of(file), None) for file in image_files(paths)]
+def file_entries(paths, out):
+    """Image files and folders -> list of their entries. out: the picture to write, or None."""
+    files = image_files(paths, out)
+    return [Entry(os.path.abspath(file), stamp_of(file), None) for file in files]
 
 
 def shard_entries(shards):
@@ -294,7 +295,7 @@ def main(argv):
     paths, captions = evaluation.validation_of(args.checkpoint)
     if args.images or args.data:
         paths = args.data
-    entries = file_entries(args.images)
+    entries = file_entries(args.images, args.out)
     shards = None
     if paths:
         shards = data.Shards(data.expand(paths))
@@ -302,13 +303,16 @@ def main(argv):
     check(entries, f"{args.checkpoint} names no validation shards: name --images or --data")
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    like = find_features(model, file_entries(args.like), None, workers=0)
+    like = find_features(model, file_entries(args.like, args.out), None, workers=0)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features = find_features(model, entries, shards, args.workers, args.features, sha256)
     check(features, "none of the images can be read")
     search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
     print(f"{len(features):,} images; scores are cosine similarities")
+    unknown = evaluation.unknown_words(tokenizer, args.texts)
+    if unknown:
+        print("not in the vocabulary:", printable(", ".join(unknown)))
     results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]
     results += [search.by_text(text, args.k) for text in args.texts]
     for result in results:
