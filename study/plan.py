@@ -107,8 +107,8 @@ def complete_rows(study):
 # -----------------------------------------------------------------------------
 # The page
 
-INTRO = """# CLIP and SuperCLIP, made small
-
+TITLE = "# CLIP and SuperCLIP, made small\n"
+INTRO = """
 Made by `python -m study.plan` from runs.jsonl, which names the commit, a hash of the code and the
 machine of each run. A cell reads: mean of the first command -> mean of the second, and their
 difference with its 95 % interval, in percent. Five seeds are paired (Student's t), each with a
@@ -197,6 +197,9 @@ def open_table(found):
 
 def page(found):
     """results.md as a text."""
+    missing = [row.label for name, row in ROWS.items() if name not in found]
+    if not found:
+        return f"{TITLE}\nNo row is complete yet. Not run: {'; '.join(missing)}.\n"
     findings = []
     table = []
     cells = []
@@ -217,7 +220,6 @@ def page(found):
                 f"objects at {easy} with SuperCLIP."
             )
     outside = sum(cell.excludes_0() for cell in cells)
-    missing = [row.label for name, row in ROWS.items() if name not in found]
     summary = f"""
 ## All rows
 
@@ -228,7 +230,7 @@ this page: {"; ".join(missing) or "nothing"}.
 | | seconds | R@1 | colour_shape (object) | held_out (probe) |
 | --- | --- | --- | --- | --- |"""
     return "\n".join(
-        [INTRO, *findings, summary, *table, OPEN, *open_table(found), RATES, *rates, ""]
+        [TITLE + INTRO, *findings, summary, *table, OPEN, *open_table(found), RATES, *rates, ""]
     )
 
 
