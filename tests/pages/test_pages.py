@@ -77,10 +77,13 @@ def test_the_readmes_lines_of_inference_run(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"tensor\(\[\[.+,.+\]\]\)\n", capsys.readouterr().out)
 
 
-def test_the_notebook_is_that_of_the_tutorial():
-    path = ROOT / "docs" / "tutorial.ipynb"
+@pytest.mark.parametrize("name", ["tutorial", "gpu"])
+def test_a_notebook_is_that_of_its_page(name):
+    page = ROOT / "docs" / f"{name}.md"
 
-    assert path.read_text() == notebook(TUTORIAL), "run python -m docs.notebook"
+    made = notebook(page.read_text())
+
+    assert page.with_suffix(".ipynb").read_text() == made, "run python -m docs.notebook"
 
 
 # Python blocks of the tutorial, each with the text block that follows at once

@@ -1,4 +1,4 @@
-"""The model in the repository, assets/tiny.pt, is the one of the README's numbers."""
+"""The model in the repository, assets/tiny.pt, is the one of the pages' numbers."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(words.__file__).parents[1]
 TINY = ROOT / "assets" / "tiny.pt"
 
 
-def test_it_finds_captions_as_often_as_the_readme_says(tmp_path):
+def test_it_finds_captions_as_often_as_the_tutorial_says(tmp_path):
     """Within two of 1,000 images, because another CPU rounds otherwise."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
     stated = re.search(r"^image to text R@1 +([\d.]+) %", page, re.MULTILINE)
