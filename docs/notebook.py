@@ -1,7 +1,7 @@
-"""Turn the tutorial into a notebook: python -m docs.notebook
+"""Turn tutorial.md and gpu.md into notebooks: python -m docs.notebook
 
-Python blocks of tutorial.md become cells, shell blocks cells with "!", and a text block that
-follows is what the cell printed. All else stays Markdown.
+Python blocks become cells, shell blocks cells with "!", and a text block that follows is what the
+cell printed. All else stays Markdown.
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 TUTORIAL = Path(__file__).with_name("tutorial.md")
+GPU = TUTORIAL.with_name("gpu.md")
 # The commands are for the project's folder, and for the Python of the kernel.
 SETUP = """import os, sys
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
@@ -30,7 +31,7 @@ def markdown_cells(text):
 
 
 def notebook(text):
-    """The Markdown text of the tutorial -> the text of an .ipynb file."""
+    """The Markdown text of a page -> the text of an .ipynb file."""
     cells = [code_cell(SETUP)]
     end = 0
     for match in BLOCK.finditer(text):
@@ -47,4 +48,5 @@ def notebook(text):
 
 
 if __name__ == "__main__":
-    TUTORIAL.with_suffix(".ipynb").write_text(notebook(TUTORIAL.read_text("utf-8")), "utf-8")
+    for page in (TUTORIAL, GPU):
+        page.with_suffix(".ipynb").write_text(notebook(page.read_text("utf-8")), "utf-8")
