@@ -332,7 +332,7 @@ def write_vocabulary(tokenizer, path):
     looks for it, and say how to tokenize with it."""
     beside = path.with_suffix(".tiktoken")
     write_file(beside, lambda file: file.write(tokenizer.vocab.encode()))
-    print(f"  from data import Tokenizer  # needs: pip install -e {Path(__file__).parents[1]}")
+    print(f"  from data import Tokenizer  # run in {Path(__file__).parents[1]}")
     name = str(beside.resolve())
     print(f"  tokenizer = Tokenizer.from_file({name!r}, {tokenizer.context_length})")
 
