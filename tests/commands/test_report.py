@@ -30,10 +30,11 @@ def validation_row(step, r1):
 
 
 def write_log(path):
-    """The log of a run of 30 steps that was stopped after step 20, and went on from step 10."""
+    """The log of a run of 30 steps that was killed after step 25, and went on from step 10."""
     begin = {"header": HEADER, "step": 0}
     rows = [begin, training_row(10, 2.5), training_row(20, 9.0), validation_row(20, 0.9)]
-    rows += [{**begin, "step": 10}, training_row(20, 1.5), validation_row(20, 0.4)]
+    rows += [training_row(25, 9.0), {**begin, "step": 10}]
+    rows += [training_row(20, 1.5), validation_row(20, 0.4)]
     rows += [training_row(30, 0.5), validation_row(30, 0.6)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
