@@ -75,12 +75,13 @@ def file_entries(paths, out):
 
 def shard_entries(shards):
     """data.Shards -> list of the entries of all their images, with or without captions."""
+    stamps = [stamp_of(path) for path in shards.shards]
     entries = []
     for row in shards.index.tolist():
-        path = shards.shards[row[0]]
         # With the place of the image, because a tar header may shorten two names to one.
-        stamp = f"{stamp_of(path)} {row[data.IMAGE]}"
-        entries.append(Entry(f"{path}:{shards.key(row)}", stamp, tuple(row)))
+        stamp = f"{stamps[row[0]]} {row[data.IMAGE]}"
+        name = f"{shards.shards[row[0]]}:{shards.key(row)}"
+        entries.append(Entry(name, stamp, tuple(row)))
     return entries
 
 
