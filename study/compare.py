@@ -15,10 +15,11 @@ With --rates, four learning rates of each command are tried with all seeds. A se
 that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
 choice. While the best rate of all seeds is the lowest or the highest, one more is tried there.
 
-Finished runs are lines of out_study/runs.jsonl, and of study/runs.jsonl, the published ones. A run
-is known by its command, seed, world and code. So a comparison that was stopped goes on, and runs of
-other code are never reported. Code is that of the program (or module), of the Python files in its
-folder, of scripts/scenes.py there, and of what draws the world, without comments and docstrings.
+Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
+code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
+that of the Python files beside train.py, of scripts/scenes.py there, of the module if there is one,
+and of what draws the world, without comments and docstrings. What else a fork imports, and what a
+file of data contains, is not looked at: give it another name when it changes.
 """
 
 import ast
@@ -51,7 +52,6 @@ from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 from study.objects import make_objects
 
-PUBLISHED = Path(__file__).with_name("runs.jsonl")
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
 # A rate is judged by the mean of those of these scores that there are, or else of all scores.
@@ -149,10 +149,14 @@ class Command(NamedTuple):
         return f"{self.program} {shlex.join(words_of(self.options))}"
 
     def code(self):
-        """That of the program, of the Python files in its folder, and of what draws the world."""
-        files = {self.file, self.folder / "scripts/scenes.py", *self.folder.glob("*.py")}
-        code = code_of(files, self.folder)
-        return f"{code}-{self.world.code()}" if self.world else code
+        """That of the Python files in its folder, of the module, and of what draws the world."""
+        files = {self.folder / "scripts/scenes.py", *self.folder.glob("*.py")}
+        codes = [code_of(files, self.folder)]
+        if self.file not in files:
+            codes.append(code_of([self.file], self.folder))
+        if self.world:
+            codes.append(self.world.code())
+        return "-".join(codes)
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
@@ -282,19 +286,23 @@ def scores_of(row):
 
 
 def probe_scores(command, world, out_dir):
-    """Linear probes of the frozen class token and of the mean of the patch tokens."""
+    """A linear probe of the frozen class token."""
     learn, test = PROBES[command.world.kind()]
     found = Path(out_dir, "probe.json")
     words = [command.folder / "eval.py", "probe", "--checkpoint", Path(out_dir, "last.pt")]
     words += ["--train", world / learn, "--test", world / test, "--workers", "0", "--json", found]
     error = call(words)
     check(not error, f"{command}: {error}")
-    scores = json.loads(found.read_text())
-    return {"probe": scores["class token"], "patch probe": scores["patch mean"]}
+    return {"probe": json.loads(found.read_text())["class token"]}
 
 
 # -----------------------------------------------------------------------------
 # Many runs
+
+
+def main_code(run):
+    """The code of train.py and the files beside it."""
+    return run["code"].partition("-")[0]
 
 
 class Side(NamedTuple):
@@ -306,6 +314,10 @@ class Side(NamedTuple):
     def goals(self):
         """{learning rate: a number of each seed, by which it is judged}"""
         return {rate: [goal(run) for run in runs] for rate, runs in self.tried.items()}
+
+    def values(self, name):
+        """{learning rate: a score of each seed}"""
+        return {rate: [value_of(run, name) for run in runs] for rate, runs in self.tried.items()}
 
     def rates(self):
         """The rate of each seed, chosen by the others."""
@@ -324,27 +336,29 @@ class Side(NamedTuple):
 class Study:
     """Finished runs, and how to make others."""
 
-    def __init__(self, out, jobs, *paths):
-        """out: folder of worlds; jobs: runs at a time, or 0 to read only: then the code of a
-        program is the one that has run last; paths: files of runs, of which the first one grows."""
+    def __init__(self, out, jobs, path):
+        """out: folder of worlds; jobs: runs at a time, or 0 to read only, what was run last of all
+        code; path: the file of runs, which grows."""
         self.out = out
         self.jobs = jobs
-        self.path = paths[0]
+        self.path = path
         self.runs = {}
         self.codes = {}  # of programs in worlds
-        for path in paths:
-            path.touch()
-            for run in map(json.loads, open(path)):
-                self.runs[tuple(run[name] for name in KEY)] = run
-                if jobs == 0:
-                    self.codes[run["program"], run["world"]] = run["code"]
+        path.touch()
+        # A full disk may have cut the last line short.
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        runs = [*map(json.loads, open(path))]
+        for run in runs:
+            self.runs[tuple(run[name] for name in KEY)] = run
+            if jobs == 0 and main_code(run) == main_code(runs[-1]):
+                self.codes[run["program"], run["world"]] = run["code"]
 
     def key(self, command):
         """The values of KEY, which tell a run from others."""
         world = str(command.world or "")
         place = (command.program, world)
         if place not in self.codes:
-            self.codes[place] = command.code()
+            self.codes[place] = command.code() if self.jobs else ""
         return command.line(), world, command.seed, command.probe, self.codes[place]
 
     def run(self, command_and_world):
@@ -402,7 +416,8 @@ class Study:
                 return [side for side, _ in looks]
             if self.jobs == 0:
                 return None
-            self.work(todo)
+            # by rate and seed, so that a busy hour slows both sides
+            self.work(sorted(todo, key=lambda command: (command.rate(), command.seed)))
 
 
 # -----------------------------------------------------------------------------
@@ -448,14 +463,17 @@ def next_rates(goals):
 
 
 def rate_texts(side):
-    """What is to be known of each rate that was tried: the mean that it is judged by, and for how
-    many seeds it was taken, learned the objects, diverged."""
+    """What is to be known of each rate that was tried: the mean that it is judged by, and numbers
+    of seeds."""
     texts = []
     for rate, runs in side.tried.items():
-        taken = side.rates().count(rate)
-        learned = sum(map(has_learned, runs))
-        diverged = sum(not run["scores"] for run in runs)
-        texts.append(f"{rate:.3g}: {mean(map(goal, runs)):.1f} ({taken}, {learned}, {diverged})")
+        counts = {
+            "learned": sum(map(has_learned, runs)),
+            "diverged": sum(not run["scores"] for run in runs),
+            "taken": side.rates().count(rate),
+        }
+        notes = "".join(f", {n} {what}" for what, n in counts.items() if n)
+        texts.append(f"{rate:.2e}: {mean(map(goal, runs)):.1f}{notes}")
     return texts
 
 
@@ -463,11 +481,9 @@ def rate_texts(side):
 # Differences
 
 
-class Difference(NamedTuple):
-    """Two means, and the mean of the differences with half of its 95 % interval."""
+class Interval(NamedTuple):
+    """A mean of differences, and half of its 95 % interval."""
 
-    a: float
-    b: float
     mean: float
     half: float
 
@@ -478,13 +494,22 @@ class Difference(NamedTuple):
         return abs(self.mean) > self.half
 
 
-def difference(sides, name):
-    """Compare a score of two sides, paired by seed."""
-    a, b = [[value_of(run, name) for run in side.runs()] for side in sides]
-    differences = [y - x for x, y in zip(a, b)]
+def interval(differences):
+    """That of the mean of some differences, one for each seed."""
     n = len(differences)
     half = QUANTILES[n - 2] * stdev(differences) / math.sqrt(n)
-    return Difference(mean(a), mean(b), mean(differences), half)
+    return Interval(mean(differences), half)
+
+
+def means(sides, name):
+    """The means of a score over the seeds of both sides."""
+    return [mean(value_of(run, name) for run in side.runs()) for side in sides]
+
+
+def gaps(sides, name):
+    """b - a in a score, for each seed."""
+    a, b = [side.runs() for side in sides]
+    return [value_of(y, name) - value_of(x, name) for x, y in zip(a, b)]
 
 
 # -----------------------------------------------------------------------------
@@ -494,16 +519,16 @@ def difference(sides, name):
 def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text}, learning rates tried: {len(side.tried)}")
-        print("rate: mean of R@1 and zero-shot (taken for, learned by, diverged for so many seeds)")
+        print("rate: mean of R@1 and the zero-shot score, numbers of seeds")
         print(*rate_texts(side), sep="\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs()), key=len)
     print(f"\n{len(scores)} scores are compared, in percent, as means over the seeds\n")
-    print("                chance       a       b   b - a")
+    print("                chance       a       b   b - a, 95 % interval")
     for name, score in scores.items():
-        found = difference(sides, name)
+        found = interval(gaps(sides, name))
         note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
-        levels = "{:8.1f}{:8.1f}{:8.1f}".format(100 * score["chance"], found.a, found.b)
+        levels = "{:8.1f}{:8.1f}{:8.1f}".format(100 * score["chance"], *means(sides, name))
         print(f"{name:14s}{levels}   {found!s:15s} {note}")
     print("seconds               {:>8s}{:>8s}".format(*map(Side.seconds, sides)))
 
@@ -535,6 +560,8 @@ def run_experiment(study, args):
     """Do what the options of an experiment say. Returns its two Sides."""
     world = World(args.settings, args.photographs)
     pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
+    own = "--train_data" in args.common
+    check(not (own and args.probe), "--probe needs a drawn world, which --train_data replaces")
     return study.experiment(pair, args.seeds, args.rates, args.probe)
 
 
@@ -548,7 +575,7 @@ def open_out(out):
 def main(argv):
     args = make_options().parse_args(argv)
     open_out(args.out)
-    study = Study(args.out, args.jobs, args.out / "runs.jsonl", PUBLISHED)
+    study = Study(args.out, args.jobs, args.out / "runs.jsonl")
     print_sides(run_experiment(study, args))
 
 

@@ -1,6 +1,6 @@
 """All words of a caption weigh the same in its label, the rare and the common:
 
-python -m study.no_idf [options of train.py]
+    python -m study.no_idf [options of train.py]
 """
 
 import torch

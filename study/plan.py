@@ -1,12 +1,13 @@
 """The published page: a list of experiments, each of which is a command line of study.compare.
 
-    python -m study.plan                     run what is missing, and write results.md and figures
+    python -m study.plan                     run what is missing, and write results.md and study.png
     python -m study.plan batch8 batch32      run these rows alone
     python -m study.plan --report            only write them, from the runs that are there
 
-The runs go to study/runs.jsonl. Two rows need photographs in out_study: Flickr8k's shards,
-flickr8k/train-*.tar and dev-*.tar, whose .json files have five captions in the field "captions",
-and cifar10/, as objects.py wants it.
+The runs go to study/runs.jsonl, and the page shows those of the code that has run last. Two rows
+need photographs in out_study: Flickr8k as shards, flickr8k/train-*.tar and dev-*.tar, whose .json
+has five captions in the field "captions", and cifar10/, as objects.py wants it. (Ours are squashed
+to 224 x 224 pixels.)
 """
 
 import math
@@ -19,7 +20,8 @@ from cli import InputError, check, make_parser, optional, run_command
 from study import compare
 
 RESULTS = Path(__file__).with_name("results.md")
-ASSETS = RESULTS.parent.parent / "assets"
+RUNS = RESULTS.with_name("runs.jsonl")
+FIGURE = RESULTS.parent.parent / "assets/study.png"
 PAIR = '--a "train.py --cls_weight 0" --b "train.py"'
 GROUPS = '--a "-m study.groups --group {0} --cls_weight 0" --b "-m study.groups --group {0}"'
 LOOKS = ("R@1", "colour_shape", "held_out")
@@ -88,7 +90,8 @@ VARIANTS = {
     "SigLIP": ("sigmoid", 0),
     "SuperSigLIP": ("sigmoid", 1),
     "no IDF": ("no_idf", 1),
-    "dual captions": ("dual", 1),
+    "SuperCLIP, short captions": ("dual", 0),
+    "SuperCLIP, short captions, words of the long": ("dual", 1),
 }
 
 
@@ -109,29 +112,31 @@ def complete_rows(study):
 
 TITLE = "# CLIP and SuperCLIP, made small\n"
 INTRO = """
-Made by `python -m study.plan` from runs.jsonl, which names the commit, a hash of the code and the
-machine of each run. A cell reads: mean of the first command -> mean of the second, and their
-difference with its 95 % interval, in percent. Five seeds are paired (Student's t), each with a
-world of its own (those of Flickr8k share its pairs). One rule for all rows: each command has the
-best of the rates tried, four or more, and the rate of a seed is the one that is best for the other
-seeds. A row is CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
+Made by `python -m study.plan` from [runs.jsonl](runs.jsonl). A cell reads: mean of the first
+command -> mean of the second, and their difference with its 95 % interval (Student's t), in
+percent. Bold: the interval excludes 0 (uncorrected). Five seeds are paired, each with a world of
+its own (those of Flickr8k share its pairs, so its intervals leave out the draw of the data). One
+rule for all rows: both commands are tried at four learning rates or more, and a seed takes the rate
+that is best for the other four. These choices depend on each other, so intervals are approximate. A
+row is CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
 
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
 and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
 training never shows (1.6), and probe that of a linear classifier on the frozen class token (10).
-Seconds are those of a run of each, on one core.
+Seconds are those of a run of each, on one core of a shared machine.
 
 ## What the runs say
 
-A gap that lasts is there in the longer runs, too.
+The *gap* is what SuperCLIP has more than CLIP in colour_shape. If it lasts, more samples do not
+close it. If it is the batch's, it grows as fewer pairs are compared.
 """
 OPEN = f"""
-![The colour + shape of each seed at each learning rate](../assets/study.png)
+![colour_shape of each seed at each learning rate](../assets/study.png)
 
 ## A table to add a row to
 
-Batch 32, 48,000 samples: the mean over five seeds, and the lowest and the highest of them. Your
-variant gets its row by `--b`:
+Batch 32, 48,000 samples, means over five seeds. Each variant has the rates that are best for it.
+Yours gets its row by `--b`:
 
     python -m study.compare --a "train.py" --b "../fork/train.py" --common "{AT_32}" --rates
 
@@ -140,133 +145,139 @@ variant gets its row by `--b`:
 RATES = """
 ## All learning rates that were tried
 
-Each with the mean of R@1 and a zero-shot score over the seeds, and in parentheses the numbers of
-seeds that it was taken for, that learned the objects (colour + shape above half), and that diverged
-and score 0.
-
-![R@1 of each seed at each learning rate](../assets/rates.png)
+With the mean of R@1 and the zero-shot score over the seeds, by which a rate is judged, and the
+numbers of seeds that learned the objects (colour_shape above half), that diverged, and that took
+the rate.
 """
+# (row, row): how does the gap change from one to the other?
+CHANGES = (
+    ("batch256", "batch8"),
+    ("groups64", "groups4"),
+    ("batch32", "batch32long"),
+    ("batch256", "batch256long"),
+)
 
 
-def p_of(cell):
+def p_of(found):
     """The probability that five seeds differ as much by chance: both tails of Student's
     distribution with four degrees of freedom, which has a closed form."""
-    error = cell.half / compare.QUANTILES[3]
-    s = abs(cell.mean) / max(math.hypot(cell.mean, 2 * error), 1e-9)
+    error = found.half / compare.QUANTILES[3]
+    s = abs(found.mean) / max(math.hypot(found.mean, 2 * error), 1e-9)
     return 1 - 1.5 * s + 0.5 * s**3
 
 
-def survivors(cells):
-    """How many differences survive Benjamini and Hochberg's correction: of so many, 5 % are
+def survivors(intervals):
+    """How many differences survive Benjamini and Hochberg's correction: of so many, at most 5 % are
     expected to be none."""
     survive = 0
-    for rank, p in enumerate(sorted(map(p_of, cells)), 1):
-        if p <= 0.05 * rank / len(cells):
+    for rank, p in enumerate(sorted(map(p_of, intervals)), 1):
+        if p <= 0.05 * rank / len(intervals):
             survive = rank
     return survive
 
 
-def text_of(cell):
-    """A difference with both means, in bold if it excludes 0."""
-    text = f"{cell.a:.1f} -> {cell.b:.1f}, {cell}"
-    return f"**{text}**" if cell.excludes_0() else text
+def bold(found):
+    """An interval, in bold if it excludes 0."""
+    return f"**{found}**" if found.excludes_0() else str(found)
 
 
-def easy_rates(side):
-    """At how many of the rates that were tried most seeds learned the objects."""
-    most = [sum(map(compare.has_learned, runs)) > 2 for runs in side.tried.values()]
-    return f"{sum(most)} of {len(most)}"
+def cell(sides, score):
+    """Both means and their difference."""
+    a, b = compare.means(sides, score)
+    return f"{a:.1f} -> {b:.1f}, {bold(compare.interval(compare.gaps(sides, score)))}"
 
 
-def row_of(label, *texts):
-    return f"| {' | '.join([label, *texts])} |"
+def highest_rate(side):
+    """The highest rate at which most seeds learned the objects, as a text."""
+    learned = {rate: sum(map(compare.has_learned, runs)) for rate, runs in side.tried.items()}
+    good = max((rate for rate, seeds in learned.items() if seeds > 2), default=None)
+    if good is None:
+        return "at none of the rates"
+    return f"up to {good:.2e}" + (", the highest tried," if good == max(learned) else "")
+
+
+def findings(found):
+    """What the rows of batches and groups say, as lines."""
+    lines = []
+    for name in BATCHES:
+        if name in found:
+            clip, superclip = map(highest_rate, found[name])
+            lines.append(
+                f"- {ROWS[name].label}: {cell(found[name], 'colour_shape')}. Most seeds learn the\n"
+                f"  objects {clip} with CLIP, and {superclip} with SuperCLIP."
+            )
+    for first, second in CHANGES:
+        if first in found and second in found:
+            pairs = zip(*[compare.gaps(found[name], "colour_shape") for name in (first, second)])
+            change = bold(compare.interval([after - before for before, after in pairs]))
+            step = f"From {ROWS[first].label} to {ROWS[second].label}"
+            lines.append(f"- {step}\n  the gap changes by {change}.")
+    return lines
+
+
+def row_of(*texts):
+    return f"| {' | '.join(texts)} |"
 
 
 def open_table(found):
     lines = []
     for label, (name, number) in VARIANTS.items():
         if name in found:
-            side = found[name][number]
-            texts = []
-            for score in LOOKS:
-                values = [compare.value_of(run, score) for run in side.runs()]
-                texts.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-            lines.append(row_of(label, *texts, f"`{side.command.text}`"))
+            texts = [f"{compare.means(found[name], score)[number]:.1f}" for score in LOOKS]
+            lines.append(row_of(label, *texts, f"`{found[name][number].command.text}`"))
     return lines
 
 
 def page(found):
     """results.md as a text."""
-    missing = [row.label for name, row in ROWS.items() if name not in found]
-    if not found:
-        return f"{TITLE}\nNo row is complete yet. Not run: {'; '.join(missing)}.\n"
-    findings = []
     table = []
-    cells = []
+    intervals = []
     rates = []
     for name, sides in found.items():
         row = ROWS[name]
-        differences = [compare.difference(sides, score) for score in row.scores]
-        cells += differences
-        seconds = " / ".join(map(compare.Side.seconds, sides))
-        table.append(row_of(row.label, seconds, *map(text_of, differences)))
+        intervals += [compare.interval(compare.gaps(sides, score)) for score in row.scores]
+        cells = [cell(sides, score) for score in row.scores]
+        table.append(row_of(row.label, " / ".join(map(compare.Side.seconds, sides)), *cells))
         rates.append(f"- {row.label}: `python -m study.compare {row}`")
-        for side in sides:
-            rates.append(f"  - `{side.command.text}`: {'; '.join(compare.rate_texts(side))}")
-        if name in BATCHES:
-            easy = " rates with CLIP, and at ".join(map(easy_rates, sides))
-            findings.append(
-                f"- {row.label}: colour + shape {text_of(differences[1])}.\n  Most seeds learn the "
-                f"objects at {easy} with SuperCLIP."
-            )
-    outside = sum(cell.excludes_0() for cell in cells)
+        for letter, side in zip("ab", sides):
+            rates.append(f"  - {letter}: {'; '.join(compare.rate_texts(side))}")
+    outside = sum(map(compare.Interval.excludes_0, intervals))
+    missing = [row.label for name, row in ROWS.items() if name not in found]
     summary = f"""
 ## All rows
 
-{len(cells)} differences are shown. In bold: the interval excludes 0 (uncorrected), as {outside} do.
-{survivors(cells)} survive the correction of Benjamini and Hochberg at 5 %. Not run yet, and not on
-this page: {"; ".join(missing) or "nothing"}.
+{outside} of {len(intervals)} intervals exclude 0 (uncorrected). {survivors(intervals)} survive the
+correction of Benjamini and Hochberg at 5 %, a rough count, because rows share runs. Not run yet,
+and not on this page: {"; ".join(missing) or "nothing"}.
 
 | | seconds | R@1 | colour_shape (object) | held_out (probe) |
 | --- | --- | --- | --- | --- |"""
-    return "\n".join(
-        [TITLE + INTRO, *findings, summary, *table, OPEN, *open_table(found), RATES, *rates, ""]
-    )
+    parts = [TITLE + INTRO, *findings(found), summary, *table, OPEN, *open_table(found)]
+    return "\n".join([*parts, RATES, *rates, ""])
 
 
 # -----------------------------------------------------------------------------
-# The figures
+# The figure
 
 METHODS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
 
 
-def draw(path, found, score):
-    """A score of both methods against the learning rate: a dot for each seed, and a line through
-    the means."""
+def draw(found):
+    """colour_shape of both methods against the learning rate: a dot for each seed, and a line
+    through the means."""
     names = [name for name in BATCHES if name in found]
-    if not names:
-        return
-    optional("matplotlib").use("Agg")
     plt = optional("matplotlib.pyplot")
-    _, axes = plt.subplots(1, len(names), figsize=(14, 3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)
+    figure.set_size_inches(2 + 2.4 * len(names), 3)
     for axis, name in zip(axes[0], names):
         for side, (method, colour) in zip(found[name], METHODS.items()):
-            rates = [*side.tried]
-            rows = [[compare.value_of(run, score) for run in side.tried[rate]] for rate in rates]
-            axis.plot(rates, rows, "o", color=colour, alpha=0.4, markersize=4)
-            axis.plot(rates, [*map(mean, rows)], color=colour, label=method)
-        axis.set(
-            title=ROWS[name].label.replace(", ", "\n"),
-            xlabel="learning rate",
-            ylim=(-3, 103),
-            xscale="log",
-            xticks=[1e-4, 3e-4, 1e-3],
-            xticklabels=["0.0001", "0.0003", "0.001"],
-        )
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel(f"{score} (%)")
-    axes[0, 0].legend()
-    plt.savefig(path, dpi=150, bbox_inches="tight")
+            values = side.values("colour_shape")
+            axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
+            axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
+        axis.set(title=ROWS[name].label.replace(", ", "\n"), xlabel="learning rate", xscale="log")
+    axes[0, 0].set_ylabel("colour_shape (%)")
+    axes[0, -1].legend()
+    figure.savefig(FIGURE, dpi=150, bbox_inches="tight")
 
 
 def main(argv):
@@ -279,16 +290,16 @@ def main(argv):
     check(not unknown, f"rows are {' '.join(ROWS)}")
     if not args.report:
         compare.open_out(args.out)
-        study = compare.Study(args.out, args.jobs, compare.PUBLISHED)
+        study = compare.Study(args.out, args.jobs, RUNS)
         for name in args.rows or ROWS:
             try:
                 sides_of(study, name)
             except InputError as error:
                 print(f"{name} is not finished: {error}", flush=True)
-    found = complete_rows(compare.Study(args.out, 0, compare.PUBLISHED))
+    found = complete_rows(compare.Study(args.out, 0, RUNS))
+    check(found, "no row is complete yet")
     RESULTS.write_text(page(found))
-    draw(ASSETS / "study.png", found, "colour_shape")
-    draw(ASSETS / "rates.png", found, "R@1")
+    draw(found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import data
 import superclip
 import train
 from study import compare, groups, no_idf, objects, plan
-from study.compare import Difference, Side, Study, World, best_rate, next_rates, read_command
+from study.compare import Interval, Side, Study, World, best_rate, next_rates, read_command
 
 PAIR = [read_command(text, "", World()) for text in ("train.py --cls_weight 0", "train.py")]
 
@@ -32,20 +32,20 @@ def test_an_interval_is_students_and_pairs_seeds():
     a = Side(None, {1e-3: [run_of(x=value) for value in (10, 50, 90)]})
     b = Side(None, {1e-3: [run_of(x=value) for value in (11, 52, 93)]})
 
-    found = compare.difference([a, b], "x")
+    found = compare.interval(compare.gaps([a, b], "x"))
 
     # the differences 1, 2, 3 have a standard deviation of 1, and t is 4.303
-    assert found == pytest.approx((50, 52, 2, 4.3027 / math.sqrt(3)), abs=1e-3)
+    assert found == pytest.approx((2, 4.3027 / math.sqrt(3)), abs=1e-3)
     assert not found.excludes_0()
 
 
 def test_what_survives_is_found_from_the_largest_p_down():
     """p is 0.03, 0.04 and 0.5. Of two, 0.04 passes as the second (0.05), and takes 0.03 with it. Of
     three, each fails: 0.05 / 3, 0.1 / 3 and 0.05."""
-    cells = [Difference(0, 0, t, 2.7764) for t in (3.298, 2.999, 0.741)]
+    intervals = [Interval(t, 2.7764) for t in (3.298, 2.999, 0.741)]
 
-    assert plan.survivors(cells[:2]) == 2
-    assert plan.survivors(cells) == 0
+    assert plan.survivors(intervals[:2]) == 2
+    assert plan.survivors(intervals) == 0
 
 
 def test_a_run_that_diverged_scores_0():
@@ -164,7 +164,7 @@ def test_a_killed_comparison_goes_on(fork):
     compare.main(argv)
 
     lines = runs.read_text()
-    assert lines.startswith(before) and before.count("\n") == 1
+    assert lines.startswith(before) and before.count("\n") == 2
     assert sorted(json.loads(line)["seed"] for line in lines.splitlines()) == [0, 0, 1, 1]
 
 
@@ -250,11 +250,34 @@ def test_the_page_shows_complete_rows_only(pretend, monkeypatch, tmp_path):
     text = plan.page(plan.complete_rows(Study(tmp_path, 0, path)))
 
     table = text.split("## All rows")[1].split("## A table")[0]
-    assert table.count(" ± ") == 3 and "\n3 differences" in table
+    assert table.count(" ± ") == 3 and " of 3 intervals" in table
     assert text.count(rows["settings16"].label) == 1
 
 
+def test_the_page_does_not_mix_codes(pretend, monkeypatch, tmp_path):
+    """A run of this train.py, and then one of a module in a fork, whose train.py is another."""
+    path = tmp_path / "runs.jsonl"
+    Study(tmp_path, 1, path).work([PAIR[0]])
+    run = json.loads(path.read_text())
+    fork = {**run, "program": "-m study.groups", "code": f"another-{run['code']}"}
+    path.write_text(f"{json.dumps(run)}\n{json.dumps(fork)}\n")
+
+    study = Study(tmp_path, 0, path)
+
+    assert study.key(PAIR[0]) not in study.runs
+
+
+def test_half_a_line_of_a_full_disk_is_no_run(pretend, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    Study(tmp_path, 1, path).work([PAIR[0]])
+    path.write_text(path.read_text() + '{"command": "tr')
+
+    study = Study(tmp_path, 1, path)
+
+    assert len(study.runs) == path.read_text().count("\n") == 1
+
+
 def test_the_page_is_what_the_published_runs_say(tmp_path):
-    found = plan.complete_rows(Study(tmp_path, 0, compare.PUBLISHED))
+    found = plan.complete_rows(Study(tmp_path, 0, plan.RUNS))
 
     assert plan.RESULTS.read_text() == plan.page(found)
