@@ -230,8 +230,7 @@ def examine(model, tokenizer, pairs, n):
     text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
     numbers = torch.arange(len(images))
     recall = evaluation.retrieval(image_features, text_features, numbers)["text_to_image"]["R@1"]
-    window = default_window(model)
-    has_maps = model.head is not None and window < model.visual.grid
+    has_head = model.head is not None
 
     shown = spread(numbers.tolist(), n)
     similarity = image_features[shown] @ text_features[shown].T  # (n, n)
@@ -242,16 +241,16 @@ def examine(model, tokenizer, pairs, n):
             "caption": shortened(first_captions[i]),
             "captions": shortened(" · ".join(captions[i])),
         }
-        if has_maps:
+        if has_head:
             picture["words"] = words_of(model, tokenizer, images[i], captions[i])
         pictures.append(picture)
 
     return {
-        "head": has_maps,
+        "head": has_head,
         "loss": model.config.loss,
         "logit_scale": model.logit_scale.exp().item(),
         "size": model.config.image_size,
-        "window": window,
+        "window": default_window(model),
         "pairs": len(images),
         "similarity": rounded(similarity, 6),
         "recall": recall,

@@ -264,7 +264,6 @@ def read_options(argv):
     add("--word", action="append", default=[], help="word to look for; may be repeated")
     add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
-    add("--window", type=number(int, 1), help="patches a side to leave out (default: a quarter)")
     add("--data", nargs="+", help=f"shards of the built-in scenes: score the maps of {SCORED}")
     add("--json", type=output_file(".json"), help="file to write the numbers to")
     return parser.parse_args(argv)
@@ -300,11 +299,9 @@ def main(argv):
         raise InputError("--out needs --image")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
-    grid = model.visual.grid
     size = model.config.image_size
     id_of = ids_of_words(tokenizer, args.word)
-    window = args.window or default_window(model)
-    check(window < grid, f"--window must be from 1 to {grid - 1}: there are {grid} patches a side")
+    window = default_window(model)
 
     result = {}
     if args.data:
