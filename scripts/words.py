@@ -29,11 +29,9 @@ from cli import (
     check,
     make_parser,
     number,
-    output_file,
     pick_device,
     printable,
     run_command,
-    write_json,
 )
 from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file
@@ -265,15 +263,14 @@ def read_options(argv):
     add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     add("--data", nargs="+", help=f"shards of the built-in scenes: score the maps of {SCORED}")
-    add("--json", type=output_file(".json"), help="file to write the numbers to")
     return parser.parse_args(argv)
 
 
 def look_at(model, tokenizer, pictures, args, id_of, window):
     """Print the words of each picture: those of id_of (word -> token id) if there are any, else the
-    most probable ones. Returns them as a dict of name -> list of words, for --json, and what
-    draw_words needs of the pictures to draw."""
-    found = {}
+    most probable ones. Returns the number of pictures that can be read, and what draw_words needs
+    of those to draw."""
+    n = 0
     to_draw = []
     for name, title, image in pictures:
         if isinstance(image, str):
@@ -285,11 +282,11 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
             words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
         text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
         print(printable(f"{name}: {text}"))
-        found[name] = [{"word": word, "probability": p} for word, p, _ in words]
+        n += 1
         if args.out and len(to_draw) < MAX_IMAGES:
             _, maps = word_maps(model, image, [i for _, _, i in words], window)
             to_draw.append((title, image, words, maps))
-    return found, to_draw
+    return n, to_draw
 
 
 def main(argv):
@@ -303,21 +300,19 @@ def main(argv):
     id_of = ids_of_words(tokenizer, args.word)
     window = default_window(model)
 
-    result = {}
     if args.data:
         pairs = data.Pairs(data.expand(args.data), tokenizer, size)
         rows = data.progress(pairs.index[:SCORED].tolist(), "localising", unit="scene")
         with_boxes = (read_scene(pairs, row) for row in rows)
-        result["localisation"] = localisation(model, with_boxes, window)
-        print(evaluation.format_score("right place", result["localisation"]))
+        score = localisation(model, with_boxes, window)
+        print(evaluation.format_score("right place", score))
 
     pictures = find_pictures(args, files, tokenizer, size)
-    result["images"], drawn = look_at(model, tokenizer, pictures, args, id_of, window)
-    check(result["images"] or args.data, "none of the images can be read")
-    if drawn:
-        draw_words(drawn, window, args.out)
-        print(f"wrote {args.out}: {len(drawn)} of {len(result['images'])} images")
-    write_json(args.json, result)
+    n, to_draw = look_at(model, tokenizer, pictures, args, id_of, window)
+    check(n > 0 or args.data, "none of the images can be read")
+    if to_draw:
+        draw_words(to_draw, window, args.out)
+        print(f"wrote {args.out}: {len(to_draw)} of {n} images")
 
 
 if __name__ == "__main__":

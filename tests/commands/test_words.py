@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from material import (
     encoded,
     error_of,
     make_model,
-    result_of,
+    run,
     write_shard,
 )
 from PIL import Image
@@ -109,34 +110,30 @@ def test_the_picture_is_red_where_a_word_loses_and_blue_where_it_gains(tmp_path)
     assert blue[2] > 150 > blue[0]
 
 
-def test_files_and_folders_are_looked_at_once(folders, checkpoint, tmp_path, capsys):
+def test_files_and_folders_are_looked_at_once(folders, checkpoint, capsys):
     broken = folders / "red" / "0.png"
     broken.write_bytes(b"no image")
     argv = ["--checkpoint", checkpoint, "--image", folders / "blue" / "1.png", folders]
 
-    result, printed = result_of(capsys, words.main, tmp_path / "result.json", *argv)
+    assert not run(words.main, *argv)
 
-    assert result["images"].keys() == {str(file) for file in {*folders.glob("*/*.png")} - {broken}}
-    assert f"skipped {broken}" in printed
-    assert f"{folders}/blue/1.png: " in printed
-
-
-def test_the_score_of_the_maps_is_printed_and_kept(shard_of_a_scene, checkpoint, tmp_path, capsys):
-    argv = ["--checkpoint", checkpoint, "--data", shard_of_a_scene]
-
-    result, printed = result_of(capsys, words.main, tmp_path / "result.json", *argv)
-
-    assert evaluation.format_score("right place", result["localisation"]) in printed
+    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    others = [str(file) for file in folders.glob("*/*.png") if file != broken]
+    assert sorted(names) == sorted([*others, f"skipped {broken}"])
 
 
-def test_a_word_of_ones_own_takes_the_place_of_the_top_words(folders, checkpoint, tmp_path, capsys):
+def test_the_score_of_the_maps_is_printed(shard_of_a_scene, checkpoint, capsys):
+    assert not run(words.main, "--checkpoint", checkpoint, "--data", shard_of_a_scene)
+
+    assert re.search(r"right place +\d.* chance .* n 1\n", capsys.readouterr().out)
+
+
+def test_a_word_of_ones_own_takes_the_place_of_the_top_words(folders, checkpoint, capsys):
     file = folders / "red" / "0.png"
-    argv = ["--checkpoint", checkpoint, "--image", file, "--word", "ring"]
 
-    result, _ = result_of(capsys, words.main, tmp_path / "result.json", *argv)
+    assert not run(words.main, "--checkpoint", checkpoint, "--image", file, "--word", "ring")
 
-    [found] = result["images"][str(file)]
-    assert found["word"] == "ring"
+    assert re.fullmatch(rf"{file}: ring 0\.\d+\n", capsys.readouterr().out)
 
 
 def test_a_word_that_is_no_token_is_named(checkpoint, capsys):
