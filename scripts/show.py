@@ -177,8 +177,6 @@ def main(argv):
     add_one("--vocab", metavar="FILE", help=text)
     text = "model whose vocabulary to use instead, such as that of train.py --init_from"
     add_one("--checkpoint", metavar="FILE", help=text)
-    text = "of the model, in tokens (default: that of the checkpoint, else 77)"
-    add("--context_length", type=number(int, 3), help=text)
     args = parser.parse_args(argv)
     shards = data.expand(args.shards)
     if args.checkpoint is None:
@@ -197,7 +195,7 @@ def main(argv):
     captions = f"{len(lengths):,} captions ({', '.join(args.captions)})"
     print(f"{len(pairs):,} samples in {len(shards):,} shards, {captions}")
     if lengths:
-        report_captions(lengths, repeats, args.context_length or tokenizer.context_length)
+        report_captions(lengths, repeats, tokenizer.context_length)
         report_words(tokenizer, repeats)
     if args.val_data:
         val_pairs = data.Pairs(data.expand(args.val_data), tokenizer, SIDE, args.captions)
