@@ -160,9 +160,9 @@ def bench_loader(options, args):
 
 class Run:
     """A model, random pixels and tokens, and a step as train.py makes it, without patch dropout.
-    options: train.py's; length: tokens of a caption."""
+    options: train.py's."""
 
-    def __init__(self, options, length=LENGTH):
+    def __init__(self, options):
         args = parse(options)
         self.args = args
         self.device = train.set_up_device(args)
@@ -173,7 +173,7 @@ class Run:
         N = args.batch_size
         S = self.model.config.image_size
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        tokens = torch.randint(1, tokenizer.start, (N, length))
+        tokens = torch.randint(1, tokenizer.start, (N, LENGTH))
         tokens[:, -1] = tokenizer.end
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens}
         self.batch = {name: x.to(self.device) for name, x in batch.items()}
@@ -227,9 +227,6 @@ def bench_step(options, args):
     device = runs["CLIP"].device
     if device.type == "cuda":
         runs["SuperCLIP --compile"] = Run([*options, "--compile"])
-    # open_clip pads all captions to the context length.
-    context_length = runs["CLIP"].model.config.context_length
-    runs["CLIP, captions not trimmed"] = Run([*options, "--cls_weight=0"], context_length)
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(options)
     settings = runs["CLIP"].args

@@ -11,8 +11,8 @@ from scripts import bench
 COMMANDS = {
     "data": {"images/s": 2, "ratio to data.py": 2},
     "loader": {"images/s": 1},
-    "step": {"TFLOP/s": 5, "ratio to CLIP": 5},
-    "cuda": {"relative error": 9, "TFLOP/s": 5, "images/s": 1, "memory_gb": 5},
+    "step": {"TFLOP/s": 4, "ratio to CLIP": 4},
+    "cuda": {"relative error": 9, "TFLOP/s": 4, "images/s": 1, "memory_gb": 5},
 }
 
 
