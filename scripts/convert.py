@@ -9,7 +9,8 @@ transformers' CLIPModel (or its folder), of the authors' SuperCLIP, or of this p
 of its tensors tell most of the configuration. The rest comes from flags, or from the configuration
 beside the input (open_clip's, here ViT-B-16.json, or transformers' config.json), or else it is
 assumed, and the command says so. A file without a word head becomes plain CLIP, and train.py
---init_from gives it a new head.
+--init_from gives it a new head. For images of another size, let open_clip interpolate the positions
+(create_model(..., force_image_size=160)), and convert what it has made.
 
 The export to transformers needs CLIP's vocabulary for its tokenizer and its pipelines. With another
 vocabulary only the towers are written, and the command says how to tokenize for them.
@@ -18,11 +19,9 @@ vocabulary only the towers are written, and the command says how to tokenize for
 import argparse
 import json
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 import eval as evaluation
@@ -35,7 +34,7 @@ from cli import (
     write_file,
     write_json,
 )
-from superclip import SuperCLIP, SuperCLIPConfig
+from superclip import SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
 # Weights in
@@ -186,25 +185,6 @@ def read_weights(path):
     if vocab.is_file():
         return weights, config, data.Tokenizer.from_file(vocab).vocab
     return weights, config, None
-
-
-def resize(model, image_size):
-    """Returns the model for images of another size: the positions of its patches are interpolated,
-    as in open_clip. Raises InputError."""
-    patch_size = model.config.patch_size
-    fits = image_size % patch_size == 0
-    check(fits, f"--image_size must be a multiple of {patch_size}, the size of a patch")
-    resized = SuperCLIP(replace(model.config, image_size=image_size))
-    old = model.visual.grid
-    new = resized.visual.grid
-    weights = model.state_dict()
-    positions = weights["visual.positional_embedding"]  # (1 + P, D); the first is the class token's
-    patches = positions[1:].T.reshape(1, -1, old, old)  # (1, D, old, old)
-    patches = F.interpolate(patches, (new, new), mode="bicubic", antialias=True)
-    patches = patches.flatten(2)[0].T  # (P, D)
-    weights["visual.positional_embedding"] = torch.cat([positions[:1], patches])
-    resized.load_state_dict(weights)
-    return resized
 
 
 def convert(path, facts, vocab=None):
@@ -405,7 +385,6 @@ def main(argv):
     add("--text_heads", type=number(int, 1), help="text heads of IN (default: width / 64)")
     add("--image_mean", nargs=3, type=number(float, 0, 1), help="mean of R, G, B (CLIP's)")
     add("--image_std", nargs=3, type=number(float, 0.001), help="deviation of R, G, B (CLIP's)")
-    add("--image_size", type=number(int, 1), help="a new size: positions are interpolated")
     args = parser.parse_args(argv)
     check_output(args.output, is_folder=args.to == "transformers")
     facts = {}
@@ -414,8 +393,6 @@ def main(argv):
         if value is not None:
             facts[name] = tuple(value) if isinstance(value, list) else value
     model, tokenizer = convert(args.input, facts, args.vocab)
-    if args.image_size is not None:
-        model = resize(model, args.image_size)
 
     if args.to == "open_clip":
         write_open_clip(model, tokenizer, args.output)

@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPProcessor, pipeline
 
 import data
 import eval as evaluation
-from scripts.convert import main, open_clip_config, open_clip_state
+from scripts.convert import main, open_clip_state
 from superclip import SuperCLIPConfig
 
 VOCAB = data.words_to_tiktoken(["dog"])
@@ -116,18 +116,6 @@ def test_features_of_openais_weights_are_those_of_open_clip(tmp_path, converted)
     assert_same_towers(model, other.float())
 
 
-def test_positions_are_interpolated_as_in_open_clip(tmp_path, converted):
-    """Features equal those of open_clip's model of that size, filled by its resize_pos_embed."""
-    state = open_clip_of(make_random_model(**V)).state_dict()
-
-    model = converted(save(state, tmp_path / "weights.pt"), "--image_size", 48)
-
-    resized = open_clip.model.CLIP(**open_clip_config(model.config)).eval()
-    open_clip.model.resize_pos_embed(state, resized)
-    resized.load_state_dict(state, strict=True)
-    assert_same_towers(model, resized)
-
-
 def test_a_checkpoint_stays_what_it_is(tmp_path):
     """Configuration, weights, statistics and vocabulary."""
     model = make_random_model(quick_gelu=True, loss="sigmoid", **HEADS, **V)
@@ -143,20 +131,18 @@ def test_a_checkpoint_stays_what_it_is(tmp_path):
 
 # ---- mistakes
 
-FITTING = open_clip_state(make_random_model(**V))
-# case -> (content of the file, flags, what the message names)
+# case -> (content of the file, what the message names)
 MISFITS = {
-    "no CLIP": ({"layer.weight": torch.zeros(2, 2)}, [], "conv1"),
-    "another vocabulary": (open_clip_state(make_random_model(vocab_size=600)), [], "vocabulary"),
-    "a size that patches do not divide": (FITTING, ["--image_size", 33], "--image_size"),
+    "no CLIP": ({"layer.weight": torch.zeros(2, 2)}, "conv1"),
+    "another vocabulary": (open_clip_state(make_random_model(vocab_size=600)), "vocabulary"),
 }
 
 
-@pytest.mark.parametrize("content, flags, named", MISFITS.values(), ids=MISFITS)
-def test_what_does_not_fit_is_one_sentence(content, flags, named, tmp_path, capsys):
+@pytest.mark.parametrize("content, named", MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_one_sentence(content, named, tmp_path, capsys):
     (tmp_path / "own.tiktoken").write_text(VOCAB)
     path = save(content, tmp_path / "weights.pt")
-    argv = [path, tmp_path / "x.pt", "--vocab", tmp_path / "own.tiktoken", *flags]
+    argv = [path, tmp_path / "x.pt", "--vocab", tmp_path / "own.tiktoken"]
 
     assert named in error_of(capsys, main, *argv)
 
