@@ -71,7 +71,6 @@ def table_rows(file, path):
     delimiter = "\t" if "\t" in header else max(",;", key=header.count)
     # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    csv.field_size_limit(2**31 - 1)  # characters; by default a field of 131,073 ends the list
     reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         twice = [name for name, n in Counter(reader.fieldnames).items() if n > 1 and name]
