@@ -132,7 +132,6 @@ def read_run(path):
     of the validations, lists of [step, value], the last scores, and whether it overfits. Raises
     InputError."""
     header, rows = read_log(path)
-    check(header.keys() >= {*HEADER}, f"{path} is not a log of this version of train.py")
     losses = {}
     r1 = []
     groups = []
