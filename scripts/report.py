@@ -144,6 +144,7 @@ def read_run(path):
                     losses.setdefault(name, []).append([step, value])
         if "mean_r1" in row:
             r1.append([step, row["mean_r1"]])
+        if "val_contrastive_loss" in row:  # which study/clip_log.jsonl does not have
             groups.append([step, row["val_contrastive_loss"]])
         if "zeroshot" in row:
             last = row

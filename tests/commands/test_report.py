@@ -49,6 +49,11 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["scores"][1] == {"name": "zero-shot held out", **SCORE}
 
 
+@pytest.mark.parametrize("name", ["reference_log.jsonl", "clip_log.jsonl"])
+def test_the_logs_in_the_repository_can_be_read(name):
+    assert len(report.read_run(report.REFERENCE.with_name(name))["validations"]) == 3
+
+
 # Losses in training and in validation, in groups of 32, where a guess has ln 32 = 3.47
 LOGS = {
     "worse than a guess": ([3.0, 0.1], [3.3, 3.6], True),
