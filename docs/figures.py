@@ -1,4 +1,4 @@
-"""Draw the figures of the tutorial into assets/:
+r"""Draw the figures of the tutorial into assets/:
 
     python -m docs.figures
 
@@ -9,10 +9,32 @@ are those in study/ unless others are named. One command trains anew and draws:
         python -m docs.figures --log out/log.jsonl --clip_log out_clip/log.jsonl
 
 Figures are 8.5 inches wide and have letters of 11 points, so that they can be read at a README's
-width. Photographs and scenes with their captions are drawn by scripts.show, and the study's figures
-by study.plan:
+width. Other commands make the other pictures of the pages. For most of them train.py must have
+drawn the scenes. Eight scenes, three of them with their words, and the page of the reference run:
 
     python -m scripts.show 'scenes/val-*.tar' --captions json.long --picture assets/scenes.png
+
+    mkdir out_words && extract="tar xOf scenes/val-00000.tar" &&
+        $extract 00000833.jpg > 'out_words/orange heart on dotted brown.jpg' &&
+        $extract 00000666.jpg > 'out_words/purple cross and orange star on dotted black.jpg' &&
+        $extract 00000500.jpg > 'out_words/yellow square on dotted black.jpg' &&
+        python -m scripts.words --checkpoint assets/tiny.pt --image out_words --k 5 \
+            --out assets/words.png
+
+    python -m scripts.report --checkpoint assets/tiny.pt --log study/reference_log.jsonl \
+        --data 'scenes/val-*.tar' --captions json.long --out docs/report.html
+
+Eight photographs of as many classes in settings (study/objects.py says how to make cifar10):
+
+    mkdir out_objects && python -c "import random; from scripts.scenes import SETTINGS; \
+        from study.objects import place_photographs, write_shard; \
+        placed = place_photographs('cifar10/test', 8, random.Random(9), SETTINGS); \
+        write_shard('out_objects/0.tar', placed)" &&
+        python -m scripts.show out_objects/0.tar --captions json.long --picture assets/objects.png
+
+docs/products.md names the commands of its two pictures (things/ are 5076.jpg, 8098.jpg, 13033.jpg
+and 16087.jpg of images/), docs/demo.py those of its page, and study/plan.py draws the study's
+figures.
 """
 
 import argparse
