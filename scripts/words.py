@@ -50,7 +50,7 @@ SCORED = 200  # scenes of --data
 def pictures_of_files(files, size):
     """Yield a Picture for each image file."""
     for file in files:
-        yield Picture(str(file), file.name, evaluation.read_image(file, size))
+        yield Picture(str(file), file.stem, evaluation.read_image(file, size))
 
 
 def pictures_of_run(shards, captions, tokenizer, size):
@@ -219,7 +219,7 @@ MAX_IMAGES = 24  # a sheet of a large folder would not fit into memory
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
 LEGEND = (
     "Red: the word becomes less probable if windows of {0} x {0} patches here are left out. Blue: "
-    "more probable. Full colour is the largest change in an image, given as a factor."
+    "more probable. Full colour is a change by the factor that is given for each image."
 )
 
 
@@ -246,7 +246,7 @@ def draw_words(results, window, path):
     for title, image, words, maps in results:
         cells += word_cells(image, maps)
         factor = maps.abs().max().exp()
-        captions.append(f"{title} (full colour: {factor:.1f} times)")
+        captions.append(f"{title} (x {factor:.0f})")
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 
