@@ -123,7 +123,7 @@ row is CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
 and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
 training never shows (1.6), and probe that of a linear classifier on the frozen class token (10).
-Seconds are those of a run of each, on one core of a shared machine.
+Seconds are those of the fastest run of each on one core: others shared the machine.
 
 ## What the runs say
 
