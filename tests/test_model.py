@@ -55,7 +55,6 @@ def test_kept_patches_equal_open_clips_patch_dropout():
     out = model(images, tokens, keep=keep)
 
     assert_near(out["image_features"], other.encode_image(images, normalize=True))
-    assert_near(out["text_features"], model.encode_text(tokens))
 
 
 def test_uint8_images_are_normalised_by_the_configuration():
@@ -116,6 +115,17 @@ def test_with_cls_weight_0_the_model_is_clip():
         clip.class_logits(images)
 
 
+def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
+    """The study pairs the two by their seeds, and rests on it."""
+    torch.manual_seed(1)
+    clip = SuperCLIP(SuperCLIPConfig(**SMALL, cls_weight=0)).state_dict()
+    torch.manual_seed(1)
+
+    superclip = SuperCLIP(SuperCLIPConfig(**SMALL)).state_dict()
+
+    assert all(torch.equal(x, superclip[name]) for name, x in clip.items())
+
+
 # ---- many processes (the gradients are in test_step.py)
 
 
@@ -139,7 +149,6 @@ def test_a_preset_is_open_clips_model_of_that_name(name):
         model = SuperCLIP(SuperCLIPConfig(**PRESETS[name]))
         other = open_clip.model.CLIP(**open_clip.get_model_config(name))
 
-    shapes = {k: v.shape for k, v in other.state_dict().items()}
-    assert {k: v.shape for k, v in open_clip_state(model).items()} == shapes
+    other.load_state_dict(open_clip_state(model), strict=True, assign=True)
     assert model.config.text_heads == other.transformer.resblocks[0].attn.num_heads
     assert model.config.vision_heads == other.visual.transformer.resblocks[0].attn.num_heads
