@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("smallest")
 
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=["plain", "micro"])
 def test_two_processes_do_what_one_does(children, shards, tmp_path, options):
-    """The same weights, counts and log. Bad samples are replaced in the process that meets them.
-    The rate is low, because Adam makes much of the smallest difference."""
+    """The same weights and counts. Bad samples are replaced in the process that meets them. The
+    rate is low, because Adam makes much of the smallest difference."""
     pairs = ["--train_data", shards / "bad-0.tar", "--patch_dropout", 0.5]
     options = [*pairs, "--learning_rate", 1e-5, *options]
     train.main(short_run(shards, tmp_path / "one", *options))
@@ -37,9 +37,6 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path, options):
     ours = checkpoint_of(tmp_path / "one")["model"]
     theirs = checkpoint_of(tmp_path / "two")["model"]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    rows = zip(rows_of(tmp_path / "one", "loss"), rows_of(tmp_path / "two", "loss"), strict=True)
-    for row, other_row in rows:
-        assert other_row == pytest.approx(row, rel=1e-5)
 
 
 # ---- processes that differ

@@ -56,28 +56,27 @@ def test_a_validation_that_is_due_is_left_to_the_resumed_run(
     assert_ends_like(tmp_path, whole_run)
 
 
-def lose_readers(*files):
-    """Nobody reads standard output (1) or standard error (2) any more."""
+def lose_readers():
+    """Nobody reads standard output and standard error any more."""
     reading, writing = os.pipe()
     os.close(reading)
-    for file in files:
-        os.dup2(writing, file)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
 
 
 ignore_hangups = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-# What happens to the process, its exit code, and the last step that is saved
-PIPES = {
-    "Ctrl-C, which ends tee, too": (
-        [partial(lose_readers, 1, 2), in_step(6, receive(signal.SIGINT))], 130, 6,
-    ),
-    "train.py | head": ([partial(lose_readers, 1)], 0, 12),
-    "nohup train.py": ([ignore_hangups, in_step(6, receive(signal.SIGHUP))], 0, 12),
-}  # fmt: skip
+# How the process starts, the signal that it gets, its exit code, and the last step that is saved
+WITHOUT = {
+    "Ctrl-C, which ends tee, too": (lose_readers, signal.SIGINT, 130, 6),
+    "nohup": (ignore_hangups, signal.SIGHUP, 0, 12),
+}
 
 
-@pytest.mark.parametrize("preparations, code, step", PIPES.values(), ids=PIPES)
-def test_a_run_needs_no_terminal(children, shards, tmp_path, preparations, code, step):
-    process = children.start("train", short_run(shards, tmp_path), *preparations)
+@pytest.mark.parametrize("prepare, number, code, step", WITHOUT.values(), ids=WITHOUT)
+def test_a_run_needs_no_terminal(children, shards, tmp_path, prepare, number, code, step):
+    stop = in_step(6, receive(number))
+
+    process = children.start("train", short_run(shards, tmp_path), prepare, stop)
 
     assert finish(process)[0] == code
     assert checkpoint_of(tmp_path)["step"] == step
