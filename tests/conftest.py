@@ -12,7 +12,6 @@ import multiprocessing.forkserver
 import os
 import shutil
 import signal
-from itertools import product
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from material import COLOURS, TINY, make_model, png, short_run, write_checkpoint
 
 import cli
 import train
-from scripts import scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -56,18 +54,6 @@ def seed_and_signals():
 def smallest(monkeypatch):
     """The tiny model is smaller still: one block in each tower, 16 patches."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-
-
-@pytest.fixture
-def few_looks(monkeypatch):
-    """Scenes have two colours and two shapes, so that few objects are drawn to be classified."""
-    colours = {name: scenes.COLOURS[name] for name in ("red", "orange")}
-    looks = [*product(colours, ("square", "ring"))]
-    monkeypatch.setattr(scenes, "COLOURS", colours)
-    monkeypatch.setattr(scenes, "SHAPES", ("square", "ring"))
-    monkeypatch.setattr(scenes, "COMBINATIONS", looks)
-    monkeypatch.setattr(scenes, "HELD_OUT", looks[::3])
-    monkeypatch.setattr(scenes, "SEEN", looks[1:3])
 
 
 @pytest.fixture(scope="session")

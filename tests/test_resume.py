@@ -80,14 +80,18 @@ def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, 
 SCORES = {
     "the best one comes again": (4, {0: 0.1, 4: 0.5, 8: 0.3}, 4),
     "the best one was the last": (6, {0: 0.1, 4: 0.2, 6: 0.5, 8: 0.3}, 6),
+    "of equal ones the last": (6, {0: 0.1, 4: 0.3, 6: 0.3, 8: 0.2}, 6),
+    "as good as before training": (6, {0: 0.3, 4: 0.1, 6: 0.2, 8: 0.3}, 8),
     "none is as good as before training": (6, {0: 0.5, 4: 0.1, 6: 0.2, 8: 0.3}, None),
 }
 
 
 @pytest.mark.parametrize("steps, scores, best", SCORES.values(), ids=SCORES)
-def test_the_best_score_so_far_counts_after_resuming(
-    shards, tmp_path, monkeypatch, steps, scores, best
+def test_best_pt_is_the_best_model_if_training_has_not_only_harmed(
+    shards, tmp_path, monkeypatch, capsys, steps, scores, best
 ):
+    """The commands at the end are about it, or else about last.pt."""
+
     def validate(args, model, tokenizer, pairs, step):
         return {"step": step, "mean_r1": scores[step]}
 
@@ -96,9 +100,10 @@ def test_the_best_score_so_far_counts_after_resuming(
 
     train.main(short_run(shards, tmp_path, "--steps", 8, "--resume"))
 
+    name = "best.pt" if best else "last.pt"
     assert (tmp_path / "best.pt").exists() == (best is not None)
-    if best is not None:
-        assert checkpoint_of(tmp_path, "best.pt")["step"] == best
+    assert checkpoint_of(tmp_path, name)["step"] == (best or 8)
+    assert f"{tmp_path}/{name} --out report.html" in capsys.readouterr().out
 
 
 OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
