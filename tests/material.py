@@ -7,11 +7,9 @@ import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -154,26 +152,6 @@ def result_of(capsys, main, path, *argv):
     capsys.readouterr()
     assert not run(main, *argv, "--json", path)
     return json.loads(path.read_text()), capsys.readouterr().out
-
-
-class Seer:
-    """A head that says red and square the louder, the more red patches it is shown, and blue and
-    ring the more blue ones. It sees 6 x 6 patches."""
-
-    logit_scale = torch.tensor(1.0)
-    visual = SimpleNamespace(grid=6)
-
-    def __init__(self, loudness):
-        self.loudness = loudness
-
-    def class_logits(self, images, keep=None):
-        patches = F.adaptive_avg_pool2d(images.float(), 6).flatten(2) / 255  # (B, 3, 36)
-        if keep is not None:
-            patches = patches.gather(2, keep[:, None].expand(-1, 3, -1))
-        logits = torch.zeros(len(images), TOKENIZER.vocab_size)
-        for word, channel in (("red", 0), ("square", 0), ("blue", 2), ("ring", 2)):
-            logits[:, TOKENIZER.encode(word)[0]] = self.loudness * patches[:, channel].sum(dim=1)
-        return logits
 
 
 # ---- short runs of train.py

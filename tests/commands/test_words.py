@@ -3,25 +3,22 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from material import (
     TOKENIZER,
-    Seer,
     encoded,
     error_of,
     make_model,
+    photo,
     run,
     write_shard,
 )
-from PIL import Image
 
-import data
 import eval as evaluation
 from scripts import words
-from scripts.pictures import GAP
 
 
 @torch.no_grad()
@@ -29,14 +26,14 @@ def test_top_words_are_the_softmax_of_the_head():
     """Padding, start and end are no words, however probable they are."""
     model = make_model()
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    ids = [TOKENIZER.encode(word)[0] for word in ("red", "green")]
-    model.head.linear.bias[[*ids, 0, TOKENIZER.start, TOKENIZER.end]] += 9.0
+    red, green = TOKENIZER.encode("red green")
+    model.head.linear.bias[[red, 0, TOKENIZER.start, TOKENIZER.end]] += 9.0
+    model.head.linear.bias[green] += 6.0
 
     [found] = evaluation.top_words(model, TOKENIZER, images, k=2)
 
-    row = model.class_logits(images).softmax(dim=1)[0]
-    expected = [("red", row[ids[0]].item(), ids[0]), ("green", row[ids[1]].item(), ids[1])]
-    assert found == sorted(expected, key=lambda word: -word[1])
+    p = model.class_logits(images)[0].softmax(dim=0).tolist()
+    assert found == [("red", p[red], red), ("green", p[green], green)]
 
 
 @torch.no_grad()
@@ -61,20 +58,21 @@ def test_word_maps_are_those_of_the_slow_loop():
     torch.testing.assert_close(maps, total / times, atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture
-def shard_of_a_scene(tmp_path):
-    """A scene of 6 x 6 patches, with a red square and a blue ring. Purple is no token."""
-    pixels = np.zeros((24, 24, 3), np.uint8)
-    pixels[0:8, 0:8, 0] = 255
-    pixels[16:24, 4:12, 2] = 255
-    objects = [
-        {"colour": "red", "shape": "square", "box": [0.02, 0.02, 0.31, 0.31]},
-        {"colour": "blue", "shape": "ring", "box": [0.19, 0.69, 0.48, 0.98]},
-        {"colour": "purple", "shape": "purple", "box": [0.5, 0.5, 1, 1]},
-    ]
-    scene = json.dumps({"scene": {"objects": objects}}).encode()
-    picture = encoded(Image.fromarray(pixels), "PNG")
-    return write_shard(tmp_path / "0.tar", [{"png": picture, "json": scene, "txt": b"red"}])
+class Seer:
+    """Words 0, 1 and 2 are red, green and blue. Its head says them the louder, the more of their
+    colour is in the patches that it is shown. A patch is a pixel."""
+
+    visual = SimpleNamespace(grid=6)
+    logit_scale = torch.tensor(1.0)
+
+    def __init__(self, loudness):
+        self.loudness = loudness
+
+    def class_logits(self, images, keep=None):
+        patches = images.flatten(2)  # (B, 3, 36)
+        if keep is not None:
+            patches = patches.gather(2, keep[:, None].expand(-1, 3, -1))
+        return self.loudness * patches.sum(dim=2)
 
 
 LOUDNESS = {
@@ -85,29 +83,26 @@ LOUDNESS = {
 
 
 @pytest.mark.parametrize("loudness, value", LOUDNESS.values(), ids=LOUDNESS)
-def test_localisation_by_hand(shard_of_a_scene, loudness, value):
+def test_localisation_by_hand(loudness, value):
     """One of 5 x 5 windows has its centre on a word's object."""
-    pairs = data.Pairs([shard_of_a_scene], TOKENIZER, 24)
-    picture = words.read_scene(pairs, pairs.index[0].tolist())
+    image = torch.zeros(3, 6, 6)
+    image[0, 0:2, 0:2] = 1
+    image[2, 4:6, 1:3] = 1
+    boxes = [(0, (0.02, 0.02, 0.31, 0.31)), (2, (0.19, 0.69, 0.48, 0.98))]
 
-    score = words.localisation(Seer(loudness), [picture], window=2)
+    score = words.localisation(Seer(loudness), [(image, boxes)], window=2)
 
     assert score["value"] == pytest.approx(value)
     assert score["chance"] == pytest.approx(1 / 25)
 
 
-def test_the_picture_is_red_where_a_word_loses_and_blue_where_it_gains(tmp_path):
-    image = torch.full((3, 16, 16), 128, dtype=torch.uint8)
-    maps = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
+def test_a_map_is_red_where_a_word_loses_and_blue_where_it_gains():
+    grey = torch.full((3, 16, 16), 128, dtype=torch.uint8)
 
-    words.draw_words([("one.png", image, [("red", 0.5, 1)], maps)], 2, tmp_path / "words.png")
+    _, (red, _, blue) = words.word_cells(grey, torch.tensor([[[1.0, -1.0], [0.0, 0.0]]]))
 
-    sheet = Image.open(tmp_path / "words.png")
-    left = GAP + words.CELL + GAP  # of the map, beside the photograph
-    red = sheet.getpixel((left + 9, GAP + 9))
-    blue = sheet.getpixel((left + words.CELL - 9, GAP + 9))
-    assert red[0] > 150 > red[2]
-    assert blue[2] > 150 > blue[0]
+    assert red[9, 9] > 150 > blue[9, 9]
+    assert blue[9, -9] > 150 > red[9, -9]
 
 
 def test_files_and_folders_are_looked_at_once(folders, checkpoint, capsys):
@@ -122,10 +117,19 @@ def test_files_and_folders_are_looked_at_once(folders, checkpoint, capsys):
     assert sorted(names) == sorted([*others, f"skipped {broken}"])
 
 
-def test_the_score_of_the_maps_is_printed(shard_of_a_scene, checkpoint, capsys):
-    assert not run(words.main, "--checkpoint", checkpoint, "--data", shard_of_a_scene)
+def test_the_score_of_the_maps_is_printed(checkpoint, tmp_path, capsys):
+    """Two of 4 x 4 windows are on the red ring. Purple is no token."""
+    objects = [
+        {"colour": "red", "shape": "ring", "box": [0, 0, 0.5, 0.25]},
+        {"colour": "purple", "shape": "purple", "box": [0, 0, 1, 1]},
+    ]
+    scene = json.dumps({"scene": {"objects": objects}}).encode()
+    picture = encoded(photo())
+    shard = write_shard(tmp_path / "0.tar", [{"jpg": picture, "json": scene, "txt": b"red"}])
 
-    assert re.search(r"right place +\d.* chance .* n 1\n", capsys.readouterr().out)
+    assert not run(words.main, "--checkpoint", checkpoint, "--data", shard)
+
+    assert re.search(r"right place .* chance +12\.50 % .* n 1\n", capsys.readouterr().out)
 
 
 def test_a_word_of_ones_own_takes_the_place_of_the_top_words(folders, checkpoint, capsys):
