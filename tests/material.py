@@ -5,10 +5,10 @@ import json
 import re
 import sys
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -17,6 +17,12 @@ import eval as evaluation
 from cli import sentence_about
 from data import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
+
+
+def cases(names, table):
+    """A test for each row of a table, a dict of what the case is and the values of these names."""
+    return pytest.mark.parametrize(names, table.values(), ids=table)
+
 
 # ---- pictures
 
@@ -72,18 +78,10 @@ def coloured(path, *captions):
     return write_shard(path, samples)
 
 
-def good_sample(key, seed=0):
-    """The members of one pair: a photograph, and "a red dog" with the seed as a number."""
-    caption = f"a red dog {seed}".encode()
-    return [(f"{key}.jpg", encoded(photo(seed))), (f"{key}.txt", caption)]
-
-
 def write_good_shard(path, n):
-    """A shard of n pairs, with numbers as their keys."""
-    members = []
-    for i in range(n):
-        members += good_sample(f"{i:05d}", i)
-    return write_tar(path, members)
+    """A shard of n photographs, with "a red dog" and a number as their captions."""
+    samples = [{"jpg": encoded(photo(i)), "txt": f"a red dog {i}".encode()} for i in range(n)]
+    return write_shard(path, samples)
 
 
 # ---- models
@@ -108,9 +106,8 @@ def make_model(**changes):
     return SuperCLIP(SuperCLIPConfig(**config)).eval()
 
 
-def write_checkpoint(path, model, vocab=TOKENIZER.vocab):
-    content = {"model": model.state_dict(), "config": asdict(model.config), "vocab": vocab}
-    torch.save(content, path)
+def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
+    evaluation.write_checkpoint(path, model, vocab, **facts)
     return path
 
 

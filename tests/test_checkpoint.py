@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from material import TOKENIZER, make_model, write_checkpoint
+from material import cases, make_model, write_checkpoint
 from PIL import Image
 
 import eval as evaluation
@@ -26,7 +26,7 @@ MISFITS = {  # what is wrong -> entries of the file, and what the message must n
 }
 
 
-@pytest.mark.parametrize("changes, named", MISFITS.values(), ids=MISFITS)
+@cases("changes, named", MISFITS)
 def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, changes, named):
     path = write_checkpoint(tmp_path / "model.pt", MODEL)
     torch.save({**torch.load(path), **changes}, path)
@@ -39,7 +39,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, cha
 
 
 def test_what_is_written_is_loaded_ready_for_inference(tmp_path):
-    evaluation.write_checkpoint(tmp_path / "model.pt", MODEL, TOKENIZER.vocab)
+    write_checkpoint(tmp_path / "model.pt", MODEL)
 
     model, tokenizer, preprocess = evaluation.load(tmp_path / "model.pt")
 

@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
-from material import encoded, photo, write_good_shard, write_tar
+from material import cases, encoded, photo, write_good_shard, write_tar
 from PIL import Image
 
 import data
@@ -115,7 +115,7 @@ BAD = {  # case -> image, caption, JSON with the caption
 }
 
 
-@pytest.mark.parametrize("image, caption, fields", BAD.values(), ids=BAD)
+@cases("image, caption, fields", BAD)
 def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, caption, fields):
     members = [("x.jpg", image), ("x.txt", caption), ("x.json", fields)]
     members += [("a.jpg", JPEG), ("a.txt", b"a red dog"), ("a.json", b'{"c": "a red dog"}')]

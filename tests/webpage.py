@@ -4,6 +4,9 @@ import json
 import re
 
 import torch
+from children import ROOT
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def numbers_of(page):

@@ -7,7 +7,7 @@ import open_clip
 import open_clip.model
 import pytest
 import torch
-from material import error_of, run, write_checkpoint
+from material import cases, error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
@@ -95,7 +95,7 @@ KNOWLEDGE = {
 }
 
 
-@pytest.mark.parametrize("case", KNOWLEDGE.values(), ids=KNOWLEDGE)
+@cases("case", KNOWLEDGE)
 def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(case, tmp_path, converted, capsys):
     scalars, beside, expected, assumed = case
     path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt")
@@ -138,7 +138,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("content, named", MISFITS.values(), ids=MISFITS)
+@cases("content, named", MISFITS)
 def test_what_does_not_fit_is_one_sentence(content, named, tmp_path, capsys):
     (tmp_path / "own.tiktoken").write_text(VOCAB)
     path = save(content, tmp_path / "weights.pt")

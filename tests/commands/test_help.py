@@ -2,14 +2,11 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from children import ROOT
 from material import run
 
-import train
-
-ROOT = Path(train.__file__).parent
 SCRIPTS = [path for path in ROOT.glob("scripts/*.py") if "run_command(main)" in path.read_text()]
 COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe", "study.compare"]
 COMMANDS += sorted(f"scripts.{path.stem}" for path in SCRIPTS)

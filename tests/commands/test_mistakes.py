@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from material import COLOURS, error_of, make_model, png, write_checkpoint, write_shard
+from material import COLOURS, cases, error_of, make_model, png, write_checkpoint, write_shard
 
 from cli import InputError, run_command
 from data import words_to_tiktoken
@@ -107,7 +107,7 @@ ENDS = {  # a command, its exit code, and what it says
 }
 
 
-@pytest.mark.parametrize("main, code, said", ENDS.values(), ids=ENDS)
+@cases("main, code, said", ENDS)
 def test_a_command_ends(main, code, said, capfd):
     process = multiprocessing.get_context("fork").Process(target=run_command, args=(main,))
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from material import TOKENIZER, coloured, make_model, run, write_checkpoint
+from material import TOKENIZER, cases, coloured, make_model, run, write_checkpoint
 from webpage import are_near, numbers_of, requests_of
 
 import data
@@ -63,7 +63,7 @@ LOGS = {
 }
 
 
-@pytest.mark.parametrize("training, validation, is_said", LOGS.values(), ids=LOGS)
+@cases("training, validation, is_said", LOGS)
 def test_overfitting_is_said(training, validation, is_said):
     rows = []
     for loss, val_loss in zip(training, validation):
@@ -89,7 +89,7 @@ def world(tmp_path_factory):
     shard = coloured(folder / "val.tar", *CAPTIONS)
     model = make_model().requires_grad_(False)
     header = {"arguments": {"val_data": [shard], "captions": ["txt"]}}
-    evaluation.write_checkpoint(folder / "best.pt", model, TOKENIZER.vocab, header=header)
+    write_checkpoint(folder / "best.pt", model, header=header)
     log = write_log(folder / "log.jsonl")
     argv = ["--checkpoint", folder / "best.pt", "--reference", log, "--device", "cpu"]
     assert not run(report.main, *argv, "--out", folder / "report.html")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from material import (
     COLOURS,
-    TOKENIZER,
     features_of,
     make_model,
     png,
     result_of,
     run,
+    write_checkpoint,
     write_shard,
 )
 from PIL import Image
@@ -51,9 +51,9 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, wo
     features = features_of(checkpoint, files)
     for result, query, n in zip(results, queries, (11, 13, 13), strict=True):
         best = (features[:n] @ query).topk(7)
-        found = result["found"]
-        assert [one["name"] for one in found] == [str(files[i]) for i in best.indices]
-        assert [one["score"] for one in found] == pytest.approx(best.values.tolist(), abs=1e-5)
+        found = {one["name"]: one["score"] for one in result["found"]}
+        assert [*found] == [str(files[i]) for i in best.indices]
+        assert [*found.values()] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
 def test_shards_and_folders_are_searched_together(folders, checkpoint, capsys):
@@ -78,7 +78,7 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     shard = write_shard(tmp_path / "val.tar", [sample])
     options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
     header = {"arguments": options}
-    evaluation.write_checkpoint(tmp_path / "a.pt", make_model(), TOKENIZER.vocab, header=header)
+    write_checkpoint(tmp_path / "a.pt", make_model(), header=header)
 
     assert not run(search.main, "--checkpoint", tmp_path / "a.pt", "red")
 
@@ -90,9 +90,9 @@ def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
 
     assert not run(search.main, *argv, "--like", "red/0.png", TEXTS[0])
 
-    picture = Image.open("found.png")
-    assert picture.width == 3 * (search.SIDE + GAP) + GAP  # with a cell for what it was for
-    assert picture.height > 2 * (search.SIDE + GAP)
+    width, height = Image.open("found.png").size
+    assert width == 3 * (search.SIDE + GAP) + GAP  # with a cell for what it was for
+    assert height > width * 2 / 3
 
 
 # ---- the file of features

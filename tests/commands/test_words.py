@@ -9,6 +9,7 @@ import pytest
 import torch
 from material import (
     TOKENIZER,
+    cases,
     encoded,
     error_of,
     make_model,
@@ -82,7 +83,7 @@ LOUDNESS = {
 }
 
 
-@pytest.mark.parametrize("loudness, value", LOUDNESS.values(), ids=LOUDNESS)
+@cases("loudness, value", LOUDNESS)
 def test_localisation_by_hand(loudness, value):
     """One of 5 x 5 windows has its centre on a word's object."""
     image = torch.zeros(3, 6, 6)

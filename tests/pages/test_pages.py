@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from children import ROOT
 from material import TOKENIZER, make_model, write_checkpoint
 from PIL import Image
+from webpage import PAGES
 
 from docs.notebook import notebook
 
-ROOT = Path(__file__).parent.parent.parent
-PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-README = PATHS[0].read_text()
+README = (ROOT / "README.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 
 
@@ -22,7 +22,7 @@ def anchors_of(page):
     return [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
 
 
-@pytest.mark.parametrize("page", PATHS, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_file_and_heading_that_a_page_links_exists(page):
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
         path, _, heading = link.partition("#")

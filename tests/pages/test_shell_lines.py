@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from children import ROOT
+from material import cases
+from webpage import PAGES
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 # python train.py ..., python -m scripts.pack ..., torchrun --nproc_per_node 8 train.py ...
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d) (?:(\w+)\.py|-m (\w+\.\w+))\s*(.*)")
@@ -41,7 +41,7 @@ class Parsed(Exception):
     """A parser has accepted the arguments."""
 
 
-@pytest.mark.parametrize("module, arguments", COMMANDS.values(), ids=COMMANDS)
+@cases("module, arguments", COMMANDS)
 def test_a_command_understands_its_arguments(module, arguments, tmp_path, monkeypatch):
     command = importlib.import_module(module)
     argv = [PLACEHOLDERS.get(word, word) for word in shlex.split(arguments, comments=True)]

@@ -1,16 +1,15 @@
 """The model in the repository, assets/tiny.pt, is the one of the pages' numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
+from children import ROOT
 from PIL import Image
 
 import data
 import eval as evaluation
 from scripts import scenes, words
 
-ROOT = Path(words.__file__).parents[1]
 TINY = ROOT / "assets" / "tiny.pt"
 
 
