@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from material import TINY
 
 import superclip
 from cli import run_command
@@ -29,9 +30,8 @@ PRELOAD = ["torch._dynamo.testing", "scripts.scenes", "scripts.search", "eval", 
 class Children:
     """The processes of a test. Whatever the test does, they end with it."""
 
-    def __init__(self, folder, preset):
+    def __init__(self, folder):
         self.folder = folder
-        self.preset = preset
         self.started = []
 
     def start(self, module, options, *preparations):
@@ -39,7 +39,7 @@ class Children:
         that can be pickled. What it prints goes to process.output, a file."""
         output = self.folder / f"output-{len(self.started)}.txt"
         argv = [module, *map(str, options)]
-        process = CONTEXT.Process(target=run, args=(argv, self.preset, output, preparations))
+        process = CONTEXT.Process(target=run, args=(argv, output, preparations))
         process.output = output
         process.start()
         self.started.append(process)
@@ -73,14 +73,14 @@ def finish(process):
 # ---- in the process
 
 
-def run(argv, preset, output, preparations):
+def run(argv, output, preparations):
     os.setpgid(0, 0)  # so that a signal to its group reaches its loading processes, and no others
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of its own children
-    superclip.PRESETS["tiny"] = preset
+    superclip.PRESETS["tiny"] = TINY
     for prepare in preparations:
         prepare()
     # the objects of the server were for other files

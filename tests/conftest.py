@@ -13,11 +13,10 @@ import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 from children import PRELOAD, ROOT, Children
-from material import COLOURS, TINY, make_model, png, short_run, write_checkpoint, write_shards
+from material import TINY, make_model, png, short_run, write_checkpoint, write_shards
 
 import cli
 import train
@@ -50,9 +49,9 @@ def seed_and_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def smallest(monkeypatch):
-    """The tiny model is smaller still: one block in each tower, 16 patches."""
+    """In all tests the tiny model is smaller still: one block in each tower, 16 patches."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
 
@@ -86,7 +85,7 @@ def server(cache):
 @pytest.fixture
 def children(server, tmp_path):
     """Starts processes (children.py), and ends them after the test."""
-    children = Children(tmp_path, TINY)
+    children = Children(tmp_path)
     yield children
     children.end()
 
@@ -100,11 +99,11 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def folders(tmp_path):
     """A folder for each of three colours, with four pictures in each."""
-    for c, name in enumerate(("red", "green", "blue")):
+    for name in ("red", "green", "blue"):
         folder = tmp_path / "classes" / name
         folder.mkdir(parents=True)
         for i in range(4):
-            (folder / f"{i}.png").write_bytes(png(COLOURS[name], np.random.default_rng([c, i])))
+            (folder / f"{i}.png").write_bytes(png(name, i))
     return tmp_path / "classes"
 
 

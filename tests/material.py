@@ -36,10 +36,10 @@ def encoded(image, format="JPEG", **options):
     return buffer.getvalue()
 
 
-def png(colour, rng):
-    """A noisy square of one colour, as the bytes of a PNG file."""
-    noise = rng.integers(-30, 30, (20, 20, 3))
-    pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+def png(colour, seed=0):
+    """A noisy square of one of COLOURS, as the bytes of a PNG file."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (20, 20, 3))
+    pixels = (COLOURS[colour] + noise).clip(0, 255).astype(np.uint8)
     return encoded(Image.fromarray(pixels), "PNG")
 
 
@@ -73,8 +73,7 @@ def coloured(path, *captions):
     samples = []
     for i, caption in enumerate(captions):
         name = re.search("|".join(COLOURS), caption.lower() + " red")[0]
-        picture = png(COLOURS[name], np.random.default_rng(i))
-        samples.append({"png": picture, "txt": caption.encode()})
+        samples.append({"png": png(name, i), "txt": caption.encode()})
     return write_shard(path, samples)
 
 
@@ -161,8 +160,7 @@ def sample(i):
     if i % 7 == 0:
         caption += " and nothing else on it" * 4
     texts = {"captions": [caption, f"{name} thing"]}
-    picture = png(COLOURS[name], np.random.default_rng(i))
-    return {"png": picture, "txt": caption.encode(), "json": json.dumps(texts).encode()}
+    return {"png": png(name, i), "txt": caption.encode(), "json": json.dumps(texts).encode()}
 
 
 def write_vocabulary(folder):

@@ -13,8 +13,6 @@ from material import checkpoint_of, error_of, sample, short_run, write_shard
 import train
 from superclip import SuperCLIP
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 @pytest.fixture
 def in_step(monkeypatch):

@@ -8,8 +8,6 @@ from material import checkpoint_of, make_model, rows_of, short_run, write_checkp
 
 import train
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 COUNTS = {"token_counts", "num_captions"}  # what a run adds to whatever its rate is
 
 

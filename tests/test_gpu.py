@@ -7,10 +7,7 @@ from one_step import KEEP, N, V, assert_same_gradients, losses_and_gradients, mi
 
 import train
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.usefixtures("smallest"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def gradients_of(options, device, size=N, dtype="float32"):

@@ -9,8 +9,6 @@ import data
 import eval as evaluation
 import train
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 def test_a_row_is_logged_where_it_is_due(whole_run):
     """Every second step, and every fourth, which is validated, as is the model before training."""

@@ -15,8 +15,6 @@ from material import checkpoint_of, rows_of, short_run, steps_of
 
 import train
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=["plain", "micro"])
 def test_two_processes_do_what_one_does(children, shards, tmp_path, options):

@@ -22,8 +22,6 @@ from material import (
 
 import train
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 @pytest.fixture
 def copied_run(whole_run, tmp_path):

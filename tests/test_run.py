@@ -24,8 +24,6 @@ import eval as evaluation
 import train
 from scripts import scenes
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 def test_a_run_learns(whole_run):
     """At first, it can but guess: ln 16 for its 16 pairs, and about ln V + 1/2 for the words."""

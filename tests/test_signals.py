@@ -12,8 +12,6 @@ from material import assert_ends_like, cases, checkpoint_of, rows_of, short_run,
 
 import train
 
-pytestmark = pytest.mark.usefixtures("smallest")
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_a_step_stops_the_run_after_it(children, shards, whole_run, tmp_path, number):

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from material import TINY, rows_of, short_run
+from material import rows_of, short_run
 from one_step import (
     FLOAT32,
     KEEP,
@@ -21,7 +21,6 @@ from one_step import (
 )
 
 import train
-from superclip import PRESETS
 
 BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
 
@@ -116,7 +115,6 @@ def test_each_process_contrasts_its_own_pairs_alone(two_processes):
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=SIZES)
 def test_weighted_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeypatch, options):
     """Those of a fork, too."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setattr(train, "SuperCLIP", ForkedSuperCLIP)
 
     train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0.5, *options))
@@ -147,10 +145,10 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 
 def test_grad_checkpointing_runs_each_block_again_in_the_backward_pass():
     """test_run.py compares its losses."""
-    model = make_model_without_zeros()
+    args = train.make_parser().parse_args(["--model=tiny", "--grad_checkpointing"])
+    model, _ = train.make_model(args, None, V, torch.device("cpu"))
     runs = []
     for tower in (model.visual, model.text):
-        tower.transformer.grad_checkpointing = True
         tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
 
     losses_and_gradients(model, micro_batches())
@@ -162,7 +160,6 @@ def test_compiled_equals_eager(monkeypatch):
     """By torch's compiler up to the code for the machine, which would need a C++ compiler."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
     found = []
     for option in ("--compile", "--no-compile"):
         args = train.make_parser().parse_args(["--model=tiny", option])

@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_and_keep_their_numbers(command, smallest, tmp_path):
+def test_commands_run_and_keep_their_numbers(command, tmp_path):
     """And in float32, with micro-batches and with checkpointing the gradient is the same."""
     (tmp_path / "words.tiktoken").write_text(TOKENIZER.vocab)
     shard = coloured(tmp_path / "a.tar", *8 * ["a red dog"])

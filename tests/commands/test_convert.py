@@ -95,9 +95,10 @@ KNOWLEDGE = {
 }
 
 
-@cases("case", KNOWLEDGE)
-def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(case, tmp_path, converted, capsys):
-    scalars, beside, expected, assumed = case
+@cases("scalars, beside, expected, assumed", KNOWLEDGE)
+def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(
+    tmp_path, converted, capsys, scalars, beside, expected, assumed
+):
     path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt")
     path.with_suffix(".json").write_text(json.dumps(beside))
 

@@ -5,10 +5,9 @@ import importlib
 import multiprocessing
 import shlex
 
-import numpy as np
 import pytest
 import torch
-from material import COLOURS, cases, error_of, make_model, png, write_checkpoint, write_shard
+from material import cases, error_of, make_model, png, write_checkpoint, write_shard
 
 from cli import InputError, run_command
 from data import words_to_tiktoken
@@ -58,7 +57,7 @@ def world(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
     for name in ("hollow/empty", "sides", "classes/red", "classes/green"):
         (world / name).mkdir(parents=True)
-    picture = png(COLOURS["red"], np.random.default_rng(0))
+    picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])

@@ -178,9 +178,10 @@ def test_a_group_stays_on_one_side(photos):
 
     out = run(photos, "--val", 0.5, "--group", "product")
 
-    val = {fields["product"] for fields, _, _ in samples(out, "val").values()}
-    training = {fields["product"] for fields, _, _ in samples(out, "train").values()}
-    assert val and training and not val & training
+    sides = []
+    for split in ("train", "val"):
+        sides.append({fields["product"] for fields, _, _ in samples(out, split).values()})
+    assert all(sides) and not set.intersection(*sides)
     assert bad_lines(out) == [1, 13]
 
 

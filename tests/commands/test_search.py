@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from material import (
-    COLOURS,
     features_of,
     make_model,
+    photo,
     png,
     result_of,
     run,
@@ -28,8 +28,7 @@ TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is long
 def folders(folders, monkeypatch):
     """The usual folders, with pictures that differ enough for a model with random weights."""
     for i, file in enumerate(sorted(folders.rglob("*.png"))):
-        pixels = np.random.default_rng(i).integers(0, 256, (3, 3, 3), np.uint8)
-        Image.fromarray(pixels).resize((20, 20), Image.NEAREST).save(file)
+        photo(i).save(file)
     monkeypatch.chdir(folders)
     return folders
 
@@ -73,8 +72,7 @@ def test_shards_and_folders_are_searched_together(folders, checkpoint, capsys):
 
 def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path, capsys):
     """With the captions of the run: those of json.long, where txt says something else."""
-    picture = png(COLOURS["red"], np.random.default_rng(0))
-    sample = {"png": picture, "txt": b"short", "json": b'{"long": "a red ring"}'}
+    sample = {"png": png("red"), "txt": b"short", "json": b'{"long": "a red ring"}'}
     shard = write_shard(tmp_path / "val.tar", [sample])
     options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
     header = {"arguments": options}
@@ -100,19 +98,15 @@ def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
 
 def test_another_program_can_read_the_features(folders, checkpoint, capsys):
     """With the file, the command finds what it has found without."""
-    write_shard("a.tar", [{"png": Path("red/0.png").read_bytes(), "txt": b"red"}])
-    argv = ["--checkpoint", checkpoint, "--data", "a.tar", "--images", "blue", TEXTS[0]]
-    argv += ["--features", "x.npz"]
+    argv = ["--checkpoint", checkpoint, "--images", "blue", "--features", "x.npz", TEXTS[0]]
 
     first, again = [result_of(capsys, search.main, folders / "a.json", *argv) for _ in range(2)]
 
     assert again == first
     kept = np.load("x.npz")
     files = sorted(Path("blue").iterdir())
-    names = [f"{folders}/{file}" for file in files]
-    assert kept["names"].tolist() == [*names, f"{folders}/a.tar:0000"]
-    expected = features_of(checkpoint, [*files, "red/0.png"])
-    np.testing.assert_allclose(kept["features"], expected, atol=1e-5)
+    assert kept["names"].tolist() == [f"{folders}/{file}" for file in files]
+    np.testing.assert_allclose(kept["features"], features_of(checkpoint, files), atol=1e-5)
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from children import Children
-from material import TINY, features_of, make_model, photo, run, write_checkpoint
+from material import features_of, make_model, photo, run, write_checkpoint
 from webpage import requests_of
 
 import eval as evaluation
@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 def address(server, world):
     """The address that the command names, as long as it runs."""
     argv = ["--checkpoint", world / "model.pt", "--images", world / "photos", "--workers", 0]
-    children = Children(world, TINY)
+    children = Children(world)
     process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
     process.output.touch()
     deadline = time.monotonic() + 60

@@ -1,7 +1,6 @@
 """scripts/vocab.py: a vocabulary of the words in the captions of shards."""
 
-import numpy as np
-from material import COLOURS, png, run, write_shard
+from material import png, run, write_shard
 
 import data
 from scripts import vocab
@@ -10,7 +9,7 @@ from scripts import vocab
 def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     """517 = 512 for the bytes, three words, start and end. A letter is a byte, which has a token
     already, and a caption that is not UTF-8 is left out."""
-    picture = png(COLOURS["red"], np.random.default_rng(0))
+    picture = png("red")
     captions = [b"a red dog's", b"the red dog!!", b"the Red dog", b"a dog", b"\xff"]
     train = write_shard(tmp_path / "train-0.tar", [{"png": picture, "txt": c} for c in captions])
     val = write_shard(tmp_path / "val-0.tar", [{"png": picture, "txt": b"a cat"}])
