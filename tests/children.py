@@ -92,11 +92,15 @@ def run(argv, output, preparations):
 
 def become_rank(rank, port):
     """What torchrun tells a process of two."""
-    os.environ["TORCHELASTIC_RUN_ID"] = "a run"
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = "2"
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="a run",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 # ---- preparations

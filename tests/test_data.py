@@ -141,12 +141,6 @@ def odd_pairs(tmp_path):
     return Pairs(shards, TOKENIZER, 24, seed=5, patches=9, patch_dropout=0.5)
 
 
-def load(pairs, workers=0, start=0, stop=6):
-    """What a process loads: the last 8 pairs of each batch of 12, four at a time."""
-    cpu = torch.device("cpu")
-    return data.load_batches(pairs, 12, slice(4, 12), 4, start, stop, workers, cpu)
-
-
 def test_any_sample_may_replace_a_bad_one(odd_pairs):
     captions = {tuple(odd_pairs[visit, 1][1]) for visit in range(30)}
 
@@ -155,12 +149,15 @@ def test_any_sample_may_replace_a_bad_one(odd_pairs):
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
 def test_micro_batches_are_the_collated_pairs_of_their_step(odd_pairs, workers, start):
-    """Whatever the workers, and wherever a run begins."""
-    loaded = list(load(odd_pairs, workers, start))
+    """Whatever the workers, and wherever a run begins. A process loads the last 8 pairs of each
+    batch of 12, four at a time."""
+    local = slice(4, 12)
+
+    loaded = [*data.load_batches(odd_pairs, 12, local, 4, start, 6, workers, torch.device("cpu"))]
 
     expected = []
     for step in range(start, 6):
-        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[4:12]]
+        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[local]]
         expected.append([odd_pairs.collate(items[:4]), odd_pairs.collate(items[4:])])
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 

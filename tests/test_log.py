@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 from material import all_rows, rows_of, short_run, steps_of
 
 import data
@@ -14,12 +13,6 @@ def test_a_row_is_logged_where_it_is_due(whole_run):
     """Every second step, and every fourth, which is validated, as is the model before training."""
     assert steps_of(rows_of(whole_run, "loss")) == [2, 4, 6, 8, 10, 12]
     assert steps_of(rows_of(whole_run, "zeroshot")) == [0, 4, 8, 12]
-
-
-def test_a_row_holds_the_rate_of_its_step(whole_run):
-    for row in rows_of(whole_run, "loss"):
-        rate = 1e-3 * train.learning_rate_factor(row["step"] - 1, 1, 12)  # one step of warm-up
-        assert row["learning_rate"] == pytest.approx(rate)
 
 
 def test_the_header_says_what_the_run_is(whole_run):

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from children import before, finish, in_step, receive
-from material import checkpoint_of, rows_of, short_run, steps_of
+from material import checkpoint_of, rows_of, short_run
 
 import train
 
@@ -90,6 +90,5 @@ def test_a_signal_to_one_of_them_stops_both(children, shards, whole_run, tmp_pat
     assert is_saved
     assert checkpoint_of(tmp_path)["step"] == 3
     train.main([*options, "--resume"])
-    assert steps_of(rows_of(tmp_path, "zeroshot")) == [0, 4, 8, 12]
     expected = rows_of(whole_run, "loss")[-1]["loss"]
     assert rows_of(tmp_path, "loss")[-1]["loss"] == pytest.approx(expected, rel=1e-3)

@@ -1,7 +1,6 @@
 """A run from its first step to its last: it learns, is validated, and keeps its best model."""
 
 import importlib
-import json
 import shlex
 import shutil
 from functools import partial
@@ -13,13 +12,13 @@ from material import (
     cases,
     checkpoint_of,
     coloured,
+    result_of,
     rows_of,
     short_run,
     steps_of,
     write_vocabulary,
 )
 
-import data
 import eval as evaluation
 import train
 from scripts import scenes
@@ -95,17 +94,15 @@ def test_one_pair_in_a_hundred_is_held_out(tmp_path):
 # ---- its validations, and its end
 
 
-def test_one_checkpoint_has_one_score(shards, tmp_path):
+def test_one_checkpoint_has_one_score(shards, tmp_path, capsys):
     """eval.py gives the score of the last validation, even after training in bfloat16."""
     options = "--dtype", "bfloat16", "--val_captions", "json.captions"
     train.main(short_run(shards, tmp_path, *options))
 
-    model, tokenizer, _ = evaluation.load(tmp_path / "last.pt")
-    pairs = data.Pairs([str(shards / "val-0.tar")], tokenizer, 16, ["json.captions"])
-    result = evaluation.retrieval(*evaluation.encode_shards(model, pairs))
+    argv = ["retrieval", "--checkpoint", tmp_path / "last.pt", "--data", shards / "val-0.tar"]
+    result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
 
-    validation = rows_of(tmp_path, "validation")[-1]["validation"]
-    assert validation == json.loads(json.dumps(result))
+    assert result["validation"] == rows_of(tmp_path, "validation")[-1]["validation"]
 
 
 def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):

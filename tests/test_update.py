@@ -38,7 +38,6 @@ def test_an_update_clips_the_gradient_to_length_1(scale):
 
     expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     moments = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
-    assert expected > 1
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())

@@ -79,8 +79,9 @@ def test_the_browser_draws_a_scene(opened, i):
 def test_the_browser_compares_a_picture_with_the_texts(opened, m):
     browser, models = opened
 
-    answer = browser.execute_script("return answer(models[arguments[0]], arguments[1])", m, SCENE)
-    pixels = browser.execute_script("return [...draw(arguments[0]).data]", SCENE)
+    script = "const [model, scene] = arguments; const pixels = [...draw(scene).data];"
+    script += "return [answer(models[model], scene), pixels]"
+    answer, pixels = browser.execute_script(script, m, SCENE)
 
     image = torch.tensor(pixels, dtype=torch.uint8).view(1, 72, 72, 4)[..., :3].movedim(3, 1)
     prompts = [demo.PROMPT.replace("{}", name) for name in demo.NAMES]

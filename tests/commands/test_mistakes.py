@@ -13,7 +13,7 @@ from cli import InputError, run_command
 from data import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
-# is done: that the checkpoint is none.pt is not noticed then.
+# is done: that there is no none.pt or none.csv is not noticed then.
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken --model tiny     | html.tar
@@ -35,11 +35,15 @@ eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test ./classes                 | --test
 scripts.words MODEL --image hollow                                | hollow
 scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
+scripts.words MODEL --word zebra                                  | zebra
+scripts.words MODEL                                               | --image
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.doc         | x.doc
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.convert other.pt x.pt                                     | other.pt
+scripts.convert model.pt model.pt                                 | model.pt
 scripts.pack --csv list.csv --out x                               | --image_column
+scripts.pack --csv none.csv --out classes                         | classes
 scripts.vocab pairs.tar --captions json.caption --out x.tiktoken  | json.caption
 scripts.scenes --out classes                                      | classes
 """

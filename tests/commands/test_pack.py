@@ -193,15 +193,6 @@ def test_a_shard_has_a_thousand_samples_at_most(photos, monkeypatch):
     assert pairs.index[:, 0].bincount().tolist() == [5, 5, 2]
 
 
-def test_a_folder_that_is_there_stays_as_it_is(photos, capsys):
-    """It is refused before anything is read."""
-    out = run(photos)
-    before = sorted(out.iterdir())
-
-    assert str(out) in error_of(capsys, pack.main, "--csv", "none.csv", "--out", out)
-    assert sorted(out.iterdir()) == before
-
-
 # ---- what pack advises
 
 

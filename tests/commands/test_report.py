@@ -104,13 +104,13 @@ def test_the_numbers_of_the_page_are_those_of_eval(world):
     assert are_near(content["similarity"], images @ texts.T, 1e-6)
     samples = evaluation.ShardImages(pairs)
     for picture, (image, [caption]) in zip(content["pictures"], samples, strict=True):
-        words = picture["words"]
+        assert picture["caption"] == caption
         [top] = evaluation.top_words(model, TOKENIZER, image[None], 8)
         _, maps = word_maps(model, image, [i for _, _, i in top], window=1)
-        assert picture["caption"] == caption
-        assert [(word["word"], word["probability"]) for word in words] == [w[:2] for w in top]
-        assert [word["said"] for word in words] == [i in TOKENIZER.encode(caption) for *_, i in top]
-        assert are_near([word["map"] for word in words], maps)
+        for word, (text, p, i), falls in zip(picture["words"], top, maps, strict=True):
+            assert (word["word"], word["probability"]) == (text, p)
+            assert word["said"] == (i in TOKENIZER.encode(caption))
+            assert are_near(word["map"], falls)
 
 
 def test_plain_clip_without_a_log_has_a_page(world, tmp_path):

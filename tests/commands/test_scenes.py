@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-from material import error_of
 from PIL import Image
 
 import data
@@ -141,8 +140,3 @@ def test_held_out_pictures_have_the_names_of_all_combinations_to_choose_from(fol
     sizes = [len([*path.iterdir()]) for path in folder.glob("zeroshot/held_out/*")]
 
     assert sorted(sizes) == 56 * [0] + 8 * [40]
-
-
-def test_a_folder_that_is_there_is_not_drawn_over(folder, capsys):
-    assert str(folder) in error_of(capsys, scenes.main, "--out", folder)
-    assert [*folder.parent.iterdir()] == [folder]  # and nothing else is left behind

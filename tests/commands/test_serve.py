@@ -36,12 +36,10 @@ def address(server, world):
     children = Children(world)
     process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
     process.output.touch()
-    deadline = time.monotonic() + 60
-    found = None
-    while found is None and time.monotonic() < deadline:
+    while "http" not in process.output.read_text():
+        assert process.is_alive()
         time.sleep(0.02)
-        found = re.search(r"http://\S+", process.output.read_text())
-    yield found[0]
+    yield re.search(r"http://\S+", process.output.read_text())[0]
     children.end()
 
 

@@ -11,7 +11,6 @@ from material import (
     TOKENIZER,
     cases,
     encoded,
-    error_of,
     make_model,
     photo,
     run,
@@ -42,7 +41,7 @@ def test_word_maps_are_those_of_the_slow_loop():
     """One window after the other is left out, on a grid of 4 x 4 patches."""
     model = make_model()
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    ids = [TOKENIZER.encode(word)[0] for word in ("red", "ring", "a")]
+    ids = TOKENIZER.encode("red ring a")
 
     _, maps = words.word_maps(model, image[0], ids, window=3, batch_size=3)
 
@@ -134,12 +133,3 @@ def test_the_score_of_the_maps_is_printed(checkpoint, tmp_path, capsys):
     assert not run(words.main, "--checkpoint", checkpoint, "--data", shard)
 
     assert re.search(r"right place .* chance +12\.50 % .* n 1\n", capsys.readouterr().out)
-
-
-def test_a_word_that_is_no_token_is_named(checkpoint, capsys):
-    assert "zebra" in error_of(capsys, words.main, "--checkpoint", checkpoint, "--word", "zebra")
-
-
-def test_without_images_or_a_run_a_model_needs_some(checkpoint, capsys):
-    """But for one of the built-in scenes (pages/test_tiny_model.py)."""
-    assert "--image" in error_of(capsys, words.main, "--checkpoint", checkpoint)
