@@ -100,6 +100,7 @@ def test_one_checkpoint_has_one_score(shards, tmp_path, capsys):
     train.main(short_run(shards, tmp_path, *options))
 
     argv = ["retrieval", "--checkpoint", tmp_path / "last.pt", "--data", shards / "val-0.tar"]
+    argv += ["--workers", 0]
     result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
 
     assert result["validation"] == rows_of(tmp_path, "validation")[-1]["validation"]

@@ -36,7 +36,7 @@ def address(server, world):
     children = Children(world)
     process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
     process.output.touch()
-    while "http" not in process.output.read_text():
+    while "http://" not in process.output.read_text():
         assert process.is_alive()
         time.sleep(0.02)
     yield re.search(r"http://\S+", process.output.read_text())[0]
