@@ -99,11 +99,11 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def folders(tmp_path):
     """A folder for each of three colours, with four pictures in each."""
-    for name in ("red", "green", "blue"):
+    for c, name in enumerate(("red", "green", "blue")):
         folder = tmp_path / "classes" / name
         folder.mkdir(parents=True)
         for i in range(4):
-            (folder / f"{i}.png").write_bytes(png(name, i))
+            (folder / f"{i}.png").write_bytes(png(name, [c, i]))
     return tmp_path / "classes"
 
 

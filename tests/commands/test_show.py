@@ -85,7 +85,7 @@ def test_the_picture_is_drawn(dogs, folder, capsys):
 
 def test_what_validation_shares_with_training_is_counted(folder, capsys):
     """An image counts if its bytes are equal, a caption if its words are."""
-    other = png("blue")
+    other = png("blue", 1)
     train = write_shard(folder / "0.tar", captioned("a red dog", "a dog"))
     both = [{"png": PNG, "txt": b"A RED  dog"}, {"png": other, "txt": b"a red dog"}]
     val = write_shard(folder / "1.tar", [*both, {"png": other, "txt": b"a cat"}])
