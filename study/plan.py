@@ -193,7 +193,7 @@ def highest_rate(side):
     good = max((rate for rate, seeds in learned.items() if seeds > 2), default=None)
     if good is None:
         return "at none of the rates"
-    return f"up to {good:.2e}" + (", the highest tried," if good == max(learned) else "")
+    return f"at rates up to {good:.2e}" + (", the highest tried," if good == max(learned) else "")
 
 
 def findings(found):
@@ -275,6 +275,8 @@ def draw(found):
             axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
             axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
         axis.set(title=ROWS[name].label.replace(", ", "\n"), xlabel="learning rate", xscale="log")
+        axis.set_xticks([1e-4, 3e-4], ["0.0001", "0.0003"])
+        axis.minorticks_off()
     axes[0, 0].set_ylabel("colour_shape (%)")
     axes[0, -1].legend()
     figure.savefig(FIGURE, dpi=150, bbox_inches="tight")
