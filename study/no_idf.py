@@ -2,7 +2,7 @@
 
     python -m study.no_idf [options of train.py]
 
-The paper's Table 10 does that, too.
+In the paper that takes the mean score from 47.1 to 44.8 (Table 10).
 """
 
 import torch
