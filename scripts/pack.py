@@ -305,11 +305,11 @@ search with published weights, without training (downloads 0.6 GB):
   python -m scripts.convert laion.pt clip.pt
   python -m scripts.search --checkpoint clip.pt --data {out} --features {out}/features.npz 'a text'
 
-fine-tune these weights, for words of your own:
-  python train.py --train_data {pairs} --init_from clip.pt --epochs 5{batch}
+fine-tune these weights to your captions (CLIP's vocabulary stays):
+  python train.py --train_data {pairs} --init_from clip.pt --epochs 5{batch} --out_dir out_tuned
 
 train from nothing{warning}:
-  python train.py --train_data {pairs} {model}"""
+  python train.py --train_data {pairs} {model} --out_dir out_own"""
 
 
 def print_ways(out, n, n_val, several):
