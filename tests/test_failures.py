@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 import pytest
-from children import hook
+from children import finish, hook
 from material import checkpoint_of, error_of, sample, short_run, write_shard
 
 import train
@@ -64,11 +64,13 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
-def test_a_loading_process_that_finds_no_good_sample_ends_the_run(shards, tmp_path, capsys):
+def test_a_loading_process_that_finds_no_good_sample_ends_the_run(children, shards, tmp_path):
+    """In a process of its own, because the loading process ends some seconds later."""
     shard = write_shard(tmp_path / "bad.tar", [{**sample(i), "png": b"x"} for i in range(16)])
     vocab = shards / "vocab.tiktoken"
     options = "--train_data", shard, "--vocab", vocab, "--workers", 1
 
-    message = error_of(capsys, train.main, *short_run(shards, tmp_path, *options))
+    code, printed = finish(children.start("train", short_run(shards, tmp_path, *options)))
 
-    assert "a hundred bad samples" in message
+    assert code == 2
+    assert "a hundred bad samples" in printed
