@@ -311,18 +311,15 @@ class Side(NamedTuple):
     command: Command
     tried: dict  # learning rate: its runs, one of each seed
 
-    def goals(self):
-        """{learning rate: a number of each seed, by which it is judged}"""
-        return {rate: [goal(run) for run in runs] for rate, runs in self.tried.items()}
-
-    def values(self, name):
-        """{learning rate: a score of each seed}"""
-        return {rate: [value_of(run, name) for run in runs] for rate, runs in self.tried.items()}
+    def values(self, measure):
+        """{learning rate: what a function of a run returns, for each seed}"""
+        return {rate: [*map(measure, runs)] for rate, runs in self.tried.items()}
 
     def rates(self):
         """The rate of each seed, chosen by the others."""
-        n = len(next(iter(self.tried.values())))
-        return [best_rate(self.goals(), seed) for seed in range(n)]
+        goals = self.values(goal)
+        n = len(next(iter(goals.values())))
+        return [best_rate(goals, seed) for seed in range(n)]
 
     def runs(self):
         """The run of each seed, at its rate."""
@@ -401,7 +398,7 @@ class Study:
                 tried[rate] = [self.runs.get(self.key(c)) for c in commands]
                 missing += [c for c in commands if self.key(c) not in self.runs]
             side = Side(command, tried)
-            more = next_rates(side.goals()) if search and not missing else []
+            more = next_rates(side.values(goal)) if search and not missing else []
             if not more:
                 return side, missing
             rates += more
@@ -512,6 +509,11 @@ def gaps(sides, name):
     return [value_of(y, name) - value_of(x, name) for x, y in zip(a, b)]
 
 
+def difference(sides, name):
+    """The interval of b - a in a score."""
+    return interval(gaps(sides, name))
+
+
 # -----------------------------------------------------------------------------
 # The command
 
@@ -526,7 +528,7 @@ def print_sides(sides):
     print(f"\n{len(scores)} scores are compared, in percent, as means over the seeds\n")
     print("                chance       a       b   b - a, 95 % interval")
     for name, score in scores.items():
-        found = interval(gaps(sides, name))
+        found = difference(sides, name)
         note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
         levels = "{:8.1f}{:8.1f}{:8.1f}".format(100 * score["chance"], *means(sides, name))
         print(f"{name:14s}{levels}   {found!s:15s} {note}")

@@ -184,13 +184,13 @@ def bold(found):
 def cell(sides, score):
     """Both means and their difference."""
     a, b = compare.means(sides, score)
-    return f"{a:.1f} -> {b:.1f}, {bold(compare.interval(compare.gaps(sides, score)))}"
+    return f"{a:.1f} -> {b:.1f}, {bold(compare.difference(sides, score))}"
 
 
 def highest_rate(side):
     """The highest rate at which most seeds learned the objects, as a text."""
-    learned = {rate: sum(map(compare.has_learned, runs)) for rate, runs in side.tried.items()}
-    good = max((rate for rate, seeds in learned.items() if seeds > 2), default=None)
+    learned = side.values(compare.has_learned)
+    good = max((rate for rate, seeds in learned.items() if sum(seeds) > 2), default=None)
     if good is None:
         return "at none of the rates"
     return f"at rates up to {good:.2e}" + (", the highest tried," if good == max(learned) else "")
@@ -235,7 +235,7 @@ def page(found):
     rates = []
     for name, sides in found.items():
         row = ROWS[name]
-        intervals += [compare.interval(compare.gaps(sides, score)) for score in row.scores]
+        intervals += [compare.difference(sides, score) for score in row.scores]
         cells = [cell(sides, score) for score in row.scores]
         table.append(row_of(row.label, " / ".join(map(compare.Side.seconds, sides)), *cells))
         rates.append(f"- {row.label}: `python -m study.compare {row}`")
@@ -271,7 +271,7 @@ def draw(found):
     figure.set_size_inches(2 + 2.4 * len(names), 3)
     for axis, name in zip(axes[0], names):
         for side, (method, colour) in zip(found[name], METHODS.items()):
-            values = side.values("colour_shape")
+            values = side.values(lambda run: compare.value_of(run, "colour_shape"))
             axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
             axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
         axis.set(title=ROWS[name].label.replace(", ", "\n"), xlabel="learning rate", xscale="log")

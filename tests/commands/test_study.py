@@ -32,7 +32,7 @@ def test_an_interval_is_students_and_pairs_seeds():
     a = Side(None, {1e-3: [run_of(x=value) for value in (10, 50, 90)]})
     b = Side(None, {1e-3: [run_of(x=value) for value in (11, 52, 93)]})
 
-    found = compare.interval(compare.gaps([a, b], "x"))
+    found = compare.difference([a, b], "x")
 
     # the differences 1, 2, 3 have a standard deviation of 1, and t is 4.303
     assert found == pytest.approx((2, 4.3027 / math.sqrt(3)), abs=1e-3)
