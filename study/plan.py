@@ -12,6 +12,7 @@ to 224 x 224 pixels.)
 
 import math
 import shlex
+import textwrap
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -130,6 +131,10 @@ Seconds are those of the fastest run of each on one core: others shared the mach
 The *gap* is what SuperCLIP has more than CLIP in colour_shape. If it lasts, more samples do not
 close it. If it is the batch's, it grows as fewer pairs are compared.
 """
+ALL_ROWS = "\n## All rows\n"
+HEADINGS = """
+| | seconds | R@1 | colour_shape (object) | held_out (probe) |
+| --- | --- | --- | --- | --- |"""
 OPEN = f"""
 ![colour_shape of each seed at each learning rate](../assets/study.png)
 
@@ -203,16 +208,21 @@ def findings(found):
         if name in found:
             clip, superclip = map(highest_rate, found[name])
             lines.append(
-                f"- {ROWS[name].label}: {cell(found[name], 'colour_shape')}. Most seeds learn the\n"
-                f"  objects {clip} with CLIP, and {superclip} with SuperCLIP."
+                f"- {ROWS[name].label}: {cell(found[name], 'colour_shape')}. Most seeds learn the "
+                f"objects {clip} with CLIP, and {superclip} with SuperCLIP."
             )
     for first, second in CHANGES:
         if first in found and second in found:
             pairs = zip(*[compare.gaps(found[name], "colour_shape") for name in (first, second)])
             change = bold(compare.interval([after - before for before, after in pairs]))
             step = f"From {ROWS[first].label} to {ROWS[second].label}"
-            lines.append(f"- {step}\n  the gap changes by {change}.")
-    return lines
+            lines.append(f"- {step} the gap changes by {change}.")
+    return [wrapped(line, "  ") for line in lines]
+
+
+def wrapped(text, indent=""):
+    """A paragraph in lines of a hundred columns."""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def row_of(*texts):
@@ -243,16 +253,13 @@ def page(found):
             rates.append(f"  - {letter}: {'; '.join(compare.rate_texts(side))}")
     outside = sum(map(compare.Interval.excludes_0, intervals))
     missing = [row.label for name, row in ROWS.items() if name not in found]
-    summary = f"""
-## All rows
-
-{outside} of {len(intervals)} intervals exclude 0 (uncorrected). {survivors(intervals)} survive the
-correction of Benjamini and Hochberg at 5 %, a rough count, because rows share runs. Not run yet,
-and not on this page: {"; ".join(missing) or "nothing"}.
-
-| | seconds | R@1 | colour_shape (object) | held_out (probe) |
-| --- | --- | --- | --- | --- |"""
-    parts = [TITLE + INTRO, *findings(found), summary, *table, OPEN, *open_table(found)]
+    summary = wrapped(
+        f"{outside} of {len(intervals)} intervals exclude 0 (uncorrected). {survivors(intervals)} "
+        "survive the correction of Benjamini and Hochberg at 5 %, a rough count, because rows "
+        "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + "."
+    )
+    parts = [TITLE + INTRO, *findings(found), ALL_ROWS, summary, HEADINGS, *table]
+    parts += [OPEN, *open_table(found)]
     return "\n".join([*parts, RATES, *rates, ""])
 
 
