@@ -1,5 +1,5 @@
-"""The diff of docs/fork.md applies to this code, and the line that it adds to a test passes in one
-process. (On two it is test_step.py's case of a fork's terms.)"""
+"""The diff of docs/fork.md applies to this code, and the line that it adds to a test passes in
+micro-batches. (Two processes would take six seconds more, most of them to start.)"""
 
 import re
 import shutil
