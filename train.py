@@ -145,7 +145,7 @@ def make_parser():
     return parser
 
 
-# That of --init_from: larger steps would destroy what the weights know.
+# The default of --init_from: larger steps would destroy what the weights know.
 FINE_TUNING = {"learning_rate": 5e-5}
 NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
 IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these

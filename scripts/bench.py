@@ -37,6 +37,7 @@ from cli import (
     optional,
     output_file,
     pick_device,
+    pick_dtype,
     printable,
     run_command,
     write_json,
@@ -280,8 +281,9 @@ def train_for_real(options, args):
 
 
 def bench_cuda(options, args):
-    options = ["--device=cuda", "--batch_size=256", *options]
+    options = ["--device=cuda", "--batch_size=32", *options]  # a T4 holds four models
     device = pick_device(parse(options).device)  # says so if there is none
+    options = [f"--dtype={pick_dtype(device)}", *options]
     ways = ["", "--micro_batch_size=4", "--grad_checkpointing"]
     if device.type == "cuda":
         ways.append("--compile")

@@ -156,7 +156,7 @@ def word_maps(model, image, ids, window, batch_size=64):
 
 
 # -----------------------------------------------------------------------------
-# Are the maps right? The built-in scenes can tell, and so can the study's photographs.
+# Are the maps right? The built-in scenes can tell.
 
 
 def read_scene(pairs, row):

@@ -13,7 +13,8 @@ include the draw of the data. What a command does not say is as in a bare `pytho
 
 With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
 that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
-choice. While the best rate of all seeds is the lowest or the highest, one more is tried there.
+choice. While the best rate of all seeds is the lowest or the highest, one more is tried there, up
+to eight.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
 code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
@@ -326,16 +327,18 @@ class Side(NamedTuple):
         return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
 
     def seconds(self):
-        """The time of its fastest run, because others may have had a busy neighbour, as a text."""
-        return f"{min(run['seconds'] for runs in self.tried.values() for run in runs):.0f}"
+        """The time of its fastest run that has not diverged, because others may have had a busy
+        neighbour, as a text."""
+        runs = [run for runs in self.tried.values() for run in runs if run["scores"]]
+        return f"{min((run['seconds'] for run in runs), default=0):.0f}"
 
 
 class Study:
     """Finished runs, and how to make others."""
 
     def __init__(self, out, jobs, path):
-        """out: folder of worlds; jobs: runs at a time, or 0 to read only, what was run last of all
-        code; path: the file of runs, which grows."""
+        """out: folder of worlds; jobs: runs at a time, or 0, which only reads the runs of the code
+        that has run last; path: the file of runs, which grows."""
         self.out = out
         self.jobs = jobs
         self.path = path
@@ -543,7 +546,7 @@ def make_options():
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
     add("--common", default="", metavar="OPTIONS", help="options of both")
     add("--seeds", type=number(int, 2, 20), default=5, help="runs of each (default 5)")
-    add("--rates", action="store_true", help="search the learning rate of both, four rates each")
+    add("--rates", action="store_true", help="search the learning rate of both: four or more")
     add("--probe", action="store_true", help="score a linear probe, too")
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
     add("--photographs", default="", metavar="DIR", help="of the world: see study/objects.py")
@@ -554,7 +557,8 @@ def make_options():
 def add_shared(parser):
     """Options that plan.py has, too."""
     add = parser.add_argument
-    add("--jobs", type=number(int, 1), default=cores(), help="runs at a time (default: the cores)")
+    text = "runs at a time (default: the cores; fewer on a GPU)"
+    add("--jobs", type=number(int, 1), default=cores(), help=text)
     add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
 
 
@@ -562,7 +566,7 @@ def run_experiment(study, args):
     """Do what the options of an experiment say. Returns its two Sides."""
     world = World(args.settings, args.photographs)
     pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
-    own = "--train_data" in args.common
+    own = any(command.world is None for command in pair)
     check(not (own and args.probe), "--probe needs a drawn world, which --train_data replaces")
     return study.experiment(pair, args.seeds, args.rates, args.probe)
 

@@ -25,7 +25,7 @@ RUNS = RESULTS.with_name("runs.jsonl")
 FIGURE = RESULTS.parent.parent / "assets/study.png"
 PAIR = '--a "train.py --cls_weight 0" --b "train.py"'
 GROUPS = '--a "-m study.groups --group {0} --cls_weight 0" --b "-m study.groups --group {0}"'
-LOOKS = ("R@1", "colour_shape", "held_out")
+SCORES = ("R@1", "colour_shape", "held_out")
 AT_32 = "--batch_size 32 --epochs 2.4"
 FLICKR = (
     "--train_data 'out_study/flickr8k/train-*.tar' --val_data 'out_study/flickr8k/dev-*.tar' "
@@ -41,11 +41,11 @@ class Row(NamedTuple):
     sides: str
     common: str
     more: str = ""
-    scores: tuple = LOOKS  # those that the page shows
+    scores: tuple = SCORES  # those that the page shows
 
     def __str__(self):
         """The options of study.compare."""
-        return f'{self.sides} --common "{self.common}" {self.more}--rates'
+        return f'{self.sides} --common "{self.common}" --rates {self.more}'.strip()
 
 
 # In the order in which they convince. 48,000 samples are 2.4 epochs of 20,000 pairs.
@@ -65,23 +65,21 @@ ROWS = {
     "lambda3": Row(
         "SuperCLIP: lambda 1 -> 3", '--a "train.py" --b "train.py --cls_weight 3"', AT_32
     ),
-    "short": Row("short captions", PAIR, "--batch_size 32 --epochs 2.4 --captions json.short"),
+    "short": Row("short captions", PAIR, f"{AT_32} --captions json.short"),
     "dual": Row(
         "SuperCLIP: short -> dual captions",
         '--a "train.py" --b "train.py --label_captions json.long"',
-        "--batch_size 32 --epochs 2.4 --captions json.short",
+        f"{AT_32} --captions json.short",
     ),
-    "sigmoid": Row("SigLIP -> SuperSigLIP", PAIR, "--batch_size 32 --epochs 2.4 --loss sigmoid"),
+    "sigmoid": Row("SigLIP -> SuperSigLIP", PAIR, f"{AT_32} --loss sigmoid"),
     "objects": Row(
         "CIFAR-10 in settings, batch 16, 96,000 samples",
         PAIR,
         "--batch_size 16 --epochs 4.8",
-        "--photographs out_study/cifar10 --probe ",
+        "--photographs out_study/cifar10 --probe",
         ("R@1", "object", "probe"),
     ),
-    "settings16": Row(
-        "16 settings, batch 8", PAIR, "--batch_size 8 --epochs 2.4", "--settings 16 "
-    ),
+    "settings16": Row("16 settings, batch 8", PAIR, "--batch_size 8 --epochs 2.4", "--settings 16"),
 }
 BATCHES = ("batch8", "batch32", "batch256", "batch32long", "batch256long")
 # The table to add to: the row and the side that a variant is.
@@ -113,13 +111,14 @@ def complete_rows(study):
 
 TITLE = "# CLIP and SuperCLIP, made small\n"
 INTRO = """
-Made by `python -m study.plan` from [runs.jsonl](runs.jsonl). A cell reads: mean of the first
-command -> mean of the second, and their difference with its 95 % interval (Student's t), in
-percent. Bold: the interval excludes 0 (uncorrected). Five seeds are paired, each with a world of
-its own (those of Flickr8k share its pairs, so its intervals leave out the draw of the data). One
-rule for all rows: both commands are tried at four learning rates or more, and a seed takes the rate
-that is best for the other four. These choices depend on each other, so intervals are approximate. A
-row is CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said.
+Made by `python -m study.plan` from [runs.jsonl](runs.jsonl), whose runs are all of the same code. A
+cell reads: mean of the first command -> mean of the second, and their difference with its 95 %
+interval (Student's t), in percent. Bold: the interval excludes 0 (uncorrected). Five seeds are
+paired, each with a world of its own: a data set drawn for it. (Those of Flickr8k share its pairs,
+so its intervals leave out the draw of the data.) One rule for all rows: both commands are tried at
+four to eight learning rates, and a seed takes the rate that is best for the other four. These
+choices depend on each other, so intervals are approximate. A row is CLIP -> SuperCLIP and sees
+48,000 samples if nothing else is said.
 
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
 and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
@@ -128,8 +127,8 @@ Seconds are those of the fastest run of each on one core: others shared the mach
 
 ## What the runs say
 
-The *gap* is what SuperCLIP has more than CLIP in colour_shape. If it lasts, more samples do not
-close it. If it is the batch's, it grows as fewer pairs are compared.
+The *gap* is SuperCLIP's colour_shape minus CLIP's. Does it shrink with more samples? Does it grow
+when fewer pairs are compared?
 """
 ALL_ROWS = "\n## All rows\n"
 HEADINGS = """
@@ -140,8 +139,8 @@ OPEN = f"""
 
 ## A table to add a row to
 
-Batch 32, 48,000 samples, means over five seeds. Each variant has the rates that are best for it.
-Yours gets its row by `--b`:
+Batch 32, 48,000 samples, means over five seeds, at rates chosen as above. Yours gets its row by
+`--b`:
 
     python -m study.compare --a "train.py" --b "../fork/train.py" --common "{AT_32}" --rates
 
@@ -150,9 +149,8 @@ Yours gets its row by `--b`:
 RATES = """
 ## All learning rates that were tried
 
-With the mean of R@1 and the zero-shot score over the seeds, by which a rate is judged, and the
-numbers of seeds that learned the objects (colour_shape above half), that diverged, and that took
-the rate.
+Each rate has its score (the mean of R@1 and the zero-shot score over the seeds), then how many
+seeds learned the objects (colour_shape above half), diverged, or took this rate.
 """
 # (row, row): how does the gap change from one to the other?
 CHANGES = (
@@ -192,13 +190,11 @@ def cell(sides, score):
     return f"{a:.1f} -> {b:.1f}, {bold(compare.difference(sides, score))}"
 
 
-def highest_rate(side):
-    """The highest rate at which most seeds learned the objects, as a text."""
+def rates_that_learn(side):
+    """The rates at which most seeds learned the objects, as a text."""
     learned = side.values(compare.has_learned)
-    good = max((rate for rate, seeds in learned.items() if sum(seeds) > 2), default=None)
-    if good is None:
-        return "at none of the rates"
-    return f"at rates up to {good:.2e}" + (", the highest tried," if good == max(learned) else "")
+    good = [f"{rate:.2e}" for rate, seeds in learned.items() if 2 * sum(seeds) > len(seeds)]
+    return f"at {', '.join(good)}" if good else "at none of the rates"
 
 
 def findings(found):
@@ -206,7 +202,7 @@ def findings(found):
     lines = []
     for name in BATCHES:
         if name in found:
-            clip, superclip = map(highest_rate, found[name])
+            clip, superclip = map(rates_that_learn, found[name])
             lines.append(
                 f"- {ROWS[name].label}: {cell(found[name], 'colour_shape')}. Most seeds learn the "
                 f"objects {clip} with CLIP, and {superclip} with SuperCLIP."
@@ -233,7 +229,7 @@ def open_table(found):
     lines = []
     for label, (name, number) in VARIANTS.items():
         if name in found:
-            texts = [f"{compare.means(found[name], score)[number]:.1f}" for score in LOOKS]
+            texts = [f"{compare.means(found[name], score)[number]:.1f}" for score in SCORES]
             lines.append(row_of(label, *texts, f"`{found[name][number].command.text}`"))
     return lines
 
@@ -271,8 +267,10 @@ METHODS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
 
 def draw(found):
     """colour_shape of both methods against the learning rate: a dot for each seed, and a line
-    through the means."""
+    through the means. Without a row of a batch there is nothing to draw."""
     names = [name for name in BATCHES if name in found]
+    if not names:
+        return
     plt = optional("matplotlib.pyplot")
     figure, axes = plt.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)
     figure.set_size_inches(2 + 2.4 * len(names), 3)

@@ -85,7 +85,7 @@ def pretend(monkeypatch):
         made.append((command.line(), command.seed, world))
         optimum = 1e-4 if "--cls_weight 0 " in command.line() else 4e-4
         value = 90 - 10 * abs(math.log2(command.rate() / optimum)) + command.seed
-        return run_of(**dict.fromkeys(plan.LOOKS, value))
+        return run_of(**dict.fromkeys(plan.SCORES, value))
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     monkeypatch.setattr(World, "draw", lambda world, out, seed: f"{world} {seed}")
