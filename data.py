@@ -1,7 +1,7 @@
 """The path from tar shards of image-caption pairs to batches, from top to bottom:
 
     caption --> Tokenizer ------------------------------.
-    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> join --> batch on the GPU
+    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> micro-batches on the GPU
                            ^ batch_indices(seed, step)
 
 A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them. Members of

@@ -94,7 +94,8 @@ def open_pairs(settings):
     check(settings.train_data, "this needs --train_data: a shard or two of photographs")
     tokenizer = data.Tokenizer.from_file("clip")
     size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
-    pairs = data.Pairs(data.expand(settings.train_data), tokenizer, size)
+    shards = data.expand(settings.train_data)
+    pairs = data.Pairs(shards, tokenizer, size, settings.captions, crop_area=settings.crop_area)
     is_enough = settings.batch_size <= len(pairs)
     check(is_enough, f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs

@@ -365,10 +365,14 @@ def write_clip_tokenizer(bpe, folder, context_length):
 # The command
 
 
-def check_output(path, is_folder):
-    """Raises InputError unless OUT is new, so that no weights are ever lost, and can be written."""
-    check(not path.exists(), f"{path} is there already: OUT must be new")
-    check(is_folder or path.suffix == ".pt", f"OUT must end in .pt, which {path} does not")
+def check_output(path, to):
+    """Raises InputError unless OUT, and what --to writes beside it, is new, so that nothing is ever
+    lost, and can be written."""
+    beside = (".json", ".tiktoken") if to == "open_clip" else ()
+    for file in (path, *map(path.with_suffix, beside)):
+        check(not file.exists(), f"{file} is there already: OUT must be new")
+    is_file = path.suffix == ".pt" or to == "transformers"
+    check(is_file, f"OUT must end in .pt, which {path} does not")
     check(path.parent.is_dir(), f"there is no folder {path.parent}")
 
 
@@ -386,7 +390,7 @@ def main(argv):
     add("--image_mean", nargs=3, type=number(float, 0, 1), help="mean of R, G, B (CLIP's)")
     add("--image_std", nargs=3, type=number(float, 0.001), help="deviation of R, G, B (CLIP's)")
     args = parser.parse_args(argv)
-    check_output(args.output, is_folder=args.to == "transformers")
+    check_output(args.output, args.to)
     facts = {}
     for name in ASSUMED:
         value = getattr(args, name)

@@ -238,8 +238,8 @@ def print_result(result):
 # -----------------------------------------------------------------------------
 # The picture
 
-# Pixels of an image; images in a row; images in all: more would not fit into a .webp.
-SIDE, IN_A_ROW, MAX_IMAGES = 180, 7, 420
+# Pixels of an image; images in a row; rows: more would not fit into a .webp.
+SIDE, IN_A_ROW, MAX_ROWS = 180, 7, 56
 WHITE = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
 
 
@@ -259,7 +259,7 @@ def draw(path, results, search):
             cells.append((image, f"{found['score']:.3f} {title}"))
         empty = -len(cells) % columns  # at the end of the last row
         cells += [(WHITE, "")] * empty
-    images, captions = zip(*cells[:MAX_IMAGES])
+    images, captions = zip(*cells[: MAX_ROWS * columns])
     contact_sheet(images, captions, path, columns)
 
 
@@ -305,6 +305,7 @@ def main(argv):
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     like = find_features(model, file_entries(args.like, args.out), None, workers=0)
+    check(like or not args.like, "none of the images of --like can be read")
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features = find_features(model, entries, shards, args.workers, args.features, sha256)
     check(features, "none of the images can be read")

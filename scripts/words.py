@@ -69,9 +69,9 @@ def pictures_of_run(shards, captions, tokenizer, size):
             yield Picture(name, texts[0], image)
 
 
-def draw_scenes(size, n=4):
-    """Yield n pictures of built-in scenes, with a caption as their name."""
-    for i in range(n):
+def draw_scenes(size):
+    """Yield four pictures of built-in scenes, with a caption as their name."""
+    for i in range(4):
         rng = random.Random(f"words {i}")
         scene = scenes.make_scene(rng, scenes.COMBINATIONS)
         caption = scenes.describe(scene, rng)[1]

@@ -182,6 +182,7 @@ def options_of(words):
             name = word
             options[name] = []
         else:
+            check(options, f"{word!r} stands before any option")
             options[name].append(word)
     return options
 
@@ -344,9 +345,10 @@ class Study:
         self.path = path
         self.runs = {}
         self.codes = {}  # of programs in worlds
-        path.touch()
-        # A full disk may have cut the last line short.
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        if jobs:
+            path.touch()
+            # A full disk may have cut the last line short.
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         runs = [*map(json.loads, open(path))]
         for run in runs:
             self.runs[tuple(run[name] for name in KEY)] = run
@@ -524,7 +526,7 @@ def difference(sides, name):
 def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text}, learning rates tried: {len(side.tried)}")
-        print("rate: mean of R@1 and the zero-shot score, numbers of seeds")
+        print("rate: mean of the scores that it is judged by, numbers of seeds")
         print(*rate_texts(side), sep="\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs()), key=len)

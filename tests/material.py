@@ -181,8 +181,8 @@ def write_shards(folder):
 
 
 def short_run(shards, out, *more):
-    """The options of twelve steps of 16 pairs, which are logged and validated at steps that
-    interleave. more: options that come last, and so win."""
+    """The options of twelve steps of 16 pairs. Every second step is logged, every fourth validated.
+    more: options that come last, and so win."""
     options = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --out_dir {out}"
     options += " --batch_size 16 --steps 12 --learning_rate 1e-3 --workers 0"
     options += " --device cpu --dtype float32 --log_every 2 --eval_every 4"

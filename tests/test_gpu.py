@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def gradients_of(options, device, size=N, dtype="float32"):
-    """The gradients of train.py's first step, on the CPU."""
+    """The gradients of train.py's first step on a device, brought to the CPU."""
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = False  # which rounds convolutions
     args = train.make_parser().parse_args(["--model=tiny", *options])

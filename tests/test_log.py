@@ -10,7 +10,7 @@ import train
 
 
 def test_a_row_is_logged_where_it_is_due(whole_run):
-    """Every second step, and every fourth, which is validated, as is the model before training."""
+    """Losses every second step; validations before the first, and after every fourth."""
     assert steps_of(rows_of(whole_run, "loss")) == [2, 4, 6, 8, 10, 12]
     assert steps_of(rows_of(whole_run, "zeroshot")) == [0, 4, 8, 12]
 

@@ -40,6 +40,7 @@ WAYS = {
     "words of other captions": "--label_captions json.captions",
     "bfloat16": "--dtype bfloat16",
     "float16": "--dtype float16",
+    "whole pictures": "--crop_area 1",
 }
 
 

@@ -8,7 +8,8 @@ from children import ROOT
 from material import run
 
 SCRIPTS = [path for path in ROOT.glob("scripts/*.py") if "run_command(main)" in path.read_text()]
-COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe", "study.compare"]
+COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe"]
+COMMANDS += ["study.compare", "study.plan", "docs.demo", "docs.figures"]
 COMMANDS += sorted(f"scripts.{path.stem}" for path in SCRIPTS)
 
 

@@ -39,6 +39,7 @@ scripts.words MODEL --word zebra                                  | zebra
 scripts.words MODEL                                               | --image
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.doc         | x.doc
+scripts.search MODEL --images classes --like two.txt              | --like
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert model.pt model.pt                                 | model.pt

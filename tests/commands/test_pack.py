@@ -88,10 +88,12 @@ TEXTS = ['two\n"lines", x; y', 'two\n"lines", x; y', '"big dog', "a dog"]
 
 @pytest.mark.parametrize("name, caption", [*zip(LISTS, TEXTS)], ids=LISTS)
 def test_every_kind_of_list_is_read(photos, name, caption):
-    path = photos.with_name(name)
+    path = photos.parent / "lists" / name
+    path.parent.mkdir()
     path.write_text(LISTS[name], encoding="utf-8")
+    columns = ["--image_column", "What", "--caption_column", "alt"]
 
-    out = run(path, "--image_column", "What", "--caption_column", "alt", "--val", 0)
+    out = run(path, "--images", photos.parent, *columns, "--val", 0)
 
     fields, text, _ = samples(out)["é 1.jpg"]
     assert text == caption
@@ -206,5 +208,8 @@ def test_pack_advises_what_the_data_and_a_gpu_allow(n, model, monkeypatch, capsy
     lines = [shlex.split(line)[2:] for line in printed.splitlines() if "train.py" in line]
     tuned, from_nothing = map(train.make_parser().parse_args, lines)
     assert (tuned.init_from, from_nothing.model) == ("clip.pt", model)
-    assert tuned.train_data == ["anna's photos/train-*.tar"]
+    for args in (tuned, from_nothing):
+        assert args.train_data == ["anna's photos/train-*.tar"]
+        assert args.val_data == ["anna's photos/val-*.tar"]
+        assert args.captions == ["json.captions"]
     assert ("weak" in printed) == (n < 10_000)
