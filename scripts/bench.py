@@ -282,7 +282,7 @@ def train_for_real(options, args):
 
 
 def bench_cuda(options, args):
-    options = ["--device=cuda", "--batch_size=32", *options]  # a T4 holds four models
+    options = ["--device=cuda", "--batch_size=32", *options]  # because four models are held
     device = pick_device(parse(options).device)  # says so if there is none
     options = [f"--dtype={pick_dtype(device)}", *options]
     ways = ["", "--micro_batch_size=4", "--grad_checkpointing"]

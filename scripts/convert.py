@@ -371,8 +371,8 @@ def check_output(path, to):
     beside = (".json", ".tiktoken") if to == "open_clip" else ()
     for file in (path, *map(path.with_suffix, beside)):
         check(not file.exists(), f"{file} is there already: OUT must be new")
-    is_file = path.suffix == ".pt" or to == "transformers"
-    check(is_file, f"OUT must end in .pt, which {path} does not")
+    is_named = to == "transformers" or path.suffix == ".pt"  # a folder may have any name
+    check(is_named, f"OUT must end in .pt, which {path} does not")
     check(path.parent.is_dir(), f"there is no folder {path.parent}")
 
 

@@ -347,8 +347,6 @@ class Study:
         self.codes = {}  # of programs in worlds
         if jobs:
             path.touch()
-            # A full disk may have cut the last line short.
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         runs = [*map(json.loads, open(path))]
         for run in runs:
             self.runs[tuple(run[name] for name in KEY)] = run

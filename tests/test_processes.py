@@ -19,8 +19,8 @@ import train
 def test_two_processes_do_what_one_does(children, shards, tmp_path):
     """The same weights, counts and losses. Bad samples are replaced in the process that meets them.
     The rate is low, because Adam makes much of the smallest difference."""
-    pairs = ["--train_data", shards / "bad-0.tar", "--patch_dropout", 0.5]
-    options = [*pairs, "--learning_rate", 1e-5]
+    pairs = ["--train_data", shards / "bad-0.tar"]
+    options = [*pairs, "--patch_dropout", 0.5, "--learning_rate", 1e-5]
     train.main(short_run(shards, tmp_path / "one", *options))
 
     both = short_run(shards, tmp_path / "two", *options)

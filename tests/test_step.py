@@ -3,6 +3,7 @@
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -159,14 +160,8 @@ def test_grad_checkpointing_runs_each_block_again_in_the_backward_pass():
 def test_compiled_equals_eager(monkeypatch):
     """By torch's compiler up to the code for the machine, which would need a C++ compiler."""
     torch.compiler.reset()
-    eagerly = partial(torch.compile, backend="aot_eager")
-    compiled = []
-
-    def compile(function):
-        compiled.append(function)
-        return eagerly(function)
-
-    monkeypatch.setattr(torch, "compile", compile)
+    compiler = Mock(wraps=partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
     found = []
     for option in ("--compile", "--no-compile"):
         args = train.make_parser().parse_args(["--model=tiny", option])
@@ -174,4 +169,4 @@ def test_compiled_equals_eager(monkeypatch):
         found.append(losses_and_gradients(model, micro_batches(keep=KEEP)))
 
     torch.testing.assert_close(*found)
-    assert len(compiled) == 3  # both towers, and the losses of each pair
+    assert compiler.call_count == 3  # both towers, and the losses of each pair

@@ -265,16 +265,6 @@ def test_the_page_does_not_mix_codes(pretend, monkeypatch, tmp_path):
     assert study.key(PAIR[0]) not in study.runs
 
 
-def test_half_a_line_of_a_full_disk_is_no_run(pretend, tmp_path):
-    path = tmp_path / "runs.jsonl"
-    Study(tmp_path, 1, path).work([PAIR[0]])
-    path.write_text(path.read_text() + '{"command": "tr')
-
-    study = Study(tmp_path, 1, path)
-
-    assert len(study.runs) == path.read_text().count("\n") == 1
-
-
 def test_the_page_is_what_the_published_runs_say(tmp_path):
     found = plan.complete_rows(Study(tmp_path, 0, plan.RUNS))
 

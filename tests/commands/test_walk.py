@@ -8,7 +8,7 @@ from scripts import walk
 
 
 def test_walk_finds_the_losses_that_theory_gives(capsys, monkeypatch):
-    """The contrastive loss is near ln B, the word loss near ln V + 1/2, as the page says, too."""
+    """The contrastive loss is near ln B, the word loss near ln V + 1/2."""
     monkeypatch.undo()  # conftest.py's smaller model
 
     walk.main([])
