@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 
 def parse(options):
     """train.py's options -> args, with defaults for a benchmark."""
-    defaults = ["--model=ViT-B-16", "--batch_size=16", "--dtype=bfloat16", "--no-compile"]
+    defaults = ["--model=ViT-B-16", "--batch_size=16", "--no-compile"]
     return train.make_parser().parse_args([*defaults, *options])
 
 
@@ -168,6 +168,7 @@ class Run:
         args = parse(options)
         self.args = args
         self.device = train.set_up_device(args)
+        self.dtype = args.dtype or pick_dtype(self.device)
         tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
@@ -179,7 +180,7 @@ class Run:
         tokens[:, -1] = tokenizer.end
         batch = {"images": images, "tokens": tokens, "label_tokens": tokens}
         self.batch = {name: x.to(self.device) for name, x in batch.items()}
-        self.autocast, self.scaler = train.precision(self.device, args.dtype)
+        self.autocast, self.scaler = train.precision(self.device, self.dtype)
         if self.scaler.is_enabled():
             # At this scale the first gradients of float16 are finite, and no update is skipped.
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": 1024.0})
@@ -232,8 +233,9 @@ def bench_step(options, args):
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(options)
     settings = runs["CLIP"].args
+    dtype = runs["CLIP"].dtype
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, settings.dtype))
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
     rivals = {name: run.step for name, run in runs.items()}
     rivals["matrix product"] = lambda: torch.mm(a, b)[0, 0].item()
     # Wall time, because a step uses all cores, and on a GPU no processor time at all.
@@ -244,7 +246,8 @@ def bench_step(options, args):
         with eager, plain, FlopCounterMode(display=False) as counter:
             rivals[name]()
         numbers["TFLOP/s"] = counter.get_total_flops() / numbers["seconds"][1] / 1e12
-        yield {"step": f"{name}, {settings.model}, batch {settings.batch_size}", **numbers}
+        what = f"{name}, {settings.model}, batch {settings.batch_size}, {dtype}"
+        yield {"step": what, **numbers}
 
 
 # -----------------------------------------------------------------------------
@@ -284,7 +287,6 @@ def train_for_real(options, args):
 def bench_cuda(options, args):
     options = ["--device=cuda", "--batch_size=32", *options]  # because four models are held
     device = pick_device(parse(options).device)  # says so if there is none
-    options = [f"--dtype={pick_dtype(device)}", *options]
     ways = ["", "--micro_batch_size=4", "--grad_checkpointing"]
     if device.type == "cuda":
         ways.append("--compile")
