@@ -77,6 +77,14 @@ def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
     assert f"has {8 / 9:.1%} of the words" in printed and "such as pumpkin\n" in printed
 
 
+def test_a_checkpoint_brings_its_own_vocabulary(folder, checkpoint, capsys):
+    path = write_shard(folder / "0.tar", captioned("a red square"))
+
+    printed = printed_by(capsys, path, "--checkpoint", checkpoint)
+
+    assert "has 100.0% of the words" in printed  # the one beside the shard lacks "square"
+
+
 def test_the_picture_is_drawn(dogs, folder, capsys):
     printed_by(capsys, dogs, "--picture", folder / "grid.png")
 
