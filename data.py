@@ -238,8 +238,8 @@ def trim(tokens):
 
 
 def cores():
-    """Returns the number of cores that this process may use. In a container or under a scheduler
-    they may be fewer than the machine has."""
+    """Returns the number of cores that this process may run on. A scheduler may have made them
+    fewer than the machine has. A limit on their time, as of docker --cpus, does not show."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -502,9 +502,9 @@ warnings.filterwarnings("ignore", module="PIL|data$")
 def crop_box(width, height, rng=None, crop_area=1.0):
     """Returns the part of an image to look at, as x, y, width, height in pixels.
 
-    With a crop_area of 1 that is the largest central square. Otherwise it is CLIP's only
-    augmentation, a random rectangle that covers a share of the area from crop_area to 1. It is not
-    mirrored, because captions say "left".
+    With a crop_area of 1 that is the largest central square. Otherwise it is open_clip's only
+    augmentation, a random rectangle that covers a share of the area from crop_area to 1, or where
+    none fits the central 4:3. It is not mirrored, because captions say "left".
     """
     w = h = min(width, height)
     if crop_area < 1:
@@ -517,7 +517,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
             h = round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return rng.randint(0, width - w), rng.randint(0, height - h), w, h
-        # The image is too long for such a rectangle. As much of its centre as fits into 4:3:
+        # No such rectangle has fitted. As much of the image's centre as fits into 4:3:
         w = min(width, round(height * 4 / 3))
         h = min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
@@ -553,7 +553,7 @@ def load_image(source, size, rng=None, crop_area=1.0):
         if isinstance(source, bytes):
             image = Image.open(io.BytesIO(source), formats=FORMATS)
         if image.format == "TIFF":
-            image.load()  # older versions of Pillow turn it here, which may change its size
+            image.load()  # turns it, which in older versions of Pillow may change its size
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
@@ -575,7 +575,7 @@ def load_image(source, size, rng=None, crop_area=1.0):
 
 def rng_of_visit(seed, visit):
     """Returns the generator of one visit, the number of a pair among all that a run draws. It
-    chooses the pair's captions and its crop."""
+    chooses the pair's captions, crop and patches, and another pair if this one is bad."""
     return random.Random(seed << 40 | visit)
 
 
@@ -615,7 +615,7 @@ class Pairs(Shards, Dataset):
 
     @cached_property
     def fingerprint(self):
-        """A short text that changes when the shards or the sources of captions do."""
+        """A short text that changes with the sizes in the shards, and with the captions used."""
         content = self.index.numpy().tobytes() + str(self.captions).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
@@ -639,7 +639,7 @@ class Pairs(Shards, Dataset):
         """(visit, sample) -> what `draw` returns.
 
         Another sample, at random, replaces a bad one, so that batches have the same size on every
-        process. Each process names a bad one once."""
+        process. Each process names a bad one once, and a hundred at most."""
         visit, sample = item
         rng = rng_of_visit(self.seed, visit)
         for _ in range(100):
@@ -721,14 +721,14 @@ def ignore_signals(_):
 
 
 def make_loader(dataset, workers, ahead=2, **options):
-    """A DataLoader with so many processes, by default one for each core, shared among the processes
-    of a run. ahead: batches that are made ready in advance."""
+    """A DataLoader with so many processes, by default the cores, divided among the processes of a
+    run, but at most 16. ahead: batches that are made ready in advance."""
     if workers is None:
-        # More than 16 would only take shared memory: each keeps two micro-batches ready.
+        # More than 16 would only take shared memory: each keeps two micro-batches or more ready.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0:
         options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
-        # Forked processes share the index and start in no time. Python 3.14 would spawn them.
+        # Forked processes share the index and start in no time. Python 3.14 would not fork them.
         options["multiprocessing_context"] = "fork"
     return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
@@ -743,7 +743,7 @@ def micro_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
 
 def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, device):
     """Yields what one process needs for each step from `start` to `stop`: a list of micro-batches,
-    dicts of images, tokens and label_tokens on the device. Images travel as uint8.
+    dicts as `collate` makes them, on the device. Images travel as uint8.
 
     local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
     """

@@ -5,9 +5,9 @@
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
 A checkpoint carries its configuration and its vocabulary, so it is all that these commands need to
-know of a model. Every score is printed with its chance level, the number of images or captions that
-it is a mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the
-same functions, in float32 as they are here, so that a checkpoint has one score.
+know of a model. Every score is printed with its chance level, the number of images that it is a
+mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the same
+functions, in float32 as they are here, so that a checkpoint has one score.
 
 The file reads from top to bottom: a file becomes a model, images and texts become features, and
 features become scores. Then come the head's words, the words that a model does not know, and the
@@ -44,7 +44,7 @@ from cli import (
 )
 from superclip import SuperCLIP, SuperCLIPConfig, contrastive_loss
 
-# A few of the prompts that CLIP's authors use. A class is the mean of its prompts' features.
+# A few prompts like those of CLIP's authors. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
@@ -108,8 +108,8 @@ def load(checkpoint, device="cpu"):
 
 def validation_of(checkpoint):
     """Where the run that wrote a checkpoint has its validation pairs: its shards, as they were
-    given to train.py (--val_data), and the sources of captions. The shards are None if it names
-    none: it comes from scripts.convert, or its run held its pairs out of the training shards."""
+    given to train.py (--val_data), and the sources of captions. The shards are None if
+    --val_data named none: then they are part of --train_data, or there are none."""
     arguments = read_checkpoint(checkpoint).get("header", {}).get("arguments", {})
     shards = arguments.get("val_data")
     if shards == ["none"]:
@@ -354,7 +354,7 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, owner, group):
     """CLIP's contrastive loss in random groups of so many pairs, as a mean over the groups. With
-    groups as large as the batches of a training, it compares with the loss of that training.
+    groups as large as the batches of a training, it compares with that training's softmax loss.
     Features and owner as in `retrieval`; an image is paired with its first caption."""
     N = len(image_features)
     first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
@@ -439,7 +439,7 @@ def frozen_features(model, dataset, batch_size=128, workers=0):
 
 def fit_linear(x, y, classes, penalty):
     """Multinomial logistic regression by L-BFGS: features x (N, F), labels y (N,) -> nn.Linear. The
-    problem is convex, so it has one solution and needs no learning rate."""
+    problem is convex, so it has one minimum and needs no learning rate."""
     layer = torch.nn.Linear(x.shape[1], classes)
     for p in layer.parameters():
         torch.nn.init.zeros_(p)
@@ -486,7 +486,7 @@ def probe(train, test, classes):
 
 
 def token_text(tokenizer, i):
-    """Returns a token as a word. One that is only the beginning of a word is written "skate-"."""
+    """Returns a token as a word. One that does not end a word is written "skate-"."""
     text = tokenizer.decode([i])
     ends_a_word = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
     return text if ends_a_word else text + "-"

@@ -218,7 +218,7 @@ class VisionTransformer(nn.Module):
             images = (images / 255 - self.mean) / self.std
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
         x = x + self.positional_embedding[1:]
-        if keep is not None:  # dropped patches never enter the transformer, so they cost nothing
+        if keep is not None:  # dropped patches never enter the transformer, and cost little
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
@@ -226,7 +226,7 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Caption -> one feature, read at the end token, the only one that has seen the whole text."""
+    """Caption -> one feature, read at the end token, the first that has seen the whole text."""
 
     def __init__(self, config):
         super().__init__()
@@ -318,7 +318,7 @@ def token_sets(label_tokens):
 
 def idf(num_captions, token_counts):
     """The weights of all tokens, (V,): log((num_captions + 1) / (token_counts + 1)), so that rare
-    words count more (paper, section 3.2). The counts grow in training, as in the authors' code.
+    words count more (paper, section 3.2). Formula and growing counts are as in the authors' code.
     Start, end and padding are no words and weigh nothing.
 
     num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
@@ -400,8 +400,8 @@ class SuperCLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         if self.head is not None:
-            # captions that contain each token, and all captions: n_c and N in the paper. They are
-            # integers, because float32 stops counting at 2**24.
+            # captions that contain each token, and all captions, so far. They are integers, because
+            # float32 stops counting at 2**24.
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 

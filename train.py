@@ -7,10 +7,10 @@
 The file reads from top to bottom: the options, the processes, one step, what a run is made of,
 its folder, validation, and the run.
 
-Apart from weights, token counts and optimizer state, what a step needs is a function of the options
-and the step number: the batch, its crops, the dropped patches, the learning rate. So a checkpoint
-needs no state of a random generator, and a run that was killed and resumed ends with the same bits
-as one that was not. (That holds on a CPU. Some CUDA kernels add numbers in no fixed order.)
+Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
+options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
+checkpoint needs no state of a random generator, and a run that was killed and resumed ends with the
+same bits as one that was not. (On a CPU. Some CUDA kernels add numbers in no fixed order.)
 
 Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
 patches (K of them kept), E embedding. M pairs go through the towers at a time.
@@ -219,7 +219,7 @@ def set_up_device(args):
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum over all processes, in place. With one process, the tensor itself."""
+    """The sum (or `op`) over all processes, in place. With one process, the tensor itself."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
@@ -231,8 +231,8 @@ def wait_for_all():
 
 
 class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM (from schedulers) or SIGHUP (the terminal has gone) asks a run to
-    save and leave. Until then `number` is 0."""
+    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
+    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
 
     def __init__(self):
         self.number = 0
@@ -286,9 +286,9 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     """Does what plain_step does, with the memory of one micro-batch (GradCache, arXiv 2101.06983).
 
     The contrastive loss needs the features of all pairs at once, but the towers do not. checkpoint
-    keeps nothing of a micro-batch but its features and its own terms. The backward pass comes to
-    the micro-batches one after the other, and runs the towers again for each, which takes a third
-    more time.
+    keeps nothing of a micro-batch but its input, its features and its own terms. The backward pass
+    comes to the micro-batches one after the other, and runs the towers again for each, which takes
+    a third more time.
     """
     for batch in micro_batches:
         model.count_tokens(batch["label_tokens"])  # all are counted before any is weighted
@@ -446,7 +446,7 @@ def make_optimizer(model, learning_rate, head_learning_rate, weight_decay, new=(
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
         groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
-    # The betas and eps of CLIP and SuperCLIP. fused: one kernel for all parameters, on a CPU, too.
+    # The betas and eps of CLIP and SuperCLIP. fused: all of Adam in one kernel, on a CPU, too.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -458,7 +458,7 @@ def set_lengths(args, n):
         args.warmup_steps = min(1000, args.steps // 10)
     if args.eval_every is None:
         validations = max(3, math.ceil(args.steps / 2000))
-        args.eval_every = math.ceil(args.steps / validations)  # at equal distances
+        args.eval_every = math.ceil(args.steps / validations)  # at about equal distances
 
 
 # -----------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def validate(args, model, tokenizer, pairs, step):
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
         if pairs is not None:
-            # in groups as large as a batch, so that the loss compares with that in training
+            # in groups as large as a batch, so that the loss compares with softmax in training
             row |= evaluation.score_pairs(model, pairs, args.batch_size, workers=args.workers)
         for folder in args.zeroshot_data:
             scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
@@ -650,7 +650,7 @@ def train(args):
             save("last.pt", optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
             saved_time = time.monotonic()
 
-        # 2. Validate. Rank 0 does it, and the others wait for its features in the next step.
+        # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
         if RANK == 0 and eval_due and stop_number == 0:
             row = validate(args, model, tokenizer, val_pairs, step)
             write_row(args, row)

@@ -8,9 +8,9 @@ are those in study/ unless others are named. One command trains anew and draws:
     python train.py && python train.py --cls_weight 0 --out_dir out_clip &&
         python -m docs.figures --log out/log.jsonl --clip_log out_clip/log.jsonl
 
-Figures are 8.5 inches wide and have letters of 11 points, so that they can be read at a README's
-width. Other commands make the other pictures of the pages. For most of them train.py must have
-drawn the scenes. Eight scenes, three of them with their words, and the page of the reference run:
+Figures are 8.5 inches wide and have letters of 11 points or more, so that they can be read at a
+README's width. Other commands make the other pictures of the pages. For most of them train.py must
+have drawn the scenes. Eight scenes, three with their words, and the page of the reference run:
 
     python -m scripts.show 'scenes/val-*.tar' --captions json.long --picture assets/scenes.png
 
@@ -34,10 +34,9 @@ Eight photographs of as many classes in settings (study/objects.py says how to m
 
 docs/products.md names the commands of its two pictures (things/ are 5076.jpg, 8098.jpg, 13033.jpg
 and 16087.jpg of images/), docs/demo.py those of its page, and study/plan.py draws the study's
-figures.
+figure.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -52,7 +51,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 import data
-from cli import run_command
+from cli import make_parser, run_command
 from scripts import scenes
 from scripts.report import read_log
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
@@ -298,8 +297,7 @@ def curve(path, clip_path):
         ("colour_shape", "colour + shape", AMBER),
         ("held_out", "held out", VIOLET),
     ):
-        if points := zero_shot(rows, kind):
-            lines.append((name, colour, "-", points))
+        lines.append((name, colour, "-", zero_shot(rows, kind)))
     _, rows_of_clip = read_rows(clip_path)
     lines.append(("colour + shape, CLIP", AMBER, "--", zero_shot(rows_of_clip, "colour_shape")))
     draw_lines(right, lines, 6)
@@ -310,7 +308,7 @@ def curve(path, clip_path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     log = ROOT / "study" / "reference_log.jsonl"
     clip_log = ROOT / "study" / "clip_log.jsonl"
     add = parser.add_argument

@@ -49,7 +49,6 @@ from superclip import PRESETS, SuperCLIPConfig
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
 # Learning rate, that of the head, and weight decay, which make no difference here
 RATES = 5e-4, 5e-4, 0.2
-CPU = torch.device("cpu")
 
 
 def parse(options):
@@ -80,7 +79,7 @@ def spread(values):
 
 
 def show(value):
-    """A number with at least three digits, or a spread as "median (lowest-highest)"."""
+    """A number, short enough to read, or a spread as "median (lowest-highest)"."""
     if isinstance(value, list):
         low, median, high = map(show, value)
         return f"{median} ({low}-{high})"
@@ -112,7 +111,6 @@ def bench_data(options, args):
     """This project's loader and webdataset's on the same photographs, with one thread."""
     open_clip = optional("open_clip", "open_clip_torch")
     webdataset = optional("webdataset")
-    torch.set_num_threads(1)
     settings = parse(["--batch_size=64", "--image_size=224", *options])
     pairs = open_pairs(settings)
     N = settings.batch_size
@@ -121,7 +119,7 @@ def bench_data(options, args):
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
     def ours():
-        for _ in data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, CPU):
+        for _ in data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, torch.device("cpu")):
             pass
 
     def theirs():  # as most CLIP training does: get_wds_dataset of open_clip_train/data.py
@@ -189,7 +187,7 @@ class Run:
     def backward(self):
         """Leaves the gradients in .grad."""
         M = self.args.micro_batch_size
-        if M is None:
+        if M in (None, self.args.batch_size):
             train.plain_step(self.model, self.batch, self.autocast, self.scaler)
         else:
             split = [x.split(M) for x in self.batch.values()]
@@ -256,8 +254,7 @@ def bench_step(options, args):
 
 def gradient(options):
     """-> the gradient of a small model as one vector, float32 on the CPU."""
-    run = Run([*options, "--model=tiny", "--batch_size=16"])
-    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for convolutions
+    run = Run([*options, "--model=tiny", "--image_size=72", "--batch_size=16"])
     run.backward()
     parts = [p.grad.flatten().cpu() for p in run.model.parameters()]
     return torch.cat(parts) / run.scaler.get_scale()
@@ -265,11 +262,13 @@ def gradient(options):
 
 def compare_gradients(options, ways):
     """How far the gradient is from that of the CPU in float32."""
+    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for convolutions
     expected = gradient([*options, "--device=cpu", "--dtype=float32"])
     for dtype, way in itertools.product(("float32", "bfloat16", "float16"), ways):
         found = gradient([*options, f"--dtype={dtype}", *way.split()])
         error = (found - expected).norm() / expected.norm()
         yield {"gradient": f"{dtype} {way}", "relative error": error.item()}
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def train_for_real(options, args):
@@ -318,6 +317,8 @@ def main(argv):
     parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (default 10)")
     parser.add_argument("--json", type=output_file(".json"), help="file to write the numbers to")
     args, options = parser.parse_known_args(argv)  # the others are train.py's
+    if args.command == "data":
+        torch.set_num_threads(1)
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "GPUs": str(cards)}
     rows = []

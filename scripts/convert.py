@@ -13,7 +13,7 @@ assumed, and the command says so. A file without a word head becomes plain CLIP,
 (create_model(..., force_image_size=160)), and convert what it has made.
 
 The export to transformers needs CLIP's vocabulary for its tokenizer and its pipelines. With another
-vocabulary only the towers are written, and the command says how to tokenize for them.
+vocabulary there is no tokenizer in the folder, and the command says how to tokenize.
 """
 
 import argparse
@@ -168,8 +168,7 @@ def read_weights(path):
         read = safetensors().load_file
     content = evaluation.read_file(path, read)
     check(isinstance(content, dict), f"{path} does not fit: save a state_dict")
-    if "config" in content:
-        content = evaluation.read_checkpoint(path)
+    if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))
     config = {}
@@ -383,12 +382,12 @@ def main(argv):
     add("output", metavar="OUT", type=Path, help="new .pt file, or for transformers a new folder")
     text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
     add("--to", choices=["open_clip", "transformers"], help=text)
-    add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's own, else clip)")
+    add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's or clip)")
     add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
-    add("--vision_heads", type=number(int, 1), help="image heads of IN (default: width / 64)")
-    add("--text_heads", type=number(int, 1), help="text heads of IN (default: width / 64)")
-    add("--image_mean", nargs=3, type=number(float, 0, 1), help="mean of R, G, B (CLIP's)")
-    add("--image_std", nargs=3, type=number(float, 0.001), help="deviation of R, G, B (CLIP's)")
+    add("--vision_heads", type=number(int, 1), help="image heads (default: IN's or width / 64)")
+    add("--text_heads", type=number(int, 1), help="text heads (default: IN's or width / 64)")
+    add("--image_mean", nargs=3, type=number(float, 0, 1), help="R, G, B (default: IN's or CLIP's)")
+    add("--image_std", nargs=3, type=number(float, 0.001), help="R, G, B (default: IN's or CLIP's)")
     args = parser.parse_args(argv)
     check_output(args.output, args.to)
     facts = {}

@@ -5,8 +5,8 @@
 The list is a CSV, TSV or JSONL file in UTF-8 with column names. All rows of one image become one
 sample: .txt holds its first caption, and .json holds all `captions` and the other columns of the
 list, so that a column `long` serves as --label_captions json.long. Where the rows of an image
-differ in a column, its field is a list. Large images are made smaller; --size 0 keeps the files as
-they are. Rows that cannot be used are listed in bad_rows.csv, with the reason.
+differ in a column, its field is a list. Large images are made smaller; --size 0 keeps their size.
+Rows that cannot be used are listed in bad_rows.csv, with the reason.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
 are never on both sides, and an image keeps its side when the list grows or is packed in parts. With
@@ -363,7 +363,7 @@ def read_options(argv):
         help="column of captions (default: a likely name)")
     add("--group", metavar="COLUMN", help="column: rows with the same value stay on one side")
     add("--size", type=number(int, 0), default=256,
-        help="pixels of a short side, at most; 0 keeps files (default 256)")
+        help="pixels of a short side, at most; 0: as it is (default 256)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
     # fmt: on
     args = parser.parse_args(argv)

@@ -6,9 +6,9 @@
 
 The pictures are those on which the run was validated, unless --data names others. The curves of the
 run stand beside those of another one: that of --reference, or else the project's own run, if their
-models are equal. The page needs no network and no library. All its numbers are computed here, from
-the model, the validation pairs and the logs, and they travel in the page as one JSON object. The
-HTML, CSS and JavaScript that show them are in report.html, and in page.html what all pages need.
+models are equal. The page needs no network and no library. All that it shows comes from the model,
+the validation pairs and the logs, and travels in the page as one JSON object. The HTML, CSS and
+JavaScript that show them are in report.html, and in page.html what all pages need.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -46,7 +46,7 @@ WORDS = 8  # of a picture
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
 HEADER = "arguments config parameters pairs steps device dtype torch commit date".split()
 POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
-LETTERS = 300  # of a caption, because some pages are captions
+LETTERS = 300  # of a caption, because some captions are pages long
 
 
 def spread(items, k):

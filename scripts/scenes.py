@@ -8,8 +8,8 @@ are 256), and on it lie one or two *objects*, each of some colour and shape. It 
 The short one is like alt text on the web, which mentions a thing or two, and the long one names
 everything.
 
-This world is made to show what SuperCLIP is for. A small batch rarely holds two scenes with the
-same setting, so CLIP can tell most captions apart by the setting alone and needs the objects only
+This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting
+with another, so CLIP can tell most captions apart by the setting alone and needs the objects only
 now and then. The word head, however, asks for the objects in every picture. Captions off the web
 are like that: among 32 of them, "kitchen" finds the picture of a kitchen, whatever stands on its
 table. What this world leaves out are photographs, thousands of words, captions that are wrong, and
@@ -203,7 +203,7 @@ OUTLINES = {  # corners in -1..1
 @functools.lru_cache(maxsize=len(SETTINGS))
 def draw_setting(cloth, pattern, border, side):
     """The cloth with its border, as a picture of side x side pixels. The pattern is in a lighter
-    shade and repeats after a sixth of the side."""
+    shade, on a grid of a sixth of the side."""
     image = Image.new("RGB", (side, side), CLOTHS[cloth])
     pen = ImageDraw.Draw(image)
     light = tuple(v + 22 for v in CLOTHS[cloth])

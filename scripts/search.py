@@ -244,8 +244,8 @@ WHITE = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
 
 
 def draw(path, results, search):
-    """Draw each search on rows of its own: what it was for, and what was found. results: what the
-    methods of a Search return."""
+    """Draw each search on rows of its own, MAX_ROWS at most: what it was for, and what was found.
+    results: what the methods of a Search return."""
     columns = min(IN_A_ROW, 1 + max(len(result["found"]) for result in results))
     cells = []  # (image, caption)
     for result in results:

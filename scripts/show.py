@@ -6,8 +6,8 @@ Prints counts, caption lengths, repeated captions, what is not used and why, and
 their tokens and label weights: what the word head is asked to predict. The weights are the IDF over
 the captions of these shards. With --val_data it counts what validation shares with training.
 
-If the vocabulary is one of words, as scripts.vocab makes them, it also says how many of the words
-it has. Before fine-tuning, ask that of the model's own: --checkpoint FILE.
+If the vocabulary is one of words, as scripts.vocab makes them, it also says which share of the
+words it has. Before fine-tuning, ask that of the model's own: --checkpoint FILE.
 """
 
 import hashlib

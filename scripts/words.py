@@ -119,8 +119,8 @@ def probabilities_of(model, image, id_of):
 
 
 def default_window(model):
-    """Patches a side that word_maps leaves out: a quarter of the image, about as much as an object
-    takes."""
+    """Patches a side that word_maps leaves out: about a quarter of the image's side. In the tiny
+    model that is as much as an object takes."""
     return max(1, round(model.visual.grid / 4))
 
 
@@ -132,9 +132,10 @@ def word_maps(model, image, ids, window, batch_size=64):
     windows of window x window patches is left out; and maps (K, grid, grid): for each patch the
     mean over its windows.
 
-    Why by leaving out? The head is linear on the mean of the patch tokens, so its logit also splits
-    exactly into one part per token. But attention has mixed the patches by then, and those parts
-    light up the background as much as the object. A window that is left out is simply missing.
+    Why by leaving out? But for its norm the head is linear on the mean of the patch tokens, so its
+    logit also splits into one part per token. But attention has mixed the patches by then, and
+    those parts light up the background as much as the object. A window that is left out is simply
+    missing.
     """
     grid = model.visual.grid
     # Row i of a band matrix: the patches of the i-th window along one side. A square is the product

@@ -8,19 +8,20 @@
 
 Both train with the same seeds. Each seed has a *world* of its own, drawn for it: shards to train on
 and to validate on, and folders of classes. So differences are paired by seed, and their intervals
-include the draw of the data. What a command does not say is as in a bare `python train.py`. With
---train_data a command brings shards of its own, and needs no world.
+include the draw of the data. What a command does not say of data, model, length and rate is as in a
+bare `python train.py` of this project, in a fork, too. With --train_data a command brings shards of
+its own, and needs no world.
 
 With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
 that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
 choice. While the best rate of all seeds is the lowest or the highest, one more is tried there, up
 to eight.
 
-Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
-code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
-that of the Python files beside train.py, of scripts/scenes.py there, of the module if there is one,
-and of what draws the world, without comments and docstrings. What else a fork imports, and what a
-file of data contains, is not looked at: give it another name when it changes.
+Finished runs are lines of out_study/runs.jsonl. A run is known by its command, --probe, seed, world
+and code. So a comparison that was stopped goes on, and runs of other code are never reported. Code
+is that of the Python files beside train.py, of scripts/scenes.py there, of the module if there is
+one, and of what draws the world, without comments and docstrings. What else a fork imports, and
+what a file of data contains, is not looked at: give it another name when it changes.
 """
 
 import ast
@@ -281,7 +282,8 @@ def scores_of(row):
     """The scores of a validation, a row of a log. R@1 is the mean of both ways."""
     scores = {}
     if "validation" in row:
-        scores["R@1"] = {**row["validation"]["image_to_text"]["R@1"], "value": row["mean_r1"]}
+        chance = row["validation"]["image_to_text"]["R@1"]["chance"]
+        scores["R@1"] = {"value": row["mean_r1"], "chance": chance}
     for folder, score in row["zeroshot"].items():
         scores[Path(folder).name] = score
     return scores
@@ -425,7 +427,7 @@ class Study:
 
 
 def value_of(run, name):
-    """A score of a run. One that has diverged scores 0."""
+    """A score of a run. One that it does not have, as after it has diverged, is 0."""
     return 100 * run["scores"].get(name, {"value": 0.0})["value"]
 
 
@@ -545,7 +547,7 @@ def make_options():
     add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
     add("--common", default="", metavar="OPTIONS", help="options of both")
-    add("--seeds", type=number(int, 2, 20), default=5, help="runs of each (default 5)")
+    add("--seeds", type=number(int, 2, 20), default=5, help="seeds of each (default 5)")
     add("--rates", action="store_true", help="search the learning rate of both: four or more")
     add("--probe", action="store_true", help="score a linear probe, too")
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
@@ -557,7 +559,7 @@ def make_options():
 def add_shared(parser):
     """Options that plan.py has, too."""
     add = parser.add_argument
-    text = "runs at a time (default: the cores; fewer on a GPU)"
+    text = "runs at a time (default: the cores; give fewer on a GPU)"
     add("--jobs", type=number(int, 1), default=cores(), help=text)
     add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
 

@@ -13,10 +13,10 @@ from cli import run_command
 
 
 def equal_weights(num_captions, token_counts):
-    """What superclip.idf returns, without the frequencies. Start, end and padding weigh nothing."""
+    """What superclip.idf returns, without the frequencies."""
     weights = torch.ones_like(token_counts, dtype=torch.float)
     weights[superclip.PAD] = 0.0
-    weights[-2:] = 0.0
+    weights[-2:] = 0.0  # start and end of text
     return weights
 
 

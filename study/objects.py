@@ -3,8 +3,8 @@ folders of classes, for train.py as any other data.
 
     python -m study.compare --photographs DIR ...
 
-DIR has photographs in train/CLASS/ and test/CLASS/. Any do, if there are enough. These lines make
-it of CIFAR-10:
+DIR has photographs, .jpg or .png, in train/CLASS/ and test/CLASS/. Any do, if there are enough.
+These lines make it of CIFAR-10:
 
     for split in ("train", "test"):
         photographs = torchvision.datasets.CIFAR10(".", split == "train", download=True)

@@ -6,8 +6,8 @@
 
 The runs go to study/runs.jsonl, and the page shows those of the code that has run last. Two rows
 need photographs in out_study: Flickr8k as shards, flickr8k/train-*.tar and dev-*.tar, whose .json
-has five captions in the field "captions", and cifar10/, as objects.py wants it. (Ours are squashed
-to 224 x 224 pixels.)
+has five captions in the field "captions", and cifar10/, as objects.py wants it. (Our Flickr8k is
+squashed to 224 x 224 pixels.)
 """
 
 import math
@@ -95,7 +95,8 @@ VARIANTS = {
 
 
 def sides_of(study, name):
-    """Run what is missing of a row. Returns its two sides, or None if nothing is to be run."""
+    """Run what is missing of a row. Returns its two sides, or None if the study only reads and runs
+    are missing."""
     args = compare.make_options().parse_args(shlex.split(str(ROWS[name])))
     return compare.run_experiment(study, args)
 
@@ -120,10 +121,11 @@ eight learning rates, and a seed takes the rate that is best for the other four.
 depend on each other, so intervals are approximate. A row is CLIP -> SuperCLIP and sees 48,000
 samples if nothing else is said: 6,000 steps at batch 8, 1,500 at 32, and 187 at 256.
 
-R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1), colour_shape
-and object are zero-shot scores of class folders (1.6 and 10), held_out is that of combinations that
-training never shows (1.6), and probe that of a linear classifier on the frozen class token (10).
-Seconds are those of the fastest run of each on one core: others shared the machine.
+R@1 is the mean of both ways among 1,000 pairs that training has not seen (Flickr8k has five
+captions for each image; chance 0.1), colour_shape and object are zero-shot scores of class folders
+(1.6 and 10), held_out is that of combinations that training never shows (1.6), and probe that of a
+linear classifier on the frozen class token (10). Seconds are those of the fastest run of each on
+one core: others shared the machine.
 
 ## What the runs say
 
@@ -271,7 +273,7 @@ def draw(found):
     names = [name for name in BATCHES if name in found]
     if not names:
         return
-    plt = optional("matplotlib.pyplot")
+    plt = optional("matplotlib.pyplot", "matplotlib")
     figure, axes = plt.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)
     figure.set_size_inches(2 + 2.4 * len(names), 3)
     for axis, name in zip(axes[0], names):
