@@ -282,7 +282,7 @@ def draw(found):
             axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
             axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
         axis.set(title=ROWS[name].label.replace(", ", "\n"), xlabel="learning rate", xscale="log")
-        axis.set_xticks([1e-4, 3e-4], ["0.0001", "0.0003"])
+        axis.set_xticks([1e-4, 3e-4], ["1e-4", "3e-4"])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("colour_shape (%)")
     axes[0, -1].legend()
