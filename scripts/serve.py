@@ -51,7 +51,7 @@ def open_server(port):
 
 
 def run(server, search, k):
-    """Answer until Ctrl-C, which ends the command as it ends every other. k: pictures to find."""
+    """Answer until Ctrl-C. k: pictures to find."""
     server.search = search
     server.k = k
     server.token = secrets.token_urlsafe(16)
@@ -60,7 +60,8 @@ def run(server, search, k):
     server.lock = threading.Lock()
     address = f"http://127.0.0.1:{server.server_port}/{server.token}/"
     print(f"\nopen {address} in a browser; Ctrl-C ends it", flush=True)
-    server.serve_forever()
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 class Handler(BaseHTTPRequestHandler):
