@@ -557,7 +557,7 @@ def validate(args, model, tokenizer, pairs, step):
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
         if pairs is not None:
-            # in groups as large as a batch, so that the loss compares with softmax in training
+            # in groups as large as a batch, as the softmax loss of training has them
             row |= evaluation.score_pairs(model, pairs, args.batch_size, workers=args.workers)
         for folder in args.zeroshot_data:
             scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)

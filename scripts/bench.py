@@ -254,6 +254,7 @@ def bench_step(options, args):
 
 def gradient(options):
     """-> the gradient of a small model as one vector, float32 on the CPU."""
+    # with the tiny model's own size of images, whatever the options say
     run = Run([*options, "--model=tiny", "--image_size=72", "--batch_size=16"])
     run.backward()
     parts = [p.grad.flatten().cpu() for p in run.model.parameters()]
@@ -318,7 +319,7 @@ def main(argv):
     parser.add_argument("--json", type=output_file(".json"), help="file to write the numbers to")
     args, options = parser.parse_known_args(argv)  # the others are train.py's
     if args.command == "data":
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # now, so that the first row says so
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "GPUs": str(cards)}
     rows = []
