@@ -124,7 +124,7 @@ def clip_vocabulary():
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
         return merges_to_tiktoken(gzip.decompress(content).decode())
     except Exception as error:  # whatever the disk and the network raise
-        reason = f"CLIP's vocabulary can neither be read nor downloaded ({error})"
+        reason = "CLIP's vocabulary can neither be read nor downloaded"
         raise InputError(f"{reason}: install open_clip_torch, or give --vocab") from error
 
 
@@ -419,8 +419,8 @@ class Shards:
         self.shards = shards
         self.index, self.unused = build_index(shards)
         if len(self.index) == 0:
-            reason = self.unused[0][2] if self.unused else "it is empty"
-            raise InputError(f"no image-caption pairs in {shards[0]}: {reason}")
+            shard, _, reason = self.unused[0] if self.unused else (shards[0], "", "it is empty")
+            raise InputError(f"no image-caption pairs in {shard}: {reason}")
         if self.unused:
             print(f"{len(self.unused):,} parts of shards are not used: see python -m scripts.show")
 
@@ -465,7 +465,7 @@ class Shards:
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
         except Exception:  # of what JSON may hold
-            raise BadSample(f"{source} is missing, or is not UTF-8 text or a list of it") from None
+            raise BadSample(f"{source} cannot be read as UTF-8 text, or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
@@ -493,10 +493,14 @@ class Shards:
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompression bombs
 # The formats of web images. Pillow knows stranger ones, and some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# How the names of such files end, for all commands
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Pillow warns of odd metadata, and torch of a read-only array, to which nobody writes.
 warnings.filterwarnings("ignore", module="PIL|data$")
+
+
+def is_image(path):
+    """Does the name of a file end as that of an image? For all commands."""
+    return str(path).lower().endswith(SUFFIXES)
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):

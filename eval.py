@@ -62,7 +62,7 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise a dozen kinds
-        reason = "is damaged, or refused because it holds code: save its state_dict"
+        reason = "cannot be read, or is refused because it holds code: save its state_dict"
         raise InputError(f"{path} {reason}") from error
 
 
@@ -156,7 +156,7 @@ def class_folders(folder, image_size):
     folder without images still is a class that others can be mistaken for."""
     try:
         read = partial(read_image, size=image_size)
-        dataset = ImageFolder(folder, loader=read, allow_empty=True)
+        dataset = ImageFolder(folder, loader=read, is_valid_file=data.is_image, allow_empty=True)
     except FileNotFoundError:
         dataset = []
     check(len(dataset) > 0, f"{folder} has no folders with images in it, one for each class")
@@ -554,7 +554,8 @@ def score_folder(model, tokenizer, folder, names=None, templates=None, batch_siz
     dataset = class_folders(folder, model.config.image_size)
     if names is None:
         names = [name.replace("_", " ") for name in dataset.classes]
-    check(len(names) == len(dataset.classes), f"{folder} does not have a folder for each name")
+    n = len(dataset.classes)
+    check(len(names) == n, f"{folder} has {n} folders, and there are {len(names)} names")
     return zeroshot(model, tokenizer, dataset, names, templates, batch_size, workers)
 
 

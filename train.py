@@ -81,7 +81,7 @@ def make_parser():
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
         help="shards to validate on, or none (default: those named val or test, else 1 pair in "
-        "100)")
+        "100, at most 1,000)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -92,9 +92,10 @@ def make_parser():
     add("--vocab", metavar="FILE",
         help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture that a random crop shows; 1: no crops (default 0.9)")
+        help="smallest share of a picture that a random crop shows; 1: always the largest middle "
+        "square (default 0.9)")
     add("--workers", type=number(int, 0, 999),
-        help="loading processes per GPU (default: the cores, divided among the GPUs)")
+        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
     add("--model", choices=PRESETS, help="size of both towers (default ViT-B-16)")
     add("--image_size", type=count, metavar="PIXELS",
@@ -112,7 +113,7 @@ def make_parser():
         help="passes over the data (default 30)")
     add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
     add("--micro_batch_size", type=count,
-        help="pairs of a process in memory at a time (default: all of its batch)")
+        help="pairs of a process that go through the towers at a time (default: all of its batch)")
     add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
     add("--head_learning_rate", type=positive,
         help="peak learning rate of the word head, and of whatever --init_from lacks (default: "
@@ -124,13 +125,14 @@ def make_parser():
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
         help="share of an image's patches that a step leaves out (default 0)")
     add("--seed", type=number(int, 0, 2**31), default=0,
-        help="seed of weights, order, crops and patch dropout (default 0)")
+        help="seed of weights, order, captions, crops and patch dropout (default 0)")
     # the machine
     add_options(parser, "device")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="numbers to compute with (default: the fastest that the device has units for)")
+        help="numbers to compute with (default: bfloat16 or float16 where CUDA or the CPU has "
+        "units for it, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA)")
+        help="compile towers and word head (default: on CUDA from compute capability 7.0)")
     add("--grad_checkpointing", action="store_true",
         help="keep fewer activations: less memory, a third more time")
     # the run
@@ -164,7 +166,7 @@ def parse(argv):
     given = parser.parse_args(argv)
     defaults = {}
     if given.train_data is None:
-        parser.set_defaults(**SCENES)
+        parser.set_defaults(batch_size=SCENES["batch_size"])
         # A batch four times as large takes half as many steps, at twice the learning rate: a
         # compromise between as many samples and as many steps, found by trial.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
@@ -172,6 +174,7 @@ def parse(argv):
         defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
     if given.init_from is not None:
         defaults.update(FINE_TUNING)
+        defaults.pop("model", None)  # the checkpoint knows it
         for name in IN_A_CHECKPOINT:
             if getattr(given, name) is not None:
                 raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
@@ -474,7 +477,7 @@ def claim_folder(out_dir, resume):
         temporary.unlink()
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
     if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds a run: --resume its last.pt, or name another --out_dir")
+        raise InputError(f"{out_dir} holds .pt files: --resume, or name another --out_dir")
 
 
 def commit():
@@ -486,7 +489,7 @@ def commit():
 def describe(args, model, pairs, val_pairs, dtype, device):
     """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
-    device_name = f"{data.cores()} CPU cores"
+    device_name = f"{device.type}, {data.cores()} cores"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.fingerprint
@@ -570,12 +573,15 @@ def validate(args, model, tokenizer, pairs, step):
 
 def print_next(checkpoint, model, val_data):
     """Says which commands come next."""
-    # Only shards of their own can be found again. Pairs that were held out cannot.
-    shards = " --data SHARDS" if val_data in (None, ["none"]) else ""
+    shards = ""
+    pictures = ""
+    if val_data in (None, ["none"]):  # only shards that --val_data names can be found again
+        shards = " --data SHARDS"
+        pictures = " --image PICTURES"
     print("\nWhat the model has learned:")
     print(f"  python -m scripts.report --checkpoint {checkpoint} --out report.html{shards}")
     if model.head is not None:
-        print(f"  python -m scripts.words  --checkpoint {checkpoint} --out words.png")
+        print(f"  python -m scripts.words  --checkpoint {checkpoint} --out words.png{pictures}")
     print(f"  python -m scripts.search --checkpoint {checkpoint} TEXT{shards}")
 
 

@@ -164,9 +164,9 @@ def test_the_classifier_of_published_prompts_is_that_of_open_clip():
 
 
 def test_zeroshot_by_hand(folders, capsys):
-    """A red picture lies among the blue ones, and one of the green cannot be read. A folder without
-    images is a class that others are mistaken for: here one that looks like red."""
-    (folders / "red" / "0.png").rename(folders / "blue" / "9.png")
+    """A red picture lies among the blue ones, as a .jfif, and one of the green cannot be read. A
+    folder without images is a class that others are mistaken for: here one that looks like red."""
+    (folders / "red" / "0.png").rename(folders / "blue" / "9.jfif")
     (folders / "green" / "0.png").write_bytes(b"no image")
     for name in ("dark_red", "grey", "ring"):
         (folders / name).mkdir()

@@ -118,6 +118,14 @@ def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, fold
     assert checkpoint_of(tmp_path, "best.pt")["step"] == 12
 
 
+def run_commands_in(printed):
+    """Run the commands that are lines of a text. Returns how many they are."""
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python")]
+    for _, _, module, *options in commands:
+        importlib.import_module(module).main(options)
+    return len(commands)
+
+
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
     """Each validation says what the head sees in two pictures, beside a caption of each."""
     monkeypatch.chdir(tmp_path)
@@ -128,7 +136,19 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monk
 
     printed = capsys.readouterr().out
     assert printed.count('": the head says') == 2 * 2
-    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python")]
-    assert len(commands) == 3
-    for _, _, module, *options in commands:
-        importlib.import_module(module).main(options)
+    assert run_commands_in(printed) == 3
+
+
+def test_after_a_run_that_held_pairs_out_the_commands_ask_for_files(
+    folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shard = coloured("pairs.tar", *200 * ["red"])
+    write_vocabulary(tmp_path)
+
+    options = f"--train_data {shard} --model tiny --batch_size 8 --steps 1 --workers 0 --device cpu"
+    train.main(options.split())
+
+    printed = capsys.readouterr().out
+    printed = printed.replace("SHARDS", "pairs.tar").replace("PICTURES", str(folders))
+    assert run_commands_in(printed) == 3
