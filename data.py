@@ -215,7 +215,7 @@ class Tokenizer:
         """B lists of ids -> LongTensor (B, length): start, ids, end, padding."""
         rows = [[self.start, *ids[: length - 2], self.end] for ids in captions]
         rows = [row + [PAD] * (length - len(row)) for row in rows]
-        return torch.tensor(rows).view(-1, length)
+        return torch.tensor(rows)
 
 
 def tokenizer_for(shards, vocab=None):
@@ -251,7 +251,7 @@ def cores():
 
 def braces(pattern):
     """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar", and a pattern without braces itself."""
-    match = regex.search(r"{(\d{1,18})\.\.(\d{1,18})}", pattern)
+    match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
     if not match:
         yield pattern
         return
@@ -338,7 +338,7 @@ def read_headers(path, number):
             rest = tar.fileobj.read()
             if rest.strip(b"\0"):
                 unused[""] = f"ends early, or is damaged: {len(rest):,} bytes are not used"
-    except OSError as error:  # what is returned here is cached, and this trouble may pass
+    except OSError as error:  # this trouble may pass, and what is returned is cached
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # for damaged headers tarfile has half a dozen kinds
         unused[""] = f"{error!r}; the rest is not read"
@@ -394,7 +394,7 @@ def add_member(tar, name, content):
 
 MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
 # Shards that stay open: at most half as many as a process may have open files.
-OPEN_SHARDS = max(16, min(500, os.sysconf("SC_OPEN_MAX") // 2))
+OPEN_SHARDS = min(500, os.sysconf("SC_OPEN_MAX") // 2)
 
 
 class BadSample(Exception):
@@ -519,7 +519,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
             w = round(math.sqrt(area * ratio))
             h = round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
+            if w <= width and h <= height:
                 return rng.randint(0, width - w), rng.randint(0, height - h), w, h
         # No such rectangle has fitted. As much of the image's centre as fits into 4:3:
         w = min(width, round(height * 4 / 3))
@@ -538,7 +538,7 @@ def upright_rgb(image, box=None):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -578,7 +578,7 @@ def load_image(source, size, rng=None, crop_area=1.0):
 
 
 def rng_of_visit(seed, visit):
-    """Returns the generator of one visit, the number of a pair among all that a run draws. It
+    """Returns the random generator of a visit: the first pair that a run draws is visit 0. It
     chooses the pair's captions, crop and patches, and another pair if this one is bad."""
     return random.Random(seed << 40 | visit)
 
@@ -725,8 +725,8 @@ def ignore_signals(_):
 
 
 def make_loader(dataset, workers, ahead=2, **options):
-    """A DataLoader with so many processes, by default the cores, divided among the processes of a
-    run, but at most 16. ahead: batches that are made ready in advance."""
+    """A DataLoader. workers: its processes, by default this process's share of the cores, at most
+    16; ahead: batches that are made ready in advance."""
     if workers is None:
         # More than 16 would only take shared memory: each keeps two micro-batches or more ready.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

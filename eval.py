@@ -107,9 +107,8 @@ def load(checkpoint, device="cpu"):
 
 
 def validation_of(checkpoint):
-    """Where the run that wrote a checkpoint has its validation pairs: its shards, as they were
-    given to train.py (--val_data), and the sources of captions. The shards are None if
-    --val_data named none: then they are part of --train_data, or there are none."""
+    """The --val_data of the run that wrote a checkpoint, and the sources of its captions. Shards
+    are None if it named none: its validation pairs, if any, came out of --train_data."""
     arguments = read_checkpoint(checkpoint).get("header", {}).get("arguments", {})
     shards = arguments.get("val_data")
     if shards == ["none"]:
@@ -294,8 +293,8 @@ def recall(counts, k):
     first k if tied ones come in random order.
 
     The tied ones share the k - above places that are left. A wrong one takes the first of them with
-    probability wrong / (wrong + right), the second with (wrong - 1) / (wrong - 1 + right) ... The
-    product is the probability that no right answer is found. It is 0 if there are fewer wrong ones.
+    probability wrong / (wrong + right), the second with (wrong - 1) / (wrong - 1 + right) ... Their
+    product, 0 if the wrong ones run out, is the probability that no right answer is found.
     """
     above, wrong, right = counts.double()
     before = torch.arange(k, device=counts.device)[:, None]  # wrong ones that came so far
@@ -318,17 +317,15 @@ def search(questions, question_label, answers, answer_label):
 def mean_by_image(hits, image):
     """hits (Q,) of questions, image (Q,): their images -> the mean of each image (N,). The captions
     of one image are not independent, so an interval must not count each of them."""
-    total = torch.bincount(image, weights=hits)
-    n = torch.bincount(image)
-    return (total / n)[n > 0]
+    return torch.bincount(image, weights=hits) / torch.bincount(image)
 
 
-def recall_scores(questions, question_image, answers, answer_image, n_images, ks):
+def recall_scores(questions, question_image, answers, answer_image, ks):
     """R@k of a search for answers of the question's image, as a dict of scores. Arguments as in
     `search`. Each image counts once, with the mean of its questions."""
     counts = search(questions, question_image, answers, answer_image)
     # Chance is the score of a model for which all answers look the same: all of them tie.
-    right = torch.bincount(answer_image, minlength=n_images)[question_image].cpu()  # (Q,)
+    right = torch.bincount(answer_image)[question_image].cpu()  # (Q,)
     wrong = len(answers) - right
     all_tie = torch.stack([torch.zeros_like(right), wrong, right])
     question_image = question_image.cpu()
@@ -343,11 +340,10 @@ def recall_scores(questions, question_image, answers, answer_image, n_images, ks
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     """R@k from image to text and from text to image, as a dict of dicts of scores.
     image_features (N, E), text_features (M, E), owner (M,): the number of each text's image."""
-    N = len(image_features)
-    numbers = torch.arange(N, device=owner.device)
+    numbers = torch.arange(len(image_features), device=owner.device)
     return {
-        "image_to_text": recall_scores(image_features, numbers, text_features, owner, N, ks),
-        "text_to_image": recall_scores(text_features, owner, image_features, numbers, N, ks),
+        "image_to_text": recall_scores(image_features, numbers, text_features, owner, ks),
+        "text_to_image": recall_scores(text_features, owner, image_features, numbers, ks),
     }
 
 
@@ -380,10 +376,10 @@ def score_pairs(model, pairs, group, batch_size=128, workers=0):
     loss = loss_in_groups(model, images, texts, owner, group)
     tqdm.write(f"contrastive loss {loss:.3f} in groups of {group} (a guess: {math.log(group):.3f})")
     if model.head is not None:
-        images, captions = next(batches(ShardImages(pairs), 2, 0, "words"))
-        for words, texts in zip(top_words(model, pairs.tokenizer, images), captions):
+        pictures, captions = next(batches(ShardImages(pairs), 2, 0, "words"))
+        for words, own in zip(top_words(model, pairs.tokenizer, pictures), captions):
             found = ", ".join(word for word, _, _ in words)
-            tqdm.write(printable(f'"{texts[0]}": the head says {found}'))
+            tqdm.write(printable(f'"{own[0]}": the head says {found}'))
     ways = [scores["R@1"]["value"] for scores in result.values()]
     return {
         "validation": result,
@@ -411,16 +407,17 @@ def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128,
     C = len(classes)
     classifier = zeroshot_classifier(model, tokenizer, classes, templates)  # (C, E)
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
-    labels = torch.tensor(labels, device=classifier.device)
-    numbers = torch.arange(C, device=classifier.device)
-    counts = search(features, labels, classifier, numbers)
-    result = {"top1": score(recall(counts, 1), 1 / C)}
+    labels = torch.tensor(labels)
+    numbers = torch.arange(C, device=features.device)
+    counts = search(features, labels.to(features.device), classifier, numbers)
+    hits = recall(counts, 1)
+    result = {"top1": score(hits, 1 / C)}
     if C > 5:
         result["top5"] = score(recall(counts, 5), 5 / C)
     # A list, not a dict, because two of ImageNet's classes have the same name.
     result["per_class"] = []
     for c in labels.unique().tolist():
-        part = score(recall(counts[:, labels.cpu() == c], 1), 1 / C)
+        part = score(hits[labels == c], 1 / C)
         result["per_class"].append({"name": classes[c], **part})
     return result
 
@@ -460,7 +457,6 @@ def probe(train, test, classes):
     chooses the penalty, and then all of them are fitted. Returns the score on test."""
     x, y = train
     x_test, y_test = test
-    check(len(x) > 1, "a probe needs at least two training images")
     # Standardised, so that one penalty means the same for all features.
     mean = x.mean(dim=0)
     std = x.std(dim=0).clamp_min(1e-6)

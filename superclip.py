@@ -25,7 +25,7 @@ To add a term to the loss:
 3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
    `contrastive_loss` does. Otherwise the term changes with the dtype of the run.
 4. A term of `terms_of_each_pair` must be a mean over pairs, because a step averages it over
-   micro-batches and processes. What is no such mean, a maximum say, belongs in
+   micro-batches and processes. Anything else, such as a maximum, belongs in
    `terms_between_pairs`, which sees the features of all pairs. There each process returns a number,
    and the mean of these numbers must be the term.
 5. Add a line to CONFIGS in tests/test_step.py. It compares the gradients of the plain step, of
@@ -176,9 +176,8 @@ class Transformer(nn.Module):
     def forward(self, x):
         # Embeddings are float32 even under autocast. They are cast once, here, so that the residual
         # stream has one dtype from the first block to the last.
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, self.causal, use_reentrant=False)
@@ -390,6 +389,10 @@ class SuperCLIP(nn.Module):
         self.head = None
         if config.cls_weight:
             self.head = WordHead(config.vision_width, config.vocab_size)
+            # captions that contain each token, and all captions, so far. They are integers, because
+            # float32 stops counting at 2**24.
+            self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
+            self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
         # The scale is stored as its logarithm, so that it stays positive.
         if config.loss == "softmax":
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -399,11 +402,6 @@ class SuperCLIP(nn.Module):
             # captions, one belongs to an image.
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        if self.head is not None:
-            # captions that contain each token, and all captions, so far. They are integers, because
-            # float32 stops counting at 2**24.
-            self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
-            self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
 
     def forward(self, images, tokens, label_tokens=None, keep=None):
         """The whole method on one batch of pairs, the one of this process.
@@ -442,13 +440,13 @@ class SuperCLIP(nn.Module):
         In training each process scores its own pairs against those of all processes. The mean over
         the processes is the term of the global batch.
         """
-        B = len(image_features)
-        rank = 0
+        local = slice(None)  # all
         if self.training and dist.is_initialized():
+            B = len(image_features)
             rank = dist.get_rank()
+            local = slice(rank * B, (rank + 1) * B)
             image_features = Gather.apply(image_features)  # (N, E)
             text_features = Gather.apply(text_features)
-        local = slice(rank * B, (rank + 1) * B)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             loss = contrastive_loss(image_features, text_features, scale, local)
@@ -467,7 +465,7 @@ class SuperCLIP(nn.Module):
         return {"classification_loss": loss}
 
     def total_loss(self, terms):
-        """The weighted sum of some terms, a dict of scalars by name. Nothing else knows weights."""
+        """The weighted sum of some terms, a dict of scalars by name."""
         weights = {
             "contrastive_loss": 1.0,
             "classification_loss": self.config.cls_weight,
@@ -505,10 +503,10 @@ class SuperCLIP(nn.Module):
         """The IDF of every token, (V,), by the captions seen so far."""
         return idf(self.num_captions, self.token_counts)
 
-    def encode_image(self, images, normalize=True, keep=None):
+    def encode_image(self, images, normalize=True):
         """images (B, 3, S, S), uint8 or already normalised floats -> features (B, E), of length 1
-        if `normalize`. keep (B, K): indices of the patches to look at."""
-        return self.image_features(self.visual(images, keep), normalize)
+        if `normalize`."""
+        return self.image_features(self.visual(images), normalize)
 
     def image_features(self, image_tokens, normalize=True):
         """Tokens (B, 1 + K, D) of the image tower -> features (B, E), from the class token."""
@@ -521,8 +519,9 @@ class SuperCLIP(nn.Module):
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def class_logits(self, images, keep=None):
-        """images, keep as in encode_image -> logits (B, V): which words would a caption use?
-        Raises ValueError if the model is plain CLIP and has no word head."""
+        """images (B, 3, S, S), keep (B, K): indices of the patches to look at -> logits (B, V):
+        which words would a caption use? Raises ValueError if the model is plain CLIP and has no
+        word head."""
         if self.head is None:
             raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
         return self.head(self.visual(images, keep))

@@ -81,7 +81,7 @@ def make_parser():
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
         help="shards to validate on, or none (default: those named val or test, else 1 pair in "
-        "100, at most 1,000)")
+        "100 of 200 or more, at most 1,000)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -117,7 +117,7 @@ def make_parser():
     add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
     add("--head_learning_rate", type=positive,
         help="peak learning rate of the word head, and of whatever --init_from lacks (default: "
-        "--learning_rate, and 5e-4 for what --init_from lacks)")
+        "5e-4 for what it lacks, else --learning_rate)")
     add("--warmup_steps", type=number(int, 0),
         help="updates over which the rate rises (default: a tenth of all, at most 1000)")
     add("--weight_decay", type=positive, default=0.2,
@@ -152,7 +152,7 @@ FINE_TUNING = {"learning_rate": 5e-5}
 NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
 IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
 # What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
-# vocabulary may have moved, so they are compared by what is in them.
+# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
 MAY_CHANGE = {
     "out_dir", "resume", "steps", "epochs", "warmup_steps", "learning_rate", "head_learning_rate",
     "micro_batch_size", "workers", "device", "dtype", "compile", "grad_checkpointing",
@@ -204,7 +204,7 @@ def check_processes_agree(*facts):
     if dist.is_initialized():
         everyone = [None] * WORLD
         dist.all_gather_object(everyone, facts)
-        same = all(theirs == facts for theirs in everyone)
+        same = everyone == [facts] * WORLD
         check(same, "the processes differ in options, data or step: do all see one --out_dir?")
 
 
@@ -273,7 +273,7 @@ def learning_rate_factor(step, warmup_steps, steps):
     small because Adam's second moments are still noise."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    progress = (step - warmup_steps) / (steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -338,7 +338,7 @@ def update(model, optimizer, scaler, factor):
 def mean_losses(losses):
     """The losses, as a dict of numbers: means over the processes. To read them is to wait for the
     device."""
-    names = [name for name in losses if name == "loss" or name.endswith("_loss")]
+    names = [name for name in losses if name.endswith("loss")]
     values = torch.stack([losses[name].detach() / WORLD for name in names])
     return dict(zip(names, all_reduce(values).tolist()))
 
@@ -392,8 +392,8 @@ def open_data(args, tokenizer, model):
 
 
 def make_model(args, source, vocab_size, device):
-    """Returns a model on the device, and the names of the parameters that are new although there is
-    a source (--init_from): those that it lacks keep their random weights."""
+    """Returns a model on the device, and the names of the parameters that the source (--init_from)
+    lacks, which keep their random weights."""
     if source is None:
         config = {**PRESETS[args.model or "ViT-B-16"], "vocab_size": vocab_size}
     else:
@@ -477,7 +477,7 @@ def claim_folder(out_dir, resume):
         temporary.unlink()
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
     if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds .pt files: --resume, or name another --out_dir")
+        raise InputError(f"{out_dir} holds .pt files: --resume its last.pt, or use another folder")
 
 
 def commit():
@@ -520,9 +520,9 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     check(saved.keys() >= {"header", "optimizer"}, f"{path} is not the last.pt of a run")
     before = saved["header"]["arguments"]
     for name, value in header["arguments"].items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            was = before.get(name)
-            raise InputError(f"--resume: --{name} was {was} before, and is {value} now")
+        was = before.get(name)
+        fits = name in MAY_CHANGE or was == value
+        check(fits, f"--resume: --{name} was {was} before, and is {value} now")
     same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, f"--resume: --train_data or --val_data is not what {path} was trained on")
     check(saved["vocab"] == tokenizer.vocab, f"--resume: {path} has another vocabulary (--vocab)")
@@ -635,8 +635,7 @@ def train(args):
     write_row(args, {"header": header, "step": start})
     batches = data.load_batches(pairs, N, local, M, start, args.steps, args.workers, device)
 
-    def save(name, **more):
-        path = Path(args.out_dir, name)
+    def save(path, **more):
         facts = {"header": header, "step": step, "best_r1": best_r1}
         evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
@@ -653,7 +652,7 @@ def train(args):
         # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
         save_due = eval_due or stop_number > 0 or time.monotonic() > saved_time + 600
         if RANK == 0 and save_due and step > start:
-            save("last.pt", optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
+            save(last, optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
             saved_time = time.monotonic()
 
         # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
@@ -664,7 +663,7 @@ def train(args):
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
                 if step > 0:  # what a run begins with is only the bar
-                    save("best.pt")
+                    save(best)
 
         # 3. Leave together, or some would wait for the features of the others for ever.
         if step == args.steps or stop_number > 0:
@@ -696,6 +695,7 @@ def train(args):
                 "step": done,
                 **losses,
                 "logit_scale": model.logit_scale.exp().item(),
+                # JSON has no infinity: float16's first steps, which the scaler leaves out
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
                 "images_per_second": round(images / seconds, 1),

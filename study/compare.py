@@ -8,9 +8,9 @@
 
 Both train with the same seeds. Each seed has a *world* of its own, drawn for it: shards to train on
 and to validate on, and folders of classes. So differences are paired by seed, and their intervals
-include the draw of the data. What a command does not say of data, model, length and rate is as in a
-bare `python train.py` of this project, in a fork, too. With --train_data a command brings shards of
-its own, and needs no world.
+include the draw of the data. Data, model, length and rate default to those of a bare `python
+train.py` of this project, in a fork, too. With --train_data a command brings shards of its own, and
+needs no world.
 
 With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
 that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
