@@ -216,6 +216,8 @@ def set_up_device(args):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
+        # Autograd's threads have one. With another number here, code would be compiled twice.
+        torch.set_num_threads(1)
     if args.compile is None:  # old GPUs cannot run what it makes
         args.compile = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return device
@@ -422,8 +424,9 @@ def make_model(args, source, vocab_size, device):
         if args.compile:  # one by one, so that longer captions do not recompile the image tower
             tower.compile()
     if args.compile:
-        # Older torch cannot split a compiled graph for several processes if blocks are recomputed.
-        torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
+        # torch would split the towers' graphs for several processes. With recomputed blocks, older
+        # versions fail at that.
+        torch._dynamo.config.optimize_ddp = False
         model.terms_of_each_pair = torch.compile(model.terms_of_each_pair)
     return model.to(device).train(), new
 

@@ -72,8 +72,8 @@ def make_pictures(kind):
 
 
 def score_objects(model, tokenizer, kind):
-    """How many of the objects do the best of the 64 texts name, if there are as many texts as
-    objects? A score whose unit is the picture."""
+    """The share of a picture's k objects that its best k of the 64 texts name, as a score over
+    pictures."""
     images, names = make_pictures(kind)
     _, k = KINDS[kind]
     texts = evaluation.zeroshot_classifier(model, tokenizer, NAMES, [PROMPT])

@@ -180,7 +180,8 @@ def label():
 
 
 def matrix():
-    images, texts = (torch.tensor(x).deg2rad() for x in ((0.0, 90, 180, 270), (30.0, 90, 120, 300)))
+    images = torch.tensor([0.0, 90, 180, 270]).deg2rad()
+    texts = torch.tensor([30.0, 90, 120, 300]).deg2rad()
     cosines = (images[:, None] - texts).cos()
     figure = plt.figure(figsize=(8.5, 3.7))
     compass = figure.add_axes((0, 0.03, 0.44, 0.94), xlim=(-1.8, 1.8), ylim=(-1.5, 1.5))

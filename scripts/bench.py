@@ -89,9 +89,10 @@ def show(value):
 
 
 def open_pairs(settings):
-    """The pairs of --train_data, with CLIP's tokenizer. Raises InputError if they make no batch."""
+    """The pairs of --train_data, with --vocab or CLIP's. Raises InputError if they make no
+    batch."""
     check(settings.train_data, "this needs --train_data: a shard or two of photographs")
-    tokenizer = data.Tokenizer.from_file("clip")
+    tokenizer = data.Tokenizer.from_file(settings.vocab or "clip")
     size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
     shards = data.expand(settings.train_data)
     pairs = data.Pairs(shards, tokenizer, size, settings.captions, crop_area=settings.crop_area)
@@ -325,7 +326,7 @@ def main(argv):
     rows = []
     for row in itertools.chain([where], COMMANDS[args.command](options, args)):
         line = ", ".join(f"{name} {show(value)}" for name, value in row.items())
-        print(printable(line), flush=True)
+        print(printable(line))
         rows.append(row)
         write_json(args.json, rows)
 

@@ -167,7 +167,6 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = safetensors().load_file
     content = evaluation.read_file(path, read)
-    check(isinstance(content, dict), f"{path} does not fit: save a state_dict")
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))

@@ -271,7 +271,7 @@ def make_shards(args, samples, bad, folder):
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     items = list(samples.items())
     n = 256
-    with ThreadPool() as pool:
+    with ThreadPool(data.cores()) as pool:
         # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
         for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]
@@ -325,10 +325,10 @@ def print_ways(out, n, n_val, several):
     batch = ""
     warning = ""
     if n < 10_000:
-        batch = " --batch_size 32"
+        batch = f" --batch_size {min(32, n)}"
         warning = ", which is weak with so few pairs"
     weights = "open_clip.create_model('ViT-B-32', 'laion2b_s34b_b79k')"
-    model = "--model tiny --batch_size 32 --learning_rate 4e-4"
+    model = f"--model tiny --batch_size {min(32, n)} --learning_rate 4e-4"
     if torch.cuda.is_available():
         weights = "open_clip.create_model('ViT-B-16', 'laion2b_s34b_b88k')"
         if n >= 30_000:

@@ -33,6 +33,12 @@ def image_files(paths, out=None):
     return list(files.values())
 
 
+def spread(items, k):
+    """At most k items of a list, evenly spaced."""
+    k = min(k, len(items))
+    return [items[i * len(items) // k] for i in range(k)]
+
+
 def contact_sheet(images, captions, path, columns=4, legend=""):
     """Draw images with a caption of up to five lines below each, and a legend below all of them.
 
@@ -42,24 +48,24 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
     letters = side // LETTER
-    captions = [textwrap.wrap(text, letters, max_lines=5, placeholder="…") for text in captions]
+    wrapped = [textwrap.wrap(text, letters, max_lines=5, placeholder="…") for text in captions]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = side + GAP
-    height = side + GAP + LINE * max(map(len, captions))
-    legend = textwrap.wrap(legend, columns * width // LETTER)
+    height = side + GAP + LINE * max(map(len, wrapped))
+    legend_lines = textwrap.wrap(legend, columns * width // LETTER)
     top_of_legend = GAP + rows * height
 
-    sheet_size = (GAP + columns * width, top_of_legend + LINE * len(legend))
+    sheet_size = (GAP + columns * width, top_of_legend + LINE * len(legend_lines))
     sheet = Image.new("RGB", sheet_size, "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images, captions)):
+    for i, (image, lines) in enumerate(zip(images, wrapped)):
         row, column = divmod(i, columns)
         x = GAP + column * width
         y = GAP + row * height
         sheet.paste(to_pil_image(image), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
-    pen.multiline_text((GAP, top_of_legend - GAP // 2), "\n".join(legend), "black", font)
+    pen.multiline_text((GAP, top_of_legend - GAP // 2), "\n".join(legend_lines), "black", font)
 
     format = FORMATS[path.suffix.lower()]
     write_file(path, lambda file: sheet.save(file, format))

@@ -35,6 +35,7 @@ from cli import (
     run_command,
     write_file,
 )
+from scripts.pictures import spread
 from scripts.words import default_window, word_maps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -47,12 +48,6 @@ SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and it
 HEADER = "arguments config parameters pairs steps device dtype torch commit date".split()
 POINTS = 300  # of a curve, because a long run has logged more steps than a screen has pixels
 LETTERS = 300  # of a caption, because some captions are pages long
-
-
-def spread(items, k):
-    """At most k items of a list, evenly spaced."""
-    k = min(k, len(items))
-    return [items[i * len(items) // k] for i in range(k)]
 
 
 def rounded(x, digits):
@@ -83,7 +78,6 @@ def read_log(path):
                 rows[row["step"], "loss" in row] = row
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not a log of train.py: {error!r}") from error
-    check(header is not None, f"{path} is not a log of train.py: it has no header")
     return header, list(rows.values())
 
 
@@ -179,12 +173,15 @@ def read_pairs(model, pairs):
     """Up to SEARCHED pairs -> images (N, 3, S, S), a list of the captions of each, and image
     features (N, E)."""
     some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
-    # Their "features" are the pixels here, because some of the pictures are shown.
-    images, captions = evaluation.encode_images(model, torch.Tensor.cpu, some, 128, 0)
+    images = []
+    captions = []
     features = []
-    for part in data.progress(images.split(128), "encoding"):
+    for part, captions_of_part in evaluation.batches(some, 128, 0, "encoding"):
+        images.append(part)
+        captions += captions_of_part
         features.append(model.encode_image(part.to(evaluation.device_of(model))).cpu())
-    return images, captions, torch.cat(features)
+    check(images, "none of the images can be used")
+    return torch.cat(images), captions, torch.cat(features)
 
 
 def small_jpeg(image):
@@ -229,7 +226,7 @@ def examine(model, tokenizer, pairs, n):
     first_captions = [captions_of_image[0] for captions_of_image in captions]
     text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
     numbers = torch.arange(len(images))
-    recall = evaluation.retrieval(image_features, text_features, numbers)["text_to_image"]["R@1"]
+    scores = evaluation.recall_scores(text_features, numbers, image_features, numbers, (1,))
     has_head = model.head is not None
 
     shown = spread(numbers.tolist(), n)
@@ -253,7 +250,7 @@ def examine(model, tokenizer, pairs, n):
         "window": default_window(model),
         "pairs": len(images),
         "similarity": rounded(similarity, 6),
-        "recall": recall,
+        "recall": scores["R@1"],
         "pictures": pictures,
     }
 
@@ -291,19 +288,16 @@ def read_options(argv):
 
 def main(argv):
     args = read_options(argv)
-    log = Path(args.checkpoint).with_name("log.jsonl")
-    if args.log:
-        log = Path(args.log)
-    elif not log.is_file():
-        log = None
+    log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
     shards, captions = evaluation.validation_of(args.checkpoint)
     shards = args.data or shards
     captions = args.captions or captions
     check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    pairs = data.Pairs(data.expand(shards), tokenizer, model.config.image_size, captions)
+    training, validation = data.split_sides(data.expand(shards))
+    pairs = data.Pairs(validation or training, tokenizer, model.config.image_size, captions)
     content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
-    if log:
+    if args.log or log.is_file():
         content["run"] = read_run(log)
         content["reference"] = own_reference(content["run"])
     if args.reference:

@@ -38,10 +38,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from cli import check, make_parser, number, run_command
-from data import add_member, cores, words_to_tiktoken
+from data import add_member, cores, progress, words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
 
@@ -366,7 +365,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
         with ProcessPoolExecutor(cores()) as pool:
             classes = pool.submit(write_classes, folder, **world)
             shards = pool.map(write, tasks)
-            list(tqdm(shards, "drawing scenes", len(tasks), unit="shard", disable=None))
+            list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
             classes.result()  # raises what went wrong in there
         folder.rename(out_dir)
 

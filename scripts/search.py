@@ -111,7 +111,7 @@ class Images(Dataset):
 def first_text(shards, row, sources):
     """The first text that a sample has in the first of the sources that it has, or ""."""
     for source in sources:
-        with suppress(data.BadSample, OSError):
+        with suppress(data.BadSample):
             return shards.texts(row, source)[0]
     return ""
 
@@ -209,8 +209,8 @@ class Search:
         return [self.about(i, scores[i].item()) for i in order if scores[i] > -math.inf]
 
     def about(self, i, score):
-        """What is known of image i. Its file is the one that scripts/pack.py made it from, and it
-        has a caption only in shards; each is "" if it is not known."""
+        """What is known of image i, or "": its file, if scripts/pack.py made the sample, and its
+        caption, if it is in a shard."""
         entry = self.entries[i]
         found = {"number": i, "score": score, "name": short_name(entry.name)}
         found |= {"file": "", "caption": ""}
@@ -278,7 +278,7 @@ def read_options(argv):
     add("--out", type=output_file(".html", *FORMATS), help="page or picture to write: .html, .png")
     add("--json", type=output_file(".json"), help="file to write what was found to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
-    add("--workers", type=number(int, 0), help="loading processes (default: one a core)")
+    add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
     add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)

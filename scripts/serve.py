@@ -59,7 +59,7 @@ def run(server, search, k):
     # after the other, because not every device lets two threads use a model.
     server.lock = threading.Lock()
     address = f"http://127.0.0.1:{server.server_port}/{server.token}/"
-    print(f"\nopen {address} in a browser; Ctrl-C ends it", flush=True)
+    print(f"\nopen {address} in a browser; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
         server.serve_forever()
 

@@ -7,7 +7,7 @@ their tokens and label weights: what the word head is asked to predict. The weig
 the captions of these shards. With --val_data it counts what validation shares with training.
 
 If the vocabulary is one of words, as scripts.vocab makes them, it also says which share of the
-words it has. Before fine-tuning, ask that of the model's own: --checkpoint FILE.
+words it has. Before fine-tuning, ask it of the model's own vocabulary: --checkpoint FILE.
 """
 
 import hashlib
@@ -178,7 +178,9 @@ def main(argv):
     text = "model whose vocabulary to use instead, such as that of train.py --init_from"
     add_one("--checkpoint", metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    shards = data.expand(args.shards)
+    shards, validation = data.split_sides(data.expand(args.shards))
+    if validation:
+        print(printable(f"validation shards are left out: {' '.join(validation)}"))
     if args.checkpoint is None:
         tokenizer = data.tokenizer_for(shards, args.vocab)
     else:
@@ -192,8 +194,8 @@ def main(argv):
     readable = read_samples(pairs, rows, unused, images=True)
     samples = list(itertools.islice(readable, args.n))
 
-    captions = f"{len(lengths):,} captions ({', '.join(args.captions)})"
-    print(f"{len(pairs):,} samples in {len(shards):,} shards, {captions}")
+    counts = f"{len(pairs):,} samples in {len(shards):,} shards, {len(lengths):,} captions"
+    print(f"{counts} ({', '.join(args.captions)})")
     if lengths:
         report_captions(lengths, repeats, tokenizer.context_length)
         report_words(tokenizer, repeats)

@@ -34,7 +34,7 @@ from cli import (
     run_command,
 )
 from scripts import scenes
-from scripts.pictures import contact_sheet, image_files, picture_file
+from scripts.pictures import contact_sheet, image_files, picture_file, spread
 
 # A picture to look at: its full name, a short title, and its pixels (3, S, S), or, as a string, the
 # reason why it cannot be read
@@ -57,14 +57,12 @@ def pictures_of_run(shards, captions, tokenizer, size):
     """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
     pairs = data.Pairs(data.expand(shards), tokenizer, size, captions)
     images = evaluation.ShardImages(pairs)
-    n = min(SHOWN, len(pairs))
-    for i in range(n):
-        number_of_pair = i * len(pairs) // n
-        image, texts = images[number_of_pair]
+    for i in spread(range(len(pairs)), SHOWN):
+        image, texts = images[i]
         if isinstance(image, str):
             yield Picture(image, "", image)
         else:
-            row = pairs.index[number_of_pair].tolist()
+            row = pairs.index[i].tolist()
             name = f'{pairs.shards[row[0]]}:{pairs.key(row)} "{texts[0]}"'
             yield Picture(name, texts[0], image)
 
@@ -132,10 +130,9 @@ def word_maps(model, image, ids, window, batch_size=64):
     windows of window x window patches is left out; and maps (K, grid, grid): for each patch the
     mean over its windows.
 
-    Why by leaving out? But for its norm the head is linear on the mean of the patch tokens, so its
-    logit also splits into one part per token. But attention has mixed the patches by then, and
-    those parts light up the background as much as the object. A window that is left out is simply
-    missing.
+    Why by leaving out? The head is all but linear on the mean of the patch tokens, so its logit
+    splits into one part per token. But attention has mixed the patches, and those parts light up
+    the background as much as the object. A window that is left out is simply missing.
     """
     grid = model.visual.grid
     # Row i of a band matrix: the patches of the i-th window along one side. A square is the product
@@ -204,11 +201,11 @@ def localisation(model, pictures, window):
         ids = [i for i, _ in words]
         falls, _ = word_maps(model, image, ids, window)  # (K, W)
         on_thing = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
-        is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6  # never if the model is NaN
+        is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6
         right = (on_thing & is_largest).sum(dim=1)
-        hits.append((right / is_largest.sum(dim=1).clamp(min=1)).mean())
+        hits.append((right / is_largest.sum(dim=1)).mean())
         chances.append(on_thing.double().mean())
-    check(hits, "no picture has a word that is one token and belongs to one thing only")
+    check(hits, "no colour or shape of these scenes is one token of the vocabulary")
     return evaluation.score(torch.stack(hits), torch.stack(chances).mean())
 
 
@@ -230,7 +227,7 @@ def word_cells(image, maps):
     photo = F.interpolate(image[None].float(), (CELL, CELL), mode="bilinear")
     pale = 0.7 * 255 + 0.3 * photo.mean(dim=1, keepdim=True)  # (1, 1, CELL, CELL)
     # Patches stay squares, because a smooth map would show detail that nobody has measured.
-    strength = maps[:, None] / maps.abs().max().clamp(min=1e-9)  # (K, 1, G, G) in -1..1
+    strength = maps[:, None] / maps.abs().max()  # (K, 1, G, G) in -1..1
     strength = F.interpolate(strength, (CELL, CELL), mode="nearest")
     opacity = 0.86 * strength.abs()
     colour = torch.where(strength > 0, RED, BLUE)
@@ -247,7 +244,7 @@ def draw_words(results, window, path):
     for title, image, words, maps in results:
         cells += word_cells(image, maps)
         factor = maps.abs().max().exp()
-        captions.append(f"{title} (x {factor:.0f})")
+        captions.append(f"{title} (x {factor:.3g})")
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 

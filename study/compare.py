@@ -8,9 +8,9 @@
 
 Both train with the same seeds. Each seed has a *world* of its own, drawn for it: shards to train on
 and to validate on, and folders of classes. So differences are paired by seed, and their intervals
-include the draw of the data. Data, model, length and rate default to those of a bare `python
-train.py` of this project, in a fork, too. With --train_data a command brings shards of its own, and
-needs no world.
+include the draw of the data. Data, model, length and rate default to those of this project's
+train.py at the same batch size, in a fork, too. With --train_data a command brings shards of its
+own, and needs no world.
 
 With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
 that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
@@ -50,13 +50,14 @@ import train
 from cli import check, lock_folder, make_parser, number, run_command
 from data import cores
 from eval import DIVERGED
+from scripts.report import read_log
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 from study.objects import make_objects
 
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
-# A rate is judged by the mean of those of these scores that there are, or else of all scores.
+# A rate is judged by the mean of these scores, or of all if a run has none of them.
 GOALS = {"R@1", "colour_shape", "object"}
 SCENES_CODE = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py")  # what draws scenes
 DRAWN_BY = {"scenes": SCENES_CODE, "objects": (*SCENES_CODE, "study/objects.py")}
@@ -116,7 +117,7 @@ class World(NamedTuple):
         return "objects" if self.photographs else "scenes"
 
     def code(self):
-        """That of what draws it."""
+        """A hash of the code that draws it."""
         return code_of(map(Path, DRAWN_BY[self.kind()]), ".")
 
     def draw(self, out, seed):
@@ -151,7 +152,7 @@ class Command(NamedTuple):
         return f"{self.program} {shlex.join(words_of(self.options))}"
 
     def code(self):
-        """That of the Python files in its folder, of the module, and of what draws the world."""
+        """A hash of the code in its folder, of the module, and of what draws the world."""
         files = {self.folder / "scripts/scenes.py", *self.folder.glob("*.py")}
         codes = [code_of(files, self.folder)]
         if self.file not in files:
@@ -268,8 +269,7 @@ def train_and_score(command, world, out_dir):
     error = call([*command.program.split(), *words])
     seconds = round(time.perf_counter() - start, 1)
     check(not error or DIVERGED in error, f"{command}: {error}")
-    rows = [*map(json.loads, open(f"{out_dir}/log.jsonl"))]
-    header = rows[0]["header"]
+    header, rows = read_log(f"{out_dir}/log.jsonl")
     run = {"scores": {}, "seconds": seconds, **{name: header[name] for name in FACTS}}
     if not error:
         run["scores"] = scores_of(rows[-1])  # a run ends with a validation
@@ -330,8 +330,8 @@ class Side(NamedTuple):
         return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
 
     def seconds(self):
-        """The time of its fastest run that has not diverged, because others may have had a busy
-        neighbour, as a text."""
+        """The time of its fastest run that has not diverged, as a text: others may have had a busy
+        neighbour."""
         runs = [run for runs in self.tried.values() for run in runs if run["scores"]]
         return f"{min((run['seconds'] for run in runs), default=0):.0f}"
 
@@ -363,9 +363,9 @@ class Study:
             self.codes[place] = command.code() if self.jobs else ""
         return command.line(), world, command.seed, command.probe, self.codes[place]
 
-    def run(self, command_and_world):
-        """Run a command in the folder of its world. Returns it and its run."""
-        command, world = command_and_world
+    def run(self, task):
+        """Run a command in the folder of its world, a pair. Returns it and its run."""
+        command, world = task
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
             run = train_and_score(command, world, out_dir)
         key = dict(zip(KEY, self.key(command)))
@@ -374,13 +374,13 @@ class Study:
 
     def work(self, commands):
         """Run some commands, each once."""
-        pairs = []
+        tasks = []
         for command in {self.key(command): command for command in commands}.values():
             folder = command.world and command.world.draw(self.out, command.seed)
-            pairs.append((command, folder))
-        with ThreadPool(self.jobs) as pool, tqdm(total=len(pairs), unit="run", smoothing=0) as bar:
+            tasks.append((command, folder))
+        with ThreadPool(self.jobs) as pool, tqdm(total=len(tasks), unit="run", smoothing=0) as bar:
             try:
-                for command, run in pool.imap_unordered(self.run, pairs):
+                for command, run in pool.imap_unordered(self.run, tasks):
                     self.runs[self.key(command)] = run
                     with open(self.path, "a") as file:
                         file.write(json.dumps(run) + "\n")
@@ -468,11 +468,12 @@ def rate_texts(side):
     """What is to be known of each rate that was tried: the mean that it is judged by, and numbers
     of seeds."""
     texts = []
+    taken = side.rates()
     for rate, runs in side.tried.items():
         counts = {
             "learned": sum(map(has_learned, runs)),
             "diverged": sum(not run["scores"] for run in runs),
-            "taken": side.rates().count(rate),
+            "taken": taken.count(rate),
         }
         notes = "".join(f", {n} {what}" for what, n in counts.items() if n)
         texts.append(f"{rate:.2e}: {mean(map(goal, runs)):.1f}{notes}")
@@ -497,7 +498,7 @@ class Interval(NamedTuple):
 
 
 def interval(differences):
-    """That of the mean of some differences, one for each seed."""
+    """The interval of the mean of some differences, one for each seed."""
     n = len(differences)
     half = QUANTILES[n - 2] * stdev(differences) / math.sqrt(n)
     return Interval(mean(differences), half)

@@ -30,7 +30,7 @@ SIDE = 32  # pixels: of a photograph
 CORNERS = (3, 37)  # pixels: where it may begin, inside the border
 TRAIN = 20_000  # photographs that training shows, drawn for each world
 VAL = 1_000  # pairs to search among
-CLASSIFIED = 2_000  # photographs to name the class of, and as many that a probe learns from
+CLASSIFIED = 2_000  # photographs in zeroshot/object, and as many for a probe to learn from
 
 
 def place_photographs(folder, n, rng, settings):

@@ -173,8 +173,8 @@ def p_of(found):
 
 
 def survivors(intervals):
-    """How many differences survive Benjamini and Hochberg's correction: of so many, at most 5 % are
-    expected to be none."""
+    """How many differences survive Benjamini and Hochberg's correction: at most 5 % of them are
+    expected to be chance."""
     survive = 0
     for rank, p in enumerate(sorted(map(p_of, intervals)), 1):
         if p <= 0.05 * rank / len(intervals):
@@ -306,7 +306,7 @@ def main(argv):
             try:
                 sides_of(study, name)
             except InputError as error:
-                print(f"{name} is not finished: {error}", flush=True)
+                print(f"{name} is not finished: {error}")
     found = complete_rows(compare.Study(args.out, 0, RUNS))
     check(found, "no row is complete yet")
     RESULTS.write_text(page(found))

@@ -131,7 +131,8 @@ def fork(tmp_path):
     """A folder with a train.py of another project."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "scenes.py").touch()
-    rows = [{"header": dict.fromkeys(compare.FACTS)}, {"zeroshot": run_of(x=50)["scores"]}]
+    header = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
+    rows = [header, {"step": 1, "zeroshot": run_of(x=50)["scores"]}]
     log = "\n".join(map(json.dumps, rows))
     (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(log)))
     return tmp_path
