@@ -198,7 +198,7 @@ def test_a_shard_has_a_thousand_samples_at_most(photos, monkeypatch):
 # ---- what pack advises
 
 
-@pytest.mark.parametrize("n, model", [(40_000, "ViT-S-16"), (2_000, "tiny")])
+@pytest.mark.parametrize("n, model", [(40_000, "ViT-S-16"), (2_000, "tiny"), (9, "tiny")])
 def test_pack_advises_what_the_data_and_a_gpu_allow(n, model, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
@@ -212,4 +212,5 @@ def test_pack_advises_what_the_data_and_a_gpu_allow(n, model, monkeypatch, capsy
         assert args.train_data == ["anna's photos/train-*.tar"]
         assert args.val_data == ["anna's photos/val-*.tar"]
         assert args.captions == ["json.captions"]
+        assert args.batch_size <= n
     assert ("weak" in printed) == (n < 10_000)

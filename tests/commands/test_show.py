@@ -92,12 +92,13 @@ def test_the_picture_is_drawn(dogs, folder, capsys):
 
 
 def test_what_validation_shares_with_training_is_counted(folder, capsys):
-    """An image counts if its bytes are equal, a caption if its words are."""
+    """An image counts if its bytes are equal, a caption if its words are. In a folder with both,
+    names tell the sides."""
     other = png("blue", 1)
-    train = write_shard(folder / "0.tar", captioned("a red dog", "a dog"))
+    write_shard(folder / "train.tar", captioned("a red dog", "a dog"))
     both = [{"png": PNG, "txt": b"A RED  dog"}, {"png": other, "txt": b"a red dog"}]
-    val = write_shard(folder / "1.tar", [*both, {"png": other, "txt": b"a cat"}])
+    val = write_shard(folder / "val.tar", [*both, {"png": other, "txt": b"a cat"}])
 
-    printed = printed_by(capsys, train, "--val_data", val)
+    printed = printed_by(capsys, folder, "--val_data", val)
 
     assert "1 of 3 images and the captions of 2\n" in printed
