@@ -112,15 +112,15 @@ def complete_rows(study):
 
 TITLE = "# CLIP and SuperCLIP, made small\n"
 INTRO = """
-Made by `python -m study.plan` from the runs in [runs.jsonl](runs.jsonl), all of one code
-({code}), each with its commit. A cell reads: mean of the first command -> mean of the second, and
-their difference with its 95 % interval (Student's t), in percent. Bold: the interval excludes 0
-(uncorrected). Five seeds are paired, each with a world of its own: a data set drawn for it. (Those
-of Flickr8k share its pairs, so its intervals leave out the draw of the data.) One rule for all
-rows: both commands are tried at four to eight learning rates, and a seed takes the rate that is
-best for the other four. These choices depend on each other, so intervals are approximate. A row is
-CLIP -> SuperCLIP and sees 48,000 samples if nothing else is said: 6,000 steps at batch 8, 1,500 at
-32, and 187 at 256.
+Made by `python -m study.plan` from the runs in [runs.jsonl](runs.jsonl), all of one code, that of
+commit {commit}. A cell reads: mean of the first command -> mean of the second, and their difference
+with its 95 % interval (Student's t), in percent. Bold: the interval excludes 0 (uncorrected). Five
+seeds are paired, each with a world of its own: a data set drawn for it. (Those of Flickr8k share
+its pairs, so its intervals leave out the draw of the data.) One rule for all rows: both commands
+are tried at four to eight learning rates, and a seed takes the rate that is best for the other
+four. These choices depend on each other, so intervals are approximate. A row is CLIP -> SuperCLIP
+and sees 48,000 samples if nothing else is said: 6,000 steps at batch 8, 1,500 at 32, and 187 at
+256.
 
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (Flickr8k has five
 captions for each image; chance 0.1), colour_shape and object are zero-shot scores of class folders
@@ -257,7 +257,8 @@ def page(found):
         "survive the correction of Benjamini and Hochberg at 5 %, a rough count, because rows "
         "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + "."
     )
-    intro = INTRO.format(code=compare.main_code(sides[0].runs()[0]))
+    commit = sides[0].runs()[0]["commit"].removesuffix("-dirty")  # by runs.jsonl, which grows
+    intro = INTRO.format(commit=commit)
     parts = [TITLE + intro, *findings(found), ALL_ROWS, summary, HEADINGS, *table]
     parts += [OPEN, *open_table(found)]
     return "\n".join([*parts, RATES, *rates, ""])
