@@ -492,7 +492,7 @@ def commit():
 def describe(args, model, pairs, val_pairs, dtype, device):
     """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
-    device_name = f"{device.type}, {data.cores()} cores"
+    device_name = f"{device.type} ({data.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.fingerprint

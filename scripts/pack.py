@@ -322,13 +322,14 @@ def print_ways(out, n, n_val, several):
     pairs = train + captions
     if n_val > 0:
         pairs = f"{train} --val_data {shlex.quote(f'{out}/val-*.tar')}{captions}"
+    small = f"--batch_size {min(32, n)}"
     batch = ""
     warning = ""
     if n < 10_000:
-        batch = f" --batch_size {min(32, n)}"
+        batch = f" {small}"
         warning = ", which is weak with so few pairs"
     weights = "open_clip.create_model('ViT-B-32', 'laion2b_s34b_b79k')"
-    model = f"--model tiny --batch_size {min(32, n)} --learning_rate 4e-4"
+    model = f"--model tiny {small} --learning_rate 4e-4"
     if torch.cuda.is_available():
         weights = "open_clip.create_model('ViT-B-16', 'laion2b_s34b_b88k')"
         if n >= 30_000:

@@ -174,14 +174,13 @@ def read_pairs(model, pairs):
     features (N, E)."""
     some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
     images = []
-    captions = []
-    features = []
-    for part, captions_of_part in evaluation.batches(some, 128, 0, "encoding"):
-        images.append(part)
-        captions += captions_of_part
-        features.append(model.encode_image(part.to(evaluation.device_of(model))).cpu())
-    check(images, "none of the images can be used")
-    return torch.cat(images), captions, torch.cat(features)
+
+    def encode(part):
+        images.append(part.cpu())  # some of them are shown
+        return model.encode_image(part).cpu()
+
+    features, captions = evaluation.encode_images(model, encode, some, 128, 0)
+    return torch.cat(images), captions, features
 
 
 def small_jpeg(image):

@@ -23,6 +23,7 @@ import data
 from cli import make_parser, number, printable, run_command
 from eval import has_letters, load, unknown_words
 from scripts.pictures import contact_sheet, picture_file
+from scripts.vocab import training_shards
 from superclip import idf, word_labels
 
 SIDE = 240  # pixels of an image in the picture
@@ -178,9 +179,7 @@ def main(argv):
     text = "model whose vocabulary to use instead, such as that of train.py --init_from"
     add_one("--checkpoint", metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    shards, validation = data.split_sides(data.expand(args.shards))
-    if validation:
-        print(printable(f"validation shards are left out: {' '.join(validation)}"))
+    shards = training_shards(args.shards)
     if args.checkpoint is None:
         tokenizer = data.tokenizer_for(shards, args.vocab)
     else:

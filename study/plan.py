@@ -257,8 +257,8 @@ def page(found):
         "survive the correction of Benjamini and Hochberg at 5 %, a rough count, because rows "
         "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + "."
     )
-    commit = sides[0].runs()[0]["commit"].removesuffix("-dirty")  # by runs.jsonl, which grows
-    intro = INTRO.format(commit=commit)
+    first = next(iter(found.values()))[0].runs()[0]
+    intro = INTRO.format(commit=first["commit"].removesuffix("-dirty"))  # runs.jsonl had grown
     parts = [TITLE + intro, *findings(found), ALL_ROWS, summary, HEADINGS, *table]
     parts += [OPEN, *open_table(found)]
     return "\n".join([*parts, RATES, *rates, ""])
