@@ -3,6 +3,7 @@ never taken for runs of other code, and the page is what the runs say."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from material import make_model, photo
 import data
 import superclip
 import train
+from cli import InputError
+from eval import DIVERGED
 from study import compare, groups, no_idf, objects, plan
-from study.compare import Interval, Side, Study, World, best_rate, next_rates, read_command
+from study.compare import Interval, Side, Study, World, next_rates, read_command
 
 PAIR = [read_command(text, "", World()) for text in ("train.py --cls_weight 0", "train.py")]
 
@@ -48,20 +51,15 @@ def test_what_survives_is_found_from_the_largest_p_down():
     assert plan.survivors(intervals) == 0
 
 
-def test_a_run_that_diverged_scores_0():
-    side = Side(None, {1e-3: [run_of(x=50), {"scores": {}, "seconds": 1.0}]})
-
-    assert [compare.value_of(run, "x") for run in side.runs()] == [50, 0]
-
-
 # ---- the search for a learning rate
 
 
 def test_no_seed_chooses_its_own_rate():
     goals = {1: [100, 0, 0], 2: [0, 60, 60]}
+    side = Side(None, {rate: [run_of(x=goal) for goal in goals[rate]] for rate in goals})
 
     # without seed 0 the means are 0 and 60, and without one of the others 50 and 30
-    assert [best_rate(goals, seed) for seed in range(3)] == [2, 1, 1]
+    assert side.rates() == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,95 @@ def test_both_sides_get_the_same_seeds_and_worlds_and_a_search_of_their_own(pret
     ]
 
 
+def test_each_seed_draws_a_world_of_its_own(monkeypatch, tmp_path):
+    drawn = []
+
+    def make_scenes(folder, **options):
+        folder.mkdir()
+        drawn.append(options)
+
+    monkeypatch.setattr(compare, "make_scenes", make_scenes)
+
+    folders = [World(16).draw(tmp_path, seed) for seed in (0, 1, 0)]
+
+    assert drawn == [{"settings": 16, "seed": 0}, {"settings": 16, "seed": 1}]
+    assert folders[0] == folders[2] != folders[1]
+
+
+# ---- one run
+
+HEADER = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
+LOG = "\n".join(map(json.dumps, [HEADER, {"step": 1, "zeroshot": run_of(x=50)["scores"]}]))
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Commands write what they would, but compute nothing. Returns the list of them."""
+    lines = []
+
+    def call(words):
+        lines.append(" ".join(map(str, words)))
+        option = dict(zip(words, words[1:]))
+        if "--json" in option:
+            option["--json"].write_text(json.dumps({"class token": {"value": 0.25}}))
+        else:
+            Path(option["--out_dir"], "log.jsonl").write_text(LOG)
+        return DIVERGED if option.get("--learning_rate") == "1" else ""
+
+    monkeypatch.setattr(compare, "call", call)
+    return lines
+
+
+def test_a_run_trains_and_probes_in_its_world(called, tmp_path):
+    command = PAIR[0].at(1e-3, seed=3, probe=True)
+
+    run = compare.train_and_score(command, Path("world3"), str(tmp_path))
+
+    training, probing = called
+    assert "--seed 3 " in training and "--train_data world3/train-" in training
+    assert "--train world3/zeroshot/colour_shape --test world3/zeroshot/held_out" in probing
+    assert [compare.value_of(run, name) for name in ("x", "probe")] == [50, 25]
+
+
+def test_a_run_that_diverged_scores_0(called, tmp_path):
+    command = PAIR[0].at(1, seed=0, probe=False)
+
+    run = compare.train_and_score(command, Path("world0"), str(tmp_path))
+
+    assert compare.value_of(run, "x") == 0
+
+
 # ---- code
+
+
+CODE = """'It trains'
+x = 1  # it is a comment
+"""
+FILES = ("train.py", "superclip.py", "scripts/scenes.py", "study/mine.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "runs"),
+    [
+        ("train.py", "a comment", "another", 0),
+        ("train.py", "It trains", "It trained", 0),
+        *[(name, "x = 1", "x = 2", 2) for name in FILES],
+    ],
+    ids=["a comment", "a docstring", *FILES],
+)
+def test_runs_of_other_code_are_not_found(pretend, monkeypatch, tmp_path, name, old, new, runs):
+    monkeypatch.chdir(tmp_path)
+    for file in map(Path, FILES):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(CODE)
+    pair = [read_command("-m study.mine", "--train_data a.tar", None)] * 2
+
+    for text in (CODE, CODE.replace(old, new)):
+        pretend.clear()
+        Path(name).write_text(text)
+        Study(tmp_path, 2, tmp_path / "runs.jsonl").experiment(pair, 2, search=False, probe=False)
+
+    assert len(pretend) == runs
 
 
 PROGRAM = '''"""It trains nothing. Once, its seed 1 is killed with the comparison."""
@@ -131,33 +217,22 @@ def fork(tmp_path):
     """A folder with a train.py of another project."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "scenes.py").touch()
-    header = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
-    rows = [header, {"step": 1, "zeroshot": run_of(x=50)["scores"]}]
-    log = "\n".join(map(json.dumps, rows))
-    (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(log)))
+    (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "runs"),
-    [("this line", "it", 0), ("It trains nothing", "It trains", 0), ("time.sleep(60)", "0", 2)],
-    ids=["a comment", "a docstring", "code"],
-)
-def test_runs_of_other_code_are_not_found(pretend, fork, old, new, runs):
-    file = fork / "train.py"
-    pair = [read_command(f"{file}", "", World())] * 2
+def test_a_run_that_fails_is_named_with_its_last_line(fork):
+    program = fork / "train.py"
+    program.write_text("import sys\nprint('first')\nsys.exit('its last line')")
+    side = f"{program} --train_data a.tar"
 
-    for text in (PROGRAM, PROGRAM.replace(old, new)):
-        pretend.clear()
-        file.write_text(text)
-        Study(fork, 2, fork / "runs.jsonl").experiment(pair, 2, search=False, probe=False)
-
-    assert len(pretend) == runs
+    with pytest.raises(InputError, match=f"{program}.*its last line"):
+        compare.main(["--a", side, "--b", side, "--out", str(fork)])
 
 
 def test_a_killed_comparison_goes_on(fork):
     command = f"{fork}/train.py --train_data a.tar"
-    argv = ["--a", command, "--b", f"{command} --cls_weight 0", "--out", str(fork)]
+    argv = ["--a", command, "--b", f"{command} --my_weight 1", "--out", str(fork)]
     argv += ["--seeds", "2", "--jobs", "1"]
     runs = fork / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
