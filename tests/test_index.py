@@ -28,8 +28,11 @@ def test_paths_folders_globs_and_braces_name_shards(tmp_path):
     assert data.expand([shards[2], f"{folder}/./a b-{{00..02}}.tar"]) == shards
 
 
-@pytest.mark.parametrize("pattern, named", [("{0..99999999999}.tar", "0.tar"), ("{2..1}", "2..1")])
-def test_braces_stop_at_the_first_number_without_a_shard(tmp_path, pattern, named):
+@pytest.mark.parametrize("pattern, named", [("{0..99999999999}.tar", "1.tar"), ("{2..1}", "2..1")])
+def test_braces_name_a_shard_for_each_number(tmp_path, pattern, named):
+    """The first that is not there is named at once."""
+    (tmp_path / "0.tar").touch()
+
     with pytest.raises(InputError, match=named):
         data.expand([f"{tmp_path}/{pattern}"])
 

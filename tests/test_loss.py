@@ -100,8 +100,8 @@ def test_logits_of_16_bits_are_summed_in_float32():
     assert torch.equal(loss, classification_loss(logits.float(), CAPTIONS, torch.ones(V)))
 
 
-def test_a_word_beyond_the_context_counts_and_is_learned():
-    """Word 9 stands behind the 8 tokens of the context, in the caption for the label alone."""
+def test_the_words_of_the_label_caption_count_and_are_learned():
+    """Word 9 is in the caption for the label alone, behind the 8 tokens of the context."""
     model = make_model(vocab_size=V, context_length=8).train()
     model.num_captions += 1  # or each of its words were in all captions, and would weigh nothing
     tokens = torch.tensor([[START, 1, 1, 1, 1, 1, 1, END]])

@@ -29,13 +29,14 @@ def test_the_towers_equal_open_clips(quick_gelu, T):
     assert_same_towers(model, open_clip_of(model), T)
 
 
-def test_a_new_model_starts_with_open_clips_spread():
+def test_a_new_model_starts_with_open_clips_scale_and_spread():
     """The standard deviation of each tensor. Two draws of 128 numbers differ by a tenth."""
     config = SuperCLIPConfig(**SMALL)
 
     ours = open_clip_state(SuperCLIP(config))
 
     theirs = open_clip.model.CLIP(**open_clip_config(config)).state_dict()
+    assert ours["logit_scale"] == theirs["logit_scale"]
     for name in ours.keys() - {"logit_scale"}:
         assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.4), name
 
@@ -80,6 +81,18 @@ def test_features_have_length_1_in_float32_under_autocast():
         _, images, texts = model.encode_pairs(*make_pairs(model))
 
     assert torch.cat([images, texts]).norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
+
+
+def test_under_autocast_each_block_takes_and_returns_its_dtype():
+    model = make_random_model()
+    seen = set()
+    for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
+        block.register_forward_hook(lambda block, args, x: seen.update({args[0].dtype, x.dtype}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.encode_pairs(*make_pairs(model))
+
+    assert seen == {torch.bfloat16}
 
 
 # ---- the word head

@@ -17,7 +17,8 @@ def numbers_of(page):
 
 def are_near(numbers, tensor, tolerance=1e-3):
     """Is each number of a page that of the tensor, up to rounding?"""
-    return (torch.tensor(numbers, dtype=tensor.dtype) - tensor).abs().max() <= tolerance
+    numbers = torch.tensor(numbers, dtype=tensor.dtype)
+    return numbers.shape == tensor.shape and (numbers - tensor).abs().max() <= tolerance
 
 
 def requests_of(browser):

@@ -19,6 +19,7 @@ train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken --model tiny     | html.tar
 train TRAIN --val_data pairs.tar                                  | pairs.tar
 train TRAIN --batch_size 3                                        | --batch_size
+train TRAIN --micro_batch_size 3                                  | --micro_batch_size
 train TRAIN --learning_rate nan                                   | --learning_rate
 train TRAIN --captions json.caption                               | json.caption
 train TRAIN --vocab two.txt                                       | two.txt

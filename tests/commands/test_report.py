@@ -49,11 +49,6 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["scores"][1] == {"name": "zero-shot held out", **SCORE}
 
 
-@pytest.mark.parametrize("name", ["reference_log.jsonl", "clip_log.jsonl"])
-def test_the_logs_in_the_repository_can_be_read(name):
-    assert len(report.read_run(report.REFERENCE.with_name(name))["validations"]) == 3
-
-
 # Losses in training and in validation, in groups of 32, where a guess has ln 32 = 3.47
 LOGS = {
     "worse than a guess": ([3.0, 0.1], [3.3, 3.6], True),
@@ -137,10 +132,8 @@ def test_a_visit(browser, world):
     assert all_of("#x, main b") == []
     assert all_of("#overfitting")[0].is_displayed()  # 1.4 in groups of 4: a guess has ln 4 = 1.39
 
-    # A negative term reaches down to the lower end of its plot.
+    # Each term has a plot, that of a fork, too.
     assert [title.text for title in all_of("#curves h3")][:2] == ["Contrastive loss", "My loss"]
-    points = "return [...document.querySelectorAll('#curves .run')[1].points].map((p) => p.y)"
-    assert browser.execute_script(points) == pytest.approx([150, 97.4, 44.9], abs=0.1)
 
     # A word shows its map while it has the focus.
     browser.execute_script("arguments[0].focus()", all_of("#pictures button")[1])

@@ -310,7 +310,7 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
     compare.main([*argv, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
 
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("2 scores", "R@1", folders.name, "seconds"))
+    assert all(name in printed for name in ("R@1", folders.name))
 
 
 def test_the_page_shows_complete_rows_only(pretend, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Lines of scores on the pages are those of the run whose log the repository keeps."""
+"""Scores on the pages are those of the run whose log the repository keeps, or of the study."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from children import ROOT
 
 from eval import format_score
 
+RESULTS = ROOT / "study" / "results.md"
 LOG = ROOT / "study" / "reference_log.jsonl"
 
 
@@ -30,3 +31,17 @@ def test_every_line_of_scores_is_one_of_the_reference_run(page):
 
     assert shown
     assert [line for line in shown if line not in printed] == []
+
+
+# "93.6 -> 87.8, -5.8 ± 5.3", or the same in three columns of a table
+DIFFERENCE = re.compile(r"([\d.]+)(?: ->| % \|) ([\d.]+)(?:,| % \|) ([+-][\d.]+ ± [\d.]+)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_every_difference_in_a_table_is_one_of_the_study(page):
+    results = RESULTS.read_text().replace("*", "")
+
+    shown = DIFFERENCE.findall((ROOT / page).read_text())
+
+    assert shown
+    assert [cell for cell in shown if "{} -> {}, {}".format(*cell) not in results] == []
