@@ -157,6 +157,7 @@ seeds learned the objects (colour_shape above half), diverged, or took this rate
 """
 # (row, row): how does the gap change from one to the other?
 CHANGES = (
+    ("batch32", "batch8"),
     ("batch256", "batch8"),
     ("groups64", "groups4"),
     ("batch32", "batch32long"),
