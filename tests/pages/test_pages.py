@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import ROOT
-from material import TOKENIZER, make_model, write_checkpoint
+from material import TOKENIZER, make_model
 from PIL import Image
 from webpage import PAGES
 
