@@ -227,6 +227,8 @@ def read_command(text, common, world):
         file = Path(words[1].replace(".", "/") + ".py")
     check(file.is_file(), f"{text!r}: there is no program {file}")
     options = options_of(words_in(common) + words[n:])
+    chosen = options.keys() & {"--seed", "--out_dir"}
+    check(not chosen, f"{text!r}: leave out --seed and --out_dir, which a comparison chooses")
     if "--train_data" in options:
         world = None
     options = {**defaults_of(options, world), **options}

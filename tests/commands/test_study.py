@@ -120,6 +120,11 @@ def test_each_seed_draws_a_world_of_its_own(monkeypatch, tmp_path):
     assert folders[0] == folders[2] != folders[1]
 
 
+def test_a_command_with_a_seed_of_its_own_is_refused():
+    with pytest.raises(InputError, match="--seed"):
+        read_command("train.py --seed 3", "", World())
+
+
 # ---- one run
 
 HEADER = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
