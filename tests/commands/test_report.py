@@ -132,8 +132,10 @@ def test_a_visit(browser, world):
     assert all_of("#x, main b") == []
     assert all_of("#overfitting")[0].is_displayed()  # 1.4 in groups of 4: a guess has ln 4 = 1.39
 
-    # Each term has a plot, that of a fork, too.
+    # A negative term reaches down to the lower end of its plot.
     assert [title.text for title in all_of("#curves h3")][:2] == ["Contrastive loss", "My loss"]
+    points = "return [...document.querySelectorAll('#curves .run')[1].points].map((p) => p.y)"
+    assert browser.execute_script(points) == pytest.approx([150, 97.4, 44.9], abs=0.1)
 
     # A word shows its map while it has the focus.
     browser.execute_script("arguments[0].focus()", all_of("#pictures button")[1])

@@ -19,6 +19,7 @@ from PIL import Image
 
 import eval as evaluation
 from scripts import search
+from scripts.pictures import GAP
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -82,12 +83,14 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert f"{shard}:0000  a red ring" in capsys.readouterr().out
 
 
-def test_what_is_found_is_drawn_beside_what_it_was_for(folders, checkpoint):
-    argv = ["--checkpoint", checkpoint, "--images", ".", "--k", 2, "--out", "found.png", TEXTS[0]]
+def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
+    argv = ["--checkpoint", checkpoint, "--images", ".", "--k", 2, "--out", "found.png"]
 
-    assert not run(search.main, *argv)
+    assert not run(search.main, *argv, "--like", "red/0.png", TEXTS[0])
 
-    assert Image.open("found.png").width > 3 * search.SIDE
+    width, height = Image.open("found.png").size
+    assert width == 3 * (search.SIDE + GAP) + GAP  # with a cell for what it was for
+    assert height > width * 2 / 3
 
 
 # ---- the file of features

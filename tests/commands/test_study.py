@@ -204,7 +204,6 @@ def test_runs_of_other_code_are_not_found(pretend, monkeypatch, tmp_path, name, 
 PROGRAM = '''"""It trains nothing. Once, its seed 1 is killed with the comparison."""
 import os, pathlib, signal, sys, time
 
-# this line is a comment
 option = dict(zip(sys.argv, sys.argv[1:]))
 killed = pathlib.Path(__file__).with_name("killed")
 if option["--seed"] == "1" and not killed.exists():
