@@ -107,7 +107,7 @@ def folders(tmp_path):
     return tmp_path / "classes"
 
 
-@pytest.fixture(scope="module")  # it takes two seconds to start
+@pytest.fixture(scope="session")  # it takes two seconds to start
 def browser():
     """A headless Chromium. Without it, its driver or the package selenium the test is skipped."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")

@@ -77,12 +77,6 @@ def coloured(path, *captions):
     return write_shard(path, samples)
 
 
-def write_good_shard(path, n):
-    """A shard of n photographs, with "a red dog" and a number as their captions."""
-    samples = [{"jpg": encoded(photo(i)), "txt": f"a red dog {i}".encode()} for i in range(n)]
-    return write_shard(path, samples)
-
-
 # ---- models
 
 WORDS = "a photo picture of the red green blue grey square ring thing".split()

@@ -47,6 +47,13 @@ def make_model_without_zeros(kind=SuperCLIP, **changes):
     return model
 
 
+def model_of(*options, device="cpu"):
+    """The model that a run with these options starts with."""
+    args = train.make_parser().parse_args(["--model=tiny", *options])
+    model, _ = train.make_model(args, None, V, torch.device(device))
+    return model
+
+
 def make_captions(T, generator):
     """N captions (N, T), each one token shorter than the one before it."""
     captions = torch.randint(1, V - 2, (N, T), generator=generator)

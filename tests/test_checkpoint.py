@@ -9,6 +9,7 @@ from material import TOKENIZER, cases, make_model, write_checkpoint
 import eval as evaluation
 from cli import InputError
 from data import words_to_tiktoken
+from scripts.convert import read_weights
 
 MODEL = make_model()
 WEIGHTS = MODEL.state_dict()
@@ -56,10 +57,11 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_pickle_that_holds_code_is_refused(tmp_path):
+@pytest.mark.parametrize("read", [evaluation.load, read_weights])
+def test_a_pickle_that_holds_code_is_refused_with_what_to_do(tmp_path, read):
     torch.save({"model": WEIGHTS, "optimizer": Evil(tmp_path / "mark")}, tmp_path / "model.pt")
 
-    with pytest.raises(InputError, match="model.pt"):
-        evaluation.load(tmp_path / "model.pt")
+    with pytest.raises(InputError, match="model.pt .* state_dict"):
+        read(tmp_path / "model.pt")
 
     assert not (tmp_path / "mark").exists()

@@ -7,8 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
-from material import cases, encoded, photo, write_good_shard, write_tar
-from PIL import Image
+from material import cases, coloured, encoded, photo, write_tar
 
 import data
 from data import Pairs, Tokenizer, batch_indices, words_to_tiktoken
@@ -41,7 +40,6 @@ def test_every_epoch_is_another_permutation():
     first, second = samples[:100], samples[100:]
     assert visits == (*range(200),)
     assert len({*first}) == len({*second}) == 100
-    assert {*samples} <= {*range(103)}
     assert first != second
 
 
@@ -112,7 +110,6 @@ BAD = {  # case -> image, caption, JSON with the caption
     "truncated JPEG": (JPEG[:-200], b"a", b""),
     "no format of the web": (encoded(photo(), "PPM"), b"a", b""),
     "bomb": (GIF[:6] + b"\xff" * 4 + GIF[10:], b"a", b""),  # 65,535 pixels wide and high, it says
-    "float TIFF": (encoded(Image.new("F", (9, 9)), "TIFF"), b"a", b""),
 }
 
 
@@ -138,7 +135,7 @@ LONG = "a dog sits on the red grass " * 6 + "a dog runs on the"  # 47 tokens
 def odd_pairs(tmp_path):
     """Fourteen pairs: one is bad, and one has a long caption."""
     odd = [("long.jpg", JPEG), ("long.txt", LONG.encode()), ("x.jpg", b"bad"), ("x.txt", b"a")]
-    shards = [write_tar(tmp_path / "0.tar", odd), write_good_shard(tmp_path / "1.tar", 12)]
+    shards = [write_tar(tmp_path / "0.tar", odd), coloured(tmp_path / "1.tar", *"abcdefghijkl")]
     return Pairs(shards, TOKENIZER, 24, seed=5, patches=9, patch_dropout=0.5)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from material import rows_of, short_run
-from one_step import KEEP, N, V, assert_same_gradients, losses_and_gradients, micro_batches
+from one_step import KEEP, N, assert_same_gradients, losses_and_gradients, micro_batches, model_of
 
 import train
 
@@ -14,8 +14,7 @@ def gradients_of(options, device, size=N, dtype="float32"):
     """The gradients of train.py's first step on a device, brought to the CPU."""
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = False  # which rounds convolutions
-    args = train.make_parser().parse_args(["--model=tiny", *options])
-    model, _ = train.make_model(args, None, V, torch.device(device))
+    model = model_of(*options, device=device)
     torch.backends.cuda.enable_flash_sdp(True)  # which make_model switches off for a CPU
     autocast, _ = train.precision(torch.device(device), dtype)
     scaler = torch.amp.GradScaler(device, 1024, enabled=dtype == "float16")

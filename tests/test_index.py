@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from material import TOKENIZER, cases, write_good_shard, write_tar
+from material import TOKENIZER, cases, coloured, write_tar
 
 import data
 from cli import InputError
@@ -104,16 +104,16 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
 
 # case -> (damage to a shard of three samples, how many of them are still in the index)
 DAMAGE = {
-    "ends inside an image": (lambda tar: tar[: tar.index(b"0002.jpg") + 600], 3),
-    "a damaged header": (lambda tar: tar.replace(b"0001.jpg", b"????.jpg"), 1),
+    "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], 3),
+    "a damaged header": (lambda tar: tar.replace(b"0001.png", b"????.png"), 1),
     "two archives in one file": (lambda tar: tar + tar, 3),
 }
 
 
 @cases("damage, left", DAMAGE)
 def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
-    damaged = Path(write_good_shard(tmp_path / "0.tar", 3))
-    other = write_good_shard(tmp_path / "1.tar", 2)
+    damaged = Path(coloured(tmp_path / "0.tar", "red", "green", "blue"))
+    other = coloured(tmp_path / "1.tar", "red", "green")
     damaged.write_bytes(damage(damaged.read_bytes()))
 
     pairs = Pairs([str(damaged), other], TOKENIZER, 16)
@@ -139,8 +139,8 @@ CHANGES = {  # bytes and nanoseconds that a shard of 2 samples gets more, and wh
 
 @cases("size, later, expected", CHANGES)
 def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expected):
-    path = write_good_shard(tmp_path / "0.tar", 2)
-    other = write_good_shard(tmp_path / "1.tar", 3)
+    path = coloured(tmp_path / "0.tar", "red", "green")
+    other = coloured(tmp_path / "1.tar", "red", "green", "blue")
     before = os.stat(path)
     assert indexed(path, other) == 5
 

@@ -117,9 +117,7 @@ def test_the_words_of_the_label_caption_count_and_are_learned():
 class Shapes(TorchDispatchMode):
     """Notes the shape of each tensor that is computed."""
 
-    def __init__(self):
-        super().__init__()
-        self.made = []
+    made = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))

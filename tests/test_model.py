@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from material import make_model
 from oracle import (
     SMALL,
     assert_near,
@@ -73,26 +74,18 @@ def test_uint8_images_are_normalised_by_the_configuration():
     assert SuperCLIPConfig().image_std == open_clip.constants.OPENAI_DATASET_STD
 
 
-def test_features_have_length_1_in_float32_under_autocast():
+def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32():
     """bfloat16 would be off by up to 0.4 %."""
-    model = make_random_model()
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, images, texts = model.encode_pairs(*make_pairs(model))
-
-    assert torch.cat([images, texts]).norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
-
-
-def test_under_autocast_each_block_takes_and_returns_its_dtype():
     model = make_random_model()
     seen = set()
     for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
         block.register_forward_hook(lambda block, args, x: seen.update({args[0].dtype, x.dtype}))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.encode_pairs(*make_pairs(model))
+        _, images, texts = model.encode_pairs(*make_pairs(model))
 
     assert seen == {torch.bfloat16}
+    assert torch.cat([images, texts]).norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
 
 
 # ---- the word head
@@ -130,11 +123,8 @@ def test_with_cls_weight_0_the_model_is_clip():
 
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     """The study pairs the two by their seeds, and rests on it."""
-    torch.manual_seed(1)
-    clip = SuperCLIP(SuperCLIPConfig(**SMALL, cls_weight=0)).state_dict()
-    torch.manual_seed(1)
-
-    superclip = SuperCLIP(SuperCLIPConfig(**SMALL)).state_dict()
+    clip = make_model(cls_weight=0).state_dict()  # make_model seeds torch
+    superclip = make_model().state_dict()
 
     assert all(torch.equal(x, superclip[name]) for name, x in clip.items())
 

@@ -91,5 +91,3 @@ def test_a_signal_to_one_of_them_stops_both(children, shards, tmp_path):
     assert (code, other_code) == (143, 143), printed
     assert is_saved
     assert checkpoint_of(tmp_path)["step"] == 3
-    train.main([*options, "--resume"])
-    assert checkpoint_of(tmp_path)["step"] == 12

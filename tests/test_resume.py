@@ -148,7 +148,6 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
     message = error_of(capsys, train.main, *short_run(shards, tmp_path, *resume))
 
     assert str(tmp_path) in message
-    assert [path.name for path in tmp_path.glob("*.pt")] == [name]
     assert (tmp_path / name).read_bytes() == content
 
 

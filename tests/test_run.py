@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from material import (
-    COLOURS,
     cases,
     checkpoint_of,
     coloured,
@@ -47,21 +46,11 @@ WAYS = {
 @cases("options", WAYS)
 def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
     """Each has other losses."""
-    train.main(short_run(shards, tmp_path, *options.split()))
+    train.main(short_run(shards, tmp_path, "--eval_every", 12, *options.split()))
 
     first, *_, last = rows_of(tmp_path, "loss")
     assert first["loss"] != pytest.approx(rows_of(whole_run, "loss")[0]["loss"], rel=1e-5)
     assert last["loss"] < first["loss"] - 1
-
-
-def test_micro_batches_have_the_losses_of_whole_ones(whole_run, shards, tmp_path):
-    """At the end the weights differ a little, because Adam makes much of the smallest gradient."""
-    options = "--micro_batch_size 4 --grad_checkpointing --workers 1"
-    train.main(short_run(shards, tmp_path, *options.split()))
-
-    losses, expected = ([r["loss"] for r in rows_of(out, "loss")] for out in (tmp_path, whole_run))
-    assert losses[0] == pytest.approx(expected[0], rel=1e-5)
-    assert losses == pytest.approx(expected, rel=0.02)
 
 
 def test_weight_decay_is_that_of_the_option(shards, tmp_path):
@@ -100,13 +89,6 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other
         shutil.copy(shards / name, tmp_path)
 
     assert trained_and_validated(tmp_path, tmp_path) == (70, 20)
-
-
-def test_one_pair_in_a_hundred_is_held_out(tmp_path):
-    shard = coloured(tmp_path / "pairs.tar", *51 * [*COLOURS])
-    write_vocabulary(tmp_path)
-
-    assert trained_and_validated(tmp_path, shard) == (201, 3)
 
 
 # ---- its validations, and its end
@@ -157,15 +139,14 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monk
     assert run_commands_in(printed) == 3
 
 
-def test_after_a_run_that_held_pairs_out_the_commands_ask_for_files(
+def test_one_pair_in_a_hundred_is_held_out_and_then_the_commands_ask_for_files(
     folders, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     shard = coloured("pairs.tar", *200 * ["red"])
     write_vocabulary(tmp_path)
 
-    options = f"--train_data {shard} --model tiny --batch_size 8 --steps 1 --workers 0 --device cpu"
-    train.main(options.split())
+    assert trained_and_validated(tmp_path, shard) == (198, 2)
 
     printed = capsys.readouterr().out
     printed = printed.replace("SHARDS", "pairs.tar").replace("PICTURES", str(folders))

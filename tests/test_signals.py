@@ -14,20 +14,17 @@ import train
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_a_step_stops_the_run_after_it(children, shards, whole_run, tmp_path, number):
+def test_a_signal_in_a_step_stops_the_run_after_it(children, shards, tmp_path, number):
     """Ctrl-C, a scheduler and the end of a terminal send it to loading processes, too. These are
     needed until the run has left its loop."""
-    options = short_run(shards, tmp_path / "out", "--workers", 1)
+    options = short_run(shards, tmp_path, "--workers", 1)
 
     code, printed = finish(children.start("train", options, in_step(6, receive(number))))
-    step = checkpoint_of(tmp_path / "out")["step"]
-    train.main([*options, "--resume"])
 
     assert code == 128 + number, printed
     assert printed.count("Ctrl-\\") == 1  # the loading process is silent
     assert "--resume" in printed
-    assert step == 6
-    assert_ends_like(tmp_path / "out", whole_run)
+    assert checkpoint_of(tmp_path)["step"] == 6
 
 
 # When a signal comes, the step that is saved, and the validations before the run stops

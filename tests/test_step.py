@@ -14,11 +14,11 @@ from one_step import (
     KEEP,
     ForkedSuperCLIP,
     N,
-    V,
     assert_same_gradients,
     losses_and_gradients,
     make_model_without_zeros,
     micro_batches,
+    model_of,
 )
 
 import train
@@ -144,10 +144,8 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 # ---- the same gradients by other ways to compute them
 
 
-def test_grad_checkpointing_runs_each_block_again_in_the_backward_pass():
-    """test_run.py compares its losses."""
-    args = train.make_parser().parse_args(["--model=tiny", "--grad_checkpointing"])
-    model, _ = train.make_model(args, None, V, torch.device("cpu"))
+def test_grad_checkpointing_runs_each_block_again_and_changes_nothing():
+    model = model_of("--grad_checkpointing")
     runs = []
     for tower in (model.visual, model.text):
         tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -155,6 +153,9 @@ def test_grad_checkpointing_runs_each_block_again_in_the_backward_pass():
     losses_and_gradients(model, micro_batches())
 
     assert len(runs) == 2 * 2
+    _, gradients = losses_and_gradients(model_of("--grad_checkpointing"), micro_batches(2))
+    _, expected = losses_and_gradients(model_of(), micro_batches())
+    assert_same_gradients(gradients, expected)
 
 
 def test_compiled_equals_eager(monkeypatch):
@@ -164,9 +165,7 @@ def test_compiled_equals_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiler)
     found = []
     for option in ("--compile", "--no-compile"):
-        args = train.make_parser().parse_args(["--model=tiny", option])
-        model, _ = train.make_model(args, None, V, torch.device("cpu"))
-        found.append(losses_and_gradients(model, micro_batches(keep=KEEP)))
+        found.append(losses_and_gradients(model_of(option), micro_batches(keep=KEEP)))
 
     torch.testing.assert_close(*found)
     assert compiler.call_count == 3  # both towers, and the losses of each pair

@@ -18,6 +18,11 @@ def updated(model, scaler=NOT_SCALED, factor=1.0, rates=(1e-4, None), new=()):
     return model, optimizer, norm
 
 
+def length(tensors):
+    """Of all of them as one vector."""
+    return torch.cat([x.flatten() for x in tensors]).norm().item()
+
+
 def test_weight_decay_is_for_matrices_alone():
     model = make_model_without_zeros(loss="sigmoid")
 
@@ -34,13 +39,11 @@ def test_an_update_clips_the_gradient_to_length_1(scale):
     _, gradients = losses_and_gradients(make_model_without_zeros(), micro_batches())
     scaler = torch.amp.GradScaler("cpu", scale)
 
-    model, optimizer, norm = updated(make_model_without_zeros(), scaler)
+    _, optimizer, norm = updated(make_model_without_zeros(), scaler)
 
-    expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    moments = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
-    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)
-    assert all(p.grad is None for p in model.parameters())
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    assert norm.item() == pytest.approx(length(gradients.values()), rel=1e-5)
+    assert length(moments) == pytest.approx(0.1, rel=1e-4)
 
 
 # --head_learning_rate, the names that --init_from lacks, and the rates of the head and of a bias of

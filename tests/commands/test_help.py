@@ -7,10 +7,13 @@ import pytest
 from children import ROOT
 from material import run
 
-SCRIPTS = [path for path in ROOT.glob("scripts/*.py") if "run_command(main)" in path.read_text()]
 COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe"]
 COMMANDS += ["study.compare", "study.plan", "docs.demo", "docs.figures"]
-COMMANDS += sorted(f"scripts.{path.stem}" for path in SCRIPTS)
+COMMANDS += [
+    f"scripts.{path.stem}"
+    for path in sorted(ROOT.glob("scripts/*.py"))
+    if "run_command(main)" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

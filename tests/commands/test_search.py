@@ -33,14 +33,12 @@ def folders(folders, monkeypatch):
     return folders
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys, workers):
+def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     """For an image and for texts. An image finds neither itself nor its copy."""
     photo = Path("red/2.png")
     copy = Path("green/copy.png")
     copy.write_bytes(photo.read_bytes())
     argv = ["--checkpoint", checkpoint, "--images", ".", "--like", photo, *TEXTS, "--k", 7]
-    argv += ["--workers", workers]
 
     results, _ = result_of(capsys, search.main, folders / "found.json", *argv)
 

@@ -47,9 +47,7 @@ def answer_of(address, path, host="127.0.0.1"):
     """The status and the bytes with which the server answers; TOKEN stands for the random part."""
     _, netloc, token, *_ = urlsplit(address)
     connection = http.client.HTTPConnection(netloc, timeout=30)
-    connection.putrequest("GET", path.replace("/TOKEN/", token), skip_host=True)
-    connection.putheader("Host", host)
-    connection.endheaders()
+    connection.request("GET", path.replace("/TOKEN/", token), headers={"Host": host})
     answer = connection.getresponse()
     return answer.status, answer.read()
 

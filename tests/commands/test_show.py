@@ -42,29 +42,29 @@ def printed_by(capsys, *argv):
     return capsys.readouterr().out
 
 
-def test_samples_and_captions_are_counted_and_equal_ones_are_twins(dogs, capsys):
-    """A shard that is named twice counts once. Captions are equal if their words are."""
-    printed = printed_by(capsys, dogs, dogs)
+@pytest.fixture
+def printed(dogs, capsys):
+    """A shard that is named twice counts once."""
+    return printed_by(capsys, dogs, dogs)
 
+
+def test_samples_and_captions_are_counted_and_equal_ones_are_twins(printed):
+    """Captions are equal if their words are."""
     assert "8 samples in 1 shards, 7 captions (txt)" in printed
     assert "captions with a twin: 2 (28.6%)" in printed
     assert "2 x a red dog 1" in printed
 
 
-def test_what_cannot_be_used_is_named(dogs, capsys):
+def test_what_cannot_be_used_is_named(dogs, printed):
     """No image, no caption, an image that cannot be read, and a name with a second dot."""
-    printed = printed_by(capsys, dogs)
-
     assert "not used: 4\n" in printed
     for key in ("0006", "0007", "0008", "*.v2.png"):
         assert f"such as {dogs} {key}\n" in printed
 
 
-def test_label_weights_by_hand(dogs, capsys):
+def test_label_weights_by_hand(printed):
     """Of "a red dog 3": of seven captions, "3" is in one, "red" in six, "a" and "dog" in all. So
     their weights are log(8 / 2) = 1.386, log(8 / 7) = 0.134 and 0, which add up to 1.52."""
-    printed = printed_by(capsys, dogs)
-
     assert "label: 3 0.91  red 0.09  a 0.00  dog 0.00" in printed
 
 

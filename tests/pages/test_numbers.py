@@ -2,35 +2,26 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from children import ROOT
 
 from eval import format_score
+from scripts.report import scores_of
 
 RESULTS = ROOT / "study" / "results.md"
 LOG = ROOT / "study" / "reference_log.jsonl"
 
 
-def lines_of(row):
-    """The lines of scores that a validation has printed."""
-    for way, scores in row["validation"].items():
-        for name, score in scores.items():
-            yield format_score(f"{way} {name}".replace("_", " "), score)
-    for folder, score in row["zeroshot"].items():
-        yield format_score(f"zero-shot {Path(folder).name}", score)
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_every_line_of_scores_is_one_of_the_reference_run(page):
     validations = [json.loads(line) for line in LOG.open() if '"validation"' in line]
-    printed = {line for row in validations for line in lines_of(row)}
+    printed = {format_score(s["name"], s) for row in validations for s in scores_of(row)}
 
     shown = re.findall(r"^\S.* % +chance .* n [\d,]+$", (ROOT / page).read_text(), re.M)
 
     assert shown
-    assert [line for line in shown if line not in printed] == []
+    assert [line for line in shown if line.replace("_", " ") not in printed] == []
 
 
 # "93.6 -> 87.8, -5.8 ± 5.3", or the same in three columns of a table

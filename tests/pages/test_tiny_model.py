@@ -4,28 +4,26 @@ import re
 
 import pytest
 from children import ROOT
+from material import result_of
 from PIL import Image
 
-import data
 import eval as evaluation
 from scripts import scenes, words
 
 TINY = ROOT / "assets" / "tiny.pt"
 
 
-def test_it_finds_captions_as_often_as_the_tutorial_says(tmp_path):
+def test_it_finds_captions_as_often_as_the_tutorial_says(tmp_path, capsys):
     """Within two of 1,000 images, because another CPU rounds otherwise."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
     stated = re.search(r"^image to text R@1 +([\d.]+) %", page, re.MULTILINE)
     task = ("val-00000.tar", "val", range(1000))
     scenes.write_shard(task, tmp_path, settings=scenes.some_settings(256, 0), seed=0)
-    model, tokenizer, _ = evaluation.load(TINY)
-    shards = [str(tmp_path / "val-00000.tar")]
-    pairs = data.Pairs(shards, tokenizer, model.config.image_size, ["json.long"])
+    argv = ["retrieval", "--checkpoint", TINY, "--data", tmp_path, "--device", "cpu"]
 
-    scores = evaluation.retrieval(*evaluation.encode_shards(model, pairs))
+    result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
 
-    found = scores["image_to_text"]["R@1"]
+    found = result["validation"]["image_to_text"]["R@1"]
     assert 100 * found["value"] == pytest.approx(float(stated[1]), abs=0.21)
 
 
