@@ -492,8 +492,8 @@ class Shards:
 
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompression bombs
 # The formats of web images. Pillow knows stranger ones, and some of them start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 # Pillow warns of odd metadata, and torch of a read-only array, to which nobody writes.
 warnings.filterwarnings("ignore", module="PIL|data$")
 
@@ -530,9 +530,6 @@ def crop_box(width, height, rng=None, crop_area=1.0):
 def upright_rgb(image, box=None):
     """PIL image -> the part of it in the box (x0, y0, x1, y1), or all, as an RGB image: turned as
     its EXIF data says, with transparent parts white."""
-    # Older versions of Pillow have mode I for PNGs of 16 bits, too.
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise BadSample(f"32-bit pixels (mode {image.mode}) have no fixed range of brightness")
     image = image.crop(box)
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)
@@ -556,8 +553,6 @@ def load_image(source, size, rng=None, crop_area=1.0):
         image = source
         if isinstance(source, bytes):
             image = Image.open(io.BytesIO(source), formats=FORMATS)
-        if image.format == "TIFF":
-            image.load()  # turns it, which in older versions of Pillow may change its size
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)

@@ -148,7 +148,7 @@ def make_parser():
 
 
 # The default of --init_from: larger steps would destroy what the weights know.
-FINE_TUNING = {"learning_rate": 5e-5}
+FINE_TUNING_RATE = 5e-5
 NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
 IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
 # What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
@@ -173,7 +173,7 @@ def parse(argv):
         defaults.update(SCENES, epochs=round(2.4 * ratio, 3))
         defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
     if given.init_from is not None:
-        defaults.update(FINE_TUNING)
+        defaults["learning_rate"] = FINE_TUNING_RATE
         defaults.pop("model", None)  # the checkpoint knows it
         for name in IN_A_CHECKPOINT:
             if getattr(given, name) is not None:
@@ -355,8 +355,7 @@ def read_start(args):
     if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
         make_scenes("scenes")
     if args.init_from is not None:
-        source, tokenizer, _ = evaluation.load(args.init_from)
-        return source, tokenizer
+        return evaluation.load(args.init_from)[:2]  # without its preprocess
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
@@ -463,8 +462,7 @@ def set_lengths(args, n):
     if args.warmup_steps is None:
         args.warmup_steps = min(1000, args.steps // 10)
     if args.eval_every is None:
-        validations = max(3, math.ceil(args.steps / 2000))
-        args.eval_every = math.ceil(args.steps / validations)  # at about equal distances
+        args.eval_every = min(2000, math.ceil(args.steps / 3))
 
 
 # -----------------------------------------------------------------------------
@@ -512,8 +510,12 @@ def describe(args, model, pairs, val_pairs, dtype, device):
         "data_fingerprint": fingerprint,
     }
     print(", ".join(f"{name} {value}" for name, value in header.items()))
-    more = {"command": sys.argv, "arguments": vars(args), "config": vars(model.config)}
-    return {**header, **more}
+    return {
+        **header,
+        "command": sys.argv,
+        "arguments": vars(args),
+        "config": vars(model.config),
+    }
 
 
 def resume(path, header, model, tokenizer, optimizer, scaler):
@@ -632,7 +634,7 @@ def train(args):
     if last.exists():
         start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
         if best.exists():  # last.pt is saved before the validation of its step, best.pt after it
-            best_r1 = max(best_r1, evaluation.read_checkpoint(best)["best_r1"])
+            best_r1 = evaluation.read_checkpoint(best)["best_r1"]
     check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
     check(start <= args.steps, f"--resume: step {start} is past --steps {args.steps}")
     write_row(args, {"header": header, "step": start})
