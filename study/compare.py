@@ -25,11 +25,8 @@ what a file of data contains, is not looked at: give it another name when it cha
 """
 
 import ast
-import functools
 import hashlib
-import io
 import json
-import math
 import os
 import re
 import shlex
@@ -39,6 +36,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean, stdev
@@ -59,8 +57,8 @@ FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --ra
 MOST_RATES = 8
 # A rate is judged by the mean of these scores, or of all if a run has none of them.
 GOALS = {"R@1", "colour_shape", "object"}
-SCENES_CODE = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py")  # what draws scenes
-DRAWN_BY = {"scenes": SCENES_CODE, "objects": (*SCENES_CODE, "study/objects.py")}
+# The code that draws a world.
+DRAWN_BY = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py", "study/objects.py")
 # What a linear probe learns from, and what it is scored on.
 PROBES = {
     "scenes": ("zeroshot/colour_shape", "zeroshot/held_out"),
@@ -81,7 +79,7 @@ QUANTILES = (
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
-@functools.cache
+@cache
 def without_docstrings(text):
     """A Python file as a text -> its code without comments, docstrings and layout."""
     tree = ast.parse(text)
@@ -91,13 +89,10 @@ def without_docstrings(text):
     return ast.unparse(tree)
 
 
-def code_of(files, folder):
-    """A hash of the code of some Python files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        code = without_docstrings(file.read_text())
-        digest.update(f"{file.relative_to(folder)}\n{code}\n".encode())
-    return digest.hexdigest()[:8]
+def code_of(files):
+    """A hash of the code of some Python files."""
+    codes = [without_docstrings(Path(file).read_text()) for file in files]
+    return hashlib.sha256("\n".join(codes).encode()).hexdigest()[:8]
 
 
 # -----------------------------------------------------------------------------
@@ -116,13 +111,9 @@ class World(NamedTuple):
     def kind(self):
         return "objects" if self.photographs else "scenes"
 
-    def code(self):
-        """A hash of the code that draws it."""
-        return code_of(map(Path, DRAWN_BY[self.kind()]), ".")
-
     def draw(self, out, seed):
         """The folder of this world, which is drawn if it is not there."""
-        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {self.code()}")
+        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {code_of(DRAWN_BY)}")
         if not folder.exists():
             if self.photographs:
                 make_objects(folder, self.photographs, self.settings, seed)
@@ -153,13 +144,9 @@ class Command(NamedTuple):
 
     def code(self):
         """A hash of the code in its folder, of the module, and of what draws the world."""
-        files = {self.folder / "scripts/scenes.py", *self.folder.glob("*.py")}
-        codes = [code_of(files, self.folder)]
-        if self.file not in files:
-            codes.append(code_of([self.file], self.folder))
-        if self.world:
-            codes.append(self.world.code())
-        return "-".join(codes)
+        beside = [*sorted(self.folder.glob("*.py")), self.folder / "scripts/scenes.py"]
+        drawing = DRAWN_BY if self.world else ()
+        return "-".join(map(code_of, (beside, [self.file], drawing)))
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
@@ -194,19 +181,18 @@ def defaults_of(options, world):
     one with shards of its own."""
     # what the other defaults depend on
     rules = options.keys() & {"--batch_size", "--train_data", "--init_from"}
-    with redirect_stdout(io.StringIO()):  # it prints them
+    with redirect_stdout(None):  # it prints them
         args = train.parse(words_of({name: options[name] for name in rules}))
     defaults = {"--workers": ["0"], "--eval_every": [str(10**9)]}  # once more at the end
-    for name in ("epochs", "learning_rate", *(SCENES if world else ())):
+    for name in ("epochs", "learning_rate", *SCENES):
         value = getattr(args, name)
-        values = value if isinstance(value, list) else [value]
-        defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
+        if value:  # None and [] are no words
+            values = value if isinstance(value, list) else [value]
+            defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
     if world and world.photographs:
         defaults["--zeroshot_data"] = ["WORLD/zeroshot/object"]
     if "--steps" in options:
         del defaults["--epochs"]
-    if "--init_from" in options:  # it knows the model
-        defaults.pop("--model", None)
     return defaults
 
 
@@ -239,7 +225,7 @@ def read_command(text, common, world):
 # One run
 
 
-RUNNING = set()  # processes
+STARTED = []  # processes
 
 
 def call(words):
@@ -248,14 +234,12 @@ def call(words):
     process = subprocess.Popen(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    RUNNING.add(process)
+    STARTED.append(process)
     output, _ = process.communicate()
-    RUNNING.discard(process)
     if process.returncode == 0:
         return ""
     last_line = output.strip().rpartition("\n")[2]
@@ -265,10 +249,10 @@ def call(words):
 def train_and_score(command, world, out_dir):
     """Train a model in out_dir, on the world in a folder. Returns a run: a dict of scores, seconds,
     and what the log says of the machine. A run that has diverged has no scores."""
-    options = {**command.options, "--seed": [str(command.seed)], "--out_dir": [out_dir]}
-    words = [word.replace("WORLD/", f"{world}/") for word in words_of(options)]
+    words = [*command.program.split(), *words_of(command.options)]
+    words += ["--seed", str(command.seed), "--out_dir", out_dir]
     start = time.perf_counter()
-    error = call([*command.program.split(), *words])
+    error = call([word.replace("WORLD/", f"{world}/") for word in words])
     seconds = round(time.perf_counter() - start, 1)
     check(not error or DIVERGED in error, f"{command}: {error}")
     header, rows = read_log(f"{out_dir}/log.jsonl")
@@ -304,11 +288,6 @@ def probe_scores(command, world, out_dir):
 
 # -----------------------------------------------------------------------------
 # Many runs
-
-
-def main_code(run):
-    """The code of train.py and the files beside it."""
-    return run["code"].partition("-")[0]
 
 
 class Side(NamedTuple):
@@ -349,50 +328,46 @@ class Study:
         self.path = path
         self.runs = {}
         self.codes = {}  # of programs in worlds
-        if jobs:
-            path.touch()
+        path.touch()
         runs = [*map(json.loads, open(path))]
         for run in runs:
             self.runs[tuple(run[name] for name in KEY)] = run
-            if jobs == 0 and main_code(run) == main_code(runs[-1]):
+            if run["code"][:8] == runs[-1]["code"][:8]:  # that of train.py and what is beside it
                 self.codes[run["program"], run["world"]] = run["code"]
 
     def key(self, command):
         """The values of KEY, which tell a run from others."""
         world = str(command.world or "")
-        place = (command.program, world)
-        if place not in self.codes:
-            self.codes[place] = command.code() if self.jobs else ""
-        return command.line(), world, command.seed, command.probe, self.codes[place]
+        code = command.code() if self.jobs else self.codes.get((command.program, world))
+        return command.line(), world, command.seed, command.probe, code
 
     def run(self, task):
         """Run a command in the folder of its world, a pair. Returns it and its run."""
-        command, world = task
+        command, key, world = task
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
             run = train_and_score(command, world, out_dir)
-        key = dict(zip(KEY, self.key(command)))
-        check(command.code() == key["code"], f"{command}: its code has changed meanwhile")
-        return command, {**key, "program": command.program, **run}
+        check(self.key(command) == key, f"{command}: its code has changed meanwhile")
+        return command, {**dict(zip(KEY, key)), "program": command.program, **run}
 
     def work(self, commands):
         """Run some commands, each once."""
         tasks = []
         for command in {self.key(command): command for command in commands}.values():
             folder = command.world and command.world.draw(self.out, command.seed)
-            tasks.append((command, folder))
-        with ThreadPool(self.jobs) as pool, tqdm(total=len(tasks), unit="run", smoothing=0) as bar:
-            try:
-                for command, run in pool.imap_unordered(self.run, tasks):
-                    self.runs[self.key(command)] = run
-                    with open(self.path, "a") as file:
-                        file.write(json.dumps(run) + "\n")
-                    tqdm.write(f"{command}: {goal(run):.1f} % in {run['seconds']} s")
-                    bar.update()
-            finally:  # after a failure, Ctrl-C or a kill
-                pool.terminate()  # what has not begun
-                for process in [*RUNNING]:
-                    process.terminate()
-                pool.join()
+            tasks.append((command, self.key(command), folder))
+        pool = ThreadPool(self.jobs)
+        done = pool.imap_unordered(self.run, tasks)
+        try:
+            for command, run in tqdm(done, total=len(tasks), unit="run", smoothing=0):
+                self.runs[self.key(command)] = run
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(run) + "\n")
+                tqdm.write(f"{command}: {goal(run):.1f} % in {run['seconds']} s")
+        finally:  # after a failure, Ctrl-C or a kill
+            pool.terminate()  # what has not begun
+            for process in STARTED:  # nothing happens to those that have ended
+                process.terminate()
+            pool.join()
 
     def look(self, command, seeds, search, probe):
         """What there is of a side of an experiment, and the list of commands that it needs next."""
@@ -455,7 +430,7 @@ def best_rate(goals, without=None):
     def total(rate):
         return sum(value for seed, value in enumerate(goals[rate]) if seed != without)
 
-    return max(sorted(goals), key=total)
+    return max(goals, key=total)
 
 
 def next_rates(goals):
@@ -502,7 +477,7 @@ class Interval(NamedTuple):
 def interval(differences):
     """The interval of the mean of some differences, one for each seed."""
     n = len(differences)
-    half = QUANTILES[n - 2] * stdev(differences) / math.sqrt(n)
+    half = QUANTILES[n - 2] * stdev(differences) / n**0.5
     return Interval(mean(differences), half)
 
 
@@ -555,24 +530,18 @@ def make_options():
     add("--probe", action="store_true", help="score a linear probe, too")
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
     add("--photographs", default="", metavar="DIR", help="of the world: see study/objects.py")
-    add_shared(parser)
-    return parser
-
-
-def add_shared(parser):
-    """Options that plan.py has, too."""
-    add = parser.add_argument
     text = "runs at a time (default: the cores; give fewer on a GPU)"
     add("--jobs", type=number(int, 1), default=cores(), help=text)
     add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
+    return parser
 
 
 def run_experiment(study, args):
     """Do what the options of an experiment say. Returns its two Sides."""
     world = World(args.settings, args.photographs)
     pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
-    own = any(command.world is None for command in pair)
-    check(not (own and args.probe), "--probe needs a drawn world, which --train_data replaces")
+    drawn = all(command.world for command in pair)
+    check(drawn or not args.probe, "--probe needs a drawn world, which --train_data replaces")
     return study.experiment(pair, args.seeds, args.rates, args.probe)
 
 

@@ -37,7 +37,7 @@ def place_photographs(folder, n, rng, settings):
     """n photographs, drawn from a folder with a folder for each class, each in a corner of a
     setting: a list of (class, name of the setting, bytes of a JPEG file)."""
     paths = sorted(Path(folder).glob("*/*.[jp][pn]g"))
-    check(len(paths) >= n, f"{folder} has {len(paths):,} photographs, and {n:,} are needed")
+    check(len(paths) >= n, f"{folder} has fewer than {n:,} photographs")
     placed = []
     for path in progress(rng.sample(paths, n), "placing photographs"):
         setting = rng.choice(settings)
@@ -54,12 +54,14 @@ def write_shard(path, placed):
     with tarfile.open(path, "w") as tar:
         for i, (name, ground, content) in enumerate(placed):
             thing = scenes.with_article(name)
-            long = [
-                f"{thing} on {ground}",
-                f"{ground} and {thing}",
-                f"photo of {thing} on {ground}",
-            ]
-            fields = {"short": ground, "long": long}
+            fields = {
+                "short": ground,
+                "long": [
+                    f"{thing} on {ground}",
+                    f"{ground} and {thing}",
+                    f"photo of {thing} on {ground}",
+                ],
+            }
             add_member(tar, f"{i:08d}.jpg", content)
             add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
 

@@ -18,6 +18,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from cli import InputError, check, make_parser, optional, run_command
+from data import cores
 from study import compare
 
 RESULTS = Path(__file__).with_name("results.md")
@@ -25,6 +26,7 @@ RUNS = RESULTS.with_name("runs.jsonl")
 FIGURE = RESULTS.parent.parent / "assets/study.png"
 PAIR = '--a "train.py --cls_weight 0" --b "train.py"'
 GROUPS = '--a "-m study.groups --group {0} --cls_weight 0" --b "-m study.groups --group {0}"'
+OUT = Path("out_study")  # worlds, and photographs
 SCORES = ("R@1", "colour_shape", "held_out")
 AT_32 = "--batch_size 32 --epochs 2.4"
 FLICKR = (
@@ -110,8 +112,8 @@ def complete_rows(study):
 # -----------------------------------------------------------------------------
 # The page
 
-TITLE = "# CLIP and SuperCLIP, made small\n"
-INTRO = """
+INTRO = """# CLIP and SuperCLIP, made small
+
 Made by `python -m study.plan` from the runs in [runs.jsonl](runs.jsonl), all of one code, that of
 commit {commit}. A cell reads: mean of the first command -> mean of the second, and their difference
 with its 95 % interval (Student's t), in percent. Bold: the interval excludes 0 (uncorrected). Five
@@ -131,9 +133,9 @@ one core: others shared the machine.
 ## What the runs say
 
 The *gap* is SuperCLIP's colour_shape minus CLIP's. Does it shrink with more samples? Does it grow
-when fewer pairs are compared?
+when fewer pairs are compared? And at how many of the learning rates that were tried do most seeds
+learn the objects, in parentheses?
 """
-ALL_ROWS = "\n## All rows\n"
 HEADINGS = """
 | | seconds | R@1 | colour_shape (object) | held_out (probe) |
 | --- | --- | --- | --- | --- |"""
@@ -194,11 +196,10 @@ def cell(sides, score):
     return f"{a:.1f} -> {b:.1f}, {bold(compare.difference(sides, score))}"
 
 
-def rates_that_learn(side):
-    """The rates at which most seeds learned the objects, as a text."""
-    learned = side.values(compare.has_learned)
-    good = [f"{rate:.2e}" for rate, seeds in learned.items() if 2 * sum(seeds) > len(seeds)]
-    return f"at {', '.join(good)}" if good else "at none of the rates"
+def tolerated(side):
+    """At how many of its learning rates do most seeds learn the objects? As a text."""
+    learned = [*side.values(compare.has_learned).values()]
+    return f"{sum(mean(seeds) > 0.5 for seeds in learned)} of {len(learned)}"
 
 
 def findings(found):
@@ -206,23 +207,16 @@ def findings(found):
     lines = []
     for name in BATCHES:
         if name in found:
-            clip, superclip = map(rates_that_learn, found[name])
-            lines.append(
-                f"- {ROWS[name].label}: {cell(found[name], 'colour_shape')}. Most seeds learn the "
-                f"objects {clip} with CLIP, and {superclip} with SuperCLIP."
-            )
+            gap = bold(compare.difference(found[name], "colour_shape"))
+            clip, superclip = map(tolerated, found[name])
+            lines.append(f"- {ROWS[name].label}: {gap} (CLIP {clip} rates, SuperCLIP {superclip})")
     for first, second in CHANGES:
         if first in found and second in found:
             pairs = zip(*[compare.gaps(found[name], "colour_shape") for name in (first, second)])
             change = bold(compare.interval([after - before for before, after in pairs]))
             step = f"From {ROWS[first].label} to {ROWS[second].label}"
             lines.append(f"- {step} the gap changes by {change}.")
-    return [wrapped(line, "  ") for line in lines]
-
-
-def wrapped(text, indent=""):
-    """A paragraph in lines of a hundred columns."""
-    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
+    return lines
 
 
 def row_of(*texts):
@@ -253,16 +247,28 @@ def page(found):
             rates.append(f"  - {letter}: {'; '.join(compare.rate_texts(side))}")
     outside = sum(map(compare.Interval.excludes_0, intervals))
     missing = [row.label for name, row in ROWS.items() if name not in found]
-    summary = wrapped(
+    summary = textwrap.fill(
         f"{outside} of {len(intervals)} intervals exclude 0 (uncorrected). {survivors(intervals)} "
         "survive the correction of Benjamini and Hochberg at 5 %, a rough count, because rows "
-        "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + "."
+        "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + ".",
+        width=100,
+        break_on_hyphens=False,
     )
     first = next(iter(found.values()))[0].runs()[0]
-    intro = INTRO.format(commit=first["commit"].removesuffix("-dirty"))  # runs.jsonl had grown
-    parts = [TITLE + intro, *findings(found), ALL_ROWS, summary, HEADINGS, *table]
-    parts += [OPEN, *open_table(found)]
-    return "\n".join([*parts, RATES, *rates, ""])
+    lines = [
+        INTRO.format(commit=first["commit"].removesuffix("-dirty")),  # runs.jsonl had grown
+        *findings(found),
+        "\n## All rows\n",
+        summary,
+        HEADINGS,
+        *table,
+        OPEN,
+        *open_table(found),
+        RATES,
+        *rates,
+        "",
+    ]
+    return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
@@ -278,15 +284,25 @@ def draw(found):
     if not names:
         return
     plt = optional("matplotlib.pyplot", "matplotlib")
-    figure, axes = plt.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)
-    figure.set_size_inches(2 + 2.4 * len(names), 3)
+    figure, axes = plt.subplots(
+        ncols=len(names),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        figsize=(2 + 2.4 * len(names), 3),
+    )
     for axis, name in zip(axes[0], names):
         for side, (method, colour) in zip(found[name], METHODS.items()):
             values = side.values(lambda run: compare.value_of(run, "colour_shape"))
             axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
             axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
-        axis.set(title=ROWS[name].label.replace(", ", "\n"), xlabel="learning rate", xscale="log")
-        axis.set_xticks([1e-4, 3e-4], ["1e-4", "3e-4"])
+        axis.set(
+            title=ROWS[name].label.replace(", ", "\n"),
+            xlabel="learning rate",
+            xscale="log",
+            xticks=[1e-4, 3e-4],
+            xticklabels=["1e-4", "3e-4"],
+        )
         axis.minorticks_off()
     axes[0, 0].set_ylabel("colour_shape (%)")
     axes[0, -1].legend()
@@ -297,19 +313,17 @@ def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="such as batch8 (default: all)")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    compare.add_shared(parser)
     args = parser.parse_args(argv)
-    unknown = {*args.rows} - ROWS.keys()
-    check(not unknown, f"rows are {' '.join(ROWS)}")
+    check(ROWS.keys() >= {*args.rows}, f"rows are {' '.join(ROWS)}")
     if not args.report:
-        compare.open_out(args.out)
-        study = compare.Study(args.out, args.jobs, RUNS)
+        compare.open_out(OUT)
+        study = compare.Study(OUT, cores(), RUNS)
         for name in args.rows or ROWS:
             try:
                 sides_of(study, name)
             except InputError as error:
                 print(f"{name} is not finished: {error}")
-    found = complete_rows(compare.Study(args.out, 0, RUNS))
+    found = complete_rows(compare.Study(OUT, 0, RUNS))
     check(found, "no row is complete yet")
     RESULTS.write_text(page(found))
     draw(found)
