@@ -534,7 +534,7 @@ def upright_rgb(image, box=None):
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

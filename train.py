@@ -147,7 +147,7 @@ def make_parser():
     return parser
 
 
-# The default of --init_from: larger steps would destroy what the weights know.
+# The default rate with --init_from: larger steps would destroy what the weights know.
 FINE_TUNING_RATE = 5e-5
 NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
 IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
@@ -355,7 +355,7 @@ def read_start(args):
     if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
         make_scenes("scenes")
     if args.init_from is not None:
-        return evaluation.load(args.init_from)[:2]  # without its preprocess
+        return evaluation.load(args.init_from)[:2]  # the model and its tokenizer
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 

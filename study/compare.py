@@ -92,7 +92,14 @@ def without_docstrings(text):
 def code_of(files):
     """A hash of the code of some Python files."""
     codes = [without_docstrings(Path(file).read_text()) for file in files]
-    return hashlib.sha256("\n".join(codes).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr(codes).encode()).hexdigest()[:8]
+
+
+@cache
+def drawing_code():
+    """A hash of the code that draws worlds. It is taken once, because this process goes on with
+    what it has imported, whatever becomes of the files."""
+    return code_of(DRAWN_BY)
 
 
 # -----------------------------------------------------------------------------
@@ -113,7 +120,7 @@ class World(NamedTuple):
 
     def draw(self, out, seed):
         """The folder of this world, which is drawn if it is not there."""
-        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {code_of(DRAWN_BY)}")
+        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {drawing_code()}")
         if not folder.exists():
             if self.photographs:
                 make_objects(folder, self.photographs, self.settings, seed)
@@ -145,8 +152,8 @@ class Command(NamedTuple):
     def code(self):
         """A hash of the code in its folder, of the module, and of what draws the world."""
         beside = [*sorted(self.folder.glob("*.py")), self.folder / "scripts/scenes.py"]
-        drawing = DRAWN_BY if self.world else ()
-        return "-".join(map(code_of, (beside, [self.file], drawing)))
+        drawing = drawing_code() if self.world else ""
+        return f"{code_of(beside)}-{code_of([self.file])}-{drawing}"
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
@@ -186,7 +193,7 @@ def defaults_of(options, world):
     defaults = {"--workers": ["0"], "--eval_every": [str(10**9)]}  # once more at the end
     for name in ("epochs", "learning_rate", *SCENES):
         value = getattr(args, name)
-        if value:  # None and [] are no words
+        if value:  # None and [] are no words, and --workers 0 is there already
             values = value if isinstance(value, list) else [value]
             defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
     if world and world.photographs:
@@ -234,6 +241,7 @@ def call(words):
     process = subprocess.Popen(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -249,10 +257,10 @@ def call(words):
 def train_and_score(command, world, out_dir):
     """Train a model in out_dir, on the world in a folder. Returns a run: a dict of scores, seconds,
     and what the log says of the machine. A run that has diverged has no scores."""
-    words = [*command.program.split(), *words_of(command.options)]
+    words = [word.replace("WORLD/", f"{world}/") for word in words_of(command.options)]
     words += ["--seed", str(command.seed), "--out_dir", out_dir]
     start = time.perf_counter()
-    error = call([word.replace("WORLD/", f"{world}/") for word in words])
+    error = call([*command.program.split(), *words])
     seconds = round(time.perf_counter() - start, 1)
     check(not error or DIVERGED in error, f"{command}: {error}")
     header, rows = read_log(f"{out_dir}/log.jsonl")
@@ -328,11 +336,13 @@ class Study:
         self.path = path
         self.runs = {}
         self.codes = {}  # of programs in worlds
-        path.touch()
+        if jobs:
+            path.touch()
         runs = [*map(json.loads, open(path))]
         for run in runs:
             self.runs[tuple(run[name] for name in KEY)] = run
-            if run["code"][:8] == runs[-1]["code"][:8]:  # that of train.py and what is beside it
+            # the part of train.py and the files beside it
+            if run["code"][:8] == runs[-1]["code"][:8]:
                 self.codes[run["program"], run["world"]] = run["code"]
 
     def key(self, command):
@@ -342,7 +352,8 @@ class Study:
         return command.line(), world, command.seed, command.probe, code
 
     def run(self, task):
-        """Run a command in the folder of its world, a pair. Returns it and its run."""
+        """Run a task: a command, its key, and the folder of its world. Returns the command and its
+        run."""
         command, key, world = task
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
             run = train_and_score(command, world, out_dir)
@@ -359,7 +370,7 @@ class Study:
         done = pool.imap_unordered(self.run, tasks)
         try:
             for command, run in tqdm(done, total=len(tasks), unit="run", smoothing=0):
-                self.runs[self.key(command)] = run
+                self.runs[tuple(run[name] for name in KEY)] = run
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
                 tqdm.write(f"{command}: {goal(run):.1f} % in {run['seconds']} s")
@@ -420,7 +431,7 @@ def has_learned(run):
 
 
 # -----------------------------------------------------------------------------
-# Which learning rate? Goals are a dict {rate: a number of each seed}.
+# Which learning rate? Goals are a dict {rate: a number of each seed}, the lowest rate first.
 
 
 def best_rate(goals, without=None):

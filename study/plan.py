@@ -133,8 +133,8 @@ one core: others shared the machine.
 ## What the runs say
 
 The *gap* is SuperCLIP's colour_shape minus CLIP's. Does it shrink with more samples? Does it grow
-when fewer pairs are compared? And at how many of the learning rates that were tried do most seeds
-learn the objects, in parentheses?
+when fewer pairs are compared? In parentheses: at how many of the learning rates that were tried
+most seeds learn the objects.
 """
 HEADINGS = """
 | | seconds | R@1 | colour_shape (object) | held_out (probe) |

@@ -108,16 +108,25 @@ def folders(tmp_path):
 
 
 @pytest.fixture(scope="session")  # it takes two seconds to start
-def browser():
+def chromium():
     """A headless Chromium. Without it, its driver or the package selenium the test is skipped."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and driver):
         pytest.skip("needs Debian's packages chromium and chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(switch)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Chromium without what other tests have left."""
+    chromium.get("about:blank")
+    chromium.implicitly_wait(0)
+    chromium.get_log("browser")
+    return chromium

@@ -90,9 +90,10 @@ def test_random_crops_reach_every_edge_and_none_beyond():
         assert (start + size)[is_small].max() == side
 
 
-def test_an_evaluation_sees_the_largest_square_in_the_centre():
+def test_what_is_not_random_is_in_the_centre():
     assert data.crop_box(60, 40) == (10, 0, 40, 40)
     assert data.crop_box(30, 90) == (0, 30, 30, 30)
+    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 40)  # no random one fits
 
 
 # ---- JPEG files that are decoded at a fraction of their size

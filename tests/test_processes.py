@@ -78,7 +78,7 @@ def test_machines_that_share_no_disk_do_not_start(children, whole_run, shards, t
 
 def test_a_signal_to_one_of_them_stops_both(children, shards, tmp_path):
     """They leave together, with the code of the signal: as soon as one has left with such a code,
-    torchrun ends the others, and here rank 0 still saves. One process can go on for both."""
+    torchrun ends the others, and here rank 0 still saves."""
     options = short_run(shards, tmp_path)
     slow_save = before("os.fsync", 1, partial(time.sleep, 0.5))
     stop = in_step(3, receive(signal.SIGTERM))

@@ -19,7 +19,7 @@ def updated(model, scaler=NOT_SCALED, factor=1.0, rates=(1e-4, None), new=()):
 
 
 def length(tensors):
-    """Of all of them as one vector."""
+    """The length of some tensors as one vector."""
     return torch.cat([x.flatten() for x in tensors]).norm().item()
 
 

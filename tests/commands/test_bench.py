@@ -10,7 +10,7 @@ from scripts import bench
 # How many rows have a number of this name
 COMMANDS = {
     "data": {"images/s": 2, "ratio to data.py": 2},
-    # what "step" and "loader" do, too
+    # which runs "step" and "loader", too
     "cuda": {"relative error": 9, "ratio to CLIP": 4, "TFLOP/s": 4, "images/s": 1, "memory_gb": 5},
 }
 

@@ -34,12 +34,12 @@ def unpacked(packed):
 
 @pytest.fixture(scope="module")
 def opened(browser, tmp_path_factory):
-    """A browser that shows the page of two models with random weights, and the second one, which
-    has a head, with the rounded weights that the page carries."""
+    """Opens the page of two models with random weights. Returns the browser and the model with a
+    head, with the rounded weights that the page carries."""
     folder = tmp_path_factory.mktemp("demo")
     header = {"arguments": dict(seed=3, learning_rate=1e-4, batch_size=8)}
-    for name, cls_weight in (("clip.pt", 0), ("superclip.pt", 1)):
-        model = make_random_model(**SHAPE, cls_weight=cls_weight)
+    clip, superclip = (make_random_model(**SHAPE, cls_weight=weight) for weight in (0, 1))
+    for name, model in (("clip.pt", clip), ("superclip.pt", superclip)):
         facts = {"header": header, "step": 100}
         evaluation.write_checkpoint(folder / name, model, TOKENIZER.vocab, **facts)
     page = folder / "demo.html"
@@ -47,10 +47,10 @@ def opened(browser, tmp_path_factory):
         patch.setattr(demo, "SCENES", 20)  # 500 take long
         run(demo.main, folder / "clip.pt", folder / "superclip.pt", "--out", page)
     for name, packed in numbers_of(page)["models"][1]["weights"].items():
-        parameter = model.get_parameter(name)
+        parameter = superclip.get_parameter(name)
         parameter.data = unpacked(packed).view(parameter.shape)
     browser.get(page.as_uri())
-    return browser, model
+    return browser, superclip
 
 
 def test_a_weight_loses_half_a_step_at_most():
@@ -84,6 +84,8 @@ def test_the_browser_compares_a_picture_with_the_texts(opened):
     logits = model.logit_scale.exp() * model.encode_image(image) @ texts.T
     found = {one["text"]: one["p"] for one in best}
     assert are_near([found[name] for name in demo.NAMES], logits.softmax(dim=1)[0])
+    has_head = "return models.map((model) => Boolean(model.head))"
+    assert browser.execute_script(has_head) == [False, True]
 
 
 def test_the_browser_computes_words_and_their_maps(opened):

@@ -129,7 +129,7 @@ def test_a_visit(browser, world):
 
     assert requests_of(browser) == {page.as_uri()}
     assert browser.get_log("browser") == []
-    assert browser.execute_script("return document.querySelector('#x, main b')") is None
+    assert all_of("#x, main b") == []
     assert all_of("#overfitting")[0].is_displayed()  # 1.4 in groups of 4: a guess has ln 4 = 1.39
 
     # A negative term reaches down to the lower end of its plot.
