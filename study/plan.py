@@ -300,8 +300,8 @@ def draw(found):
             title=ROWS[name].label.replace(", ", "\n"),
             xlabel="learning rate",
             xscale="log",
-            xticks=[1e-4, 3e-4],
-            xticklabels=["1e-4", "3e-4"],
+            xticks=[1e-4, 3e-4, 1e-3],
+            xticklabels=["1e-4", "3e-4", "1e-3"],
         )
         axis.minorticks_off()
     axes[0, 0].set_ylabel("colour_shape (%)")
