@@ -388,8 +388,8 @@ class Study:
             missing = []
             for rate in sorted(rates):
                 commands = [command.at(rate, seed, probe) for seed in range(seeds)]
-                tried[rate] = [self.runs.get(self.key(c)) for c in commands]
-                missing += [c for c in commands if self.key(c) not in self.runs]
+                tried[rate] = [self.runs.get(self.key(command)) for command in commands]
+                missing += [c for c, run in zip(commands, tried[rate]) if run is None]
             side = Side(command, tried)
             more = next_rates(side.values(goal)) if search and not missing else []
             if not more:

@@ -113,15 +113,19 @@ def test_a_search_goes_through_the_scores_in_chunks():
 
 
 def test_the_loss_of_a_validation_is_clips_in_groups():
-    """An image is paired with the first of its two captions. Seven pairs make two groups of three,
-    in which the wrong ones are at right angles."""
-    images = torch.eye(7)
-    captions = torch.stack([images, images.roll(1, 0)], dim=1).flatten(0, 1)
-    owner = torch.arange(7).repeat_interleave(2)
+    """An image is paired with its first caption. Seven pairs make two groups of three."""
+    model = make_model()
+    images, texts, others = F.normalize(torch.randn(3, 6, 8), dim=2)
+    same = torch.ones(7, 1)
 
-    loss = evaluation.loss_in_groups(Colours(), images, captions, owner, 3)  # a scale of e
+    owner = torch.arange(6).repeat_interleave(2)
+    captions = torch.stack([texts, others], dim=1).flatten(0, 1)
+    loss = evaluation.loss_in_groups(model, images, captions, owner, 6)
+    guess = evaluation.loss_in_groups(model, same, same, torch.arange(7), 3)
 
-    assert loss == pytest.approx(math.log(1 + 2 * math.exp(-math.e)), rel=1e-5)
+    clip_loss = open_clip.loss.ClipLoss()(images, texts, model.logit_scale.exp())
+    assert loss == pytest.approx(clip_loss.item())
+    assert guess == pytest.approx(math.log(3))
 
 
 def test_shards_become_features_and_equal_captions_tie(tmp_path, capsys):
