@@ -13,21 +13,25 @@ the mean of the image's patch tokens, and rare words count more than common ones
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. Its `forward` is the method.
+towers, the word head, the losses, and the model that joins them. Its `forward` is the method, in
+two halves: `pairs_alone` looks at each pair by itself, and `pairs_together` compares them.
 `python -m scripts.walk` follows one pair through it and prints every shape.
 
 To add a term to the loss:
 
-1. Compute it in `terms_of_each_pair` if it looks at every pair alone, or in `terms_between_pairs`
-   if it compares pairs, and return it under a name that ends in `_loss`.
-2. Add a field for its weight to the configuration, and use it in `total_loss`. An option of the
-   same name in train.py sets that field.
+1. Compute it in `pairs_alone` if it needs one pair at a time, or in `pairs_together` if it compares
+   pairs, and add it to `terms` under a name that ends in `_loss`.
+2. Add a field for its weight to the configuration, and name it in `weights`, where the terms are
+   summed. An option of the same name in train.py sets that field.
 3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
-   `contrastive_loss` does. Otherwise the term changes with the dtype of the run.
-4. A term of `terms_of_each_pair` must be a mean over pairs, because a step averages it over
-   micro-batches and processes. Anything else, such as a maximum, belongs in
-   `terms_between_pairs`, which sees the features of all pairs. There each process returns a number,
-   and the mean of these numbers must be the term.
+   `contrastive_loss` does. Otherwise the term changes with the dtype of the run. One product of a
+   loss does not follow this rule: the word head's. Its D x V weights would take several times as
+   long in float32, and its logits are small, where bfloat16 is precise enough. So they are cast to
+   float32 only for the softmax.
+4. A term of `pairs_alone` must be a mean over pairs, because a step averages it over micro-batches
+   and processes. Anything else, such as a maximum, belongs in `pairs_together`, which sees the
+   features of all pairs. There each process returns a number, and the mean of these numbers must be
+   the term.
 5. Add a line to CONFIGS in tests/test_step.py. It compares the gradients of the plain step, of
    micro-batches and of two processes.
 
@@ -148,7 +152,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: tokens exchange information, then each is transformed alone."""
 
-    def __init__(self, width, heads, quick):
+    def __init__(self, width, heads, gelu):
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
@@ -156,7 +160,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(
             {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
         )
-        self.gelu = quick_gelu if quick else F.gelu
+        self.gelu = gelu
 
     def forward(self, x, causal):
         x = x + self.attn(self.ln_1(x), causal)
@@ -167,10 +171,10 @@ class Transformer(nn.Module):
     """A stack of blocks. In the image tower every token sees all others. In the text tower it sees
     itself and those before it (causal)."""
 
-    def __init__(self, width, layers, heads, quick, causal):
+    def __init__(self, width, layers, heads, gelu, causal):
         super().__init__()
         self.causal = causal
-        self.resblocks = nn.ModuleList(Block(width, heads, quick) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
         self.grad_checkpointing = False  # recompute blocks in the backward pass to save memory
 
     def forward(self, x):
@@ -202,7 +206,8 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
+        gelu = quick_gelu if config.quick_gelu else F.gelu
+        self.transformer = Transformer(width, layers, heads, gelu, causal=False)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
@@ -232,7 +237,8 @@ class TextTransformer(nn.Module):
         width, layers, heads = config.text_width, config.text_layers, config.text_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=True)
+        gelu = quick_gelu if config.quick_gelu else F.gelu
+        self.transformer = Transformer(width, layers, heads, gelu, causal=True)
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -307,12 +313,10 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=s
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 
-def token_sets(label_tokens):
-    """Captions (B, T) -> their tokens, sorted, and False where a token repeats the one before it,
-    both (B, T). A sum over the True entries counts each distinct token of a caption once."""
-    tokens = label_tokens.sort(dim=1).values
-    is_new = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=True)
-    return tokens, is_new
+def multi_hot(label_tokens, vocab_size):
+    """Captions (B, T) -> (B, V): 1 for each token that a caption contains, once or more often."""
+    absent = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
+    return absent.scatter(1, label_tokens, 1.0)
 
 
 def idf(num_captions, token_counts):
@@ -323,19 +327,10 @@ def idf(num_captions, token_counts):
     num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
     """
     weights = ((num_captions + 1) / (token_counts + 1)).log()
-    weights[PAD] = 0.0
+    # slices, because to write at an index is to wait for the GPU
+    weights[PAD : PAD + 1] = 0.0
     weights[-2:] = 0.0  # start and end of text
     return weights
-
-
-def word_labels(label_tokens, token_weights):
-    """What the head should answer: captions (B, T) -> their tokens, sorted, and the share of each
-    in the label, both (B, T). The label is the *set* of a caption's tokens, weighted by
-    token_weights (V,) and normalised to sum 1, so a token that repeats another has share 0."""
-    tokens, is_new = token_sets(label_tokens)
-    shares = token_weights[tokens] * is_new
-    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-8)
-    return tokens, shares
 
 
 def classification_loss(logits, label_tokens, token_weights):
@@ -344,11 +339,9 @@ def classification_loss(logits, label_tokens, token_weights):
     logits (B, V) from the head; label_tokens (B, T), the whole captions; token_weights (V,) from
     `idf`. A caption without any weight adds 0. Starts near ln V + 1/2.
     """
-    # A label has at most T entries, so it stays (B, T), and no dense (B, V) label is ever made.
-    tokens, shares = word_labels(label_tokens, token_weights)  # (B, T) each
-    logits = logits.float()
-    log_probs = logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)  # (B, T)
-    return -(shares * log_probs).sum(dim=1).mean()
+    words = multi_hot(label_tokens, logits.shape[1])  # (B, V)
+    label = F.normalize(words * token_weights, p=1, dim=1)  # shares of each caption's words
+    return F.cross_entropy(logits.float(), label)
 
 
 # -----------------------------------------------------------------------------
@@ -415,85 +408,69 @@ class SuperCLIP(nn.Module):
             label_tokens = tokens
         if self.training:
             self.count_tokens(label_tokens)
-        image_tokens, image_features, text_features = self.encode_pairs(images, tokens, keep)
-        terms = {
-            **self.terms_between_pairs(image_features, text_features),
-            **self.terms_of_each_pair(image_tokens, image_features, text_features, label_tokens),
+        alone = self.pairs_alone(images, tokens, label_tokens, keep)
+        return self.pairs_together(*alone)
+
+    def pairs_alone(self, images, tokens, label_tokens, keep=None):
+        """The first half: all that a pair has to say without the others, so that a batch may come
+        in parts. Arguments as in `forward`. Returns image and text features (B, E), of length 1,
+        and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none."""
+        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
+        image_features = self.image_features(image_tokens)  # (B, E)
+        text_features = self.encode_text(tokens)  # (B, E)
+        terms = {}
+        if self.head is not None:
+            logits = self.head(image_tokens)  # (B, V)
+            weights = self.token_weights()
+            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
+        return image_features, text_features, terms
+
+    def pairs_together(self, image_features, text_features, terms):
+        """The second half: the terms that compare pairs, and the sum of all. Takes what
+        `pairs_alone` has returned, of the whole batch, and returns what `forward` does.
+
+        In training each process scores its own pairs against those of all processes. The mean over
+        the processes is the term of the global batch.
+        """
+        images, texts = image_features, text_features  # (B, E) each
+        local = slice(None)  # all
+        if self.training and dist.is_initialized():
+            B = len(images)
+            rank = dist.get_rank()
+            local = slice(rank * B, (rank + 1) * B)
+            images = Gather.apply(images)  # (N, E)
+            texts = Gather.apply(texts)
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            contrastive = contrastive_loss(images, texts, scale, local)
+        else:
+            contrastive = sigmoid_loss(images, texts, scale, self.logit_bias, local)
+        terms = {"contrastive_loss": contrastive, **terms}
+        weights = {
+            "contrastive_loss": 1.0,
+            "classification_loss": self.config.cls_weight,
         }
+        loss = 0.0
+        for name, value in terms.items():
+            if name not in weights:
+                raise ValueError(f"{name} has no weight: name it in pairs_together")
+            loss = loss + weights[name] * value
         return {
-            "loss": self.total_loss(terms),
+            "loss": loss,
             **terms,
             "image_features": image_features,
             "text_features": text_features,
         }
 
-    def encode_pairs(self, images, tokens, keep=None):
-        """images (B, 3, S, S), tokens (B, T), keep (B, K) -> the tokens of the image tower (B, 1 +
-        K, D), and image and text features (B, E), of length 1."""
-        image_tokens = self.visual(images, keep)
-        return image_tokens, self.image_features(image_tokens), self.encode_text(tokens)
-
-    def terms_between_pairs(self, image_features, text_features):
-        """The terms of the loss that compare pairs, as a dict: the contrastive loss of features
-        (B, E), of length 1.
-
-        In training each process scores its own pairs against those of all processes. The mean over
-        the processes is the term of the global batch.
-        """
-        local = slice(None)  # all
-        if self.training and dist.is_initialized():
-            B = len(image_features)
-            rank = dist.get_rank()
-            local = slice(rank * B, (rank + 1) * B)
-            image_features = Gather.apply(image_features)  # (N, E)
-            text_features = Gather.apply(text_features)
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            loss = contrastive_loss(image_features, text_features, scale, local)
-        else:
-            loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, local)
-        return {"contrastive_loss": loss}
-
-    def terms_of_each_pair(self, image_tokens, image_features, text_features, label_tokens):
-        """The terms of the loss that look at each pair alone, as a dict: the classification loss of
-        image tokens (B, 1 + K, D) and captions (B, T). Plain CLIP has none. The features (B, E), of
-        length 1, are there for a term of your own."""
-        if self.head is None:
-            return {}
-        logits = self.head(image_tokens)
-        loss = classification_loss(logits, label_tokens, self.token_weights())
-        return {"classification_loss": loss}
-
-    def total_loss(self, terms):
-        """The weighted sum of some terms, a dict of scalars by name."""
-        weights = {
-            "contrastive_loss": 1.0,
-            "classification_loss": self.config.cls_weight,
-        }
-        total = torch.zeros_like(self.logit_scale)
-        for name, value in terms.items():
-            if name not in weights:
-                raise ValueError(f"total_loss has no weight for {name}")
-            total = total + weights[name] * value
-        return total
-
-    def features_and_terms(self, images, tokens, label_tokens, keep=None):
-        """All of forward that looks at each pair alone: what a micro-batch computes before the
-        pairs are compared. Returns image and text features (B, E), and a dict of terms."""
-        image_tokens, image_features, text_features = self.encode_pairs(images, tokens, keep)
-        terms = self.terms_of_each_pair(image_tokens, image_features, text_features, label_tokens)
-        return image_features, text_features, terms
-
     def count_tokens(self, label_tokens):
         """Add the captions (B, T) of a batch, summed over all processes, to the statistics."""
         if self.head is None:  # plain CLIP keeps none
             return
-        tokens, is_new = token_sets(label_tokens)
+        counts = multi_hot(label_tokens, len(self.token_counts)).sum(dim=0)
         # Padding is not counted: how much there is depends on how the batch was put together.
-        is_counted = is_new & (tokens != PAD)
-        counts = torch.zeros(len(self.token_counts) + 1, dtype=torch.long, device=tokens.device)
-        counts.scatter_add_(0, tokens.flatten(), is_counted.flatten().long())
-        counts[-1] = len(tokens)  # travels with the counts, so that one all_reduce serves both
+        counts[PAD : PAD + 1] = 0
+        # The number of captions travels with the counts, so that one all_reduce serves both.
+        counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
         if dist.is_initialized():
             dist.all_reduce(counts)
         self.token_counts += counts[:-1]

@@ -297,20 +297,15 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     """
     for batch in micro_batches:
         model.count_tokens(batch["label_tokens"])  # all are counted before any is weighted
-    image_parts = []
-    text_parts = []
-    term_parts = []
+    parts = []
     for batch in micro_batches:
         with autocast:
-            parts = checkpoint(model.features_and_terms, **batch, use_reentrant=False)
-        image_parts.append(parts[0])
-        text_parts.append(parts[1])
-        term_parts.append(parts[2])
+            # by position, because checkpoint looks there for the device
+            parts.append(checkpoint(model.pairs_alone, *batch.values(), use_reentrant=False))
+    images, texts, terms = zip(*parts)
+    means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     with autocast:
-        losses = model.terms_between_pairs(torch.cat(image_parts), torch.cat(text_parts))
-    for name in term_parts[0]:
-        losses[name] = torch.stack([terms[name] for terms in term_parts]).mean()
-    losses["loss"] = model.total_loss(losses)
+        losses = model.pairs_together(torch.cat(images), torch.cat(texts), means)
     scaler.scale(losses["loss"]).backward()
     for p in model.parameters():
         if p.grad is not None:  # a frozen tower has none
@@ -423,10 +418,11 @@ def make_model(args, source, vocab_size, device):
         if args.compile:  # one by one, so that longer captions do not recompile the image tower
             tower.compile()
     if args.compile:
-        # torch would split the towers' graphs for several processes. With recomputed blocks, older
-        # versions fail at that.
-        torch._dynamo.config.optimize_ddp = False
-        model.terms_of_each_pair = torch.compile(model.terms_of_each_pair)
+        # torch splits the towers' graphs, so that their gradients travel while others are computed.
+        # With recomputed blocks, older versions fail at that.
+        torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
+        if model.head is not None:
+            model.head.compile()
     return model.to(device).train(), new
 
 

@@ -18,13 +18,14 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import data
 from cli import make_parser, number, printable, run_command
 from eval import has_letters, load, unknown_words
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
-from superclip import idf, word_labels
+from superclip import idf
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -145,10 +146,9 @@ def report_unused(unused):
 def label_of(ids, weights):
     """The label of a caption, as classification_loss has it: a dict of token -> share, with each
     token once. ids: the caption's tokens; weights (V,): from idf."""
-    ids = list(dict.fromkeys(ids))
-    tokens, shares = word_labels(torch.tensor([ids], dtype=torch.long), weights)
-    share_of = dict(zip(tokens[0].tolist(), shares[0].tolist()))
-    return {i: share_of[i] for i in ids}  # in the order of the caption
+    ids = list(dict.fromkeys(ids))  # in the order of the caption
+    shares = F.normalize(weights[ids], p=1, dim=0)
+    return dict(zip(ids, shares.tolist()))
 
 
 def print_sample(pairs, row, texts, weights):

@@ -25,16 +25,18 @@ class ForkedSuperCLIP(SuperCLIP):
 
     def __init__(self, config):
         super().__init__(config)
-        self.second = nn.Linear(config.vision_width, 1)
+        self.second = nn.Linear(config.embed_dim, 1)
 
-    def terms_of_each_pair(self, image_tokens, *rest):
-        answers = self.second(image_tokens[:, 0]).float()
-        terms = super().terms_of_each_pair(image_tokens, *rest)
-        return {**terms, "second_loss": answers.square().mean()}
+    def pairs_alone(self, *batch, **more):
+        images, texts, terms = super().pairs_alone(*batch, **more)
+        answers = self.second(images)
+        return images, texts, {**terms, "second_loss": answers.square().mean()}
 
-    def total_loss(self, terms):
+    def pairs_together(self, images, texts, terms):
         terms = dict(terms)
-        return 0.3 * terms.pop("second_loss") + super().total_loss(terms)
+        second = terms.pop("second_loss")
+        losses = super().pairs_together(images, texts, terms)
+        return {**losses, "second_loss": second, "loss": losses["loss"] + 0.3 * second}
 
 
 def make_model_without_zeros(kind=SuperCLIP, **changes):

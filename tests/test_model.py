@@ -82,10 +82,11 @@ def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32()
         block.register_forward_hook(lambda block, args, x: seen.update({args[0].dtype, x.dtype}))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, images, texts = model.encode_pairs(*make_pairs(model))
+        out = model(*make_pairs(model))
 
     assert seen == {torch.bfloat16}
-    assert torch.cat([images, texts]).norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
+    features = torch.cat([out["image_features"], out["text_features"]])
+    assert features.norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
 
 
 # ---- the word head
