@@ -43,7 +43,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import InputError, cache_folder, check, printable, write_file
+from cli import InputError, cache_folder, check, write_file
 from superclip import PAD
 
 # A progress bar for whatever takes more than a second, on a terminal.
@@ -249,7 +249,7 @@ def cores():
 # Shards
 
 
-def braces(pattern):
+def expand_braces(pattern):
     """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar", and a pattern without braces itself."""
     match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
     if not match:
@@ -259,14 +259,14 @@ def braces(pattern):
     numbers = range(int(low), int(high) + 1)
     check(numbers, f"there are no numbers in {match[0]}")
     for i in numbers:
-        yield from braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
+        yield from expand_braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
 
 
 def expand(patterns):
     """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
     braces must match, so that a missing download is noticed. Raises InputError."""
     shards = set()
-    for pattern in chain.from_iterable(braces(str(p)) for p in patterns):
+    for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
         if os.path.isdir(pattern):
             pattern = f"{glob.escape(pattern)}/*.tar"
         found = glob.glob(glob.escape(pattern)) or glob.glob(pattern)  # a name may hold brackets
@@ -275,8 +275,8 @@ def expand(patterns):
     return sorted(shards)
 
 
-# What the names of shards say of the side that they are on.
-SIDES = {
+# What the names of shards say of the split that they belong to.
+SPLITS = {
     "train": "train",
     "val": "validation",
     "valid": "validation",
@@ -285,19 +285,19 @@ SIDES = {
 }
 
 
-def side(path):
+def split_of(path):
     """Returns "train" or "validation" if the name of a shard has such a word between hyphens,
     underscores, dots and digits, as cc3m-train-0000.tar has, else None."""
     for word in regex.split(r"[-_.\d]+", Path(path).name.lower()):
-        if word in SIDES:
-            return SIDES[word]
+        if word in SPLITS:
+            return SPLITS[word]
 
 
-def split_sides(shards):
+def by_split(shards):
     """list of shards -> (training shards, validation shards). Those whose names do not tell are
-    training shards. If all are of one side, they are returned as the first list."""
-    training = [shard for shard in shards if side(shard) != "validation"]
-    validation = [shard for shard in shards if side(shard) == "validation"]
+    training shards. If all are of one split, they are returned as the first list."""
+    training = [shard for shard in shards if split_of(shard) != "validation"]
+    validation = [shard for shard in shards if split_of(shard) == "validation"]
     return (training, validation) if training else (validation, [])
 
 
@@ -318,8 +318,8 @@ def split_name(name):
 
 
 def read_headers(path, number):
-    """A shard and its number -> (index rows, an int32 array (n, 7); list of (shard, key, reason) of
-    the samples and parts that are not used). A damaged shard is used up to the damage."""
+    """A shard and its number -> (index rows, an int32 array (n, 7); list of (name, reason) of the
+    samples and parts that are not used). A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
     unused = {}  # key -> reason
     try:
@@ -349,11 +349,11 @@ def read_headers(path, number):
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
     index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
-    return index, [(path, key, reason) for key, reason in unused.items()]
+    return index, [(f"{path}:{key}", reason) for key, reason in unused.items()]
 
 
 def build_index(shards):
-    """list of shards -> (int32 tensor (N, 7), list of (shard, key, reason) of what is not used).
+    """list of shards -> (int32 tensor (N, 7), list of (name, reason) of what is not used).
 
     The index takes 28 bytes a sample, in one tensor that all loading processes share, where Python
     objects would be copied to each of them. It is cached under a name that changes with the path,
@@ -362,7 +362,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     name = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    path = cache_folder() / f"index-8-{name}"
+    path = cache_folder() / f"index-9-{name}"
     if os.path.exists(path):  # False in a folder that cannot be read
         return torch.load(path, weights_only=True)
     index = []
@@ -408,59 +408,80 @@ def open_shard(path):
 
 
 class Shards:
-    """The samples in tar shards.
+    """The samples in tar shards. A sample is a number, from 0 to len - 1.
 
-    index: int32 tensor (N, 7), a row for each sample, in which IMAGE, TEXT and JSON name columns.
-    unused: list of (shard, key, reason) of what is not used. Raises InputError if no sample is
-    left. Methods take a row as a list.
+    paths: of the shards. sources: of captions, each txt or json.FIELD. unused: list of (name,
+    reason) of what is not used. Raises InputError if no sample is left, or if a source has no
+    captions.
     """
 
-    def __init__(self, shards):
-        self.shards = shards
-        self.index, self.unused = build_index(shards)
+    def __init__(self, paths, sources=("txt",)):
+        self.paths = paths
+        self.sources = sources
+        self.index, self.unused = build_index(paths)
         if len(self.index) == 0:
-            shard, _, reason = self.unused[0] if self.unused else (shards[0], "", "it is empty")
-            raise InputError(f"no image-caption pairs in {shard}: {reason}")
+            name, reason = self.unused[0] if self.unused else (paths[0], "it is empty")
+            raise InputError(f"no image-caption pairs in {name}: {reason}")
         if self.unused:
             print(f"{len(self.unused):,} parts of shards are not used: see python -m scripts.show")
+        for source in sources:
+            self.check_source(source)
 
     def __len__(self):
         return len(self.index)
 
+    @cached_property
+    def fingerprint(self):
+        """A short text that changes with the sizes in the shards, and with the captions used."""
+        content = self.index.numpy().tobytes() + str(self.sources).encode()
+        return hashlib.sha1(content).hexdigest()[:12]
+
     def read_at(self, number, block, size):
         """Returns `size` bytes of a shard from a block on. Raises BadSample."""
-        file = open_shard(self.shards[number])
+        file = open_shard(self.paths[number])
         content = os.pread(file.fileno(), size, block * BLOCK)
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
 
-    def read(self, row, column):
+    def read(self, i, column):
         """Returns the bytes of one member: IMAGE, TEXT or JSON. Raises BadSample."""
+        row = self.index[i].tolist()
         block, size = row[column], row[column + 1]
         if size == 0:
             raise BadSample("it has no such member, or an empty one")
         return self.read_at(row[0], block, size)
 
-    def key(self, row):
-        """Returns the sample's name, or "?" if the shard has changed or is gone. It is read from
-        the tar header, which is the block before the image, to save memory. The header may shorten
-        a name that is long or not ASCII."""
+    def name(self, i):
+        """Returns SHARD:KEY. The key is read from the tar header, which is the block before the
+        image, to save memory. The header may shorten one that is long or not ASCII, and the key is
+        "?" if the shard has changed or is gone."""
+        number, block, *_ = self.index[i].tolist()
         try:
-            header = self.read_at(row[0], row[IMAGE] - 1, BLOCK)
-            name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+            header = self.read_at(number, block - 1, BLOCK)
+            key, _ = split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
         except (tarfile.TarError, BadSample, OSError):
-            return "?"
-        return split_name(name)[0]
+            key = "?"
+        return f"{self.paths[number]}:{key}"
 
-    def texts(self, row, source):
+    def place(self, i):
+        """Returns where the image of a sample lies: the path of its shard, its offset there and its
+        size, both in bytes."""
+        number, block, size, *_ = self.index[i].tolist()
+        return self.paths[number], block * BLOCK, size
+
+    def image(self, i, size, rng=None, crop_area=1.0):
+        """Returns pixels (3, size, size), as `load_image` does. Raises BadSample."""
+        return load_image(self.read(i, IMAGE), size, rng, crop_area)
+
+    def texts(self, i, source):
         """Returns all texts that a sample has in a source, txt or json.FIELD, as a list of strings.
         A field holds a string or a list of strings. Raises BadSample."""
         try:
             if source == "txt":
-                value = self.read(row, TEXT).decode("utf-8-sig")
+                value = self.read(i, TEXT).decode("utf-8-sig")
             else:
-                value = json.loads(self.read(row, JSON))[source.removeprefix("json.")]
+                value = json.loads(self.read(i, JSON))[source.removeprefix("json.")]
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
@@ -470,21 +491,22 @@ class Shards:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
 
+    def captions(self, i):
+        """Returns all texts that a sample has in the sources, each source once. Raises
+        BadSample."""
+        texts = []
+        for source in dict.fromkeys(self.sources):
+            texts += self.texts(i, source)
+        return texts
+
     def check_source(self, source):
         """Raises InputError if none of the first hundred samples has a caption in a source, which
         is what a typo looks like."""
-        for row in self.index[:100].tolist():
+        for i in range(min(100, len(self))):
             with suppress(BadSample):
-                self.texts(row, source)
+                self.texts(i, source)
                 return
-        raise InputError(f"the first samples of {self.shards[0]} have no captions in {source}")
-
-    def all_texts(self, row, sources):
-        """Returns all texts of several sources, each source once. Raises BadSample."""
-        texts = []
-        for source in dict.fromkeys(sources):
-            texts += self.texts(row, source)
-        return texts
+        raise InputError(f"the first samples of {self.paths[0]} have no captions in {source}")
 
 
 # -----------------------------------------------------------------------------
@@ -579,55 +601,48 @@ def rng_of_visit(seed, visit):
 
 
 class Pairs(Shards, Dataset):
-    """Image-caption pairs in tar shards.
+    """What a run draws from tar shards: image-caption pairs, ready to train on.
 
-    shards: paths. captions, labels: lists of sources, each txt or json.FIELD. One text is drawn
-    each time; a source that is named twice is drawn twice as often. Index it with (visit, sample):
-    `visit` counts the samples of the whole run and seeds the crop and the choice of the caption, so
-    that these do not depend on which process loads the sample.
+    sources, label_sources: where captions and labels are drawn from, one text each time; a source
+    that is named twice is drawn twice as often. Index it with (visit, sample): `visit` counts the
+    samples of the whole run and seeds the crop and the choice of the caption, so that these do not
+    depend on which process loads the sample.
     """
 
     def __init__(
         self,
-        shards,
+        paths,
         tokenizer,
         image_size,
-        captions=("txt",),
-        labels=None,
+        sources=("txt",),
+        label_sources=None,
         seed=0,
         crop_area=0.9,
         patches=None,
         patch_dropout=0.0,
     ):
-        super().__init__(shards)
+        super().__init__(paths, sources)
         self.tokenizer = tokenizer
         self.image_size = image_size
-        self.captions = captions
-        self.label_captions = labels or captions
+        self.label_sources = label_sources or sources
         self.seed = seed
         self.crop_area = crop_area
         self.patches = patches
         self.patch_dropout = patch_dropout
         self.named = set()  # numbers of bad samples
-        for source in (*self.captions, *self.label_captions):
+        for source in self.label_sources:
             self.check_source(source)
 
-    @cached_property
-    def fingerprint(self):
-        """A short text that changes with the sizes in the shards, and with the captions used."""
-        content = self.index.numpy().tobytes() + str(self.captions).encode()
-        return hashlib.sha1(content).hexdigest()[:12]
-
-    def draw(self, row, rng):
-        """A row of the index -> (image, ids of the caption, ids of the label caption, the patches
-        to keep or None). Raises BadSample."""
-        caption = rng.choice(self.texts(row, rng.choice(self.captions)))
+    def sample_pair(self, i, rng):
+        """A sample -> (image, ids of the caption, ids of the label caption, the patches to keep or
+        None). Raises BadSample."""
+        caption = rng.choice(self.texts(i, rng.choice(self.sources)))
         ids = self.tokenizer.encode(caption)
         label_ids = ids
-        if self.label_captions != self.captions:
-            label = rng.choice(self.texts(row, rng.choice(self.label_captions)))
+        if self.label_sources != self.sources:
+            label = rng.choice(self.texts(i, rng.choice(self.label_sources)))
             label_ids = self.tokenizer.encode(label)
-        image = load_image(self.read(row, IMAGE), self.image_size, rng, self.crop_area)
+        image = self.image(i, self.image_size, rng, self.crop_area)
         keep = None
         if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
             K = max(1, round(self.patches * (1 - self.patch_dropout)))
@@ -635,21 +650,20 @@ class Pairs(Shards, Dataset):
         return image, ids, label_ids, keep
 
     def __getitem__(self, item):
-        """(visit, sample) -> what `draw` returns.
+        """(visit, sample) -> what `sample_pair` returns.
 
         Another sample, at random, replaces a bad one, so that batches have the same size on every
         process. Each process names a bad one once, and a hundred at most."""
         visit, sample = item
         rng = rng_of_visit(self.seed, visit)
         for _ in range(100):
-            row = self.index[sample].tolist()
             try:
-                return self.draw(row, rng)
+                return self.sample_pair(sample, rng)
             except (BadSample, OSError) as error:
-                reason = f"bad sample: {self.shards[row[0]]} {self.key(row)}: {error}"
+                reason = f"bad sample: {self.name(sample)}: {error}"
             if sample not in self.named and len(self.named) < 100:
                 self.named.add(sample)
-                tqdm.write(printable(reason), sys.stderr)
+                tqdm.write(reason, sys.stderr)
             sample = rng.randrange(len(self))
         raise InputError(f"a hundred bad samples in a row, such as this {reason}")
 
@@ -676,17 +690,17 @@ def round_up(captions):
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 
-def hold_out(pairs, captions):
+def hold_out(pairs, sources):
     """Takes every hundredth pair, but at most a thousand, out of the training pairs, and returns
-    them as validation pairs, with these sources of captions."""
+    them as Shards to validate on, with these sources of captions."""
     held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
-    val_pairs = copy(pairs)
-    val_pairs.index = pairs.index[held_out]
-    val_pairs.captions = captions
-    for source in captions:
-        val_pairs.check_source(source)
+    validation = copy(pairs)
+    validation.index = pairs.index[held_out]
+    validation.sources = sources
+    for source in sources:
+        validation.check_source(source)
     pairs.index = pairs.index[~held_out]
-    return val_pairs
+    return validation
 
 
 @lru_cache(maxsize=2)
@@ -732,7 +746,7 @@ def make_loader(dataset, workers, ahead=2, **options):
     return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
-def micro_batches(n, batch_size, local, micro_batch_size, seed, start, stop):
+def micro_batch_indices(n, batch_size, local, micro_batch_size, seed, start, stop):
     """Yields what one process of a run loads from step `start` to `stop`, as lists of (visit,
     sample): its slice `local` of each global batch, in micro-batches."""
     for step in range(start, stop):
@@ -747,7 +761,7 @@ def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, worker
     local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
     """
     per_step = (local.stop - local.start) // micro_batch_size
-    sampler = micro_batches(
+    sampler = micro_batch_indices(
         len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
     )
     on_gpu = device.type == "cuda"

@@ -37,7 +37,6 @@ from cli import (
     optional,
     output_file,
     pick_device,
-    printable,
     run_command,
     write_file,
     write_json,
@@ -76,7 +75,7 @@ def read_checkpoint(path):
     return content
 
 
-def make_model(path, weights, config, vocab):
+def restore(path, weights, config, vocab):
     """The parts of a checkpoint -> model, tokenizer. Raises InputError if they do not fit."""
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
@@ -100,7 +99,7 @@ def load(checkpoint, device="cpu"):
     """
     content = read_checkpoint(checkpoint)
     parts = (content["model"], content["config"], content["vocab"])
-    model, tokenizer = make_model(checkpoint, *parts)
+    model, tokenizer = restore(checkpoint, *parts)
     preprocess = partial(data.load_image, size=model.config.image_size)
     model.requires_grad_(False).to(device).eval()
     return model, tokenizer, preprocess
@@ -117,7 +116,7 @@ def validation_of(checkpoint):
     return shards, captions
 
 
-DIVERGED = "try a lower --learning_rate, more --warmup_steps or another --dtype"
+DIVERGED = "try a lower --learning_rate or another --dtype"
 
 
 def write_checkpoint(path, model, vocab, **more):
@@ -138,16 +137,22 @@ def device_of(model):
 # Images and texts -> features
 
 
-# The datasets below yield (image, label), or (reason: str, label) if the image cannot be read, so
-# that one broken file does not end the evaluation of thousands.
+# In the datasets below an image that cannot be read is None, so that one broken file does not end
+# the evaluation of thousands.
+UNREADABLE = (data.BadSample, OSError)
+
+
+def skip(name, error):
+    """Says that an image is left out, and why. Returns None, which then stands for it."""
+    tqdm.write(f"skipped {name}: {error}")
 
 
 def read_image(path, size):
-    """Returns an image file as a uint8 tensor (3, size, size), or the reason why not, a string."""
+    """Returns an image file as a uint8 tensor (3, size, size), or None."""
     try:
         return data.load_image(Path(path).read_bytes(), size)
-    except (data.BadSample, OSError) as error:
-        return f"{path}: {error}"
+    except UNREADABLE as error:
+        return skip(path, error)
 
 
 def class_folders(folder, image_size):
@@ -163,37 +168,31 @@ def class_folders(folder, image_size):
 
 
 class ShardImages(Dataset):
-    """The pairs of shards in order. The label of an image is the list of all its captions."""
+    """The images of data.Shards in order. The label of each is the list of all its captions."""
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    def __init__(self, shards, size):
+        self.shards = shards
+        self.size = size
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.shards)
 
     def __getitem__(self, i):
-        pairs = self.pairs
-        row = pairs.index[i].tolist()
         try:
-            texts = pairs.all_texts(row, pairs.captions)
-            return data.load_image(pairs.read(row, data.IMAGE), pairs.image_size), texts
-        except (data.BadSample, OSError) as error:
-            return f"{pairs.shards[row[0]]}: {pairs.key(row)}: {error}", None
+            return self.shards.image(i, self.size), self.shards.captions(i)
+        except UNREADABLE as error:
+            return skip(self.shards.name(i), error), None
 
 
 def collate(samples):
-    """list of samples -> images stacked (B, 3, S, S), or None if none can be read, and the list of
-    their B labels. Names the images that cannot be read."""
-    images = []
-    labels = []
-    for image, label in samples:
-        if isinstance(image, str):
-            tqdm.write(printable(f"skipped {image}"))
-        else:
-            images.append(image)
-            labels.append(label)
+    """list of (image, label) -> the images that can be read, stacked (B, 3, S, S), or None if there
+    are none, and the list of their B labels."""
+    samples = [(image, label) for image, label in samples if image is not None]
+    if not samples:
+        return None, []
+    images, labels = zip(*samples)
     # One tensor for all: each tensor on its way out of a worker holds a file open.
-    return torch.stack(images) if images else None, labels
+    return torch.stack(images), list(labels)
 
 
 def batches(dataset, batch_size, workers, description):
@@ -227,24 +226,21 @@ def encode_images(model, encode, dataset, batch_size, workers):
     return torch.cat(features), labels
 
 
-def encode_shards(model, pairs, batch_size=128, workers=0):
-    """Returns image features (N, E) of pairs, text features (M, E) of all their captions, and owner
-    (M,), the number of each caption's image. Says how many captions are not unique."""
-    dataset = ShardImages(pairs)
+def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
+    """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
+    owner (M,), the number of each caption's image. Says how many captions are not unique."""
+    dataset = ShardImages(shards, model.config.image_size)
     images, captions = encode_images(model, model.encode_image, dataset, batch_size, workers)
     texts = []
     owner = []
     for i, texts_of_image in enumerate(captions):
         texts += texts_of_image
         owner += [i] * len(texts_of_image)
-    # Each text is encoded once, so that equal captions get equal features and tie.
-    number_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    repeated = len(texts) - len(number_of)
+    repeated = len(texts) - len(set(texts))
     if repeated > 0:
-        tqdm.write(f"{repeated:,} of {len(texts):,} captions repeat another one: they tie with it")
-    features = encode_texts(model, pairs.tokenizer, list(number_of))
-    numbers = [number_of[text] for text in texts]
-    return images, features[numbers], torch.tensor(owner, device=features.device)
+        tqdm.write(f"{repeated:,} of {len(texts):,} captions repeat another one")
+    features = encode_texts(model, tokenizer, texts)
+    return images, features, torch.tensor(owner, device=features.device)
 
 
 # -----------------------------------------------------------------------------
@@ -264,54 +260,42 @@ def score(hits, chance):
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
 
 
-def format_score(name, s, more=""):
-    """Returns a score as a line of text, with `more` at its end."""
+def format_score(name, s):
+    """Returns a score as a line of text."""
     low, high = s["interval"]
     text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
-    text += f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}{more}"
-    return printable(text)
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
-# Ties need care. A model that has collapsed gives every answer the same score. If ties counted as
-# hits it would score 100 %, and if they counted as misses, 0 %. Here it scores what chance would.
+def search(questions, question_label, answers, answer_label, k):
+    """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> (Q,
+    k) booleans: is the best answer right, the second best ... Works in chunks, so that the matrix
+    (Q, A) never exists.
 
-
-def rank_counts(similarity, right):
-    """similarity (Q, A) of A answers to Q questions, right (Q, A): which answers are right.
-    Returns counts (3, Q), which decide whether a right answer is found: wrong answers above the
-    best right one, and wrong and right answers that tie with it."""
-    best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-    # Equal features may differ in the last bit. NaN, from a model that has diverged, counts as
-    # above, so that it is never right.
-    above = ~(similarity <= best + 1e-6) & ~right
-    tied = (similarity - best).abs() <= 1e-6
-    return torch.stack([above.sum(dim=1), (tied & ~right).sum(dim=1), (tied & right).sum(dim=1)])
-
-
-def recall(counts, k):
-    """counts (3, Q) -> R@k of each question (Q,): the probability that a right answer is among the
-    first k if tied ones come in random order.
-
-    The tied ones share the k - above places that are left. A wrong one takes the first of them with
-    probability wrong / (wrong + right), the second with (wrong - 1) / (wrong - 1 + right) ... Their
-    product, 0 if the wrong ones run out, is the probability that no right answer is found.
+    Of equal answers topk takes any. That is fair: of two equal captions each image finds its own in
+    half of the cases, and a model that has collapsed finds the same k answers to all questions.
     """
-    above, wrong, right = counts.double()
-    before = torch.arange(k, device=counts.device)[:, None]  # wrong ones that came so far
-    missed = (wrong - before) / (wrong - before + right).clamp(min=1)  # (k, Q)
-    return 1 - missed.where(before < k - above, 1.0).prod(dim=0)
-
-
-def search(questions, question_label, answers, answer_label):
-    """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> the
-    counts (3, Q) of rank_counts. Works in chunks, so that the matrix (Q, A) never exists."""
-    counts = []
+    found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
     for i in data.progress(range(0, len(questions), chunk), "searching"):
-        right = question_label[i : i + chunk, None] == answer_label
         similarity = questions[i : i + chunk] @ answers.T
-        counts.append(rank_counts(similarity, right).cpu())
-    return torch.cat(counts, dim=1)
+        best = similarity.topk(min(k, len(answers))).indices
+        found.append((answer_label[best] == question_label[i : i + chunk, None]).cpu())
+    return torch.cat(found)
+
+
+def recall(found, k):
+    """found (Q, ...) of `search` -> R@k of each question (Q,): 1 if a right answer is among the
+    first k, else 0."""
+    return found[:, :k].any(dim=1).double()
+
+
+def recall_by_chance(right, n, k):
+    """R@k of k answers that are drawn at random from n, if so many of them are right (Q,). The
+    draws miss one after the other, with probability (n - right) / n, (n - right - 1) / (n - 1) ...
+    """
+    drawn = torch.arange(min(k, n))[:, None]
+    return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
 
 
 def mean_by_image(hits, image):
@@ -323,16 +307,13 @@ def mean_by_image(hits, image):
 def recall_scores(questions, question_image, answers, answer_image, ks):
     """R@k of a search for answers of the question's image, as a dict of scores. Arguments as in
     `search`. Each image counts once, with the mean of its questions."""
-    counts = search(questions, question_image, answers, answer_image)
-    # Chance is the score of a model for which all answers look the same: all of them tie.
-    right = torch.bincount(answer_image)[question_image].cpu()  # (Q,)
-    wrong = len(answers) - right
-    all_tie = torch.stack([torch.zeros_like(right), wrong, right])
+    found = search(questions, question_image, answers, answer_image, max(ks))
+    right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
     question_image = question_image.cpu()
     scores = {}
     for k in ks:
-        hits = mean_by_image(recall(counts, k), question_image)
-        luck = mean_by_image(recall(all_tie, k), question_image)
+        hits = mean_by_image(recall(found, k), question_image)
+        luck = mean_by_image(recall_by_chance(right, len(answers), k), question_image)
         scores[f"R@{k}"] = score(hits, luck.mean())
     return scores
 
@@ -363,10 +344,11 @@ def loss_in_groups(model, image_features, text_features, owner, group):
     return torch.stack(losses).mean().item()
 
 
-def score_pairs(model, pairs, group, batch_size=128, workers=0):
-    """Scores retrieval among pairs, and the loss in groups of so many. Prints and returns the
-    scores, a dict. mean_r1, R@1 as the mean of both ways, is what the best model is chosen by."""
-    images, texts, owner = encode_shards(model, pairs, batch_size, workers)
+def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
+    """Scores retrieval among the pairs of data.Shards, and the loss in groups of so many. Prints
+    and returns the scores, a dict. mean_r1, R@1 as the mean of both ways, is what the best model is
+    chosen by."""
+    images, texts, owner = encode_shards(model, tokenizer, shards, batch_size, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
         for name, value in scores.items():
@@ -376,10 +358,11 @@ def score_pairs(model, pairs, group, batch_size=128, workers=0):
     loss = loss_in_groups(model, images, texts, owner, group)
     tqdm.write(f"contrastive loss {loss:.3f} in groups of {group} (a guess: {math.log(group):.3f})")
     if model.head is not None:
-        pictures, captions = next(batches(ShardImages(pairs), 2, 0, "words"))
-        for words, own in zip(top_words(model, pairs.tokenizer, pictures), captions):
+        dataset = ShardImages(shards, model.config.image_size)
+        pictures, captions = next(batches(dataset, 2, 0, "words"))
+        for words, texts in zip(top_words(model, tokenizer, pictures), captions):
             found = ", ".join(word for word, _, _ in words)
-            tqdm.write(printable(f'"{own[0]}": the head says {found}'))
+            tqdm.write(f'"{texts[0]}": the head says {found}')
     ways = [scores["R@1"]["value"] for scores in result.values()]
     return {
         "validation": result,
@@ -409,11 +392,11 @@ def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128,
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
     labels = torch.tensor(labels)
     numbers = torch.arange(C, device=features.device)
-    counts = search(features, labels.to(features.device), classifier, numbers)
-    hits = recall(counts, 1)
+    found = search(features, labels.to(features.device), classifier, numbers, 5)
+    hits = recall(found, 1)
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
-        result["top5"] = score(recall(counts, 5), 5 / C)
+        result["top5"] = score(recall(found, 5), 5 / C)
     # A list, not a dict, because two of ImageNet's classes have the same name.
     result["per_class"] = []
     for c in labels.unique().tolist():
@@ -564,7 +547,7 @@ def command_zeroshot(model, tokenizer, args):
     check(all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
     templates = usable_templates(tokenizer, templates)
     print(len(templates), "prompts whose words are in the vocabulary:")
-    print(*map(printable, templates), sep="\n  ")
+    print(*templates, sep="\n  ")
     sizes = (args.batch_size, args.workers)
     result = score_folder(model, tokenizer, args.images, names, templates, *sizes)
     for name in sorted(result.keys() - {"per_class"}):
@@ -572,7 +555,7 @@ def command_zeroshot(model, tokenizer, args):
     per_class = result["per_class"]
     unknown = unknown_words(tokenizer, [c["name"] for c in per_class])
     if unknown:
-        print("not in the vocabulary:", printable(", ".join(unknown)))
+        print("not in the vocabulary:", ", ".join(unknown))
     if len(per_class) <= 30:
         for c in per_class:
             print(format_score(f"  {c['name']}", c))
@@ -581,12 +564,12 @@ def command_zeroshot(model, tokenizer, args):
 
 def command_retrieval(model, tokenizer, args):
     shards = data.expand(args.data)
-    sides = {data.side(shard) for shard in shards}
-    if {"train", "validation"} <= sides:
+    splits = {data.split_of(shard) for shard in shards}
+    if {"train", "validation"} <= splits:
         raise InputError("these shards are of training and of validation: name one of the two")
     captions = args.captions or validation_of(args.checkpoint)[1]
-    pairs = data.Pairs(shards, tokenizer, model.config.image_size, captions)
-    return score_pairs(model, pairs, 256, args.batch_size, args.workers)
+    pairs = data.Shards(shards, captions)
+    return score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
 
 
 def command_probe(model, _, args):
@@ -599,9 +582,9 @@ def command_probe(model, _, args):
     untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights
     sizes = (args.batch_size, args.workers)
     result = {}
-    for kind, tower in (("", model), ("untrained ", untrained)):
-        x, y = frozen_features(tower, train, *sizes)
-        x_test, y_test = frozen_features(tower, test, *sizes)
+    for kind, candidate in (("", model), ("untrained ", untrained)):
+        x, y = frozen_features(candidate, train, *sizes)
+        x_test, y_test = frozen_features(candidate, test, *sizes)
         halves = zip(("class token", "patch mean"), x.chunk(2, dim=1), x_test.chunk(2, dim=1))
         for name, half, half_test in halves:
             found = probe((half, y), (half_test, y_test), len(train.classes))

@@ -4,8 +4,8 @@
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
-The file reads from top to bottom: the options, the processes, one step, what a run is made of,
-its folder, validation, and the run.
+The file reads from top to bottom: one step, what a run is made of, its folder, validation, and the
+run; then what the processes of a run say to each other, and the options.
 
 Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
 options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
@@ -56,207 +56,10 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
 
 # torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
-environ = os.environ if dist.is_torchelastic_launched() else {}
-RANK = int(environ.get("RANK", 0))
-WORLD = int(environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(environ.get("LOCAL_RANK", 0))
-
-# -----------------------------------------------------------------------------
-# Options
-
-
-def make_parser():
-    """All options. A default of None is a rule that the help states."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        usage="python train.py [options]   (--help explains them)",  # not a list of all
-        epilog="The built-in scenes and --init_from have other defaults, printed at the start.",
-        allow_abbrev=False,  # a typo should not become another option
-    )
-    add = parser.add_argument
-    count = number(int, 1)
-    positive = number(float, 0)
-    # fmt: off
-    add("--train_data", nargs="+", metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
-    add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test, else 1 pair in "
-        "100 of 200 or more, at most 1,000)")
-    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders with a folder of images per class, to classify at each validation")
-    add_options(parser, "captions")
-    add("--label_captions", nargs="+", metavar="SOURCE",
-        help="where the words to predict come from (default: --captions)")
-    add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions of --val_data are (default: --captions)")
-    add("--vocab", metavar="FILE",
-        help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture that a random crop shows; 1: always the largest middle "
-        "square (default 0.9)")
-    add("--workers", type=number(int, 0, 999),
-        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
-    # the model
-    add("--model", choices=PRESETS, help="size of both towers (default ViT-B-16)")
-    add("--image_size", type=count, metavar="PIXELS",
-        help="side of an image (default: the model's)")
-    add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
-    add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
-    add("--cls_weight", type=positive, default=1.0,
-        help="weight of the classification loss; 0 trains plain CLIP (default 1)")
-    add("--loss", choices=("softmax", "sigmoid"),
-        help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
-    # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, help="updates in all (default: by --epochs)")
-    length.add_argument("--epochs", type=number(float, 1e-6), default=30.0,
-        help="passes over the data (default 30)")
-    add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
-    add("--micro_batch_size", type=count,
-        help="pairs of a process that go through the towers at a time (default: all of its batch)")
-    add("--learning_rate", type=positive, default=5e-4, help="peak learning rate (default 5e-4)")
-    add("--head_learning_rate", type=positive,
-        help="peak learning rate of the word head, and of whatever --init_from lacks (default: "
-        "5e-4 for what it lacks, else --learning_rate)")
-    add("--warmup_steps", type=number(int, 0),
-        help="updates over which the rate rises (default: a tenth of all, at most 1000)")
-    add("--weight_decay", type=positive, default=0.2,
-        help="weight decay of AdamW, for matrices only (default 0.2)")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of an image's patches that a step leaves out (default 0)")
-    add("--seed", type=number(int, 0, 2**31), default=0,
-        help="seed of weights, order, captions, crops and patch dropout (default 0)")
-    # the machine
-    add_options(parser, "device")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="numbers to compute with (default: bfloat16 or float16 where CUDA or the CPU has "
-        "units for it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA from compute capability 7.0)")
-    add("--grad_checkpointing", action="store_true",
-        help="keep fewer activations: less memory, a third more time")
-    # the run
-    add("--out_dir", default="out", metavar="DIR",
-        help="folder for checkpoints and log.jsonl (default out)")
-    add("--resume", action="store_true",
-        help="go on with the run in --out_dir: give its command again, and add this")
-    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
-    add("--eval_every", type=count,
-        help="steps between validations (default: steps / 3, at most 2000)")
-    # fmt: on
-    return parser
-
-
-# The default rate with --init_from: larger steps would destroy what the weights know.
-FINE_TUNING_RATE = 5e-5
-NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
-IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
-# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
-# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
-MAY_CHANGE = {
-    "out_dir", "resume", "steps", "epochs", "warmup_steps", "learning_rate", "head_learning_rate",
-    "micro_batch_size", "workers", "device", "dtype", "compile", "grad_checkpointing",
-    "log_every", "eval_every", "train_data", "val_data", "zeroshot_data", "vocab",
-}  # fmt: skip
-
-
-def parse(argv):
-    """Returns the options, with the defaults of the built-in scenes and of --init_from."""
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    defaults = {}
-    if given.train_data is None:
-        parser.set_defaults(batch_size=SCENES["batch_size"])
-        # A batch four times as large takes half as many steps, at twice the learning rate: a
-        # compromise between as many samples and as many steps, found by trial.
-        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
-        defaults.update(SCENES, epochs=round(2.4 * ratio, 3))
-        defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
-    if given.init_from is not None:
-        defaults["learning_rate"] = FINE_TUNING_RATE
-        defaults.pop("model", None)  # the checkpoint knows it
-        for name in IN_A_CHECKPOINT:
-            if getattr(given, name) is not None:
-                raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
-    if defaults:
-        print("defaults of this run:", defaults)
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
-
-
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def join_processes():
-    """Lets the processes that torchrun has started find each other."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
-        # their GPUs.
-        backend = "cpu:gloo,cuda:nccl"
-    # Two hours, because all others wait while rank 0 validates.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-
-
-def check_processes_agree(*facts):
-    """All processes must have the same options, dtype, data and step, or they would train apart."""
-    if dist.is_initialized():
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, facts)
-        same = everyone == [facts] * WORLD
-        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
-
-
-def set_up_device(args):
-    """Returns the device of this process, and settles --compile."""
-    name = args.device
-    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Autograd's threads have one. With another number here, code would be compiled twice.
-        torch.set_num_threads(1)
-    if args.compile is None:  # old GPUs cannot run what it makes
-        args.compile = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return device
-
-
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum (or `op`) over all processes, in place. With one process, the tensor itself."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def wait_for_all():
-    """Returns when all processes have come here."""
-    all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
-
-
-class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
-    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
-
-    def __init__(self):
-        self.number = 0
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signal.SIGHUP, self.receive)
-
-    def receive(self, number, _):
-        self.number = number
-        with suppress(OSError):  # the terminal may have gone
-            # not print, which may be what the signal has interrupted
-            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
-
-    def agreed(self):
-        """Returns the signal that any of the processes has received, or 0."""
-        # on the CPU, so that nobody waits for a GPU
-        return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
-
+torchrun = os.environ if dist.is_torchelastic_launched() else {}
+RANK = int(torchrun.get("RANK", 0))
+WORLD = int(torchrun.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 
 # -----------------------------------------------------------------------------
 # One step
@@ -346,24 +149,21 @@ def mean_losses(losses):
 
 def read_start(args):
     """Returns the model to start from (--init_from) or None, and the tokenizer, its own or that of
-    the shards. Draws the built-in scenes if they are not there."""
-    if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
-        make_scenes("scenes")
+    the shards."""
     if args.init_from is not None:
         return evaluation.load(args.init_from)[:2]  # the model and its tokenizer
     return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
 def open_data(args, tokenizer, model):
-    """Returns the training pairs, and the validation pairs or None."""
-    shards, val_shards = data.split_sides(data.expand(args.train_data))
-    size = model.config.image_size
+    """Returns the training pairs, and the validation pairs (data.Shards) or None."""
+    shards, val_shards = data.by_split(data.expand(args.train_data))
     pairs = data.Pairs(
         shards,
         tokenizer,
-        size,
-        captions=args.captions,
-        labels=args.label_captions,
+        model.config.image_size,
+        args.captions,
+        args.label_captions,
         seed=args.seed,
         crop_area=args.crop_area,
         patches=model.visual.grid**2,
@@ -379,7 +179,7 @@ def open_data(args, tokenizer, model):
     val_captions = args.val_captions or args.captions
     val_pairs = None
     if val_shards:
-        val_pairs = data.Pairs(val_shards, tokenizer, size, val_captions)
+        val_pairs = data.Shards(val_shards, val_captions)
     elif args.val_data is None and len(pairs) >= 200:
         val_pairs = data.hold_out(pairs, val_captions)
         print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
@@ -387,7 +187,7 @@ def open_data(args, tokenizer, model):
     return pairs, val_pairs
 
 
-def make_model(args, source, vocab_size, device):
+def build_model(args, source, vocab_size, device):
     """Returns a model on the device, and the names of the parameters that the source (--init_from)
     lacks, which keep their random weights."""
     if source is None:
@@ -426,23 +226,12 @@ def make_model(args, source, vocab_size, device):
     return model.to(device).train(), new
 
 
-def make_optimizer(model, learning_rate, head_learning_rate, weight_decay, new=()):
+def make_optimizer(model, learning_rate, weight_decay, new=()):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    Each group keeps its peak rate. head_learning_rate is that of the word head and of the names in
-    `new`. None means the rate of the rest for the head, and NEW_LEARNING_RATE for the new."""
-    peaks = {"rest": learning_rate, "head": learning_rate, "new": NEW_LEARNING_RATE}
-    if head_learning_rate is not None:
-        peaks["head"] = head_learning_rate
-        peaks["new"] = head_learning_rate
-
-    def part(name):
-        if name in new:
-            return "new"
-        return "head" if name.startswith("head.") else "rest"
-
+    Each group keeps its peak rate, which is NEW_LEARNING_RATE for the parameters named in `new`."""
     groups = []
-    for this, peak in peaks.items():  # always six, because last.pt numbers parameters in this order
-        params = [p for name, p in model.named_parameters() if part(name) == this]
+    for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
+        params = [p for name, p in model.named_parameters() if (name in new) == is_new]
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
@@ -451,14 +240,12 @@ def make_optimizer(model, learning_rate, head_learning_rate, weight_decay, new=(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def set_lengths(args, n):
-    """Fills in the options whose defaults depend on the length of the run, for n pairs."""
-    if args.steps is None:
-        args.steps = max(1, round(args.epochs * (n // args.batch_size)))
-    if args.warmup_steps is None:
-        args.warmup_steps = min(1000, args.steps // 10)
-    if args.eval_every is None:
-        args.eval_every = min(2000, math.ceil(args.steps / 3))
+def lengths(args, n):
+    """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations."""
+    steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
+    warmup_steps = min(1000, steps // 10)
+    eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
+    return steps, warmup_steps, eval_every
 
 
 # -----------------------------------------------------------------------------
@@ -483,7 +270,7 @@ def commit():
     return subprocess.getoutput(f"git -C {folder} describe --always --dirty 2> /dev/null")
 
 
-def describe(args, model, pairs, val_pairs, dtype, device):
+def header_of(args, steps, model, pairs, val_pairs, dtype, device):
     """Prints what this run is, and returns the header of its log, without which no number in the
     rows that follow means anything."""
     device_name = f"{device.type} ({data.cores()} cores)"
@@ -495,7 +282,7 @@ def describe(args, model, pairs, val_pairs, dtype, device):
     header = {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": args.steps,
+        "steps": steps,
         "batch_size": args.batch_size,
         "processes": WORLD,
         "device": device_name,
@@ -528,9 +315,12 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     check(same_data, f"--resume: --train_data or --val_data is not what {path} was trained on")
     check(saved["vocab"] == tokenizer.vocab, f"--resume: {path} has another vocabulary (--vocab)")
     model.load_state_dict(saved["model"])
-    # The groups are ours, and not the file's, so that a given --learning_rate counts.
+    # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
+    # are numbered in their order.
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+    fits = len(saved["optimizer"]["param_groups"]) == len(groups)
+    check(fits, f"--resume: {path} is of another version of train.py")
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     if saved["scaler"]:  # it is empty without float16
         scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best_r1"]
@@ -562,7 +352,8 @@ def validate(args, model, tokenizer, pairs, step):
     with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
         if pairs is not None:
             # in groups as large as a batch, as the softmax loss of training has them
-            row |= evaluation.score_pairs(model, pairs, args.batch_size, workers=args.workers)
+            group = args.batch_size
+            row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
         for folder in args.zeroshot_data:
             scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
             row["zeroshot"][folder] = scores["top1"]
@@ -603,17 +394,17 @@ def train(args):
     # ---- The tokenizer, the model, the data and the optimizer
     if LOCAL_RANK > 0:
         wait_for_all()  # One process of a machine draws and indexes. The others find it done.
+    if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
+        make_scenes("scenes")
     source, tokenizer = read_start(args)
-    model, new = make_model(args, source, tokenizer.vocab_size, device)
+    model, new = build_model(args, source, tokenizer.vocab_size, device)
     del source  # or its weights would stay for the whole run
     tokenizer.context_length = model.config.context_length
     pairs, val_pairs = open_data(args, tokenizer, model)
     if LOCAL_RANK == 0:
         wait_for_all()
-    set_lengths(args, len(pairs))
-    optimizer = make_optimizer(
-        model, args.learning_rate, args.head_learning_rate, args.weight_decay, new
-    )
+    steps, warmup_steps, eval_every = lengths(args, len(pairs))
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     ddp_model = model
     if WORLD > 1 and M == B:  # grad_cache_step averages by itself
         # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are
@@ -622,7 +413,7 @@ def train(args):
         ddp_model = DistributedDataParallel(model, **options)
 
     # ---- Where the run stands
-    header = describe(args, model, pairs, val_pairs, dtype, device)
+    header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     start = 0
     best_r1 = 0.0
     last = Path(args.out_dir, "last.pt")
@@ -632,11 +423,11 @@ def train(args):
         if best.exists():  # last.pt is saved before the validation of its step, best.pt after it
             best_r1 = evaluation.read_checkpoint(best)["best_r1"]
     check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
-    check(start <= args.steps, f"--resume: step {start} is past --steps {args.steps}")
+    check(start <= steps, f"--resume: step {start} is past --steps {steps}")
     write_row(args, {"header": header, "step": start})
-    batches = data.load_batches(pairs, N, local, M, start, args.steps, args.workers, device)
+    batches = data.load_batches(pairs, N, local, M, start, steps, args.workers, device)
 
-    def save(path, **more):
+    def save(path, step, **more):
         facts = {"header": header, "step": step, "best_r1": best_r1}
         evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
@@ -644,16 +435,16 @@ def train(args):
     saved_time = time.monotonic()
     images, seconds, waited = 0, 0.0, 0.0  # since the last row
 
-    # disable: only rank 0 has a bar, and only on a terminal (None)
-    steps = range(start, args.steps + 1)
-    for step in tqdm(steps, total=args.steps, initial=start, unit="step", disable=RANK > 0 or None):
-        stop_number = stop.agreed()
-        eval_due = step % args.eval_every == 0 or step == args.steps
+    has_no_bar = RANK > 0 or None  # None: without a terminal, too
+    todo = range(start, steps + 1)
+    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
+        stop_number = stop.signal_of_any()
+        eval_due = step % eval_every == 0 or step == steps
 
         # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
         save_due = eval_due or stop_number > 0 or time.monotonic() > saved_time + 600
         if RANK == 0 and save_due and step > start:
-            save(last, optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
+            save(last, step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             saved_time = time.monotonic()
 
         # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
@@ -664,10 +455,10 @@ def train(args):
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
                 if step > 0:  # what a run begins with is only the bar
-                    save(best)
+                    save(best, step)
 
         # 3. Leave together, or some would wait for the features of the others for ever.
-        if step == args.steps or stop_number > 0:
+        if step == steps or stop_number > 0:
             break
 
         # 4. The losses and their gradient
@@ -680,12 +471,12 @@ def train(args):
             losses = plain_step(ddp_model, micro_batches[0], autocast, scaler)
 
         # 5. The update
-        factor = learning_rate_factor(step, args.warmup_steps, args.steps)
+        factor = learning_rate_factor(step, warmup_steps, steps)
         grad_norm = update(model, optimizer, scaler, factor)
 
         # 6. The log, at a few steps only, because to read the losses is to wait for the device
         done = step + 1
-        log_due = done % args.log_every == 0 or done == args.steps
+        log_due = done % args.log_every == 0 or done == steps
         if log_due:
             losses = mean_losses(losses)
         seconds += time.perf_counter() - start_time
@@ -714,6 +505,199 @@ def train(args):
         print("No validation was as good as the one before training, so there is no best.pt.")
     print_next(quote(str(best if best.exists() else last)), model, args.val_data)
     return 0
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def join_processes():
+    """Lets the processes that torchrun has started find each other."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
+        # their GPUs.
+        backend = "cpu:gloo,cuda:nccl"
+    # Two hours, because all others wait while rank 0 validates.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def check_processes_agree(*facts):
+    """All processes must have the same options, dtype, data and step, or they would train apart."""
+    if dist.is_initialized():
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, facts)
+        same = everyone == [facts] * WORLD
+        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
+
+
+def set_up_device(args):
+    """Returns the device of this process, and settles --compile."""
+    name = args.device
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
+        # Autograd's threads have one. With another number here, code would be compiled twice.
+        torch.set_num_threads(1)
+    if args.compile is None:  # old GPUs cannot run what it makes
+        args.compile = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """The sum (or `op`) over all processes, in place. With one process, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def wait_for_all():
+    """Returns when all processes have come here."""
+    all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
+    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
+
+    def __init__(self):
+        self.number = 0
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self.receive)
+
+    def receive(self, number, _):
+        self.number = number
+        with suppress(OSError):  # the terminal may have gone
+            # not print, which may be what the signal has interrupted
+            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
+
+    def signal_of_any(self):
+        """Returns the signal that any of the processes has received, or 0."""
+        # on the CPU, so that nobody waits for a GPU
+        return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
+
+
+# -----------------------------------------------------------------------------
+# Options
+
+
+def make_parser():
+    """All options. A default of None is a rule that the help states."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        usage="python train.py [options]   (--help explains them)",  # not a list of all
+        epilog="The built-in scenes and --init_from have other defaults, printed at the start.",
+        allow_abbrev=False,  # a typo should not become another option
+    )
+    add = parser.add_argument
+    count = number(int, 1)
+    positive = number(float, 0)
+    # fmt: off
+    add("--train_data", nargs="+", metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
+    add("--val_data", nargs="+", metavar="SHARDS",
+        help="shards to validate on, or none (default: those named val or test, else 1 pair in "
+        "100 of 200 or more, at most 1,000)")
+    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
+        help="folders with a folder of images per class, to classify at each validation")
+    add_options(parser, "captions")
+    add("--label_captions", nargs="+", metavar="SOURCE",
+        help="where the words to predict come from (default: --captions)")
+    add("--val_captions", nargs="+", metavar="SOURCE",
+        help="where the captions of --val_data are (default: --captions)")
+    add("--vocab", metavar="FILE",
+        help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
+        help="smallest share of a picture that a random crop shows; 1: always the largest middle "
+        "square (default 0.9)")
+    add("--workers", type=number(int, 0, 999),
+        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
+    # the model
+    add("--model", choices=PRESETS, help="size of both towers (default ViT-B-16)")
+    add("--image_size", type=count, metavar="PIXELS",
+        help="side of an image (default: the model's)")
+    add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
+    add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
+    add("--cls_weight", type=positive, default=1.0,
+        help="weight of the classification loss; 0 trains plain CLIP (default 1)")
+    add("--loss", choices=("softmax", "sigmoid"),
+        help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
+    # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="updates in all (default: by --epochs)")
+    length.add_argument("--epochs", type=number(float, 1e-6), default=30.0,
+        help="passes over the data (default 30)")
+    add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
+    add("--micro_batch_size", type=count,
+        help="pairs of a process that go through the towers at a time (default: all of its batch)")
+    add("--learning_rate", type=positive, default=5e-4,
+        help="peak learning rate, reached after a tenth of all steps, at most 1000 (default 5e-4)")
+    add("--weight_decay", type=positive, default=0.2,
+        help="weight decay of AdamW, for matrices only (default 0.2)")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
+        help="share of an image's patches that a step leaves out (default 0)")
+    add("--seed", type=number(int, 0, 2**31), default=0,
+        help="seed of weights, order, captions, crops and patch dropout (default 0)")
+    # the machine
+    add_options(parser, "device")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="numbers to compute with (default: bfloat16 or float16 where CUDA or the CPU has "
+        "units for it, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile towers and word head (default: on CUDA from compute capability 7.0)")
+    add("--grad_checkpointing", action="store_true",
+        help="keep fewer activations: less memory, a third more time")
+    # the run
+    add("--out_dir", default="out", metavar="DIR",
+        help="folder for checkpoints and log.jsonl (default out)")
+    add("--resume", action="store_true",
+        help="go on with the run in --out_dir: give its command again, and add this")
+    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
+    add("--eval_every", type=count,
+        help="steps between validations (default: steps / 3, at most 2000)")
+    # fmt: on
+    return parser
+
+
+# The default rate with --init_from: larger steps would destroy what the weights know.
+FINE_TUNING_RATE = 5e-5
+NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
+IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
+# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
+# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
+    "device", "dtype", "compile", "grad_checkpointing", "log_every", "eval_every",
+    "train_data", "val_data", "zeroshot_data", "vocab",
+}  # fmt: skip
+
+
+def parse(argv):
+    """Returns the options, with the defaults of the built-in scenes and of --init_from."""
+    parser = make_parser()
+    typed = parser.parse_args(argv)
+    defaults = {}
+    if typed.train_data is None:
+        parser.set_defaults(batch_size=SCENES["batch_size"])
+        # A batch four times as large takes half as many steps, at twice the learning rate: a
+        # compromise between as many samples and as many steps, found by trial.
+        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
+        defaults.update(SCENES, epochs=round(2.4 * ratio, 3))
+        defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
+    if typed.init_from is not None:
+        defaults["learning_rate"] = FINE_TUNING_RATE
+        defaults.pop("model", None)  # the checkpoint knows it
+        for name in IN_A_CHECKPOINT:
+            if getattr(typed, name) is not None:
+                raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
+    if defaults:
+        print("defaults of this run:", defaults)
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
 
 
 def main(argv):

@@ -38,7 +38,6 @@ from cli import (
     output_file,
     pick_device,
     pick_dtype,
-    printable,
     run_command,
     write_json,
 )
@@ -48,7 +47,7 @@ from superclip import PRESETS, SuperCLIPConfig
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
 # Learning rate, that of the head, and weight decay, which make no difference here
-RATES = 5e-4, 5e-4, 0.2
+RATES = 5e-4, 0.2
 
 
 def parse(options):
@@ -71,10 +70,10 @@ def race(rivals, rounds, clock):
         # The first round pays for imports, caches and compilation.
         times = seconds[name][1:]
         ratios = [a / b for a, b in zip(times, seconds[first][1:])]
-        yield name, {"seconds": spread(times), f"ratio to {first}": spread(ratios)}
+        yield name, {"seconds": min_median_max(times), f"ratio to {first}": min_median_max(ratios)}
 
 
-def spread(values):
+def min_median_max(values):
     return [min(values), statistics.median(values), max(values)]
 
 
@@ -124,7 +123,7 @@ def bench_data(options, args):
             pass
 
     def theirs():  # as most CLIP training does: get_wds_dataset of open_clip_train/data.py
-        samples = webdataset.WebDataset(pairs.shards, shardshuffle=False)
+        samples = webdataset.WebDataset(pairs.paths, shardshuffle=False)
         samples = samples.shuffle(N).decode("pilrgb").to_tuple("jpg;png;jpeg;webp", "txt")
         samples = samples.map_tuple(preprocess, lambda text: tokenizer(text)[0])
         for _ in zip(range(steps), samples.batched(N, partial=False)):
@@ -171,7 +170,7 @@ class Run:
         tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
-        self.model, _ = train.make_model(args, None, tokenizer.vocab_size, self.device)
+        self.model, _ = train.build_model(args, None, tokenizer.vocab_size, self.device)
         N = args.batch_size
         S = self.model.config.image_size
         images = torch.randint(256, (N, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -326,7 +325,7 @@ def main(argv):
     rows = []
     for row in itertools.chain([where], COMMANDS[args.command](options, args)):
         line = ", ".join(f"{name} {show(value)}" for name, value in row.items())
-        print(printable(line))
+        print(line)
         rows.append(row)
         write_json(args.json, rows)
 

@@ -124,7 +124,7 @@ def read_shapes(path, weights):
         for field, length in zip(fields, weights[name].shape):
             if field is not None:
                 config[field] = length
-    # The class token has a position, too. If the others make no square, make_model says so.
+    # The class token has a position, too. If the others make no square, eval.restore says so.
     grid = int((config.pop("positions") - 1) ** 0.5)
     config["image_size"] = config["patch_size"] * grid
     norms = [name for name in weights if name.endswith(".ln_1.weight")]
@@ -198,7 +198,7 @@ def convert(path, facts, vocab=None):
         print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
     if vocab is not None or known is None:
         known = data.Tokenizer.from_file(vocab or "clip").vocab
-    return evaluation.make_model(path, weights, config, known)
+    return evaluation.restore(path, weights, config, known)
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,6 @@ Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G pa
 import base64
 import io
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -81,35 +80,6 @@ def read_log(path):
     return header, list(rows.values())
 
 
-def overfitting(rows):
-    """Rows of a log -> a sentence if the model learns its training pairs by heart, else None: if it
-    beats a guess in training, but not among validation pairs, or if the loss fell in training, but
-    rose in the last two validations."""
-    training = []  # the contrastive loss at each validation
-    validation = []
-    loss = math.inf
-    guess = math.inf
-    for row in rows:
-        loss = row.get("contrastive_loss", loss)
-        if "val_contrastive_loss" in row:
-            training.append(loss)
-            validation.append(row["val_contrastive_loss"])
-            guess = math.log(row["val_group"])
-    reason = None
-    if validation and training[-1] < guess < validation[-1]:
-        reason = "the loss of validation pairs is above a guess's: too sure where it is wrong"
-    elif len(validation) > 2:
-        before, middle, last = validation[-3:]
-        if before < middle < last and training[-1] < training[-3]:
-            reason = "the contrastive loss falls in training, and rises among validation pairs"
-    if reason is None:
-        return None
-    return (
-        f"Overfitting: {reason}. More pairs help, fewer --epochs, --patch_dropout, --init_from. "
-        "To search few pictures, published weights may be better without any training."
-    )
-
-
 def scores_of(validation):
     """The row of a validation -> its scores, a list of dicts with their names."""
     scores = []
@@ -123,8 +93,7 @@ def scores_of(validation):
 
 def read_run(path):
     """A log.jsonl -> what the page shows of a run: its header, a curve of each term of the loss and
-    of the validations, lists of [step, value], the last scores, and whether it overfits. Raises
-    InputError."""
+    of the validations, lists of [step, value], and the last scores. Raises InputError."""
     header, rows = read_log(path)
     losses = {}
     r1 = []
@@ -148,7 +117,6 @@ def read_run(path):
         "validations": r1,
         "validation_losses": groups,
         "group": last.get("val_group"),
-        "overfitting": overfitting(rows),
         "step": last.get("step"),
         "scores": scores_of(last),
     }
@@ -169,10 +137,11 @@ def own_reference(run):
 # What the model makes of validation pairs
 
 
-def read_pairs(model, pairs):
-    """Up to SEARCHED pairs -> images (N, 3, S, S), a list of the captions of each, and image
-    features (N, E)."""
-    some = Subset(evaluation.ShardImages(pairs), spread(range(len(pairs)), SEARCHED))
+def read_pairs(model, shards):
+    """Up to SEARCHED pairs of data.Shards -> images (N, 3, S, S), a list of the captions of each,
+    and image features (N, E)."""
+    dataset = evaluation.ShardImages(shards, model.config.image_size)
+    some = Subset(dataset, spread(range(len(shards)), SEARCHED))
     images = []
 
     def encode(part):
@@ -219,9 +188,9 @@ def words_of(model, tokenizer, image, captions):
 
 
 @torch.no_grad()
-def examine(model, tokenizer, pairs, n):
+def examine(model, tokenizer, shards, n):
     """All numbers of the page that come from the model, as a dict. Raises InputError."""
-    images, captions, image_features = read_pairs(model, pairs)
+    images, captions, image_features = read_pairs(model, shards)
     first_captions = [captions_of_image[0] for captions_of_image in captions]
     text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
     numbers = torch.arange(len(images))
@@ -293,8 +262,8 @@ def main(argv):
     captions = args.captions or captions
     check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    training, validation = data.split_sides(data.expand(shards))
-    pairs = data.Pairs(validation or training, tokenizer, model.config.image_size, captions)
+    training, validation = data.by_split(data.expand(shards))
+    pairs = data.Shards(validation or training, captions)
     content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
     if args.log or log.is_file():
         content["run"] = read_run(log)

@@ -45,7 +45,6 @@ from cli import (
     number,
     output_file,
     pick_device,
-    printable,
     run_command,
     write_file,
     write_json,
@@ -56,9 +55,9 @@ from scripts.pictures import FORMATS, contact_sheet, image_files
 # -----------------------------------------------------------------------------
 # Where images are
 
-# An image to search. stamp: a text that changes when the image does; row: its row of the index of
-# the shards, or None if it is a file.
-Entry = namedtuple("Entry", "name stamp row")
+# An image to search. stamp: a text that changes when the image does; sample: its number in the
+# shards, or None if it is a file.
+Entry = namedtuple("Entry", "name stamp sample")
 
 
 def stamp_of(path):
@@ -75,19 +74,17 @@ def file_entries(paths, out):
 
 def shard_entries(shards):
     """data.Shards -> list of the entries of all their images, with or without captions."""
-    stamps = [stamp_of(path) for path in shards.shards]
+    stamps = {path: stamp_of(path) for path in shards.paths}
     entries = []
-    for row in shards.index.tolist():
+    for i in range(len(shards)):
         # With the place of the image, because a tar header may shorten two names to one.
-        stamp = f"{stamps[row[0]]} {row[data.IMAGE]}"
-        name = f"{shards.shards[row[0]]}:{shards.key(row)}"
-        entries.append(Entry(name, stamp, tuple(row)))
+        path, offset, _ = shards.place(i)
+        entries.append(Entry(shards.name(i), f"{stamps[path]} {offset}", i))
     return entries
 
 
 class Images(Dataset):
-    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S), entry), where a text
-    takes the image's place if it cannot be read."""
+    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S) or None, entry)."""
 
     def __init__(self, entries, shards, size):
         self.entries = entries
@@ -99,20 +96,19 @@ class Images(Dataset):
 
     def __getitem__(self, i):
         entry = self.entries[i]
-        if entry.row is None:
+        if entry.sample is None:
             return evaluation.read_image(entry.name, self.size), entry
         try:
-            content = self.shards.read(entry.row, data.IMAGE)
-            return data.load_image(content, self.size), entry
-        except (data.BadSample, OSError) as error:
-            return f"{entry.name}: {error}", entry
+            return self.shards.image(entry.sample, self.size), entry
+        except evaluation.UNREADABLE as error:
+            return evaluation.skip(entry.name, error), entry
 
 
-def first_text(shards, row, sources):
+def first_text(shards, i, sources):
     """The first text that a sample has in the first of the sources that it has, or ""."""
     for source in sources:
         with suppress(data.BadSample):
-            return shards.texts(row, source)[0]
+            return shards.texts(i, source)[0]
     return ""
 
 
@@ -214,13 +210,13 @@ class Search:
         entry = self.entries[i]
         found = {"number": i, "score": score, "name": short_name(entry.name)}
         found |= {"file": "", "caption": ""}
-        if entry.row is not None:
-            found["file"] = first_text(self.shards, entry.row, ["json.image"])
-            found["caption"] = first_text(self.shards, entry.row, self.captions)
+        if entry.sample is not None:
+            found["file"] = first_text(self.shards, entry.sample, ["json.image"])
+            found["caption"] = first_text(self.shards, entry.sample, self.captions)
         return found
 
     def image(self, i, size):
-        """Image i as a uint8 tensor (3, size, size), or, a text, the reason why not."""
+        """Image i as a uint8 tensor (3, size, size), or None."""
         return Images(self.entries, self.shards, size)[i][0]
 
 
@@ -229,10 +225,10 @@ def title_of(result):
 
 
 def print_result(result):
-    print("\n" + printable(title_of(result)))
+    print("\n" + title_of(result))
     for found in result["found"]:
         line = "  ".join(filter(None, (found["name"], found["file"], found["caption"])))
-        print(f"{found['score']:8.3f}  {printable(line)}")
+        print(f"{found['score']:8.3f}  {line}")
 
 
 # -----------------------------------------------------------------------------
@@ -299,7 +295,7 @@ def main(argv):
     entries = file_entries(args.images, args.out)
     shards = None
     if paths:
-        shards = data.Shards(data.expand(paths))
+        shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
         entries += shard_entries(shards)
     check(entries, f"{args.checkpoint} names no validation shards: name --images or --data")
 
@@ -314,7 +310,7 @@ def main(argv):
     print(f"{len(features):,} images; scores are cosine similarities")
     unknown = evaluation.unknown_words(tokenizer, args.texts)
     if unknown:
-        print("not in the vocabulary:", printable(", ".join(unknown)))
+        print("not in the vocabulary:", ", ".join(unknown))
     results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]
     results += [search.by_text(text, args.k) for text in args.texts]
     for result in results:

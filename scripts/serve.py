@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             return "text/html", page.encode()
         if name == "picture":
             image = search.image(int(options["number"]), SIDE)
-            check(not isinstance(image, str), "it cannot be read any more")
+            check(image is not None, "it cannot be read any more")
             return "image/jpeg", small_jpeg(image)
         if "like" in options:
             i = int(options["like"])

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from cli import make_parser, number, printable, run_command
-from eval import has_letters, load, unknown_words
+from cli import make_parser, number, run_command
+from eval import UNREADABLE, has_letters, load, unknown_words
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import idf
@@ -31,19 +31,17 @@ SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
 
 
-def read_samples(pairs, rows, unused, images=False):
-    """Yield (row, list of all captions, image or None). What is bad goes to `unused`, a list of
-    (shard, key, reason)."""
-    for row in rows:
+def read_samples(shards, numbers, unused, images=False):
+    """Yield (number of a sample, list of all captions, image or None). What is bad goes to
+    `unused`, a list of (name, reason)."""
+    for i in numbers:
         try:
-            texts = pairs.all_texts(row, pairs.captions)
-            image = None
-            if images:
-                image = data.load_image(pairs.read(row, data.IMAGE), SIDE)
-        except (data.BadSample, OSError) as error:
-            unused.append((pairs.shards[row[0]], pairs.key(row), str(error)))
+            texts = shards.captions(i)
+            image = shards.image(i, SIDE) if images else None
+        except UNREADABLE as error:
+            unused.append((shards.name(i), str(error)))
             continue
-        yield row, texts, image
+        yield i, texts, image
 
 
 def normal(text):
@@ -51,21 +49,21 @@ def normal(text):
     return " ".join(data.clean(text).split())
 
 
-def count_tokens(pairs, unused):
+def count_tokens(shards, tokenizer, unused):
     """Read all captions. Returns (lengths: list of tokens in each; token_counts: in how many
     captions each token is, a tensor (V,); repeats: in how many samples a caption is)."""
     lengths = []
     document_counts = Counter()  # which counts ten times as fast as a tensor
     repeats = Counter()
-    rows = data.progress(pairs.index.tolist(), "reading captions", unit="sample")
-    for _, texts, _ in read_samples(pairs, rows, unused):
+    numbers = data.progress(range(len(shards)), "reading captions", unit="sample")
+    for _, texts, _ in read_samples(shards, numbers, unused):
         for text in texts:
-            ids = pairs.tokenizer.encode(text)
+            ids = tokenizer.encode(text)
             lengths.append(len(ids))
             document_counts.update(set(ids))
         # Equal captions of one sample count once, because they are no false negatives.
         repeats.update({normal(text) for text in texts})
-    token_counts = torch.zeros(pairs.tokenizer.vocab_size, dtype=torch.int64)
+    token_counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     for token, count in document_counts.items():
         token_counts[token] = count
     return lengths, token_counts, repeats
@@ -85,7 +83,7 @@ def report_captions(lengths, repeats, context_length):
     print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
     for text, count in repeats.most_common(3):
         if count > 1:
-            print(f"{count:9,} x {printable(textwrap.shorten(text, 90))}")
+            print(f"{count:9,} x {textwrap.shorten(text, 90)}")
 
 
 def report_words(tokenizer, repeats):
@@ -103,44 +101,44 @@ def report_words(tokenizer, repeats):
     if unknown:
         examples = ", ".join(word for word, _ in unknown.most_common(3))
         text += f", and spells the others in bytes, such as {examples}"
-    print(printable(text))
+    print(text)
 
 
-def image_hashes(pairs, rows):
+def image_hashes(shards, numbers):
     """Yield a hash of the bytes of each image that can be read."""
-    for row in data.progress(rows, "comparing images", unit="image"):
-        with suppress(data.BadSample, OSError):
-            yield hashlib.sha256(pairs.read(row, data.IMAGE)).digest()
+    for i in data.progress(numbers, "comparing images", unit="image"):
+        with suppress(*UNREADABLE):
+            yield hashlib.sha256(shards.read(i, data.IMAGE)).digest()
 
 
-def report_overlap(pairs, val_pairs, captions):
+def report_overlap(shards, validation, captions):
     """How much of the validation data is in training, too: captions, and images byte for byte.
     captions: those of training, in the form of `normal`."""
-    val_rows = val_pairs.index.tolist()
+    n = len(validation)
     known = 0
-    for _, texts, _ in read_samples(val_pairs, val_rows, []):
+    for _, texts, _ in read_samples(validation, range(n), []):
         if any(normal(text) in captions for text in texts):
             known += 1
     # Only files of equal size can be equal.
-    sizes = {row[data.IMAGE + 1] for row in val_rows}
-    rows = [row for row in pairs.index.tolist() if row[data.IMAGE + 1] in sizes]
-    seen = set(image_hashes(pairs, rows))
-    equal = sum(content in seen for content in image_hashes(val_pairs, val_rows))
-    text = f"{equal:,} of {len(val_rows):,} images and the captions of {known:,}"
+    sizes = {validation.place(i)[2] for i in range(n)}
+    alike = [i for i in range(len(shards)) if shards.place(i)[2] in sizes]
+    seen = set(image_hashes(shards, alike))
+    equal = sum(content in seen for content in image_hashes(validation, range(n)))
+    text = f"{equal:,} of {n:,} images and the captions of {known:,}"
     print(f"validation data that is in training, too: {text}")
 
 
 def report_unused(unused):
-    """unused: list of (shard, key, reason). Prints their number by reason, with an example each."""
+    """unused: list of (name, reason). Prints their number by reason, with an example each."""
     print(f"not used: {len(unused):,}")
     counts = Counter()
     examples = {}
-    for shard, key, reason in unused:
+    for name, reason in unused:
         kind = reason.partition(":")[0]
         counts[kind] += 1
-        examples.setdefault(kind, f"{shard} {key}")
+        examples.setdefault(kind, name)
     for kind, count in counts.most_common():
-        print(f"{count:9,}  {printable(f'{kind}, such as {examples[kind]}')}")
+        print(f"{count:9,}  {kind}, such as {examples[kind]}")
 
 
 def label_of(ids, weights):
@@ -151,19 +149,18 @@ def label_of(ids, weights):
     return dict(zip(ids, shares.tolist()))
 
 
-def print_sample(pairs, row, texts, weights):
+def print_sample(name, texts, tokenizer, weights):
     """The captions of a sample, and what training makes of the first one."""
-    name = f"{pairs.shards[row[0]]} {pairs.key(row)}"
-    print(f"\n{printable(name)}")
+    print(f"\n{name}")
     for text in texts:
-        print(fill(printable(text)))
-    ids = pairs.tokenizer.encode(texts[0])
+        print(fill(text))
+    ids = tokenizer.encode(texts[0])
     shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
     print(f"  {len(ids)} tokens of the first caption: {shortened}")
     words = []
     for token, share in Counter(label_of(ids, weights)).most_common(20):
-        words.append(f"{pairs.tokenizer.decode([token])} {share:.2f}")
-    print(fill(printable("label: " + "  ".join(words))))
+        words.append(f"{tokenizer.decode([token])} {share:.2f}")
+    print(fill("label: " + "  ".join(words)))
 
 
 def main(argv):
@@ -179,32 +176,32 @@ def main(argv):
     text = "model whose vocabulary to use instead, such as that of train.py --init_from"
     add_one("--checkpoint", metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    shards = training_shards(args.shards)
+    paths = training_shards(args.shards)
     if args.checkpoint is None:
-        tokenizer = data.tokenizer_for(shards, args.vocab)
+        tokenizer = data.tokenizer_for(paths, args.vocab)
     else:
         _, tokenizer, _ = load(args.checkpoint)
-    pairs = data.Pairs(shards, tokenizer, SIDE, args.captions)
-    unused = list(pairs.unused)
-    lengths, token_counts, repeats = count_tokens(pairs, unused)
+    shards = data.Shards(paths, args.captions)
+    unused = list(shards.unused)
+    lengths, token_counts, repeats = count_tokens(shards, tokenizer, unused)
 
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    rows = pairs.index[order[: args.n + 1000]].tolist()  # a thousand bad images are enough
-    readable = read_samples(pairs, rows, unused, images=True)
+    order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0))
+    numbers = order[: args.n + 1000].tolist()  # a thousand bad images are enough
+    readable = read_samples(shards, numbers, unused, images=True)
     samples = list(itertools.islice(readable, args.n))
 
-    counts = f"{len(pairs):,} samples in {len(shards):,} shards, {len(lengths):,} captions"
+    counts = f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions"
     print(f"{counts} ({', '.join(args.captions)})")
     if lengths:
         report_captions(lengths, repeats, tokenizer.context_length)
         report_words(tokenizer, repeats)
     if args.val_data:
-        val_pairs = data.Pairs(data.expand(args.val_data), tokenizer, SIDE, args.captions)
-        report_overlap(pairs, val_pairs, repeats)
+        validation = data.Shards(data.expand(args.val_data), args.captions)
+        report_overlap(shards, validation, repeats)
     report_unused(list(dict.fromkeys(unused)))  # a bad caption may have been read twice
     weights = idf(torch.tensor(len(lengths)), token_counts)
-    for row, texts, _ in samples:
-        print_sample(pairs, row, texts, weights)
+    for i, texts, _ in samples:
+        print_sample(shards.name(i), texts, tokenizer, weights)
     if args.picture and samples:
         images = [image for _, _, image in samples]
         captions = [texts[0] for _, texts, _ in samples]

@@ -30,14 +30,13 @@ from cli import (
     make_parser,
     number,
     pick_device,
-    printable,
     run_command,
 )
 from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file, spread
 
-# A picture to look at: its full name, a short title, and its pixels (3, S, S), or, as a string, the
-# reason why it cannot be read
+# A picture to look at: its full name, a short title, and its pixels (3, S, S), or None if it cannot
+# be read
 Picture = namedtuple("Picture", "name title image")
 SHOWN = 6  # validation pictures
 SCORED = 200  # scenes of --data
@@ -53,18 +52,14 @@ def pictures_of_files(files, size):
         yield Picture(str(file), file.stem, evaluation.read_image(file, size))
 
 
-def pictures_of_run(shards, captions, tokenizer, size):
+def pictures_of_run(paths, captions, size):
     """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
-    pairs = data.Pairs(data.expand(shards), tokenizer, size, captions)
-    images = evaluation.ShardImages(pairs)
-    for i in spread(range(len(pairs)), SHOWN):
+    shards = data.Shards(data.expand(paths), captions)
+    images = evaluation.ShardImages(shards, size)
+    for i in spread(range(len(shards)), SHOWN):
         image, texts = images[i]
-        if isinstance(image, str):
-            yield Picture(image, "", image)
-        else:
-            row = pairs.index[i].tolist()
-            name = f'{pairs.shards[row[0]]}:{pairs.key(row)} "{texts[0]}"'
-            yield Picture(name, texts[0], image)
+        title = texts[0] if texts else ""
+        yield Picture(f'{shards.name(i)} "{title}"', title, image)
 
 
 def draw_scenes(size):
@@ -83,7 +78,7 @@ def find_pictures(args, files, tokenizer, size):
         return pictures_of_files(files, size)
     shards, captions = evaluation.validation_of(args.checkpoint)
     if shards:
-        return pictures_of_run(shards, captions, tokenizer, size)
+        return pictures_of_run(shards, captions, size)
     if tokenizer.vocab == scenes.vocabulary():
         return draw_scenes(size)
     raise InputError(f"{args.checkpoint} names no validation shards, so name pictures: --image")
@@ -157,18 +152,18 @@ def word_maps(model, image, ids, window, batch_size=64):
 # Are the maps right? The built-in scenes can tell.
 
 
-def read_scene(pairs, row):
-    """A row of an index -> image (3, S, S) of a built-in scene, and a list of (token id, box): the
-    colours and shapes of its objects, of which no two are the same. Raises InputError."""
+def read_scene(shards, i, tokenizer, size):
+    """A sample of data.Shards -> image (3, S, S) of a built-in scene, and a list of (token id,
+    box): the colours and shapes of its objects, of which no two are the same. Raises InputError."""
     try:
-        image = data.load_image(pairs.read(row, data.IMAGE), pairs.image_size)
-        objects = json.loads(pairs.read(row, data.JSON))["scene"]["objects"]
+        image = shards.image(i, size)
+        objects = json.loads(shards.read(i, data.JSON))["scene"]["objects"]
     except (data.BadSample, ValueError, LookupError):
-        raise InputError(f"{pairs.shards[row[0]]} is not a shard of the built-in scenes") from None
+        raise InputError(f"{shards.name(i)} is not one of the built-in scenes") from None
     words = []
     for thing in objects:
         for kind in ("colour", "shape"):
-            ids = pairs.tokenizer.encode(thing[kind])
+            ids = tokenizer.encode(thing[kind])
             if len(ids) == 1:
                 words.append((ids[0], thing["box"]))
     return image, words
@@ -271,15 +266,14 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
     n = 0
     to_draw = []
     for name, title, image in pictures:
-        if isinstance(image, str):
-            print(printable(f"skipped {image}"))
+        if image is None:
             continue
         if id_of:
             words = probabilities_of(model, image, id_of)
         else:
             words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
         text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
-        print(printable(f"{name}: {text}"))
+        print(f"{name}: {text}")
         n += 1
         if args.out and len(to_draw) < MAX_IMAGES:
             _, maps = word_maps(model, image, [i for _, _, i in words], window)
@@ -299,9 +293,10 @@ def main(argv):
     window = default_window(model)
 
     if args.data:
-        pairs = data.Pairs(data.expand(args.data), tokenizer, size)
-        rows = data.progress(pairs.index[:SCORED].tolist(), "localising", unit="scene")
-        with_boxes = (read_scene(pairs, row) for row in rows)
+        shards = data.Shards(data.expand(args.data))
+        numbers = range(min(SCORED, len(shards)))
+        numbers = data.progress(numbers, "localising", unit="scene")
+        with_boxes = (read_scene(shards, i, tokenizer, size) for i in numbers)
         score = localisation(model, with_boxes, window)
         print(evaluation.format_score("right place", score))
 

@@ -16,7 +16,7 @@ import signal
 import pytest
 import torch
 from children import PRELOAD, ROOT, Children
-from material import TINY, make_model, png, short_run, write_checkpoint, write_shards
+from material import TINY, png, short_run, small_model, write_checkpoint, write_shards
 
 import cli
 import train
@@ -93,7 +93,7 @@ def children(server, tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of a small model with random weights."""
-    return write_checkpoint(tmp_path / "model.pt", make_model())
+    return write_checkpoint(tmp_path / "model.pt", small_model())
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ TINY = dict(
 )
 
 
-def make_model(**changes):
+def small_model(**changes):
     """A model with random weights, ready for inference."""
     torch.manual_seed(0)
     config = {**TINY, "vocab_size": TOKENIZER.vocab_size, **changes}

@@ -52,7 +52,7 @@ def make_model_without_zeros(kind=SuperCLIP, **changes):
 def model_of(*options, device="cpu"):
     """The model that a run with these options starts with."""
     args = train.make_parser().parse_args(["--model=tiny", *options])
-    model, _ = train.make_model(args, None, V, torch.device(device))
+    model, _ = train.build_model(args, None, V, torch.device(device))
     return model
 
 

@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-from material import TOKENIZER, cases, make_model, write_checkpoint
+from material import TOKENIZER, cases, small_model, write_checkpoint
 
 import eval as evaluation
 from cli import InputError
 from data import words_to_tiktoken
 from scripts.convert import read_weights
 
-MODEL = make_model()
+MODEL = small_model()
 WEIGHTS = MODEL.state_dict()
 CONFIG = vars(MODEL.config)
 MISFITS = {  # what is wrong -> entries of the file, and what the message must name

@@ -123,7 +123,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     drawn = [pairs[visit, 0] for visit in range(5)]
 
     assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
-    assert capsys.readouterr().err.count(f"{path} x: ") == 1
+    assert capsys.readouterr().err.count(f"{path}:x: ") == 1
 
 
 # ---- batches

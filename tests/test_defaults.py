@@ -53,7 +53,7 @@ LENGTHS = {
     "--epochs=0.1": (1, 0, 1),
     "--steps=1000": (1000, 100, 334),
     "--steps=50000": (50_000, 1000, 2000),
-    "--steps=9 --warmup_steps=0 --eval_every=4": (9, 0, 4),
+    "--steps=9 --eval_every=4": (9, 0, 4),
 }
 
 
@@ -61,9 +61,7 @@ LENGTHS = {
 def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected):
     args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
 
-    train.set_lengths(args, 70)
-
-    assert (args.steps, args.warmup_steps, args.eval_every) == expected
+    assert train.lengths(args, 70) == expected
 
 
 @pytest.mark.parametrize(

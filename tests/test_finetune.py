@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from material import checkpoint_of, make_model, rows_of, short_run, write_checkpoint
+from material import checkpoint_of, rows_of, short_run, small_model, write_checkpoint
 
 import train
 
@@ -71,15 +71,14 @@ def test_the_head_can_be_left_out(tune):
     assert not [name for name in after["model"] if "head" in name or name in COUNTS]
 
 
-@pytest.mark.parametrize("options, rate", [([], 5e-4), (["--head_learning_rate", 1e-2], 1e-2)])
-def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path, options, rate):
+def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):
     """It has nothing to lose. What is there stays, at a rate of 0. Adam's first step is as long as
     the rate, and the biases of a norm start at 0."""
-    clip = make_model(cls_weight=0)
+    clip = small_model(cls_weight=0)
     write_checkpoint(tmp_path / "clip.pt", clip)
     start = "--init_from", tmp_path / "clip.pt", "--learning_rate", 0, "--steps", 1
 
-    after = tune(*start, *options)["model"]
+    after = tune(*start)["model"]
 
     assert equal_names(after, clip.state_dict()) == clip.state_dict().keys()
-    assert after["head.ln.bias"].abs().max().item() == pytest.approx(rate, rel=0.01)
+    assert after["head.ln.bias"].abs().max().item() == pytest.approx(5e-4, rel=0.01)

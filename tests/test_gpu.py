@@ -15,7 +15,7 @@ def gradients_of(options, device, size=N, dtype="float32"):
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = False  # which rounds convolutions
     model = model_of(*options, device=device)
-    torch.backends.cuda.enable_flash_sdp(True)  # which make_model switches off for a CPU
+    torch.backends.cuda.enable_flash_sdp(True)  # which build_model switches off for a CPU
     autocast, _ = train.precision(torch.device(device), dtype)
     scaler = torch.amp.GradScaler(device, 1024, enabled=dtype == "float16")
     batches = []

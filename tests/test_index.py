@@ -6,11 +6,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from material import TOKENIZER, cases, coloured, write_tar
+from material import cases, coloured, write_tar
 
 import data
 from cli import InputError
-from data import Pairs
+from data import Shards
 
 # ---- which shards a pattern names
 
@@ -46,14 +46,14 @@ SIDES = {
 
 def test_the_name_of_a_shard_tells_its_side():
     for side, names in SIDES.items():
-        assert {data.side(f"train/val/{name}") for name in names} == {side}
+        assert {data.split_of(f"train/val/{name}") for name in names} == {side}
 
 
 def test_shards_are_split_by_their_sides_if_there_are_both():
     train, val = "a/train-0.tar", "a/val-0.tar"
 
-    assert data.split_sides([val, train, "a/0.tar"]) == ([train, "a/0.tar"], [val])
-    assert data.split_sides([val]) == ([val], [])
+    assert data.by_split([val, train, "a/0.tar"]) == ([train, "a/0.tar"], [val])
+    assert data.by_split([val]) == ([val], [])
 
 
 # ---- what the index finds
@@ -68,12 +68,12 @@ NO_SAMPLE = [
 ]
 
 
-def contents_of(pairs):
+def contents_of(shards):
     """What lies where the index says that image, text and metadata are: a list for each sample."""
     found = []
-    for row in pairs.index.tolist():
+    for i, row in enumerate(shards.index.tolist()):
         columns = [c for c in (data.IMAGE, data.TEXT, data.JSON) if row[c]]
-        found.append([pairs.read(row, column) for column in columns])
+        found.append([shards.read(i, column) for column in columns])
     return found
 
 
@@ -92,12 +92,12 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     first = write_tar(tmp_path / "0.tar", [*members, *NO_SAMPLE])
     second = write_tar(tmp_path / "1.tar", samples[-1])
 
-    pairs = Pairs([first, second], TOKENIZER, 8)
+    shards = Shards([first, second])
 
-    assert contents_of(pairs) == [[content for _, content in sample] for sample in samples]
-    assert pairs.key(pairs.index[3].tolist()) == "z"
-    unused = {key for _, key, _ in pairs.unused}
-    assert unused == {"*._a.jpg", "*.mask.png", "*", "no image"}
+    assert contents_of(shards) == [[content for _, content in sample] for sample in samples]
+    assert shards.name(3) == f"{second}:z"
+    unused = {name for name, _ in shards.unused}
+    assert unused == {f"{first}:{key}" for key in ("*._a.jpg", "*.mask.png", "*", "no image")}
 
 
 # ---- damage
@@ -116,10 +116,10 @@ def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
     other = coloured(tmp_path / "1.tar", "red", "green")
     damaged.write_bytes(damage(damaged.read_bytes()))
 
-    pairs = Pairs([str(damaged), other], TOKENIZER, 16)
+    shards = Shards([str(damaged), other])
 
-    assert len(pairs) == left + 2
-    assert [entry[:2] for entry in pairs.unused] == [(str(damaged), "")]
+    assert len(shards) == left + 2
+    assert [name for name, _ in shards.unused] == [f"{damaged}:"]
 
 
 # ---- the cache of the index

@@ -7,7 +7,7 @@ import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
-from material import cases, make_model
+from material import cases, small_model
 
 from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_loss
 
@@ -30,7 +30,7 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_a_training_counts_each_token_of_a_caption_once_and_padding_never():
     """Exactly, even where float32 stops, and in a model that was turned into bfloat16 and back. An
     evaluation counts nothing."""
-    model = make_model(vocab_size=V).to(torch.bfloat16).float()
+    model = small_model(vocab_size=V).to(torch.bfloat16).float()
     model.token_counts += 2**24
 
     model.eval()(IMAGES, CAPTIONS)
@@ -104,7 +104,7 @@ def test_logits_of_16_bits_are_summed_in_float32():
 
 def test_the_words_of_the_label_caption_count_and_are_learned():
     """Word 9 is in the caption for the label alone, behind the 8 tokens of the context."""
-    model = make_model(vocab_size=V, context_length=8).train()
+    model = small_model(vocab_size=V, context_length=8).train()
     model.num_captions += 1  # or each of its words were in all captions, and would weigh nothing
     tokens = torch.tensor([[START, 1, 1, 1, 1, 1, 1, END]])
     labels = torch.tensor([[START, 1, 1, 1, 1, 1, 1, 1, 1, 9, END]])
@@ -153,7 +153,7 @@ def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
 
 def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
     """So that most answers are no."""
-    model = make_model(loss="sigmoid")
+    model = small_model(loss="sigmoid")
 
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
@@ -164,4 +164,4 @@ def test_a_term_without_a_weight_is_named():
     features = torch.eye(3)
 
     with pytest.raises(ValueError, match="agreement_loss"):
-        make_model().pairs_together(features, features, {"agreement_loss": torch.tensor(1.0)})
+        small_model().pairs_together(features, features, {"agreement_loss": torch.tensor(1.0)})

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from material import make_model
+from material import small_model
 from oracle import (
     SMALL,
     assert_near,
@@ -124,8 +124,8 @@ def test_with_cls_weight_0_the_model_is_clip():
 
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     """The study pairs the two by their seeds, and rests on it."""
-    clip = make_model(cls_weight=0).state_dict()  # make_model seeds torch
-    superclip = make_model().state_dict()
+    clip = small_model(cls_weight=0).state_dict()  # small_model seeds torch
+    superclip = small_model().state_dict()
 
     assert all(torch.equal(x, superclip[name]) for name, x in clip.items())
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from material import cases, error_of, make_model, png, write_checkpoint, write_shard
+from material import cases, error_of, png, small_model, write_checkpoint, write_shard
 
 from cli import InputError, run_command
 from data import words_to_tiktoken
@@ -73,10 +73,10 @@ def world(tmp_path_factory):
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
-    model = write_checkpoint(world / "model.pt", make_model())
+    model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
-    write_checkpoint(world / "clip.pt", make_model(cls_weight=0))
+    write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
 
@@ -104,7 +104,7 @@ def raises(error):
 
 
 ENDS = {  # a command, its exit code, and what it says
-    "well": (lambda argv: print("half of a surrogate pair: \ud800"), 0, ""),
+    "well": (lambda argv: print("\ud800, half of a pair, and an order: \x1b]0;title\x07"), 0, ""),
     "a mistake": (raises(InputError("--steps")), 2, "error: --steps\n"),
     "a full disk": (raises(OSError(28, "No space")), 2, "No space\n"),
     "Ctrl-C": (raises(KeyboardInterrupt()), 130, "Ctrl-C\n"),
@@ -119,7 +119,8 @@ def test_a_command_ends(main, code, said, capfd):
     process.start()
     process.join()
 
-    error = capfd.readouterr().err
+    printed, error = capfd.readouterr()
+    assert "\x1b" not in printed
     assert process.exitcode == code
     assert said in error
     assert ("Traceback" in error) == (code == 1)

@@ -30,13 +30,13 @@ def run(path, *options):
 
 def samples(out, split="*"):
     """What training reads: dict of image -> (fields of .json, text of .txt, bytes of the image)."""
-    pairs = data.Pairs(data.expand([f"{out}/{split}-*.tar"]), None, 16)
+    shards = data.Shards(data.expand([f"{out}/{split}-*.tar"]))
     found = {}
-    for row in pairs.index.tolist():
-        fields = json.loads(pairs.read(row, data.JSON))
-        [text] = pairs.texts(row, "txt")
-        found[fields["image"]] = fields, text, pairs.read(row, data.IMAGE)
-    assert len(found) == len(pairs)
+    for i in range(len(shards)):
+        fields = json.loads(shards.read(i, data.JSON))
+        [text] = shards.captions(i)
+        found[fields["image"]] = fields, text, shards.read(i, data.IMAGE)
+    assert len(found) == len(shards)
     return found
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from material import TOKENIZER, cases, coloured, make_model, run, write_checkpoint
+from material import TOKENIZER, coloured, run, small_model, write_checkpoint
 from webpage import are_near, numbers_of, requests_of
 
 import data
@@ -49,25 +49,6 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["scores"][1] == {"name": "zero-shot held out", **SCORE}
 
 
-# Losses in training and in validation, in groups of 32, where a guess has ln 32 = 3.47
-LOGS = {
-    "worse than a guess": ([3.0, 0.1], [3.3, 3.6], True),
-    "worse twice": ([3.0, 2.0, 1.0], [2.0, 2.1, 2.2], True),
-    "worse once": ([3.0, 2.0, 1.0], [2.0, 1.9, 2.2], False),
-    "worse twice, and in training as well": ([1.0, 2.0, 3.0], [2.0, 2.1, 2.2], False),
-}
-
-
-@cases("training, validation, is_said", LOGS)
-def test_overfitting_is_said(training, validation, is_said):
-    rows = []
-    for loss, val_loss in zip(training, validation):
-        rows.append({"contrastive_loss": loss})
-        rows.append({"val_contrastive_loss": val_loss, "val_group": 32})
-
-    assert (report.overfitting(rows) is not None) == is_said
-
-
 @pytest.mark.parametrize("change, is_alike", [({"my_weight": 1.0}, True), ({"loss": "x"}, False)])
 def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(change, is_alike):
     own = report.read_run(report.REFERENCE)
@@ -82,22 +63,22 @@ def world(tmp_path_factory):
     """A model with random weights, the pairs on which its run was validated, and its page."""
     folder = tmp_path_factory.mktemp("report")
     shard = coloured(folder / "val.tar", *CAPTIONS)
-    model = make_model().requires_grad_(False)
+    model = small_model().requires_grad_(False)
     header = {"arguments": {"val_data": [shard], "captions": ["txt"]}}
     write_checkpoint(folder / "best.pt", model, header=header)
     log = write_log(folder / "log.jsonl")
     argv = ["--checkpoint", folder / "best.pt", "--reference", log, "--device", "cpu"]
     assert not run(report.main, *argv, "--out", folder / "report.html")
-    return model, data.Pairs([shard], TOKENIZER, 16), folder / "report.html"
+    return model, data.Shards([shard]), folder / "report.html"
 
 
 def test_the_numbers_of_the_page_are_those_of_eval(world):
-    model, pairs, page = world
+    model, shards, page = world
     content = numbers_of(page)
 
-    images, texts, _ = evaluation.encode_shards(model, pairs)
+    images, texts, _ = evaluation.encode_shards(model, TOKENIZER, shards)
     assert are_near(content["similarity"], images @ texts.T, 1e-6)
-    samples = evaluation.ShardImages(pairs)
+    samples = evaluation.ShardImages(shards, 16)
     for picture, (image, [caption]) in zip(content["pictures"], samples, strict=True):
         assert picture["caption"] == caption
         [top] = evaluation.top_words(model, TOKENIZER, image[None], 8)
@@ -109,18 +90,18 @@ def test_the_numbers_of_the_page_are_those_of_eval(world):
 
 
 def test_plain_clip_without_a_log_has_a_page(world, tmp_path):
-    _, pairs, _ = world
-    checkpoint = write_checkpoint(tmp_path / "clip.pt", make_model(cls_weight=0))
+    _, shards, _ = world
+    checkpoint = write_checkpoint(tmp_path / "clip.pt", small_model(cls_weight=0))
     page = tmp_path / "clip.html"
 
-    assert not run(report.main, "--checkpoint", checkpoint, "--data", *pairs.shards, "--out", page)
+    assert not run(report.main, "--checkpoint", checkpoint, "--data", *shards.paths, "--out", page)
 
     assert "words" not in numbers_of(page)["pictures"][0]
 
 
 def test_a_visit(browser, world):
     """The page asks for nothing, a caption is only text, and what moves shows right numbers."""
-    model, pairs, page = world
+    model, shards, page = world
     requests_of(browser)  # what other tests have asked for
     browser.get(page.as_uri())
 
@@ -130,7 +111,6 @@ def test_a_visit(browser, world):
     assert requests_of(browser) == {page.as_uri()}
     assert browser.get_log("browser") == []
     assert all_of("#x, main b") == []
-    assert all_of("#overfitting")[0].is_displayed()  # 1.4 in groups of 4: a guess has ln 4 = 1.39
 
     # A negative term reaches down to the lower end of its plot.
     assert [title.text for title in all_of("#curves h3")][:2] == ["Contrastive loss", "My loss"]
@@ -144,6 +124,6 @@ def test_a_visit(browser, world):
     # The slider sets the temperature of CLIP's loss: at 20, two octaves above the model's own.
     move = "arguments[0].value = 20; arguments[0].dispatchEvent(new Event('input'))"
     browser.execute_script(move, all_of("#temperature")[0])
-    images, texts, _ = evaluation.encode_shards(model, pairs)
+    images, texts, _ = evaluation.encode_shards(model, TOKENIZER, shards)
     loss = contrastive_loss(images, texts, model.logit_scale.exp() / 4).item()
     assert float(all_of("#losses dd")[2].text) == pytest.approx(loss, abs=1e-3)

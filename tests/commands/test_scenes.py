@@ -121,12 +121,12 @@ def folder(tmp_path_factory):
 
 def test_a_picture_is_that_of_its_scene(folder):
     """As far as JPEG does not change it."""
-    pairs = data.Pairs(data.expand([folder]), None, 72)
+    shards = data.Shards(data.expand([folder]))
 
-    for row in pairs.index.tolist():
-        fields = json.loads(pairs.read(row, data.JSON))
-        picture = data.load_image(pairs.read(row, data.IMAGE), 72).permute(1, 2, 0)
-        assert pairs.texts(row, "txt") == [fields["short"]]
+    for i in range(len(shards)):
+        fields = json.loads(shards.read(i, data.JSON))
+        picture = shards.image(i, 72).permute(1, 2, 0)
+        assert shards.captions(i) == [fields["short"]]
         assert has(picture, scenes.draw(fields["scene"]), 40).mean() > 0.99
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from material import (
     features_of,
-    make_model,
     photo,
     png,
     result_of,
     run,
+    small_model,
     write_checkpoint,
     write_shard,
 )
@@ -74,7 +74,7 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     shard = write_shard(tmp_path / "val.tar", [sample])
     options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
     header = {"arguments": options}
-    write_checkpoint(tmp_path / "a.pt", make_model(), header=header)
+    write_checkpoint(tmp_path / "a.pt", small_model(), header=header)
 
     assert not run(search.main, "--checkpoint", tmp_path / "a.pt", "red")
 
@@ -128,7 +128,7 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
 
 def test_a_search_that_is_interrupted_keeps_what_it_has_encoded(folders, monkeypatch):
     entries = search.file_entries(["."], None)
-    model = make_model().requires_grad_(False)
+    model = small_model().requires_grad_(False)
 
     def interrupted(*args):
         yield torch.zeros(2, 3, 16, 16), entries[:2]

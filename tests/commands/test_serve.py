@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from children import Children
-from material import features_of, make_model, photo, run, write_checkpoint
+from material import features_of, photo, run, small_model, write_checkpoint
 from webpage import requests_of
 
 import eval as evaluation
@@ -25,7 +25,7 @@ def world(tmp_path_factory):
     for i in range(20):
         photo(i).save(world / "photos" / f"{i:02d}.png")
     (world / "photos" / "05.png").rename(world / "photos" / HOSTILE)
-    write_checkpoint(world / "model.pt", make_model())
+    write_checkpoint(world / "model.pt", small_model())
     return world
 
 

@@ -59,7 +59,7 @@ def test_what_cannot_be_used_is_named(dogs, printed):
     """No image, no caption, an image that cannot be read, and a name with a second dot."""
     assert "not used: 4\n" in printed
     for key in ("0006", "0007", "0008", "*.v2.png"):
-        assert f"such as {dogs} {key}\n" in printed
+        assert f"such as {dogs}:{key}\n" in printed
 
 
 def test_label_weights_by_hand(printed):

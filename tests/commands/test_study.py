@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import finish
-from material import make_model
+from material import small_model
 
 import data
 import superclip
@@ -244,7 +244,7 @@ def test_a_killed_comparison_goes_on(fork):
 def test_groups_compare_each_image_with_its_group(monkeypatch):
     monkeypatch.setattr(superclip, "contrastive_loss", superclip.contrastive_loss)
     monkeypatch.setattr(train, "main", lambda argv: argv)
-    model = make_model()
+    model = small_model()
     images, texts = F.normalize(torch.randn(2, 8, 16), dim=2)
 
     def loss_of(images, texts):
@@ -261,7 +261,7 @@ def test_groups_compare_each_image_with_its_group(monkeypatch):
 def test_without_idf_all_words_weigh_the_same(monkeypatch):
     monkeypatch.setattr(superclip, "idf", superclip.idf)
     monkeypatch.setattr(train, "main", lambda argv: argv)
-    model = make_model(vocab_size=6)
+    model = small_model(vocab_size=6)
     model.token_counts += torch.arange(6)
 
     no_idf.main([])
@@ -280,8 +280,8 @@ def test_a_world_of_photographs_is_made_of_shards_and_class_folders(folders, mon
 
     objects.make_objects(tmp_path / "world", tmp_path, 16, seed=0)
 
-    world = data.Shards([f"{tmp_path}/world/train-00000.tar"])
-    texts = [world.all_texts(row, ["json.long"])[0] for row in world.index.tolist()]
+    world = data.Shards([f"{tmp_path}/world/train-00000.tar"], ["json.long"])
+    texts = [world.captions(i)[0] for i in range(len(world))]
     assert len(texts) == 8
     assert all(re.search("a (red|green|blue)", text) for text in texts)
     names = [path.parent.name for path in tmp_path.glob("world/zeroshot/object/*/*.jpg")]

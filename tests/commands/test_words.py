@@ -11,9 +11,9 @@ from material import (
     TOKENIZER,
     cases,
     encoded,
-    make_model,
     photo,
     run,
+    small_model,
     write_shard,
 )
 
@@ -24,7 +24,7 @@ from scripts import words
 @torch.no_grad()
 def test_top_words_are_the_softmax_of_the_head():
     """Padding, start and end are no words, however probable they are."""
-    model = make_model()
+    model = small_model()
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     red, green = TOKENIZER.encode("red green")
     model.head.linear.bias[[red, 0, TOKENIZER.start, TOKENIZER.end]] += 9.0
@@ -39,7 +39,7 @@ def test_top_words_are_the_softmax_of_the_head():
 @torch.no_grad()
 def test_word_maps_are_those_of_the_slow_loop():
     """One window after the other is left out, on a grid of 4 x 4 patches."""
-    model = make_model()
+    model = small_model()
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     ids = TOKENIZER.encode("red ring a")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import ROOT
-from material import TOKENIZER, make_model
+from material import TOKENIZER, small_model
 from PIL import Image
 from webpage import PAGES
 
@@ -36,7 +36,7 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
 
 def test_the_code_in_the_readme_is_the_method():
     """The five lines that make CLIP SuperCLIP, against SuperCLIP.forward."""
-    model = make_model().train()
+    model = small_model().train()
     captions = TOKENIZER(["a red ring", "the red thing", "grey"], 8)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     expected = model(images, captions)
