@@ -2,7 +2,7 @@
 
     python -m study.compare --a "train.py --cls_weight 0" --b "train.py" --common "--batch_size 8"
     python -m study.compare --a "train.py" --b "../fork/train.py --my_weight 0.1" --rates
-    python -m study.compare --a "train.py" --b "-m study.no_idf" --probe
+    python -m study.compare --a "train.py" --b "-m study.no_idf" --seeds 10
     python -m study.compare --a "train.py --cls_weight 0" --b "train.py" \\
         --common "--train_data 'pets/train-*.tar' --val_data 'pets/val-*.tar' --model tiny"
 
@@ -12,21 +12,23 @@ include the draw of the data. Data, model, length and rate default to those of t
 train.py at the same batch size, in a fork, too. With --train_data a command brings shards of its
 own, and needs no world.
 
-With --rates, four learning rates of each command are tried with all seeds. A seed takes the rate
-that is best for the *other* seeds, so that no seed chooses its own, and the interval includes the
-choice. While the best rate of all seeds is the lowest or the highest, one more is tried there, up
-to eight.
+With --rates the learning rate of a command is searched, unless the command names a
+--learning_rate. Seeds 0 to 4 choose it: the rate with the best mean of their scores is taken for
+all. Four rates are tried, and more of them, up to eight, as long as the lowest or the highest is
+the best one, or the best for two seeds. What is compared are the scores of other seeds, 5 and up,
+with or without --rates. They had no say in the choice, so they are neither lucky nor unlucky at it.
 
-Finished runs are lines of out_study/runs.jsonl. A run is known by its command, --probe, seed, world
-and code. So a comparison that was stopped goes on, and runs of other code are never reported. Code
-is that of the Python files beside train.py, of scripts/scenes.py there, of the module if there is
-one, and of what draws the world, without comments and docstrings. What else a fork imports, and
-what a file of data contains, is not looked at: give it another name when it changes.
+Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
+code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
+the text of train.py and of the modules of its folder that it imports, directly or not, of the
+module if there is one, and of what draws the world. What a file of data contains is not looked at:
+give it another name when it changes.
 """
 
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -42,8 +44,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import train
 from cli import check, lock_folder, make_parser, number, run_command
 from data import cores
@@ -51,20 +51,13 @@ from eval import DIVERGED
 from scripts.report import read_log
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
-from study.objects import make_objects
 
+FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never scored
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
 # A rate is judged by the mean of these scores, or of all if a run has none of them.
-GOALS = {"R@1", "colour_shape", "object"}
-# The code that draws a world.
-DRAWN_BY = ("cli.py", "data.py", "superclip.py", "scripts/scenes.py", "study/objects.py")
-# What a linear probe learns from, and what it is scored on.
-PROBES = {
-    "scenes": ("zeroshot/colour_shape", "zeroshot/held_out"),
-    "objects": ("learn", "zeroshot/object"),
-}
-KEY = ("command", "world", "seed", "probe", "code")  # what a run is known by
+GOALS = {"R@1", "colour_shape", "type"}
+KEY = ("command", "world", "seed", "code")  # what a run is known by
 # What is kept of the header of a log.
 FACTS = ("pairs", "parameters", "steps", "device", "dtype", "torch", "commit", "date")
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
@@ -76,30 +69,47 @@ QUANTILES = (
 # -----------------------------------------------------------------------------
 # Code
 
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-
 
 @cache
-def without_docstrings(text):
-    """A Python file as a text -> its code without comments, docstrings and layout."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.unparse(tree)
+def imports_of(text):
+    """The names of all modules that a Python file may import, from its text."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
-def code_of(files):
-    """A hash of the code of some Python files."""
-    codes = [without_docstrings(Path(file).read_text()) for file in files]
-    return hashlib.sha256(repr(codes).encode()).hexdigest()[:8]
+def sources(file, folder):
+    """{path: text} of a Python file, and of the files in a folder that it imports, directly or
+    not. Line ends are \\n in all texts, whatever git has made of them."""
+    found = {}
+    paths = [file]
+    while paths:
+        path = paths.pop()
+        if path in found or not path.is_file():
+            continue
+        found[path] = path.read_text("utf-8")
+        for name in imports_of(found[path]):
+            module = folder / name.replace(".", "/")
+            paths += [module.with_suffix(".py"), module / "__init__.py"]
+    return found
+
+
+def hash_of(texts):
+    """A hash of {path: text}, in the order of the paths."""
+    ordered = [texts[path] for path in sorted(texts)]
+    return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:8]
 
 
 @cache
 def drawing_code():
     """A hash of the code that draws worlds. It is taken once, because this process goes on with
     what it has imported, whatever becomes of the files."""
-    return code_of(DRAWN_BY)
+    return hash_of(sources(Path("scripts/scenes.py"), Path(".")))
 
 
 # -----------------------------------------------------------------------------
@@ -107,25 +117,18 @@ def drawing_code():
 
 
 class World(NamedTuple):
-    """What is drawn for each seed: scenes, or photographs as study/objects.py has them."""
+    """What is drawn for each seed: scenes that have so many settings."""
 
     settings: int = 256
-    photographs: str = ""  # a folder
 
     def __str__(self):
-        return f"{self.kind()}, {self.settings} settings {self.photographs}".strip()
-
-    def kind(self):
-        return "objects" if self.photographs else "scenes"
+        return f"scenes, {self.settings} settings"
 
     def draw(self, out, seed):
         """The folder of this world, which is drawn if it is not there."""
-        folder = out / re.sub(r"\W+", "-", f"{self} {seed} {drawing_code()}")
+        folder = out / f"scenes-{self.settings}-{seed}-{drawing_code()}"
         if not folder.exists():
-            if self.photographs:
-                make_objects(folder, self.photographs, self.settings, seed)
-            else:
-                make_scenes(folder, settings=self.settings, seed=seed)
+            make_scenes(folder, settings=self.settings, seed=seed)
         return folder
 
 
@@ -134,12 +137,12 @@ class Command(NamedTuple):
 
     text: str  # as the user has written it
     program: str  # "train.py" or "-m study.groups"
-    file: Path  # of the program
-    folder: Path  # of its code
+    module: Path  # the file of study.groups, or None
+    train: Path  # the file of train.py
     options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
     world: World  # or None if it has shards of its own
+    names_rate: bool  # does the text have a --learning_rate?
     seed: int = 0
-    probe: bool = False  # is a linear probe scored, too?
 
     def __str__(self):
         return f"{self.text}, rate {self.rate():.3g}, seed {self.seed}"
@@ -150,17 +153,24 @@ class Command(NamedTuple):
         return f"{self.program} {shlex.join(words_of(self.options))}"
 
     def code(self):
-        """A hash of the code in its folder, of the module, and of what draws the world."""
-        beside = [*sorted(self.folder.glob("*.py")), self.folder / "scripts/scenes.py"]
-        drawing = drawing_code() if self.world else ""
-        return f"{code_of(beside)}-{code_of([self.file])}-{drawing}"
+        """Hashes of train.py with what it imports, of the module, and of what draws the world."""
+        parts = [hash_of(sources(self.train, self.train.parent)), "", ""]
+        if self.module:
+            parts[1] = hash_of({self.module: self.module.read_text("utf-8")})
+        if self.world:
+            parts[2] = drawing_code()
+        return "-".join(parts)
+
+    def key(self, code):
+        """The values of KEY, for a run of some code."""
+        return self.line(), str(self.world or ""), self.seed, code
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
 
-    def at(self, rate, seed, probe):
+    def at(self, rate, seed):
         options = {**self.options, "--learning_rate": [f"{rate:.3g}"]}
-        return self._replace(options=options, seed=seed, probe=probe)
+        return self._replace(options=options, seed=seed)
 
 
 def words_of(options):
@@ -183,8 +193,8 @@ def options_of(words):
     return options
 
 
-def defaults_of(options, world):
-    """What train.py would fill in for some options, as options: those of a run in this world, or of
+def defaults_of(options):
+    """What train.py would fill in for some options, as options: those of a run in a world, or of
     one with shards of its own."""
     # what the other defaults depend on
     rules = options.keys() & {"--batch_size", "--train_data", "--init_from"}
@@ -196,8 +206,6 @@ def defaults_of(options, world):
         if value:  # None and [] are no words, and --workers 0 is there already
             values = value if isinstance(value, list) else [value]
             defaults[f"--{name}"] = [str(v).replace("scenes/", "WORLD/") for v in values]
-    if world and world.photographs:
-        defaults["--zeroshot_data"] = ["WORLD/zeroshot/object"]
     if "--steps" in options:
         del defaults["--epochs"]
     return defaults
@@ -212,20 +220,29 @@ def read_command(text, common, world):
     """A command line, and the options that it shares with another one -> a Command."""
     words = words_in(text) or [""]
     n = 1
-    file = Path(words[0])
-    folder = file.parent
+    program = Path(words[0])
+    file = program
+    module = None
     if words[0] == "-m":
         n = 2
-        folder = Path(".")
-        file = Path(words[1].replace(".", "/") + ".py")
+        program = Path("train.py")
+        module = Path(words[1].replace(".", "/") + ".py")
+        file = module
     check(file.is_file(), f"{text!r}: there is no program {file}")
     options = options_of(words_in(common) + words[n:])
     chosen = options.keys() & {"--seed", "--out_dir"}
     check(not chosen, f"{text!r}: leave out --seed and --out_dir, which a comparison chooses")
     if "--train_data" in options:
         world = None
-    options = {**defaults_of(options, world), **options}
-    return Command(f"{text} {common}".strip(), " ".join(words[:n]), file, folder, options, world)
+    return Command(
+        text=f"{text} {common}".strip(),
+        program=" ".join(words[:n]),
+        module=module,
+        train=program,
+        options={**defaults_of(options), **options},
+        world=world,
+        names_rate="--learning_rate" in options,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -266,148 +283,150 @@ def train_and_score(command, world, out_dir):
     header, rows = read_log(f"{out_dir}/log.jsonl")
     run = {"scores": {}, "seconds": seconds, **{name: header[name] for name in FACTS}}
     if not error:
-        run["scores"] = scores_of(rows[-1])  # a run ends with a validation
-        if command.probe:
-            run["scores"] |= probe_scores(command, world, out_dir)
+        run |= scores_of(rows[-1])  # a run ends with a validation
     return run
 
 
 def scores_of(row):
-    """The scores of a validation, a row of a log. R@1 is the mean of both ways."""
+    """What a run keeps of a validation, a row of a log: scores by name, where R@k is the mean of
+    both ways, each way with its interval, and the loss."""
     scores = {}
-    if "validation" in row:
-        chance = row["validation"]["image_to_text"]["R@1"]["chance"]
-        scores["R@1"] = {"value": row["mean_r1"], "chance": chance}
+    ways = row.get("validation", {})
+    if ways:
+        there, back = ways.values()
+        for name, score in there.items():
+            value = (score["value"] + back[name]["value"]) / 2
+            scores[name] = {"value": value, "chance": score["chance"]}
     for folder, score in row["zeroshot"].items():
         scores[Path(folder).name] = score
-    return scores
-
-
-def probe_scores(command, world, out_dir):
-    """A linear probe of the frozen class token."""
-    learn, test = PROBES[command.world.kind()]
-    found = Path(out_dir, "probe.json")
-    words = [command.folder / "eval.py", "probe", "--checkpoint", Path(out_dir, "last.pt")]
-    words += ["--train", world / learn, "--test", world / test, "--workers", "0", "--json", found]
-    error = call(words)
-    check(not error, f"{command}: {error}")
-    return {"probe": json.loads(found.read_text())["class token"]}
+    return {"scores": scores, "ways": ways, "loss": row.get("val_contrastive_loss")}
 
 
 # -----------------------------------------------------------------------------
 # Many runs
 
 
+class Rule(NamedTuple):
+    """How the learning rate of a command is found, and how many seeds are scored at it."""
+
+    factors: tuple  # of its own rate, those to try; () if it keeps its own
+    widens: bool  # does a search go on beyond them?
+    search_seeds: int
+    seeds: int
+
+
 class Side(NamedTuple):
     """What was run of one command of an experiment."""
 
-    command: Command
-    tried: dict  # learning rate: its runs, one of each seed
-
-    def values(self, measure):
-        """{learning rate: what a function of a run returns, for each seed}"""
-        return {rate: [*map(measure, runs)] for rate, runs in self.tried.items()}
-
-    def rates(self):
-        """The rate of each seed, chosen by the others."""
-        goals = self.values(goal)
-        n = len(next(iter(goals.values())))
-        return [best_rate(goals, seed) for seed in range(n)]
-
-    def runs(self):
-        """The run of each seed, at its rate."""
-        return [self.tried[rate][seed] for seed, rate in enumerate(self.rates())]
+    command: Command  # at its rate
+    tried: dict  # learning rate: its runs, one for each seed that chooses. {} without a search
+    runs: list  # one for each seed that is scored
 
     def seconds(self):
         """The time of its fastest run that has not diverged, as a text: others may have had a busy
         neighbour."""
-        runs = [run for runs in self.tried.values() for run in runs if run["scores"]]
-        return f"{min((run['seconds'] for run in runs), default=0):.0f}"
+        times = [run["seconds"] for run in self.runs if run["scores"]]
+        return f"{min(times, default=0):.0f}"
+
+
+class Missing(Exception):
+    """Commands have to run before there is an answer."""
+
+    def __init__(self, commands):
+        self.commands = commands
 
 
 class Study:
     """Finished runs, and how to make others."""
 
     def __init__(self, out, jobs, path):
-        """out: folder of worlds; jobs: runs at a time, or 0, which only reads the runs of the code
-        that has run last; path: the file of runs, which grows."""
+        """out: folder of worlds; jobs: runs at a time; path: the file of runs, which grows."""
         self.out = out
         self.jobs = jobs
         self.path = path
         self.runs = {}
-        self.codes = {}  # of programs in worlds
-        if jobs:
-            path.touch()
-        runs = [*map(json.loads, open(path))]
-        for run in runs:
-            self.runs[tuple(run[name] for name in KEY)] = run
-            # the part of train.py and the files beside it
-            if run["code"][:8] == runs[-1]["code"][:8]:
-                self.codes[run["program"], run["world"]] = run["code"]
+        path.touch()
+        for line in open(path):
+            self.add(json.loads(line))
 
-    def key(self, command):
-        """The values of KEY, which tell a run from others."""
-        world = str(command.world or "")
-        code = command.code() if self.jobs else self.codes.get((command.program, world))
-        return command.line(), world, command.seed, command.probe, code
+    def add(self, run):
+        self.runs[tuple(run[name] for name in KEY)] = run
 
     def run(self, task):
-        """Run a task: a command, its key, and the folder of its world. Returns the command and its
+        """Run a task: a command, its code, and the folder of its world. Returns the command and its
         run."""
-        command, key, world = task
+        command, code, world = task
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
-            run = train_and_score(command, world, out_dir)
-        check(self.key(command) == key, f"{command}: its code has changed meanwhile")
-        return command, {**dict(zip(KEY, key)), "program": command.program, **run}
+            found = train_and_score(command, world, out_dir)
+        check(command.code() == code, f"{command}: its code has changed meanwhile")
+        run = dict(zip(KEY, command.key(code)))
+        return command, {**run, "text": command.text, "rate": command.rate(), **found}
 
     def work(self, commands):
-        """Run some commands, each once."""
-        tasks = []
-        for command in {self.key(command): command for command in commands}.values():
+        """Run some commands, each once, and keep each run as it ends."""
+        tasks = {}
+        for command in commands:
             folder = command.world and command.world.draw(self.out, command.seed)
-            tasks.append((command, self.key(command), folder))
+            code = command.code()
+            tasks[command.key(code)] = (command, code, folder)
         pool = ThreadPool(self.jobs)
-        done = pool.imap_unordered(self.run, tasks)
         try:
-            for command, run in tqdm(done, total=len(tasks), unit="run", smoothing=0):
-                self.runs[tuple(run[name] for name in KEY)] = run
+            for n, (command, run) in enumerate(pool.imap_unordered(self.run, tasks.values()), 1):
+                self.add(run)
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
-                tqdm.write(f"{command}: {goal(run):.1f} % in {run['seconds']} s")
+                score = f"{goal(run):.1f} % in {run['seconds']} s"
+                print(f"run {n} of {len(tasks)}: {command}: {score}")
         finally:  # after a failure, Ctrl-C or a kill
             pool.terminate()  # what has not begun
             for process in STARTED:  # nothing happens to those that have ended
                 process.terminate()
             pool.join()
 
-    def look(self, command, seeds, search, probe):
-        """What there is of a side of an experiment, and the list of commands that it needs next."""
-        rates = [command.rate() * factor for factor in (FACTORS if search else (1,))]
-        while True:
-            tried = {}
-            missing = []
-            for rate in sorted(rates):
-                commands = [command.at(rate, seed, probe) for seed in range(seeds)]
-                tried[rate] = [self.runs.get(self.key(command)) for command in commands]
-                missing += [c for c, run in zip(commands, tried[rate]) if run is None]
-            side = Side(command, tried)
-            more = next_rates(side.values(goal)) if search and not missing else []
-            if not more:
-                return side, missing
-            rates += more
+    def find(self, command, rates, seeds, code):
+        """{rate: the run of each seed} of a command. Raises Missing."""
+        found = {}
+        missing = []
+        for rate in rates:
+            found[rate] = []
+            for seed in seeds:
+                task = command.at(rate, seed)
+                run = self.runs.get(task.key(code))
+                found[rate].append(run)
+                if run is None:
+                    missing.append(task)
+        if missing:
+            raise Missing(missing)
+        return found
 
-    def experiment(self, pair, seeds, search, probe):
-        """Run a pair of commands with each seed, at their own rates or at those that a search
-        tries. Returns their Sides, or None if runs are missing and none may be made."""
+    def side(self, command, rule, code):
+        """A side of an experiment. Raises Missing if there are runs to be made first."""
+        rate = command.rate()
+        tried = {}
+        if rule.factors and not command.names_rate:
+            rates = [rate * factor for factor in rule.factors]
+            while rates:
+                tried |= self.find(command, rates, range(rule.search_seeds), code)
+                rates = next_rates(goals_of(tried)) if rule.widens else []
+            rate = best_rate(goals_of(tried))
+        scored = range(FIRST_SCORED, FIRST_SCORED + rule.seeds)
+        runs = self.find(command, [rate], scored, code)[rate]
+        return Side(command.at(rate, FIRST_SCORED), tried, runs)
+
+    def experiment(self, pair, rule):
+        """Run what is missing of a pair of commands. Returns their Sides."""
         while True:
-            looks = [self.look(command, seeds, search, probe) for command in pair]
-            todo = looks[0][1] + looks[1][1]
+            sides = []
+            todo = []
+            for command in pair:
+                try:
+                    sides.append(self.side(command, rule, command.code()))
+                except Missing as missing:
+                    todo += missing.commands
             if not todo:
-                return [side for side, _ in looks]
-            if self.jobs == 0:
-                return None
-            # by rate and seed, so that a busy hour slows both sides
-            self.work(sorted(todo, key=lambda command: (command.rate(), command.seed)))
+                return sides
+            # by seed and rate, so that a busy hour slows both sides
+            self.work(sorted(todo, key=lambda command: (command.seed, command.rate())))
 
 
 # -----------------------------------------------------------------------------
@@ -415,7 +434,10 @@ class Study:
 
 
 def value_of(run, name):
-    """A score of a run. One that it does not have, as after it has diverged, is 0."""
+    """A score of a run. One that it does not have, as after it has diverged, is 0. The loss is the
+    only one that is not in percent."""
+    if name == "loss":
+        return run.get("loss") or math.nan
     return 100 * run["scores"].get(name, {"value": 0.0})["value"]
 
 
@@ -425,46 +447,38 @@ def goal(run):
     return mean([value_of(run, name) for name in names] or [0.0])
 
 
-def has_learned(run):
-    """Does a model name the colour and shape of most objects?"""
-    return value_of(run, "colour_shape") > 50
-
-
 # -----------------------------------------------------------------------------
-# Which learning rate? Goals are a dict {rate: a number of each seed}, the lowest rate first.
+# Which learning rate?
 
 
-def best_rate(goals, without=None):
-    """The rate with the best mean over the seeds, or over all but one. Of equal ones it is the
-    lowest."""
+def goals_of(tried):
+    """{rate: its runs} -> {rate: what it is judged by, for each seed}, the lowest rate first."""
+    return {rate: [*map(goal, tried[rate])] for rate in sorted(tried)}
 
-    def total(rate):
-        return sum(value for seed, value in enumerate(goals[rate]) if seed != without)
 
-    return max(goals, key=total)
+def best_rate(goals):
+    """The rate with the best mean over the seeds. Of equal ones it is the lowest."""
+    return max(goals, key=lambda rate: mean(goals[rate]))
 
 
 def next_rates(goals):
-    """A list of the rate that a search has to try next, empty if it has seen enough."""
-    best = best_rate(goals)
-    if len(goals) == MOST_RATES or min(goals) < best < max(goals):
-        return []
-    return [best / 2 if best == min(goals) else best * 2]
+    """A list of the rates that a search has to try next. It goes on beyond an end that is the best
+    rate, or that two seeds like best."""
+    rates = [*goals]
+    liked = [rates[values.index(max(values))] for values in zip(*goals.values())]
+    more = []
+    for end, beyond in ((rates[0], rates[0] / 2), (rates[-1], rates[-1] * 2)):
+        if end == best_rate(goals) or liked.count(end) >= 2:
+            more.append(beyond)
+    return more[: MOST_RATES - len(rates)]
 
 
-def rate_texts(side):
-    """What is to be known of each rate that was tried: the mean that it is judged by, and numbers
-    of seeds."""
-    texts = []
-    taken = side.rates()
-    for rate, runs in side.tried.items():
-        counts = {
-            "learned": sum(map(has_learned, runs)),
-            "diverged": sum(not run["scores"] for run in runs),
-            "taken": taken.count(rate),
-        }
-        notes = "".join(f", {n} {what}" for what, n in counts.items() if n)
-        texts.append(f"{rate:.2e}: {mean(map(goal, runs)):.1f}{notes}")
+def rate_texts(tried):
+    """What is to be known of each rate that was tried: the mean of what it is judged by."""
+    goals = goals_of(tried)
+    texts = [f"{rate:.2e}: {mean(values):.1f}" for rate, values in goals.items()]
+    chosen = [*goals].index(best_rate(goals))
+    texts[chosen] += ", chosen"
     return texts
 
 
@@ -479,7 +493,10 @@ class Interval(NamedTuple):
     half: float
 
     def __str__(self):
-        return f"{self.mean:+.1f} ± {self.half:.1f}"
+        return self.text(1)
+
+    def text(self, digits):
+        return f"{self.mean:+.{digits}f} ± {self.half:.{digits}f}"
 
     def excludes_0(self):
         return abs(self.mean) > self.half
@@ -494,13 +511,13 @@ def interval(differences):
 
 def means(sides, name):
     """The means of a score over the seeds of both sides."""
-    return [mean(value_of(run, name) for run in side.runs()) for side in sides]
+    return [mean(value_of(run, name) for run in side.runs) for side in sides]
 
 
 def gaps(sides, name):
     """b - a in a score, for each seed."""
-    a, b = [side.runs() for side in sides]
-    return [value_of(y, name) - value_of(x, name) for x, y in zip(a, b)]
+    a, b = sides
+    return [value_of(y, name) - value_of(x, name) for x, y in zip(a.runs, b.runs)]
 
 
 def difference(sides, name):
@@ -514,18 +531,21 @@ def difference(sides, name):
 
 def print_sides(sides):
     for side in sides:
-        print(f"\n{side.command.text}, learning rates tried: {len(side.tried)}")
-        print("rate: mean of the scores that it is judged by, numbers of seeds")
-        print(*rate_texts(side), sep="\n")
+        print(f"\n{side.command.text}, at a learning rate of {side.command.rate():.3g}")
+        if side.tried:
+            print("tried: ", "; ".join(rate_texts(side.tried)))
     # of a run that has not diverged
-    scores = max((run["scores"] for side in sides for run in side.runs()), key=len)
-    print(f"\n{len(scores)} scores are compared, in percent, as means over the seeds\n")
+    scores = max((run["scores"] for side in sides for run in side.runs), key=len)
+    print(
+        f"\n{len(scores)} scores are compared, in percent: means over {len(sides[0].runs)} seeds\n"
+    )
     print("                chance       a       b   b - a, 95 % interval")
     for name, score in scores.items():
-        found = difference(sides, name)
-        note = "excludes 0 (uncorrected)" if found.excludes_0() else ""
-        levels = "{:8.1f}{:8.1f}{:8.1f}".format(100 * score["chance"], *means(sides, name))
-        print(f"{name:14s}{levels}   {found!s:15s} {note}")
+        a, b = means(sides, name)
+        chance = 100 * score["chance"]
+        print(f"{name:14s}{chance:8.1f}{a:8.1f}{b:8.1f}   {difference(sides, name)}")
+    a, b = means(sides, "loss")
+    print(f"{'loss':22s}{a:8.3f}{b:8.3f}   {difference(sides, 'loss').text(3)}")
     print("seconds               {:>8s}{:>8s}".format(*map(Side.seconds, sides)))
 
 
@@ -536,24 +556,29 @@ def make_options():
     add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
     add("--common", default="", metavar="OPTIONS", help="options of both")
-    add("--seeds", type=number(int, 2, 20), default=5, help="seeds of each (default 5)")
-    add("--rates", action="store_true", help="search the learning rate of both: four or more")
-    add("--probe", action="store_true", help="score a linear probe, too")
+    text = f"seeds of each that are scored, from {FIRST_SCORED} on (default 5)"
+    add("--seeds", type=number(int, 2, 20), default=5, help=text)
+    text = (
+        "search the learning rate of each command that names none: four times its default or "
+        "more, or at these factors of it and no others"
+    )
+    add("--rates", type=number(float, 0), nargs="*", metavar="FACTOR", help=text)
+    text = f"seeds that choose a rate (default {FIRST_SCORED})"
+    add("--search_seeds", type=number(int, 1, FIRST_SCORED), default=FIRST_SCORED, help=text)
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
-    add("--photographs", default="", metavar="DIR", help="of the world: see study/objects.py")
     text = "runs at a time (default: the cores; give fewer on a GPU)"
     add("--jobs", type=number(int, 1), default=cores(), help=text)
     add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
     return parser
 
 
-def run_experiment(study, args):
-    """Do what the options of an experiment say. Returns its two Sides."""
-    world = World(args.settings, args.photographs)
-    pair = [read_command(text, args.common, world) for text in (args.a, args.b)]
-    drawn = all(command.world for command in pair)
-    check(drawn or not args.probe, "--probe needs a drawn world, which --train_data replaces")
-    return study.experiment(pair, args.seeds, args.rates, args.probe)
+def read_experiment(args):
+    """The options of an experiment -> its two commands, and the rule for their rates."""
+    pair = [read_command(text, args.common, World(args.settings)) for text in (args.a, args.b)]
+    factors = ()
+    if args.rates is not None:
+        factors = tuple(args.rates) or FACTORS
+    return pair, Rule(factors, args.rates == [], args.search_seeds, args.seeds)
 
 
 def open_out(out):
@@ -565,9 +590,10 @@ def open_out(out):
 
 def main(argv):
     args = make_options().parse_args(argv)
+    pair, rule = read_experiment(args)
     open_out(args.out)
     study = Study(args.out, args.jobs, args.out / "runs.jsonl")
-    print_sides(run_experiment(study, args))
+    print_sides(study.experiment(pair, rule))
 
 
 if __name__ == "__main__":

@@ -1,39 +1,36 @@
-"""The published page: a list of experiments, each of which is a command line of study.compare.
+"""The published pages: a list of experiments, each of which is a command line of study.compare.
 
-    python -m study.plan                     run what is missing, and write results.md and study.png
-    python -m study.plan batch8 batch32      run these rows alone
-    python -m study.plan --report            only write them, from the runs that are there
+    python -m study.plan                     write results.md, rates.md and study.png
+    python -m study.plan batch8 batch32      run what is missing of these rows first
 
-The runs go to study/runs.jsonl, and the page shows those of the code that has run last. Two rows
-need photographs in out_study: Flickr8k as shards, flickr8k/train-*.tar and dev-*.tar, whose .json
-has five captions in the field "captions", and cifar10/, as objects.py wants it. (Our Flickr8k is
-squashed to 224 x 224 pixels.)
+Runs are added to study/runs.jsonl. A row is shown with the runs of the newest code that has all of
+them, so that a change of the code takes no row off the page, and a row that is run again replaces
+only itself.
+
+Most rows name the learning rate of each side. It is the best one of searches.jsonl, where seeds 0
+to 4 tried several. (They ran at older commits. A line holds the scores of one rate.) The rows of a
+shop's photographs need what `python -m study.shop` makes.
 """
 
-import math
+import json
+import re
 import shlex
-import textwrap
+from collections import defaultdict
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
-from cli import InputError, check, make_parser, optional, run_command
+from cli import check, make_parser, number, run_command
 from data import cores
 from study import compare
+from study.compare import FIRST_SCORED, read_command
 
-RESULTS = Path(__file__).with_name("results.md")
-RUNS = RESULTS.with_name("runs.jsonl")
-FIGURE = RESULTS.parent.parent / "assets/study.png"
-PAIR = '--a "train.py --cls_weight 0" --b "train.py"'
-GROUPS = '--a "-m study.groups --group {0} --cls_weight 0" --b "-m study.groups --group {0}"'
-OUT = Path("out_study")  # worlds, and photographs
-SCORES = ("R@1", "colour_shape", "held_out")
-AT_32 = "--batch_size 32 --epochs 2.4"
-FLICKR = (
-    "--train_data 'out_study/flickr8k/train-*.tar' --val_data 'out_study/flickr8k/dev-*.tar' "
-    "--captions json.captions --vocab clip --model tiny --crop_area 1.0 --weight_decay 0.1 "
-    "--batch_size 32 --epochs 6 --learning_rate 3.5e-4"
-)
+FOLDER = Path(__file__).parent
+RUNS = FOLDER / "runs.jsonl"
+RESULTS = FOLDER / "results.md"
+SEARCHES = FOLDER / "searches.jsonl"
+OUT = Path("out_study")  # worlds, and what study.shop makes
+DRAWN = ("R@1", "colour_shape", "held_out")
+PHOTOGRAPHS = ("R@1", "R@10", "type", "colour", "both", "loss")
 
 
 class Row(NamedTuple):
@@ -42,291 +39,276 @@ class Row(NamedTuple):
     label: str
     sides: str
     common: str
-    more: str = ""
-    scores: tuple = SCORES  # those that the page shows
+    more: str = "--seeds 10"
+    scores: tuple = DRAWN  # those that the page shows
+    tried_too: str = ""  # a command whose rate joins those of searches.jsonl
 
     def __str__(self):
         """The options of study.compare."""
-        return f'{self.sides} --common "{self.common}" --rates {self.more}'.strip()
+        return f'{self.sides} --common "{self.common}" {self.more}'
 
 
-# In the order in which they convince. 48,000 samples are 2.4 epochs of 20,000 pairs.
-ROWS = {
-    "batch8": Row("batch 8", PAIR, "--batch_size 8 --epochs 2.4"),
-    "batch32": Row("batch 32", PAIR, AT_32),
-    "batch256": Row("batch 256", PAIR, "--batch_size 256 --epochs 2.4"),
-    "flickr8k": Row("Flickr8k, batch 32, 36,000 samples", PAIR, FLICKR, scores=("R@1",)),
-    "batch32long": Row("batch 32, 144,000 samples", PAIR, "--batch_size 32 --epochs 7.2"),
-    "batch256long": Row("batch 256, 144,000 samples", PAIR, "--batch_size 256 --epochs 7.2"),
-    "groups4": Row("batch 64, groups of 4", GROUPS.format(4), "--batch_size 64 --epochs 2.4"),
-    "groups64": Row("batch 64, groups of 64", GROUPS.format(64), "--batch_size 64 --epochs 2.4"),
-    "no_idf": Row("SuperCLIP: IDF -> none", '--a "train.py" --b "-m study.no_idf"', AT_32),
-    "lambda0.3": Row(
-        "SuperCLIP: lambda 1 -> 0.3", '--a "train.py" --b "train.py --cls_weight 0.3"', AT_32
-    ),
-    "lambda3": Row(
-        "SuperCLIP: lambda 1 -> 3", '--a "train.py" --b "train.py --cls_weight 3"', AT_32
-    ),
-    "short": Row("short captions", PAIR, f"{AT_32} --captions json.short"),
-    "dual": Row(
-        "SuperCLIP: short -> dual captions",
-        '--a "train.py" --b "train.py --label_captions json.long"',
-        f"{AT_32} --captions json.short",
-    ),
-    "sigmoid": Row("SigLIP -> SuperSigLIP", PAIR, f"{AT_32} --loss sigmoid"),
-    "objects": Row(
-        "CIFAR-10 in settings, batch 16, 96,000 samples",
-        PAIR,
-        "--batch_size 16 --epochs 4.8",
-        "--photographs out_study/cifar10 --probe",
-        ("R@1", "object", "probe"),
-    ),
-    "settings16": Row("16 settings, batch 8", PAIR, "--batch_size 8 --epochs 2.4", "--settings 16"),
-}
-BATCHES = ("batch8", "batch32", "batch256", "batch32long", "batch256long")
-# The table to add to: the row and the side that a variant is.
-VARIANTS = {
-    "CLIP": ("batch32", 0),
-    "SuperCLIP": ("batch32", 1),
-    "SigLIP": ("sigmoid", 0),
-    "SuperSigLIP": ("sigmoid", 1),
-    "no IDF": ("no_idf", 1),
-    "SuperCLIP, short captions": ("dual", 0),
-    "SuperCLIP, short captions, words of the long": ("dual", 1),
-}
-
-
-def sides_of(study, name):
-    """Run what is missing of a row. Returns its two sides, or None if the study only reads and runs
-    are missing."""
-    args = compare.make_options().parse_args(shlex.split(str(ROWS[name])))
-    return compare.run_experiment(study, args)
-
-
-def complete_rows(study):
-    """{name: its two sides} of the rows all of whose runs are there. study: one that reads only."""
-    found = {name: sides_of(study, name) for name in ROWS}
-    return {name: sides for name, sides in found.items() if sides is not None}
-
-
-# -----------------------------------------------------------------------------
-# The page
-
-INTRO = """# CLIP and SuperCLIP, made small
-
-Made by `python -m study.plan` from the runs in [runs.jsonl](runs.jsonl), all of one code, that of
-commit {commit}. A cell reads: mean of the first command -> mean of the second, and their difference
-with its 95 % interval (Student's t), in percent. Bold: the interval excludes 0 (uncorrected). Five
-seeds are paired, each with a world of its own: a data set drawn for it. (Those of Flickr8k share
-its pairs, so its intervals leave out the draw of the data.) One rule for all rows: both commands
-are tried at four to eight learning rates, and a seed takes the rate that is best for the other
-four. These choices depend on each other, so intervals are approximate. A row is CLIP -> SuperCLIP
-and sees 48,000 samples if nothing else is said: 6,000 steps at batch 8, 1,500 at 32, and 187 at
-256.
-
-R@1 is the mean of both ways among 1,000 pairs that training has not seen (Flickr8k has five
-captions for each image; chance 0.1), colour_shape and object are zero-shot scores of class folders
-(1.6 and 10), held_out is that of combinations that training never shows (1.6), and probe that of a
-linear classifier on the frozen class token (10). Seconds are those of the fastest run of each on
-one core: others shared the machine.
-
-## What the runs say
-
-The *gap* is SuperCLIP's colour_shape minus CLIP's. Does it shrink with more samples? Does it grow
-when fewer pairs are compared? In parentheses: at how many of the learning rates that were tried
-most seeds learn the objects.
-"""
-HEADINGS = """
-| | seconds | R@1 | colour_shape (object) | held_out (probe) |
-| --- | --- | --- | --- | --- |"""
-OPEN = f"""
-![colour_shape of each seed at each learning rate](../assets/study.png)
-
-## A table to add a row to
-
-Batch 32, 48,000 samples, means over five seeds, at rates chosen as above. Yours gets its row by
-`--b`:
-
-    python -m study.compare --a "train.py" --b "../fork/train.py" --common "{AT_32}" --rates
-
-| | R@1 | colour_shape | held_out | command |
-| --- | --- | --- | --- | --- |"""
-RATES = """
-## All learning rates that were tried
-
-Each rate has its score (the mean of R@1 and the zero-shot score over the seeds), then how many
-seeds learned the objects (colour_shape above half), diverged, or took this rate.
-"""
-# (row, row): how does the gap change from one to the other?
-CHANGES = (
-    ("batch32", "batch8"),
-    ("batch256", "batch8"),
-    ("groups64", "groups4"),
-    ("batch32", "batch32long"),
-    ("batch256", "batch256long"),
+PAIR = '--a "train.py --cls_weight 0{}" --b "train.py{}"'
+GROUPS = (
+    '--a "-m study.groups --group {0} --cls_weight 0 --learning_rate {1}" '
+    '--b "-m study.groups --group {0} --learning_rate {2}"'
+)
+SEARCHED = PAIR.format("", "")  # where no search was made before
+AT_8 = "--batch_size 8 --epochs 2.4"  # 48,000 samples are 2.4 epochs of 20,000 pairs
+AT_32 = "--batch_size 32 --epochs 2.4"
+AT_64 = "--batch_size 64 --epochs 2.4"
+SHORT = f"{AT_32} --captions json.short"
+SHOP = (
+    "--train_data 'out_study/shop/{0}/train-*.tar' --val_data 'out_study/shop/val/train-*.tar' "
+    "--zeroshot_data out_study/shop/type out_study/shop/colour out_study/shop/both "
+    "--model tiny --batch_size 32 --epochs {1}"
 )
 
 
-def p_of(found):
-    """The probability that five seeds differ as much by chance: both tails of Student's
-    distribution with four degrees of freedom, which has a closed form."""
-    error = found.half / compare.QUANTILES[3]
-    s = abs(found.mean) / max(math.hypot(found.mean, 2 * error), 1e-9)
-    return 1 - 1.5 * s + 0.5 * s**3
+def at_rates(clip, superclip):
+    """The options of CLIP and SuperCLIP, each with its learning rate."""
+    return PAIR.format(f" --learning_rate {clip}", f" --learning_rate {superclip}")
 
 
-def survivors(intervals):
-    """How many differences survive Benjamini and Hochberg's correction: at most 5 % of them are
-    expected to be chance."""
-    survive = 0
-    for rank, p in enumerate(sorted(map(p_of, intervals)), 1):
-        if p <= 0.05 * rank / len(intervals):
-            survive = rank
-    return survive
+def variants(a, b):
+    """The options of a comparison of two commands at 3.5e-4."""
+    return f'--a "{a} --learning_rate 3.5e-4" --b "{b} --learning_rate 3.5e-4"'
 
 
-def bold(found):
-    """An interval, in bold if it excludes 0."""
-    return f"**{found}**" if found.excludes_0() else str(found)
+def shop_row(label, weight, pairs, epochs, more):
+    """CLIP against a head with this weight, on so many pairs of a shop."""
+    sides = f'--a "train.py --cls_weight 0" --b "train.py --cls_weight {weight}"'
+    return Row(label, sides, SHOP.format(pairs, epochs), more, PHOTOGRAPHS)
+
+
+# In the order in which they are run.
+ROWS = {
+    "batch8": Row(
+        "batch 8",
+        at_rates("8.75e-5", "1.75e-4"),
+        AT_8,
+        tried_too="train.py --cls_weight 0 --learning_rate 2.19e-5",
+    ),
+    "batch32": Row("batch 32", at_rates("1.75e-4", "3.5e-4"), AT_32),
+    "groups4": Row("batch 64, groups of 4", GROUPS.format(4, "1.24e-4", "4.95e-4"), AT_64),
+    "groups64": Row("batch 64, groups of 64", GROUPS.format(64, "2.47e-4", "4.95e-4"), AT_64),
+    "short": Row("batch 32, short captions", at_rates("1.75e-4", "3.5e-4"), SHORT),
+    "dual": Row(
+        "SuperCLIP: short -> dual captions",
+        variants("train.py", "train.py --label_captions json.long"),
+        SHORT,
+    ),
+    "no_idf": Row("SuperCLIP: IDF -> none", variants("train.py", "-m study.no_idf"), AT_32),
+    "lambda0.3": Row(
+        "SuperCLIP: lambda 1 -> 0.3", variants("train.py", "train.py --cls_weight 0.3"), AT_32
+    ),
+    "settings16": Row(
+        "batch 8, 16 settings",
+        SEARCHED,
+        AT_8,
+        "--settings 16 --rates 0.5 1 --search_seeds 3 --seeds 10",
+    ),
+    "batch32long": Row(
+        "batch 32, 144,000 samples", at_rates("3.5e-4", "3.5e-4"), "--batch_size 32 --epochs 7.2"
+    ),
+    "shop4": shop_row("4,000 pairs, lambda 1", 1, 4000, 24, "--rates 0.5 1 2 --search_seeds 3"),
+    "shop4_0.3": shop_row(
+        "4,000 pairs, lambda 0.3", 0.3, 4000, 24, "--rates 0.5 1 2 --search_seeds 3"
+    ),
+    "shop24": shop_row("24,000 pairs, lambda 1", 1, 24000, 12, "--rates 0.5 1 --search_seeds 2"),
+    "shop24_0.3": shop_row(
+        "24,000 pairs, lambda 0.3", 0.3, 24000, 12, "--rates 0.5 1 --search_seeds 2"
+    ),
+    "batch256": Row(
+        "batch 256, 96,000 samples",
+        SEARCHED,
+        "--batch_size 256 --epochs 4.8",
+        "--rates 0.25 0.5 1 --search_seeds 2",
+    ),
+    "batch256long": Row(
+        "batch 256, 144,000 samples",
+        at_rates("4.95e-4", "9.9e-4"),
+        "--batch_size 256 --epochs 7.2",
+    ),
+}
+
+
+def experiment_of(row):
+    """The two commands of a row, and the rule for their rates."""
+    return compare.read_experiment(compare.make_options().parse_args(shlex.split(str(row))))
+
+
+# -----------------------------------------------------------------------------
+# Searches
+
+
+def without_rate(line):
+    """The line of a command at any rate."""
+    return re.sub(r" --learning_rate \S+", "", line)
+
+
+def read_searches(study):
+    """What seeds 0 to 4 have scored, in searches.jsonl and in the runs of a study: {(a line without
+    its rate, its world): {rate: {seed: run}}}."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for line in open(SEARCHES):
+        row = json.loads(line)
+        tried = found[row["command"], row["world"]]
+        for seed in range(FIRST_SCORED):
+            scores = {name: {"value": values[seed]} for name, values in row["scores"].items()}
+            tried[row["rate"]][seed] = {**row, "scores": scores}
+    for run in study.runs.values():
+        if run["seed"] < FIRST_SCORED:
+            tried = found[without_rate(run["command"]), run["world"]]
+            tried[run["rate"]][run["seed"]] = run
+    return found
+
+
+def complete_rates(tried):
+    """{rate: {seed: run}} -> {rate: the run of each seed}, without rates that lack a seed."""
+    n = max(map(len, tried.values()), default=0)
+    found = {}
+    for rate, runs in sorted(tried.items()):
+        if len(runs) == n:
+            found[rate] = [runs[seed] for seed in sorted(runs)]
+    return found
+
+
+def tried_rates(searches, command):
+    """{rate: the run of each seed} of a command at any rate."""
+    return complete_rates(searches[without_rate(command.line()), str(command.world or "")])
+
+
+def check_rates(row, study):
+    """A row that names rates has the best ones."""
+    searches = read_searches(study)
+    for command in experiment_of(row)[0]:
+        if command.names_rate:
+            best = compare.best_rate(compare.goals_of(tried_rates(searches, command)))
+            check(best == command.rate(), f"{row.label}: {best:.3g} is better than {command}")
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+def run_row(study, row):
+    """Run what is missing of a row."""
+    if row.tried_too:
+        command = read_command(row.tried_too, row.common, compare.World())
+        tasks = [command.at(command.rate(), seed) for seed in range(FIRST_SCORED)]
+        study.work([task for task in tasks if task.key(task.code()) not in study.runs])
+    check_rates(row, study)
+    study.experiment(*experiment_of(row))
+
+
+def complete_sides(study, command, rule):
+    """{code of train.py: the side of a command} for each code that has all runs of it, the newest
+    first."""
+    codes = dict.fromkeys(run["code"] for run in reversed(study.runs.values()))
+    sides = {}
+    for code in codes:
+        try:
+            sides.setdefault(code.partition("-")[0], study.side(command, rule, code))
+        except compare.Missing:
+            continue
+    return sides
+
+
+def sides_of(study, row):
+    """Both sides of a row, from runs of the same train.py, or None if there is no code that has all
+    of them."""
+    pair, rule = experiment_of(row)
+    a, b = [complete_sides(study, command, rule) for command in pair]
+    for code in a:
+        if code in b:
+            return a[code], b[code]
+    return None
+
+
+# -----------------------------------------------------------------------------
+# results.md
+
+OPENING = """# Does the word head help?
+
+Made by `python -m study.plan` from [runs.jsonl](runs.jsonl).
+"""
+HOW_TO_READ = """
+A cell reads: mean of the first command -> mean of the second, and their difference with its 95 %
+interval (Student's t), in percent. Bold: the interval excludes 0.
+"""
+DRAWN_HEADINGS = """
+| | seeds | rates | seconds | R@1 | colour + shape | held out |
+| --- | --- | --- | --- | --- | --- | --- |"""
+SHOP_HEADINGS = """
+## Photographs
+
+| | seeds | rates | seconds | R@1 | R@10 | type | colour | both | validation loss |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def bold(found, text):
+    return f"**{text}**" if found.excludes_0() else text
 
 
 def cell(sides, score):
     """Both means and their difference."""
+    digits = 3 if score == "loss" else 1
     a, b = compare.means(sides, score)
-    return f"{a:.1f} -> {b:.1f}, {bold(compare.difference(sides, score))}"
+    found = compare.difference(sides, score)
+    return f"{a:.{digits}f} -> {b:.{digits}f}, {bold(found, found.text(digits))}"
 
 
-def tolerated(side):
-    """At how many of its learning rates do most seeds learn the objects? As a text."""
-    learned = [*side.values(compare.has_learned).values()]
-    return f"{sum(mean(seeds) > 0.5 for seeds in learned)} of {len(learned)}"
-
-
-def findings(found):
-    """What the rows of batches and groups say, as lines."""
-    lines = []
-    for name in BATCHES:
-        if name in found:
-            gap = bold(compare.difference(found[name], "colour_shape"))
-            clip, superclip = map(tolerated, found[name])
-            lines.append(f"- {ROWS[name].label}: {gap} (CLIP {clip} rates, SuperCLIP {superclip})")
-    for first, second in CHANGES:
-        if first in found and second in found:
-            pairs = zip(*[compare.gaps(found[name], "colour_shape") for name in (first, second)])
-            change = bold(compare.interval([after - before for before, after in pairs]))
-            step = f"From {ROWS[first].label} to {ROWS[second].label}"
-            lines.append(f"- {step} the gap changes by {change}.")
-    return lines
-
-
-def row_of(*texts):
+def line_of(*texts):
+    """A line of a table."""
     return f"| {' | '.join(texts)} |"
 
 
-def open_table(found):
-    lines = []
-    for label, (name, number) in VARIANTS.items():
-        if name in found:
-            texts = [f"{compare.means(found[name], score)[number]:.1f}" for score in SCORES]
-            lines.append(row_of(label, *texts, f"`{found[name][number].command.text}`"))
-    return lines
+def row_line(row, sides):
+    """The line of a row in its table."""
+    seeds = str(len(sides[0].runs))
+    rates = " / ".join(f"{side.command.rate():.2e}" for side in sides)
+    seconds = " / ".join(map(compare.Side.seconds, sides))
+    cells = [cell(sides, score) for score in row.scores]
+    return line_of(row.label, seeds, rates, seconds, *cells)
 
 
 def page(found):
-    """results.md as a text."""
-    table = []
-    intervals = []
-    rates = []
+    """results.md as a text. found: {name of a row: its sides}."""
+    lines = {DRAWN: [], PHOTOGRAPHS: []}
     for name, sides in found.items():
         row = ROWS[name]
-        intervals += [compare.difference(sides, score) for score in row.scores]
-        cells = [cell(sides, score) for score in row.scores]
-        table.append(row_of(row.label, " / ".join(map(compare.Side.seconds, sides)), *cells))
-        rates.append(f"- {row.label}: `python -m study.compare {row}`")
-        for letter, side in zip("ab", sides):
-            rates.append(f"  - {letter}: {'; '.join(compare.rate_texts(side))}")
-    outside = sum(map(compare.Interval.excludes_0, intervals))
-    missing = [row.label for name, row in ROWS.items() if name not in found]
-    summary = textwrap.fill(
-        f"{outside} of {len(intervals)} intervals exclude 0 (uncorrected). {survivors(intervals)} "
-        "survive the correction of Benjamini and Hochberg at 5 %, a rough count, because rows "
-        "share runs. Not run yet, and not on this page: " + ("; ".join(missing) or "nothing") + ".",
-        width=100,
-        break_on_hyphens=False,
+        lines[row.scores].append(row_line(row, sides))
+    return "\n".join(
+        [
+            OPENING,
+            HOW_TO_READ,
+            DRAWN_HEADINGS,
+            *lines[DRAWN],
+            SHOP_HEADINGS,
+            *lines[PHOTOGRAPHS],
+            "",
+        ]
     )
-    first = next(iter(found.values()))[0].runs()[0]
-    lines = [
-        INTRO.format(commit=first["commit"].removesuffix("-dirty")),  # runs.jsonl had grown
-        *findings(found),
-        "\n## All rows\n",
-        summary,
-        HEADINGS,
-        *table,
-        OPEN,
-        *open_table(found),
-        RATES,
-        *rates,
-        "",
-    ]
-    return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
-# The figure
-
-METHODS = {"CLIP": "#4b5563", "SuperCLIP": "#d1495b"}
-
-
-def draw(found):
-    """colour_shape of both methods against the learning rate: a dot for each seed, and a line
-    through the means. Without a row of a batch there is nothing to draw."""
-    names = [name for name in BATCHES if name in found]
-    if not names:
-        return
-    plt = optional("matplotlib.pyplot", "matplotlib")
-    figure, axes = plt.subplots(
-        ncols=len(names),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        figsize=(2 + 2.4 * len(names), 3),
-    )
-    for axis, name in zip(axes[0], names):
-        for side, (method, colour) in zip(found[name], METHODS.items()):
-            values = side.values(lambda run: compare.value_of(run, "colour_shape"))
-            axis.plot([*values], [*values.values()], "o", color=colour, alpha=0.4, markersize=4)
-            axis.plot([*values], [*map(mean, values.values())], color=colour, label=method)
-        axis.set(
-            title=ROWS[name].label.replace(", ", "\n"),
-            xlabel="learning rate",
-            xscale="log",
-            xticks=[1e-4, 3e-4, 1e-3],
-            xticklabels=["1e-4", "3e-4", "1e-3"],
-        )
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel("colour_shape (%)")
-    axes[0, -1].legend()
-    figure.savefig(FIGURE, dpi=150, bbox_inches="tight")
+# The command
 
 
 def main(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="such as batch8 (default: all)")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="to run, such as batch8")
+    text = "runs at a time (default: the cores)"
+    parser.add_argument("--jobs", type=number(int, 1), default=cores(), help=text)
     args = parser.parse_args(argv)
     check(ROWS.keys() >= {*args.rows}, f"rows are {' '.join(ROWS)}")
-    if not args.report:
-        compare.open_out(OUT)
-        study = compare.Study(OUT, cores(), RUNS)
-        for name in args.rows or ROWS:
-            try:
-                sides_of(study, name)
-            except InputError as error:
-                print(f"{name} is not finished: {error}")
-    found = complete_rows(compare.Study(OUT, 0, RUNS))
-    check(found, "no row is complete yet")
-    RESULTS.write_text(page(found))
-    draw(found)
+    compare.open_out(OUT)
+    study = compare.Study(OUT, args.jobs, RUNS)
+    for name in args.rows:
+        run_row(study, ROWS[name])
+    found = {name: sides_of(study, row) for name, row in ROWS.items()}
+    RESULTS.write_text(page({name: sides for name, sides in found.items() if sides}))
 
 
 if __name__ == "__main__":

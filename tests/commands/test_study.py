@@ -1,9 +1,8 @@
-"""The study: pairs share seed and world, no seed chooses its own rate, finished runs are kept and
-never taken for runs of other code, and the page is what the runs say."""
+"""The study: pairs share seed and world, no scored seed has chosen a rate, finished runs are kept
+and never taken for runs of other code, and the pages are what the runs say."""
 
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,28 @@ import torch.nn.functional as F
 from children import finish
 from material import small_model
 
-import data
 import superclip
 import train
 from cli import InputError
 from eval import DIVERGED
-from study import compare, groups, no_idf, objects, plan
-from study.compare import Interval, Side, Study, World, next_rates, read_command
+from study import compare, groups, no_idf, plan, shop
+from study.compare import Rule, Side, Study, World, best_rate, next_rates, read_command
 
 PAIR = [read_command(text, "", World(16)) for text in ("train.py --cls_weight 0", "train.py")]
 
 
 def run_of(**values):
-    """A finished run with these scores in percent."""
+    """What a run keeps of its log, with these scores in percent."""
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
-    return {"scores": scores, "seconds": 1.0, "commit": "abc"}
+    return {"scores": scores, "ways": {}, "loss": 1.0, "seconds": 1.0, "commit": "abc"}
 
 
 # ---- differences
 
 
 def test_an_interval_is_students_and_pairs_seeds():
-    a = Side(None, {1e-3: [run_of(x=value) for value in (10, 50, 90)]})
-    b = Side(None, {1e-3: [run_of(x=value) for value in (11, 52, 93)]})
+    a = Side(None, {}, [run_of(x=value) for value in (10, 50, 90)])
+    b = Side(None, {}, [run_of(x=value) for value in (11, 52, 93)])
 
     found = compare.difference([a, b], "x")
 
@@ -43,39 +41,31 @@ def test_an_interval_is_students_and_pairs_seeds():
     assert not found.excludes_0()
 
 
-def test_what_survives_is_found_from_the_largest_p_down():
-    """p is 0.03, 0.04 and 0.5. Of two, 0.04 passes as the second (0.05), and takes 0.03 with it. Of
-    three, each fails: 0.05 / 3, 0.1 / 3 and 0.05."""
-    intervals = [Interval(t, 2.7764) for t in (3.298, 2.999, 0.741)]
-
-    assert plan.survivors(intervals[:2]) == 2
-    assert plan.survivors(intervals) == 0
-
-
 # ---- the search for a learning rate
 
 
-def test_no_seed_chooses_its_own_rate():
-    goals = {1: [100, 0, 0], 2: [0, 60, 60]}
-    side = Side(None, {rate: [run_of(x=goal) for goal in goals[rate]] for rate in goals})
-
-    # without seed 0 the means are 0 and 60, and without one of the others 50 and 30
-    assert side.rates() == [2, 1, 1]
+def test_of_equal_rates_the_lowest_is_chosen():
+    assert best_rate({1: [0, 4], 2: [5, 5], 4: [10, 0], 8: [1, 1]}) == 2
 
 
 @pytest.mark.parametrize(
-    ("means", "more"),
-    [([1, 3, 2, 0], []), ([1, 2, 3, 4], [16]), ([5, 5, 1, 0], [0.5]), ([*range(8)], [])],
-    ids=["inside", "at an end", "of equal ones the lowest", "eight are enough"],
+    ("goals", "more"),
+    [
+        ([[1], [3], [2], [0]], []),
+        ([[1], [2], [3], [4]], [16]),
+        ([[5], [5], [1], [0]], [0.5]),
+        ([[9, 0], [8, 9], [0, 0]], []),
+        ([[9, 9, 0], [8, 8, 9], [0, 0, 0]], [0.5]),
+        ([[i] for i in range(8)], []),
+    ],
+    ids=["inside", "an end", "a tie", "an end for one", "an end for two", "eight are enough"],
 )
-def test_a_search_goes_on_while_its_best_rate_is_at_an_end(means, more):
-    goals = {2**i: [mean, mean] for i, mean in enumerate(means)}
-
-    assert next_rates(goals) == more
+def test_a_search_goes_on_beyond_an_end_that_is_best(goals, more):
+    assert next_rates({2**i: seeds for i, seeds in enumerate(goals)}) == more
 
 
 @pytest.fixture
-def pretend(monkeypatch):
+def pretend(monkeypatch, tmp_path):
     """Runs and worlds are made up: CLIP's best rate is 1e-4, SuperCLIP's 4e-4. Returns the list of
     the runs that were made."""
     made = []
@@ -86,29 +76,45 @@ def pretend(monkeypatch):
 
     def train_and_score(command, world, out_dir):
         drawn = world and (world / "drawn").read_text()
-        made.append((command.line(), command.seed, drawn))
+        made.append((command.rate(), command.seed, drawn))
         optimum = 1e-4 if "--cls_weight 0 " in command.line() else 4e-4
-        value = 90 - 10 * abs(math.log2(command.rate() / optimum)) + command.seed
-        return run_of(**dict.fromkeys(plan.SCORES, value))
+        value = 70 - 10 * abs(math.log2(command.rate() / optimum)) + command.seed
+        return run_of(**dict.fromkeys(plan.DRAWN, value))
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     monkeypatch.setattr(compare, "make_scenes", make_scenes)
     return made
 
 
-def test_both_sides_get_the_same_seeds_and_worlds_and_a_search_of_their_own(pretend, tmp_path):
-    study = Study(tmp_path, 2, tmp_path / "runs.jsonl")
+def new_study(folder):
+    return Study(folder, 2, folder / "runs.jsonl")
 
-    a, b = study.experiment(PAIR, 3, search=True, probe=False)
 
-    assert [*b.tried] == pytest.approx([8.75e-5, 1.75e-4, 3.5e-4, 7e-4])
-    assert [*a.tried] == pytest.approx([4.375e-5, *b.tried])
-    assert len(pretend) == 3 * (5 + 4)
-    assert sorted({(seed, world) for _, seed, world in pretend}) == [
-        (0, "16 settings, seed 0"),
-        (1, "16 settings, seed 1"),
-        (2, "16 settings, seed 2"),
-    ]
+def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
+    rule = Rule(compare.FACTORS, widens=True, search_seeds=2, seeds=3)
+
+    a, b = new_study(tmp_path).experiment(PAIR, rule)
+
+    # one rate for all: for CLIP the best is the lowest at first, so one more is tried
+    assert [*a.tried] == pytest.approx([8.75e-5, 1.75e-4, 3.5e-4, 7e-4, 4.375e-5])
+    assert [side.command.rate() for side in (a, b)] == pytest.approx([8.75e-5, 3.5e-4])
+    searched = [(rate, seed) for rate, seed, _ in pretend if seed < 5]
+    assert len(searched) == 2 * (5 + 4) and {seed for _, seed in searched} == {0, 1}
+    scored = sorted(run for run in pretend if run[1] >= 5)
+    worlds = [(seed, f"16 settings, seed {seed}") for seed in (5, 6, 7)]
+    assert scored == [(rate, *world) for rate in (8.75e-5, 3.5e-4) for world in worlds]
+
+
+def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
+    fixed = read_command("train.py --learning_rate 3e-3", "", World())
+    rule = Rule((0.5, 1), widens=False, search_seeds=1, seeds=2)
+
+    a, b = new_study(tmp_path).experiment([fixed, PAIR[1]], rule)
+
+    assert a.tried == {} and a.command.rate() == 3e-3
+    # these factors and no others, though the best is at an end
+    assert [*b.tried] == pytest.approx([1.75e-4, 3.5e-4])
+    assert b.command.rate() == pytest.approx(3.5e-4)
 
 
 def test_a_command_with_a_seed_of_its_own_is_refused():
@@ -119,7 +125,13 @@ def test_a_command_with_a_seed_of_its_own_is_refused():
 # ---- one run
 
 HEADER = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
-LOG = "\n".join(map(json.dumps, [HEADER, {"step": 1, "zeroshot": run_of(x=50)["scores"]}]))
+SCORE = {"value": 0.5, "chance": 0.1, "n": 8, "interval": [0.2, 0.8]}
+WAYS = {
+    "image_to_text": {"R@1": {**SCORE, "value": 0.1}, "R@10": SCORE},
+    "text_to_image": {"R@1": {**SCORE, "value": 0.3}, "R@10": SCORE},
+}
+ROW = {"step": 1, "zeroshot": {"w/x": SCORE}, "validation": WAYS, "val_contrastive_loss": 0.7}
+LOG = "\n".join(map(json.dumps, [HEADER, ROW]))
 
 
 @pytest.fixture
@@ -130,74 +142,66 @@ def called(monkeypatch):
     def call(words):
         lines.append(" ".join(map(str, words)))
         option = dict(zip(words, words[1:]))
-        if "--json" in option:
-            option["--json"].write_text(json.dumps({"class token": {"value": 0.25}}))
-        else:
-            Path(option["--out_dir"], "log.jsonl").write_text(LOG)
-        return DIVERGED if option.get("--learning_rate") == "1" else ""
+        Path(option["--out_dir"], "log.jsonl").write_text(LOG)
+        return DIVERGED if option["--learning_rate"] == "1" else ""
 
     monkeypatch.setattr(compare, "call", call)
     return lines
 
 
-def test_a_run_trains_and_probes_in_its_world(called, tmp_path):
-    command = PAIR[0].at(1e-3, seed=3, probe=True)
+def test_a_run_trains_in_its_world_and_keeps_every_score(called, tmp_path):
+    run = compare.train_and_score(PAIR[0].at(1e-3, seed=3), Path("world3"), str(tmp_path))
 
-    run = compare.train_and_score(command, Path("world3"), str(tmp_path))
-
-    training, probing = called
-    assert "--seed 3 " in training and "--train_data world3/train-" in training
-    assert "--train world3/zeroshot/colour_shape --test world3/zeroshot/held_out" in probing
-    assert [compare.value_of(run, name) for name in ("x", "probe")] == [50, 25]
+    assert "--seed 3 " in called[0] and "--train_data world3/train-" in called[0]
+    values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x", "loss")]
+    assert values == pytest.approx([20, 50, 50, 0.7])
+    assert run["scores"]["x"] == SCORE and run["ways"] == WAYS
 
 
 def test_a_run_that_diverged_scores_0(called, tmp_path):
-    command = PAIR[0].at(1, seed=0, probe=False)
+    run = compare.train_and_score(PAIR[0].at(1, seed=0), Path("world0"), str(tmp_path))
 
-    run = compare.train_and_score(command, Path("world0"), str(tmp_path))
-
-    assert compare.value_of(run, "x") == 0
+    assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
 
 # ---- code
 
+FILES = {
+    "train.py": b"import json\nfrom model import towers\n",
+    "model/towers.py": b"import model.blocks as blocks\n",
+    "model/blocks.py": b"x = 1\n",
+    "scripts/scenes.py": b"x = 1\n",
+    "study/mine.py": b"x = 1\n",
+    "notes.py": b"x = 1\n",
+}
 
-CODE = """'It trains'
-x = 1  # it is a comment
-"""
-FILES = ("train.py", "superclip.py", "scripts/scenes.py", "study/mine.py")
 
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "runs"),
-    [
-        ("train.py", "a comment", "another", 0),
-        ("train.py", "It trains", "It trained", 0),
-        *[(name, "x = 1", "x = 2", 2) for name in FILES],
-    ],
-    ids=["a comment", "a docstring", *FILES],
-)
-def test_runs_of_other_code_are_not_found(pretend, monkeypatch, tmp_path, name, old, new, runs):
+@pytest.mark.parametrize("name", FILES)
+def test_other_text_is_other_code_and_another_line_end_is_not(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    for file in map(Path, FILES):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(CODE)
-    pair = [read_command("-m study.mine", "--train_data a.tar", None)] * 2
+    for file, content in FILES.items():
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_bytes(content)
 
-    for text in (CODE, CODE.replace(old, new)):
-        pretend.clear()
-        Path(name).write_text(text)
-        Study(tmp_path, 2, tmp_path / "runs.jsonl").experiment(pair, 2, search=False, probe=False)
+    def code():
+        compare.drawing_code.cache_clear()  # in another process
+        return read_command("-m study.mine", "", World()).code()
 
-    assert len(pretend) == runs
+    before = code()
+    Path(name).write_bytes(FILES[name].replace(b"\n", b"\r\n"))
+    assert code() == before
+    Path(name).write_bytes(FILES[name] + b"# more\n")
+    # train.py imports all but notes.py
+    assert (code() == before) == (name == "notes.py")
+    compare.drawing_code.cache_clear()
 
 
-PROGRAM = '''"""It trains nothing. Once, its seed 1 is killed with the comparison."""
+PROGRAM = '''"""It trains nothing. Once, its seed 6 is killed with the comparison."""
 import os, pathlib, signal, sys, time
 
 option = dict(zip(sys.argv, sys.argv[1:]))
 killed = pathlib.Path(__file__).with_name("killed")
-if option["--seed"] == "1" and not killed.exists():
+if option["--seed"] == "6" and not killed.exists():
     killed.touch()
     while not pathlib.Path(__file__).with_name("runs.jsonl").read_text():
         time.sleep(0.01)
@@ -210,8 +214,6 @@ pathlib.Path(option["--out_dir"], "log.jsonl").write_text(LOG)
 @pytest.fixture
 def fork(tmp_path):
     """A folder with a train.py of another project."""
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "scenes.py").touch()
     (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
     return tmp_path
 
@@ -238,7 +240,10 @@ def test_a_killed_comparison_goes_on(fork):
 
     lines = runs.read_text()
     assert lines.startswith(before) and before.count("\n") == 2
-    assert sorted(json.loads(line)["seed"] for line in lines.splitlines()) == [0, 0, 1, 1]
+    assert sorted(json.loads(line)["seed"] for line in lines.splitlines()) == [5, 5, 6, 6]
+
+
+# ---- modules
 
 
 def test_groups_compare_each_image_with_its_group(monkeypatch):
@@ -269,25 +274,6 @@ def test_without_idf_all_words_weigh_the_same(monkeypatch):
     assert model.token_weights().tolist() == [0, 1, 1, 1, 0, 0]
 
 
-# ---- worlds, runs and the page
-
-
-def test_a_world_of_photographs_is_made_of_shards_and_class_folders(folders, monkeypatch, tmp_path):
-    for name, n in (("TRAIN", 8), ("VAL", 2), ("CLASSIFIED", 4)):
-        monkeypatch.setattr(objects, name, n)
-    for side in ("train", "test"):
-        (tmp_path / side).symlink_to(folders)
-
-    objects.make_objects(tmp_path / "world", tmp_path, 16, seed=0)
-
-    world = data.Shards([f"{tmp_path}/world/train-00000.tar"], ["json.long"])
-    texts = [world.captions(i)[0] for i in range(len(world))]
-    assert len(texts) == 8
-    assert all(re.search("a (red|green|blue)", text) for text in texts)
-    names = [path.parent.name for path in tmp_path.glob("world/zeroshot/object/*/*.jpg")]
-    assert len(names) == 4 and {*names} <= {"red", "green", "blue"}
-
-
 def test_a_comparison_trains_both_variants_and_prints_every_score(
     shards, folders, children, monkeypatch, tmp_path, capsys
 ):
@@ -305,33 +291,98 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
     compare.main([*argv, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
 
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("R@1", folders.name))
+    assert all(name in printed for name in ("R@1", "R@10", folders.name))
 
 
-def test_the_page_shows_complete_rows_only(pretend, tmp_path):
-    path = tmp_path / "runs.jsonl"
-    plan.sides_of(Study(tmp_path, 2, path), "batch8")
-    complete = plan.complete_rows(Study(tmp_path, 0, path))
-    path.write_text(path.read_text().rpartition('{"command"')[0])  # without the last run
-
-    assert [*complete] == ["batch8"]
-    assert plan.complete_rows(Study(tmp_path, 0, path)) == {}
+# ---- the shop's photographs
 
 
-def test_the_page_does_not_mix_codes(pretend, monkeypatch, tmp_path):
-    """A run of this train.py, and then one of a module in a fork, whose train.py is another."""
-    path = tmp_path / "runs.jsonl"
-    Study(tmp_path, 1, path).work([PAIR[0]])
-    run = json.loads(path.read_text())
-    fork = {**run, "program": "-m study.groups", "code": f"another-{run['code']}"}
-    path.write_text(f"{json.dumps(run)}\n{json.dumps(fork)}\n")
+def test_products_with_equal_titles_or_pictures_are_on_one_side():
+    rows = []
+    for i in range(400):
+        title, picture = f"title {i // 2}", i % 150  # each title twice, each picture at least twice
+        rows.append({"image": f"{i}.jpg", "caption": title, "content": picture})
+    rows += [{"image": f"new {i}", "caption": f"new {i}", "content": -i} for i in range(9)]
 
-    study = Study(tmp_path, 0, path)
+    train, val, classified = shop.split(rows)
 
-    assert study.key(PAIR[0]) not in study.runs
+    others = val + classified
+    for name in ("caption", "content"):
+        assert not {row[name] for row in train} & {row[name] for row in others}
+    assert val and all(row["caption"].startswith("new") for row in val)
+    assert not {row["image"] for row in val} & {row["image"] for row in classified}
 
 
-def test_the_page_is_what_the_published_runs_say(tmp_path):
-    found = plan.complete_rows(Study(tmp_path, 0, plan.RUNS))
+# ---- the plan and its pages
 
-    assert plan.RESULTS.read_text() == plan.page(found)
+
+@pytest.fixture
+def planned(pretend, monkeypatch, tmp_path):
+    """study.plan in a folder of its own, where its rows are made up. Returns a function that runs
+    it, and the page it then writes as lines."""
+    for name in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(plan, name, tmp_path / getattr(plan, name).name)
+    monkeypatch.setattr(plan, "OUT", tmp_path)
+
+    def run(*rows):
+        plan.main([*rows, "--jobs", "2"])
+        return plan.RESULTS.read_text().splitlines()
+
+    return run
+
+
+def line_of(page, row):
+    """The line of a row in the tables of a page."""
+    found = [line for line in page if line.startswith(f"| {plan.ROWS[row].label} |")]
+    return found[0] if found else None
+
+
+def test_a_row_is_added_and_the_others_stay(planned, monkeypatch):
+    """The second row runs at other code, so the runs of the first could not be made again. When
+    they are, the second stays."""
+    before = line_of(planned("batch32"), "batch32")
+    monkeypatch.setattr(compare.Command, "code", lambda command: "other--code")
+
+    page = planned("no_idf")
+    assert line_of(page, "batch32") == before and line_of(page, "no_idf")
+
+    added = line_of(page, "no_idf")
+    page = planned("batch32")
+    assert line_of(page, "no_idf") == added and line_of(page, "batch32")
+
+
+def test_a_row_without_all_its_runs_is_not_shown(planned):
+    planned("batch32")
+    lines = plan.RUNS.read_text().splitlines(keepends=True)
+    plan.RUNS.write_text("".join(lines[:-1]))
+
+    assert line_of(planned(), "batch32") is None
+
+
+def test_a_row_is_not_of_two_codes(planned):
+    """Its sides are there, but the second one is of another train.py."""
+    planned("no_idf")
+    runs = [json.loads(line) for line in plan.RUNS.read_text().splitlines()]
+    for run in runs:
+        if run["command"].startswith("-m"):
+            run["code"] = f"other-{run['code']}"
+    plan.RUNS.write_text("\n".join(map(json.dumps, runs)))
+
+    assert line_of(planned(), "no_idf") is None
+
+
+def test_rows_name_the_best_rate_of_the_searches(tmp_path):
+    for row in plan.ROWS.values():
+        plan.check_rates(row, new_study(tmp_path))
+
+
+def test_a_rate_that_is_tried_later_can_take_the_place_of_another(planned, monkeypatch):
+    """The made-up scores of 2.19e-5 are worse than those of searches.jsonl, or better."""
+    assert line_of(planned("batch8"), "batch8")
+
+    monkeypatch.setattr(
+        compare, "train_and_score", lambda *_: run_of(**dict.fromkeys(plan.DRAWN, 99))
+    )
+    plan.RUNS.unlink()
+    with pytest.raises(InputError, match="2.19e-05"):
+        planned("batch8")
