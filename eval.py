@@ -10,8 +10,7 @@ mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates 
 functions, in float32 as they are here, so that a checkpoint has one score.
 
 The file reads from top to bottom: a file becomes a model, images and texts become features, and
-features become scores. Then come the head's words, the words that a model does not know, and the
-commands.
+features become scores. Then come the head's words and the commands.
 
 Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
 embedding, F features of a probe.
@@ -42,6 +41,7 @@ from cli import (
     write_json,
 )
 from superclip import SuperCLIP, SuperCLIPConfig, contrastive_loss
+from tokenizer import Tokenizer, has_letters, token_text, trim, unknown_words, usable_templates
 
 # A few prompts like those of CLIP's authors. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -80,7 +80,7 @@ def restore(path, weights, config, vocab):
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
         model.load_state_dict(weights)
-        tokenizer = data.Tokenizer(vocab, model.config.context_length)
+        tokenizer = Tokenizer(vocab, model.config.context_length)
     except Exception as error:  # an unknown field, a tensor that is missing ...
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} holds no model of this version: {reason}") from error
@@ -208,7 +208,7 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
     """list of M strings -> features (M, E)."""
     features = []
     for i in data.progress(range(0, len(texts), batch_size), "encoding texts"):
-        tokens = data.trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
+        tokens = trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
@@ -386,7 +386,7 @@ def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128,
     is a search for the class among all C classes, so its top-k is R@k. templates: prompts, by
     default those of TEMPLATES that the vocabulary has the words for."""
     if templates is None:
-        templates = usable_templates(tokenizer)
+        templates = usable_templates(tokenizer, TEMPLATES)
     C = len(classes)
     classifier = zeroshot_classifier(model, tokenizer, classes, templates)  # (C, E)
     features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
@@ -464,13 +464,6 @@ def probe(train, test, classes):
 # Words
 
 
-def token_text(tokenizer, i):
-    """Returns a token as a word. One that does not end a word is written "skate-"."""
-    text = tokenizer.decode([i])
-    ends_a_word = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
-    return text if ends_a_word else text + "-"
-
-
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
     """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as a
@@ -484,29 +477,6 @@ def top_words(model, tokenizer, images, k=8):
         words = [word for word in words if has_letters(word[0])]
         result.append(words[:k])
     return result
-
-
-def has_letters(word):
-    """Does it have a letter or a digit?"""
-    return any(character.isalnum() for character in word)
-
-
-def unknown_words(tokenizer, texts):
-    """Returns the words of some texts that are not in the vocabulary, so that it spells them in
-    bytes. CLIP's vocabulary has parts for any word, so there are none."""
-    if tokenizer.pattern is not data.WORD:
-        return []
-    words = dict.fromkeys(data.WORD.findall(data.clean("\n".join(texts))))
-    return [word for word in words if has_letters(word) and len(tokenizer.encode(word)) > 1]
-
-
-def usable_templates(tokenizer, templates=TEMPLATES):
-    """Returns the list of templates whose words are all in the vocabulary, because one that is
-    spelt in bytes would be most of what the text tower sees of a prompt. (A word of the vocabulary
-    is one token, whether training has shown it or not.) If none is left, "{}" is the only one: the
-    name alone."""
-    usable = [template for template in templates if not unknown_words(tokenizer, [template])]
-    return usable or ["{}"]
 
 
 # -----------------------------------------------------------------------------

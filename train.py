@@ -52,6 +52,7 @@ from cli import (
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
+from tokenizer import tokenizer_for
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
 
@@ -152,7 +153,7 @@ def read_start(args):
     the shards."""
     if args.init_from is not None:
         return evaluation.load(args.init_from)[:2]  # the model and its tokenizer
-    return None, data.tokenizer_for(data.expand(args.train_data), args.vocab)
+    return None, tokenizer_for(data.expand(args.train_data), args.vocab)
 
 
 def open_data(args, tokenizer, model):

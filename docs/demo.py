@@ -27,6 +27,7 @@ import eval as evaluation
 from cli import check, make_parser, output_file, run_command
 from scripts import scenes
 from scripts.report import write_page
+from tokenizer import Tokenizer, trim
 
 TEMPLATE = Path(__file__).with_name("demo_template.html")
 PROMPT = "a photo of a {}"  # one for each of the 64 combinations of colour and shape
@@ -118,10 +119,10 @@ def main(argv):
     models = [describe(args.clip), describe(args.superclip)]
     heads = [model["config"]["cls_weight"] > 0 for model in models]
     check(heads == [False, True], "name a model without a word head first, then one with it")
-    tokenizer = data.Tokenizer(scenes.vocabulary())
+    tokenizer = Tokenizer(scenes.vocabulary())
 
     def tokens(text):
-        return data.trim(tokenizer([text]))[0].tolist()
+        return trim(tokenizer([text]))[0].tolist()
 
     content = {
         "models": models,

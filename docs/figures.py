@@ -50,11 +50,11 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-import data
 from cli import make_parser, run_command
 from scripts import scenes
 from scripts.report import read_log
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
@@ -79,7 +79,7 @@ def tutorial_scenes():
     rng = random.Random(0)
     drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
     captions = [scenes.describe(scene, rng)[1] for scene in drawn]
-    return drawn, captions, data.Tokenizer(scenes.vocabulary())
+    return drawn, captions, Tokenizer(scenes.vocabulary())
 
 
 def counted(tokens, vocab_size):

@@ -44,6 +44,7 @@ from cli import (
 from scripts.convert import open_clip_config
 from scripts.report import read_log
 from superclip import PRESETS, SuperCLIPConfig
+from tokenizer import Tokenizer
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
 # Learning rate, that of the head, and weight decay, which make no difference here
@@ -91,7 +92,7 @@ def open_pairs(settings):
     """The pairs of --train_data, with --vocab or CLIP's. Raises InputError if they make no
     batch."""
     check(settings.train_data, "this needs --train_data: a shard or two of photographs")
-    tokenizer = data.Tokenizer.from_file(settings.vocab or "clip")
+    tokenizer = Tokenizer.from_file(settings.vocab or "clip")
     size = settings.image_size or SuperCLIPConfig(**PRESETS[settings.model]).image_size
     shards = data.expand(settings.train_data)
     pairs = data.Pairs(shards, tokenizer, size, settings.captions, crop_area=settings.crop_area)
@@ -167,7 +168,7 @@ class Run:
         self.args = args
         self.device = train.set_up_device(args)
         self.dtype = args.dtype or pick_dtype(self.device)
-        tokenizer = data.Tokenizer.from_file(args.vocab or "clip")
+        tokenizer = Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off
         torch.compiler.reset()  # torch would stop compiling after a few models
         self.model, _ = train.build_model(args, None, tokenizer.vocab_size, self.device)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 from cli import (
     check,
@@ -35,6 +34,7 @@ from cli import (
     write_json,
 )
 from superclip import SuperCLIPConfig
+from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # Weights in
@@ -181,7 +181,7 @@ def read_weights(path):
     config |= read_config_beside(path, config["vision_width"])
     vocab = path.with_suffix(".tiktoken")  # write_vocabulary puts it there
     if vocab.is_file():
-        return weights, config, data.Tokenizer.from_file(vocab).vocab
+        return weights, config, Tokenizer.from_file(vocab).vocab
     return weights, config, None
 
 
@@ -197,7 +197,7 @@ def convert(path, facts, vocab=None):
     if assumed:
         print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
     if vocab is not None or known is None:
-        known = data.Tokenizer.from_file(vocab or "clip").vocab
+        known = Tokenizer.from_file(vocab or "clip").vocab
     return evaluation.restore(path, weights, config, known)
 
 
@@ -310,7 +310,7 @@ def write_vocabulary(tokenizer, path):
     looks for it, and say how to tokenize with it."""
     beside = path.with_suffix(".tiktoken")
     write_file(beside, lambda file: file.write(tokenizer.vocab.encode()))
-    print(f"  from data import Tokenizer  # run in {Path(__file__).parents[1]}")
+    print(f"  from tokenizer import Tokenizer  # run in {Path(__file__).parents[1]}")
     name = str(beside.resolve())
     print(f"  tokenizer = Tokenizer.from_file({name!r}, {tokenizer.context_length})")
 

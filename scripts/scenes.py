@@ -40,7 +40,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from cli import check, make_parser, number, run_command
-from data import add_member, cores, progress, words_to_tiktoken
+from data import add_member, cores, progress
+from tokenizer import words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
 

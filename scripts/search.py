@@ -51,6 +51,7 @@ from cli import (
 )
 from scripts import serve
 from scripts.pictures import FORMATS, contact_sheet, image_files
+from tokenizer import unknown_words
 
 # -----------------------------------------------------------------------------
 # Where images are
@@ -308,7 +309,7 @@ def main(argv):
     search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    unknown = evaluation.unknown_words(tokenizer, args.texts)
+    unknown = unknown_words(tokenizer, args.texts)
     if unknown:
         print("not in the vocabulary:", ", ".join(unknown))
     results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 
 import data
 from cli import make_parser, number, run_command
-from eval import UNREADABLE, has_letters, load, unknown_words
+from eval import UNREADABLE, load
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import idf
+from tokenizer import WORD, clean, has_letters, tokenizer_for, unknown_words
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -46,7 +47,7 @@ def read_samples(shards, numbers, unused, images=False):
 
 def normal(text):
     """A caption in the form in which two of the same words are equal."""
-    return " ".join(data.clean(text).split())
+    return " ".join(clean(text).split())
 
 
 def count_tokens(shards, tokenizer, unused):
@@ -89,11 +90,11 @@ def report_captions(lengths, repeats, context_length):
 def report_words(tokenizer, repeats):
     """Print which share of the captions' words a vocabulary of words has. CLIP's has parts for any
     word. repeats: from count_tokens."""
-    if tokenizer.pattern is not data.WORD:
+    if tokenizer.pattern is not WORD:
         return
     counts = Counter()
     for text, count in repeats.items():
-        for word in filter(has_letters, data.WORD.findall(text)):
+        for word in filter(has_letters, WORD.findall(text)):
             counts[word] += count
     unknown = Counter({word: counts[word] for word in unknown_words(tokenizer, counts)})
     share = 1 - unknown.total() / max(1, counts.total())
@@ -178,7 +179,7 @@ def main(argv):
     args = parser.parse_args(argv)
     paths = training_shards(args.shards)
     if args.checkpoint is None:
-        tokenizer = data.tokenizer_for(paths, args.vocab)
+        tokenizer = tokenizer_for(paths, args.vocab)
     else:
         _, tokenizer, _ = load(args.checkpoint)
     shards = data.Shards(paths, args.captions)

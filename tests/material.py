@@ -15,8 +15,8 @@ from PIL import Image
 import data
 import eval as evaluation
 from cli import sentence_about
-from data import words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
+from tokenizer import Tokenizer, words_to_tiktoken
 
 
 def cases(names, table):
@@ -80,7 +80,7 @@ def coloured(path, *captions):
 # ---- models
 
 WORDS = "a photo picture of the red green blue grey square ring thing".split()
-TOKENIZER = data.Tokenizer(words_to_tiktoken(WORDS))
+TOKENIZER = Tokenizer(words_to_tiktoken(WORDS))
 TINY = dict(
     image_size=16,
     patch_size=4,  # so there are 16 patches

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from data import trim
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
+from tokenizer import trim
 
 N = 8  # pairs of all processes
 V = 40  # vocabulary

@@ -8,8 +8,8 @@ from material import TOKENIZER, cases, small_model, write_checkpoint
 
 import eval as evaluation
 from cli import InputError
-from data import words_to_tiktoken
 from scripts.convert import read_weights
+from tokenizer import words_to_tiktoken
 
 MODEL = small_model()
 WEIGHTS = MODEL.state_dict()

@@ -25,7 +25,7 @@ from material import (
 
 import data
 import eval as evaluation
-from scripts import scenes
+from tokenizer import Tokenizer, words_to_tiktoken
 
 NAMES = ("red", "green", "blue")
 
@@ -183,25 +183,6 @@ def test_zeroshot_by_hand(folders, capsys):
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
 
 
-# ---- words that a vocabulary lacks
-
-CLIP = data.Tokenizer.from_file("clip")
-
-
-def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
-    texts = ["Red, blue!", "TEAL -- teal"]
-
-    assert evaluation.unknown_words(TOKENIZER, texts) == ["teal"]
-    assert evaluation.unknown_words(CLIP, texts) == []
-
-
-def test_of_templates_with_unknown_words_the_name_is_left():
-    """The vocabulary of the scenes knows all templates."""
-    assert evaluation.usable_templates(TOKENIZER, ["an etching of {}"]) == ["{}"]
-    of_scenes = data.Tokenizer(scenes.vocabulary())
-    assert evaluation.usable_templates(of_scenes) == [*evaluation.TEMPLATES]
-
-
 # ---- the linear probe
 
 
@@ -252,8 +233,8 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp
 
 
 def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp_path, capsys):
-    vocab = data.words_to_tiktoken(["red", "green", "blue", "a", "picture", "of"])  # not "photo"
-    model = small_model(vocab_size=data.Tokenizer(vocab).vocab_size)
+    vocab = words_to_tiktoken(["red", "green", "blue", "a", "picture", "of"])  # not "photo"
+    model = small_model(vocab_size=Tokenizer(vocab).vocab_size)
     write_checkpoint(tmp_path / "model.pt", model, vocab)
     names = tmp_path / "names.txt"
     names.write_text("blue\ngreen\ncrimson\n")

@@ -8,8 +8,16 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
-import data
-from data import Tokenizer, words_to_tiktoken
+from eval import TEMPLATES
+from scripts import scenes
+from tokenizer import (
+    BYTES,
+    Tokenizer,
+    tokenizer_for,
+    unknown_words,
+    usable_templates,
+    words_to_tiktoken,
+)
 
 CLIP = Tokenizer.from_file(default_bpe())
 ORACLE = SimpleTokenizer()
@@ -96,7 +104,7 @@ def test_a_known_word_is_one_token():
 def test_an_unknown_word_is_spelled_in_bytes(word):
     ids = WORDS.encode(f"red {word} in")
 
-    spelled = [data.BYTES.index(byte) for byte in word.encode()]
+    spelled = [BYTES.index(byte) for byte in word.encode()]
     spelled[-1] += 256  # the last byte has the space
     assert ids == [*WORDS.encode("red"), *spelled, *WORDS.encode("in")]
     assert WORDS.decode(ids) == f"red {word} in"
@@ -107,11 +115,31 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
 
 def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path):
     shards = [str(tmp_path / "0.tar")]
-    assert data.tokenizer_for(shards).vocab_size == 49408
+    assert tokenizer_for(shards).vocab_size == 49408
 
     (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(["red"]))
     (tmp_path / "other.tiktoken").write_text(words_to_tiktoken(["red", "blue"]))
 
-    assert data.tokenizer_for(shards).vocab_size == 515
-    assert data.tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
-    assert data.tokenizer_for(shards, "clip").vocab_size == 49408
+    assert tokenizer_for(shards).vocab_size == 515
+    assert tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
+    assert tokenizer_for(shards, "clip").vocab_size == 49408
+
+
+# ---- which words a vocabulary lacks
+
+CLIP = Tokenizer.from_file("clip")
+
+
+def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
+    texts = ["In, red!", "TEAL -- teal"]
+
+    assert unknown_words(WORDS, texts) == ["teal"]
+    assert unknown_words(CLIP, texts) == []
+
+
+def test_of_templates_with_unknown_words_the_name_is_left():
+    """The vocabulary of the scenes knows all of our own templates."""
+    of_scenes = Tokenizer(scenes.vocabulary())
+
+    assert usable_templates(WORDS, ["an etching of {}"]) == ["{}"]
+    assert usable_templates(of_scenes, TEMPLATES) == [*TEMPLATES]

@@ -11,13 +11,13 @@ from material import cases, error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-import data
 import eval as evaluation
 from scripts.convert import main
 from superclip import SuperCLIPConfig
+from tokenizer import Tokenizer, clip_vocabulary, words_to_tiktoken
 
-VOCAB = data.words_to_tiktoken(["dog"])
-V = {"vocab_size": data.Tokenizer(VOCAB).vocab_size}
+VOCAB = words_to_tiktoken(["dog"])
+V = {"vocab_size": Tokenizer(VOCAB).vocab_size}
 STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
 STATS_FLAGS = ["--image_mean", *STATS["image_mean"], "--image_std", *STATS["image_std"]]
 HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
@@ -163,7 +163,7 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path, capsys, monkey
 
 def export(folder, vocab, quick_gelu):
     """Write a model for transformers into folder/export. Returns it and its tokenizer."""
-    tokenizer = data.Tokenizer(vocab, 16)
+    tokenizer = Tokenizer(vocab, 16)
     known = {"vocab_size": tokenizer.vocab_size, **HEADS, **STATS}
     model = make_random_model(quick_gelu=quick_gelu, **known)
     path = write_checkpoint(folder / "a.pt", model, vocab)
@@ -189,7 +189,7 @@ def test_transformers_has_the_same_features(tmp_path, capsys, monkeypatch):
 def with_clips_vocabulary(tmp_path_factory):
     """A model, its tokenizer and the folder for transformers."""
     folder = tmp_path_factory.mktemp("clip")
-    return *export(folder, data.clip_vocabulary(), quick_gelu=True), folder / "export"
+    return *export(folder, clip_vocabulary(), quick_gelu=True), folder / "export"
 
 
 def test_what_transformers_saves_can_be_converted(with_clips_vocabulary, tmp_path):

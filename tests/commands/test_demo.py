@@ -15,8 +15,9 @@ from docs import demo
 from scripts import scenes
 from scripts.words import word_maps
 from superclip import PRESETS
+from tokenizer import Tokenizer
 
-TOKENIZER = data.Tokenizer(scenes.vocabulary(), 16)
+TOKENIZER = Tokenizer(scenes.vocabulary(), 16)
 # The tiny model, but narrow, because the browser computes in JavaScript
 NARROW = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2, embed_dim=32)
 SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vocab_size)

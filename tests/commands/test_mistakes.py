@@ -10,7 +10,7 @@ import torch
 from material import cases, error_of, png, small_model, write_checkpoint, write_shard
 
 from cli import InputError, run_command
-from data import words_to_tiktoken
+from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
 # is done: that there is no none.pt or none.csv is not noticed then.

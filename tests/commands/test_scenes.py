@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 from scripts import scenes
+from tokenizer import Tokenizer
 
 NAMES = {*scenes.CLOTHS, *scenes.PATTERNS, *scenes.BORDERS, *scenes.COLOURS, *scenes.SHAPES}
 
@@ -75,7 +76,7 @@ def test_a_long_caption_names_all_that_is_there_and_a_short_one_tells_no_lie():
 
 def test_each_word_of_a_caption_is_one_token():
     """And a caption fits the context of 16 tokens, with start and end."""
-    tokenizer = data.Tokenizer(scenes.vocabulary())
+    tokenizer = Tokenizer(scenes.vocabulary())
 
     for _, _, long in TRAIN:
         assert len(tokenizer.encode(long)) == len(re.findall(r"\w+|[^\w ]", long)) <= 14

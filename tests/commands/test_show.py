@@ -4,8 +4,8 @@ import pytest
 from material import png, run, write_shard
 from PIL import Image
 
-from data import words_to_tiktoken
 from scripts import show
+from tokenizer import words_to_tiktoken
 
 PNG = png("red")
 

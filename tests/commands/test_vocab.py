@@ -2,8 +2,8 @@
 
 from material import png, run, write_shard
 
-import data
 from scripts import vocab
+from tokenizer import tokenizer_for
 
 
 def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
@@ -17,7 +17,7 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
 
     assert not run(vocab.main, train, val, "--size", 517, "--out", out)
 
-    tokenizer = data.tokenizer_for([train])  # it lies beside the shards
+    tokenizer = tokenizer_for([train])  # it lies beside the shards
     words = [tokenizer.decode([i]) for i in range(512, tokenizer.start)]
     assert words == ["red", "dog", "the"]
     assert val in capsys.readouterr().out
