@@ -37,22 +37,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import InputError, cache_folder, check, write_file
+from cli import InputError, cache_folder, check, cores, write_file
 
 # A progress bar for whatever takes more than a second, on a terminal.
 progress = partial(tqdm, delay=1, leave=False, disable=None)
-
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def cores():
-    """Returns the number of cores that this process may run on. A scheduler may have made them
-    fewer than the machine has. A limit on their time, as of docker --cpus, does not show."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
 
 # -----------------------------------------------------------------------------
 # Shards

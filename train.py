@@ -4,8 +4,9 @@
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
-The file reads from top to bottom: one step, what a run is made of, its folder, validation, and the
-run; then what the processes of a run say to each other, and the options.
+The file reads from top to bottom: one step, what a run is made of, validation and the run, and the
+options. Read superclip.py first. What a run needs besides its method is in runtime.py: the
+processes, the signal to stop, the folder and the log.
 
 Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
 options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
@@ -17,17 +18,12 @@ patches (K of them kept), E embedding. M pairs go through the towers at a time.
 """
 
 import argparse
-import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from shlex import quote
 
@@ -39,15 +35,20 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cli import (
-    InputError,
-    add_options,
-    check,
-    lock_folder,
-    number,
-    pick_device,
-    pick_dtype,
-    run_command,
+from cli import InputError, add_options, check, number, pick_dtype, run_command
+from runtime import (
+    LOCAL_RANK,
+    RANK,
+    WORLD,
+    StopSignal,
+    average,
+    check_processes_agree,
+    claim_folder,
+    device_of_process,
+    header_of,
+    join_processes,
+    wait_for_all,
+    write_row,
 )
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
@@ -55,12 +56,6 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import tokenizer_for
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
-
-# torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
-torchrun = os.environ if dist.is_torchelastic_launched() else {}
-RANK = int(torchrun.get("RANK", 0))
-WORLD = int(torchrun.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 
 # -----------------------------------------------------------------------------
 # One step
@@ -113,7 +108,7 @@ def grad_cache_step(model, micro_batches, autocast, scaler):
     scaler.scale(losses["loss"]).backward()
     for p in model.parameters():
         if p.grad is not None:  # a frozen tower has none
-            all_reduce(p.grad).div_(WORLD)
+            average(p.grad)
     return losses
 
 
@@ -140,8 +135,8 @@ def mean_losses(losses):
     """The losses, as a dict of numbers: means over the processes. To read them is to wait for the
     device."""
     names = [name for name in losses if name.endswith("loss")]
-    values = torch.stack([losses[name].detach() / WORLD for name in names])
-    return dict(zip(names, all_reduce(values).tolist()))
+    values = torch.stack([losses[name].detach() for name in names])
+    return dict(zip(names, average(values).tolist()))
 
 
 # -----------------------------------------------------------------------------
@@ -227,6 +222,14 @@ def build_model(args, source, vocab_size, device):
     return model.to(device).train(), new
 
 
+def distribute(model):
+    """Returns the model in torch's wrapper that averages gradients over the processes."""
+    # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are not
+    # sent, because all processes count the same tokens.
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    return DistributedDataParallel(model, **options)
+
+
 def make_optimizer(model, learning_rate, weight_decay, new=()):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
     Each group keeps its peak rate, which is NEW_LEARNING_RATE for the parameters named in `new`."""
@@ -241,65 +244,17 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
+def can_compile(device):
+    """Does this device run what torch.compile makes of a model? Old GPUs do not."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def lengths(args, n):
     """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations."""
     steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
     warmup_steps = min(1000, steps // 10)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
-
-
-# -----------------------------------------------------------------------------
-# The folder of a run: last.pt, best.pt and log.jsonl
-
-
-def claim_folder(out_dir, resume):
-    """Locks --out_dir, because the run that was there before may still be saving. Raises InputError
-    if there is a run to be spared."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock_folder(out_dir)
-    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
-        temporary.unlink()
-    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
-    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds .pt files: --resume its last.pt, or use another folder")
-
-
-def commit():
-    """Which commit this code is of, or "" if git does not know."""
-    folder = quote(str(Path(__file__).parent))
-    return subprocess.getoutput(f"git -C {folder} describe --always --dirty 2> /dev/null")
-
-
-def header_of(args, steps, model, pairs, val_pairs, dtype, device):
-    """Prints what this run is, and returns the header of its log, without which no number in the
-    rows that follow means anything."""
-    device_name = f"{device.type} ({data.cores()} cores)"
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    fingerprint = pairs.fingerprint
-    if val_pairs is not None:
-        fingerprint += f"-{val_pairs.fingerprint}"
-    header = {
-        "pairs": len(pairs),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
-        "batch_size": args.batch_size,
-        "processes": WORLD,
-        "device": device_name,
-        "dtype": dtype,
-        "torch": str(torch.__version__),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": fingerprint,
-    }
-    print(", ".join(f"{name} {value}" for name, value in header.items()))
-    return {
-        **header,
-        "command": sys.argv,
-        "arguments": vars(args),
-        "config": vars(model.config),
-    }
 
 
 def resume(path, header, model, tokenizer, optimizer, scaler):
@@ -315,6 +270,8 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, f"--resume: --train_data or --val_data is not what {path} was trained on")
     check(saved["vocab"] == tokenizer.vocab, f"--resume: {path} has another vocabulary (--vocab)")
+    step, steps = saved["step"], header["steps"]
+    check(step <= steps, f"--resume: step {step} is past --steps {steps}")
     model.load_state_dict(saved["model"])
     # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
     # are numbered in their order.
@@ -324,20 +281,7 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     if saved["scaler"]:  # it is empty without float16
         scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["best_r1"]
-
-
-def write_row(args, row):
-    """Adds a row to log.jsonl: a header at each start, the losses of a step, or a validation. A
-    resumed run may log a step twice: the later row counts."""
-    if RANK > 0:
-        return
-    with open(Path(args.out_dir, "log.jsonl"), "a") as file:
-        file.write(json.dumps(row) + "\n")
-    if "loss" in row:
-        terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
-        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-        tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
+    return step, saved["best_r1"]
 
 
 # -----------------------------------------------------------------------------
@@ -382,7 +326,9 @@ def train(args):
     """A run, from its first step or last.pt. Returns 0, or 128 and the number of a signal."""
 
     # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
-    device = set_up_device(args)
+    device = device_of_process(args.device)
+    if args.compile is None:
+        args.compile = can_compile(device)
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
     N = args.batch_size
@@ -408,10 +354,7 @@ def train(args):
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     ddp_model = model
     if WORLD > 1 and M == B:  # grad_cache_step averages by itself
-        # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are
-        # not sent, because all processes count the same tokens.
-        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        ddp_model = DistributedDataParallel(model, **options)
+        ddp_model = distribute(model)
 
     # ---- Where the run stands
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
@@ -421,11 +364,11 @@ def train(args):
     best = Path(args.out_dir, "best.pt")
     if last.exists():
         start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
-        if best.exists():  # last.pt is saved before the validation of its step, best.pt after it
+        # last.pt is saved before the validation of its step, best.pt after it
+        if RANK == 0 and best.exists():
             best_r1 = evaluation.read_checkpoint(best)["best_r1"]
     check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
-    check(start <= steps, f"--resume: step {start} is past --steps {steps}")
-    write_row(args, {"header": header, "step": start})
+    write_row(args.out_dir, {"header": header, "step": start})
     batches = data.load_batches(pairs, N, local, M, start, steps, args.workers, device)
 
     def save(path, step, **more):
@@ -451,7 +394,7 @@ def train(args):
         # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
         if RANK == 0 and eval_due and stop_number == 0:
             row = validate(args, model, tokenizer, val_pairs, step)
-            write_row(args, row)
+            write_row(args.out_dir, row)
             mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is the best
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
@@ -466,6 +409,9 @@ def train(args):
         start_time = time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter() - start_time
+        if args.compile:  # or longer captions would compile the text tower again
+            for batch in micro_batches:
+                torch._dynamo.maybe_mark_dynamic(batch["tokens"], 1)
         if M < B:
             losses = grad_cache_step(model, micro_batches, autocast, scaler)
         else:
@@ -495,7 +441,7 @@ def train(args):
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
-            write_row(args, row)
+            write_row(args.out_dir, row)
             images, seconds, waited = 0, 0.0, 0.0
 
     wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
@@ -506,80 +452,6 @@ def train(args):
         print("No validation was as good as the one before training, so there is no best.pt.")
     print_next(quote(str(best if best.exists() else last)), model, args.val_data)
     return 0
-
-
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def join_processes():
-    """Lets the processes that torchrun has started find each other."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
-        # their GPUs.
-        backend = "cpu:gloo,cuda:nccl"
-    # Two hours, because all others wait while rank 0 validates.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-
-
-def check_processes_agree(*facts):
-    """All processes must have the same options, dtype, data and step, or they would train apart."""
-    if dist.is_initialized():
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, facts)
-        same = everyone == [facts] * WORLD
-        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
-
-
-def set_up_device(args):
-    """Returns the device of this process, and settles --compile."""
-    name = args.device
-    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Autograd's threads have one. With another number here, code would be compiled twice.
-        torch.set_num_threads(1)
-    if args.compile is None:  # old GPUs cannot run what it makes
-        args.compile = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return device
-
-
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum (or `op`) over all processes, in place. With one process, the tensor itself."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def wait_for_all():
-    """Returns when all processes have come here."""
-    all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
-
-
-class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
-    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
-
-    def __init__(self):
-        self.number = 0
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signal.SIGHUP, self.receive)
-
-    def receive(self, number, _):
-        self.number = number
-        with suppress(OSError):  # the terminal may have gone
-            # not print, which may be what the signal has interrupted
-            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
-
-    def signal_of_any(self):
-        """Returns the signal that any of the processes has received, or 0."""
-        # on the CPU, so that nobody waits for a GPU
-        return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
 
 
 # -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import runtime
 import train
 from cli import (
     check,
@@ -144,7 +145,7 @@ def bench_loader(options, args):
     """The speed of train.py's loader, with no model to wait for."""
     settings = parse(options)
     pairs = open_pairs(settings)
-    device = train.set_up_device(settings)
+    device = runtime.device_of_process(settings.device)
     N = settings.batch_size
     steps = 10 * args.repeat
     start = time.perf_counter()
@@ -166,7 +167,9 @@ class Run:
     def __init__(self, options):
         args = parse(options)
         self.args = args
-        self.device = train.set_up_device(args)
+        self.device = runtime.device_of_process(args.device)
+        if args.compile is None:
+            args.compile = train.can_compile(self.device)
         self.dtype = args.dtype or pick_dtype(self.device)
         tokenizer = Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off

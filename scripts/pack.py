@@ -34,6 +34,7 @@ import data
 from cli import (
     InputError,
     check,
+    cores,
     make_parser,
     number,
     run_command,
@@ -271,7 +272,7 @@ def make_shards(args, samples, bad, folder):
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     items = list(samples.items())
     n = 256
-    with ThreadPool(data.cores()) as pool:
+    with ThreadPool(cores()) as pool:
         # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
         for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]

@@ -39,8 +39,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cli import check, make_parser, number, run_command
-from data import add_member, cores, progress
+from cli import check, cores, make_parser, number, run_command
+from data import add_member, progress
 from tokenizer import words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture

@@ -75,7 +75,6 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config, way):
 def run_process(rank, folder):
     """One of two processes: keeps what it finds in each case, by config, way and size."""
     torch.set_num_threads(1)
-    train.WORLD = 2  # as torchrun would have told it
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
     found = {}

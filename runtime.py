@@ -1,0 +1,173 @@
+"""What a run needs besides its method: processes that act as one, a signal that ends them, the
+folder of the run, and its log. Nothing here knows what is trained, and train.py calls all of it.
+
+torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
+in `join_processes`, and from then on what they send to each other adds up over all of them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from shlex import quote
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cli import InputError, check, cores, lock_folder, pick_device
+
+# torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
+torchrun = os.environ if dist.is_torchelastic_launched() else {}
+RANK = int(torchrun.get("RANK", 0))
+WORLD = int(torchrun.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def join_processes():
+    """Lets the processes that torchrun has started find each other."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
+        # their GPUs.
+        backend = "cpu:gloo,cuda:nccl"
+    # Two hours, because all others wait while rank 0 validates.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def device_of_process(name):
+    """Returns --device, which in several processes is the GPU of this one, as a torch.device."""
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
+        # Autograd's threads have one. With another number here, code would be compiled twice.
+        torch.set_num_threads(1)
+    return device
+
+
+def check_processes_agree(*facts):
+    """All processes must have the same options, dtype, data and step, or they would train apart."""
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, facts)
+        same = all(of_one == facts for of_one in everyone)
+        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
+
+
+def average(tensor):
+    """The mean over all processes, in place. With one process, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def wait_for_all():
+    """Returns when all processes have come here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
+
+
+# -----------------------------------------------------------------------------
+# The signal to stop
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
+    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
+
+    def __init__(self):
+        self.number = 0
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self.receive)
+
+    def receive(self, number, _):
+        self.number = number
+        with suppress(OSError):  # the terminal may have gone
+            # not print, which may be what the signal has interrupted
+            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
+
+    def signal_of_any(self):
+        """Returns the signal that any of the processes has received, or 0."""
+        number = torch.tensor(self.number)  # on the CPU, so that nobody waits for a GPU
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+# -----------------------------------------------------------------------------
+# The folder of a run, and its log
+
+
+def claim_folder(out_dir, resume):
+    """Locks --out_dir, because the run that was there before may still be saving. Raises InputError
+    if there is a run to be spared."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(out_dir)
+    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
+    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
+        raise InputError(f"{out_dir} holds .pt files: --resume its last.pt, or use another folder")
+
+
+def commit():
+    """Which commit this code is of, or "" if git does not know."""
+    folder = quote(str(Path(__file__).parent))
+    return subprocess.getoutput(f"git -C {folder} describe --always --dirty 2> /dev/null")
+
+
+def header_of(args, steps, model, pairs, val_pairs, dtype, device):
+    """Prints what this run is, and returns the header of its log, without which no number in the
+    rows that follow means anything."""
+    device_name = f"{device.type} ({cores()} cores)"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    fingerprint = pairs.fingerprint
+    if val_pairs is not None:
+        fingerprint += f"-{val_pairs.fingerprint}"
+    header = {
+        "pairs": len(pairs),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "batch_size": args.batch_size,
+        "processes": WORLD,
+        "device": device_name,
+        "dtype": dtype,
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "data_fingerprint": fingerprint,
+    }
+    print(", ".join(f"{name} {value}" for name, value in header.items()))
+    return {
+        **header,
+        "command": sys.argv,
+        "arguments": vars(args),
+        "config": vars(model.config),
+    }
+
+
+def write_row(out_dir, row):
+    """Adds a row to log.jsonl: a header at each start, the losses of a step, or a validation. A
+    resumed run may log a step twice: the later row counts."""
+    if RANK > 0:
+        return
+    with open(Path(out_dir, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+    if "loss" in row:
+        terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+        tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
