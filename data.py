@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import InputError, cache_folder, check, cores, write_file
+from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, open_terminal, write_file
 
 # A progress bar for whatever takes more than a second, on a terminal.
 progress = partial(tqdm, delay=1, leave=False, disable=None)
@@ -190,17 +190,16 @@ def add_member(tar, name, content):
 
 
 MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
-# Shards that stay open: at most half as many as a process may have open files.
-OPEN_SHARDS = min(500, os.sysconf("SC_OPEN_MAX") // 2)
 
 
 class BadSample(Exception):
     """This sample cannot be used. The message says why."""
 
 
-@lru_cache(OPEN_SHARDS)
-def open_shard(path):
-    """A shard, open for reading."""
+@lru_cache(100)  # shards that stay open: macOS allows a process 256 files
+def open_shard(path, process):
+    """A shard, open for reading. Each process has files of its own, because a forked one would
+    share the place in the file where the next read begins."""
     return open(path, "rb")
 
 
@@ -235,8 +234,9 @@ class Shards:
 
     def read_at(self, number, block, size):
         """Returns `size` bytes of a shard from a block on. Raises BadSample."""
-        file = open_shard(self.paths[number])
-        content = os.pread(file.fileno(), size, block * BLOCK)
+        file = open_shard(self.paths[number], os.getpid())
+        file.seek(block * BLOCK)
+        content = file.read(size)
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
@@ -522,12 +522,13 @@ def batch_indices(n, batch_size, seed, step):
 # Loading
 
 
-def ignore_signals(_):
+def start_loading(_):
     """What a loading process does first. A scheduler, Ctrl-C or a closed terminal sends its signal
     to all processes. The main process answers it, and needs the others until it has saved. They end
     when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    open_terminal()
 
 
 def make_loader(dataset, workers, ahead=2, **options):
@@ -538,9 +539,10 @@ def make_loader(dataset, workers, ahead=2, **options):
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0:
         options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
-        # Forked processes share the index and start in no time. Python 3.14 would not fork them.
-        options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
+        if sys.platform == "linux":
+            # Forked processes share the index and start at once. Python 3.14 would not fork them.
+            options["multiprocessing_context"] = "fork"
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=start_loading, **options)
 
 
 def micro_batch_indices(n, batch_size, local, micro_batch_size, seed, start, stop):

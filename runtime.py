@@ -14,13 +14,12 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from shlex import quote
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, check, cores, lock_folder, pick_device
+from cli import STOP_SIGNALS, InputError, check, cores, lock_folder, pick_device
 
 # torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
 torchrun = os.environ if dist.is_torchelastic_launched() else {}
@@ -88,10 +87,9 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signal.SIGHUP, self.receive)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.receive)
 
     def receive(self, number, _):
         self.number = number
@@ -125,8 +123,16 @@ def claim_folder(out_dir, resume):
 
 def commit():
     """Which commit this code is of, or "" if git does not know."""
-    folder = quote(str(Path(__file__).parent))
-    return subprocess.getoutput(f"git -C {folder} describe --always --dirty 2> /dev/null")
+    folder = Path(__file__).parent
+    # --git-dir, or git would name the commit of a repository around a copy of this one
+    where = [f"--git-dir={folder / '.git'}", f"--work-tree={folder}"]
+    try:
+        git = subprocess.run(
+            ["git", *where, "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
+    except FileNotFoundError:  # there is no git
+        return ""
+    return git.stdout.strip()
 
 
 def header_of(args, steps, model, pairs, val_pairs, dtype, device):

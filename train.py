@@ -245,8 +245,11 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
 
 
 def can_compile(device):
-    """Does this device run what torch.compile makes of a model? Old GPUs do not."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    """Does this device run what torch.compile makes of a model? Old GPUs do not, and on Windows it
+    takes packages that do not come with torch."""
+    if device.type != "cuda" or sys.platform == "win32":
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def lengths(args, n):

@@ -140,17 +140,17 @@ def read_config_beside(path, vision_width):
     default of its library. A file that is something else tells nothing."""
     config = {}
     with suppress(Exception):  # of transformers
-        other = json.loads(path.with_name("config.json").read_text())
+        other = json.loads(path.with_name("config.json").read_text("utf-8"))
         config["vision_heads"] = other["vision_config"].get("num_attention_heads", 12)
         config["text_heads"] = other["text_config"].get("num_attention_heads", 8)
         config["quick_gelu"] = other["vision_config"].get("hidden_act") in (None, "quick_gelu")
         # preprocessor_config.json, or since version 5 a part of processor_config.json
-        other = json.loads(next(path.parent.glob("p*rocessor_config.json")).read_text())
+        other = json.loads(next(path.parent.glob("p*rocessor_config.json")).read_text("utf-8"))
         other = other.get("image_processor", other)
         config["image_mean"] = tuple(other["image_mean"])
         config["image_std"] = tuple(other["image_std"])
     with suppress(Exception):  # of open_clip
-        other = json.loads(path.with_suffix(".json").read_text())
+        other = json.loads(path.with_suffix(".json").read_text("utf-8"))
         config["vision_heads"] = vision_width // other["vision_cfg"].get("head_width", 64)
         config["text_heads"] = int(other["text_cfg"].get("heads", 8))
         config["quick_gelu"] = bool(other.get("quick_gelu", False))

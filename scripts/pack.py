@@ -21,7 +21,6 @@ import json
 import os
 import shlex
 import tarfile
-import tempfile
 from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
@@ -36,6 +35,7 @@ from cli import (
     check,
     cores,
     make_parser,
+    new_folder,
     number,
     run_command,
 )
@@ -370,24 +370,17 @@ def read_options(argv):
     # fmt: on
     args = parser.parse_args(argv)
     args.images = Path(os.path.abspath(args.images or args.csv.parent))
-    check(not args.out.exists(), f"{args.out} is there already: name another --out")
     return args
 
 
 def main(argv):
     args = read_options(argv)
     samples, bad = read_list(args)
-    parent = args.out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # The folder appears complete or not at all.
-    with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=parent) as temporary:
-        folder = Path(temporary, "shards")
-        folder.mkdir()
+    with new_folder(args.out) as folder:
         n, n_val = make_shards(args, samples, bad, folder)
         if n + n_val == 0:
             raise InputError(f"none of the rows of {args.csv} can be used: {min(bad)[2]}")
         write_bad_rows(folder / "bad_rows.csv", bad)
-        folder.rename(args.out)
 
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")

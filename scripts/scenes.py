@@ -33,13 +33,11 @@ import json
 import math
 import random
 import tarfile
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cli import check, cores, make_parser, number, run_command
+from cli import cores, make_parser, new_folder, number, run_command
 from data import add_member, progress
 from tokenizer import words_to_tiktoken
 
@@ -350,17 +348,12 @@ def write_classes(folder, settings, seed):
 def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
     """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
     samples; settings: how many of them may occur; seed: each draws a world of its own."""
-    out_dir = Path(out_dir).absolute()
-    check(not out_dir.exists(), f"{out_dir} is there already: remove it to draw it again")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, 1000)):
         numbers = range(start, min(start + 1000, train))
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
-    with tempfile.TemporaryDirectory(prefix=".scenes-", dir=out_dir.parent) as temporary:
-        folder = Path(temporary, "scenes")
-        folder.mkdir()
-        (folder / "vocab.tiktoken").write_text(vocabulary())
+    with new_folder(out_dir) as folder:
+        (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
         world = {"settings": some_settings(settings, seed), "seed": seed}
         write = functools.partial(write_shard, folder=folder, **world)
         with ProcessPoolExecutor(cores()) as pool:
@@ -368,7 +361,6 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
             classes.result()  # raises what went wrong in there
-        folder.rename(out_dir)
 
 
 def main(argv):
