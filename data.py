@@ -124,7 +124,9 @@ def read_headers(path, number):
             for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
-                if column and key and member.isfile():
+                if member.size >= 2**31:
+                    unused[key] = f"{member.size:,} bytes are more than the index can hold"
+                elif column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
@@ -141,7 +143,7 @@ def read_headers(path, number):
         unused[""] = f"{error!r}; the rest is not read"
     for key, row in list(rows.items()):
         if row[IMAGE + 1] == 0:
-            unused[key] = "no image, or an empty one"
+            unused.setdefault(key, "no image, or an empty one")
             del rows[key]
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
@@ -160,8 +162,10 @@ def build_index(shards):
     name = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
     path = cache_folder() / f"index-9-{name}"
-    if os.path.exists(path):  # False in a folder that cannot be read
+    try:
         return torch.load(path, weights_only=True)
+    except Exception:  # It is not there, or damaged, for which torch has half a dozen kinds.
+        pass
     index = []
     unused = []
     with ProcessPoolExecutor(min(len(shards), cores())) as pool:

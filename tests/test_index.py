@@ -122,6 +122,20 @@ def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
     assert [name for name, _ in shards.unused] == [f"{damaged}:"]
 
 
+def test_a_member_that_claims_three_gigabytes_costs_one_sample(tmp_path):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        data.add_member(tar, "a.png", b"image")
+        info = tarfile.TarInfo("b.png")
+        info.size = 3 * 2**30
+        tar.addfile(info)  # its header alone
+
+    shards = Shards([str(path)], sources=())
+
+    assert [shards.name(i) for i in range(len(shards))] == [f"{path}:a"]
+    assert {name for name, _ in shards.unused} == {f"{path}:b", f"{path}:"}  # and it ends early
+
+
 # ---- the cache of the index
 
 
@@ -149,3 +163,12 @@ def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expecte
 
     assert indexed(path, other) == expected
     assert indexed(other) == 3  # other shards have an index of their own
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    path = coloured(tmp_path / "0.tar", "red", "green")
+    assert indexed(path) == 2
+    for cache in data.cache_folder().glob("index-*"):
+        cache.write_bytes(b"damaged")
+
+    assert indexed(path) == 2
