@@ -97,7 +97,7 @@ def rename(content):
     """The tensors of a file in any layout but our own -> those of this project, by name."""
     weights = {}
     for name, tensor in content.items():
-        ours = our_name(name)
+        ours = our_name(str(name))  # an optimizer numbers its tensors
         if not torch.is_tensor(tensor) or ours.endswith(("attn_mask", "position_ids")):
             continue
         if name in ("text_projection.weight", "visual_projection.weight"):
@@ -167,9 +167,12 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = safetensors().load_file
     content = evaluation.read_file(path, read)
-    if content.keys() >= {"model", "config", "vocab"}:
-        return content["model"], content["config"], content["vocab"]
-    weights = rename(content.get("state_dict", content))
+    if isinstance(content, dict):
+        if content.keys() >= {"model", "config", "vocab"}:
+            return content["model"], content["config"], content["vocab"]
+        content = content.get("state_dict", content)
+    check(isinstance(content, dict), f"{path} holds no tensors by name: save a state_dict")
+    weights = rename(content)
     config = {}
     scalars = {"input_resolution", "context_length", "vocab_size"}
     if scalars <= weights.keys():  # of OpenAI's files, and only of them

@@ -43,6 +43,9 @@ scripts.search NONE --images classes "a text" --out x.doc         | x.doc
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.convert other.pt x.pt                                     | other.pt
+scripts.convert list.pt x.pt                                      | list.pt
+scripts.convert nested.pt x.pt                                    | nested.pt
+scripts.convert numbered.pt x.pt                                  | numbered.pt
 scripts.convert model.pt model.pt                                 | model.pt
 scripts.pack --csv list.csv --out x                               | --image_column
 scripts.pack --csv none.csv --out classes                         | classes
@@ -76,6 +79,9 @@ def world(tmp_path_factory):
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
+    torch.save([torch.ones(2)], world / "list.pt")
+    torch.save({"state_dict": [torch.ones(2)]}, world / "nested.pt")
+    torch.save({"state_dict": {0: torch.ones(2)}}, world / "numbered.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
