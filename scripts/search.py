@@ -13,7 +13,8 @@ the run are searched. A score is the cosine similarity of two features. Compare 
 same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search encodes only those
-that are new or have changed. Other programs, such as a notebook or FAISS, can read the file:
+that are new or have changed. What searches of other folders have left in the file stays there until
+its image is changed or gone. Other programs, such as a notebook or FAISS, can read the file:
 
     photos = numpy.load("photos.npz")
     photos["names"]     # (N,) absolute paths; SHARD:KEY for images in shards
@@ -136,9 +137,24 @@ def read_features(path, checkpoint):
     return features
 
 
-def write_features(path, features, checkpoint):
-    """Write what read_features reads. features: dict {entry: feature (E,)}."""
-    names, stamps, _ = zip(*features)
+def is_current(name, stamp):
+    """Is the image of a kept feature still there, as it was?"""
+    for path in (name, name.rpartition(":")[0]):  # a file, or the SHARD of SHARD:KEY
+        if os.path.isfile(path):
+            return stamp.startswith(stamp_of(path))
+    return False
+
+
+def keep_features(path, found, known, checkpoint):
+    """Write what read_features reads, unless it would return the same as before: the features that
+    a search has found, dict {entry: feature (E,)}, and what is known of other images."""
+    features = {(entry.name, entry.stamp): feature for entry, feature in found.items()}
+    for version, feature in known.items():
+        if version not in features and is_current(*version):
+            features[version] = feature
+    if not features or features.keys() == known.keys():
+        return
+    names, stamps = zip(*features)
     content = {
         "names": names,
         "stamps": stamps,
@@ -164,8 +180,8 @@ def find_features(model, entries, shards, workers, path=None, checkpoint=""):
             found.update(zip(encoded, features))
     finally:  # also after Ctrl-C, so that the next search goes on from there
         found = {entry: found[entry] for entry in entries if entry in found}  # in their order
-        if path and found and (missing or len(found) < len(known)):
-            write_features(path, found, checkpoint)
+        if path:
+            keep_features(path, found, known, checkpoint)
     return found
 
 

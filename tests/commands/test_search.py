@@ -1,5 +1,6 @@
 """scripts/search.py against the slow way to search, and the file that keeps features."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,22 +109,29 @@ def test_another_program_can_read_the_features(folders, checkpoint, capsys):
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
-    """The edit keeps the size of the file. Features of zero tell which are as they were."""
+    """The edit keeps the size of the file. Features of zero tell which are as they were. Those of
+    other folders and shards stay, unless the image is another one now."""
     Image.new("RGB", (20, 20), "red").save("red/1.png", compress_level=0)
-    argv = ["--checkpoint", checkpoint, "--images", ".", "--features", "x.npz", TEXTS[0]]
-    assert not run(search.main, *argv)
+    write_shard("a.tar", [{"png": png("red")}])
+    argv = ["--checkpoint", checkpoint, "--features", "x.npz", TEXTS[0], "--images"]
+    assert not run(search.main, *argv, ".", "--data", "a.tar")
     kept = dict(np.load("x.npz"))
     kept["features"][:] = 0
     np.savez("x.npz", **kept)
 
     Image.new("RGB", (20, 20), "blue").save("red/1.png", compress_level=0)
-    Path("blue/2.png").rename("blue/9.png")
-    assert not run(search.main, *argv)
+    Path("red/2.png").rename("red/9.png")
+    Path("blue/2.png").unlink()
+    photo(99).save("blue/3.png")
+    assert not run(search.main, *argv, "red")
 
     kept = np.load("x.npz")
-    encoded = kept["names"][kept["features"].any(axis=1)]
-    assert [Path(name).name for name in encoded] == ["9.png", "1.png"]
-    assert len(kept["names"]) == 12  # without the old name
+    names = [os.path.relpath(name) for name in kept["names"]]
+    encoded = kept["features"].any(axis=1)
+    assert {name for name, is_new in zip(names, encoded) if is_new} == {"red/1.png", "red/9.png"}
+    green = [f"green/{i}.png" for i in range(4)]
+    red = [f"red/{i}.png" for i in (0, 1, 3, 9)]
+    assert sorted(names) == ["a.tar:0000", "blue/0.png", "blue/1.png", *green, *red]
 
 
 def test_a_search_that_is_interrupted_keeps_what_it_has_encoded(folders, monkeypatch):
