@@ -52,7 +52,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cli import make_parser, run_command
 from scripts import scenes
-from scripts.report import read_log
+from scripts.log import read_log
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 

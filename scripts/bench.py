@@ -43,7 +43,7 @@ from cli import (
     write_json,
 )
 from scripts.convert import open_clip_config
-from scripts.report import read_log
+from scripts.log import read_log
 from superclip import PRESETS, SuperCLIPConfig
 from tokenizer import Tokenizer
 

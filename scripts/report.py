@@ -25,7 +25,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 import data
 import eval as evaluation
 from cli import (
-    InputError,
     check,
     make_parser,
     number,
@@ -34,6 +33,7 @@ from cli import (
     run_command,
     write_file,
 )
+from scripts.log import read_log, short_names
 from scripts.pictures import spread
 from scripts.words import default_window, word_maps
 
@@ -58,36 +58,15 @@ def rounded(x, digits):
 # The run, from its log
 
 
-def read_log(path):
-    """A log.jsonl -> the last header in it, and the list of rows that count.
-
-    A run that is resumed adds a header, with the step from which it goes on. What the attempt
-    before it has logged beyond that is no part of the run, and a validation may come again: then
-    the later one counts. Raises InputError.
-    """
-    header = None
-    rows = {}  # by step and kind
-    try:
-        for line in Path(path).read_text("utf-8").splitlines():
-            row = json.loads(line)
-            if "header" in row:
-                header = row["header"]
-                rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
-            else:
-                rows[row["step"], "loss" in row] = row
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is not a log of train.py: {error!r}") from error
-    return header, list(rows.values())
-
-
 def scores_of(validation):
     """The row of a validation -> its scores, a list of dicts with their names."""
     scores = []
     for way, part in validation.get("validation", {}).items():
         for name, score in part.items():
             scores.append({"name": f"{way} {name}".replace("_", " "), **score})
-    for folder, score in validation.get("zeroshot", {}).items():
-        scores.append({"name": f"zero-shot {Path(folder).name}".replace("_", " "), **score})
+    zeroshot = validation.get("zeroshot", {})
+    for folder, name in short_names(zeroshot).items():
+        scores.append({"name": f"zero-shot {name}".replace("_", " "), **zeroshot[folder]})
     return scores
 
 

@@ -25,7 +25,8 @@ def training_row(step, loss):
 
 
 def validation_row(step, r1):
-    scores = {"validation": {"image_to_text": {"R@1": SCORE}}, "zeroshot": {"x/held_out": SCORE}}
+    zeroshot = dict.fromkeys(["x/held_out", "a/x/seen", "b/x/seen"], SCORE)
+    scores = {"validation": {"image_to_text": {"R@1": SCORE}}, "zeroshot": zeroshot}
     return {"step": step, "mean_r1": r1, "val_contrastive_loss": 2 - r1, "val_group": 4, **scores}
 
 
@@ -41,12 +42,14 @@ def write_log(path):
 
 
 def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
+    """A score has the name of its folder, and of those above it where several have that name."""
     page = report.read_run(write_log(tmp_path / "log.jsonl"))
 
     assert page["losses"]["contrastive_loss"] == [[10, 2.5], [20, 1.5], [30, 0.5]]
     assert page["losses"]["my_loss"] == [[10, -2.5], [20, -1.5], [30, -0.5]]
     assert page["validations"] == [[20, 0.4], [30, 0.6]]
-    assert page["scores"][1] == {"name": "zero-shot held out", **SCORE}
+    names = [f"zero-shot {name}" for name in ("held out", "a/x/seen", "b/x/seen")]
+    assert page["scores"][1:] == [{"name": name, **SCORE} for name in names]
 
 
 @pytest.mark.parametrize("change, is_alike", [({"my_weight": 1.0}, True), ({"loss": "x"}, False)])
