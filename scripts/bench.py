@@ -18,10 +18,12 @@ do.
 import argparse
 import gc
 import importlib.util
+import io
 import itertools
 import statistics
 import tempfile
 import time
+from contextlib import redirect_stdout
 
 import torch
 import torch.nn.functional as F
@@ -281,7 +283,9 @@ def train_for_real(options, args):
     took."""
     with tempfile.TemporaryDirectory() as folder:
         length = [f"--steps={5 * args.repeat}", f"--log_every={args.repeat}"]
-        train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
+        # What it says of the folder, which soon is gone, is no use to anybody.
+        with redirect_stdout(io.StringIO()):
+            train.main([*length, "--val_data=none", f"--out_dir={folder}", *options])
         _, rows = read_log(f"{folder}/log.jsonl")
     for row in rows:
         if "loss" in row:
@@ -289,11 +293,14 @@ def train_for_real(options, args):
 
 
 def bench_cuda(options, args):
-    options = ["--device=cuda", "--batch_size=32", *options]  # because four models are held
-    device = pick_device(parse(options).device)  # says so if there is none
+    device = pick_device(parse(["--device=cuda", *options]).device)  # says so if there is none
     ways = ["", "--micro_batch_size=4", "--grad_checkpointing"]
+    batch_size = 32  # because four models are held
     if device.type == "cuda":
         ways.append("--compile")
+        if torch.cuda.get_device_properties(device).total_memory > 40e9:
+            batch_size = 256  # with fewer pairs a fast card waits for Python
+    options = ["--device=cuda", f"--batch_size={batch_size}", *options]
     for part in (  # generators, of which none has begun
         compare_gradients(options, ways),
         bench_step(options, args),
