@@ -269,13 +269,14 @@ def gradient(options):
 
 def compare_gradients(options, ways):
     """How far the gradient is from that of the CPU in float32."""
-    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for convolutions
+    allowed = torch.backends.cudnn.allow_tf32  # by default it is, for convolutions
+    torch.backends.cudnn.allow_tf32 = False
     expected = gradient([*options, "--device=cpu", "--dtype=float32"])
     for dtype, way in itertools.product(("float32", "bfloat16", "float16"), ways):
         found = gradient([*options, f"--dtype={dtype}", *way.split()])
         error = (found - expected).norm() / expected.norm()
         yield {"gradient": f"{dtype} {way}", "relative error": error.item()}
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def train_for_real(options, args):
