@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 import torch
-from material import cases, error_of, png, small_model, write_checkpoint, write_shard
+from children import finish
+from material import cases, coloured, error_of, png, small_model, write_checkpoint, write_shard
 
 from cli import InputError, run_command
 from tokenizer import words_to_tiktoken
@@ -110,7 +111,7 @@ def raises(error):
 
 
 ENDS = {  # a command, its exit code, and what it says
-    "well": (lambda argv: print("\ud800, half of a pair, and an order: \x1b]0;title\x07"), 0, ""),
+    "well": (lambda argv: print("\ud800, half of a pair"), 0, ""),
     "a mistake": (raises(InputError("--steps")), 2, "error: --steps\n"),
     "a full disk": (raises(OSError(28, "No space")), 2, "No space\n"),
     "Ctrl-C": (raises(KeyboardInterrupt()), 130, "Ctrl-C\n"),
@@ -125,8 +126,19 @@ def test_a_command_ends(main, code, said, capfd):
     process.start()
     process.join()
 
-    printed, error = capfd.readouterr()
-    assert "\x1b" not in printed
+    error = capfd.readouterr().err
     assert process.exitcode == code
     assert said in error
     assert ("Traceback" in error) == (code == 1)
+
+
+def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):
+    """Neither a caption, nor the name of a file, which a loading process prints."""
+    coloured(tmp_path / "a.tar", "a red \x1b[31mring")
+    (tmp_path / "\x1b[2J.png").write_bytes(b"no image")
+    options = ["--checkpoint", checkpoint, "--data", tmp_path, "--images", tmp_path, "a ring"]
+
+    _, printed = finish(children.start("scripts.search", [*options, "--workers", 1]))
+
+    assert "\x1b" not in printed
+    assert r"a red \x1b[31mring" in printed and r"\x1b[2J.png" in printed
