@@ -4,6 +4,7 @@ that names the option or the file."""
 import importlib
 import multiprocessing
 import shlex
+import sys
 
 import pytest
 import torch
@@ -130,6 +131,20 @@ def test_a_command_ends(main, code, said, capfd):
     assert process.exitcode == code
     assert said in error
     assert ("Traceback" in error) == (code == 1)
+
+
+def test_a_command_runs_where_its_output_is_closed():
+    """As by `>&-`. Python then has None for the stream."""
+
+    def run_closed():
+        sys.stdout = None
+        run_command(lambda argv: print("to nobody"))
+
+    process = multiprocessing.get_context("fork").Process(target=run_closed)
+    process.start()
+    process.join()
+
+    assert process.exitcode == 0
 
 
 def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):
