@@ -25,8 +25,8 @@ module if there is one, and of what draws the world. What a file of data contain
 give it another name when it changes.
 """
 
-import ast
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing.pool import ThreadPool
@@ -52,6 +53,7 @@ from scripts.report import read_log
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 
+OUT = Path("out_study")  # worlds and runs
 FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never scored
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
@@ -70,22 +72,13 @@ QUANTILES = (
 # Code
 
 
-@cache
-def imports_of(text):
-    """The names of all modules that a Python file may import, from its text."""
-    names = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
+# the modules of "from model import x", "import model" and "import model, data"
+IMPORT = re.compile(r"^ *(?:from|import) +([\w.]+(?:, *[\w.]+)*)", re.MULTILINE)
 
 
 def sources(file, folder):
-    """{path: text} of a Python file, and of the files in a folder that it imports, directly or
-    not. Line ends are \\n in all texts, whatever git has made of them."""
+    """{path: text} of a Python file, and of the files in a folder that it imports, directly or not
+    (of a package all). In texts all line ends are alike, whatever git has made of them."""
     found = {}
     paths = [file]
     while paths:
@@ -93,9 +86,9 @@ def sources(file, folder):
         if path in found or not path.is_file():
             continue
         found[path] = path.read_text("utf-8")
-        for name in imports_of(found[path]):
+        for name in re.findall(r"[\w.]+", " ".join(IMPORT.findall(found[path]))):
             module = folder / name.replace(".", "/")
-            paths += [module.with_suffix(".py"), module / "__init__.py"]
+            paths += [module.with_suffix(".py"), *module.glob("*.py")]
     return found
 
 
@@ -116,22 +109,6 @@ def drawing_code():
 # Worlds and commands
 
 
-class World(NamedTuple):
-    """What is drawn for each seed: scenes that have so many settings."""
-
-    settings: int = 256
-
-    def __str__(self):
-        return f"scenes, {self.settings} settings"
-
-    def draw(self, out, seed):
-        """The folder of this world, which is drawn if it is not there."""
-        folder = out / f"scenes-{self.settings}-{seed}-{drawing_code()}"
-        if not folder.exists():
-            make_scenes(folder, settings=self.settings, seed=seed)
-        return folder
-
-
 class Command(NamedTuple):
     """A command line of this train.py, of a fork's, or of a module that calls it."""
 
@@ -140,7 +117,7 @@ class Command(NamedTuple):
     module: Path  # the file of study.groups, or None
     train: Path  # the file of train.py
     options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
-    world: World  # or None if it has shards of its own
+    settings: int  # of its world, or 0 if it has shards of its own
     names_rate: bool  # does the text have a --learning_rate?
     seed: int = 0
 
@@ -154,16 +131,26 @@ class Command(NamedTuple):
 
     def code(self):
         """Hashes of train.py with what it imports, of the module, and of what draws the world."""
-        parts = [hash_of(sources(self.train, self.train.parent)), "", ""]
+        module = ""
         if self.module:
-            parts[1] = hash_of({self.module: self.module.read_text("utf-8")})
-        if self.world:
-            parts[2] = drawing_code()
-        return "-".join(parts)
+            module = hash_of({self.module: self.module.read_text("utf-8")})
+        drawing = drawing_code() if self.settings else ""
+        return f"{hash_of(sources(self.train, self.train.parent))}-{module}-{drawing}"
 
     def key(self, code):
         """The values of KEY, for a run of some code."""
-        return self.line(), str(self.world or ""), self.seed, code
+        return self.line(), self.world(), self.seed, code
+
+    def world(self):
+        """What is drawn for each seed."""
+        return f"scenes, {self.settings} settings" if self.settings else ""
+
+    def draw(self):
+        """The folder of its world. If it has one that is not there, it is drawn."""
+        folder = OUT / f"scenes-{self.settings}-{self.seed}-{drawing_code()}"
+        if self.settings and not folder.exists():
+            make_scenes(folder, settings=self.settings, seed=self.seed)
+        return folder
 
     def rate(self):
         return float(self.options["--learning_rate"][0])
@@ -216,31 +203,27 @@ def words_in(text):
     return shlex.split(re.sub(r"(--\w+)=", r"\1 ", text))
 
 
-def read_command(text, common, world):
+def read_command(text, common, settings):
     """A command line, and the options that it shares with another one -> a Command."""
     words = words_in(text) or [""]
     n = 1
-    program = Path(words[0])
-    file = program
+    file = Path(words[0])
     module = None
     if words[0] == "-m":
         n = 2
-        program = Path("train.py")
+        file = Path("train.py")
         module = Path(words[1].replace(".", "/") + ".py")
-        file = module
-    check(file.is_file(), f"{text!r}: there is no program {file}")
+    check((module or file).is_file(), f"{text!r}: there is no program {module or file}")
     options = options_of(words_in(common) + words[n:])
     chosen = options.keys() & {"--seed", "--out_dir"}
     check(not chosen, f"{text!r}: leave out --seed and --out_dir, which a comparison chooses")
-    if "--train_data" in options:
-        world = None
     return Command(
         text=f"{text} {common}".strip(),
         program=" ".join(words[:n]),
         module=module,
-        train=program,
+        train=file,
         options={**defaults_of(options), **options},
-        world=world,
+        settings=0 if "--train_data" in options else settings,
         names_rate="--learning_rate" in options,
     )
 
@@ -290,29 +273,16 @@ def train_and_score(command, world, out_dir):
 def scores_of(row):
     """What a run keeps of a validation, a row of a log: scores by name, where R@k is the mean of
     both ways, each way with its interval, and the loss."""
-    scores = {}
+    scores = {Path(folder).name: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
-    if ways:
-        there, back = ways.values()
-        for name, score in there.items():
-            value = (score["value"] + back[name]["value"]) / 2
-            scores[name] = {"value": value, "chance": score["chance"]}
-    for folder, score in row["zeroshot"].items():
-        scores[Path(folder).name] = score
+    for name, score in ways.get("image_to_text", {}).items():
+        value = mean(way[name]["value"] for way in ways.values())
+        scores[name] = {"value": value, "chance": score["chance"]}
     return {"scores": scores, "ways": ways, "loss": row.get("val_contrastive_loss")}
 
 
 # -----------------------------------------------------------------------------
 # Many runs
-
-
-class Rule(NamedTuple):
-    """How the learning rate of a command is found, and how many seeds are scored at it."""
-
-    factors: tuple  # of its own rate, those to try; () if it keeps its own
-    widens: bool  # does a search go on beyond them?
-    search_seeds: int
-    seeds: int
 
 
 class Side(NamedTuple):
@@ -330,18 +300,14 @@ class Side(NamedTuple):
 
 
 class Missing(Exception):
-    """Commands have to run before there is an answer."""
-
-    def __init__(self, commands):
-        self.commands = commands
+    """Its argument is a list of commands, which have to run before there is an answer."""
 
 
 class Study:
     """Finished runs, and how to make others."""
 
-    def __init__(self, out, jobs, path):
-        """out: folder of worlds; jobs: runs at a time; path: the file of runs, which grows."""
-        self.out = out
+    def __init__(self, jobs, path):
+        """jobs: runs at a time; path: the file of runs, which grows."""
         self.jobs = jobs
         self.path = path
         self.runs = {}
@@ -352,31 +318,28 @@ class Study:
     def add(self, run):
         self.runs[tuple(run[name] for name in KEY)] = run
 
-    def run(self, task):
-        """Run a task: a command, its code, and the folder of its world. Returns the command and its
-        run."""
-        command, code, world = task
-        with tempfile.TemporaryDirectory(prefix="run-", dir=self.out) as out_dir:
+    def run(self, command):
+        """Run a command. Returns its run."""
+        code = command.code()
+        world = command.draw()
+        with tempfile.TemporaryDirectory(prefix="run-", dir=OUT) as out_dir:
             found = train_and_score(command, world, out_dir)
         check(command.code() == code, f"{command}: its code has changed meanwhile")
-        run = dict(zip(KEY, command.key(code)))
-        return command, {**run, "text": command.text, "rate": command.rate(), **found}
+        key = dict(zip(KEY, command.key(code)))
+        return {**key, "text": command.text, "rate": command.rate(), **found}
 
     def work(self, commands):
-        """Run some commands, each once, and keep each run as it ends."""
-        tasks = {}
-        for command in commands:
-            folder = command.world and command.world.draw(self.out, command.seed)
-            code = command.code()
-            tasks[command.key(code)] = (command, code, folder)
+        """Run some commands, and keep each run as it ends."""
+        for command in commands:  # before two runs draw the same
+            command.draw()
         pool = ThreadPool(self.jobs)
         try:
-            for n, (command, run) in enumerate(pool.imap_unordered(self.run, tasks.values()), 1):
+            for n, run in enumerate(pool.imap_unordered(self.run, commands), 1):
                 self.add(run)
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
-                score = f"{goal(run):.1f} % in {run['seconds']} s"
-                print(f"run {n} of {len(tasks)}: {command}: {score}")
+                what = f"{run['text']}, rate {run['rate']:.3g}, seed {run['seed']}"
+                print(f"{n} of {len(commands)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
         finally:  # after a failure, Ctrl-C or a kill
             pool.terminate()  # what has not begun
             for process in STARTED:  # nothing happens to those that have ended
@@ -385,44 +348,44 @@ class Study:
 
     def find(self, command, rates, seeds, code):
         """{rate: the run of each seed} of a command. Raises Missing."""
-        found = {}
+        found = defaultdict(list)
         missing = []
-        for rate in rates:
-            found[rate] = []
-            for seed in seeds:
-                task = command.at(rate, seed)
-                run = self.runs.get(task.key(code))
-                found[rate].append(run)
-                if run is None:
-                    missing.append(task)
+        for rate, seed in itertools.product(rates, seeds):
+            task = command.at(rate, seed)
+            key = task.key(code)
+            if key in self.runs:
+                found[rate].append(self.runs[key])
+            else:
+                missing.append(task)
         if missing:
             raise Missing(missing)
         return found
 
-    def side(self, command, rule, code):
-        """A side of an experiment. Raises Missing if there are runs to be made first."""
+    def side(self, command, args, code):
+        """A side of an experiment with these options. Raises Missing if there are runs to be made
+        first."""
         rate = command.rate()
         tried = {}
-        if rule.factors and not command.names_rate:
-            rates = [rate * factor for factor in rule.factors]
+        if args.rates is not None and not command.names_rate:
+            rates = [rate * factor for factor in args.rates or FACTORS]
             while rates:
-                tried |= self.find(command, rates, range(rule.search_seeds), code)
-                rates = next_rates(goals_of(tried)) if rule.widens else []
+                tried |= self.find(command, rates, range(args.search_seeds), code)
+                rates = next_rates(goals_of(tried)) if args.rates == [] else []
             rate = best_rate(goals_of(tried))
-        scored = range(FIRST_SCORED, FIRST_SCORED + rule.seeds)
+        scored = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
         runs = self.find(command, [rate], scored, code)[rate]
         return Side(command.at(rate, FIRST_SCORED), tried, runs)
 
-    def experiment(self, pair, rule):
-        """Run what is missing of a pair of commands. Returns their Sides."""
+    def experiment(self, args):
+        """Run what is missing of an experiment with these options. Returns its two Sides."""
         while True:
             sides = []
             todo = []
-            for command in pair:
+            for command in pair_of(args):
                 try:
-                    sides.append(self.side(command, rule, command.code()))
+                    sides.append(self.side(command, args, command.code()))
                 except Missing as missing:
-                    todo += missing.commands
+                    todo += missing.args[0]
             if not todo:
                 return sides
             # by seed and rate, so that a busy hour slows both sides
@@ -466,20 +429,18 @@ def next_rates(goals):
     rate, or that two seeds like best."""
     rates = [*goals]
     liked = [rates[values.index(max(values))] for values in zip(*goals.values())]
-    more = []
-    for end, beyond in ((rates[0], rates[0] / 2), (rates[-1], rates[-1] * 2)):
-        if end == best_rate(goals) or liked.count(end) >= 2:
-            more.append(beyond)
+    liked += 2 * [best_rate(goals)]
+    beyond = {rates[0]: rates[0] / 2, rates[-1]: rates[-1] * 2}
+    more = [rate for end, rate in beyond.items() if liked.count(end) >= 2]
     return more[: MOST_RATES - len(rates)]
 
 
-def rate_texts(tried):
-    """What is to be known of each rate that was tried: the mean of what it is judged by."""
+def rates_text(tried):
+    """What each rate that was tried is judged by, as a mean over the seeds."""
     goals = goals_of(tried)
-    texts = [f"{rate:.2e}: {mean(values):.1f}" for rate, values in goals.items()]
-    chosen = [*goals].index(best_rate(goals))
-    texts[chosen] += ", chosen"
-    return texts
+    texts = {rate: f"{rate:.2e}: {mean(values):.1f}" for rate, values in goals.items()}
+    texts[best_rate(goals)] += ", chosen"
+    return "; ".join(texts.values())
 
 
 # -----------------------------------------------------------------------------
@@ -492,14 +453,10 @@ class Interval(NamedTuple):
     mean: float
     half: float
 
-    def __str__(self):
-        return self.text(1)
-
-    def text(self, digits):
-        return f"{self.mean:+.{digits}f} ± {self.half:.{digits}f}"
-
-    def excludes_0(self):
-        return abs(self.mean) > self.half
+    def text(self, digits=1):
+        """In bold if the interval excludes 0."""
+        text = f"{self.mean:+.{digits}f} ± {self.half:.{digits}f}"
+        return f"**{text}**" if abs(self.mean) > self.half else text
 
 
 def interval(differences):
@@ -520,9 +477,11 @@ def gaps(sides, name):
     return [value_of(y, name) - value_of(x, name) for x, y in zip(a.runs, b.runs)]
 
 
-def difference(sides, name):
-    """The interval of b - a in a score."""
-    return interval(gaps(sides, name))
+def cell(sides, name):
+    """Both means of a score, and the interval of their difference, as a text."""
+    digits = 3 if name == "loss" else 1
+    a, b = means(sides, name)
+    return f"{a:.{digits}f} -> {b:.{digits}f}, {interval(gaps(sides, name)).text(digits)}"
 
 
 # -----------------------------------------------------------------------------
@@ -533,20 +492,15 @@ def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text}, at a learning rate of {side.command.rate():.3g}")
         if side.tried:
-            print("tried: ", "; ".join(rate_texts(side.tried)))
+            print("tried:", rates_text(side.tried))
+    print("\nin percent, a -> b, and b - a with its 95 % interval: ** if that excludes 0, as one")
+    print("interval in twenty does by chance\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs), key=len)
-    print(
-        f"\n{len(scores)} scores are compared, in percent: means over {len(sides[0].runs)} seeds\n"
-    )
-    print("                chance       a       b   b - a, 95 % interval")
     for name, score in scores.items():
-        a, b = means(sides, name)
-        chance = 100 * score["chance"]
-        print(f"{name:14s}{chance:8.1f}{a:8.1f}{b:8.1f}   {difference(sides, name)}")
-    a, b = means(sides, "loss")
-    print(f"{'loss':22s}{a:8.3f}{b:8.3f}   {difference(sides, 'loss').text(3)}")
-    print("seconds               {:>8s}{:>8s}".format(*map(Side.seconds, sides)))
+        print(f"{name:14s}{cell(sides, name):36s} chance {100 * score['chance']:.1f}")
+    print(f"{'loss':14s}{cell(sides, 'loss')}")
+    print("seconds       {} -> {}".format(*map(Side.seconds, sides)))
 
 
 def make_options():
@@ -568,32 +522,25 @@ def make_options():
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
     text = "runs at a time (default: the cores; give fewer on a GPU)"
     add("--jobs", type=number(int, 1), default=cores(), help=text)
-    add("--out", type=Path, default="out_study", help="folder of worlds (default out_study)")
     return parser
 
 
-def read_experiment(args):
-    """The options of an experiment -> its two commands, and the rule for their rates."""
-    pair = [read_command(text, args.common, World(args.settings)) for text in (args.a, args.b)]
-    factors = ()
-    if args.rates is not None:
-        factors = tuple(args.rates) or FACTORS
-    return pair, Rule(factors, args.rates == [], args.search_seeds, args.seeds)
+def pair_of(args):
+    """The two commands of an experiment with these options."""
+    return [read_command(text, args.common, args.settings) for text in (args.a, args.b)]
 
 
-def open_out(out):
-    """Make the folder of a study, and let a kill end its runs as Ctrl-C does."""
+def open_study(jobs, path):
+    """A study that draws its worlds in OUT, which it locks. A kill ends its runs as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    out.mkdir(parents=True, exist_ok=True)
-    lock_folder(out)
+    OUT.mkdir(exist_ok=True)
+    lock_folder(OUT)
+    return Study(jobs, path)
 
 
 def main(argv):
     args = make_options().parse_args(argv)
-    pair, rule = read_experiment(args)
-    open_out(args.out)
-    study = Study(args.out, args.jobs, args.out / "runs.jsonl")
-    print_sides(study.experiment(pair, rule))
+    print_sides(open_study(args.jobs, OUT / "runs.jsonl").experiment(args))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ and never taken for runs of other code, and the pages are what the runs say."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ import train
 from cli import InputError
 from eval import DIVERGED
 from study import compare, groups, no_idf, plan, shop
-from study.compare import Rule, Side, Study, World, best_rate, next_rates, read_command
+from study.compare import Side, Study, best_rate, next_rates, read_command
 
-PAIR = [read_command(text, "", World(16)) for text in ("train.py --cls_weight 0", "train.py")]
+CLIP = read_command("train.py --cls_weight 0", "", 16)
 
 
 def run_of(**values):
@@ -34,11 +35,8 @@ def test_an_interval_is_students_and_pairs_seeds():
     a = Side(None, {}, [run_of(x=value) for value in (10, 50, 90)])
     b = Side(None, {}, [run_of(x=value) for value in (11, 52, 93)])
 
-    found = compare.difference([a, b], "x")
-
-    # the differences 1, 2, 3 have a standard deviation of 1, and t is 4.303
-    assert found == pytest.approx((2, 4.3027 / math.sqrt(3)), abs=1e-3)
-    assert not found.excludes_0()
+    # the differences 1, 2, 3 have a standard deviation of 1, and t is 4.303: 4.303 / sqrt(3) is 2.5
+    assert compare.cell([a, b], "x") == "50.0 -> 52.0, +2.0 ± 2.5"
 
 
 # ---- the search for a learning rate
@@ -68,6 +66,7 @@ def test_a_search_goes_on_beyond_an_end_that_is_best(goals, more):
 def pretend(monkeypatch, tmp_path):
     """Runs and worlds are made up: CLIP's best rate is 1e-4, SuperCLIP's 4e-4. Returns the list of
     the runs that were made."""
+    monkeypatch.setattr(compare, "OUT", tmp_path)
     made = []
 
     def make_scenes(folder, settings, seed):
@@ -75,41 +74,40 @@ def pretend(monkeypatch, tmp_path):
         (folder / "drawn").write_text(f"{settings} settings, seed {seed}")
 
     def train_and_score(command, world, out_dir):
-        drawn = world and (world / "drawn").read_text()
-        made.append((command.rate(), command.seed, drawn))
+        made.append((command.rate(), command.seed, (world / "drawn").read_text()))
         optimum = 1e-4 if "--cls_weight 0 " in command.line() else 4e-4
         value = 70 - 10 * abs(math.log2(command.rate() / optimum)) + command.seed
-        return run_of(**dict.fromkeys(plan.DRAWN, value))
+        return run_of(**dict.fromkeys(plan.SCORES, value))
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     monkeypatch.setattr(compare, "make_scenes", make_scenes)
     return made
 
 
-def new_study(folder):
-    return Study(folder, 2, folder / "runs.jsonl")
+def experiment(folder, a, b, *options):
+    """The sides of an experiment."""
+    args = compare.make_options().parse_args(["--a", a, "--b", b, "--settings", "16", *options])
+    return Study(2, folder / "runs.jsonl").experiment(args)
 
 
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
-    rule = Rule(compare.FACTORS, widens=True, search_seeds=2, seeds=3)
+    options = "--rates --search_seeds 2 --seeds 3".split()
 
-    a, b = new_study(tmp_path).experiment(PAIR, rule)
+    a, b = experiment(tmp_path, "train.py --cls_weight 0", "train.py", *options)
 
     # one rate for all: for CLIP the best is the lowest at first, so one more is tried
     assert [*a.tried] == pytest.approx([8.75e-5, 1.75e-4, 3.5e-4, 7e-4, 4.375e-5])
     assert [side.command.rate() for side in (a, b)] == pytest.approx([8.75e-5, 3.5e-4])
-    searched = [(rate, seed) for rate, seed, _ in pretend if seed < 5]
-    assert len(searched) == 2 * (5 + 4) and {seed for _, seed in searched} == {0, 1}
+    assert sorted(seed for _, seed, _ in pretend if seed < 5) == [0] * 9 + [1] * 9
     scored = sorted(run for run in pretend if run[1] >= 5)
     worlds = [(seed, f"16 settings, seed {seed}") for seed in (5, 6, 7)]
     assert scored == [(rate, *world) for rate in (8.75e-5, 3.5e-4) for world in worlds]
 
 
 def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
-    fixed = read_command("train.py --learning_rate 3e-3", "", World())
-    rule = Rule((0.5, 1), widens=False, search_seeds=1, seeds=2)
+    options = "--rates 0.5 1 --search_seeds 1 --seeds 2".split()
 
-    a, b = new_study(tmp_path).experiment([fixed, PAIR[1]], rule)
+    a, b = experiment(tmp_path, "train.py --learning_rate 3e-3", "train.py", *options)
 
     assert a.tried == {} and a.command.rate() == 3e-3
     # these factors and no others, though the best is at an end
@@ -119,7 +117,7 @@ def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
 
 def test_a_command_with_a_seed_of_its_own_is_refused():
     with pytest.raises(InputError, match="--seed"):
-        read_command("train.py --seed 3", "", World())
+        read_command("train.py --seed 3", "", 16)
 
 
 # ---- one run
@@ -150,7 +148,7 @@ def called(monkeypatch):
 
 
 def test_a_run_trains_in_its_world_and_keeps_every_score(called, tmp_path):
-    run = compare.train_and_score(PAIR[0].at(1e-3, seed=3), Path("world3"), str(tmp_path))
+    run = compare.train_and_score(CLIP.at(1e-3, seed=3), Path("world3"), str(tmp_path))
 
     assert "--seed 3 " in called[0] and "--train_data world3/train-" in called[0]
     values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x", "loss")]
@@ -159,7 +157,7 @@ def test_a_run_trains_in_its_world_and_keeps_every_score(called, tmp_path):
 
 
 def test_a_run_that_diverged_scores_0(called, tmp_path):
-    run = compare.train_and_score(PAIR[0].at(1, seed=0), Path("world0"), str(tmp_path))
+    run = compare.train_and_score(CLIP.at(1, seed=0), Path("world0"), str(tmp_path))
 
     assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
@@ -185,7 +183,7 @@ def test_other_text_is_other_code_and_another_line_end_is_not(monkeypatch, tmp_p
 
     def code():
         compare.drawing_code.cache_clear()  # in another process
-        return read_command("-m study.mine", "", World()).code()
+        return read_command("-m study.mine", "", 16).code()
 
     before = code()
     Path(name).write_bytes(FILES[name].replace(b"\n", b"\r\n"))
@@ -212,8 +210,9 @@ pathlib.Path(option["--out_dir"], "log.jsonl").write_text(LOG)
 
 
 @pytest.fixture
-def fork(tmp_path):
-    """A folder with a train.py of another project."""
+def fork(monkeypatch, tmp_path):
+    """A folder with a train.py of another project, and with the runs."""
+    monkeypatch.setattr(compare, "OUT", tmp_path)
     (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
     return tmp_path
 
@@ -224,13 +223,12 @@ def test_a_run_that_fails_is_named_with_its_last_line(fork):
     side = f"{program} --train_data a.tar"
 
     with pytest.raises(InputError, match=f"{program}.*its last line"):
-        compare.main(["--a", side, "--b", side, "--out", str(fork)])
+        compare.main(["--a", side, "--b", side])
 
 
 def test_a_killed_comparison_goes_on(fork):
     command = f"{fork}/train.py --train_data a.tar"
-    argv = ["--a", command, "--b", f"{command} --my_weight 1", "--out", str(fork)]
-    argv += ["--seeds", "2", "--jobs", "1"]
+    argv = ["--a", command, "--b", f"{command} --my_weight 1", "--seeds", "2", "--jobs", "1"]
     runs = fork / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
         compare.main(argv)
@@ -284,11 +282,12 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
         return printed if code else ""
 
     monkeypatch.setattr(compare, "call", call)
+    monkeypatch.setattr(compare, "OUT", tmp_path)
     common = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --steps 20"
     common += f" --zeroshot_data {folders} --model tiny --batch_size 8"
     argv = ["--a", "train.py --cls_weight 0", "--b", "train.py", "--common", common]
 
-    compare.main([*argv, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
+    compare.main([*argv, "--seeds", "2", "--jobs", "1"])
 
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("R@1", "R@10", folders.name))
@@ -300,17 +299,14 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
 def test_products_with_equal_titles_or_pictures_are_on_one_side():
     rows = []
     for i in range(400):
-        title, picture = f"title {i // 2}", i % 150  # each title twice, each picture at least twice
-        rows.append({"image": f"{i}.jpg", "caption": title, "content": picture})
-    rows += [{"image": f"new {i}", "caption": f"new {i}", "content": -i} for i in range(9)]
+        title = f"title {min(i, 500 - i)}"  # from 101 to 399 each product but one has a twin
+        rows.append({"image": str(i), "caption": title, "content": i % 360})
 
     train, val, classified = shop.split(rows)
 
-    others = val + classified
     for name in ("caption", "content"):
-        assert not {row[name] for row in train} & {row[name] for row in others}
-    assert val and all(row["caption"].startswith("new") for row in val)
-    assert not {row["image"] for row in val} & {row["image"] for row in classified}
+        assert not {row[name] for row in train} & {row[name] for row in val + classified}
+    assert {int(row["image"]) for row in val} <= {*range(101), 250}
 
 
 # ---- the plan and its pages
@@ -318,22 +314,21 @@ def test_products_with_equal_titles_or_pictures_are_on_one_side():
 
 @pytest.fixture
 def planned(pretend, monkeypatch, tmp_path):
-    """study.plan in a folder of its own, where its rows are made up. Returns a function that runs
-    it, and the page it then writes as lines."""
-    for name in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(plan, name, tmp_path / getattr(plan, name).name)
-    monkeypatch.setattr(plan, "OUT", tmp_path)
+    """Returns a function that runs rows of the plan, with made-up scores, and returns the page that
+    it writes."""
+    for name in ("RESULTS", "RATES", "RUNS"):
+        monkeypatch.setattr(plan, name, tmp_path / name)
 
     def run(*rows):
-        plan.main([*rows, "--jobs", "2"])
-        return plan.RESULTS.read_text().splitlines()
+        plan.main(rows)
+        return plan.RESULTS.read_text()
 
     return run
 
 
 def line_of(page, row):
     """The line of a row in the tables of a page."""
-    found = [line for line in page if line.startswith(f"| {plan.ROWS[row].label} |")]
+    found = [line for line in page.splitlines() if line.startswith(f"| {plan.ROWS[row][0]} |")]
     return found[0] if found else None
 
 
@@ -341,48 +336,43 @@ def test_a_row_is_added_and_the_others_stay(planned, monkeypatch):
     """The second row runs at other code, so the runs of the first could not be made again. When
     they are, the second stays."""
     before = line_of(planned("batch32"), "batch32")
-    monkeypatch.setattr(compare.Command, "code", lambda command: "other--code")
+    monkeypatch.setattr(compare.Command, "code", lambda command: "othercode--")
 
     page = planned("no_idf")
-    assert line_of(page, "batch32") == before and line_of(page, "no_idf")
-
     added = line_of(page, "no_idf")
-    page = planned("batch32")
-    assert line_of(page, "no_idf") == added and line_of(page, "batch32")
+    assert line_of(page, "batch32") == before and added
+
+    assert line_of(planned("batch32"), "no_idf") == added
 
 
-def test_a_row_without_all_its_runs_is_not_shown(planned):
-    planned("batch32")
-    lines = plan.RUNS.read_text().splitlines(keepends=True)
-    plan.RUNS.write_text("".join(lines[:-1]))
-
-    assert line_of(planned(), "batch32") is None
-
-
-def test_a_row_is_not_of_two_codes(planned):
-    """Its sides are there, but the second one is of another train.py."""
+def test_a_row_needs_all_its_runs_of_one_code(planned):
     planned("no_idf")
-    runs = [json.loads(line) for line in plan.RUNS.read_text().splitlines()]
-    for run in runs:
-        if run["command"].startswith("-m"):
-            run["code"] = f"other-{run['code']}"
-    plan.RUNS.write_text("\n".join(map(json.dumps, runs)))
+    runs = plan.RUNS.read_text()
 
+    plan.RUNS.write_text(runs[: runs.rindex('{"command"')])
+    assert line_of(planned(), "no_idf") is None
+
+    # one side is of another train.py
+    other = re.sub('("-m study.no_idf .*"code": ")', r"\1other", runs)
+    plan.RUNS.write_text(other)
     assert line_of(planned(), "no_idf") is None
 
 
-def test_rows_name_the_best_rate_of_the_searches(tmp_path):
-    for row in plan.ROWS.values():
-        plan.check_rates(row, new_study(tmp_path))
+def test_rows_name_the_best_rates_of_the_searches():
+    searches = plan.read_searches(Study(1, plan.RUNS))
+    for name in plan.ALL_ROWS:
+        for command in compare.pair_of(plan.options_of(name)):
+            if command.names_rate:
+                tried = searches[plan.key_of(command.line(), command.world())]
+                assert command.rate() == best_rate(compare.goals_of(tried)), name
 
 
-def test_a_rate_that_is_tried_later_can_take_the_place_of_another(planned, monkeypatch):
-    """The made-up scores of 2.19e-5 are worse than those of searches.jsonl, or better."""
-    assert line_of(planned("batch8"), "batch8")
+def test_the_pages_are_what_the_published_runs_say(monkeypatch, tmp_path):
+    published = [path.read_text() for path in (plan.RESULTS, plan.RATES)]
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    for name in ("RESULTS", "RATES"):
+        monkeypatch.setattr(plan, name, tmp_path / name)
 
-    monkeypatch.setattr(
-        compare, "train_and_score", lambda *_: run_of(**dict.fromkeys(plan.DRAWN, 99))
-    )
-    plan.RUNS.unlink()
-    with pytest.raises(InputError, match="2.19e-05"):
-        planned("batch8")
+    plan.main([])
+
+    assert [path.read_text() for path in (plan.RESULTS, plan.RATES)] == published
