@@ -45,11 +45,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import torch
+
 import train
-from cli import check, lock_folder, make_parser, number, run_command
-from data import cores
+from cli import check, cores, lock_folder, make_parser, number, run_command
 from eval import DIVERGED
-from scripts.report import read_log
+from scripts.log import read_log, short_names
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 
@@ -273,7 +274,8 @@ def train_and_score(command, world, out_dir):
 def scores_of(row):
     """What a run keeps of a validation, a row of a log: scores by name, where R@k is the mean of
     both ways, each way with its interval, and the loss."""
-    scores = {Path(folder).name: score for folder, score in row["zeroshot"].items()}
+    names = short_names(row["zeroshot"])
+    scores = {names[folder]: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
     for name, score in ways.get("image_to_text", {}).items():
         value = mean(way[name]["value"] for way in ways.values())
@@ -520,8 +522,8 @@ def make_options():
     text = f"seeds that choose a rate (default {FIRST_SCORED})"
     add("--search_seeds", type=number(int, 1, FIRST_SCORED), default=FIRST_SCORED, help=text)
     add("--settings", type=number(int, 1, 256), default=256, help="of the world (default 256)")
-    text = "runs at a time (default: the cores; give fewer on a GPU)"
-    add("--jobs", type=number(int, 1), default=cores(), help=text)
+    text = "runs at a time (default: the cores, or 1 if there is a GPU)"
+    add("--jobs", type=number(int, 1), help=text)
     return parser
 
 
@@ -535,6 +537,8 @@ def open_study(jobs, path):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     OUT.mkdir(exist_ok=True)
     lock_folder(OUT)
+    if jobs is None:
+        jobs = 1 if torch.cuda.is_available() else cores()
     return Study(jobs, path)
 
 

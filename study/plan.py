@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from cli import check, make_parser, run_command
-from data import cores
 from study import compare
 
 FOLDER = Path(__file__).parent
@@ -374,12 +373,12 @@ def main(argv):
     parser.add_argument("rows", nargs="*", metavar="ROW", help="to run, such as batch8")
     args = parser.parse_args(argv)
     check(ALL_ROWS.keys() >= {*args.rows}, f"rows are {' '.join(ALL_ROWS)}")
-    study = compare.open_study(cores(), RUNS)
+    study = compare.open_study(None, RUNS)
     for name in args.rows:
         study.experiment(options_of(name))
     found = {name: sides for name in ALL_ROWS if (sides := sides_of(study, name))}
-    RESULTS.write_text(page(found))
-    RATES.write_text(rates_page(read_searches(study)) + "\n")
+    RESULTS.write_text(page(found), "utf-8")
+    RATES.write_text(rates_page(read_searches(study)) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
