@@ -5,10 +5,11 @@
     python -m scripts.report --checkpoint clip.pt --data SHARDS --out clip.html
 
 The pictures are those on which the run was validated, unless --data names others. The curves of the
-run stand beside those of another one: that of --reference, or else the project's own run, if their
-models are equal. The page needs no network and no library. All that it shows comes from the model,
-the validation pairs and the logs, and travels in the page as one JSON object. The HTML, CSS and
-JavaScript that show them are in report.html, and in page.html what all pages need.
+run stand beside those of another one: that of --reference, or else the project's own run of CLIP or
+of SuperCLIP, if their models are equal. The page needs no network and no library. All that it shows
+comes from the model, the validation pairs and the logs, and travels in the page as one JSON object.
+The HTML, CSS and JavaScript that show them are in report.html, and in page.html what all pages
+need.
 
 Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
 """
@@ -40,7 +41,8 @@ from scripts.words import default_window, word_maps
 TEMPLATE = Path(__file__).with_suffix(".html")
 START_OF_PAGE = TEMPLATE.with_name("page.html")
 PLACEHOLDER = "/* the numbers */"  # in page.html: where the JSON goes
-REFERENCE = Path(__file__).resolve().parent.parent / "study" / "reference_log.jsonl"
+STUDY = Path(__file__).resolve().parent.parent / "study"
+REFERENCES = (STUDY / "reference_log.jsonl", STUDY / "clip_log.jsonl")
 SEARCHED = 1000  # pairs that a caption is searched among
 WORDS = 8  # of a picture
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
@@ -102,14 +104,16 @@ def read_run(path):
 
 
 def own_reference(run):
-    """The project's own run, to draw it beside `run`. None if it is that run, or if their models
-    differ in a field that both configurations have. (A fork may have more of them.)"""
-    reference = read_run(REFERENCE)
+    """The project's own run of CLIP or of SuperCLIP, to draw it beside `run`. None if it is that
+    run, or if their models differ in a field that both configurations have. (A fork may have more
+    of them.)"""
     config = run["header"]["config"]
-    other = reference["header"]["config"]
-    is_alike = all(config[name] == other[name] for name in config.keys() & other.keys())
-    is_itself = run["header"] == reference["header"]
-    return reference if is_alike and not is_itself else None
+    for reference in map(read_run, REFERENCES):
+        other = reference["header"]["config"]
+        is_alike = all(config[name] == other[name] for name in config.keys() & other.keys())
+        if is_alike and run["header"] != reference["header"]:
+            return reference
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -244,8 +248,15 @@ def main(argv):
     training, validation = data.by_split(data.expand(shards))
     pairs = data.Shards(validation or training, captions)
     content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
-    if args.log or log.is_file():
+    if has_log:
         content["run"] = read_run(log)
+    has_log = args.log or log.is_file()
+    if args.reference and not has_log:
+        text = f"--reference is drawn beside the curves of the run, and there is no {log}"
+        raise InputError(f"{text}: name the run's log with --log")
+    has_log = args.log or log.is_file()
+    if args.reference and not has_log:
+        raise InputError(f"--reference is drawn beside the run's own curves: --log (no {log})")
         content["reference"] = own_reference(content["run"])
     if args.reference:
         content["reference"] = read_run(args.reference)

@@ -44,6 +44,7 @@ scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.doc         | x.doc
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
+scripts.report MODEL --reference x.jsonl --out x.html             | --log
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert nested.pt x.pt                                    | nested.pt

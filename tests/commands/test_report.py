@@ -53,8 +53,12 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
 
 
 @pytest.mark.parametrize("change, is_alike", [({"my_weight": 1.0}, True), ({"loss": "x"}, False)])
-def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(change, is_alike):
-    own = report.read_run(report.REFERENCE)
+def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(
+    path, change, is_alike
+):
+    """That of SuperCLIP, or that of CLIP."""
+    own = report.read_run(path)
+@pytest.mark.parametrize("path", report.REFERENCES)
     header = {**own["header"], "date": "later", "config": own["header"]["config"] | change}
 
     assert report.own_reference({"header": header}) == (own if is_alike else None)
