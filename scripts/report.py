@@ -60,6 +60,12 @@ def rounded(x, digits):
 # The run, from its log
 
 
+def zeroshot_names(folders):
+    """{folder: the name of its score}"""
+    names = short_names(folders)
+    return {folder: f"zero-shot {name}".replace("_", " ") for folder, name in names.items()}
+
+
 def scores_of(validation):
     """The row of a validation -> its scores, a list of dicts with their names."""
     scores = []
@@ -67,17 +73,19 @@ def scores_of(validation):
         for name, score in part.items():
             scores.append({"name": f"{way} {name}".replace("_", " "), **score})
     zeroshot = validation.get("zeroshot", {})
-    for folder, name in short_names(zeroshot).items():
-        scores.append({"name": f"zero-shot {name}".replace("_", " "), **zeroshot[folder]})
+    for folder, name in zeroshot_names(zeroshot).items():
+        scores.append({"name": name, **zeroshot[folder]})
     return scores
 
 
 def read_run(path):
-    """A log.jsonl -> what the page shows of a run: its header, a curve of each term of the loss and
-    of the validations, lists of [step, value], and the last scores. Raises InputError."""
+    """A log.jsonl -> what the page shows of a run: its header, a curve of each term of the loss, of
+    the validations and of each zero-shot score, lists of [step, value], and the last scores. Raises
+    InputError."""
     header, rows = read_log(path)
     losses = {}
     r1 = []
+    zeroshot = {}
     groups = []
     last = {}
     for row in rows:
@@ -90,12 +98,18 @@ def read_run(path):
             r1.append([step, row["mean_r1"]])
         if "val_contrastive_loss" in row:  # which study/clip_log.jsonl does not have
             groups.append([step, row["val_contrastive_loss"]])
+        scores = row.get("zeroshot", {})
+        for folder, name in zeroshot_names(scores).items():
+            score = scores[folder]
+            start = {"name": name, "chance": score["chance"], "points": []}
+            zeroshot.setdefault(folder, start)["points"].append([step, score["value"]])
         if "zeroshot" in row:
             last = row
     return {
         "header": {key: header[key] for key in HEADER},
         "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
         "validations": r1,
+        "zeroshot": [*zeroshot.values()],
         "validation_losses": groups,
         "group": last.get("val_group"),
         "step": last.get("step"),
@@ -240,6 +254,10 @@ def read_options(argv):
 def main(argv):
     args = read_options(argv)
     log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
+    has_log = args.log or log.is_file()
+    if args.reference and not has_log:
+        text = f"--reference is drawn beside the curves of the run, and there is no {log}"
+        raise InputError(f"{text}: name the run's log with --log")
     shards, captions = evaluation.validation_of(args.checkpoint)
     shards = args.data or shards
     captions = args.captions or captions
@@ -250,13 +268,6 @@ def main(argv):
     content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
     if has_log:
         content["run"] = read_run(log)
-    has_log = args.log or log.is_file()
-    if args.reference and not has_log:
-        text = f"--reference is drawn beside the curves of the run, and there is no {log}"
-        raise InputError(f"{text}: name the run's log with --log")
-    has_log = args.log or log.is_file()
-    if args.reference and not has_log:
-        raise InputError(f"--reference is drawn beside the run's own curves: --log (no {log})")
         content["reference"] = own_reference(content["run"])
     if args.reference:
         content["reference"] = read_run(args.reference)

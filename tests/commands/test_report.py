@@ -51,15 +51,17 @@ def test_a_log_is_read_as_the_resumed_run_left_it(tmp_path):
     assert page["validations"] == [[20, 0.4], [30, 0.6]]
     names = [f"zero-shot {name}" for name in ("held out", "a/x/seen", "b/x/seen")]
     assert page["scores"][1:] == [{"name": name, **SCORE} for name in names]
+    assert [curve["name"] for curve in page["zeroshot"]] == names
+    assert page["zeroshot"][0]["points"] == [[20, 0.7], [30, 0.7]]
 
 
+@pytest.mark.parametrize("path", report.REFERENCES)
 @pytest.mark.parametrize("change, is_alike", [({"my_weight": 1.0}, True), ({"loss": "x"}, False)])
 def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(
     path, change, is_alike
 ):
     """That of SuperCLIP, or that of CLIP."""
     own = report.read_run(path)
-@pytest.mark.parametrize("path", report.REFERENCES)
     header = {**own["header"], "date": "later", "config": own["header"]["config"] | change}
 
     assert report.own_reference({"header": header}) == (own if is_alike else None)
@@ -120,10 +122,16 @@ def test_a_visit(browser, world):
     assert browser.get_log("browser") == []
     assert all_of("#x, main b") == []
 
-    # A negative term reaches down to the lower end of its plot.
-    assert [title.text for title in all_of("#curves h3")][:2] == ["Contrastive loss", "My loss"]
-    points = "return [...document.querySelectorAll('#curves .run')[1].points].map((p) => p.y)"
-    assert browser.execute_script(points) == pytest.approx([150, 97.4, 44.9], abs=0.1)
+    # A negative term reaches down to the lower end of its plot. That of scores reaches up to 105 %.
+    def heights(i):
+        curve = "[...document.querySelectorAll('#curves .run')].at(arguments[0])"
+        return browser.execute_script(f"return [...{curve}.points].map((p) => p.y)", i)
+
+    titles = [title.text for title in all_of("#curves h3")]
+    assert titles[:3] == ["Contrastive loss", "My loss", "Word loss"]
+    assert heights(1) == pytest.approx([150, 97.4, 44.9], abs=0.1)
+    assert "held out" in titles[-1]
+    assert heights(-1) == pytest.approx([58, 58], abs=0.1)  # 70 %
 
     # A word shows its map while it has the focus.
     browser.execute_script("arguments[0].focus()", all_of("#pictures button")[1])
