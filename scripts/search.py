@@ -201,6 +201,8 @@ class Search:
         self.model = model
         self.tokenizer = tokenizer
         self.entries = list(features)
+        start = os.path.commonprefix([short_name(entry.name) for entry in self.entries])
+        self.folder = start[: start.rfind(os.sep) + 1]  # that holds all of them
         self.features = torch.stack([*features.values()])  # (N, E)
         self.shards = shards
         self.captions = captions
@@ -267,7 +269,8 @@ def draw(path, results, search):
             query = evaluation.read_image(result["like"], SIDE)
         cells.append((query, title_of(result)))
         for found in result["found"]:
-            title = found["caption"] or found["file"] or os.path.basename(found["name"])
+            file = found["file"] or found["name"].removeprefix(search.folder)
+            title = found["caption"] or file
             image = search.image(found["number"], SIDE)
             cells.append((image, f"{found['score']:.3f} {title}"))
         empty = -len(cells) % columns  # at the end of the last row

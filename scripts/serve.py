@@ -38,7 +38,8 @@ def write_results(path, results, search):
             images[result["like"]] = data_uri(evaluation.read_image(result["like"], SIDE))
         for found in result["found"]:
             images[found["number"]] = data_uri(search.image(found["number"], SIDE))
-    write_page(path, TEMPLATE, {"served": False, "results": results, "images": images})
+    content = {"served": False, "folder": search.folder, "results": results, "images": images}
+    write_page(path, TEMPLATE, content)
 
 
 # -----------------------------------------------------------------------------
@@ -90,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         search = self.server.search
         k = self.server.k
         if name == "":
-            page = page_text(TEMPLATE, {"served": True, "pictures": len(search.entries)})
+            content = {"served": True, "folder": search.folder, "pictures": len(search.entries)}
+            page = page_text(TEMPLATE, content)
             # Unlike the page in a file it may ask for more, but its own server alone.
             page = page.replace("img-src data:", "img-src data: 'self'; connect-src 'self'", 1)
             return "text/html", page.encode()

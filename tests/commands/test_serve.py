@@ -19,11 +19,13 @@ HOSTILE = "<img src=x onerror=alert()>.png"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a checkpoint and twenty pictures, one of them with a hostile name."""
+    """A folder with a checkpoint and twenty pictures, one of them with a hostile name, and two of
+    them with the same name."""
     world = tmp_path_factory.mktemp("world")
-    (world / "photos").mkdir()
+    (world / "photos" / "more").mkdir(parents=True)
     for i in range(20):
         photo(i).save(world / "photos" / f"{i:02d}.png")
+    (world / "photos" / "06.png").rename(world / "photos" / "more" / "04.png")
     (world / "photos" / "05.png").rename(world / "photos" / HOSTILE)
     write_checkpoint(world / "model.pt", small_model())
     return world
@@ -84,7 +86,7 @@ def test_only_hosts_of_this_machine_are_answered(address, host):
 
 
 def test_the_server_finds_what_the_slow_search_finds(address, world):
-    features = features_of(world / "model.pt", sorted((world / "photos").iterdir()))
+    features = features_of(world / "model.pt", sorted((world / "photos").rglob("*.png")))
     model, tokenizer, _ = evaluation.load(world / "model.pt")
 
     _, content = answer_of(address, "/TOKEN/search?text=red")
@@ -97,13 +99,15 @@ def all_of(browser, selector):
     return browser.find_elements("css selector", selector)
 
 
-def titles_on(browser):
-    """The titles of the pictures on a page without errors. Names and texts are only text."""
-    titles = [title.text for title in all_of(browser, "#results figcaption p")]
-    assert HOSTILE in titles
+def pictures_on(browser):
+    """The pictures of a page without errors. Names and texts are only text. Where two pictures have
+    the same name, a folder tells which is which. Words that the model lacks are named."""
+    cards = [card.text for card in all_of(browser, "#results figcaption")]
+    assert any(HOSTILE in card for card in cards)
+    assert {"more/" in card for card in cards if card.startswith("04.png")} == {False, True}
     assert browser.execute_script("return document.querySelector('[onerror]')") is None
     assert browser.get_log("browser") == []
-    return titles
+    return [picture.get_attribute("src") for picture in all_of(browser, "#results figure img")]
 
 
 def test_a_visit(browser, address):
@@ -115,10 +119,10 @@ def test_a_visit(browser, address):
 
     all_of(browser, "#field")[0].send_keys(HOSTILE + "\ue007")  # Enter
     browser.find_element("xpath", "//h2[starts-with(text(), '“')]")
-    found = titles_on(browser)
+    found = pictures_on(browser)
     all_of(browser, ".like")[3].click()
     browser.find_element("xpath", "//h2[starts-with(text(), 'Like ')]")
-    assert set(titles_on(browser)) == {*found} - {found[3]}
+    assert set(pictures_on(browser)) == {*found} - {found[3]}
     assert all(request.startswith(address) for request in requests_of(browser))
 
 
@@ -131,5 +135,5 @@ def test_the_page_of_out_needs_no_network(browser, world):
 
     browser.get(page.as_uri())
 
-    assert len(titles_on(browser)) == 19 + 20
+    assert len(pictures_on(browser)) == 19 + 20
     assert requests_of(browser) == {page.as_uri()}
