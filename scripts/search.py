@@ -208,9 +208,10 @@ class Search:
         self.captions = captions
 
     def by_text(self, text, k):
-        """The k images that fit a text best."""
+        """The k images that fit a text best, and the words of the text that the model lacks."""
         [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
-        return {"text": text, "found": self.best(self.features @ feature, k)}
+        unknown = unknown_words(self.tokenizer, [text])
+        return {"text": text, "unknown": unknown, "found": self.best(self.features @ feature, k)}
 
     def by_image(self, entry, feature, k):
         """The k images that are most like another, which need not be one of them."""
@@ -245,6 +246,8 @@ def title_of(result):
 
 def print_result(result):
     print("\n" + title_of(result))
+    if result.get("unknown"):
+        print("not in the vocabulary:", ", ".join(result["unknown"]))
     for found in result["found"]:
         line = "  ".join(filter(None, (found["name"], found["file"], found["caption"])))
         print(f"{found['score']:8.3f}  {line}")
@@ -328,9 +331,6 @@ def main(argv):
     search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    unknown = unknown_words(tokenizer, args.texts)
-    if unknown:
-        print("not in the vocabulary:", ", ".join(unknown))
     results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]
     results += [search.by_text(text, args.k) for text in args.texts]
     for result in results:

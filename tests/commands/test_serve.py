@@ -89,10 +89,12 @@ def test_the_server_finds_what_the_slow_search_finds(address, world):
     features = features_of(world / "model.pt", sorted((world / "photos").rglob("*.png")))
     model, tokenizer, _ = evaluation.load(world / "model.pt")
 
-    _, content = answer_of(address, "/TOKEN/search?text=red")
+    _, content = answer_of(address, "/TOKEN/search?text=red+zebra")
 
-    order = (features @ model.encode_text(tokenizer("red"))[0]).argsort(descending=True)
-    assert [found["number"] for found in json.loads(content)["found"]] == order.tolist()
+    order = (features @ model.encode_text(tokenizer("red zebra"))[0]).argsort(descending=True)
+    result = json.loads(content)
+    assert [found["number"] for found in result["found"]] == order.tolist()
+    assert result["unknown"] == ["zebra"]
 
 
 def all_of(browser, selector):
@@ -101,11 +103,13 @@ def all_of(browser, selector):
 
 def pictures_on(browser):
     """The pictures of a page without errors. Names and texts are only text. Where two pictures have
-    the same name, a folder tells which is which. Words that the model lacks are named."""
+    the same name, a folder tells which is which. Words that the model lacks are named, too."""
     cards = [card.text for card in all_of(browser, "#results figcaption")]
     assert any(HOSTILE in card for card in cards)
     assert {"more/" in card for card in cards if card.startswith("04.png")} == {False, True}
     assert browser.execute_script("return document.querySelector('[onerror]')") is None
+    for result in all_of(browser, "#results section"):
+        assert ("“onerror”" in result.text) != result.text.startswith("Like ")
     assert browser.get_log("browser") == []
     return [picture.get_attribute("src") for picture in all_of(browser, "#results figure img")]
 
