@@ -105,18 +105,23 @@ def test_the_browser_computes_words_and_their_maps(opened):
 
 
 def test_a_reader_guesses_and_composes_a_scene(opened):
-    """Without an error of JavaScript."""
+    """Without an error of JavaScript, and without another file. Who presses an object takes it
+    away, whatever the next one is."""
     browser, _ = opened
 
     for button in browser.find_elements("css selector", "#choose button"):
         button.click()
-        browser.find_element("css selector", "#guesses button").click()
         pictures = browser.find_elements("css selector", "#shown canvas")
         assert len({picture.rect["y"] for picture in pictures}) == 1  # they stand level
+        browser.find_element("css selector", "#guesses button").click()
         browser.find_element("css selector", "#shown button").click()
-    browser.find_element("css selector", "#cells button").send_keys("\ue007")  # Enter
+    cell = browser.find_element("css selector", "#cells button")
+    for caption in ("a red circle on dotted brown with mint", "dotted brown with mint"):
+        cell.send_keys("\ue007")  # Enter
+        assert browser.find_element("id", "caption").text == caption
+        browser.find_element("id", "colour").send_keys("blue")
 
-    assert browser.find_element("id", "caption").text == "a red circle on dotted brown with mint"
+    assert browser.find_elements("css selector", "a:not([href^='#'])") == []
     assert browser.get_log("browser") == []
 
 
