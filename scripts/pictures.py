@@ -40,7 +40,7 @@ def spread(items, k):
 
 
 def contact_sheet(images, captions, path, columns=4, legend=""):
-    """Draw images with a caption of up to five lines below each, and a legend below all of them.
+    """Draw images with a caption of up to five lines below each, and a legend above all of them.
 
     images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
     whose suffix tells its format.
@@ -54,18 +54,19 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
     width = side + GAP
     height = side + GAP + LINE * max(map(len, wrapped))
     legend_lines = textwrap.wrap(legend, columns * width // LETTER)
-    top_of_legend = GAP + rows * height
+    top = GAP
+    if legend_lines:
+        top += LINE * len(legend_lines) + GAP
 
-    sheet_size = (GAP + columns * width, top_of_legend + LINE * len(legend_lines))
-    sheet = Image.new("RGB", sheet_size, "white")
+    sheet = Image.new("RGB", (GAP + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
+    pen.multiline_text((GAP, GAP), "\n".join(legend_lines), "black", font)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
         row, column = divmod(i, columns)
         x = GAP + column * width
-        y = GAP + row * height
+        y = top + row * height
         sheet.paste(to_pil_image(image), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
-    pen.multiline_text((GAP, top_of_legend - GAP // 2), "\n".join(legend_lines), "black", font)
 
     format = FORMATS[path.suffix.lower()]
     write_file(path, lambda file: sheet.save(file, format))
