@@ -63,10 +63,11 @@ def pictures_of_run(paths, captions, size):
 
 
 def draw_scenes(size):
-    """Yield four pictures of built-in scenes, with a caption as their name."""
+    """Yield four pictures of built-in scenes, of objects that training showed, with a caption as
+    their name."""
     for i in range(4):
         rng = random.Random(f"words {i}")
-        scene = scenes.make_scene(rng, scenes.COMBINATIONS)
+        scene = scenes.make_scene(rng, scenes.SEEN)
         caption = scenes.describe(scene, rng)[1]
         yield Picture(caption, caption, data.load_image(scenes.draw(scene), size))
 
