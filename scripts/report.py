@@ -26,6 +26,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import data
 import eval as evaluation
 from cli import (
+    InputError,
     check,
     make_parser,
     number,

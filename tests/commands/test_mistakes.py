@@ -51,7 +51,7 @@ scripts.convert nested.pt x.pt                                    | nested.pt
 scripts.convert numbered.pt x.pt                                  | numbered.pt
 scripts.convert model.pt model.pt                                 | model.pt
 scripts.pack --csv list.csv --out x                               | --image_column
-scripts.pack --csv none.csv --out classes                         | classes
+scripts.pack --csv list.csv --image_column a --caption_column c --out classes | classes
 scripts.vocab pairs.tar --captions json.caption --out x.tiktoken  | json.caption
 scripts.scenes --out classes                                      | classes
 """
