@@ -357,12 +357,6 @@ def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
     group = min(group, len(images))
     loss = loss_in_groups(model, images, texts, owner, group)
     tqdm.write(f"contrastive loss {loss:.3f} in groups of {group} (a guess: {math.log(group):.3f})")
-    if model.head is not None:
-        dataset = ShardImages(shards, model.config.image_size)
-        pictures, captions = next(batches(dataset, 2, 0, "words"))
-        for words, texts in zip(top_words(model, tokenizer, pictures), captions):
-            found = ", ".join(word for word, _, _ in words)
-            tqdm.write(f'"{texts[0]}": the head says {found}')
     ways = [scores["R@1"]["value"] for scores in result.values()]
     return {
         "validation": result,
@@ -479,6 +473,17 @@ def top_words(model, tokenizer, images, k=8):
     return result
 
 
+def print_words(model, tokenizer, shards):
+    """Says what the head, if there is one, finds in the first two pictures of data.Shards."""
+    if model.head is None:
+        return
+    dataset = ShardImages(shards, model.config.image_size)
+    pictures, captions = next(batches(dataset, 2, 0, "words"))
+    for words, texts in zip(top_words(model, tokenizer, pictures), captions):
+        found = ", ".join(word for word, _, _ in words)
+        tqdm.write(f'"{texts[0]}": the head says {found}')
+
+
 # -----------------------------------------------------------------------------
 # Commands
 
@@ -539,7 +544,9 @@ def command_retrieval(model, tokenizer, args):
         raise InputError("these shards are of training and of validation: name one of the two")
     captions = args.captions or validation_of(args.checkpoint)[1]
     pairs = data.Shards(shards, captions)
-    return score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
+    result = score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
+    print_words(model, tokenizer, pairs)
+    return result
 
 
 def command_probe(model, _, args):

@@ -302,6 +302,8 @@ def validate(args, model, tokenizer, pairs, step):
             # in groups as large as a batch, as the softmax loss of training has them
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
+            if step > 0:  # before training the head says anything
+                evaluation.print_words(model, tokenizer, pairs)
         for folder in args.zeroshot_data:
             scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
             row["zeroshot"][folder] = scores["top1"]

@@ -126,7 +126,8 @@ def run_commands_in(printed):
 
 
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
-    """Each validation says what the head sees in two pictures, after a caption of each."""
+    """A validation after training says what the head sees in two pictures, after a caption of
+    each."""
     monkeypatch.chdir(tmp_path)
     few_scenes = partial(scenes.make_scenes, train=40, val=12)
     monkeypatch.setattr(train, "make_scenes", few_scenes)
@@ -134,7 +135,7 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monk
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 
     printed = capsys.readouterr().out
-    assert len(re.findall('^"', printed, re.M)) == 2 * 2
+    assert len(re.findall('^"', printed, re.M)) == 2
     assert rows_of(tmp_path / "out", "validation")[-1]["val_group"] == 12  # fewer than a batch
     assert run_commands_in(printed) == 3
 
