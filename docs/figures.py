@@ -244,6 +244,11 @@ def read_rows(path):
     return header, rows
 
 
+def mean_r1(rows):
+    """[(samples seen, percent) ...] of R@1."""
+    return [(row["samples"], 100 * row["mean_r1"]) for row in rows if "mean_r1" in row]
+
+
 def zero_shot(rows, kind):
     """[(samples seen, percent) ...] of a zero-shot score: colour, shape, colour_shape, held_out."""
     points = []
@@ -288,10 +293,13 @@ def curve(path, clip_path):
     draw_lines(left, lines, 0.4)
     left.set(title="losses", ylim=(0, 7.6))
 
-    lines = [constant(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind)]
-    lines += [constant("chance 1.6 % (of 64)", 100 / 64), constant("chance 0.1 % (R@1)", 0.1)]
-    r1 = [(row["samples"], 100 * row["mean_r1"]) for row in rows if "mean_r1" in row]
-    lines.append(("R@1", BLUE, "-", r1))
+    lines = [
+        constant(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind),
+        constant("chance 12.5 % (of 8)", 100 / 8),  # of a colour, or of a shape
+        constant("chance 1.6 % (of 64)", 100 / 64),  # of both, or of what was held out
+        constant("chance 0.1 % (R@1)", 0.1),
+        ("R@1", BLUE, "-", mean_r1(rows)),
+    ]
     for kind, name, colour in (
         ("colour", "colour", GREEN),
         ("shape", "shape", TEAL),
@@ -300,6 +308,7 @@ def curve(path, clip_path):
     ):
         lines.append((name, colour, "-", zero_shot(rows, kind)))
     _, rows_of_clip = read_rows(clip_path)
+    lines.append(("R@1, CLIP", BLUE, "--", mean_r1(rows_of_clip)))
     lines.append(("colour + shape, CLIP", AMBER, "--", zero_shot(rows_of_clip, "colour_shape")))
     draw_lines(right, lines, 6)
     right.set(title="R@1 and zero-shot scores (%)", ylim=(0, 122), yticks=range(0, 101, 20))
