@@ -24,17 +24,9 @@ have drawn the scenes. Eight scenes, three with their words, and the page of the
     python -m scripts.report --checkpoint assets/tiny.pt --log study/reference_log.jsonl \
         --data 'scenes/val-*.tar' --captions json.long --out docs/report.html
 
-Eight photographs of as many classes in settings (study/objects.py says how to make cifar10):
-
-    mkdir out_objects && python -c "import random; from scripts.scenes import SETTINGS; \
-        from study.objects import place_photographs, write_shard; \
-        placed = place_photographs('cifar10/test', 8, random.Random(9), SETTINGS); \
-        write_shard('out_objects/0.tar', placed)" &&
-        python -m scripts.show out_objects/0.tar --captions json.long --picture assets/objects.png
-
 docs/products.md names the commands of its two pictures (things/ are 5076.jpg, 8098.jpg, 13033.jpg
-and 16087.jpg of images/), docs/demo.py those of its page, and study/plan.py draws the study's
-figure.
+and 16087.jpg of images/), docs/demo.py those of its page, and docs/study_figure.py draws the
+study's figure.
 """
 
 import itertools
