@@ -24,9 +24,8 @@ have drawn the scenes. Eight scenes, three with their words, and the page of the
     python -m scripts.report --checkpoint assets/tiny.pt --log study/reference_log.jsonl \
         --data 'scenes/val-*.tar' --captions json.long --out docs/report.html
 
-docs/products.md names the commands of its two pictures (things/ are 5076.jpg, 8098.jpg, 13033.jpg
-and 16087.jpg of images/), docs/demo.py those of its page, and docs/study_figure.py draws the
-study's figure.
+docs/products.md names the command of its picture, docs/demo.py those of its page, and
+docs/study_figure.py draws the study's figure.
 """
 
 import itertools
