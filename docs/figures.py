@@ -10,7 +10,8 @@ are those in study/ unless others are named. One command trains anew and draws:
 
 Figures are 8.5 inches wide and have letters of 11 points or more, so that they can be read at a
 README's width. Other commands make the other pictures of the pages. For most of them train.py must
-have drawn the scenes. Eight scenes, three with their words, and the page of the reference run:
+have drawn the scenes. Eight scenes, three with their words, and the page of the reference run, with
+that of CLIP beside it:
 
     python -m scripts.show 'scenes/val-*.tar' --captions json.long --picture assets/scenes.png
 
@@ -22,7 +23,8 @@ have drawn the scenes. Eight scenes, three with their words, and the page of the
             --out assets/words.png
 
     python -m scripts.report --checkpoint assets/tiny.pt --log study/reference_log.jsonl \
-        --data 'scenes/val-*.tar' --captions json.long --out docs/report.html
+        --reference study/clip_log.jsonl --data 'scenes/val-*.tar' --captions json.long \
+        --out docs/report.html
 
 docs/products.md names the command of its picture, docs/demo.py those of its page, and
 docs/study_figure.py draws the study's figure.
