@@ -84,8 +84,9 @@ def test_a_notebook_is_that_of_its_page(name):
     assert page.with_suffix(".ipynb").read_text() == made, "run python -m docs.notebook"
 
 
-# Python blocks of the tutorial, each with the text block that follows at once
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", TUTORIAL, re.DOTALL)
+# Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
+OUTPUT = r"(?:<details>[^\n]*\n\n)?```text\n(.*?)```"
+BLOCKS = re.findall(rf"```python\n(.*?)```\n(?:{OUTPUT})?", TUTORIAL, re.DOTALL)
 DECIMAL = re.compile(r"[-+]?\d+\.\d+")
 
 
