@@ -87,7 +87,7 @@ def score_objects(model, tokenizer, kind):
     return evaluation.score(torch.tensor(hits), k / len(NAMES))
 
 
-def describe(checkpoint):
+def model_facts(checkpoint):
     """What the page needs of a model: its weights, options of its run, and scores. Raises
     InputError."""
     content = evaluation.read_checkpoint(checkpoint)
@@ -116,7 +116,7 @@ def main(argv):
     add("superclip", help="checkpoint of the same run with the word head")
     add("--out", type=output_file(".html"), required=True, help="page to write")
     args = parser.parse_args(argv)
-    models = [describe(args.clip), describe(args.superclip)]
+    models = [model_facts(args.clip), model_facts(args.superclip)]
     heads = [model["config"]["cls_weight"] > 0 for model in models]
     check(heads == [False, True], "name a model without a word head first, then one with it")
     tokenizer = Tokenizer(scenes.vocabulary())

@@ -33,7 +33,7 @@ def image_files(paths, out=None):
     return list(files.values())
 
 
-def spread(items, k):
+def evenly(items, k):
     """At most k items of a list, evenly spaced."""
     k = min(k, len(items))
     return [items[i * len(items) // k] for i in range(k)]

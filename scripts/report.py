@@ -36,7 +36,7 @@ from cli import (
     write_file,
 )
 from scripts.log import read_log, short_names
-from scripts.pictures import spread
+from scripts.pictures import evenly
 from scripts.words import default_window, word_maps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -87,7 +87,7 @@ def read_run(path):
     losses = {}
     r1 = []
     zeroshot = {}
-    groups = []
+    validation_losses = []
     last = {}
     for row in rows:
         step = row["step"]
@@ -98,7 +98,7 @@ def read_run(path):
         if "mean_r1" in row:
             r1.append([step, row["mean_r1"]])
         if "val_contrastive_loss" in row:  # which study/clip_log.jsonl does not have
-            groups.append([step, row["val_contrastive_loss"]])
+            validation_losses.append([step, row["val_contrastive_loss"]])
         scores = row.get("zeroshot", {})
         for folder, name in zeroshot_names(scores).items():
             score = scores[folder]
@@ -108,10 +108,10 @@ def read_run(path):
             last = row
     return {
         "header": {key: header[key] for key in HEADER},
-        "losses": {name: spread(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
+        "losses": {name: evenly(c[:-1], POINTS) + c[-1:] for name, c in losses.items()},
         "validations": r1,
         "zeroshot": [*zeroshot.values()],
-        "validation_losses": groups,
+        "validation_losses": validation_losses,
         "group": last.get("val_group"),
         "step": last.get("step"),
         "scores": scores_of(last),
@@ -139,7 +139,7 @@ def read_pairs(model, shards):
     """Up to SEARCHED pairs of data.Shards -> images (N, 3, S, S), a list of the captions of each,
     and image features (N, E)."""
     dataset = evaluation.ShardImages(shards, model.config.image_size)
-    some = Subset(dataset, spread(range(len(shards)), SEARCHED))
+    some = Subset(dataset, evenly(range(len(shards)), SEARCHED))
     images = []
 
     def encode(part):
@@ -195,7 +195,7 @@ def examine(model, tokenizer, shards, n):
     scores = evaluation.recall_scores(text_features, numbers, image_features, numbers, (1,))
     has_head = model.head is not None
 
-    shown = spread(numbers.tolist(), n)
+    shown = evenly(numbers.tolist(), n)
     similarity = image_features[shown] @ text_features[shown].T  # (n, n)
     pictures = []
     for i in data.progress(shown, "mapping words"):

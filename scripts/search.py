@@ -261,7 +261,7 @@ SIDE, IN_A_ROW, MAX_ROWS = 180, 7, 56
 WHITE = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
 
 
-def draw(path, results, search):
+def draw_results(path, results, search):
     """Draw each search on rows of its own, MAX_ROWS at most: what it was for, and what was found.
     results: what the methods of a Search return."""
     columns = min(IN_A_ROW, 1 + max(len(result["found"]) for result in results))
@@ -340,7 +340,7 @@ def main(argv):
         if args.out.suffix.lower() == ".html":
             serve.write_results(args.out, results, search)
         else:
-            draw(args.out, results, search)
+            draw_results(args.out, results, search)
         print(f"\nwrote {args.out}")
     if server:
         serve.run(server, search, args.k)

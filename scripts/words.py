@@ -33,7 +33,7 @@ from cli import (
     run_command,
 )
 from scripts import scenes
-from scripts.pictures import contact_sheet, image_files, picture_file, spread
+from scripts.pictures import contact_sheet, evenly, image_files, picture_file
 
 # A picture to look at: its full name, a short title, and its pixels (3, S, S), or None if it cannot
 # be read
@@ -56,7 +56,7 @@ def pictures_of_run(paths, captions, size):
     """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
     shards = data.Shards(data.expand(paths), captions)
     images = evaluation.ShardImages(shards, size)
-    for i in spread(range(len(shards)), SHOWN):
+    for i in evenly(range(len(shards)), SHOWN):
         image, texts = images[i]
         title = texts[0] if texts else ""
         yield Picture(f'{shards.name(i)} "{title}"', title, image)
