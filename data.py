@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, open_terminal, write_file
 
-# A progress bar for whatever takes more than a second, on a terminal.
-progress = partial(tqdm, delay=1, leave=False, disable=None)
+# A progress bar for whatever takes more than a second, on a terminal. It stands in the line of one
+# that is there already, because a notebook cannot step back up from a second line.
+progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
 
 # -----------------------------------------------------------------------------
 # Shards

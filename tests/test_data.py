@@ -1,6 +1,7 @@
 """From pairs to batches: the order, what is drawn of a pair, what replaces a bad one, and that a
 batch is the same however it was loaded."""
 
+import io
 import json
 from collections import Counter
 from itertools import chain
@@ -182,3 +183,25 @@ def test_processes_share_64_cores_and_16_are_enough(monkeypatch, processes, work
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
 
     assert data.make_loader(range(10), None).num_workers == workers
+
+
+# ---- waiting for it
+
+
+class Screen(io.StringIO):
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_only_a_terminal_gets_a_bar_and_two_share_a_line(is_terminal):
+    """In a notebook, which does not know the orders of terminals, each draw would begin a line."""
+    screen = Screen(is_terminal)
+
+    for _ in data.progress([0], "outer", file=screen, delay=0):
+        for _ in data.progress([0, 1], "inner", file=screen, delay=0):
+            pass
+
+    assert ("inner" in screen.getvalue()) == is_terminal
+    assert not {"\n", "\x1b"} & {*screen.getvalue()}
