@@ -1,6 +1,8 @@
 """What the README and the pages of docs/ show can be run, and what they name is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from material import TOKENIZER, small_model
 from PIL import Image
 from webpage import PAGES
 
-from docs.notebook import notebook
+from docs.notebook import SETUP, notebook
 
 README = (ROOT / "README.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
@@ -82,6 +84,18 @@ def test_a_notebook_is_that_of_its_page(name):
     made = notebook(page.read_text())
 
     assert page.with_suffix(".ipynb").read_text() == made, "run python -m docs.notebook"
+
+
+def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
+    """In docs/, a command then runs in the project's folder. It has no terminal."""
+    code = SETUP + "run('test -t 1 && echo terminal\\npwd')"
+
+    def start(folder):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    assert start(ROOT / "docs").stdout == f"{ROOT}\n"
+    assert "fill in ADDRESS" in start(tmp_path).stderr
 
 
 # Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
