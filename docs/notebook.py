@@ -1,4 +1,4 @@
-"""Turn tutorial.md and gpu.md into notebooks: python -m docs.notebook
+"""Turn tutorial.md, lab.md and gpu.md into notebooks: python -m docs.notebook
 
 Python blocks become cells, and so do shell blocks, by way of `run`. A text block that follows at
 once is what the cell printed. All else stays Markdown, and the figures are in it.
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PAGES = [DOCS / name for name in ("tutorial.md", "gpu.md")]
+PAGES = [DOCS / name for name in ("tutorial.md", "lab.md", "gpu.md")]
 # The first cell. Its commands have no terminal, so they draw no progress bars.
 SETUP = r'''
 ADDRESS = ""  # of the repository: fill it in where there is no clone yet, as on Colab

@@ -77,7 +77,7 @@ def test_the_readmes_lines_of_inference_run(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"tensor\(\[\[.+,.+\]\]\)\n\[\[\(.+\)\]\]\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["tutorial", "gpu"])
+@pytest.mark.parametrize("name", ["tutorial", "lab", "gpu"])
 def test_a_notebook_is_that_of_its_page(name):
     page = ROOT / "docs" / f"{name}.md"
 
