@@ -6,6 +6,7 @@ import re
 import pytest
 from children import ROOT
 
+from docs import histogram
 from eval import format_score
 from scripts.report import scores_of
 
@@ -36,3 +37,18 @@ def test_every_difference_in_a_table_is_one_of_the_study(page):
 
     assert shown
     assert [cell for cell in shown if "{} -> {}, {}".format(*cell) not in results] == []
+
+
+def test_a_histogram_counts_the_finished_runs_of_a_class(tmp_path, capsys):
+    """Files by any name, in folders at any depth. A run that has not ended is left out."""
+    (tmp_path / "anna" / "out").mkdir(parents=True)
+    log = (ROOT / "study" / "clip_log.jsonl").read_text()
+    (tmp_path / "anna" / "out" / "log.jsonl").write_text(log)
+    (tmp_path / "ben.jsonl").write_text(log[: log.rindex("\n", 0, -1)])
+
+    histogram.main([str(tmp_path), "--out", str(tmp_path / "histogram.png")])
+
+    printed = capsys.readouterr().out
+    assert re.search(r"CLIP, rate 0.00035, seed 0: 21.6 % .*anna", printed)
+    assert re.search("not finished.*ben", printed)
+    assert (tmp_path / "histogram.png").stat().st_size > 0
