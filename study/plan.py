@@ -200,15 +200,15 @@ def read_searches(study):
 
 OPENING = """# Does the word head help?
 
-Switch it on if your batches are small or your captions short, because there it adds most in drawn
-scenes, and look up what it does on [photographs](#photographs). Take the weight that is best there
-for about as many pairs as you have. Search the learning rate again with the head, and upwards: the
-best one is up to four times CLIP's.
+In drawn scenes it does, and most in a small batch: switch it on there, at its default weight of 1.
+Search the learning rate again with the head, and upwards: the best one is two to four times CLIP's.
+For photographs we cannot tell you yet, so compare on your own (the rows for a shop's photographs
+are planned, and not run).
 
-In drawn scenes a model with the head learns sooner: at batch 32 CLIP alone names nearly everything
-after three times the samples. And it bears a higher learning rate: at the rate that is best for
-CLIP the head adds less than at its own, and at batch 32 and 64 nothing that five seeds can tell
-from 0 ([all rates](rates.md))."""
+A model with the head learns sooner what an object is called. With three times the samples, at batch
+32, CLIP names nearly everything by itself. And a model with the head bears a higher learning rate,
+from which much of the gain comes: at the rate that is best for CLIP, the head adds less than at its
+own ([all rates](rates.md))."""
 HEADINGS = """
 | | seeds | rates | seconds | commit | R@1 | colour + shape | held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -314,7 +314,9 @@ def page(found):
     """results.md as a text. found: {name of a row: its sides}."""
     missing = [label for name, (label, _) in ALL_ROWS.items() if name not in found]
     drawn = [DRAWN, *table(found, ROWS, SCORES), TO_ADD, *table(found, BETWEEN, SCORES)]
-    shop = [SHOP_TEXT, *table(found, PHOTOGRAPHS, SHOP_SCORES)]
+    shop = table(found, PHOTOGRAPHS, SHOP_SCORES)
+    if shop:
+        shop = [SHOP_TEXT, *shop]
     text = "\n".join([OPENING, *drawn, *gains(found), *shop])
     return text + END.format(
         intervals=text.count("±"),
