@@ -144,7 +144,7 @@ class Tokenizer:
         )
         parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
         has_all_bytes = self.ranks.keys() >= {*BYTE_TOKENS}
-        self.pattern = WORD if has_all_bytes and not parts else CLIP_WORD
+        self.has_whole_words = has_all_bytes and not parts
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -165,13 +165,13 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids of any length, without start and end."""
-        words = self.pattern.findall(clean(text))
-        if self.pattern is CLIP_WORD:
+        if not self.has_whole_words:
+            words = CLIP_WORD.findall(clean(text))
             return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
         # tiktoken would merge an unknown word where it ends in a known one: "pumpkin" would have
         # the token of "in", and the head would learn to see "in". Here it is spelled in bytes.
         ids = []
-        for word in words:
+        for word in WORD.findall(clean(text)):
             token = word.encode() + b" "
             if token in self.ranks:
                 ids.append(self.ranks[token])
@@ -233,7 +233,7 @@ def has_letters(word):
 def unknown_words(tokenizer, texts):
     """Returns the words of some texts that are not in the vocabulary, so that it spells them in
     bytes. CLIP's vocabulary has parts for any word, so there are none."""
-    if tokenizer.pattern is not WORD:
+    if not tokenizer.has_whole_words:
         return []
     words = dict.fromkeys(WORD.findall(clean("\n".join(texts))))
     return [word for word in words if has_letters(word) and len(tokenizer.encode(word)) > 1]

@@ -90,7 +90,7 @@ def report_captions(lengths, repeats, context_length):
 def report_words(tokenizer, repeats):
     """Print which share of the captions' words a vocabulary of words has. CLIP's has parts for any
     word. repeats: from count_tokens."""
-    if tokenizer.pattern is not WORD:
+    if not tokenizer.has_whole_words:
         return
     counts = Counter()
     for text, count in repeats.items():

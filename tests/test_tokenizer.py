@@ -2,6 +2,7 @@
 is one token."""
 
 import functools
+import pickle
 import random
 
 import pytest
@@ -125,9 +126,16 @@ def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path
     assert tokenizer_for(shards, "clip").vocab_size == 49408
 
 
-# ---- which words a vocabulary lacks
+@pytest.mark.parametrize("tokenizer", [CLIP, WORDS], ids=["CLIP", "words"])
+def test_a_loading_process_that_is_not_forked_has_the_same_ids(tokenizer):
+    """It gets the tokenizer as a pickle."""
+    sent = pickle.loads(pickle.dumps(tokenizer))
 
-CLIP = Tokenizer.from_file("clip")
+    assert sent.encode("a skateboarder, red") == tokenizer.encode("a skateboarder, red")
+    assert unknown_words(sent, ["teal"]) == unknown_words(tokenizer, ["teal"])
+
+
+# ---- which words a vocabulary lacks
 
 
 def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
