@@ -169,7 +169,7 @@ def build_index(shards):
         pass
     index = []
     unused = []
-    with ProcessPoolExecutor(min(len(shards), cores())) as pool:
+    with ProcessPoolExecutor(min(len(shards), cores(), 61)) as pool:  # Windows allows no more
         results = pool.map(read_headers, shards, range(len(shards)))
         for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
             index.append(rows)
