@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cli import InputError
+from cli import InputError, check
 
 
 def read_log(path):
@@ -25,6 +25,7 @@ def read_log(path):
                 rows[row["step"], "loss" in row] = row
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not a log of train.py: {error!r}") from error
+    check(header, f"{path} has no header, so it is not a log of train.py")
     return header, list(rows.values())
 
 

@@ -45,6 +45,7 @@ scripts.search NONE --images classes "a text" --out x.doc         | x.doc
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.report MODEL --reference x.jsonl --out x.html             | --log
+scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert nested.pt x.pt                                    | nested.pt
@@ -76,6 +77,7 @@ def world(tmp_path_factory):
     for name in ("photo.png", "classes/red/0.png", "classes/green/0.png"):
         (world / name).write_bytes(picture)
     (world / "html.tar").write_bytes(b"<html>" * 500)
+    (world / "empty.jsonl").touch()
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
