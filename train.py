@@ -315,6 +315,8 @@ def validate(args, model, tokenizer, pairs, step):
 
 def print_next(checkpoint, model, val_data):
     """Says which commands come next."""
+    # With slashes: quote puts a name with a backslash in quotes, which cmd.exe does not know.
+    checkpoint = quote(checkpoint.as_posix())
     shards = ""
     pictures = ""
     if val_data in (None, ["none"]):  # only shards that --val_data names can be found again
@@ -455,7 +457,7 @@ def train(args):
         return 128 + stop_number
     if not best.exists():
         print("No validation was as good as the one before training, so there is no best.pt.")
-    print_next(quote(str(best if best.exists() else last)), model, args.val_data)
+    print_next(best if best.exists() else last, model, args.val_data)
     return 0
 
 
