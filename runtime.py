@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from cli import STOP_SIGNALS, InputError, check, cores, lock_folder, pick_device
 
-# torchrun tells each process its number, and how many there are. Schedulers set some of these, too.
+# torchrun tells each process its number, and how many there are. Schedulers set variables of these
+# names, too, so they count under torchrun alone.
 torchrun = os.environ if dist.is_torchelastic_launched() else {}
 RANK = int(torchrun.get("RANK", 0))
 WORLD = int(torchrun.get("WORLD_SIZE", 1))
@@ -49,7 +50,8 @@ def device_of_process(name):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Autograd's threads have one. With another number here, code would be compiled twice.
+        # Compiled code is for one number of threads. Autograd's threads have one each, so with
+        # another number here they would compile it again.
         torch.set_num_threads(1)
     return device
 

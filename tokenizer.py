@@ -75,7 +75,7 @@ def read_ranks(vocab):
     """The text of a .tiktoken file -> dict of token (bytes) -> rank. Raises InputError."""
     lines = [line.split() for line in vocab.splitlines() if line]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    # tiktoken would not notice either.
+    # tiktoken checks neither.
     check(sorted(ranks.values()) == [*range(len(ranks))], "tokens do not have ranks from 0 up")
     check(ranks.keys() >= {*BYTE_TOKENS[:256]}, "tokens do not include each single byte")
     return ranks

@@ -13,8 +13,7 @@ options and the step number: the batch, its crops, the dropped patches, the lear
 checkpoint needs no state of a random generator, and a run that was killed and resumed ends with the
 same bits as one that was not. (On a CPU. Some CUDA kernels add numbers in no fixed order.)
 
-Axes are those of superclip.py: B pairs of this process, N pairs of all processes together, P
-patches (K of them kept), E embedding. M pairs go through the towers at a time.
+Axes: N pairs of all processes, B of this process, of which M go through the towers at a time.
 """
 
 import argparse
@@ -302,7 +301,7 @@ def validate(args, model, tokenizer, pairs, step):
             # in groups as large as a batch, as the softmax loss of training has them
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
-            if step > 0:  # before training the head says anything
+            if step > 0:  # before training a new head names words at random
                 evaluation.print_words(model, tokenizer, pairs)
         for folder in args.zeroshot_data:
             scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
@@ -386,7 +385,7 @@ def train(args):
     saved_time = time.monotonic()
     images, seconds, waited = 0, 0.0, 0.0  # since the last row
 
-    has_no_bar = RANK > 0 or None  # None: without a terminal, too
+    has_no_bar = RANK > 0 or None  # None tells tqdm to draw a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         stop_number = stop.signal_of_any()
@@ -405,7 +404,7 @@ def train(args):
             mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is the best
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
-                if step > 0:  # what a run begins with is only the bar
+                if step > 0:  # what a run begins with only sets the score to beat
                     save(best, step)
 
         # 3. Leave together, or some would wait for the features of the others for ever.

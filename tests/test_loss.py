@@ -1,5 +1,5 @@
 """The losses: counts, weights and labels by hand, then the formula of the paper, and open_clip's
-losses. The label of a caption has V entries, nearly all of them 0, and is never made."""
+losses."""
 
 import math
 
@@ -78,7 +78,7 @@ def assert_same_value_and_gradients(ours, theirs, inputs):
     torch.testing.assert_close(our_gradients, torch.autograd.grad(theirs, inputs))
 
 
-def test_the_classification_loss_equals_the_dense_formula():
+def test_the_classification_loss_equals_the_formula():
     """Value and gradient of equations 2 to 4, on a label (B, V). Captions repeat tokens in any
     order, one is mostly padding, and one has no words, and adds nothing."""
     tokens = torch.randint(1, 50, (16, 20))

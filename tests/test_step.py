@@ -167,4 +167,4 @@ def test_compiled_equals_eager(monkeypatch):
         found.append(losses_and_gradients(model_of(option), micro_batches(keep=KEEP)))
 
     torch.testing.assert_close(*found)
-    assert compiler.call_count == 3  # both towers, and the losses of each pair
+    assert compiler.call_count == 3  # both towers, and the word head
