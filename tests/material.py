@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -53,28 +52,26 @@ def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
 
 
 def write_tar(path, members):
-    """members: list of (name, content as bytes)."""
+    """members: dict of name -> content as bytes."""
     with tarfile.open(path, "w") as tar:
-        for name, content in members:
+        for name, content in members.items():
             data.add_member(tar, name, content)
     return str(path)
 
 
 def write_shard(path, samples):
     """samples: a list of {extension: bytes}."""
-    members = []
+    members = {}
     for i, sample in enumerate(samples):
-        members += [(f"{i:04d}.{extension}", content) for extension, content in sample.items()]
+        for extension, content in sample.items():
+            members[f"{i:04d}.{extension}"] = content
     return write_tar(path, members)
 
 
-def coloured(path, *captions):
-    """A shard with a pair for each caption: a square of the colour that it names first, or red."""
-    samples = []
-    for i, caption in enumerate(captions):
-        name = re.search("|".join(COLOURS), caption.lower() + " red")[0]
-        samples.append({"png": png(name, i), "txt": caption.encode()})
-    return write_shard(path, samples)
+def write_captions(path, *captions):
+    """A shard with a pair for each caption: a red square, each another one."""
+    pairs = [{"png": png("red", i), "txt": text.encode()} for i, text in enumerate(captions)]
+    return write_shard(path, pairs)
 
 
 # ---- models

@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from material import cases, coloured, encoded, photo, write_tar
+from material import cases, encoded, photo, write_captions, write_shard
 
 import data
 from data import Pairs, batch_indices
@@ -65,8 +65,8 @@ def test_every_hundredth_pair_is_held_out_but_a_thousand_at_most(captioned, n, d
 def captioned(tmp_path):
     """A shard with one picture, which has several captions."""
     fields = {"both": ["a red dog", "a blue cat"], "odd": "a \ud800 dog"}
-    members = [("0.jpg", JPEG), ("0.json", json.dumps(fields).encode()), ("0.txt", b"a dog")]
-    return write_tar(tmp_path / "0.tar", members)
+    sample = {"jpg": JPEG, "json": json.dumps(fields).encode(), "txt": b"a dog"}
+    return write_shard(tmp_path / "0.tar", [sample])
 
 
 def test_captions_and_labels_are_drawn_from_their_sources(captioned):
@@ -118,15 +118,15 @@ BAD = {  # case -> image, caption, JSON with the caption
 
 @cases("image, caption, fields", BAD)
 def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, caption, fields):
-    members = [("x.jpg", image), ("x.txt", caption), ("x.json", fields)]
-    members += [("a.jpg", JPEG), ("a.txt", b"a red dog"), ("a.json", b'{"c": "a red dog"}')]
-    path = write_tar(tmp_path / "0.tar", members)
+    bad = {"jpg": image, "txt": caption, "json": fields}
+    good = {"jpg": JPEG, "txt": b"a red dog", "json": b'{"c": "a red dog"}'}
+    path = write_shard(tmp_path / "0.tar", [bad, good])
     pairs = Pairs([path], TOKENIZER, 16, ["json.c" if fields else "txt"])
 
     drawn = [pairs[visit, 0] for visit in range(5)]
 
     assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
-    assert capsys.readouterr().err.count(f"{path}:x: ") == 1
+    assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 
 
 # ---- batches
@@ -137,9 +137,10 @@ LONG = "a dog sits on the red grass " * 6 + "a dog runs on the"  # 47 tokens
 @pytest.fixture
 def odd_pairs(tmp_path):
     """Fourteen pairs: one is bad, and one has a long caption."""
-    odd = [("long.jpg", JPEG), ("long.txt", LONG.encode()), ("x.jpg", b"bad"), ("x.txt", b"a")]
-    shards = [write_tar(tmp_path / "0.tar", odd), coloured(tmp_path / "1.tar", *"abcdefghijkl")]
-    return Pairs(shards, TOKENIZER, 24, seed=5, patches=9, patch_dropout=0.5)
+    odd = [{"jpg": JPEG, "txt": LONG.encode()}, {"jpg": b"bad", "txt": b"a"}]
+    first = write_shard(tmp_path / "0.tar", odd)
+    second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
+    return Pairs([first, second], TOKENIZER, 24, seed=5, patches=9, patch_dropout=0.5)
 
 
 def test_any_sample_may_replace_a_bad_one(odd_pairs):

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from material import cases, coloured, write_tar
+from material import cases, write_captions, write_tar
 
 import data
 from cli import InputError
@@ -59,42 +59,35 @@ def test_shards_are_split_by_their_sides_if_there_are_both():
 # ---- what the index finds
 
 FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
-LONG = "some folder/b.c/" + 80 * "n"  # a header holds 100 bytes of a name
-NO_SAMPLE = [
-    ("__MACOSX/._a.jpg", b"x"),
-    ("a.mask.png", b"x"),  # an extension begins at the first dot: not an image of sample a
-    ("README", b"x"),
-    ("no image.txt", b"x"),
-]
+LONG = "some folder/b.c/" + 90 * "n"  # a header holds 100 bytes of a name
+COLUMNS = {".txt": data.TEXT, ".JPG": data.IMAGE, ".json": data.JSON}
+NO_SAMPLE = {
+    "__MACOSX/._a.jpg": b"x",
+    "a.mask.png": b"x",  # an extension begins at the first dot: not an image of sample a
+    "README": b"x",
+    "no image.txt": b"x",
+}
 
 
-def contents_of(shards):
-    """What lies where the index says that image, text and metadata are: a list for each sample."""
-    found = []
-    for i, row in enumerate(shards.index.tolist()):
-        columns = [c for c in (data.IMAGE, data.TEXT, data.JSON) if row[c]]
-        found.append([shards.read(i, column) for column in columns])
-    return found
+def members_of(key):
+    """The members of a sample. Each holds its own name."""
+    return {key + extension: (key + extension).encode() for extension in COLUMNS}
 
 
 @cases("format", FORMATS)
 def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     """Shards one after the other, and members of a sample in any order. What is no part of a sample
     is named once for each extension."""
-    samples = [
-        [("a.jpg", b"picture"), ("a.txt", b"text")],
-        [(LONG + ".jpg", b"another"), (LONG + ".txt", b"another text")],
-        [("größe.JPG", b"large"), ("größe.json", b'{"a": 1}')],
-        [("z.jpg", b"last"), ("z.txt", b"last text")],
-    ]
     monkeypatch.setattr(tarfile.TarFile, "format", format)  # in which tarfile writes
-    members = [member for sample in samples[:-1] for member in sample[::-1]]
-    first = write_tar(tmp_path / "0.tar", [*members, *NO_SAMPLE])
-    second = write_tar(tmp_path / "1.tar", samples[-1])
+    members = members_of("a") | members_of(LONG) | members_of("größe")
+    first = write_tar(tmp_path / "0.tar", members | NO_SAMPLE)
+    second = write_tar(tmp_path / "1.tar", members_of("z"))
 
     shards = Shards([first, second])
 
-    assert contents_of(shards) == [[content for _, content in sample] for sample in samples]
+    for i, key in enumerate(["a", LONG, "größe", "z"]):
+        for extension, column in COLUMNS.items():
+            assert shards.read(i, column).decode() == key + extension
     assert shards.name(3) == f"{second}:z"
     unused = {name for name, _ in shards.unused}
     assert unused == {f"{first}:{key}" for key in ("*._a.jpg", "*.mask.png", "*", "no image")}
@@ -112,8 +105,8 @@ DAMAGE = {
 
 @cases("damage, left", DAMAGE)
 def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
-    damaged = Path(coloured(tmp_path / "0.tar", "red", "green", "blue"))
-    other = coloured(tmp_path / "1.tar", "red", "green")
+    damaged = Path(write_captions(tmp_path / "0.tar", "red", "green", "blue"))
+    other = write_captions(tmp_path / "1.tar", "red", "green")
     damaged.write_bytes(damage(damaged.read_bytes()))
 
     shards = Shards([str(damaged), other])
@@ -153,8 +146,8 @@ CHANGES = {  # bytes and nanoseconds that a shard of 2 samples gets more, and wh
 
 @cases("size, later, expected", CHANGES)
 def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expected):
-    path = coloured(tmp_path / "0.tar", "red", "green")
-    other = coloured(tmp_path / "1.tar", "red", "green", "blue")
+    path = write_captions(tmp_path / "0.tar", "red", "green")
+    other = write_captions(tmp_path / "1.tar", "red", "green", "blue")
     before = os.stat(path)
     assert indexed(path, other) == 5
 
@@ -166,7 +159,7 @@ def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expecte
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):
-    path = coloured(tmp_path / "0.tar", "red", "green")
+    path = write_captions(tmp_path / "0.tar", "red", "green")
     assert indexed(path) == 2
     for cache in data.cache_folder().glob("index-*"):
         cache.write_bytes(b"damaged")

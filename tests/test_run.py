@@ -11,11 +11,11 @@ import torch
 from material import (
     cases,
     checkpoint_of,
-    coloured,
     result_of,
     rows_of,
     short_run,
     steps_of,
+    write_captions,
     write_vocabulary,
 )
 
@@ -144,7 +144,7 @@ def test_one_pair_in_a_hundred_is_held_out_and_then_the_commands_ask_for_files(
     folders, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    shard = coloured("pairs.tar", *200 * ["red"])
+    shard = write_captions("pairs.tar", *200 * ["red"])
     write_vocabulary(tmp_path)
 
     assert trained_and_validated(tmp_path, shard) == (198, 2)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from material import TOKENIZER, coloured, run
+from material import TOKENIZER, run, write_captions
 
 from scripts import bench
 
@@ -20,7 +20,7 @@ def test_commands_run_and_keep_their_numbers(command, tmp_path, capsys):
     """And in float32, with micro-batches and with checkpointing the gradient is the same. No next
     command is told, because the run's folder is gone."""
     (tmp_path / "words.tiktoken").write_text(TOKENIZER.vocab)
-    shard = coloured(tmp_path / "a.tar", *8 * ["a red dog"])
+    shard = write_captions(tmp_path / "a.tar", *8 * ["a red dog"])
     numbers = tmp_path / "numbers.json"
     options = f"--model=tiny --device=cpu --batch_size=4 --workers=1 --train_data={shard}".split()
     options += [f"--vocab={tmp_path}/words.tiktoken", "--repeat=1", f"--json={numbers}"]

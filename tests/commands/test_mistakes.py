@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 from children import finish
-from material import cases, coloured, error_of, png, small_model, write_checkpoint, write_shard
+from material import (
+    cases,
+    error_of,
+    png,
+    small_model,
+    write_captions,
+    write_checkpoint,
+    write_shard,
+)
 
 from cli import InputError, run_command
 from tokenizer import words_to_tiktoken
@@ -152,7 +160,7 @@ def test_a_command_runs_where_its_output_is_closed():
 
 def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):
     """Neither a caption, nor the name of a file, which a loading process prints."""
-    coloured(tmp_path / "a.tar", "a red \x1b[Aring")
+    write_captions(tmp_path / "a.tar", "a red \x1b[Aring")
     (tmp_path / "\x1b[2J.png").write_bytes(b"no image")
     options = ["--checkpoint", checkpoint, "--data", tmp_path, "--images", tmp_path, "a ring"]
 

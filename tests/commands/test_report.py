@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from material import TOKENIZER, coloured, run, small_model, write_checkpoint
+from material import TOKENIZER, run, small_model, write_captions, write_checkpoint
 from webpage import are_near, numbers_of, requests_of
 
 import data
@@ -72,7 +72,7 @@ def test_the_projects_run_stands_beside_models_whose_common_fields_are_equal(
 def world(tmp_path_factory):
     """A model with random weights, the pairs on which its run was validated, and its page."""
     folder = tmp_path_factory.mktemp("report")
-    shard = coloured(folder / "val.tar", *CAPTIONS)
+    shard = write_captions(folder / "val.tar", *CAPTIONS)
     model = small_model().requires_grad_(False)
     header = {"arguments": {"val_data": [shard], "captions": ["txt"]}}
     write_checkpoint(folder / "best.pt", model, header=header)

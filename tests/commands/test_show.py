@@ -1,7 +1,7 @@
 """scripts/show.py: what shards hold, told before training."""
 
 import pytest
-from material import png, run, write_shard
+from material import png, run, write_captions, write_shard
 from PIL import Image
 
 from scripts import show
@@ -18,15 +18,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def captioned(*captions):
-    return [{"png": PNG, "txt": caption.encode()} for caption in captions]
-
-
 @pytest.fixture
 def dogs(folder):
     """A shard of eight samples with seven captions, two of which are the same words. Four parts of
     the shard are no sample, or cannot be used."""
-    samples = captioned(*(f"a red dog {i}" for i in range(5)), "A red  dog 1")
+    captions = ["a red dog 0", "a red dog 1", "a red dog 2", "a red dog 3", "a red dog 4"]
+    captions.append("A red  dog 1")
+    samples = [{"png": PNG, "txt": caption.encode()} for caption in captions]
     samples += [
         {"png": b"?", "txt": b"a dog dog"},
         {"txt": b"a cat"},
@@ -70,7 +68,7 @@ def test_label_weights_by_hand(printed):
 
 def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
     """Each counts as often as it occurs, and a full stop is no word."""
-    path = write_shard(folder / "0.tar", captioned("A red pumpkin.", "a red dog", "a red dog"))
+    path = write_captions(folder / "0.tar", "A red pumpkin.", "a red dog", "a red dog")
 
     printed = printed_by(capsys, path)
 
@@ -78,7 +76,7 @@ def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
 
 
 def test_a_checkpoint_brings_its_own_vocabulary(folder, checkpoint, capsys):
-    path = write_shard(folder / "0.tar", captioned("a red square"))
+    path = write_captions(folder / "0.tar", "a red square")
 
     printed = printed_by(capsys, path, "--checkpoint", checkpoint)
 
@@ -95,7 +93,7 @@ def test_what_validation_shares_with_training_is_counted(folder, capsys):
     """An image counts if its bytes are equal, a caption if its words are. In a folder with both,
     names tell the sides."""
     other = png("blue", 1)
-    write_shard(folder / "train.tar", captioned("a red dog", "a dog"))
+    write_captions(folder / "train.tar", "a red dog", "a dog")
     both = [{"png": PNG, "txt": b"A RED  dog"}, {"png": other, "txt": b"a red dog"}]
     val = write_shard(folder / "val.tar", [*both, {"png": other, "txt": b"a cat"}])
 
