@@ -356,7 +356,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
         (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
         world = {"settings": some_settings(settings, seed), "seed": seed}
         write = functools.partial(write_shard, folder=folder, **world)
-        with ProcessPoolExecutor(cores()) as pool:
+        with ProcessPoolExecutor(min(len(tasks), cores())) as pool:
             classes = pool.submit(write_classes, folder, **world)
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
