@@ -8,6 +8,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from children import before, finish, in_step, receive
 from material import (
     all_rows,
@@ -118,6 +119,17 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 
     assert option in message
     assert (copied_run / "last.pt").read_bytes() == before
+
+
+def test_a_file_with_another_number_of_groups_is_refused(copied_run, shards, capsys):
+    """Its moments would be of other parameters."""
+    saved = checkpoint_of(copied_run)
+    saved["optimizer"]["param_groups"].pop()
+    torch.save(saved, copied_run / "last.pt")
+
+    message = error_of(capsys, train.main, *short_run(shards, copied_run, "--resume"))
+
+    assert "last.pt" in message
 
 
 # ---- the folder
