@@ -97,7 +97,7 @@ def read_run(path):
                     losses.setdefault(name, []).append([step, value])
         if "mean_r1" in row:
             r1.append([step, row["mean_r1"]])
-        if "val_contrastive_loss" in row:  # which study/clip_log.jsonl does not have
+        if "val_contrastive_loss" in row:
             validation_losses.append([step, row["val_contrastive_loss"]])
         scores = row.get("zeroshot", {})
         for folder, name in zeroshot_names(scores).items():
