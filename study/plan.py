@@ -316,7 +316,7 @@ def page(found):
     drawn = [DRAWN, *table(found, ROWS, SCORES), TO_ADD, *table(found, BETWEEN, SCORES)]
     shop = table(found, PHOTOGRAPHS, SHOP_SCORES)
     if shop:
-        shop = [SHOP_TEXT, *shop]
+        shop.insert(0, SHOP_TEXT)
     text = "\n".join([OPENING, *drawn, *gains(found), *shop])
     return text + END.format(
         intervals=text.count("±"),
