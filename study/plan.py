@@ -205,10 +205,10 @@ Search the learning rate again with the head, and upwards: the best one is two t
 For photographs we cannot tell you yet, so compare on your own (the rows for a shop's photographs
 are planned, and not run).
 
-A model with the head learns sooner what an object is called. With three times the samples, at batch
-32, CLIP names nearly everything by itself. And a model with the head bears a higher learning rate,
-from which much of the gain comes: at the rate that is best for CLIP, the head adds less than at its
-own ([all rates](rates.md))."""
+A model with the head learns sooner what an object is called, and needs fewer pairs in a batch for
+it. (With three times the samples, at batch 32, CLIP names nearly everything by itself.) And it
+bears a higher learning rate, from which much of the gain comes: at the rate that is best for CLIP,
+the head adds less than at its own ([all rates](rates.md))."""
 HEADINGS = """
 | | seeds | rates | seconds | commit | R@1 | colour + shape | held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
