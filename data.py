@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, open_terminal, write_file
 
-# A progress bar for whatever takes more than a second, on a terminal. It stands in the line of one
-# that is there already, because a notebook cannot step back up from a second line.
+# A progress bar for whatever takes more than a second, on a terminal. All bars share one line,
+# because a notebook cannot step back up from a second one.
 progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
 
 # -----------------------------------------------------------------------------
@@ -471,7 +471,7 @@ class Pairs(Shards, Dataset):
 
     def collate(self, items):
         """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
-        T') and, with patch dropout, keep (B, K)."""
+        T') and, with patch dropout, keep (B, K), in the order in which pairs_alone takes them."""
         images, captions, labels, keep = zip(*items)
         # default_collate stacks like torch.stack, and in a worker straight into shared memory
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)

@@ -272,8 +272,9 @@ def search(questions, question_label, answers, answer_label, k):
     k) booleans: is the best answer right, the second best ... Works in chunks, so that the matrix
     (Q, A) never exists.
 
-    Of equal answers topk takes any. That is fair: of two equal captions each image finds its own in
-    half of the cases, and a model that has collapsed finds the same k answers to all questions.
+    Of equal answers topk takes any. That is fair: where two images have the same caption, one of
+    them finds its own, and a model that has collapsed finds the same answers to all questions, and
+    so scores chance.
     """
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities

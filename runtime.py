@@ -1,5 +1,5 @@
 """What a run needs besides its method: processes that act as one, a signal that ends them, the
-folder of the run, and its log. Nothing here knows what is trained, and train.py calls all of it.
+folder of the run, and its log. Nothing here depends on the method, and train.py calls all of it.
 
 torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
 in `join_processes`, and from then on what they send to each other adds up over all of them.
@@ -83,6 +83,9 @@ def wait_for_all():
 # The signal to stop
 
 
+QUIT_KEY = "Ctrl-\\" if hasattr(signal, "SIGQUIT") else "Ctrl-Break"  # the latter on Windows
+
+
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
     and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
@@ -97,7 +100,8 @@ class StopSignal:
         self.number = number
         with suppress(OSError):  # the terminal may have gone
             # not print, which may be what the signal has interrupted
-            os.write(2, b"\nThe run stops after this step or validation. Ctrl-\\ ends it now.\n")
+            text = f"\nThe run stops after this step or validation. {QUIT_KEY} ends it now.\n"
+            os.write(2, text.encode())
 
     def signal_of_any(self):
         """Returns the signal that any of the processes has received, or 0."""

@@ -25,10 +25,9 @@ To add a term to the loss:
 2. Add a field for its weight to the configuration, and name it in `weights`, where the terms are
    summed. An option of the same name in train.py sets that field.
 3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
-   `contrastive_loss` does. Otherwise the term changes with the dtype of the run. One product of a
-   loss does not follow this rule: the word head's. Its D x V weights would take several times as
-   long in float32, and its logits are small, where bfloat16 is precise enough. So they are cast to
-   float32 only for the softmax.
+   `contrastive_loss` does. Otherwise the term changes with the dtype of the run. The word head's
+   product is an exception: in float32 its D x V weights would take several times as long, and its
+   logits are small enough for bfloat16, so they become float32 only for the softmax.
 4. A term of `pairs_alone` must be a mean over pairs, because a step averages it over micro-batches
    and processes. Anything else, such as a maximum, belongs in `pairs_together`, which sees the
    features of all pairs. There each process returns a number, and the mean of these numbers must be
@@ -454,7 +453,7 @@ class SuperCLIP(nn.Module):
         loss = 0.0
         for name, value in terms.items():
             if name not in weights:
-                raise ValueError(f"{name} has no weight: name it in pairs_together")
+                raise ValueError(f"{name} has no weight: add it to `weights` in pairs_together")
             loss = loss + weights[name] * value
         return {
             "loss": loss,

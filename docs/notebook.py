@@ -1,7 +1,7 @@
 """Turn tutorial.md, lab.md and gpu.md into notebooks: python -m docs.notebook
 
-Python blocks become cells, and so do shell blocks, by way of `run`. A text block that follows at
-once is what the cell printed. All else stays Markdown, and the figures are in it.
+Python blocks become cells, and so do shell blocks, by way of `run`. A text block that follows a
+Python block at once is what the cell printed. All else stays Markdown, and the figures are in it.
 
 A notebook may be opened anywhere, also without the repository, and all of its cells may be run
 again: a run of train.py then resumes.
