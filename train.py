@@ -213,8 +213,8 @@ def build_model(args, source, vocab_size, device):
         if args.compile:  # one by one, so that longer captions do not recompile the image tower
             tower.compile()
     if args.compile:
-        # DistributedDataParallel splits the compiled graphs, so that it sends gradients while others
-        # are computed. With recomputed blocks, older versions of torch fail at that.
+        # DistributedDataParallel splits the compiled graphs, to send gradients while others are
+        # computed. With recomputed blocks, older versions of torch fail at that.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         if model.head is not None:
             model.head.compile()

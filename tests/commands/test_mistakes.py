@@ -20,6 +20,7 @@ from material import (
 )
 
 from cli import InputError, run_command
+from data import start_loading
 from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
@@ -156,6 +157,23 @@ def test_a_command_runs_where_its_output_is_closed():
     process.join()
 
     assert process.exitcode == 0
+
+
+def test_a_loading_process_that_is_not_forked_gives_no_orders_either(tmp_path):
+    """Its streams are its own, until its start sets them."""
+    path = tmp_path / "printed.txt"
+
+    def run_alone():
+        file = open(path, "w")
+        sys.stdout = file
+        start_loading(0)
+        print("a red \x1b[2Jring", flush=True)
+
+    process = multiprocessing.get_context("fork").Process(target=run_alone)
+    process.start()
+    process.join()
+
+    assert path.read_text() == "a red \\x1b[2Jring\n"
 
 
 def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):
