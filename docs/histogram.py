@@ -45,6 +45,7 @@ def main(argv):
     plt.hist([*scores.values()], range(0, 101, 5), stacked=True, label=[*scores])
     plt.xlabel("colour + shape (%), chance 1.6")
     plt.ylabel("runs")
+    plt.locator_params(axis="y", integer=True)
     plt.legend()
     save(args.out)
 
