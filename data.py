@@ -530,7 +530,7 @@ def batch_indices(n, batch_size, seed, step):
 def start_loading(_):
     """What a loading process does first. A scheduler, Ctrl-C or a closed terminal sends its signal
     to all processes. The main process answers it, and needs the others until it has saved. They end
-    when it does."""
+    when it does. One that was not forked has streams of its own, which escape nothing yet."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     open_terminal()

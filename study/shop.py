@@ -19,7 +19,7 @@ import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cli import check, make_parser, run_command
+from cli import make_parser, new_folder, run_command
 from scripts import vocab
 from scripts.pack import ShardWriter
 
@@ -65,7 +65,7 @@ def write_shards(rows, out):
     vocab.main([f"{out}", "--out", f"{out}/vocab.tiktoken"])
 
 
-def write_classes(rows):
+def write_classes(rows, out):
     """Write a folder for each class that has enough products."""
     classes = defaultdict(list)
     for row in rows:
@@ -80,7 +80,7 @@ def write_classes(rows):
     for (kind, label), products in classes.items():
         n = NUMBERS[kind]
         if len(products) >= n:
-            folder = OUT / kind / label
+            folder = out / kind / label
             folder.mkdir(parents=True)
             for row in products[:n]:
                 (folder / row["image"]).write_bytes(row["content"])
@@ -90,16 +90,16 @@ def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="with images/ and pairs.csv")
     folder = parser.parse_args(argv).folder
-    check(not OUT.exists(), f"{OUT} is there already")
     with open(folder / "pairs.csv", encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: hashed(row["image"]))
     for row in rows:
         row["content"] = (folder / "images" / row["image"]).read_bytes()
     train, val, classified = split(rows)
-    write_shards(train[:4000], OUT / "4000")
-    write_shards(train[:24000], OUT / "24000")
-    write_shards(val, OUT / "val")
-    write_classes(classified)
+    with new_folder(OUT) as out:
+        write_shards(train[:4000], out / "4000")
+        write_shards(train[:24000], out / "24000")
+        write_shards(val, out / "val")
+        write_classes(classified, out)
 
 
 if __name__ == "__main__":
