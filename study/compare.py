@@ -119,7 +119,6 @@ class Command(NamedTuple):
     train: Path  # the file of train.py
     options: dict  # name: list of values, all that matter. WORLD stands for the folder of the world
     settings: int  # of its world, or 0 if it has shards of its own
-    names_rate: bool  # does the text have a --learning_rate?
     seed: int = 0
 
     def __str__(self):
@@ -225,7 +224,6 @@ def read_command(text, common, settings):
         train=file,
         options={**defaults_of(options), **options},
         settings=0 if "--train_data" in options else settings,
-        names_rate="--learning_rate" in options,
     )
 
 
@@ -368,7 +366,7 @@ class Study:
         first."""
         rate = command.rate()
         tried = {}
-        if args.rates is not None and not command.names_rate:
+        if args.rates is not None and "--learning_rate" not in command.text:
             rates = [rate * factor for factor in args.rates or FACTORS]
             while rates:
                 tried |= self.find(command, rates, range(args.search_seeds), code)
@@ -468,11 +466,6 @@ def interval(differences):
     return Interval(mean(differences), half)
 
 
-def means(sides, name):
-    """The means of a score over the seeds of both sides."""
-    return [mean(value_of(run, name) for run in side.runs) for side in sides]
-
-
 def gaps(sides, name):
     """b - a in a score, for each seed."""
     a, b = sides
@@ -482,7 +475,7 @@ def gaps(sides, name):
 def cell(sides, name):
     """Both means of a score, and the interval of their difference, as a text."""
     digits = 3 if name == "loss" else 1
-    a, b = means(sides, name)
+    a, b = [mean(value_of(run, name) for run in side.runs) for side in sides]
     return f"{a:.{digits}f} -> {b:.{digits}f}, {interval(gaps(sides, name)).text(digits)}"
 
 

@@ -362,7 +362,7 @@ def test_rows_name_the_best_rates_of_the_searches():
     searches = plan.read_searches(Study(1, plan.RUNS))
     for name in plan.ALL_ROWS:
         for command in compare.pair_of(plan.options_of(name)):
-            if command.names_rate:
+            if "--learning_rate" in command.text:
                 tried = searches[plan.key_of(command.line(), command.world())]
                 assert command.rate() == best_rate(compare.goals_of(tried)), name
 
