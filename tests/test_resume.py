@@ -135,13 +135,6 @@ def test_a_file_with_another_number_of_groups_is_refused(copied_run, shards, cap
 # ---- the folder
 
 
-def test_without_any_checkpoint_resume_starts_the_run(shards, tmp_path):
-    """A scheduler repeats its command, and may have killed the run before its first save."""
-    train.main(short_run(shards, tmp_path, "--resume", "--steps", 1))
-
-    assert checkpoint_of(tmp_path)["step"] == 1
-
-
 FILES = {  # which file is there, which file of a run it is, and whether --resume is given
     "a run, not resumed": ("last.pt", "last.pt", []),
     "best.pt, not resumed": ("best.pt", "best.pt", []),
