@@ -7,8 +7,8 @@ import time
 from functools import partial
 
 import pytest
-from children import finish, hook
-from material import checkpoint_of, error_of, sample, short_run, write_shard
+from children import hook
+from material import checkpoint_of, error_of, short_run
 
 import train
 from superclip import SuperCLIP
@@ -62,15 +62,3 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert "--learning_rate" in message
     assert checkpoint_of(tmp_path)["step"] == 4
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
-
-
-def test_a_loading_process_that_finds_no_good_sample_ends_the_run(children, shards, tmp_path):
-    """In a process of its own, because the loading process ends some seconds later."""
-    shard = write_shard(tmp_path / "bad.tar", [{**sample(i), "png": b"x"} for i in range(16)])
-    vocab = shards / "vocab.tiktoken"
-    options = "--train_data", shard, "--vocab", vocab, "--workers", 1
-
-    code, printed = finish(children.start("train", short_run(shards, tmp_path, *options)))
-
-    assert code == 2
-    assert shard in printed

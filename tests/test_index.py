@@ -5,11 +5,9 @@ import os
 import tarfile
 from pathlib import Path
 
-import pytest
 from material import cases, write_captions, write_tar
 
 import data
-from cli import InputError
 from data import Shards
 
 # ---- which shards a pattern names
@@ -26,15 +24,6 @@ def test_paths_folders_globs_and_braces_name_shards(tmp_path):
     assert data.expand([folder]) == shards
     assert data.expand([f"{tmp_path}/my*/*.tar"]) == shards
     assert data.expand([shards[2], f"{folder}/./a b-{{00..02}}.tar"]) == shards
-
-
-@pytest.mark.parametrize("pattern, named", [("{0..99999999999}.tar", "1.tar"), ("{2..1}", "2..1")])
-def test_braces_name_a_shard_for_each_number(tmp_path, pattern, named):
-    """The first that is not there is named at once."""
-    (tmp_path / "0.tar").touch()
-
-    with pytest.raises(InputError, match=named):
-        data.expand([f"{tmp_path}/{pattern}"])
 
 
 SIDES = {

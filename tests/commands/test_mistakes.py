@@ -28,6 +28,8 @@ from tokenizer import words_to_tiktoken
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken --model tiny     | html.tar
+train --train_data sides/train-{0..99999999999}.tar               | train-1.tar
+train --train_data sides/train-{2..1}.tar                         | 2..1
 train TRAIN --val_data pairs.tar                                  | pairs.tar
 train TRAIN --batch_size 3                                        | --batch_size
 train TRAIN --micro_batch_size 3                                  | --micro_batch_size
@@ -37,6 +39,7 @@ train TRAIN --vocab two.txt                                       | two.txt
 train TRAIN --zeroshot_data hollow                                | hollow
 train TRAIN --image_size 30                                       | image_size
 train TRAIN --device toaster                                      | toaster
+train TRAIN --train_data bad.tar --device cpu --workers 1         | bad.tar
 train --train_data pairs.tar --init_from model.pt --loss sigmoid  | --loss
 train --train_data pairs.tar --init_from damaged.pt               | damaged.pt
 eval zeroshot MODEL --images hollow                               | hollow
@@ -85,6 +88,7 @@ def world(tmp_path_factory):
         write_shard(world / name, [pair, pair])
     for name in ("photo.png", "classes/red/0.png", "classes/green/0.png"):
         (world / name).write_bytes(picture)
+    write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
     (world / "two.txt").write_text("one\ntwo\nthree\n")
@@ -132,31 +136,28 @@ ENDS = {  # a command, its exit code, and what it says
 }
 
 
-@cases("main, code, said", ENDS)
-def test_a_command_ends(main, code, said, capfd):
-    process = multiprocessing.get_context("fork").Process(target=run_command, args=(main,))
-
+def exit_code_of(function, *args):
+    """Of a process that calls this function."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
     process.join()
+    return process.exitcode
+
+
+@cases("main, code, said", ENDS)
+def test_a_command_ends(main, code, said, capfd):
+    assert exit_code_of(run_command, main) == code
 
     error = capfd.readouterr().err
-    assert process.exitcode == code
     assert said in error
     assert ("Traceback" in error) == (code == 1)
 
 
-def test_a_command_runs_where_its_output_is_closed():
+def test_a_command_runs_where_its_output_is_closed(monkeypatch):
     """As by `>&-`. Python then has None for the stream."""
+    monkeypatch.setattr(sys, "stdout", None)
 
-    def run_closed():
-        sys.stdout = None
-        run_command(lambda argv: print("to nobody"))
-
-    process = multiprocessing.get_context("fork").Process(target=run_closed)
-    process.start()
-    process.join()
-
-    assert process.exitcode == 0
+    assert exit_code_of(run_command, lambda argv: print("to nobody")) == 0
 
 
 def test_a_loading_process_that_is_not_forked_gives_no_orders_either(tmp_path):
@@ -169,10 +170,7 @@ def test_a_loading_process_that_is_not_forked_gives_no_orders_either(tmp_path):
         start_loading(0)
         print("a red \x1b[2Jring", flush=True)
 
-    process = multiprocessing.get_context("fork").Process(target=run_alone)
-    process.start()
-    process.join()
-
+    assert exit_code_of(run_alone) == 0
     assert path.read_text() == "a red \\x1b[2Jring\n"
 
 
