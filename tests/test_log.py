@@ -17,8 +17,7 @@ def test_the_header_says_what_the_run_is(whole_run):
 
     model, _, _ = evaluation.load(whole_run / "last.pt")
     assert header["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (header["pairs"], header["steps"]) == (70, 12)
-    assert header["arguments"]["learning_rate"] == 1e-3
+    assert header["steps"] == 12
     assert header["config"]["patch_size"] == 4
 
 
