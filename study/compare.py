@@ -10,13 +10,14 @@ Both train with the same seeds. Each seed has a *world* of its own, drawn for it
 and to validate on, and folders of classes. So differences are paired by seed, and their intervals
 include the draw of the data. Data, model, length and rate default to those of this project's
 train.py at the same batch size, in a fork, too. With --train_data a command brings shards of its
-own, and needs no world.
+own, and needs no world. The intervals then leave out the draw of the data.
 
 With --rates the learning rate of a command is searched, unless the command names a
 --learning_rate. Seeds 0 to 4 choose it: the rate with the best mean of their scores is taken for
 all. Four rates are tried, and more of them, up to eight, as long as the lowest or the highest is
-the best one, or the best for two seeds. What is compared are the scores of other seeds, 5 and up,
-with or without --rates. They had no say in the choice, so they are neither lucky nor unlucky at it.
+the best one, or the best for two seeds. A list after --rates is tried as it is, and --search_seeds
+takes fewer seeds. What is compared are the scores of other seeds, 5 and up, with or without
+--rates. They had no say in the choice, so it does not flatter them.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
 code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
