@@ -203,9 +203,9 @@ OPENING = """# Does the word head help?
 Switch it on where batches are small: in drawn scenes it helps a lot at batch 8, less at 32, and at
 256 the seeds that searched see no gain; with 4,000 photographs of a shop, at batch 32, the gain is
 small and not certain (24,000 are not run yet). Leave its weight, lambda, at 1: at 0.3 the seeds
-that searched in drawn scenes, at batch 32, lose nine points. Search the learning rate again with
-the head, and upwards: in six of nine searches the best one is two to four times CLIP's, and in the
-others it is the same ([all rates](rates.md)).
+that searched in drawn scenes, at batch 32, lose nine points, and the photographs show no gain.
+Search the learning rate again with the head, and upwards: in six of nine searches the best one is
+two to four times CLIP's, and in the others it is the same ([all rates](rates.md)).
 
 A model with the head learns sooner what an object is called: with three times the samples, at batch
 32, CLIP names nearly everything by itself, as the five seeds that searched say. And it tolerates a
@@ -251,12 +251,12 @@ SHOP_TEXT = """
 Products of a shop with their titles ([how they are made](shop.py)), tiny model, batch 32. 4,000
 pairs are shown 24 times, at the best of three rates for three seeds. It is the highest one, so a
 better one may lie above it, and it is best for types alone: R@1 hardly changes from rate to rate,
-and the validation loss is lower at 2.5e-4. Neither model makes a search: with so few pairs start
-from [published weights](../docs/data.md#weights-in-and-out).
+and the validation loss is lower at 2.5e-4. None of these models makes a search: with so few pairs
+start from [published weights](../docs/data.md#weights-in-and-out).
 
 The pairs are the same for all seeds, so the intervals leave out the draw of the data: they say what
 another random start would change, and not what another shop would. The three seeds that chose have
-scored, too, and they do not show a gain of types (0.7 points less with the head).
+scored, too, and they do not show a gain of types (0.7 points less at lambda 1).
 
 R@k is the mean of both ways among 2,000 titles that are unique and unseen (chance 0.05 and 0.5).
 Types and colours are named from their words (ten each, chance 10), and both at once (43, chance
