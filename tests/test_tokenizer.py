@@ -54,20 +54,22 @@ def random_texts(n):
 
 
 def test_ids_equal_open_clips():
-    """Also those of every token. Some are parts of characters, of which nothing is left. A hundred
-    at a time, because open_clip's cleaning is slow to start."""
-    texts = random_texts(2000)
+    for text in random_texts(2000):
+        assert CLIP.encode(text) == ORACLE.encode(text), ascii(text)
+
+
+def test_ids_equal_open_clips_on_every_token():
+    """Some are parts of characters, of which nothing is left. A hundred at a time, because
+    open_clip's cleaning is slow to start."""
     tokens = [CLIP.encoding.decode_single_token_bytes(i) for i in range(CLIP.start)]
     for i in range(0, len(tokens), 100):
-        texts.append(b"\n".join(tokens[i : i + 100]).decode(errors="ignore"))
-
-    for text in texts:
+        text = b"\n".join(tokens[i : i + 100]).decode(errors="ignore")
         assert CLIP.encode(text) == ORACLE.encode(text), ascii(text)
 
 
 @pytest.mark.parametrize("context_length", [None, 16], ids=["CLIP's context", "cut to 16"])
 def test_padded_tokens_equal_open_clips(context_length):
-    texts = ["", "<START_OF_TEXT> can be written <end_of_text>", *random_texts(200)]
+    texts = ["", *random_texts(200)]
 
     tokens = CLIP(texts, context_length)
 
@@ -79,6 +81,11 @@ def test_a_decoded_text_has_a_space_after_each_word():
     assert CLIP.decode(CLIP(["A  Dog's\n CAFÉ 😀"])[0]) == "a dog 's café 😀"
 
 
+def test_start_and_end_are_the_last_ids_and_can_be_written():
+    assert (CLIP.start, CLIP.end, CLIP.vocab_size) == (49406, 49407, 49408)
+    assert CLIP.encode("<START_OF_TEXT> <end_of_text>") == [49406, 49407]  # as in open_clip
+
+
 # ---- a vocabulary of words
 
 KNOWN = ["red", "café", "собака", "t-shirt", "women's", "犬", "!!", "3d", "カ", "in", "ed", "и"]
@@ -86,10 +93,11 @@ WORDS = Tokenizer(words_to_tiktoken(KNOWN))
 
 
 def test_a_known_word_is_one_token():
-    """Whatever its case. Bytes come first, alone and with a space."""
+    """Whatever its case. Bytes come first, alone and with a space, and start and end last."""
     ids = WORDS.encode("Women’s RED T-Shirt 犬カ犬 !!")
 
     assert ids == [512 + i for i in (4, 0, 3, 5, 8, 5, 6)]  # their places in KNOWN
+    assert (WORDS.start, WORDS.end, WORDS.vocab_size) == (524, 525, 526)
 
 
 # Words that end in a word which the vocabulary knows, or in its bytes
@@ -115,6 +123,7 @@ def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path
 
     assert tokenizer_for(shards).vocab_size == 515
     assert tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
+    assert tokenizer_for(shards, "clip").vocab_size == 49408
 
 
 @pytest.mark.parametrize("tokenizer", [CLIP, WORDS], ids=["CLIP", "words"])
