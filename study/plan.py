@@ -202,10 +202,10 @@ OPENING = """# Does the word head help?
 
 Switch it on where batches are small: in drawn scenes it helps a lot at batch 8, less at 32 and 64,
 and at 256 the seeds that searched see no gain; with 4,000 photographs of a shop, at batch 32, the
-gain is small and not certain (24,000 are not run yet). Leave its weight, lambda, at 1: at 0.3 the
-seeds that searched in drawn scenes, at batch 32, lose nine points, and the photographs show no
-gain. Search the learning rate again with the head, and upwards: in six of nine searches the best
-one is two to four times CLIP's, and in the others it is the same ([all rates](rates.md)).
+gain is small and not certain (24,000 are not run yet). Leave its weight, lambda, at 1: with 0.3 it
+scores six points less in drawn scenes at batch 32, and the photographs show no gain. Search the
+learning rate again with the head, and upwards: in six of nine searches the best one is two to four
+times CLIP's, and in the others it is the same ([all rates](rates.md)).
 
 A model with the head learns sooner what an object is called: with three times the samples, at batch
 32, CLIP names nearly everything by itself, as the five seeds that searched say. And it tolerates a
