@@ -33,7 +33,6 @@ class ForkedSuperCLIP(SuperCLIP):
         return images, texts, {**terms, "second_loss": answers.square().mean()}
 
     def pairs_together(self, images, texts, terms):
-        terms = dict(terms)
         second = terms.pop("second_loss")
         losses = super().pairs_together(images, texts, terms)
         return {**losses, "second_loss": second, "loss": losses["loss"] + 0.3 * second}
