@@ -16,6 +16,7 @@ METHODS = {"CLIP": ("--cls_weight 0 ", INK), "SuperCLIP": ("", RED)}
 PANELS = {
     "batch 8, 48,000 samples": "--batch_size 8 --epochs 2.4",
     "batch 32, 48,000 samples": "--batch_size 32 --epochs 2.4",
+    "the same, short captions": "--batch_size 32 --epochs 2.4 --captions json.short",
     "batch 256, 48,000 samples": "--batch_size 256 --epochs 2.4",
     "batch 32, 144,000 samples": "--batch_size 32 --epochs 7.2",
     "batch 256, 144,000 samples": "--batch_size 256 --epochs 7.2",
@@ -50,8 +51,9 @@ def draw(searches):
     lines, names = axes[0, 0].get_legend_handles_labels()
     lines += axes[0, 0].plot([], [], "o", color=GREY, alpha=0.5, ms=4, mew=0)
     lines += axes[0, 0].plot([], [], "o", color=GREY, ms=12, mfc="none", mew=1.6)
-    axes[1, 2].axis("off")
-    axes[1, 2].legend(lines, [*names, "one seed", "the chosen rate"], loc="center", frameon=False)
+    names += ["one seed", "the chosen rate"]
+    # in the panel whose upper half is empty
+    axes[1, 0].legend(lines, names, loc="upper left", frameon=False)
     plt.tight_layout()
 
 
