@@ -7,7 +7,7 @@ import open_clip
 import open_clip.model
 import pytest
 import torch
-from material import cases, run, write_checkpoint
+from material import cases, error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
@@ -121,6 +121,17 @@ def test_a_checkpoint_stays_what_it_is(tmp_path):
     again, tokenizer, _ = evaluation.load(tmp_path / "out.pt")
     assert (again.config, tokenizer.vocab) == (model.config, VOCAB)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+# ---- mistakes
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it
+def test_an_archive_of_code_is_refused_with_what_to_do(tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+    assert "state_dict" in error_of(capsys, main, path, tmp_path / "x.pt")
 
 
 # ---- weights out
