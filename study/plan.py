@@ -261,7 +261,8 @@ The commands of all rows stand in [plan.py](plan.py).
 ## From one row to another
 
 The same seeds again: what a change of the data or of the batch does to each method, and what the
-head adds to CLIP with another weight or none of IDF. *Gains* are what it adds in the three scores.
+head adds to CLIP with a smaller weight or without IDF. *Gains* are what it adds in the three
+scores, in the order of the columns.
 {HEADINGS}"""
 SHOP_TEXT = """
 ## Photographs
@@ -311,6 +312,11 @@ GAINS = (
 )
 
 
+def commit_of(run):
+    """The commit of a run. It is not "dirty" because runs.jsonl has grown."""
+    return run["commit"].removesuffix("-dirty")
+
+
 def line_of(*texts):
     """A line of a table."""
     return f"| {' | '.join(texts)} |"
@@ -325,9 +331,9 @@ def table(found, rows, scores):
             runs = sides[0].runs
             rates = " / ".join(f"{side.command.rate():.2e}" for side in sides)
             seconds = " / ".join(map(compare.Side.seconds, sides))
-            commit = runs[0]["commit"].removesuffix("-dirty")  # runs.jsonl had grown
             cells = [compare.cell(sides, score) for score in scores]
-            lines.append(line_of(label, str(len(runs)), rates, seconds, commit, *cells))
+            n = str(len(runs))
+            lines.append(line_of(label, n, rates, seconds, commit_of(runs[0]), *cells))
     return lines
 
 
@@ -339,8 +345,8 @@ def gains(found):
             for score in SCORES:
                 before, after = [compare.gaps(found[name], score) for name in rows]
                 changes.append(compare.interval([b - a for a, b in zip(before, after)]).text())
-            first, second = [ROWS[name][0] for name in rows]
-            yield f"- {first} -> {second}: the gains change by {', '.join(changes)}."
+            step = " -> ".join(ROWS[name][0] for name in rows)
+            yield f"- {step}: the gains change by {', '.join(changes)}."
 
 
 def page(found):
@@ -393,7 +399,7 @@ def rates_page(searches):
         run = next(iter(tried.values()))[0]
         rates = compare.rates_text(tried)
         gained = gain(searches, line, world)
-        lines.append(line_of(f"`{run['text']}`", world, rates, gained, run["commit"]))
+        lines.append(line_of(f"`{run['text']}`", world, rates, gained, commit_of(run)))
     return "\n".join(lines)
 
 
