@@ -76,7 +76,7 @@ class SuperCLIPConfig:
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1, CLIP's by default
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # and their standard deviations
     loss: str = "softmax"  # how pairs are contrasted: softmax (CLIP) or sigmoid (SigLIP)
-    # lambda, weight of the classification loss, whose classes are words; 0 builds no head: CLIP
+    # lambda, the weight of the classification loss. With 0 there is no head: the model is CLIP.
     cls_weight: float = 1.0
 
     def __post_init__(self):
@@ -333,14 +333,20 @@ def idf(num_captions, token_counts):
     return weights
 
 
+def caption_label(label_tokens, token_weights):
+    """What the head should say: captions (B, T) -> the shares of their words (B, V), which are
+    proportional to the weights (V,) and have the sum 1, or 0 if no word of a caption has weight."""
+    words = multi_hot(label_tokens, len(token_weights))  # (B, V)
+    return F.normalize(words * token_weights, p=1, dim=1)
+
+
 def classification_loss(logits, label_tokens, token_weights):
     """SuperCLIP's loss: softmax cross-entropy against the caption's words (paper, eq. 2-4).
 
     logits (B, V) from the head; label_tokens (B, T), the whole captions; token_weights (V,) from
     `idf`. A caption without any weight adds 0. Starts near ln V + 1/2.
     """
-    words = multi_hot(label_tokens, logits.shape[1])  # (B, V)
-    label = F.normalize(words * token_weights, p=1, dim=1)  # shares of each caption's words
+    label = caption_label(label_tokens, token_weights)  # (B, V)
     return F.cross_entropy(logits.float(), label)
 
 
@@ -421,8 +427,8 @@ class SuperCLIP(nn.Module):
         terms = {}
         if self.head is not None:
             logits = self.head(image_tokens)  # (B, V)
-            weights = self.token_weights()
-            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
+            token_weights = self.token_weights()
+            terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
     def pairs_together(self, image_features, text_features, terms):

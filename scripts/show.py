@@ -18,14 +18,13 @@ from contextlib import suppress
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import data
 from cli import make_parser, number, run_command
 from eval import UNREADABLE, load
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
-from superclip import idf
+from superclip import caption_label, idf
 from tokenizer import WORD, clean, has_letters, tokenizer_for, unknown_words
 
 SIDE = 240  # pixels of an image in the picture
@@ -143,11 +142,10 @@ def report_unused(unused):
 
 
 def label_of(ids, weights):
-    """The label of a caption, as classification_loss has it: a dict of token -> share, with each
-    token once. ids: the caption's tokens; weights (V,): from idf."""
-    ids = list(dict.fromkeys(ids))  # in the order of the caption
-    shares = F.normalize(weights[ids], p=1, dim=0)
-    return dict(zip(ids, shares.tolist()))
+    """The label of a caption as a dict of token -> share, in the order of the caption. ids: its
+    tokens; weights (V,): from idf."""
+    [label] = caption_label(torch.tensor([ids]), weights)
+    return {i: label[i].item() for i in ids}
 
 
 def print_sample(name, texts, tokenizer, weights):
