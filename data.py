@@ -251,7 +251,7 @@ class Shards:
         row = self.index[i].tolist()
         block, size = row[column], row[column + 1]
         if size == 0:
-            raise BadSample("it has no such member, or an empty one")
+            raise BadSample("its .txt or .json is missing or empty")
         return self.read_at(row[0], block, size)
 
     def name(self, i):
@@ -279,11 +279,12 @@ class Shards:
     def texts(self, i, source):
         """Returns all texts that a sample has in a source, txt or json.FIELD, as a list of strings.
         A field holds a string or a list of strings. Raises BadSample."""
+        content = self.read(i, TEXT if source == "txt" else JSON)
         try:
             if source == "txt":
-                value = self.read(i, TEXT).decode("utf-8-sig")
+                value = content.decode("utf-8-sig")
             else:
-                value = json.loads(self.read(i, JSON))[source.removeprefix("json.")]
+                value = json.loads(content)[source.removeprefix("json.")]
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]

@@ -523,7 +523,8 @@ def command_zeroshot(model, tokenizer, args):
     check(all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
     templates = usable_templates(tokenizer, templates)
     print(len(templates), "prompts whose words are in the vocabulary:")
-    print(*templates, sep="\n  ")
+    for template in templates:
+        print(f"  {template}")
     sizes = (args.batch_size, args.workers)
     result = score_folder(model, tokenizer, args.images, names, templates, *sizes)
     for name in sorted(result.keys() - {"per_class"}):

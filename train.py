@@ -153,6 +153,8 @@ def read_start(args):
 def open_data(args, tokenizer, model):
     """Returns the training pairs, and the validation pairs (data.Shards) or None."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
+    if val_shards:
+        print(f"{len(val_shards):,} of the shards are only for validation, by their names")
     pairs = data.Pairs(
         shards,
         tokenizer,
@@ -166,8 +168,6 @@ def open_data(args, tokenizer, model):
     )
     if args.val_data is not None:
         val_shards = [] if args.val_data == ["none"] else data.expand(args.val_data)
-    elif val_shards:
-        print(f"validating on {len(val_shards):,} of the shards, by their names")
     both = {*shards} & {*val_shards}
     if both:
         raise InputError(f"training and validation data share {min(both)}")
@@ -474,7 +474,7 @@ def make_parser():
     )
     add = parser.add_argument
     count = number(int, 1)
-    positive = number(float, 0)
+    not_negative = number(float, 0)
     # fmt: off
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
@@ -501,7 +501,7 @@ def make_parser():
         help="side of an image (default: the model's)")
     add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
     add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
-    add("--cls_weight", type=positive, default=1.0,
+    add("--cls_weight", type=not_negative, default=1.0,
         help="weight of the classification loss; 0 trains plain CLIP (default 1)")
     add("--loss", choices=("softmax", "sigmoid"),
         help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
@@ -513,9 +513,9 @@ def make_parser():
     add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
     add("--micro_batch_size", type=count,
         help="pairs of a process that go through the towers at a time (default: all of its batch)")
-    add("--learning_rate", type=positive, default=5e-4,
+    add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate, reached after a tenth of all steps, at most 1000 (default 5e-4)")
-    add("--weight_decay", type=positive, default=0.2,
+    add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, for matrices only (default 0.2)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
         help="share of an image's patches that a step leaves out (default 0)")

@@ -50,7 +50,7 @@ from superclip import PRESETS, SuperCLIPConfig
 from tokenizer import Tokenizer
 
 LENGTH = 16  # tokens of a caption with start and end, which is usual on the web
-# Learning rate, that of the head, and weight decay, which make no difference here
+# Learning rate and weight decay, which make no difference here
 RATES = 5e-4, 0.2
 
 
@@ -170,8 +170,6 @@ class Run:
         args = parse(options)
         self.args = args
         self.device = runtime.device_of_process(args.device)
-        if args.compile is None:
-            args.compile = train.can_compile(self.device)
         self.dtype = args.dtype or pick_dtype(self.device)
         tokenizer = Tokenizer.from_file(args.vocab or "clip")
         torch.backends.cuda.enable_flash_sdp(True)  # an earlier run may have switched it off

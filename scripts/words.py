@@ -286,7 +286,7 @@ def main(argv):
     args = read_options(argv)
     files = image_files(args.image, args.out)
     if args.out and args.data and not files:
-        raise InputError("--out needs --image")
+        raise InputError("beside --data, --out needs --image")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     size = model.config.image_size

@@ -55,6 +55,7 @@ scripts.words MODEL                                               | --image
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.doc         | x.doc
 scripts.search MODEL --images classes --like two.txt              | --like
+scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.report MODEL --reference x.jsonl --out x.html             | --log
 scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
