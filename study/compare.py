@@ -43,7 +43,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -206,7 +206,7 @@ def words_in(text):
 
 def read_command(text, common, settings):
     """A command line, and the options that it shares with another one -> a Command."""
-    words = words_in(text) or [""]
+    words = words_in(text)
     n = 1
     file = Path(words[0])
     module = None
@@ -463,8 +463,8 @@ class Interval(NamedTuple):
 def interval(differences):
     """The interval of the mean of some differences, one for each seed."""
     n = len(differences)
-    half = QUANTILES[n - 2] * stdev(differences) / n**0.5
-    return Interval(mean(differences), half)
+    sd = torch.tensor(differences).std().item()  # NaN if a run has no loss
+    return Interval(mean(differences), QUANTILES[n - 2] * sd / n**0.5)
 
 
 def gaps(sides, name):
@@ -489,8 +489,8 @@ def print_sides(sides):
         print(f"\n{side.command.text}, at a learning rate of {side.command.rate():.3g}")
         if side.tried:
             print("tried:", rates_text(side.tried))
-    print("\nin percent, a -> b, and b - a with its 95 % interval: ** if that excludes 0, as one")
-    print("interval in twenty does by chance\n")
+    print("\nin percent, a -> b, and b - a with its 95 % interval: ** marks one that excludes 0,")
+    print("as one in twenty does by chance\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs), key=len)
     for name, score in scores.items():

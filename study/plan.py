@@ -201,7 +201,9 @@ def read_searches(study):
         row = json.loads(line)
         runs = found[key_of(row["command"], row["world"])][row["rate"]]
         runs += [{**row, "scores": scores} for scores in row["scores"]]
-    for run in sorted(study.runs.values(), key=lambda run: run["seed"]):
+    # a run at newer code takes the place of an older one
+    newest = {(run["command"], run["world"], run["seed"]): run for run in study.runs.values()}
+    for run in sorted(newest.values(), key=lambda run: run["seed"]):
         if run["seed"] < compare.FIRST_SCORED:
             found[key_of(run["command"], run["world"])][run["rate"]].append(run)
     return found
@@ -313,7 +315,8 @@ GAINS = (
 
 
 def commit_of(run):
-    """The commit of a run. It is not "dirty" because runs.jsonl has grown."""
+    """The commit of a run, without "-dirty", which it is as soon as runs.jsonl has grown. What the
+    code was, its hash tells."""
     return run["commit"].removesuffix("-dirty")
 
 
@@ -386,7 +389,7 @@ def gain(searches, line, world):
     clip = searches[line, world]
     superclip = searches.get((line.replace(" --cls_weight 0 ", " "), world), {})
     rate = compare.best_rate(compare.goals_of(clip))
-    if " --cls_weight 0 " not in line or not world or rate not in superclip:
+    if " --cls_weight 0 " not in line or rate not in superclip:
         return ""
     sides = [compare.Side(None, {}, tried[rate]) for tried in (clip, superclip)]
     return compare.interval(compare.gaps(sides, "colour_shape")).text()

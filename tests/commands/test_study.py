@@ -162,6 +162,12 @@ def test_a_run_that_diverged_scores_0(called, tmp_path):
     assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
 
+def test_sides_without_a_loss_have_no_interval():
+    side = Side(None, {}, [{"scores": {}}, {"scores": {}}])  # two seeds that have diverged
+
+    assert compare.cell([side, side], "loss") == "nan -> nan, +nan ± nan"
+
+
 # ---- code
 
 FILES = {
@@ -356,6 +362,19 @@ def test_a_row_needs_all_its_runs_of_one_code(planned):
     other = re.sub('("-m study.no_idf .*"code": ")', r"\1other", runs)
     plan.RUNS.write_text(other)
     assert line_of(planned(), "no_idf") is None
+
+
+def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(planned, monkeypatch):
+    planned("settings16")
+    monkeypatch.setattr(compare.Command, "code", lambda command: "othercode--")
+    planned("settings16")
+
+    searches = plan.read_searches(Study(1, plan.RUNS))
+
+    clip, _ = compare.pair_of(plan.options_of("settings16"))
+    tried = searches[plan.key_of(clip.line(), clip.world())]
+    seeds = {rate: [(run["seed"], run["code"]) for run in runs] for rate, runs in tried.items()}
+    assert [*seeds.values()] == 2 * [[(seed, "othercode--") for seed in (0, 1, 2)]]
 
 
 def test_rows_name_the_best_rates_of_the_searches():
