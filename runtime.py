@@ -173,8 +173,8 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
 
 
 def write_row(out_dir, row):
-    """Adds a row to log.jsonl: a header at each start, the losses of a step, or a validation. A
-    resumed run may log a step twice: the later row counts."""
+    """Adds a row to log.jsonl: a header at each start, the losses of a step, which it also prints,
+    or a validation. A resumed run may log a step twice: the later row counts."""
     if RANK > 0:
         return
     with open(Path(out_dir, "log.jsonl"), "a") as file:

@@ -182,7 +182,7 @@ def merge(rows):
     return fields
 
 
-def split_of(sha256, group, val):
+def side_of(sha256, group, val):
     """The side of an image, train or val: by a hash of its group, or of its file if it has none."""
     if group not in (None, ""):
         text = str(group).strip()
@@ -233,7 +233,7 @@ def encode(item, args):
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
-    return split_of(sha256, group, args.val), suffix, content, fields
+    return side_of(sha256, group, args.val), suffix, content, fields
 
 
 # -----------------------------------------------------------------------------
