@@ -109,7 +109,7 @@ class Images(Dataset):
 def first_text(shards, i, sources):
     """The first text that a sample has in the first of the sources that it has, or ""."""
     for source in sources:
-        with suppress(data.BadSample):
+        with suppress(*evaluation.UNREADABLE):
             return shards.texts(i, source)[0]
     return ""
 
