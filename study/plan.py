@@ -214,20 +214,20 @@ def read_searches(study):
 
 OPENING = """# Does the word head help?
 
-Try it where captions leave much unsaid: in drawn scenes, which are made to show what it is for, it
-adds most with short captions. At batch 8 it adds much, too, but training takes four times the steps
-of batch 32, and at equal steps we cannot say that fewer pairs make it name more. With 4,000
-photographs of a shop and their titles ten seeds see no gain (24,000 are not run yet). Leave its
-weight, lambda, at 1: 0.3 names six points less in drawn scenes at batch 32, the photographs cannot
-tell the two apart, and no larger one was tried. Search the learning rate again with the head, and
-upwards: in six of ten comparisons its best rate is two to four times CLIP's, and in the others the
-same, as far as they went ([all rates](rates.md)).
+Try the head where captions leave much unsaid: in drawn scenes, made to show what it is for, it adds
+most with short captions. It also adds much at batch 8, but that takes four times the steps of batch
+32, and at equal steps we cannot say that it names more with fewer pairs to compare. With 4,000
+photographs of a shop and their titles, ten seeds see no gain but in the validation loss (24,000 are
+not run yet). Leave its weight (lambda, `--cls_weight`) at 1: 0.3 names six points less in drawn
+scenes at batch 32, the photographs cannot tell the two apart, and no larger one was tried. Search
+the learning rate again with the head, and upwards: in six of ten comparisons its best rate is two
+to four times CLIP's, and in the others the same, as far as they went ([all rates](rates.md)).
 
 A model with the head learns sooner what an object is called: with three times the samples, at batch
-32, CLIP names nearly everything by itself. And it tolerates a higher learning rate. At the rate
-that is best for CLIP the head adds 33 points at batch 8, of the 43 that it adds at a rate of its
-own, 29 of 43 with short captions, and 3 of 13 at batch 32, which cannot be told from 0. (These
-numbers are of the five seeds that chose the rates.)"""
+32, CLIP names nearly everything by itself. And it tolerates a higher learning rate. At CLIP's best
+rate the head adds 33 points at batch 8 (43 at its own best rate), 29 with short captions (43), and
+3 at batch 32 (13), which cannot be told from 0. (These numbers are of the five seeds that chose the
+rates.)"""
 HEADINGS = """
 | | seeds | rates | seconds | commit | R@1 | colour + shape | held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -242,15 +242,15 @@ are drawn alike, and hold out the same eight combinations. A row is CLIP -> Supe
 48,000 samples if nothing else is said: 6,000 steps at batch 8, 1,500 at 32, 750 at 64. In *groups
 of 4* an image is compared with the captions of its own four alone ([groups.py](groups.py)). Half of
 the captions are short ones, which say a thing or two. In *short captions* all of them are. Scenes
-have one of 256 settings (grounds). In *16 settings* they have one of 16, so in a batch of 8 a scene
-meets others with its own more often, and the contrastive loss asks for objects. (There three seeds
-have chosen between two rates, which are too few to say which is best.)
+have one of 256 settings (backgrounds). In *16 settings* they have one of 16, so in a batch of 8 a
+scene meets others with its own more often, and the contrastive loss asks for objects. (There three
+seeds chose between two rates, too few to know the best.)
 
 R@1 is the mean of both ways among 1,000 pairs that training has not seen (chance 0.1). Their
 captions are long ones, which a model of short or dual captions has never read. Colour + shape names
-one of 64 combinations (chance 1.6), and held out those eight that training never shows (1.6), which
-are an eighth of the former, too. Seconds are those of the fastest run of each, on one core of a
-shared machine.
+one of 64 combinations (chance 1.6). Held out does so for the eight that training never shows (1.6),
+which are also an eighth of colour + shape. Seconds are those of the fastest run of each, on one
+core of a shared machine.
 {HEADINGS}"""
 TO_ADD = f"""
 This is a table to add a row to. Compare with one that is there: give that side its rate, let the
