@@ -279,15 +279,16 @@ class Shards:
     def texts(self, i, source):
         """Returns all texts that a sample has in a source, txt or json.FIELD, as a list of strings.
         A field holds a string or a list of strings. Raises BadSample."""
-        content = self.read(i, TEXT if source == "txt" else JSON)
         try:
             if source == "txt":
-                value = content.decode("utf-8-sig")
+                value = self.read(i, TEXT).decode("utf-8-sig")
             else:
-                value = json.loads(content)[source.removeprefix("json.")]
+                value = json.loads(self.read(i, JSON))[source.removeprefix("json.")]
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
+        except BadSample:  # it has none
+            raise
         except Exception:  # of what JSON may hold
             raise BadSample(f"{source} cannot be read as UTF-8 text, or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:

@@ -269,8 +269,10 @@ def main(argv):
     content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
     if has_log:
         content["run"] = read_run(log)
-        other = args.reference
-        content["reference"] = read_run(other) if other else own_reference(content["run"])
+        if args.reference:
+            content["reference"] = read_run(args.reference)
+        else:
+            content["reference"] = own_reference(content["run"])
     write_page(args.out, TEMPLATE, content | examine(model, tokenizer, pairs, args.n))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 

@@ -109,7 +109,7 @@ class Images(Dataset):
 def first_text(shards, i, sources):
     """The first text that a sample has in the first of the sources that it has, or ""."""
     for source in sources:
-        with suppress(*evaluation.UNREADABLE):
+        with suppress(data.BadSample):
             return shards.texts(i, source)[0]
     return ""
 
@@ -302,7 +302,7 @@ def read_options(argv):
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
     for text in args.texts:  # of a pattern without quotes all files but one become texts
-        check(not os.path.isfile(text), f"{text} is a file, not a text: put the pattern in quotes")
+        check(not os.path.isfile(text), f"{text} is a file: quote a pattern, or name it by --like")
     if not args.texts and not args.like:
         check(args.serve, "name a text to look for, or an image (--like), or open a page (--serve)")
         check(not args.out, "--out shows what was found: name a text to look for, or an image")

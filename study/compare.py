@@ -206,7 +206,7 @@ def words_in(text):
 
 def read_command(text, common, settings):
     """A command line, and the options that it shares with another one -> a Command."""
-    words = words_in(text)
+    words = words_in(text) or [""]
     n = 1
     file = Path(words[0])
     module = None

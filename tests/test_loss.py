@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from material import cases, small_model
 
-from superclip import PAD, caption_label, classification_loss, contrastive_loss, idf, sigmoid_loss
+from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_loss
 
 V = 12
 START = 10
@@ -56,10 +56,13 @@ def test_the_label_of_a_caption_by_hand():
     """It is a set: 3 is in the first caption twice, and has one share. Shares add up to 1, even if
     the weights of common words do not."""
     weights = torch.tensor([0, 0, 4, 1, 0, 3, 0, 1, 0, 0, 0, 0]) / 16
+    logits = torch.zeros(3, V, requires_grad=True)
 
-    label = caption_label(CAPTIONS, weights)
+    classification_loss(logits, CAPTIONS, weights).backward()
 
-    assert label.tolist() == [
+    # the gradient is what the head says, 1/V of each word, minus the label
+    is_labelled = torch.tensor([[1.0], [1.0], [0.0]])
+    assert (is_labelled / V - 3 * logits.grad).round(decimals=6).tolist() == [
         [0, 0, 0, 0.25, 0, 0.75, 0, 0, 0, 0, 0, 0],
         [0, 0, 0.5, 0, 0, 0.375, 0, 0.125, 0, 0, 0, 0],
         [0] * V,
