@@ -220,7 +220,7 @@ def read_command(text, common, settings):
     check(not chosen, f"{text!r}: leave out --seed and --out_dir, which a comparison chooses")
     return Command(
         text=f"{text} {common}".strip(),
-        program=" ".join(words[:n]),
+        program=shlex.join(words[:n]),
         module=module,
         train=file,
         options={**defaults_of(options), **options},
@@ -260,7 +260,7 @@ def train_and_score(command, world, out_dir):
     words = [word.replace("WORLD/", f"{world}/") for word in words_of(command.options)]
     words += ["--seed", str(command.seed), "--out_dir", out_dir]
     start = time.perf_counter()
-    error = call([*command.program.split(), *words])
+    error = call([*shlex.split(command.program), *words])
     seconds = round(time.perf_counter() - start, 1)
     check(not error or DIVERGED in error, f"{command}: {error}")
     header, rows = read_log(f"{out_dir}/log.jsonl")

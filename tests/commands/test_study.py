@@ -218,22 +218,24 @@ pathlib.Path(option["--out_dir"], "log.jsonl").write_text(LOG)
 @pytest.fixture
 def fork(monkeypatch, tmp_path):
     """A folder with a train.py of another project, and with the runs."""
-    monkeypatch.setattr(compare, "OUT", tmp_path)
-    (tmp_path / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
-    return tmp_path
+    folder = tmp_path / "a fork"
+    folder.mkdir()
+    monkeypatch.setattr(compare, "OUT", folder)
+    (folder / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
+    return folder
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(fork):
     program = fork / "train.py"
     program.write_text("import sys\nprint('first')\nsys.exit('its last line')")
-    side = f"{program} --train_data a.tar"
+    side = f"'{program}' --train_data a.tar"
 
     with pytest.raises(InputError, match=f"{program}.*its last line"):
         compare.main(["--a", side, "--b", side])
 
 
 def test_a_killed_comparison_goes_on(fork):
-    command = f"{fork}/train.py --train_data a.tar"
+    command = f"'{fork}/train.py' --train_data a.tar"
     argv = ["--a", command, "--b", f"{command} --my_weight 1", "--seeds", "2", "--jobs", "1"]
     runs = fork / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
