@@ -8,12 +8,11 @@ them, so no row leaves the page when the code changes, and a row that is run aga
 alone.
 
 Most rows name the learning rate of each side. It is the best one of searches.jsonl, where seeds 0
-to 4 tried several (each line has the scores of one rate). The rows of a shop's photographs need
-what `python -m study.shop` makes.
+to 4 tried several. (Those are runs of older commits, and their "code" is the commit.) The rows of a
+shop's photographs need what `python -m study.shop` makes.
 """
 
 import itertools
-import json
 import re
 import shlex
 from collections import defaultdict
@@ -196,13 +195,10 @@ def key_of(line, world):
 def read_searches(study):
     """What seeds 0 to 4 have scored, in searches.jsonl and in the runs of a study: {key of a
     search: {rate: the run of each seed}}."""
-    found = defaultdict(lambda: defaultdict(list))
-    for line in open(SEARCHES):
-        row = json.loads(line)
-        runs = found[key_of(row["command"], row["world"])][row["rate"]]
-        runs += [{**row, "scores": scores} for scores in row["scores"]]
+    runs = [*compare.Study(1, SEARCHES).runs.values(), *study.runs.values()]
     # a run at newer code takes the place of an older one
-    newest = {(run["command"], run["world"], run["seed"]): run for run in study.runs.values()}
+    newest = {(run["command"], run["world"], run["seed"]): run for run in runs}
+    found = defaultdict(lambda: defaultdict(list))
     for run in sorted(newest.values(), key=lambda run: run["seed"]):
         if run["seed"] < compare.FIRST_SCORED:
             found[key_of(run["command"], run["world"])][run["rate"]].append(run)
