@@ -129,9 +129,9 @@ def error_of(capsys, main, *argv):
     """The sentence with which a command ends if the user has made a mistake."""
     capsys.readouterr()
     assert run(main, *argv) == 2, argv
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert not any(line.startswith("Traceback") for line in errors)
-    return errors[-1]
+    errors = capsys.readouterr().err.strip()
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
 
 
 def result_of(capsys, main, path, *argv):

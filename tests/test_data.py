@@ -50,12 +50,12 @@ def test_every_epoch_is_another_permutation():
 def test_every_hundredth_pair_is_held_out_but_a_thousand_at_most(captioned, n, distance):
     pairs = Pairs([captioned], TOKENIZER, 8)
     numbers = torch.arange(n)
-    pairs.index = numbers[:, None]  # a number for each
+    pairs.index = numbers  # one for each
 
     val_pairs = data.hold_out(pairs, [])
 
-    assert torch.equal(val_pairs.index[:, 0], numbers[::distance])
-    assert torch.equal(pairs.index[:, 0], numbers[numbers % distance > 0])
+    assert torch.equal(val_pairs.index, numbers[::distance])
+    assert torch.equal(pairs.index, numbers[numbers % distance > 0])
 
 
 # ---- what is drawn of a pair
@@ -197,20 +197,17 @@ def test_a_loading_process_starts_in_a_notebook(monkeypatch):
 # ---- waiting for it
 
 
-class Screen(io.StringIO):
-    def __init__(self, is_terminal):
-        super().__init__()
-        self.isatty = lambda: is_terminal
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_only_a_terminal_gets_a_bar_and_two_share_a_line(is_terminal):
+@pytest.mark.parametrize("screen, gets_a_bar", [(Terminal(), True), (io.StringIO(), False)])
+def test_only_a_terminal_gets_a_bar_and_two_share_a_line(screen, gets_a_bar):
     """In a notebook, which does not know the orders of terminals, each draw would begin a line."""
-    screen = Screen(is_terminal)
-
     for _ in data.progress([0], "outer", file=screen, delay=0):
         for _ in data.progress([0, 1], "inner", file=screen, delay=0):
             pass
 
-    assert ("inner" in screen.getvalue()) == is_terminal
+    assert ("inner" in screen.getvalue()) == gets_a_bar
     assert not {"\n", "\x1b"} & {*screen.getvalue()}

@@ -44,12 +44,10 @@ def test_with_a_rate_of_0_the_weights_stay(whole_run, tune, tmp_path):
 
 def test_the_vocabulary_and_the_model_come_along(whole_run, tune, shards, tmp_path):
     """Even to shards that lie beside no vocabulary."""
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(shards / "train-0.tar", bare)
+    shutil.copy(shards / "train-0.tar", tmp_path)
     before = checkpoint_of(whole_run, "best.pt")
 
-    after = tune("--steps", 1, "--train_data", bare / "train-0.tar")
+    after = tune("--steps", 1, "--train_data", tmp_path / "train-0.tar")
 
     assert after["vocab"] == before["vocab"]
     assert after["config"] == before["config"]

@@ -41,10 +41,7 @@ PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on
 
 def as_seen(image):
     """A picture as a viewer shows it on a white page."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "CMYK":
-        image = image.convert("RGB")
-    image = image.convert("RGBA")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 

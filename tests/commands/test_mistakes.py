@@ -61,7 +61,6 @@ scripts.report MODEL --reference x.jsonl --out x.html             | --log
 scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
-scripts.convert nested.pt x.pt                                    | nested.pt
 scripts.convert numbered.pt x.pt                                  | numbered.pt
 scripts.convert model.pt model.pt                                 | model.pt
 scripts.pack --csv list.csv --out x                               | --image_column
@@ -99,7 +98,6 @@ def world(tmp_path_factory):
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
     torch.save([torch.ones(2)], world / "list.pt")
-    torch.save({"state_dict": [torch.ones(2)]}, world / "nested.pt")
     torch.save({"state_dict": {0: torch.ones(2)}}, world / "numbered.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world

@@ -366,17 +366,16 @@ def test_a_row_needs_all_its_runs_of_one_code(planned):
     assert line_of(planned(), "no_idf") is None
 
 
-def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(planned, monkeypatch):
-    planned("settings16")
-    monkeypatch.setattr(compare.Command, "code", lambda command: "othercode--")
-    planned("settings16")
+def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
+    """Its runs are in the order of their seeds, in which differences are paired."""
+    study = Study(1, tmp_path / "runs.jsonl")
+    run = {"command": "train.py --learning_rate 1 --steps 9", "world": "drawn", "rate": 1.0}
+    for seed, code in ((1, "old"), (0, "old"), (1, "new")):
+        study.add({**run, "seed": seed, "code": code})
 
-    searches = plan.read_searches(Study(1, plan.RUNS))
+    found = plan.read_searches(study)["train.py --steps 9", "drawn"]
 
-    clip, _ = compare.pair_of(plan.options_of("settings16"))
-    tried = searches[plan.key_of(clip.line(), clip.world())]
-    seeds = {rate: [(run["seed"], run["code"]) for run in runs] for rate, runs in tried.items()}
-    assert [*seeds.values()] == 2 * [[(seed, "othercode--") for seed in (0, 1, 2)]]
+    assert [(run["seed"], run["code"]) for run in found[1.0]] == [(0, "old"), (1, "new")]
 
 
 def test_rows_name_the_best_rates_of_the_searches():

@@ -9,14 +9,10 @@ from children import ROOT
 from material import cases
 
 from docs.lab import Mistake
-from superclip import classification_loss, contrastive_loss, idf, multi_hot
+from superclip import caption_label, classification_loss, contrastive_loss, idf, multi_hot
 
 PAGE = (ROOT / "docs" / "lab.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def label(tokens, weights):
-    return F.normalize(multi_hot(tokens, len(weights)) * weights, p=1)
 
 
 def forward(model, images, tokens):
@@ -32,7 +28,7 @@ def my_forward(model, images, tokens):
 RIGHT = {
     "contrastive_loss": contrastive_loss,
     "idf": idf,
-    "label": label,
+    "label": caption_label,
     "classification_loss": classification_loss,
     "forward": forward,
     "my_forward": my_forward,
@@ -86,7 +82,7 @@ def zero_by_zero(tokens, weights):
 
 
 def mean_over_words(logits, tokens, weights):
-    return -(label(tokens, weights) * logits.log_softmax(dim=1)).mean()
+    return -(caption_label(tokens, weights) * logits.log_softmax(dim=1)).mean()
 
 
 def idf_of_the_batch(model, images, tokens):
