@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tarfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,9 @@ def run(main, *argv):
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
+        # Here no process ends, and torch would wait ten seconds for loading processes that it has
+        # lost in a cycle of references.
+        traceback.clear_frames(error.__traceback__)
         return 2
 
 
