@@ -203,9 +203,9 @@ def read_searches(study):
 OPENING = """# Does the word head help?
 
 - **When?** Where captions leave much unsaid: in drawn scenes, made to show what the head is for, it
-  adds most with short captions. And with many pairs: of a shop's photographs with their titles,
-  24,000 name types better by three points (five seeds), and with 4,000 we see no gain but in the
-  validation loss (ten seeds).
+  adds most with short captions. And perhaps where pairs are many: with 24,000 photographs of a shop
+  and their titles it names types better by three points (five seeds), and with 4,000 we see no gain
+  but in the validation loss (ten seeds).
 - **At which weight?** Leave it (lambda, `--cls_weight`) at 1: 0.3 names six points less in drawn
   scenes at batch 32, photographs cannot tell the two apart, and no larger one was tried.
 - **At which learning rate?** Search it again with the head, and upwards: in six of eleven
