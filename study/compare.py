@@ -206,7 +206,7 @@ def words_in(text):
 
 def read_command(text, common, settings):
     """A command line, and the options that it shares with another one -> a Command."""
-    words = words_in(text) or [""]
+    words = words_in(text)
     n = 1
     file = Path(words[0])
     module = None
@@ -241,7 +241,6 @@ def call(words):
     process = subprocess.Popen(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

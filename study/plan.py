@@ -138,7 +138,7 @@ BETWEEN = {
         '--common "--learning_rate 3.5e-4 --batch_size 32 --epochs 2.4" --seeds 10',
     ),
 }
-# Three weights of the head, each with the others: the rows of one size share their runs.
+# Three weights of the head (0 is CLIP), each compared with the others. Rows of one size share runs.
 SHOP = """--a "train.py --cls_weight {a}" --b "train.py --cls_weight {b}" \
 --common "--train_data 'out_study/shop/{pairs}/train-*.tar' \
 --val_data 'out_study/shop/val/train-*.tar' \
@@ -202,15 +202,15 @@ def read_searches(study):
 
 OPENING = """# Does the word head help?
 
-- **When?** Where captions leave much unsaid: in drawn scenes, made to show what the head is for, it
+- *When?* Where captions leave much unsaid: in drawn scenes, made to show what the head is for, it
   adds most with short captions. And perhaps where pairs are many: with 24,000 photographs of a shop
   and their titles it names types better by three points (five seeds), and with 4,000 we see no gain
   but in the validation loss (ten seeds).
-- **At which weight?** Leave it (lambda, `--cls_weight`) at 1: 0.3 names six points less in drawn
+- *At which weight?* Leave it (lambda, `--cls_weight`) at 1: 0.3 names six points less in drawn
   scenes at batch 32, photographs cannot tell the two apart, and no larger one was tried.
-- **At which learning rate?** Search it again with the head, and upwards: in six of eleven
-  comparisons its best rate is two to four times CLIP's, and in the others the same, as far as they
-  went ([all rates](rates.md)).
+- *At which learning rate?* Search it again with the head, and upwards: in six of the eleven
+  searches at lambda 1 its best rate is two to four times CLIP's, and in the others the same, as far
+  as they went ([all rates](rates.md)).
 
 In drawn scenes a model with the head learns sooner what an object is called: at batch 32 it names
 9 points more than CLIP after 48,000 samples, and after 144,000 both name more than 99 %. And it
@@ -258,9 +258,9 @@ NAME` runs what is missing and writes the line.
 The same seeds again: what a change of the data or of the batch does to each method, and what the
 head adds to CLIP with a smaller weight or without IDF. *Gains* are what it adds in the three
 scores, in the order of the columns. At batch 8 it adds more to all three than at 32, but that takes
-four times the steps. At equal steps it adds less to naming where a batch asks for objects more
-often (*16 settings*), but we cannot say that it names more with fewer pairs to compare (*groups of
-4*).
+four times the steps. At equal steps, where a batch asks for objects more often (*16 settings*), it
+adds less to naming and more to R@1. With fewer pairs to compare (*groups of 4*) it adds more to
+R@1, and to naming we cannot say so.
 {HEADINGS}"""
 SHOP_TEXT = """
 ## Photographs
@@ -269,8 +269,8 @@ With 24,000 pairs five seeds see the head help: at lambda 1 types by name gain t
 R@10 two. At 0.3 only R@10 gains, by one. With 4,000 pairs ten seeds see a gain in the validation
 loss alone, at both weights, and types may still gain up to four points. (There, at lambda 1, the
 first five seeds gained 4.3 in types, and the other five lost 1.0. So five seeds may mislead, those
-of 24,000 pairs, too.) At neither size can we tell the weights apart, so we see no reason to take a
-smaller one with few pairs.
+of 24,000 pairs, too.) At neither size can we tell the two weights apart, so nothing here speaks
+for a smaller one.
 
 Products of a shop with their titles ([how they are made](shop.py)), tiny model, batch 32. 4,000
 pairs are shown 24 times, at the best of three rates, chosen by three seeds. 24,000 pairs, with them
@@ -286,7 +286,7 @@ another random start would change, and not what another shop would.
 R@k is the mean of both ways among 2,000 titles that are unique and unseen (chance 0.05 and 0.5).
 Types and colours are named from their words (ten each, chance 10), and both at once (43, chance
 2.3). The validation loss compares 32 pairs (a guess: 3.466), and less is better. Lambda 0.3 with
-24,000 pairs ran on another day than the rest, when the machine was slower.
+24,000 pairs ran hours after the others, so do not compare its seconds with theirs.
 
 | | seeds | rates | seconds | commit | R@1 | R@10 | type | colour | both | validation loss |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -295,7 +295,7 @@ END = """
 ## What this page leaves out
 
 Of batch 256 there are only searches: with 48,000 samples CLIP names 8 % and SuperCLIP 9, which is
-too few to compare, and with 144,000 they name 98 and 99. Nothing was run between these ends.
+too few to compare, and with 144,000 they name 98 and 99. No length between the two was tried.
 
 Of the {intervals} intervals on this page {bold} exclude 0, and one in twenty would if nothing made
 a difference. They share runs, are not corrected for their number, and take the chosen rates as
@@ -331,7 +331,9 @@ def table(found, rows, scores):
             seconds = " / ".join(map(compare.Side.seconds, sides))
             cells = [compare.cell(sides, score) for score in scores]
             n = str(len(runs))
-            lines.append(line_of(label, n, rates, seconds, runs[0]["commit"], *cells))
+            # It is dirty as soon as runs.jsonl has grown. What the code was, its hash tells.
+            commit = runs[0]["commit"].removesuffix("-dirty")
+            lines.append(line_of(label, n, rates, seconds, commit, *cells))
     return lines
 
 
@@ -361,6 +363,7 @@ def page(found):
         *table(found, PHOTOGRAPHS, SHOP_SCORES),
     ]
     text = "\n".join(parts)
+    # bold is for intervals alone
     return text + END.format(intervals=text.count("±"), bold=text.count("**") // 2)
 
 
@@ -403,8 +406,8 @@ def rates_page(searches):
     for (line, world), tried in searches.items():
         run = next(iter(tried.values()))[0]
         rates = compare.rates_text(tried)
-        gained = gain(searches, line, world)
-        lines.append(line_of(f"`{run['text']}`", world, rates, gained, run["commit"]))
+        commit = run["commit"].removesuffix("-dirty")
+        lines.append(line_of(f"`{run['text']}`", world, rates, gain(searches, line, world), commit))
     return "\n".join(lines)
 
 

@@ -123,8 +123,8 @@ def run(main, *argv):
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        # Here no process ends, and torch would wait ten seconds for loading processes that it has
-        # lost in a cycle of references.
+        # The traceback keeps a failed loader alive in a cycle of references. If it is freed late,
+        # torch waits ten seconds for the loading processes.
         traceback.clear_frames(error.__traceback__)
         return 2
 
