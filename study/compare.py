@@ -241,6 +241,7 @@ def call(words):
     process = subprocess.Popen(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -338,8 +339,10 @@ class Study:
                 self.add(run)
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
-                what = f"{run['text']}, rate {run['rate']:.3g}, seed {run['seed']}"
-                print(f"{n} of {len(commands)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
+                print(
+                    f"{n} of {len(commands)}: {run['text']}, rate {run['rate']:.3g}, "
+                    f"seed {run['seed']}: {goal(run):.1f} %, {run['seconds']} s"
+                )
         finally:  # after a failure, Ctrl-C or a kill
             pool.terminate()  # what has not begun
             for process in STARTED:  # nothing happens to those that have ended

@@ -216,7 +216,7 @@ In drawn scenes a model with the head learns sooner what an object is called: at
 9 points more than CLIP after 48,000 samples, and after 144,000 both name more than 99 %. And it
 tolerates a higher learning rate: at CLIP's best rate the head adds 33 points at batch 8 (43 at its
 own best rate), 29 with short captions (43), and 3 at batch 32 (13), which cannot be told from 0.
-(The numbers of the last sentence are of the five seeds that chose the rates.)"""
+(These last numbers are of the five seeds that chose the rates.)"""
 HEADINGS = """
 | | seeds | rates | seconds | commit | R@1 | colour + shape | held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -260,7 +260,7 @@ head adds to CLIP with a smaller weight or without IDF. *Gains* are what it adds
 scores, in the order of the columns. At batch 8 it adds more to all three than at 32, but that takes
 four times the steps. At equal steps, where a batch asks for objects more often (*16 settings*), it
 adds less to naming and more to R@1. With fewer pairs to compare (*groups of 4*) it adds more to
-R@1, and to naming we cannot say so.
+R@1, but we cannot say that of naming.
 {HEADINGS}"""
 SHOP_TEXT = """
 ## Photographs
@@ -315,6 +315,12 @@ GAINS = (
 )
 
 
+def commit_of(run):
+    """The commit of a run, without "-dirty", which it is as soon as runs.jsonl has grown. What the
+    code was, its hash tells."""
+    return run["commit"].removesuffix("-dirty")
+
+
 def line_of(*texts):
     """A line of a table."""
     return f"| {' | '.join(texts)} |"
@@ -331,9 +337,7 @@ def table(found, rows, scores):
             seconds = " / ".join(map(compare.Side.seconds, sides))
             cells = [compare.cell(sides, score) for score in scores]
             n = str(len(runs))
-            # It is dirty as soon as runs.jsonl has grown. What the code was, its hash tells.
-            commit = runs[0]["commit"].removesuffix("-dirty")
-            lines.append(line_of(label, n, rates, seconds, commit, *cells))
+            lines.append(line_of(label, n, rates, seconds, commit_of(runs[0]), *cells))
     return lines
 
 
@@ -406,8 +410,8 @@ def rates_page(searches):
     for (line, world), tried in searches.items():
         run = next(iter(tried.values()))[0]
         rates = compare.rates_text(tried)
-        commit = run["commit"].removesuffix("-dirty")
-        lines.append(line_of(f"`{run['text']}`", world, rates, gain(searches, line, world), commit))
+        gained = gain(searches, line, world)
+        lines.append(line_of(f"`{run['text']}`", world, rates, gained, commit_of(run)))
     return "\n".join(lines)
 
 
