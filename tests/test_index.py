@@ -1,13 +1,18 @@
 """Shards and their index: a pattern names shards, every sample in them is found, and damage is
 named."""
 
+import bz2
+import gzip
+import lzma
 import os
 import tarfile
 from pathlib import Path
 
+import pytest
 from material import cases, write_captions, write_tar
 
 import data
+from cli import InputError
 from data import Shards
 
 # ---- which shards a pattern names
@@ -84,24 +89,69 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
 
 # ---- damage
 
-# case -> (damage to a shard of three samples, how many of them are still in the index)
+PAGE = b"<html>the page of an error</html>" * 100
+
+
+def overwrite(tar, member):
+    """A tar in which two blocks are no longer what they were: a header, and the first data."""
+    start = tar.index(member)
+    return tar[:start] + 1024 * b"?" + tar[start + 1024 :]
+
+
+# case -> (damage to a shard of three samples, the captions that are left, and what is named as not
+# used: the shard, or its samples)
 DAMAGE = {
-    "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], 3),
-    "a damaged header": (lambda tar: tar.replace(b"0001.png", b"????.png"), 1),
-    "two archives in one file": (lambda tar: tar + tar, 3),
+    "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], "red green ?", ""),
+    "a damaged image": (lambda tar: overwrite(tar, b"0001.png"), "red blue", ",:0001"),
+    "a damaged first header": (lambda tar: overwrite(tar, b"0000.png"), "green blue", ",:0000"),
+    "a page before the shard": (lambda tar: PAGE[:1024] + tar, "red green blue", ""),
+    "the same shard twice": (lambda tar: tar + tar, "red green blue", ":0000,:0001,:0002"),
+    "a page instead": (lambda tar: PAGE, "", ""),
+    "compressed": (gzip.compress, "", ""),
 }
 
 
-@cases("damage, left", DAMAGE)
-def test_a_damaged_shard_is_used_up_to_the_damage(tmp_path, damage, left):
+@cases("damage, left, named", DAMAGE)
+def test_of_a_damaged_shard_the_rest_is_used(tmp_path, damage, left, named):
     damaged = Path(write_captions(tmp_path / "0.tar", "red", "green", "blue"))
-    other = write_captions(tmp_path / "1.tar", "red", "green")
+    other = write_captions(tmp_path / "1.tar", "grey")
     damaged.write_bytes(damage(damaged.read_bytes()))
 
     shards = Shards([str(damaged), other])
 
-    assert len(shards) == left + 2
-    assert [name for name, _ in shards.unused] == [f"{damaged}:"]
+    captions = []
+    for i in range(len(shards)):
+        try:
+            captions += shards.captions(i)
+        except data.BadSample:  # its caption lies behind the end
+            captions.append("?")
+    assert captions == [*left.split(), "grey"]
+    assert sorted(name for name, _ in shards.unused) == [f"{damaged}{x}" for x in named.split(",")]
+
+
+@cases("format", FORMATS)
+def test_the_rest_is_used_behind_a_damaged_header_of_two_parts(tmp_path, monkeypatch, format):
+    """A long name has a header of its own, and then comes the one that is damaged."""
+    monkeypatch.setattr(tarfile.TarFile, "format", format)
+    names = [f"{90 * 'n'}/{90 * x}.jpg" for x in "abc"]
+    path = Path(write_tar(tmp_path / "0.tar", {name: b"image" for name in names}))
+    content = path.read_bytes()
+    start = content.index(b"image", content.index(b"image") + 1) - 512  # b's header
+
+    path.write_bytes(content[:start] + 512 * b"?" + content[start + 512 :])
+
+    shards = Shards([str(path)], sources=())
+    assert [shards.read(i, data.IMAGE) for i in range(len(shards))] == [b"image"] * 2
+    assert [name for name, _ in shards.unused] == [str(path)]
+
+
+def test_a_compressed_shard_is_called_one(tmp_path):
+    path = tmp_path / "0.tar"
+    for compress in (gzip.compress, bz2.compress, lzma.compress):
+        path.write_bytes(compress(bytes(10_240)))
+
+        with pytest.raises(InputError, match="compressed"):
+            Shards([str(path)])
 
 
 def test_a_member_that_claims_three_gigabytes_costs_one_sample(tmp_path):
@@ -115,7 +165,7 @@ def test_a_member_that_claims_three_gigabytes_costs_one_sample(tmp_path):
     shards = Shards([str(path)], sources=())
 
     assert [shards.name(i) for i in range(len(shards))] == [f"{path}:a"]
-    assert {name for name, _ in shards.unused} == {f"{path}:b", f"{path}:"}  # and it ends early
+    assert {name for name, _ in shards.unused} == {f"{path}:b", str(path)}  # and it ends early
 
 
 # ---- the cache of the index
