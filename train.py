@@ -558,25 +558,30 @@ MAY_CHANGE = {
 def parse(argv):
     """Returns the options, with the defaults of the built-in scenes and of --init_from."""
     parser = make_parser()
-    typed = parser.parse_args(argv)
+    usual = vars(parser.parse_args([]))
+    # argparse fills in a default only where there is no value, and None is one. So what is not None
+    # after this has been typed.
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(usual)))
+    typed = {name: value for name, value in vars(found).items() if value is not None}
     defaults = {}
-    if typed.train_data is None:
-        parser.set_defaults(batch_size=SCENES["batch_size"])
+    if "train_data" not in typed:
         # A batch four times as large takes half as many steps, at twice the learning rate: a
         # compromise between as many samples and as many steps, found by trial.
-        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
-        defaults.update(SCENES, epochs=round(2.4 * ratio, 3))
-        defaults["learning_rate"] = round(3.5e-4 * ratio, 6)
-    if typed.init_from is not None:
+        ratio = math.sqrt(typed.get("batch_size", SCENES["batch_size"]) / 32)
+        rate = round(3.5e-4 * ratio, 6)
+        if typed.get("cls_weight") == 0:
+            rate /= 2  # what is best for CLIP at batch 8, 32 and 64 (study/rates.md)
+        defaults.update(SCENES, epochs=round(2.4 * ratio, 3), learning_rate=rate)
+    if "init_from" in typed:
         defaults["learning_rate"] = FINE_TUNING_RATE
         defaults.pop("model", None)  # the checkpoint knows it
         for name in IN_A_CHECKPOINT:
-            if getattr(typed, name) is not None:
+            if name in typed:
                 raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
+    defaults = {name: value for name, value in defaults.items() if name not in typed}
     if defaults:
         print("defaults of this run:", defaults)
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    return argparse.Namespace(**{**usual, **defaults, **typed})
 
 
 def main(argv):
