@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -77,6 +77,37 @@ def wait_for_all():
     """Returns when all processes have come here."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
+
+
+@contextmanager
+def one_first():
+    """One process of each machine goes through the block, and then the others do."""
+    if LOCAL_RANK > 0:
+        wait_for_all()
+    yield
+    if LOCAL_RANK == 0:
+        wait_for_all()
+
+
+# -----------------------------------------------------------------------------
+# Time
+
+
+def moment(device):
+    """Now. On CUDA that is when the device comes to this place in its queue, since it works behind
+    the program that gives it orders."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before, after):
+    """The time between two moments. On CUDA the device must have passed both of them."""
+    if isinstance(before, (int, float)):
+        return after - before
+    return before.elapsed_time(after) / 1000
 
 
 # -----------------------------------------------------------------------------

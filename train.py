@@ -36,7 +36,6 @@ import data
 import eval as evaluation
 from cli import InputError, add_options, check, number, pick_dtype, run_command
 from runtime import (
-    LOCAL_RANK,
     RANK,
     WORLD,
     StopSignal,
@@ -46,6 +45,9 @@ from runtime import (
     device_of_process,
     header_of,
     join_processes,
+    moment,
+    one_first,
+    seconds_between,
     wait_for_all,
     write_row,
 )
@@ -140,6 +142,17 @@ def mean_losses(losses):
 
 # -----------------------------------------------------------------------------
 # What a run is made of
+
+
+def draw_scenes(args):
+    """Draws the built-in data if this run wants it and it is not there."""
+    if args.train_data != SCENES["train_data"] or Path("scenes").exists():
+        return
+    try:
+        make_scenes("scenes")
+    except InputError:
+        if not Path("scenes").exists():  # else another run or machine was faster
+            raise
 
 
 def read_start(args):
@@ -345,17 +358,14 @@ def train(args):
     local = slice(RANK * B, (RANK + 1) * B)
 
     # ---- The tokenizer, the model, the data and the optimizer
-    if LOCAL_RANK > 0:
-        wait_for_all()  # One process of a machine draws and indexes. The others find it done.
-    if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
-        make_scenes("scenes")
-    source, tokenizer = read_start(args)
-    model, new = build_model(args, source, tokenizer.vocab_size, device)
-    del source  # or its weights would stay for the whole run
-    tokenizer.context_length = model.config.context_length
-    pairs, val_pairs = open_data(args, tokenizer, model)
-    if LOCAL_RANK == 0:
-        wait_for_all()
+    with one_first():  # it draws and indexes, and the others find that done
+        draw_scenes(args)
+        source, tokenizer = read_start(args)
+        model, new = build_model(args, source, tokenizer.vocab_size, device)
+        del source  # or its weights would stay for the whole run
+        args.cls_weight = model.config.cls_weight  # for the log, if --init_from has chosen it
+        tokenizer.context_length = model.config.context_length
+        pairs, val_pairs = open_data(args, tokenizer, model)
     steps, warmup_steps, eval_every = lengths(args, len(pairs))
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     ddp_model = model
