@@ -202,6 +202,9 @@ def build_model(args, source, vocab_size, device):
         config = {**PRESETS[args.model or "ViT-B-16"], "vocab_size": vocab_size}
     else:
         config = dict(vars(source.config))
+        if source.head is None and args.cls_weight is None:
+            print(f"{args.init_from} has no word head: it gets a new one, at --cls_weight 1")
+            config["cls_weight"] = 1.0
     for field in fields(SuperCLIPConfig):  # an option of such a name sets it
         value = getattr(args, field.name, None)
         if value is not None:
@@ -242,6 +245,9 @@ def distribute(model):
     return DistributedDataParallel(model, **options)
 
 
+NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
+
+
 def make_optimizer(model, learning_rate, weight_decay, new=()):
     """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
     Each group keeps its peak rate, which is NEW_LEARNING_RATE for the parameters named in `new`."""
@@ -272,14 +278,25 @@ def lengths(args, n):
     return steps, warmup_steps, eval_every
 
 
+# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
+# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
+    "device", "dtype", "compile", "grad_checkpointing", "log_every", "eval_every",
+    "train_data", "val_data", "zeroshot_data", "vocab",
+}  # fmt: skip
+
+
 def resume(path, header, model, tokenizer, optimizer, scaler):
     """Takes up the run that has written last.pt. Returns its step and its best mean R@1. Raises
     InputError if it was another run than the one of this header."""
     saved = evaluation.read_checkpoint(path)
     check(saved.keys() >= {"header", "optimizer"}, f"{path} is not the last.pt of a run")
     before = saved["header"]["arguments"]
+    usual = make_parser()
     for name, value in header["arguments"].items():
-        was = before.get(name)
+        # An option that a fork has added since then had its default.
+        was = before.get(name, usual.get_default(name))
         fits = name in MAY_CHANGE or was == value
         check(fits, f"--resume: --{name} was {was} before, and is {value} now")
     same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
@@ -511,8 +528,9 @@ def make_parser():
         help="side of an image (default: the model's)")
     add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
     add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
-    add("--cls_weight", type=not_negative, default=1.0,
-        help="weight of the classification loss; 0 trains plain CLIP (default 1)")
+    add("--cls_weight", type=not_negative,
+        help="weight of the classification loss; 0 trains plain CLIP (default 1, or that of "
+        "--init_from)")
     add("--loss", choices=("softmax", "sigmoid"),
         help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
     # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
@@ -554,15 +572,7 @@ def make_parser():
 
 # The default rate with --init_from: larger steps would destroy what the weights know.
 FINE_TUNING_RATE = 5e-5
-NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
 IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
-# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
-# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
-MAY_CHANGE = {
-    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
-    "device", "dtype", "compile", "grad_checkpointing", "log_every", "eval_every",
-    "train_data", "val_data", "zeroshot_data", "vocab",
-}  # fmt: skip
 
 
 def parse(argv):

@@ -63,10 +63,23 @@ def test_a_frozen_tower_keeps_its_weights(whole_run, tune, tower, prefix):
     assert equal_names(after, before) == {name for name in before if name.startswith(prefix)}
 
 
-def test_the_head_can_be_left_out(tune):
-    after = tune("--steps", 1, "--cls_weight", 0)
+# what --cls_weight says, and which weight the run then has, if that of the file is 0.3, or 0
+WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0.5, (0.5, 0): 0.5}
 
-    assert not [name for name in after["model"] if "head" in name or name in COUNTS]
+
+@pytest.mark.parametrize("typed, of_file", WEIGHTS)
+def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path, typed, of_file):
+    """Without a head it gets one. The log says which weight was used."""
+    write_checkpoint(tmp_path / "start.pt", small_model(cls_weight=of_file))
+    options = [] if typed is None else ["--cls_weight", typed]
+
+    after = tune("--init_from", tmp_path / "start.pt", "--steps", 1, *options)
+
+    expected = WEIGHTS[typed, of_file]
+    has_head = any("head" in name for name in after["model"])
+    assert after["config"]["cls_weight"] == expected
+    assert after["header"]["arguments"]["cls_weight"] == expected
+    assert has_head == (expected > 0)
 
 
 def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):

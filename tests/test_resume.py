@@ -121,6 +121,19 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
     assert (copied_run / "last.pt").read_bytes() == before
 
 
+def test_a_fork_resumes_a_run_from_before_it_had_an_option(copied_run, shards, capsys):
+    """The option counts as its default then, and another value is refused."""
+    saved = checkpoint_of(copied_run)
+    del saved["header"]["arguments"]["patch_dropout"]
+    torch.save(saved, copied_run / "last.pt")
+    options = short_run(shards, copied_run, "--resume")
+
+    message = error_of(capsys, train.main, *options, "--patch_dropout", 0.5)
+
+    assert "--patch_dropout" in message
+    assert not train.main(options)
+
+
 def test_a_file_with_another_number_of_groups_is_refused(copied_run, shards, capsys):
     """Its moments would be of other parameters."""
     saved = checkpoint_of(copied_run)
