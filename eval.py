@@ -214,13 +214,13 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
 
 
 @torch.no_grad()
-def encode_images(model, encode, dataset, batch_size, workers):
+def encode_images(encode, dataset, device, batch_size, workers):
     """Returns features of all images of the dataset (N, ...), and the list of their N labels.
-    encode: what makes features of images (B, 3, S, S), such as model.encode_image."""
+    encode: what makes features of images (B, 3, S, S) on the device, such as model.encode_image."""
     features = []
     labels = []
     for images, labels_of_batch in batches(dataset, batch_size, workers, "encoding"):
-        features.append(encode(images.to(device_of(model))))
+        features.append(encode(images.to(device)))
         labels += labels_of_batch
     check(labels, "none of the images can be used")
     return torch.cat(features), labels
@@ -230,7 +230,8 @@ def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
     """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
     owner (M,), the number of each caption's image. Says how many captions are not unique."""
     dataset = ShardImages(shards, model.config.image_size)
-    images, captions = encode_images(model, model.encode_image, dataset, batch_size, workers)
+    sizes = (batch_size, workers)
+    images, captions = encode_images(model.encode_image, dataset, device_of(model), *sizes)
     texts = []
     owner = []
     for i, texts_of_image in enumerate(captions):
@@ -267,7 +268,7 @@ def format_score(name, s):
     return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
-def search(questions, question_label, answers, answer_label, k):
+def ranked_hits(questions, question_label, answers, answer_label, k):
     """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> (Q,
     k) booleans: is the best answer right, the second best ... Works in chunks, so that the matrix
     (Q, A) never exists.
@@ -286,8 +287,8 @@ def search(questions, question_label, answers, answer_label, k):
 
 
 def recall(found, k):
-    """found (Q, ...) of `search` -> R@k of each question (Q,): 1 if a right answer is among the
-    first k, else 0."""
+    """found (Q, ...) of `ranked_hits` -> R@k of each question (Q,): 1 if a right answer is among
+    the first k, else 0."""
     return found[:, :k].any(dim=1).double()
 
 
@@ -307,8 +308,8 @@ def mean_by_image(hits, image):
 
 def recall_scores(questions, question_image, answers, answer_image, ks):
     """R@k of a search for answers of the question's image, as a dict of scores. Arguments as in
-    `search`. Each image counts once, with the mean of its questions."""
-    found = search(questions, question_image, answers, answer_image, max(ks))
+    `ranked_hits`. Each image counts once, with the mean of its questions."""
+    found = ranked_hits(questions, question_image, answers, answer_image, max(ks))
     right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
     question_image = question_image.cpu()
     scores = {}
@@ -376,18 +377,26 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128, workers=0):
-    """Top-1 and top-5 accuracy, and top-1 of each class, for a dataset of (image, class number). It
-    is a search for the class among all C classes, so its top-k is R@k. templates: prompts, by
-    default those of TEMPLATES that the vocabulary has the words for."""
+def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=128, workers=0):
+    """Top-1 and top-5 accuracy, and top-1 of each class, for a folder with a folder of images per
+    class. Each image picks one of all C classes, so top-k is R@k.
+
+    names: of the classes, by default those of the folders; templates: prompts, by default those of
+    TEMPLATES that the vocabulary has the words for.
+    """
+    dataset = class_folders(folder, model.config.image_size)
+    C = len(dataset.classes)
+    if names is None:
+        names = [name.replace("_", " ") for name in dataset.classes]
+    check(len(names) == C, f"{folder} has {C} folders, and there are {len(names)} names")
     if templates is None:
         templates = usable_templates(tokenizer, TEMPLATES)
-    C = len(classes)
-    classifier = zeroshot_classifier(model, tokenizer, classes, templates)  # (C, E)
-    features, labels = encode_images(model, model.encode_image, dataset, batch_size, workers)
+    classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
+    sizes = (batch_size, workers)
+    features, labels = encode_images(model.encode_image, dataset, device_of(model), *sizes)
     labels = torch.tensor(labels)
     numbers = torch.arange(C, device=features.device)
-    found = search(features, labels.to(features.device), classifier, numbers, 5)
+    found = ranked_hits(features, labels.to(features.device), classifier, numbers, 5)
     hits = recall(found, 1)
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
@@ -396,7 +405,7 @@ def zeroshot(model, tokenizer, dataset, classes, templates=None, batch_size=128,
     result["per_class"] = []
     for c in labels.unique().tolist():
         part = score(hits[labels == c], 1 / C)
-        result["per_class"].append({"name": classes[c], **part})
+        result["per_class"].append({"name": names[c], **part})
     return result
 
 
@@ -408,7 +417,7 @@ def frozen_features(model, dataset, batch_size=128, workers=0):
         tokens = model.visual(images)
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float().cpu()
 
-    features, labels = encode_images(model, encode, dataset, batch_size, workers)
+    features, labels = encode_images(encode, dataset, device_of(model), batch_size, workers)
     return features, torch.tensor(labels)
 
 
@@ -503,17 +512,6 @@ def read_list(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-def score_folder(model, tokenizer, folder, names=None, templates=None, batch_size=128, workers=0):
-    """Scores zero-shot classification of a folder with a folder of images per class. Returns what
-    zeroshot does. names: of the classes, by default those of the folders."""
-    dataset = class_folders(folder, model.config.image_size)
-    if names is None:
-        names = [name.replace("_", " ") for name in dataset.classes]
-    n = len(dataset.classes)
-    check(len(names) == n, f"{folder} has {n} folders, and there are {len(names)} names")
-    return zeroshot(model, tokenizer, dataset, names, templates, batch_size, workers)
-
-
 # Each command prints its scores and returns them for --json.
 
 
@@ -526,7 +524,7 @@ def command_zeroshot(model, tokenizer, args):
     for template in templates:
         print(f"  {template}")
     sizes = (args.batch_size, args.workers)
-    result = score_folder(model, tokenizer, args.images, names, templates, *sizes)
+    result = zeroshot(model, tokenizer, args.images, names, templates, *sizes)
     for name in sorted(result.keys() - {"per_class"}):
         print(format_score(f"zero-shot {name}", result[name]))
     per_class = result["per_class"]
@@ -564,6 +562,7 @@ def command_probe(model, _, args):
     for kind, candidate in (("", model), ("untrained ", untrained)):
         x, y = frozen_features(candidate, train, *sizes)
         x_test, y_test = frozen_features(candidate, test, *sizes)
+        check(len(y) > 1, f"a probe learns from two images or more, and {args.train} has one")
         halves = zip(("class token", "patch mean"), x.chunk(2, dim=1), x_test.chunk(2, dim=1))
         for name, half, half_test in halves:
             found = probe((half, y), (half_test, y_test), len(train.classes))

@@ -334,7 +334,7 @@ def validate(args, model, tokenizer, pairs, step):
             if step > 0:  # before training a new head names words at random
                 evaluation.print_words(model, tokenizer, pairs)
         for folder in args.zeroshot_data:
-            scores = evaluation.score_folder(model, tokenizer, folder, workers=args.workers)
+            scores = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)
             row["zeroshot"][folder] = scores["top1"]
             name = f"zero-shot {Path(folder).name}"
             tqdm.write(evaluation.format_score(name, scores["top1"]))

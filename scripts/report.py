@@ -146,7 +146,8 @@ def read_pairs(model, shards):
         images.append(part.cpu())  # some of them are shown
         return model.encode_image(part).cpu()
 
-    features, captions = evaluation.encode_images(model, encode, some, 128, 0)
+    device = evaluation.device_of(model)
+    features, captions = evaluation.encode_images(encode, some, device, 128, 0)
     return torch.cat(images), captions, features
 
 

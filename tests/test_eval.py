@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from material import (
     TOKENIZER,
+    error_of,
     png,
     result_of,
     small_model,
@@ -106,7 +107,7 @@ def test_a_search_goes_through_the_scores_in_chunks():
     features = F.normalize(torch.randn(5000, 8), dim=1)
     numbers = torch.arange(5000)
 
-    found = evaluation.search(features, numbers, features, numbers, 1)
+    found = evaluation.ranked_hits(features, numbers, features, numbers, 1)
 
     assert found.all()
 
@@ -165,7 +166,7 @@ def test_zeroshot_by_hand(folders, capsys):
     for name in ("grey", "ring", "thing"):
         (folders / name).mkdir()
 
-    result = evaluation.score_folder(Colours(), TOKENIZER, folders)
+    result = evaluation.zeroshot(Colours(), TOKENIZER, folders)
 
     per_class = [(part["name"], part["value"], part["n"]) for part in result["per_class"]]
     assert per_class == [("blue", pytest.approx(0.8), 5), ("green", 1, 3), ("red", 1, 3)]
@@ -210,6 +211,19 @@ def scores_of(capsys, folder, command, *argv):
     result, printed = result_of(capsys, evaluation.main, path, *argv)
     assert printed.count("interval") == path.read_text().count('"interval"') > 0
     return result, printed
+
+
+def test_a_probe_of_one_picture_is_refused(folders, tmp_path, capsys):
+    write_checkpoint(tmp_path / "model.pt", small_model())
+    for path in [*folders.rglob("*.png")][1:]:
+        path.unlink()
+    shutil.copytree(folders, tmp_path / "test")
+    argv = ["probe", "--checkpoint", tmp_path / "model.pt", "--workers", 0]
+    argv += ["--train", folders, "--test", tmp_path / "test"]
+
+    message = error_of(capsys, evaluation.main, *argv)
+
+    assert str(folders) in message
 
 
 def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp_path, capsys):
