@@ -34,7 +34,7 @@ import regex
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, open_terminal, write_file
@@ -380,7 +380,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     w = h = min(width, height)
     if crop_area < 1:
         # As torchvision's RandomResizedCrop does it, but with random numbers of our own, so that a
-        # crop depends on nothing but the seed and the visit.
+        # crop does not depend on which process makes it.
         for _ in range(10):
             area = width * height * rng.uniform(crop_area, 1.0)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -440,8 +440,9 @@ def load_image(source, size, rng=None, crop_area=1.0):
 
 
 def rng_of_visit(seed, visit):
-    """Returns the random generator of a visit: the first pair that a run draws is visit 0. It
-    chooses the pair's captions, crop and patches, and another pair if this one is bad."""
+    """Returns the random generator of a visit. Visits count the pairs that a run draws: in batches
+    of 32, the first batch has visits 0 to 31, and the second begins with 32. The generator chooses
+    a pair's captions, crop and patches, and another pair if this one is bad."""
     return random.Random(seed << 40 | visit)
 
 
@@ -598,31 +599,35 @@ def micro_batch_indices(n, batch_size, local, micro_batch_size, seed, start, sto
     sample): its slice `local` of each global batch, in micro-batches."""
     for step in range(start, stop):
         batch = batch_indices(n, batch_size, seed, step)[local]
-        yield from BatchSampler(batch, micro_batch_size, drop_last=False)  # cuts any list
+        for i in range(0, len(batch), micro_batch_size):
+            yield batch[i : i + micro_batch_size]
 
 
-def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, device):
+def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, pin=False):
     """Yields what one process needs for each step from `start` to `stop`: a list of micro-batches,
-    dicts as `collate` makes them, on the device. Images travel as uint8.
+    dicts as `collate` makes them.
 
-    local: the slice of the global batch that this process loads, a multiple of micro_batch_size.
+    local: the slice of the global batch that this process loads, a multiple of micro_batch_size;
+    pin: keep batches where a GPU can copy them from while it computes.
     """
     per_step = (local.stop - local.start) // micro_batch_size
     sampler = micro_batch_indices(
         len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
     )
-    on_gpu = device.type == "cuda"
     loader = make_loader(
         pairs,
         workers,
         ahead=per_step,
         batch_sampler=sampler,
         collate_fn=pairs.collate,
-        pin_memory=on_gpu,  # so that a copy need not be waited for
+        pin_memory=pin,
     )
     batches = iter(loader)
     for _ in range(start, stop):
-        step = []
-        for batch in islice(batches, per_step):
-            step.append({k: x.to(device, non_blocking=on_gpu) for k, x in batch.items()})
-        yield step
+        yield [*islice(batches, per_step)]
+
+
+def to_device(batch, device):
+    """Queues the copies of a batch to a device. Images travel as uint8."""
+    on_gpu = device.type == "cuda"  # where a copy need not be waited for
+    return {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}

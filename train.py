@@ -402,7 +402,8 @@ def train(args):
             best_r1 = evaluation.read_checkpoint(best)["best_r1"]
     check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
     write_row(args.out_dir, {"header": header, "step": start})
-    batches = data.load_batches(pairs, N, local, M, start, steps, args.workers, device)
+    on_gpu = device.type == "cuda"
+    batches = data.load_batches(pairs, N, local, M, start, steps, args.workers, on_gpu)
 
     def save(path, step, **more):
         facts = {"header": header, "step": step, "best_r1": best_r1}
@@ -410,7 +411,7 @@ def train(args):
 
     stop = StopSignal()
     saved_time = time.monotonic()
-    images, seconds, waited = 0, 0.0, 0.0  # since the last row
+    images, seconds, waits = 0, 0.0, []  # since the last row
 
     has_no_bar = RANK > 0 or None  # None tells tqdm to draw a bar on a terminal only
     todo = range(start, steps + 1)
@@ -440,8 +441,10 @@ def train(args):
 
         # 4. The losses and their gradient
         start_time = time.perf_counter()
+        before = moment(device)
         micro_batches = next(batches)
-        waited += time.perf_counter() - start_time
+        waits.append((before, moment(device)))
+        micro_batches = [data.to_device(batch, device) for batch in micro_batches]
         if args.compile:  # or longer captions would compile the text tower again
             for batch in micro_batches:
                 torch._dynamo.maybe_mark_dynamic(batch["tokens"], 1)
@@ -463,6 +466,7 @@ def train(args):
         images += N
         if log_due:
             check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
+            waited = sum(seconds_between(*wait) for wait in waits)
             row = {
                 "step": done,
                 **losses,
@@ -475,7 +479,7 @@ def train(args):
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
             write_row(args.out_dir, row)
-            images, seconds, waited = 0, 0.0, 0.0
+            images, seconds, waits = 0, 0.0, []
 
     wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
     if stop_number > 0:

@@ -123,7 +123,7 @@ def bench_data(options, args):
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
     def ours():
-        for _ in data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0, torch.device("cpu")):
+        for _ in data.load_batches(pairs, N, slice(0, N), N, 0, steps, 0):
             pass
 
     def theirs():  # as most CLIP training does: get_wds_dataset of open_clip_train/data.py

@@ -155,7 +155,7 @@ def test_micro_batches_are_the_collated_pairs_of_their_step(odd_pairs, workers, 
     batch of 12, four at a time."""
     local = slice(4, 12)
 
-    loaded = [*data.load_batches(odd_pairs, 12, local, 4, start, 6, workers, torch.device("cpu"))]
+    loaded = [*data.load_batches(odd_pairs, 12, local, 4, start, 6, workers)]
 
     expected = []
     for step in range(start, 6):
