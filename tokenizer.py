@@ -27,8 +27,8 @@ from superclip import PAD
 
 # CLIP's order of the 256 bytes: printable ones first. Their ids are 0-255, and 256-511 are the same
 # bytes at the end of a word.
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES += [b for b in range(256) if b not in BYTES]
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
 
 CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
@@ -48,8 +48,10 @@ def words_to_tiktoken(words):
 
 def merges_to_tiktoken(text):
     """CLIP's file of BPE merges -> the text of a .tiktoken file of the same vocabulary."""
-    # The file writes each byte as a printable character, and the end of a word as </w>.
-    characters = map(chr, [*BYTES[:188], *range(256, 324)])
+    # The file writes a printable byte as itself, each other one as a character of its own from 256
+    # on, and the end of a word as </w>.
+    others = range(256, 256 + len(BYTES) - len(PRINTABLE))
+    characters = map(chr, [*PRINTABLE, *others])
     byte_of = dict(zip(characters, BYTES)) | {" ": 32}
     lines = text.replace(" ", "").replace("</w>", " ").split("\n")
     merges = lines[1:48895]  # as many as fill up CLIP's vocabulary: 49,408 - 512 - 2

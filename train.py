@@ -26,6 +26,11 @@ from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 
+# The threads of a step wait for each other. GNU's OpenMP lets them spin meanwhile, for so long that
+# beside another busy program hardly any step is made. So they sleep after a thousand rounds. torch
+# reads this as it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -413,7 +418,7 @@ def train(args):
     saved_time = time.monotonic()
     images, seconds, waits = 0, 0.0, []  # since the last row
 
-    has_no_bar = RANK > 0 or None  # None tells tqdm to draw a bar on a terminal only
+    has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         stop_number = stop.signal_of_any()
