@@ -14,9 +14,9 @@ the mean of the image's patch tokens, and rare words count more than common ones
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
 towers, the word head, the losses, and the model that joins them. Its `forward` is the method, in
-two halves: `pairs_alone` looks at each pair by itself, and `pairs_together` compares them.
-`python -m scripts.walk` follows one pair through it and prints every shape. After this file read
-train.py, then tokenizer.py, data.py and eval.py. runtime.py and cli.py hold nothing of the method.
+two halves: `pairs_alone` looks at each pair by itself, and `pairs_together` compares them. After
+this file read train.py, then tokenizer.py, data.py and eval.py. runtime.py and cli.py hold nothing
+of the method.
 
 To add a term to the loss:
 

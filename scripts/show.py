@@ -141,23 +141,21 @@ def report_unused(unused):
         print(f"{count:9,}  {kind}, such as {examples[kind]}")
 
 
-def label_of(ids, weights):
-    """The label of a caption as a dict of token -> share, in the order of the caption. ids: its
-    tokens; weights (V,): from idf."""
-    [label] = caption_label(torch.tensor([ids]), weights)
-    return {i: label[i].item() for i in ids}
-
-
 def print_sample(name, texts, tokenizer, weights):
-    """The captions of a sample, and what training makes of the first one."""
+    """The captions of a sample, and what training makes of the first one: its tokens, and its
+    label. weights (V,): from idf."""
     print(f"\n{name}")
     for text in texts:
         print(fill(text))
     ids = tokenizer.encode(texts[0])
     shortened = textwrap.shorten(" ".join(map(str, ids)), 80)
     print(f"  {len(ids)} tokens of the first caption: {shortened}")
+    [label] = caption_label(torch.tensor([ids]), weights)
+    shares = Counter()
+    for i in ids:
+        shares[i] = label[i].item()
     words = []
-    for token, share in Counter(label_of(ids, weights)).most_common(20):
+    for token, share in shares.most_common(20):
         words.append(f"{tokenizer.decode([token])} {share:.2f}")
     print(fill("label: " + "  ".join(words)))
 
