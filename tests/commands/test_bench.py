@@ -1,40 +1,30 @@
 """The commands of scripts/bench.py run without a GPU, too."""
 
-import json
+import re
 
 import pytest
 from material import TOKENIZER, run, write_captions
 
 from scripts import bench
 
-# How many rows have a number of this name
+# What each command compares, and a number that each of its lines must have
 COMMANDS = {
-    "data": {"images/s": 2, "ratio to data.py": 2},
-    # which runs "step" and "loader", too
-    "cuda": {"relative error": 9, "ratio to CLIP": 4, "TFLOP/s": 4, "images/s": 1, "memory_gb": 5},
+    "data": (["data.py", "webdataset and open_clip"], "images/s"),
+    "step": (["CLIP", "SuperCLIP", "open_clip", "matrix product"], "TFLOP/s"),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_and_keep_their_numbers(command, tmp_path, capsys):
-    """And in float32, with micro-batches and with checkpointing the gradient is the same. No next
-    command is told, because the run's folder is gone."""
+def test_each_rival_has_a_line_with_its_speed(command, tmp_path, capsys):
+    rivals, unit = COMMANDS[command]
     (tmp_path / "words.tiktoken").write_text(TOKENIZER.vocab)
     shard = write_captions(tmp_path / "a.tar", *8 * ["a red dog"])
-    numbers = tmp_path / "numbers.json"
-    options = f"--model=tiny --device=cpu --batch_size=4 --workers=1 --train_data={shard}".split()
-    options += [f"--vocab={tmp_path}/words.tiktoken", "--repeat=1", f"--json={numbers}"]
+    options = f"--model=tiny --device=cpu --batch_size=4 --train_data={shard} --repeat=1".split()
 
-    assert not run(bench.main, command, *options)
+    assert not run(bench.main, command, *options, f"--vocab={tmp_path}/words.tiktoken")
 
-    assert "--checkpoint" not in capsys.readouterr().out
-    rows = json.loads(numbers.read_text())
-    assert {name: sum(name in row for row in rows) for name in COMMANDS[command]} == (
-        COMMANDS[command]
-    )
-    for row in rows:
-        if "gradient" in row:
-            assert (row["relative error"] < 1e-5) == ("float32" in row["gradient"])
+    printed = capsys.readouterr().out
+    assert re.findall(rf"^{command} ([^,]+), .*{unit} \d", printed, re.M) == rivals
 
 
 def test_ratios_are_taken_within_a_round_and_the_first_does_not_count():
