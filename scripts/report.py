@@ -1,17 +1,16 @@
-"""Write one page that shows what a model has learned, and what it makes of validation pictures:
+"""Write one page that shows how a run went, and which words its model sees in validation pictures:
 
     python -m scripts.report --checkpoint out/best.pt --out report.html
     python -m scripts.report --checkpoint out/best.pt --reference other/log.jsonl --out report.html
-    python -m scripts.report --checkpoint clip.pt --data SHARDS --out clip.html
 
-The pictures are those on which the run was validated, unless --data names others. The curves of the
-run stand beside those of another one: that of --reference, or else the project's own run of CLIP or
-of SuperCLIP, if their models are equal. The page needs no network and no library. All that it shows
-comes from the model, the validation pairs and the logs, and travels in the page as one JSON object.
-The HTML, CSS and JavaScript that show them are in report.html, and in page.html what all pages
-need.
+The pictures are those on which the run was validated, unless --data names others. Plain CLIP has no
+word head, so its page has no pictures. The curves of the run stand beside those of another one:
+that of --reference, or else the project's own run of CLIP or of SuperCLIP, if their models are
+equal. The page needs no network and no library. All that it shows comes from the model, the
+validation pairs and the logs, and travels in the page as one JSON object. The HTML, CSS and
+JavaScript that show them are in report.html, and in page.html what all pages need.
 
-Axes: N pairs that are read, n of them shown, E embedding, S pixels a side, G patches a side.
+Axes: S pixels a side, G patches a side.
 """
 
 import base64
@@ -19,8 +18,6 @@ import io
 import json
 from pathlib import Path
 
-import torch
-from torch.utils.data import Subset
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
@@ -44,7 +41,6 @@ START_OF_PAGE = TEMPLATE.with_name("page.html")
 PLACEHOLDER = "/* the numbers */"  # in page.html: where the JSON goes
 STUDY = Path(__file__).resolve().parent.parent / "study"
 REFERENCES = (STUDY / "reference_log.jsonl", STUDY / "clip_log.jsonl")
-SEARCHED = 1000  # pairs that a caption is searched among
 WORDS = 8  # of a picture
 SIDE, QUALITY = 224, 85  # largest side of an embedded picture in pixels, and its JPEG quality
 HEADER = "arguments config parameters pairs steps device dtype torch commit date".split()
@@ -132,23 +128,7 @@ def own_reference(run):
 
 
 # -----------------------------------------------------------------------------
-# What the model makes of validation pairs
-
-
-def read_pairs(model, shards):
-    """Up to SEARCHED pairs of data.Shards -> images (N, 3, S, S), a list of the captions of each,
-    and image features (N, E)."""
-    dataset = evaluation.ShardImages(shards, model.config.image_size)
-    some = Subset(dataset, evenly(range(len(shards)), SEARCHED))
-    images = []
-
-    def encode(part):
-        images.append(part.cpu())  # some of them are shown
-        return model.encode_image(part).cpu()
-
-    device = evaluation.device_of(model)
-    features, captions = evaluation.encode_images(encode, some, device, 128, 0)
-    return torch.cat(images), captions, features
+# What the head says of validation pictures
 
 
 def small_jpeg(image):
@@ -186,40 +166,24 @@ def words_of(model, tokenizer, image, captions):
     ]
 
 
-@torch.no_grad()
-def examine(model, tokenizer, shards, n):
-    """All numbers of the page that come from the model, as a dict. Raises InputError."""
-    images, captions, image_features = read_pairs(model, shards)
-    first_captions = [captions_of_image[0] for captions_of_image in captions]
-    text_features = evaluation.encode_texts(model, tokenizer, first_captions).cpu()
-    numbers = torch.arange(len(images))
-    scores = evaluation.recall_scores(text_features, numbers, image_features, numbers, (1,))
-    has_head = model.head is not None
-
-    shown = evenly(numbers.tolist(), n)
-    similarity = image_features[shown] @ text_features[shown].T  # (n, n)
+def describe_pictures(model, tokenizer, shards, n):
+    """What the page shows of n samples of data.Shards, at even distances, as a list of dicts. Those
+    that cannot be read are left out. Raises InputError if none can be."""
+    samples = evaluation.ShardImages(shards, model.config.image_size)
     pictures = []
-    for i in data.progress(shown, "mapping words"):
+    for i in data.progress(evenly(range(len(samples)), n), "mapping words"):
+        image, captions = samples[i]
+        if image is None:
+            continue
         picture = {
-            "source": data_uri(images[i]),
-            "caption": shortened(first_captions[i]),
-            "captions": shortened(" · ".join(captions[i])),
+            "source": data_uri(image),
+            "caption": shortened(captions[0]),
+            "captions": shortened(" · ".join(captions)),
+            "words": words_of(model, tokenizer, image, captions),
         }
-        if has_head:
-            picture["words"] = words_of(model, tokenizer, images[i], captions[i])
         pictures.append(picture)
-
-    return {
-        "head": has_head,
-        "loss": model.config.loss,
-        "logit_scale": model.logit_scale.exp().item(),
-        "size": model.config.image_size,
-        "window": default_window(model),
-        "pairs": len(images),
-        "similarity": rounded(similarity, 6),
-        "recall": scores["R@1"],
-        "pictures": pictures,
-    }
+    check(pictures, "none of the images can be used")
+    return pictures
 
 
 # -----------------------------------------------------------------------------
@@ -246,7 +210,7 @@ def read_options(argv):
     captions = "txt or json.FIELD, one or more (default: those of the run, else txt)"
     add("--captions", nargs="+", metavar="SOURCE", help=captions)
     add("--out", type=output_file(".html"), required=True, help="page to write")
-    add("--n", type=number(int, 2, 24), default=12, help="pictures to show (default 12)")
+    add("--n", type=number(int, 1, 24), default=12, help="pictures to show (default 12)")
     add("--log", help="log of the run (default: log.jsonl beside the checkpoint, if it is there)")
     text = "log of a run to draw beside it (default: the project's own, if their models are equal)"
     add("--reference", metavar="LOG", help=text)
@@ -255,26 +219,35 @@ def read_options(argv):
 
 def main(argv):
     args = read_options(argv)
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    has_head = model.head is not None
     log = Path(args.log or Path(args.checkpoint).with_name("log.jsonl"))
     has_log = args.log or log.is_file()
-    if args.reference and not has_log:
-        text = f"--reference is drawn beside the curves of the run, and there is no {log}"
-        raise InputError(f"{text}: name the run's log with --log")
-    shards, captions = evaluation.validation_of(args.checkpoint)
-    shards = args.data or shards
-    captions = args.captions or captions
-    check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    training, validation = data.by_split(data.expand(shards))
-    pairs = data.Shards(validation or training, captions)
-    content = {"name": Path(args.checkpoint).name, "run": None, "reference": None}
+    if not has_log and (args.reference or not has_head):
+        raise InputError(f"there is no {log}: name the log of the run with --log")
+    content = {
+        "name": Path(args.checkpoint).name,
+        "run": None,
+        "reference": None,
+        "size": model.config.image_size,
+        "window": default_window(model),
+        "pictures": [],
+    }
     if has_log:
         content["run"] = read_run(log)
         if args.reference:
             content["reference"] = read_run(args.reference)
         else:
             content["reference"] = own_reference(content["run"])
-    write_page(args.out, TEMPLATE, content | examine(model, tokenizer, pairs, args.n))
+    if has_head:
+        shards, captions = evaluation.validation_of(args.checkpoint)
+        shards = args.data or shards
+        captions = args.captions or captions
+        check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
+        training, validation = data.by_split(data.expand(shards))
+        pairs = data.Shards(validation or training, captions)
+        content["pictures"] = describe_pictures(model, tokenizer, pairs, args.n)
+    write_page(args.out, TEMPLATE, content)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 

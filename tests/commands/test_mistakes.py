@@ -58,6 +58,7 @@ scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.report MODEL --reference x.jsonl --out x.html             | --log
+scripts.report --checkpoint clip.pt --out x.html                  | --log
 scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
 scripts.bench step --model tiny --micro_batch_size 4              | --micro_batch_size
 scripts.bench data --train_data pairs.tar                         | --batch_size
