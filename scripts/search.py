@@ -2,15 +2,14 @@
 
     python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
     python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
-    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.html
+    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
     python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz --serve
 
-The first command prints the best images for each text with their scores. --out also shows them, as
-a picture or, for a name that ends in .html, as a page that needs no network, and --serve opens a
-page to search with: see scripts/serve.py. Without --images and --data, the validation pictures of
-the run are searched. A score is the cosine similarity of two features. Compare only scores of the
-same text, because some texts score higher than others everywhere.
+The first command prints the best images for each text with their scores. --out also draws them, and
+--serve opens a page to search with: see scripts/serve.py. Without --images and --data, the
+validation pictures of the run are searched. A score is the cosine similarity of two features.
+Compare only scores of the same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search encodes only those
 that are new or have changed. What searches of other folders have left in the file stays there until
@@ -51,7 +50,7 @@ from cli import (
     write_json,
 )
 from scripts import serve
-from scripts.pictures import FORMATS, contact_sheet, image_files
+from scripts.pictures import contact_sheet, image_files, picture_file
 from tokenizer import unknown_words
 
 # -----------------------------------------------------------------------------
@@ -294,7 +293,7 @@ def read_options(argv):
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--like", action="append", default=[], help="image to look for; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
-    add("--out", type=output_file(".html", *FORMATS), help="page or picture to write: .html, .png")
+    add("--out", type=picture_file, help="picture to draw of what was found, such as found.png")
     add("--json", type=output_file(".json"), help="file to write what was found to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
@@ -339,10 +338,7 @@ def main(argv):
         print_result(result)
     write_json(args.json, results)
     if args.out:
-        if args.out.suffix.lower() == ".html":
-            serve.write_results(args.out, results, search)
-        else:
-            draw_results(args.out, results, search)
+        draw_results(args.out, results, search)
         print(f"\nwrote {args.out}")
     if server:
         serve.run(server, search, args.k)

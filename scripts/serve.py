@@ -1,10 +1,9 @@
-"""The page of scripts/search.py, written to a file (--out found.html) or served (--serve):
+"""The page that scripts/search.py serves:
 
     python -m scripts.search --checkpoint clip.pt --images photos/ --features photos.npz --serve
 
-Both pages are page.html, which the report has, too, followed by serve.html. In the file are the
-results of the searches that the command was given, with their pictures. The served page asks this
-process for results, and then for each picture.
+It is page.html, which the report has, too, followed by serve.html. The page asks this process for
+results, and then for each picture.
 
 The page is for this machine alone, or for one that is connected to it by `ssh -L`. Three things
 keep others out: it listens on 127.0.0.1, it answers only to a host of this machine (so that no
@@ -21,29 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-import eval as evaluation
 from cli import InputError, check
-from scripts.report import SIDE, data_uri, page_text, small_jpeg, write_page
+from scripts.report import SIDE, page_text, small_jpeg
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
-
-
-def write_results(path, results, search):
-    """Write the page that needs no network. results: what the methods of a scripts.search.Search
-    return."""
-    images = {}  # number of a picture, or name of one that others are like -> data: address
-    for result in results:
-        if "like" in result:
-            images[result["like"]] = data_uri(evaluation.read_image(result["like"], SIDE))
-        for found in result["found"]:
-            images[found["number"]] = data_uri(search.image(found["number"], SIDE))
-    content = {"served": False, "folder": search.folder, "results": results, "images": images}
-    write_page(path, TEMPLATE, content)
-
-
-# -----------------------------------------------------------------------------
-# The server
 
 
 def open_server(port):
@@ -91,9 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         search = self.server.search
         k = self.server.k
         if name == "":
-            content = {"served": True, "folder": search.folder, "pictures": len(search.entries)}
+            content = {"folder": search.folder, "pictures": len(search.entries)}
             page = page_text(TEMPLATE, content)
-            # Unlike the page in a file it may ask for more, but its own server alone.
+            # Unlike the report it may ask for more, but its own server alone.
             page = page.replace("img-src data:", "img-src data: 'self'; connect-src 'self'", 1)
             return "text/html", page.encode()
         if name == "picture":

@@ -53,7 +53,7 @@ scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
 scripts.words MODEL --word zebra                                  | zebra
 scripts.words MODEL                                               | --image
 scripts.search MODEL --images hollow "a text"                     | hollow
-scripts.search NONE --images classes "a text" --out x.doc         | x.doc
+scripts.search NONE --images classes "a text" --out x.html        | x.html
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html

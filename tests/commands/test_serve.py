@@ -1,4 +1,4 @@
-"""The pages of scripts/serve.py in a real browser, and who is answered."""
+"""The page of scripts/serve.py in a real browser, and who is answered."""
 
 import http.client
 import json
@@ -8,11 +8,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from children import Children
-from material import features_of, photo, run, small_model, write_checkpoint
+from material import features_of, photo, small_model, write_checkpoint
 from webpage import requests_of
 
 import eval as evaluation
-from scripts import search
 
 HOSTILE = "<img src=x onerror=alert()>.png"
 
@@ -128,16 +127,3 @@ def test_a_visit(browser, address):
     browser.find_element("xpath", "//h2[starts-with(text(), 'Like ')]")
     assert set(pictures_on(browser)) == {*found} - {found[3]}
     assert all(request.startswith(address) for request in requests_of(browser))
-
-
-def test_the_page_of_out_needs_no_network(browser, world):
-    page = world / "found.html"
-    argv = ["--checkpoint", world / "model.pt", "--images", world / "photos", "--k", 20]
-    argv += ["--like", world / "photos" / "07.png", HOSTILE, "--out", page]
-    assert not run(search.main, *argv)
-    requests_of(browser)
-
-    browser.get(page.as_uri())
-
-    assert len(pictures_on(browser)) == 19 + 20
-    assert requests_of(browser) == {page.as_uri()}
