@@ -295,27 +295,21 @@ def write_bad_rows(path, bad):
 # -----------------------------------------------------------------------------
 # What to do with the pairs
 
-WAYS = """
-a vocabulary of the captions' words, and a look at the pairs:
-  python -m scripts.vocab {train}{captions} --out {out}/vocab.tiktoken
-  python -m scripts.show {pairs} --picture grid.png
-
-search with published weights, without training (downloads 0.6 GB):
+TUNE = """
+fine-tune published weights, which suits so few pairs (downloads 0.6 GB), and search:
   pip install open_clip_torch
-  python -c "import open_clip, torch; torch.save({weights}.state_dict(), 'laion.pt')"
-  python -m scripts.convert laion.pt clip.pt
-  python -m scripts.search --checkpoint clip.pt --data {out} --features {out}/features.npz 'a text'
-
-fine-tune these weights to your captions (CLIP's vocabulary stays):
-  python train.py --train_data {pairs} --init_from clip.pt --epochs 5{batch} --out_dir out_tuned
-
-train from nothing{warning}:
-  python train.py --train_data {pairs} {model} --out_dir out_own"""
+  python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt"""
+FROM_NOTHING = """
+train from nothing, with a vocabulary of the captions' words, and search:
+  python -m scripts.vocab {train}{captions} --out {out}/vocab.tiktoken"""
+TRAIN_AND_SEARCH = """
+  python train.py --train_data {pairs} {options} --out_dir out_photos
+  python -m scripts.search --checkpoint out_photos/best.pt --data {out} --serve"""
 
 
-def print_ways(out, n, n_val, several):
-    """Print what can be done with n training pairs and n_val validation pairs in the folder `out`.
-    several: do images have several captions?"""
+def print_way(out, n, n_val, several):
+    """Print how to train with the n training pairs and n_val validation pairs in the folder `out`,
+    and how to search with the model. several: do images have several captions?"""
     train = shlex.quote(f"{out}/train-*.tar")
     captions = ""
     if several:
@@ -323,29 +317,17 @@ def print_ways(out, n, n_val, several):
     pairs = train + captions
     if n_val > 0:
         pairs = f"{train} --val_data {shlex.quote(f'{out}/val-*.tar')}{captions}"
-    small = f"--batch_size {min(32, n)}"
-    batch = ""
-    warning = ""
     if n < 10_000:
-        batch = f" {small}"
-        warning = ", which is weak with so few pairs"
-    weights = "open_clip.create_model('ViT-B-32', 'laion2b_s34b_b79k')"
-    model = f"--model tiny {small} --learning_rate 4e-4"
-    if torch.cuda.is_available():
-        weights = "open_clip.create_model('ViT-B-16', 'laion2b_s34b_b88k')"
-        if n >= 30_000:
-            model = "--model ViT-S-16 --vocab clip"
-    text = WAYS.format(
-        out=shlex.quote(str(out)),
-        train=train,
-        captions=captions,
-        pairs=pairs,
-        weights=weights,
-        batch=batch,
-        warning=warning,
-        model=model,
-    )
-    print(text)
+        way = TUNE
+        options = f"--init_from clip.pt --epochs 5 --batch_size {min(32, n)}"
+    else:
+        way = FROM_NOTHING
+        options = "--model tiny --batch_size 32 --learning_rate 4e-4"
+        if n >= 30_000 and torch.cuda.is_available():
+            options = "--model ViT-S-16"
+    way += TRAIN_AND_SEARCH
+    folder = shlex.quote(str(out))
+    print(way.format(out=folder, train=train, captions=captions, pairs=pairs, options=options))
 
 
 # -----------------------------------------------------------------------------
@@ -388,7 +370,7 @@ def main(argv):
     for kind, count in kinds.most_common(3):
         print(f"{count:9,}  {kind}")
     several = any(len(merge(rows)["captions"]) > 1 for rows in samples.values())
-    print_ways(args.out, n, n_val, several)
+    print_way(args.out, n, n_val, several)
 
 
 if __name__ == "__main__":
