@@ -1,5 +1,6 @@
 """What a run needs besides its method: processes that act as one, a signal that ends them, the
-folder of the run, and its log. Nothing here depends on the method, and train.py calls all of it.
+folder of the run, and its log. Nothing here depends on the method. train.py calls all of it, except
+for the two functions at the end, which read what it has logged.
 
 torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
 in `join_processes`, and from then on what they send to each other adds up over all of them.
@@ -214,3 +215,42 @@ def write_row(out_dir, row):
         terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
         speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
         tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
+
+
+def read_log(path):
+    """A log.jsonl -> the last header in it, and the list of rows that count.
+
+    A run that is resumed adds a header, with the step from which it goes on. What the attempt
+    before it has logged beyond that is no part of the run, and a validation may come again: then
+    the later one counts. Raises InputError.
+    """
+    header = None
+    rows = {}  # by step and kind
+    try:
+        for line in Path(path).read_text("utf-8").splitlines():
+            row = json.loads(line)
+            if "header" in row:
+                header = row["header"]
+                rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
+            else:
+                rows[row["step"], "loss" in row] = row
+    except (ValueError, LookupError, TypeError) as error:
+        # not its repr, which may hold the whole file
+        raise InputError(f"{path} is not a log of train.py in UTF-8: {error}") from error
+    check(header, f"{path} has no header, so it is not a log of train.py")
+    return header, list(rows.values())
+
+
+def short_names(folders):
+    """Folders, such as those of --zeroshot_data -> {folder: its name}. Where several have one name,
+    as many of the folders above it stand before it as tell it from the others."""
+    names = {}
+    for folder in folders:
+        parts = Path(folder).parts
+        names[folder] = folder
+        for n in range(1, len(parts) + 1):
+            alike = [other for other in folders if Path(other).parts[-n:] == parts[-n:]]
+            if len(alike) == 1:
+                names[folder] = "/".join(parts[-n:])
+                break
+    return names

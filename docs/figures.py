@@ -44,8 +44,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cli import make_parser, run_command
+from runtime import read_log
 from scripts import scenes
-from scripts.log import read_log
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 

@@ -32,7 +32,7 @@ from cli import (
     run_command,
     write_file,
 )
-from scripts.log import read_log, short_names
+from runtime import read_log, short_names
 from scripts.pictures import evenly
 from scripts.words import default_window, word_maps
 

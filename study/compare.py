@@ -51,7 +51,7 @@ import torch
 import train
 from cli import check, cores, lock_folder, make_parser, number, run_command
 from eval import DIVERGED
-from scripts.log import read_log, short_names
+from runtime import read_log, short_names
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 
