@@ -231,6 +231,16 @@ def add_member(tar, name, content):
     tar.addfile(info, io.BytesIO(content))
 
 
+def add_sample(tar, key, suffix, image, caption, fields):
+    """Adds a sample to a shard that is open for writing. suffix: of its image, such as .jpg; image:
+    the bytes of that file; fields: a dict for .json."""
+    text = caption.encode("utf-8", "replace")
+    metadata = json.dumps(fields).encode()
+    add_member(tar, key + suffix, image)
+    add_member(tar, key + ".txt", text)
+    add_member(tar, key + ".json", metadata)
+
+
 # -----------------------------------------------------------------------------
 # Samples: what shards hold, at random access
 

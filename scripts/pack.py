@@ -256,9 +256,7 @@ class ShardWriter:
             self.close()
             self.tar = tarfile.open(self.folder / f"{self.split}-{shard:05d}.tar", "w")
         key = f"{shard:05d}{place:05d}"
-        data.add_member(self.tar, key + suffix, content)
-        data.add_member(self.tar, key + ".txt", fields["captions"][0].encode("utf-8", "replace"))
-        data.add_member(self.tar, key + ".json", json.dumps(fields).encode())
+        data.add_sample(self.tar, key, suffix, content, fields["captions"][0], fields)
         self.n += 1
 
     def close(self):

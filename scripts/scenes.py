@@ -29,7 +29,6 @@ Lengths and positions are in 0..1 of the picture's side, with x to the right and
 import functools
 import io
 import itertools
-import json
 import math
 import random
 import tarfile
@@ -38,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from PIL import Image, ImageDraw
 
 from cli import cores, make_parser, new_folder, number, run_command
-from data import add_member, progress
+from data import add_sample, progress
 from tokenizer import words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
@@ -313,9 +312,7 @@ def write_shard(task, folder, settings, seed):
     with tarfile.open(folder / name, "w") as tar:
         for i, scene, short, long in make_samples(split, numbers, settings, seed):
             fields = {"short": short, "long": long, "scene": scene}
-            add_member(tar, f"{i:08d}.jpg", jpeg(draw(scene)))
-            add_member(tar, f"{i:08d}.txt", short.encode())
-            add_member(tar, f"{i:08d}.json", json.dumps(fields).encode())
+            add_sample(tar, f"{i:08d}", ".jpg", jpeg(draw(scene)), short, fields)
 
 
 def write_class(folder, kind, name, looks, n, settings, seed):
