@@ -105,13 +105,15 @@ def load(checkpoint, device="cpu"):
     return model, tokenizer, preprocess
 
 
-def validation_of(checkpoint):
-    """The --val_data of the run that wrote a checkpoint, and the sources of its captions. Shards
-    are None if it named none: its validation pairs, if any, came out of --train_data."""
-    arguments = read_checkpoint(checkpoint).get("header", {}).get("arguments", {})
-    shards = arguments.get("val_data")
-    if shards == ["none"]:
-        shards = None
+def validation_of(checkpoint, shards=None, option="--data"):
+    """Returns the --val_data of the run that wrote a checkpoint, unless other shards are given, and
+    the sources of the run's captions. option: what gives others. Raises InputError if the run named
+    none: its validation pairs, if any, came out of --train_data."""
+    header = read_checkpoint(checkpoint).get("header", {})
+    arguments = header.get("arguments", {})
+    shards = shards or arguments.get("val_data")
+    if shards in (None, ["none"]):
+        raise InputError(f"{checkpoint} names no validation shards: name pictures with {option}")
     captions = arguments.get("val_captions") or arguments.get("captions") or ["txt"]
     return shards, captions
 
@@ -542,8 +544,8 @@ def command_retrieval(model, tokenizer, args):
     splits = {data.split_of(shard) for shard in shards}
     if {"train", "validation"} <= splits:
         raise InputError("these shards are of training and of validation: name one of the two")
-    captions = args.captions or validation_of(args.checkpoint)[1]
-    pairs = data.Shards(shards, captions)
+    _, captions = validation_of(args.checkpoint, shards)
+    pairs = data.Shards(shards, args.captions or captions)
     result = score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
     print_words(model, tokenizer, pairs)
     return result

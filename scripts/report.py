@@ -240,12 +240,9 @@ def main(argv):
         else:
             content["reference"] = own_reference(content["run"])
     if has_head:
-        shards, captions = evaluation.validation_of(args.checkpoint)
-        shards = args.data or shards
-        captions = args.captions or captions
-        check(shards, f"{args.checkpoint} names no validation shards, so name them: --data")
+        shards, captions = evaluation.validation_of(args.checkpoint, args.data)
         training, validation = data.by_split(data.expand(shards))
-        pairs = data.Shards(validation or training, captions)
+        pairs = data.Shards(validation or training, args.captions or captions)
         content["pictures"] = describe_pictures(model, tokenizer, pairs, args.n)
     write_page(args.out, TEMPLATE, content)
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")

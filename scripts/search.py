@@ -313,15 +313,14 @@ def main(argv):
     server = None
     if args.serve:
         server = serve.open_server(args.port)  # now, so that no work is lost if another has it
-    paths, captions = evaluation.validation_of(args.checkpoint)
-    if args.images or args.data:
-        paths = args.data
     entries = file_entries(args.images, args.out)
     shards = None
-    if paths:
+    captions = []
+    if args.data or not args.images:
+        options = "--images or --data"
+        paths, captions = evaluation.validation_of(args.checkpoint, args.data, options)
         shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
         entries += shard_entries(shards)
-    check(entries, f"{args.checkpoint} names no validation shards: name --images or --data")
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     like = find_features(model, file_entries(args.like, args.out), None, workers=0)

@@ -77,12 +77,13 @@ def find_pictures(args, files, tokenizer, size):
     pictures of the run, or scenes. Raises InputError."""
     if files or args.data:
         return pictures_of_files(files, size)
-    shards, captions = evaluation.validation_of(args.checkpoint)
-    if shards:
-        return pictures_of_run(shards, captions, size)
-    if tokenizer.vocab == scenes.vocabulary():
+    try:
+        shards, captions = evaluation.validation_of(args.checkpoint, option="--image")
+    except InputError:
+        if tokenizer.vocab != scenes.vocabulary():
+            raise
         return draw_scenes(size)
-    raise InputError(f"{args.checkpoint} names no validation shards, so name pictures: --image")
+    return pictures_of_run(shards, captions, size)
 
 
 # -----------------------------------------------------------------------------

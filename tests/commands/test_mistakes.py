@@ -52,10 +52,12 @@ scripts.words MODEL --image hollow                                | hollow
 scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
 scripts.words MODEL --word zebra                                  | zebra
 scripts.words MODEL                                               | --image
+scripts.search MODEL "a text"                                     | --images
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.html        | x.html
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
+scripts.report MODEL --out x.html                                 | --data
 scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
 scripts.report MODEL --reference x.jsonl --out x.html             | --log
 scripts.report --checkpoint clip.pt --out x.html                  | --log
