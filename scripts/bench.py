@@ -5,8 +5,8 @@
 
 train.py's options set the rest, such as --model, --batch_size, --image_size, --dtype, --device and
 --compile, because train.py's own functions build the model and update it here. A step is a plain
-one, without micro-batches and patch dropout. Each result is a line of numbers, where 3 (2-5) is a
-median with the lowest and the highest value.
+one, without micro-batches and patch dropout. In the results 3 (2-5) is a median with the lowest and
+the highest value.
 
 Rivals take turns in one process, for several rounds. Ratios are taken within a round, so that slow
 phases of the machine fall on both sides. A ratio carries over to other machines better than seconds
@@ -20,8 +20,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import runtime
@@ -42,38 +40,36 @@ def parse(options):
 
 
 def race(rivals, rounds, clock):
-    """rivals: dict of name -> function without arguments. Yields each name and its numbers, a dict:
-    seconds, and how many times as long as the first rival it takes."""
+    """rivals: dict of name -> function without arguments. Returns a dict of name -> list of the
+    seconds that it takes in each round."""
     seconds = {name: [] for name in rivals}
     for _ in data.progress(range(rounds + 1), "rounds", unit="round"):
         for name, function in rivals.items():
             start = clock()
             function()
             seconds[name].append(clock() - start)
-    first = next(iter(rivals))
-    for name in rivals:
-        # The first round pays for imports, caches and compilation.
-        times = seconds[name][1:]
-        ratios = [a / b for a, b in zip(times, seconds[first][1:])]
-        yield name, {"seconds": min_median_max(times), f"ratio to {first}": min_median_max(ratios)}
+    # The first round pays for imports, caches and compilation.
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def min_median_max(values):
-    return [min(values), statistics.median(values), max(values)]
+def print_speeds(seconds, images):
+    """Print a line for each rival of a race. images: that each of them takes in a round."""
+    first = next(iter(seconds))
+    for name, times in seconds.items():
+        speed = images / statistics.median(times)
+        took = spread(times)
+        ratio = spread([a / b for a, b in zip(times, seconds[first])])
+        print(f"{name}: {speed:,.1f} images/s, {took} seconds, {ratio} times as long as {first}")
 
 
-def show(value):
-    """A number, short enough to read, or a spread as "median (lowest-highest)"."""
-    if isinstance(value, list):
-        low, median, high = map(show, value)
-        return f"{median} ({low}-{high})"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return value
+def spread(values):
+    """Numbers -> "median (lowest-highest)"."""
+    median = statistics.median(values)
+    low, high = min(values), max(values)
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
-# Each command is a generator of rows, dicts that main prints. It gets train.py's options, a list of
-# strings, and the number of rounds.
+# Each command gets train.py's options, a list of strings, and the number of rounds.
 
 # -----------------------------------------------------------------------------
 # data: from shard to batch
@@ -108,8 +104,8 @@ def bench_data(options, rounds):
 
     # Processor time does not count what else the machine does.
     rivals = {"data.py": ours, "webdataset and open_clip": theirs}
-    for name, numbers in race(rivals, rounds, time.process_time):
-        yield {"data": name, "images/s": steps * N / numbers["seconds"][1], **numbers}
+    seconds = race(rivals, rounds, time.process_time)
+    print_speeds(seconds, steps * N)
 
 
 # -----------------------------------------------------------------------------
@@ -169,41 +165,27 @@ class OpenClipRun(Run):
 
 
 def bench_step(options, rounds):
-    """The speed of each step stands beside that of a product of two large matrices, the most that a
-    device can do. (Of open_clip's, a part is for padding.)"""
+    """A step of CLIP, of SuperCLIP and of open_clip's CLIP, which takes a part of its time for
+    padding."""
     superclip = parse(options)
     clip = parse([*options, "--cls_weight=0"])
     check(superclip.micro_batch_size is None, "a step is a plain one: leave out --micro_batch_size")
     runs = {"CLIP": Run(clip), "SuperCLIP": Run(superclip)}
-    device = runs["CLIP"].device
-    dtype = runs["CLIP"].dtype
-    if device.type == "cuda":
+    if runs["CLIP"].device.type == "cuda":
         runs["SuperCLIP --compile"] = Run(parse([*options, "--compile"]))
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(clip)
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+    dtype = runs["CLIP"].dtype
+    print(f"{clip.model}, batch {clip.batch_size}, {dtype}")
     rivals = {name: run.step for name, run in runs.items()}
-    rivals["matrix product"] = lambda: torch.mm(a, b)[0, 0].item()
     # Wall time, because a step uses all cores, and on a GPU no processor time at all.
-    for name, numbers in race(rivals, rounds, time.perf_counter):
-        # The counter knows neither compiled code nor all kernels of attention.
-        eager = torch.compiler.set_stance("force_eager")
-        plain = sdpa_kernel(SDPBackend.MATH)
-        with eager, plain, FlopCounterMode(display=False) as counter:
-            rivals[name]()
-        numbers["TFLOP/s"] = counter.get_total_flops() / numbers["seconds"][1] / 1e12
-        what = f"{name}, {superclip.model}, batch {superclip.batch_size}, {dtype}"
-        yield {"step": what, **numbers}
+    seconds = race(rivals, rounds, time.perf_counter)
+    print_speeds(seconds, clip.batch_size)
 
 
 # -----------------------------------------------------------------------------
 
 COMMANDS = {"data": bench_data, "step": bench_step}
-
-
-def print_row(row):
-    print(", ".join(f"{name} {show(value)}" for name, value in row.items()))
 
 
 def main(argv):
@@ -214,11 +196,10 @@ def main(argv):
     parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (default 10)")
     args, options = parser.parse_known_args(argv)  # the others are train.py's
     if args.command == "data":
-        torch.set_num_threads(1)  # now, so that the first row says so
+        torch.set_num_threads(1)  # now, so that the first line says so
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print_row({"torch": torch.__version__, "threads": torch.get_num_threads(), "GPUs": str(cards)})
-    for row in COMMANDS[args.command](options, args.repeat):
-        print_row(row)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPUs: {cards}")
+    COMMANDS[args.command](options, args.repeat)
 
 
 if __name__ == "__main__":
