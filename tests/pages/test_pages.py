@@ -65,12 +65,13 @@ def test_the_code_in_the_readme_is_the_method():
         torch.testing.assert_close(names[name], expected[name])
 
 
-def test_the_readmes_lines_of_inference_run(tmp_path, monkeypatch, capsys):
+def test_the_lines_of_inference_run(tmp_path, monkeypatch, capsys):
     """They print numbers without a graph, and words."""
+    page = (ROOT / "docs" / "data.md").read_text()
     monkeypatch.chdir(tmp_path)
     Path("assets").symlink_to(ROOT / "assets")
 
-    exec(re.search(r"```python\n(from PIL.+?)```", README, re.DOTALL)[1], {})
+    exec(re.search(r"```python\n(from PIL.+?)```", page, re.DOTALL)[1], {})
 
     assert re.fullmatch(r"tensor\(\[\[.+,.+\]\]\)\n\[\[\(.+\)\]\]\n", capsys.readouterr().out)
 
