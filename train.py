@@ -417,7 +417,6 @@ def train(args):
     stop = StopSignal()
     saved_time = time.monotonic()
     images, seconds, waits = 0, 0.0, []  # since the last row
-
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
