@@ -10,7 +10,8 @@ Both train with the same seeds. Each seed has a *world* of its own, drawn for it
 and to validate on, and folders of classes. So differences are paired by seed, and their intervals
 include the draw of the data. Data, model, length and rate default to those of this project's
 train.py at the same batch size, in a fork, too. With --train_data a command brings shards of its
-own, and needs no world. The intervals then leave out the draw of the data.
+own, and needs no world. The intervals then leave out the draw of the data, unless each seed has
+shards of its own: {seed} in an option stands for the seed, as in --train_data 'fold{seed}/*.tar'.
 
 With --rates the learning rate of a command is searched, unless the command names a
 --learning_rate. Seeds 0 to 4 choose it: the rate with the best mean of their scores is taken for
@@ -257,7 +258,9 @@ def call(words):
 def train_and_score(command, world, out_dir):
     """Train a model in out_dir, on the world in a folder. Returns a run: a dict of scores, seconds,
     and what the log says of the machine. A run that has diverged has no scores."""
-    words = [word.replace("WORLD/", f"{world}/") for word in words_of(command.options)]
+    words = []
+    for word in words_of(command.options):
+        words.append(word.replace("WORLD/", f"{world}/").replace("{seed}", str(command.seed)))
     words += ["--seed", str(command.seed), "--out_dir", out_dir]
     start = time.perf_counter()
     error = call([*shlex.split(command.program), *words])

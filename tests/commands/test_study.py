@@ -156,6 +156,16 @@ def test_a_run_trains_in_its_world_and_keeps_every_score(called, tmp_path):
     assert run["scores"]["x"] == SCORE and run["ways"] == WAYS
 
 
+def test_a_seed_in_an_option_is_replaced_when_it_runs_but_not_in_the_key(called, tmp_path):
+    command = read_command("train.py --train_data 'fold{seed}/*.tar'", "", 256).at(1e-3, seed=7)
+
+    compare.train_and_score(command, Path("no world"), str(tmp_path))
+
+    assert "--train_data fold7/*.tar" in called[0]
+    line, _, seed, _ = command.key("its code")
+    assert "fold{seed}/*.tar" in line and seed == 7
+
+
 def test_a_run_that_diverged_scores_0(called, tmp_path):
     run = compare.train_and_score(CLIP.at(1, seed=0), Path("world0"), str(tmp_path))
 
