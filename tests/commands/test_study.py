@@ -16,7 +16,7 @@ import superclip
 import train
 from cli import InputError
 from eval import DIVERGED
-from study import compare, groups, no_idf, plan, shop
+from study import class_token, compare, groups, no_idf, plan, shop, shuffled, warmup
 from study.compare import Side, Study, best_rate, next_rates, read_command
 
 CLIP = read_command("train.py --cls_weight 0", "", 16)
@@ -288,6 +288,59 @@ def test_without_idf_all_words_weigh_the_same(monkeypatch):
     no_idf.main([])
 
     assert model.token_weights().tolist() == [0, 1, 1, 1, 0, 0]
+
+
+# Three captions of the words 1, 2 and 3, with two of a model's six tokens as start and end.
+CAPTIONS = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
+
+
+@pytest.fixture
+def controlled(monkeypatch):
+    """A model in training, whose functions a control may replace."""
+    monkeypatch.setattr(superclip, "classification_loss", superclip.classification_loss)
+    monkeypatch.setattr(superclip.WordHead, "forward", superclip.WordHead.forward)
+    monkeypatch.setattr(train, "main", lambda argv: argv)
+    return small_model(vocab_size=6).train()
+
+
+def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(controlled):
+    images = torch.rand(3, 3, 16, 16)
+    plain = controlled(images, CAPTIONS)
+    count = {1: 2, 2: 1, 3: 1}  # of six captions, since both calls count them
+    expected = 0.0
+    for image, caption in zip(range(3), [[3], [1], [1, 2]]):
+        weights = {word: math.log(7 / (2 * count[word] + 1)) for word in caption}
+        logs = controlled.class_logits(images)[image].log_softmax(dim=0)
+        for word, weight in weights.items():
+            expected -= weight / sum(weights.values()) * logs[word] / 3
+
+    assert shuffled.main(["--steps", "9"]) == ["--steps", "9"]
+    losses = controlled(images, CAPTIONS)
+
+    torch.testing.assert_close(losses["classification_loss"], expected)
+    assert losses["contrastive_loss"] == plain["contrastive_loss"]
+    assert controlled.token_counts[1:4].tolist() == [4, 2, 2]
+
+
+def test_a_head_on_the_class_token_does_not_see_the_patches(controlled):
+    tokens = torch.randn(2, 5, controlled.config.vision_width)
+    head = controlled.head
+    normed = (tokens[:, 0] - tokens[:, 0].mean(1, True)) / tokens[:, 0].std(1, False, keepdim=True)
+    expected = normed @ head.linear.weight.T + head.linear.bias
+
+    class_token.main([])
+
+    torch.testing.assert_close(head(tokens), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_warm_up_is_three_times_as_long(monkeypatch):
+    monkeypatch.setattr(train, "lengths", train.lengths)
+    monkeypatch.setattr(train, "main", lambda argv: argv)
+    args = train.parse(["--steps", "1500", "--eval_every", "700"])
+
+    warmup.main([])
+
+    assert train.lengths(args, 20_000) == (1500, 450, 700)
 
 
 def test_a_comparison_trains_both_variants_and_prints_every_score(
