@@ -5,13 +5,14 @@ folders of classes.
 
 DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
 table pairs.csv with the columns image (ID.jpg), caption (productDisplayName), type (articleType)
-and colour (baseColour). What is made of them goes to out_study/shop: 4,000 and 24,000 pairs to
-train on, each with a vocabulary of their words, 2,000 pairs to validate on, and folders of classes:
-ten types, ten colours, and both at once.
+and colour (baseColour). They are split anew for each seed of --seeds. What is made for seed 5 goes
+to out_study/shop/5: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to
+validate on, and folders of classes: types, colours, and both at once. All seeds have the same
+classes, those with enough products in each split.
 
-Hashes decide where a product is, so it is the same place for everyone. Products with equal titles
-are on one side, and pictures that are trained on are on no other. The titles of the validation
-pairs are unique, so R@1 can be 100 %, and what is classified is neither trained nor validated on.
+Hashes of the seed decide where a product is, so it is the same place for everyone. Products with
+equal titles are on one side, and no picture is on two. The titles of the validation pairs are
+unique, so R@1 can be 100 %, and what is classified is neither trained nor validated on.
 """
 
 import csv
@@ -19,12 +20,14 @@ import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cli import make_parser, new_folder, run_command
+from cli import make_parser, new_folder, number, run_command
 from scripts import vocab
 from scripts.pack import ShardWriter
 
 OUT = Path("out_study/shop")
-VAL = 2_000  # pairs
+SEEDS = (0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # of the published rows
+TRAIN = 24_000  # pairs
+VAL = 2_000
 NUMBERS = {"type": 200, "colour": 100, "both": 50}  # pictures of a class
 # Classes are named as titles say them.
 TYPES = {
@@ -42,31 +45,23 @@ def hashed(text):
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
-def split(rows):
+def split(rows, seed):
     """Products with the content of their pictures -> those to train on, to validate on, and to
-    classify."""
+    classify, each in the order of this seed."""
     titles = Counter(row["caption"] for row in rows)
-    trained = {title for title in titles if hashed(f"side {title}") % 100 < 60}
+    trained = {title for title in titles if hashed(f"side {seed} {title}") % 100 < 60}
+    rows = sorted(rows, key=lambda row: hashed(f"{seed} {row['image']}"))
     train = [row for row in rows if row["caption"] in trained]
     shown = {row["content"] for row in train}
     others = [row for row in rows if row["caption"] not in trained and row["content"] not in shown]
     val = [row for row in others if titles[row["caption"]] == 1][:VAL]
-    used = {row["image"] for row in val}
-    return train, val, [row for row in others if row["image"] not in used]
+    used = {row["content"] for row in val}
+    classified = [row for row in others if row["content"] not in used]
+    return train[:TRAIN], val, classified
 
 
-def write_shards(rows, out):
-    """Pack pairs, with a vocabulary of their words."""
-    out.mkdir(parents=True)
-    writer = ShardWriter(out, "train")
-    for row in rows:
-        writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
-    writer.close()
-    vocab.main([f"{out}", "--out", f"{out}/vocab.tiktoken"])
-
-
-def write_classes(rows, out):
-    """Write a folder for each class that has enough products."""
+def classes_of(rows):
+    """{(kind, name of a class): its products} of the classes that have enough of them."""
     classes = defaultdict(list)
     for row in rows:
         name = TYPES.get(row["type"])
@@ -77,29 +72,49 @@ def write_classes(rows, out):
             classes["colour", colour].append(row)
         if name and colour:
             classes["both", f"{colour} {name}"].append(row)
-    for (kind, label), products in classes.items():
-        n = NUMBERS[kind]
-        if len(products) >= n:
-            folder = out / kind / label
-            folder.mkdir(parents=True)
-            for row in products[:n]:
-                (folder / row["image"]).write_bytes(row["content"])
+    return {key: found for key, found in classes.items() if len(found) >= NUMBERS[key[0]]}
+
+
+def write_shards(rows, out, name):
+    writer = ShardWriter(out, name)
+    for row in rows:
+        writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
+    writer.close()
+
+
+def write_class(rows, folder):
+    folder.mkdir(parents=True)
+    for row in rows:
+        (folder / row["image"]).write_bytes(row["content"])
 
 
 def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="with images/ and pairs.csv")
-    folder = parser.parse_args(argv).folder
-    with open(folder / "pairs.csv", encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: hashed(row["image"]))
+    text = f"one split for each (default {' '.join(map(str, SEEDS))})"
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=SEEDS, help=text)
+    args = parser.parse_args(argv)
+    with open(args.folder / "pairs.csv", encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
     for row in rows:
-        row["content"] = (folder / "images" / row["image"]).read_bytes()
-    train, val, classified = split(rows)
-    with new_folder(OUT) as out:
-        write_shards(train[:4000], out / "4000")
-        write_shards(train[:24000], out / "24000")
-        write_shards(val, out / "val")
-        write_classes(classified, out)
+        row["content"] = (args.folder / "images" / row["image"]).read_bytes()
+
+    splits = {seed: split(rows, seed) for seed in args.seeds}
+    classes = {seed: classes_of(classified) for seed, (_, _, classified) in splits.items()}
+    common = set.intersection(*map(set, classes.values()))
+    numbers = Counter(kind for kind, _ in common)
+    print("classes that all splits have:", dict(numbers))
+
+    with new_folder(OUT) as folder:
+        for seed, (train, val, _) in splits.items():
+            out = folder / str(seed)
+            out.mkdir()
+            write_shards(train, out, "train")
+            write_shards(val, out, "val")
+            vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
+            for kind, name in sorted(common):
+                products = classes[seed][kind, name]
+                write_class(products[: NUMBERS[kind]], out / kind / name)
 
 
 if __name__ == "__main__":

@@ -367,17 +367,62 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
 # ---- the shop's photographs
 
 
-def test_products_with_equal_titles_or_pictures_are_on_one_side():
+@pytest.fixture
+def products():
+    """400 products. From 101 to 399 each but one has a twin with its title, and 40 of the pictures
+    are there twice."""
     rows = []
     for i in range(400):
-        title = f"title {min(i, 500 - i)}"  # from 101 to 399 each product but one has a twin
-        rows.append({"image": str(i), "caption": title, "content": i % 360})
+        title = f"title {min(i, 500 - i)}"
+        rows.append({"image": f"{i}.jpg", "caption": title, "content": b"%d" % (i % 360)})
+        rows[i] |= {"type": "Tshirts" if i % 2 else "Tops", "colour": "Black"}
+    return rows
 
-    train, val, classified = shop.split(rows)
 
-    for name in ("caption", "content"):
-        assert not {row[name] for row in train} & {row[name] for row in val + classified}
-    assert {int(row["image"]) for row in val} <= {*range(101), 250}
+def test_products_with_equal_titles_or_pictures_are_on_one_side(products):
+    train, val, classified = shop.split(products, seed=0)
+
+    assert train and val and classified
+    for one, other in ((train, val), (train, classified), (val, classified)):
+        for name in ("caption", "content"):
+            assert not {row[name] for row in one} & {row[name] for row in other}
+    titles = [row["caption"] for row in products]
+    assert all(titles.count(row["caption"]) == 1 for row in val)
+
+
+def test_another_seed_is_another_split(products):
+    splits = [shop.split(products, seed)[0] for seed in (5, 6, 5)]
+
+    trained = [[row["image"] for row in train] for train in splits]
+    assert trained[0] == trained[2] and {*trained[0]} != {*trained[1]}
+
+
+def test_all_splits_have_the_same_classes(products, monkeypatch, tmp_path):
+    """One of the splits has too few tops for a class of them."""
+    monkeypatch.setattr(shop, "OUT", tmp_path / "shop")
+    monkeypatch.setattr(shop, "VAL", 5)
+    tops = []
+    for seed in (5, 6):
+        classified = shop.split(products, seed)[2]
+        tops.append(sum(row["type"] == "Tops" for row in classified))
+    assert tops[0] != tops[1]
+    monkeypatch.setattr(shop, "NUMBERS", {"type": max(tops), "colour": 1, "both": 10})
+    monkeypatch.setattr(shop, "TYPES", {"Tops": "top"})
+    (tmp_path / "images").mkdir()
+    for row in products:
+        (tmp_path / "images" / row["image"]).write_bytes(row["content"])
+    lines = [f"{row['image']},{row['caption']},{row['type']},Black" for row in products]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption,type,colour", *lines]))
+
+    shop.main([str(tmp_path), "--seeds", "5", "6"])
+
+    for seed in ("5", "6"):
+        folder = tmp_path / "shop" / seed
+        classes = {
+            str(path.relative_to(folder)): len([*path.iterdir()]) for path in folder.glob("*/*")
+        }
+        assert classes == {"colour/black": 1, "both/black top": 10}
+        assert (folder / "vocab.tiktoken").read_text()
 
 
 # ---- the plan and its pages
