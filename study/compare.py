@@ -16,15 +16,15 @@ shards of its own: {seed} in an option stands for the seed, as in --train_data '
 With --rates the learning rate of a command is searched, unless the command names a
 --learning_rate. Seeds 0 to 4 choose it: the rate with the best mean of their scores is taken for
 all. Four rates are tried, and more of them, up to eight, as long as the lowest or the highest is
-the best one, or the best for two seeds. A list after --rates is tried as it is, and --search_seeds
-takes fewer seeds. What is compared are the scores of other seeds, 5 and up, with or without
---rates. They had no say in the choice, so it does not flatter them.
+the best one. A list after --rates is tried as it is, and --search_seeds takes fewer seeds. What is
+compared are the scores of other seeds, 5 and up, with or without --rates. They had no say in the
+choice, so it does not flatter them.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, seed, world and
 code. So a comparison that was stopped goes on, and runs of other code are never reported. Code is
-the text of train.py and of the modules of its folder that it imports, directly or not, of the
-module if there is one, and of what draws the world. What a file of data contains is not looked at:
-give it another name when it changes.
+the text of train.py and of the .py files beside it, of the module if there is one, and of
+scripts/scenes.py. What a file of data contains is not looked at: give it another name when it
+changes.
 """
 
 import hashlib
@@ -50,13 +50,14 @@ from typing import NamedTuple
 import torch
 
 import train
-from cli import check, cores, lock_folder, make_parser, number, run_command
+from cli import InputError, check, cores, lock_folder, make_parser, number, run_command
 from eval import DIVERGED
 from runtime import read_log, short_names
 from scripts.scenes import OPTIONS as SCENES
 from scripts.scenes import make_scenes
 
 OUT = Path("out_study")  # worlds and runs
+DRAWING = Path("scripts/scenes.py")  # what draws worlds
 FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never scored
 FACTORS = (0.25, 0.5, 1, 2)  # of a command's own learning rate: those that --rates tries
 MOST_RATES = 8
@@ -75,37 +76,17 @@ QUANTILES = (
 # Code
 
 
-# the modules of "from model import x", "import model" and "import model, data"
-IMPORT = re.compile(r"^ *(?:from|import) +([\w.]+(?:, *[\w.]+)*)", re.MULTILINE)
-
-
-def sources(file, folder):
-    """{path: text} of a Python file, and of the files in a folder that it imports, directly or not
-    (of a package all). In texts all line ends are alike, whatever git has made of them."""
-    found = {}
-    paths = [file]
-    while paths:
-        path = paths.pop()
-        if path in found or not path.is_file():
-            continue
-        found[path] = path.read_text("utf-8")
-        for name in re.findall(r"[\w.]+", " ".join(IMPORT.findall(found[path]))):
-            module = folder / name.replace(".", "/")
-            paths += [module.with_suffix(".py"), *module.glob("*.py")]
-    return found
-
-
-def hash_of(texts):
-    """A hash of {path: text}, in the order of the paths."""
-    ordered = [texts[path] for path in sorted(texts)]
-    return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:8]
+def hash_of(files):
+    """A hash of what is in some files. Line ends are alike, whatever git has made of them."""
+    texts = [file.read_text("utf-8") for file in sorted(files)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
 
 
 @cache
 def drawing_code():
     """A hash of the code that draws worlds. It is taken once, because this process goes on with
-    what it has imported, whatever becomes of the files."""
-    return hash_of(sources(Path("scripts/scenes.py"), Path(".")))
+    what it has imported, whatever becomes of the file."""
+    return hash_of([DRAWING])
 
 
 # -----------------------------------------------------------------------------
@@ -132,12 +113,12 @@ class Command(NamedTuple):
         return f"{self.program} {shlex.join(words_of(self.options))}"
 
     def code(self):
-        """Hashes of train.py with what it imports, of the module, and of what draws the world."""
-        module = ""
-        if self.module:
-            module = hash_of({self.module: self.module.read_text("utf-8")})
+        """Hashes of train.py with the files beside it, of the module, and of what draws the
+        world."""
+        core = hash_of(self.train.parent.glob("*.py"))
+        module = hash_of([self.module]) if self.module else ""
         drawing = drawing_code() if self.settings else ""
-        return f"{hash_of(sources(self.train, self.train.parent))}-{module}-{drawing}"
+        return f"{core}-{module}-{drawing}"
 
     def key(self, code):
         """The values of KEY, for a run of some code."""
@@ -201,17 +182,22 @@ def defaults_of(options):
 
 
 def words_in(text):
-    """A command line as words. "--steps=9" is two."""
-    return shlex.split(re.sub(r"(--\w+)=", r"\1 ", text))
+    """A command line as words. "--steps=9" is two. Raises InputError if a quote is left open."""
+    try:
+        return shlex.split(re.sub(r"(--\w+)=", r"\1 ", text))
+    except ValueError as error:
+        raise InputError(f"{text!r} is no command line: {error}") from error
 
 
 def read_command(text, common, settings):
     """A command line, and the options that it shares with another one -> a Command."""
     words = words_in(text)
+    check(words, 'a command is empty: give one such as "train.py"')
     n = 1
     file = Path(words[0])
     module = None
     if words[0] == "-m":
+        check(len(words) > 1, f"{text!r}: -m needs the name of a module")
         n = 2
         file = Path("train.py")
         module = Path(words[1].replace(".", "/") + ".py")
@@ -270,6 +256,8 @@ def train_and_score(command, world, out_dir):
     run = {"scores": {}, "seconds": seconds, **{name: header[name] for name in FACTS}}
     if not error:
         run |= scores_of(rows[-1])  # a run ends with a validation
+        has_score = len(run["scores"]) > 0
+        check(has_score, f"{command}: nothing is scored without --val_data or --zeroshot_data")
     return run
 
 
@@ -378,6 +366,8 @@ class Study:
                 tried |= self.find(command, rates, range(args.search_seeds), code)
                 rates = next_rates(goals_of(tried)) if args.rates == [] else []
             rate = best_rate(goals_of(tried))
+            is_scored = any(run["scores"] for run in tried[rate])
+            check(is_scored, f"{command.text} has diverged at all rates from {min(tried):.3g} on")
         scored = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
         runs = self.find(command, [rate], scored, code)[rate]
         return Side(command.at(rate, FIRST_SCORED), tried, runs)
@@ -430,15 +420,25 @@ def best_rate(goals):
     return max(goals, key=lambda rate: mean(goals[rate]))
 
 
-def next_rates(goals):
-    """A list of the rates that a search has to try next. It goes on beyond an end that is the best
-    rate, or that two seeds like best."""
+def end_of(goals):
+    """If the best rate is the lowest or the highest one that was tried: "lowest" or "highest".
+    Otherwise None."""
     rates = [*goals]
-    liked = [rates[values.index(max(values))] for values in zip(*goals.values())]
-    liked += 2 * [best_rate(goals)]
-    beyond = {rates[0]: rates[0] / 2, rates[-1]: rates[-1] * 2}
-    more = [rate for end, rate in beyond.items() if liked.count(end) >= 2]
-    return more[: MOST_RATES - len(rates)]
+    best = best_rate(goals)
+    if best == rates[0]:
+        return "lowest"
+    if best == rates[-1]:
+        return "highest"
+    return None
+
+
+def next_rates(goals):
+    """A list of the rates that a search has to try next. It goes on beyond an end that is best."""
+    rates = [*goals]
+    end = end_of(goals)
+    if end is None or len(rates) >= MOST_RATES:
+        return []
+    return [rates[0] / 2] if end == "lowest" else [rates[-1] * 2]
 
 
 def rates_text(tried):
@@ -456,20 +456,26 @@ def rates_text(tried):
 class Interval(NamedTuple):
     """A mean of differences, and half of its 95 % interval."""
 
+    n: int  # differences
     mean: float
     half: float
+
+    def excludes_zero(self):
+        """Never with two seeds, and never with differences that are all the same: scores are
+        coarse, so that happens by chance."""
+        return self.n >= 3 and self.half > 0 and abs(self.mean) > self.half
 
     def text(self, digits=1):
         """In bold if the interval excludes 0."""
         text = f"{self.mean:+.{digits}f} ± {self.half:.{digits}f}"
-        return f"**{text}**" if abs(self.mean) > self.half else text
+        return f"**{text}**" if self.excludes_zero() else text
 
 
 def interval(differences):
     """The interval of the mean of some differences, one for each seed."""
     n = len(differences)
     sd = torch.tensor(differences).std().item()  # NaN if a run has no loss
-    return Interval(mean(differences), QUANTILES[n - 2] * sd / n**0.5)
+    return Interval(n, mean(differences), QUANTILES[n - 2] * sd / n**0.5)
 
 
 def gaps(sides, name):
@@ -494,6 +500,12 @@ def print_sides(sides):
         print(f"\n{side.command.text}, at a learning rate of {side.command.rate():.3g}")
         if side.tried:
             print("tried:", rates_text(side.tried))
+            end = end_of(goals_of(side.tried))
+            if end is not None:
+                print(f"The best rate is the {end} that was tried, so a better one may lie beyond.")
+        diverged = sum(not run["scores"] for run in side.runs)
+        if diverged:
+            print(f"{diverged} of its {len(side.runs)} runs have diverged, and score 0.")
     print("\nin percent, a -> b, and b - a with its 95 % interval: ** marks one that excludes 0,")
     print("as one in twenty does by chance\n")
     # of a run that has not diverged
