@@ -167,7 +167,7 @@ def defaults_of(options):
     """What train.py would fill in for some options, as options: those of a run in a world, or of
     one with shards of its own."""
     # what the other defaults depend on
-    rules = options.keys() & {"--batch_size", "--train_data", "--init_from"}
+    rules = options.keys() & {"--batch_size", "--cls_weight", "--train_data", "--init_from"}
     with redirect_stdout(None):  # it prints them
         args = train.parse(words_of({name: options[name] for name in rules}))
     defaults = {"--workers": ["0"], "--eval_every": [str(10**9)]}  # once more at the end

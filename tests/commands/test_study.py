@@ -158,6 +158,15 @@ def test_a_search_of_rates_that_all_diverge_ends_with_a_sentence(pretend, monkey
         experiment(tmp_path, "train.py --steps 9", "train.py --steps 8", "--rates")
 
 
+@pytest.mark.parametrize(
+    "options", ["", "--cls_weight 0", "--cls_weight=0 --batch_size 8", "--train_data x.tar"]
+)
+def test_a_command_has_the_learning_rate_that_train_py_gives_it(options):
+    command = read_command(f"train.py {options}", "", 256)
+
+    assert command.rate() == train.parse(options.replace("=", " ").split()).learning_rate
+
+
 @pytest.mark.parametrize("text", ["", "-m", "train.py 'x", "train.py --seed 3", "no/train.py"])
 def test_what_is_no_command_is_a_sentence(text):
     with pytest.raises(InputError):
