@@ -102,8 +102,7 @@ def main(argv):
     splits = {seed: split(rows, seed) for seed in args.seeds}
     classes = {seed: classes_of(classified) for seed, (_, _, classified) in splits.items()}
     common = set.intersection(*map(set, classes.values()))
-    numbers = Counter(kind for kind, _ in common)
-    print("classes that all splits have:", dict(numbers))
+    print("classes that all splits have:", dict(Counter(kind for kind, _ in common)))
 
     with new_folder(OUT) as folder:
         for seed, (train, val, _) in splits.items():
@@ -112,7 +111,7 @@ def main(argv):
             write_shards(train, out, "train")
             write_shards(val, out, "val")
             vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
-            for kind, name in sorted(common):
+            for kind, name in common:
                 products = classes[seed][kind, name]
                 write_class(products[: NUMBERS[kind]], out / kind / name)
 
