@@ -446,6 +446,9 @@ def rates_text(tried):
     goals = goals_of(tried)
     texts = {rate: f"{rate:.2e}: {mean(values):.1f}" for rate, values in goals.items()}
     texts[best_rate(goals)] += ", chosen"
+    end = end_of(goals)
+    if end is not None:  # a better rate may lie beyond
+        texts[best_rate(goals)] += f", the {end} tried"
     return "; ".join(texts.values())
 
 
@@ -500,9 +503,6 @@ def print_sides(sides):
         print(f"\n{side.command.text}, at a learning rate of {side.command.rate():.3g}")
         if side.tried:
             print("tried:", rates_text(side.tried))
-            end = end_of(goals_of(side.tried))
-            if end is not None:
-                print(f"The best rate is the {end} that was tried, so a better one may lie beyond.")
         diverged = sum(not run["scores"] for run in side.runs)
         if diverged:
             print(f"{diverged} of its {len(side.runs)} runs have diverged, and score 0.")

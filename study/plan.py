@@ -4,7 +4,7 @@
     python -m study.plan batch8 batch32      run what is missing of these rows first
 
 The pages are Markdown, for a person to edit. A line that begins as one of the rows does, with its
-label, is replaced, and nothing else. For a new row add it here, and a line with its label there.
+label, is replaced, and nothing else. A row that has no line on its page yet comes last.
 
 A row is shown with the runs of the newest code that has all of them. So no row leaves the page when
 the code changes, and a row that is run again replaces itself alone.
@@ -16,8 +16,10 @@ The learning rate of a command is the best one of searches.jsonl, where seeds 0 
 import re
 from collections import defaultdict
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+
+import torch
 
 from cli import check, make_parser, run_command
 from study import compare
@@ -28,131 +30,177 @@ RATES = FOLDER / "rates.md"
 RUNS = FOLDER / "runs.jsonl"
 SEARCHES = FOLDER / "searches.jsonl"
 
-# 48,000 samples are 2.4 epochs of 20,000 drawn pairs.
+# 48,000 samples are 2.4 epochs of 20,000 drawn pairs. "slow" is SuperCLIP at CLIP's rate.
 COMMANDS = {
-    "CLIP 8": "train.py --cls_weight 0 --batch_size 8 --epochs 2.4",
-    "SuperCLIP 8": "train.py --batch_size 8 --epochs 2.4",
-    "CLIP": "train.py --cls_weight 0 --batch_size 32 --epochs 2.4",
-    "SuperCLIP": "train.py --batch_size 32 --epochs 2.4",
-    "lambda 0.3": "train.py --cls_weight 0.3 --batch_size 32 --epochs 2.4",
-    "no IDF": "-m study.no_idf --batch_size 32 --epochs 2.4",
-    "CLIP short": "train.py --cls_weight 0 --captions json.short --batch_size 32 --epochs 2.4",
-    "SuperCLIP short": "train.py --captions json.short --batch_size 32 --epochs 2.4",
+    "CLIP 8": "train.py --cls_weight 0 --batch_size 8 --epochs 2.4 --learning_rate 8.75e-5",
+    "slow 8": "train.py --batch_size 8 --epochs 2.4 --learning_rate 8.75e-5",
+    "SuperCLIP 8": "train.py --batch_size 8 --epochs 2.4 --learning_rate 1.75e-4",
+    "CLIP 8 in 16": "train.py --cls_weight 0 --batch_size 8 --epochs 2.4 --learning_rate 1.75e-4",
+    "CLIP": "train.py --cls_weight 0 --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
+    "slow": "train.py --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
+    "SuperCLIP": "train.py --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "lambda 0.3": "train.py --cls_weight 0.3 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "lambda 3": "train.py --cls_weight 3 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "lambda 3 slow": "train.py --cls_weight 3 --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
+    "lambda 10": "train.py --cls_weight 10 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "lambda 10 slow": "train.py --cls_weight 10 --batch_size 32 --epochs 2.4 "
+    "--learning_rate 1.75e-4",
+    "no IDF": "-m study.no_idf --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "other words": "-m study.shuffled --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "other words slow": "-m study.shuffled --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
+    "class token": "-m study.class_token --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
+    "class token slow": "-m study.class_token --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
+    "CLIP warm": "-m study.warmup --cls_weight 0 --batch_size 32 --epochs 2.4 "
+    "--learning_rate 3.5e-4",
+    "CLIP short": "train.py --cls_weight 0 --captions json.short --batch_size 32 --epochs 2.4 "
+    "--learning_rate 1.75e-4",
+    "slow short": "train.py --captions json.short --batch_size 32 --epochs 2.4 "
+    "--learning_rate 1.75e-4",
+    "SuperCLIP short": "train.py --captions json.short --batch_size 32 --epochs 2.4 "
+    "--learning_rate 3.5e-4",
     "dual": "train.py --captions json.short --label_captions json.long --batch_size 32 "
-    "--epochs 2.4",
-    "CLIP long": "train.py --cls_weight 0 --batch_size 32 --epochs 7.2",
-    "SuperCLIP long": "train.py --batch_size 32 --epochs 7.2",
-    "CLIP of 4": "-m study.groups --group 4 --cls_weight 0 --batch_size 64 --epochs 2.4",
-    "SuperCLIP of 4": "-m study.groups --group 4 --batch_size 64 --epochs 2.4",
-    "CLIP of 64": "-m study.groups --group 64 --cls_weight 0 --batch_size 64 --epochs 2.4",
-    "SuperCLIP of 64": "-m study.groups --group 64 --batch_size 64 --epochs 2.4",
+    "--epochs 2.4 --learning_rate 3.5e-4",
+    "CLIP long": "train.py --cls_weight 0 --batch_size 32 --epochs 7.2 --learning_rate 3.5e-4",
+    "SuperCLIP long": "train.py --batch_size 32 --epochs 7.2 --learning_rate 3.5e-4",
+    "CLIP short long": "train.py --cls_weight 0 --captions json.short --batch_size 32 --epochs 7.2 "
+    "--learning_rate 1.75e-4",
+    "SuperCLIP short long": "train.py --captions json.short --batch_size 32 --epochs 7.2 "
+    "--learning_rate 3.5e-4",
+    "CLIP of 4": "-m study.groups --group 4 --cls_weight 0 --batch_size 64 --epochs 2.4 "
+    "--learning_rate 1.24e-4",
+    "slow of 4": "-m study.groups --group 4 --batch_size 64 --epochs 2.4 --learning_rate 1.24e-4",
+    "SuperCLIP of 4": "-m study.groups --group 4 --batch_size 64 --epochs 2.4 "
+    "--learning_rate 4.95e-4",
+    "CLIP of 64": "-m study.groups --group 64 --cls_weight 0 --batch_size 64 --epochs 2.4 "
+    "--learning_rate 2.47e-4",
+    "slow of 64": "-m study.groups --group 64 --batch_size 64 --epochs 2.4 --learning_rate 2.47e-4",
+    "SuperCLIP of 64": "-m study.groups --group 64 --batch_size 64 --epochs 2.4 "
+    "--learning_rate 4.95e-4",
 }
-SHOP = """train.py --cls_weight {} --train_data 'out_study/shop/{}/train-*.tar' \
+# Photographs: each seed has a split of its own, made by study.shop.
+SHOP = """train.py --cls_weight {} --train_data 'out_study/shop/{{seed}}/train-*.tar' \
+--val_data 'out_study/shop/{{seed}}/val-*.tar' --zeroshot_data out_study/shop/{{seed}}/type \
+out_study/shop/{{seed}}/colour out_study/shop/{{seed}}/both --model tiny --batch_size 32 \
+--epochs 12 --learning_rate {}"""
+COMMANDS["CLIP shop"] = SHOP.format(0, 1e-3)
+COMMANDS["SuperCLIP shop"] = SHOP.format(1, 1e-3)
+# One split for all seeds, made by study.shop at commit 880bf42.
+ONE_SPLIT = """train.py --cls_weight {} --train_data 'out_study/shop/{}/train-*.tar' \
 --val_data 'out_study/shop/val/train-*.tar' \
 --zeroshot_data out_study/shop/type out_study/shop/colour out_study/shop/both \
---model tiny --batch_size 32 --epochs {}"""
+--model tiny --batch_size 32 --epochs {} --learning_rate {}"""
 for weight in (0, 1, 0.3):
-    COMMANDS[f"shop 4, {weight}"] = SHOP.format(weight, 4000, 24)
-    COMMANDS[f"shop 24, {weight}"] = SHOP.format(weight, 24000, 12)
+    COMMANDS[f"4,000, {weight}"] = ONE_SPLIT.format(weight, 4000, 24, 1e-3)
+    COMMANDS[f"24,000, {weight}"] = ONE_SPLIT.format(weight, 24000, 12, 5e-4)
+
+# name: label, commands, and options of study.compare. First those whose sides have their own rate,
+# the best one of a search.
+ROWS = {
+    "batch8": ("batch 8", "CLIP 8", "SuperCLIP 8"),
+    "batch32": ("batch 32", "CLIP", "SuperCLIP"),
+    "groups4": ("batch 64, groups of 4", "CLIP of 4", "SuperCLIP of 4"),
+    "groups64": ("batch 64, groups of 64", "CLIP of 64", "SuperCLIP of 64"),
+    "short": ("batch 32, short captions", "CLIP short", "SuperCLIP short"),
+    "dual": ("SuperCLIP: short -> dual captions", "SuperCLIP short", "dual"),
+    "no_idf": ("SuperCLIP: IDF -> none", "SuperCLIP", "no IDF"),
+    "lambda0.3": ("SuperCLIP: lambda 1 -> 0.3", "SuperCLIP", "lambda 0.3"),
+    "settings16": ("batch 8, 16 settings", "CLIP 8 in 16", "SuperCLIP 8", "--settings=16"),
+    "long": ("batch 32, 144,000 samples", "CLIP long", "SuperCLIP long"),
+    "short_long": ("short captions, 144,000 samples", "CLIP short long", "SuperCLIP short long"),
+    "shop": ("24,000 pairs, split redrawn", "CLIP shop", "SuperCLIP shop"),
+    # the same sides, compared with each other
+    "clip_lambda0.3": ("CLIP -> SuperCLIP, lambda 0.3", "CLIP", "lambda 0.3"),
+    "clip_no_idf": ("CLIP -> SuperCLIP without IDF", "CLIP", "no IDF"),
+    "clip8": ("CLIP: batch 32 -> 8", "CLIP", "CLIP 8"),
+    "superclip8": ("SuperCLIP: batch 32 -> 8", "SuperCLIP", "SuperCLIP 8"),
+    "clip_groups": ("CLIP: groups of 64 -> 4", "CLIP of 64", "CLIP of 4"),
+    "superclip_groups": ("SuperCLIP: groups of 64 -> 4", "SuperCLIP of 64", "SuperCLIP of 4"),
+    "clip_short": ("CLIP: mixed -> short captions", "CLIP", "CLIP short"),
+    "superclip_short": ("SuperCLIP: mixed -> short captions", "SuperCLIP", "SuperCLIP short"),
+    "superclip_dual": ("SuperCLIP: mixed -> dual captions", "SuperCLIP", "dual"),
+    # one split of the photographs
+    "4000": ("one split, 4,000 pairs, CLIP -> lambda 1", "4,000, 0", "4,000, 1"),
+    "4000_0.3": ("one split, 4,000 pairs, CLIP -> lambda 0.3", "4,000, 0", "4,000, 0.3"),
+    "24000": ("one split, 24,000 pairs, CLIP -> lambda 1", "24,000, 0", "24,000, 1", "--seeds=5"),
+    "24000_0.3": (
+        "one split, 24,000 pairs, CLIP -> lambda 0.3",
+        "24,000, 0",
+        "24,000, 0.3",
+        "--seeds=5",
+    ),
+    # first the head, at CLIP's rate, and then the rate that is best with it
+    "batch8_head": ("batch 8: the head, at CLIP's rate", "CLIP 8", "slow 8"),
+    "batch8_rate": ("batch 8: then its own rate", "slow 8", "SuperCLIP 8"),
+    "batch32_head": ("batch 32: the head, at CLIP's rate", "CLIP", "slow"),
+    "batch32_rate": ("batch 32: then its own rate", "slow", "SuperCLIP"),
+    "groups4_head": ("groups of 4: the head, at CLIP's rate", "CLIP of 4", "slow of 4"),
+    "groups4_rate": ("groups of 4: then its own rate", "slow of 4", "SuperCLIP of 4"),
+    "groups64_head": ("groups of 64: the head, at CLIP's rate", "CLIP of 64", "slow of 64"),
+    "groups64_rate": ("groups of 64: then its own rate", "slow of 64", "SuperCLIP of 64"),
+    "short_head": ("short captions: the head, at CLIP's rate", "CLIP short", "slow short"),
+    "short_rate": ("short captions: then its own rate", "slow short", "SuperCLIP short"),
+    # controls, at rates that no search has chosen
+    "other_words_slow": ("another pair's words, at CLIP's rate", "CLIP", "other words slow"),
+    "other_words": ("another pair's words, at SuperCLIP's rate", "CLIP", "other words"),
+    "class_token_slow": ("class token, at CLIP's rate", "CLIP", "class token slow"),
+    "class_token": ("class token, at SuperCLIP's rate", "CLIP", "class token"),
+    "warmup": ("no head, at SuperCLIP's rate with more warm-up", "CLIP", "CLIP warm"),
+    "lambda3_slow": ("lambda 1 -> 3, at half the rate", "SuperCLIP", "lambda 3 slow"),
+    "lambda3": ("lambda 1 -> 3", "SuperCLIP", "lambda 3"),
+    "lambda10_slow": ("lambda 1 -> 10, at half the rate", "SuperCLIP", "lambda 10 slow"),
+    "lambda10": ("lambda 1 -> 10", "SuperCLIP", "lambda 10"),
+}
 SCORES = ("R@1", "colour_shape", "held_out")
 SHOP_SCORES = ("R@1", "R@10", "type", "colour", "both", "loss")
-
-
-class Row(NamedTuple):
-    """A command at its rate, and another one at its own."""
-
-    label: str
-    a: str  # a name in COMMANDS
-    rate_a: float
-    b: str
-    rate_b: float
-    settings: int = 256
-    seeds: int = 10
-    scores: tuple = SCORES
-
-
-ROWS = {
-    "batch8": Row("batch 8", "CLIP 8", 8.75e-5, "SuperCLIP 8", 1.75e-4),
-    "batch32": Row("batch 32", "CLIP", 1.75e-4, "SuperCLIP", 3.5e-4),
-    "groups4": Row("batch 64, groups of 4", "CLIP of 4", 1.24e-4, "SuperCLIP of 4", 4.95e-4),
-    "groups64": Row("batch 64, groups of 64", "CLIP of 64", 2.47e-4, "SuperCLIP of 64", 4.95e-4),
-    "short": Row("batch 32, short captions", "CLIP short", 1.75e-4, "SuperCLIP short", 3.5e-4),
-    "dual": Row("SuperCLIP: short -> dual captions", "SuperCLIP short", 3.5e-4, "dual", 3.5e-4),
-    "no_idf": Row("SuperCLIP: IDF -> none", "SuperCLIP", 3.5e-4, "no IDF", 3.5e-4),
-    "lambda0.3": Row("SuperCLIP: lambda 1 -> 0.3", "SuperCLIP", 3.5e-4, "lambda 0.3", 3.5e-4),
-    "settings16": Row("batch 8, 16 settings", "CLIP 8", 1.75e-4, "SuperCLIP 8", 1.75e-4, 16),
-    "batch32long": Row("batch 32, 144,000 samples", "CLIP long", 3.5e-4, "SuperCLIP long", 3.5e-4),
-    # sides of these rows, compared with each other
-    "clip_lambda0.3": Row("CLIP -> SuperCLIP, lambda 0.3", "CLIP", 1.75e-4, "lambda 0.3", 3.5e-4),
-    "clip_no_idf": Row("CLIP -> SuperCLIP without IDF", "CLIP", 1.75e-4, "no IDF", 3.5e-4),
-    "clip8": Row("CLIP: batch 32 -> 8", "CLIP", 1.75e-4, "CLIP 8", 8.75e-5),
-    "superclip8": Row("SuperCLIP: batch 32 -> 8", "SuperCLIP", 3.5e-4, "SuperCLIP 8", 1.75e-4),
-    "clip_groups": Row("CLIP: groups of 64 -> 4", "CLIP of 64", 2.47e-4, "CLIP of 4", 1.24e-4),
-    "superclip_groups": Row(
-        "SuperCLIP: groups of 64 -> 4", "SuperCLIP of 64", 4.95e-4, "SuperCLIP of 4", 4.95e-4
-    ),
-    "clip_short": Row("CLIP: mixed -> short captions", "CLIP", 1.75e-4, "CLIP short", 1.75e-4),
-    "superclip_short": Row(
-        "SuperCLIP: mixed -> short captions", "SuperCLIP", 3.5e-4, "SuperCLIP short", 3.5e-4
-    ),
-    "superclip_dual": Row("SuperCLIP: mixed -> dual captions", "SuperCLIP", 3.5e-4, "dual", 3.5e-4),
-}
-# Photographs: with 4,000 and 24,000 pairs, two of three weights of the head.
-for pairs, rate, seeds in ((4, 1e-3, 10), (24, 5e-4, 5)):
-    for suffix, step, a, b in (
-        ("", "CLIP -> lambda 1", 0, 1),
-        ("_0.3", "CLIP -> lambda 0.3", 0, 0.3),
-        ("_weights", "lambda 1 -> 0.3", 1, 0.3),
-    ):
-        ROWS[f"shop{pairs}{suffix}"] = Row(
-            f"{pairs},000 pairs, {step}",
-            f"shop {pairs}, {a}",
-            rate,
-            f"shop {pairs}, {b}",
-            rate,
-            seeds=seeds,
-            scores=SHOP_SCORES,
-        )
 # Rows whose gains are compared.
-GAINS = (
-    ("batch32", "batch8"),
-    ("groups64", "groups4"),
-    ("batch8", "settings16"),
-    ("batch32", "short"),
-    ("batch32", "batch32long"),
-)
+GAINS = (("batch32", "batch8"), ("batch32", "short"))
 
 
 def options_of(name):
     """The options of a row for study.compare."""
-    row = ROWS[name]
-    a = f"{COMMANDS[row.a]} --learning_rate {row.rate_a:.3g}"
-    b = f"{COMMANDS[row.b]} --learning_rate {row.rate_b:.3g}"
-    options = ["--a", a, "--b", b, "--seeds", str(row.seeds), "--settings", str(row.settings)]
+    _, a, b, *more = ROWS[name]
+    options = [f"--a={COMMANDS[a]}", f"--b={COMMANDS[b]}", "--seeds=10", *more]
     return compare.make_options().parse_args(options)
 
 
-def side_of(study, command, args, codes):
-    """A side of a row, from the first of these codes that has all its runs, or None."""
+def side_of(study, command, args, core):
+    """A side of a row, from the newest runs of a core that are all there, or None."""
+    codes = dict.fromkeys(run["code"] for run in reversed(study.runs.values()))
     for code in codes:
-        with suppress(compare.Missing):
-            return study.side(command, args, code)
+        if core_of(code) == core:
+            with suppress(compare.Missing):
+                return study.side(command, args, code)
+    return None
+
+
+def core_of(code):
+    """The first part of a run's code, the hash of train.py and of the files beside it."""
+    return code.partition("-")[0]
+
+
+def find_sides(study, commands, args):
+    """The sides that have run some commands, all with one core, the newest that has all of them.
+    None if there is no such."""
+    for core in dict.fromkeys(core_of(run["code"]) for run in reversed(study.runs.values())):
+        sides = [side_of(study, command, args, core) for command in commands]
+        if None not in sides:
+            return sides
     return None
 
 
 def sides_of(study, name):
-    """Both sides of a row, from runs of one core (the first part of their code), the newest that
-    has all of them. None if there is no such."""
+    """Both sides of a row, or None if they have not run."""
     args = options_of(name)
-    cores = defaultdict(dict)
-    for run in reversed(study.runs.values()):
-        core, _, _ = run["code"].partition("-")
-        cores[core][run["code"]] = True
-    for codes in cores.values():
-        sides = [side_of(study, command, args, codes) for command in compare.pair_of(args)]
-        if None not in sides:
-            return sides
-    return None
+    return find_sides(study, compare.pair_of(args), args)
+
+
+def three_sides(study, name):
+    """CLIP at its rate, SuperCLIP at CLIP's, and SuperCLIP at its own, of a row that has these
+    three, such as batch8. None if they have not run."""
+    args = options_of(f"{name}_head")
+    commands = compare.pair_of(args)
+    commands += compare.pair_of(options_of(f"{name}_rate"))[1:]
+    return find_sides(study, commands, args)
 
 
 # -----------------------------------------------------------------------------
@@ -177,21 +225,6 @@ def read_searches(study):
     return found
 
 
-def gain(searches, line, world):
-    """What the head adds in colour + shape, at the rate that is best for CLIP, whose line this is,
-    and at its own. As a text, which is empty if there is no such."""
-    clip = searches[line, world]
-    superclip = searches.get((line.replace(" --cls_weight 0 ", " "), world), {})
-    rate = compare.best_rate(compare.goals_of(clip))
-    if " --cls_weight 0 " not in line or rate not in superclip:
-        return ""
-    texts = []
-    for other in (rate, compare.best_rate(compare.goals_of(superclip))):
-        sides = compare.Side(None, {}, clip[rate]), compare.Side(None, {}, superclip[other])
-        texts.append(compare.interval(compare.gaps(sides, "colour_shape")).text())
-    return "; ".join(texts)
-
-
 # -----------------------------------------------------------------------------
 # Lines of the pages
 
@@ -209,32 +242,42 @@ def line_of(*texts):
 
 def row_line(name, sides):
     """The line of a row in a table of results.md."""
-    row = ROWS[name]
+    label = ROWS[name][0]
     runs = sides[0].runs
     n = str(len(runs))
     rates = " / ".join(f"{side.command.rate():.2e}" for side in sides)
     seconds = " / ".join(side.seconds() for side in sides)
-    cells = [compare.cell(sides, score) for score in row.scores]
-    return line_of(row.label, n, rates, seconds, commit_of(runs[0]), *cells)
+    scores = SCORES if sides[0].command.settings else SHOP_SCORES
+    cells = [compare.cell(sides, score) for score in scores]
+    return line_of(label, n, rates, seconds, commit_of(runs[0]), *cells)
 
 
-def gain_line(rows, found):
-    """How what the head adds changes from one row to another."""
+def odds_gained(sides, name):
+    """What the second side has more than the first in the log-odds of a score, for each seed. The
+    best odds are those of half a mistake in a thousand."""
+    a, b = [
+        torch.tensor([compare.value_of(run, name) / 100 for run in side.runs]).logit(eps=0.0005)
+        for side in sides
+    ]
+    return b - a
+
+
+def gain_line(before, after, found):
+    """How what the head adds changes from one row to another, in log-odds. (In points it cannot be
+    more than what CLIP lacks.)"""
     changes = []
     for score in SCORES:
-        before, after = [compare.gaps(found[name], score) for name in rows]
-        changes.append(compare.interval([b - a for a, b in zip(before, after)]).text())
-    step = " -> ".join(ROWS[name].label for name in rows)
-    return f"- {step}: the gains change by {', '.join(changes)}."
+        change = odds_gained(found[after], score) - odds_gained(found[before], score)
+        changes.append(compare.interval(change.tolist()).text(digits=2))
+    step = f"{ROWS[before][0]} -> {ROWS[after][0]}"
+    return f"- {step}: in log-odds the gains change by {', '.join(changes)}."
 
 
-def rates_line(searches, line, world):
+def rates_line(tried, world):
     """The line of a search in the table of rates.md."""
-    tried = searches[line, world]
-    run = next(iter(tried.values()))[0]
-    rates = compare.rates_text(tried)
-    gained = gain(searches, line, world)
-    return line_of(f"`{run['text']}`", world, rates, gained, commit_of(run))
+    runs = [*chain.from_iterable(tried.values())]
+    commits = dict.fromkeys(commit_of(run) for run in runs)
+    return line_of(f"`{runs[0]['text']}`", world, compare.rates_text(tried), ", ".join(commits))
 
 
 # What tells a line from the others of its page: a command and its world, or the first cell of a
@@ -248,19 +291,12 @@ def start_of(line):
 
 
 def replace(path, lines):
-    """Put these lines in the places of those that begin alike on a page. Says which have none."""
+    """Put these lines in the places of those that begin alike on a page, or at its end."""
     new = {start_of(line): line for line in lines}
     page = []
     for line in path.read_text("utf-8").splitlines():
         page.append(new.pop(start_of(line), line))
-    for start in new:
-        print(f"{path.name} has no line that begins with {start}")
-    text = "\n".join(page) + "\n"
-    intervals = text.count("±")
-    bold = text.count("**") // 2  # nothing else is bold
-    count = f"Of the {intervals} intervals on this page {bold} exclude"
-    text = re.sub(r"Of the \d+ intervals on this page \d+ exclude", count, text)
-    path.write_text(text, "utf-8")
+    path.write_text("\n".join([*page, *new.values(), ""]), "utf-8")
 
 
 def main(argv):
@@ -271,18 +307,14 @@ def main(argv):
     study = compare.open_study(None, RUNS)
     for name in args.rows:
         study.experiment(options_of(name))
-    found = {}
-    for name in ROWS:
-        sides = sides_of(study, name)
-        if sides is not None:
-            found[name] = sides
-    lines = [row_line(name, sides) for name, sides in found.items()]
-    for rows in GAINS:
-        if found.keys() >= {*rows}:
-            lines.append(gain_line(rows, found))
+    found = {name: sides_of(study, name) for name in ROWS}
+    lines = [row_line(name, sides) for name, sides in found.items() if sides is not None]
+    for before, after in GAINS:
+        if found[before] and found[after]:
+            lines.append(gain_line(before, after, found))
     replace(RESULTS, lines)
     searches = read_searches(study)
-    replace(RATES, [rates_line(searches, *key) for key in searches])
+    replace(RATES, [rates_line(tried, world) for (_, world), tried in searches.items()])
 
 
 if __name__ == "__main__":

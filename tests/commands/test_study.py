@@ -487,7 +487,7 @@ def planned(pretend, monkeypatch, tmp_path):
     it writes. At first the page has a label for each row and no scores."""
     for name in ("RESULTS", "RATES", "RUNS"):
         monkeypatch.setattr(plan, name, tmp_path / name)
-    plan.RESULTS.write_text("\n".join(f"| {row.label} | - |" for row in plan.ROWS.values()))
+    plan.RESULTS.write_text("\n".join(f"| {label} | - |" for label, *_ in plan.ROWS.values()))
     plan.RATES.touch()
 
     def run(*rows):
@@ -499,7 +499,7 @@ def planned(pretend, monkeypatch, tmp_path):
 
 def line_of(page, row):
     """The line of a row in the tables of a page."""
-    [line] = [line for line in page.splitlines() if line.startswith(f"| {plan.ROWS[row].label} |")]
+    [line] = [line for line in page.splitlines() if line.startswith(f"| {plan.ROWS[row][0]} |")]
     return line
 
 
@@ -528,6 +528,37 @@ def test_a_row_needs_all_its_runs_of_one_code(planned):
         assert plan.sides_of(Study(1, plan.RUNS), "no_idf") is None
 
 
+def test_a_row_may_have_three_sides(planned):
+    planned("batch8_head")
+    assert plan.three_sides(Study(1, plan.RUNS), "batch8") is None  # there are two of them
+    planned("batch8_rate")
+
+    sides = plan.three_sides(Study(1, plan.RUNS), "batch8")
+
+    assert [side.command.rate() for side in sides] == [8.75e-5, 8.75e-5, 1.75e-4]
+    assert ["--cls_weight 0 " in side.command.line() for side in sides] == [True, False, False]
+    for side in sides:
+        assert [(run["seed"], run["rate"]) for run in side.runs] == [
+            (seed, side.command.rate()) for seed in range(5, 15)
+        ]
+
+
+def test_a_row_that_the_page_lacks_comes_last(planned):
+    plan.RESULTS.write_text("# A page\n")
+
+    page = planned("batch32")
+
+    assert page.startswith("# A page\n| batch 32 | 10 |")
+
+
+def test_gains_are_compared_in_log_odds():
+    clip, superclip, best = [Side(None, {}, [run_of(x=value)]) for value in (50, 80, 100)]
+
+    # odds of 1 become odds of 4, and a full score has odds, too
+    assert plan.odds_gained([clip, superclip], "x").tolist() == pytest.approx([math.log(4)])
+    assert 5 < plan.odds_gained([clip, best], "x").item() < 10
+
+
 def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
     """Its runs are in the order of their seeds, in which differences are paired."""
     study = Study(1, tmp_path / "runs.jsonl")
@@ -542,11 +573,14 @@ def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
 
 def test_rows_name_the_best_rates_of_the_searches():
     searches = plan.read_searches(Study(1, plan.RUNS))
-    for name in plan.ROWS:
-        for command in compare.pair_of(plan.options_of(name)):
-            if "--learning_rate" in command.text:
-                tried = searches[plan.key_of(command.line(), command.world())]
-                assert command.rate() == best_rate(compare.goals_of(tried)), name
+    named = set()
+    for row, (_, *names) in plan.ROWS.items():
+        for name, command in zip(names, compare.pair_of(plan.options_of(row))):
+            tried = searches.get(plan.key_of(command.line(), command.world()))
+            if tried and "slow" not in name:  # some never had a search
+                assert command.rate() == best_rate(compare.goals_of(tried)), row
+                named.add(name)
+    assert {"CLIP", "SuperCLIP", "CLIP 8 in 16", "CLIP of 4"} <= named
 
 
 def test_the_pages_are_what_the_published_runs_say(monkeypatch, tmp_path):
