@@ -78,12 +78,12 @@ COMMANDS = {
     "--learning_rate 4.95e-4",
 }
 # Photographs: each seed has a split of its own, made by study.shop.
-SHOP = """train.py --cls_weight {} --train_data 'out_study/shop/{{seed}}/train-*.tar' \
---val_data 'out_study/shop/{{seed}}/val-*.tar' --zeroshot_data out_study/shop/{{seed}}/type \
-out_study/shop/{{seed}}/colour out_study/shop/{{seed}}/both --model tiny --batch_size 32 \
---epochs 12 --learning_rate {}"""
-COMMANDS["CLIP shop"] = SHOP.format(0, 1e-3)
-COMMANDS["SuperCLIP shop"] = SHOP.format(1, 1e-3)
+SHOP = """--train_data 'out_study/shop/{seed}/train-*.tar' \
+--val_data 'out_study/shop/{seed}/val-*.tar' --zeroshot_data out_study/shop/{seed}/type \
+out_study/shop/{seed}/colour out_study/shop/{seed}/both --model tiny --batch_size 32 \
+--epochs 12 --learning_rate 1e-3"""
+COMMANDS["CLIP shop"] = f"train.py --cls_weight 0 {SHOP}"
+COMMANDS["SuperCLIP shop"] = f"train.py {SHOP}"
 # One split for all seeds, made by study.shop at commit 880bf42.
 ONE_SPLIT = """train.py --cls_weight {} --train_data 'out_study/shop/{}/train-*.tar' \
 --val_data 'out_study/shop/val/train-*.tar' \
