@@ -27,20 +27,20 @@ that of CLIP beside it:
         --out docs/report.html
 
 docs/products.md names the command of its picture, docs/demo.py those of its page, and
-docs/study_figure.py draws the study's figure.
+docs/study_figure.py draws the study's figure. The code that drew architecture.png is in commit
+c22fe23.
 """
 
 import itertools
 import math
 import random
-import textwrap
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cli import make_parser, run_command
@@ -50,7 +50,7 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-INK, GREY, PALE, RED, ROSE = "#1f2937", "#6b7280", "#eef1f5", "#d1495b", "#fdebe8"
+INK, GREY, RED = "#1f2937", "#6b7280", "#d1495b"
 BLUE, GREEN, AMBER = "#2563a8", "#2f7d4f", "#b45f06"
 VIOLET, TEAL = "#7b4fa3", "#0e8a8f"
 STYLE = {
@@ -80,70 +80,6 @@ def counted(tokens, vocab_size):
     model = SuperCLIP(SuperCLIPConfig(**PRESETS["tiny"], vocab_size=vocab_size))
     model.count_tokens(tokens)
     return model
-
-
-# -----------------------------------------------------------------------------
-# The architecture
-
-
-def box(x, y, w, h, text, added=False):
-    fill, edge = (ROSE, RED) if added else (PALE, GREY)
-    style = "round,pad=0,rounding_size=1.2"
-    plt.gca().add_patch(FancyBboxPatch((x, y), w, h, style, fc=fill, ec=edge, lw=1.4))
-    plt.text(x + w / 2, y + h / 2, text, ha="center", va="center", linespacing=1.35)
-
-
-def arrow(*points, added=False):
-    """A line through the points, with a head at the last one."""
-    colour = RED if added else GREY
-    plt.plot(*zip(*points[:-1]), color=colour, lw=1.4, solid_joinstyle="miter")
-    line = dict(arrowstyle="-|>", color=colour, lw=1.4, shrinkA=0, shrinkB=0, mutation_scale=13)
-    plt.annotate("", points[-1], points[-2], arrowprops=line)
-
-
-def architecture():
-    drawn, captions, tokenizer = tutorial_scenes()
-    axis = plt.figure(figsize=(8.5, 4.6)).add_axes((0, 0, 1, 1), xlim=(0, 170), ylim=(0, 92))
-    axis.axis("off")
-    # what goes in, and the towers
-    axis.imshow(scenes.draw(drawn[0], 288), extent=(3, 31, 34, 62), aspect="auto")
-    for i in range(7):
-        plt.plot((3 + 28 * i / 6,) * 2, (34, 62), color="white", lw=0.7)
-        plt.plot((3, 31), (34 + 28 * i / 6,) * 2, color="white", lw=0.7)
-    plt.text(3, 64, "image, 36 patches")
-    plt.text(3, 29, "caption")
-    box(3, 5, 28, 22, textwrap.fill(captions[0], 15))
-    box(40, 34, 20, 28, "image\ntower")
-    box(40, 5, 20, 22, "text\ntower")
-    arrow((31, 48), (40, 48))
-    arrow((31, 16), (40, 16))
-    # tokens, embeddings and CLIP's loss
-    for i in (0, 1, 2, 5, 6, 7):  # the class token, and five of the patch tokens
-        fill, edge = (ROSE, RED) if i else (PALE, GREY)
-        axis.add_patch(Rectangle((66, 34.2 + 3.5 * i), 3, 3, fc=fill, ec=edge, lw=1.2))
-    plt.text(67.5, 47.9, "⋮", ha="center", va="center", color=RED)
-    arrow((60, 48), (65.5, 48))
-    plt.text(71, 50.5, "36 patch\ntokens", va="center", color=RED)
-    plt.text(71, 37.5, "class token")
-    plt.text(62, 18, "end token")
-    arrow((69.5, 35.7), (90, 35.7))
-    arrow((60, 16), (90, 16))
-    box(90, 30, 26, 11.4, "embedding u,\nlength 1")
-    box(90, 10.3, 26, 11.4, "embedding v,\nlength 1")
-    box(130, 17, 29, 18, "contrastive loss:\nwhich u fits\nwhich v?")
-    arrow((116, 35.7), (122, 35.7), (122, 28.5), (130, 28.5))
-    arrow((116, 16), (122, 16), (122, 23.5), (130, 23.5))
-    # what SuperCLIP adds
-    plt.text(54, 84, "what SuperCLIP adds: the word head", color=RED, weight="bold")
-    box(54, 68, 27, 12, "mean of the\npatch tokens", added=True)
-    box(90, 68, 26, 12, "LayerNorm,\nLinear", added=True)
-    box(130, 65, 34, 18, "word loss:\nwhich words does\nthe caption have?", added=True)
-    arrow((67.5, 62.3), (67.5, 68), added=True)
-    arrow((81, 74), (90, 74), added=True)
-    arrow((116, 74), (130, 74), added=True)
-    plt.text(123, 76, f"{tokenizer.vocab_size}\nlogits", color=RED, ha="center")
-    arrow((17, 5), (17, 1.8), (166, 1.8), (166, 48), (147, 48), (147, 65), added=True)
-    plt.text(145, 50.5, "label: its words,\nweighted by IDF", color=RED, ha="right")
 
 
 # -----------------------------------------------------------------------------
@@ -323,8 +259,6 @@ def main(argv):
     args = parser.parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
-    architecture()
-    save(args.out / "architecture.png")
     label()
     save(args.out / "label.png")
     matrix()
