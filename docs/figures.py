@@ -3,32 +3,21 @@ r"""Draw the figures of the tutorial into assets/:
     python -m docs.figures
 
 All numbers are computed here, by the project's functions, or read from the logs of two runs, which
-are those in study/ unless others are named. One command trains anew and draws:
+are those in study/. Figures are 8.5 inches wide and have letters of 9 points or more, so that they
+can be read at a README's width. Commit c22fe23 has the code that drew architecture.png.
 
-    python train.py && python train.py --cls_weight 0 --out_dir out_clip &&
-        python -m docs.figures --log out/log.jsonl --clip_log out_clip/log.jsonl
+Other commands make the other pictures of the pages. docs/first.py, docs/found.py and
+docs/study_figure.py draw those that have their names, docs/products.md names the command of its
+own, and docs/demo.py those of its page. Then there are the maps of words; and, if train.py has
+drawn the scenes, eight of them, and the page of the reference run with that of CLIP beside it:
 
-Figures are 8.5 inches wide and have letters of 11 points or more, so that they can be read at a
-README's width. Other commands make the other pictures of the pages. For most of them train.py must
-have drawn the scenes. Eight scenes, three with their words, and the page of the reference run, with
-that of CLIP beside it:
+    python -m scripts.words --checkpoint assets/tiny.pt --k 5 --out assets/words.png
 
     python -m scripts.show 'scenes/val-*.tar' --captions json.long --picture assets/scenes.png
-
-    mkdir out_words && extract="tar xOf scenes/val-00000.tar" &&
-        $extract 00000833.jpg > 'out_words/orange heart on dotted brown.jpg' &&
-        $extract 00000666.jpg > 'out_words/purple cross and orange star on dotted black.jpg' &&
-        $extract 00000500.jpg > 'out_words/yellow square on dotted black.jpg' &&
-        python -m scripts.words --checkpoint assets/tiny.pt --image out_words --k 5 \
-            --out assets/words.png
 
     python -m scripts.report --checkpoint assets/tiny.pt --log study/reference_log.jsonl \
         --reference study/clip_log.jsonl --data 'scenes/val-*.tar' --captions json.long \
         --out docs/report.html
-
-docs/products.md names the command of its picture, docs/demo.py those of its page, and
-docs/study_figure.py draws the study's figure. The code that drew architecture.png is in commit
-c22fe23.
 """
 
 import itertools
@@ -42,17 +31,18 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cli import make_parser, run_command
-from runtime import read_log
 from scripts import scenes
+from scripts.report import REFERENCES, read_run
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-INK, GREY, RED = "#1f2937", "#6b7280", "#d1495b"
-BLUE, GREEN, AMBER = "#2563a8", "#2f7d4f", "#b45f06"
-VIOLET, TEAL = "#7b4fa3", "#0e8a8f"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+INK, GREY, PALE, RED = "#1f2937", "#6b7280", "#cbd0d8", "#d1495b"
+BLUE, AMBER, VIOLET = "#2563a8", "#b45f06", "#7b4fa3"
 STYLE = {
     "font.size": 11, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -60,10 +50,15 @@ STYLE = {
 }  # fmt: skip
 
 
-def save(path):
-    """Writes the figure that was drawn last."""
+def save(path, text=""):
+    """Writes the figure that was drawn last, with a text in its field Description. 64 colours are
+    enough, and make the file a third as large."""
     plt.savefig(path, dpi=200)
     plt.close()
+    description = PngInfo()
+    description.add_text("Description", text)
+    image = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image.save(path, optimize=True, pnginfo=description)
     print(f"wrote {path}")
 
 
@@ -116,7 +111,7 @@ def matrix():
     compass = figure.add_axes((0, 0.03, 0.44, 0.94), xlim=(-1.8, 1.8), ylim=(-1.5, 1.5))
     compass.set_aspect("equal")
     compass.axis("off")
-    compass.add_patch(plt.Circle((0, 0), 1, fill=False, ec="#c7ccd4"))
+    compass.add_patch(plt.Circle((0, 0), 1, fill=False, ec=PALE))
     # All arrows have length 1. A caption's is thin and dashed, so that image 1 stays visible.
     for name, angles, colour, style in (("i", images, BLUE, "-"), ("c", texts, AMBER, "--")):
         width = 3.5 if name == "i" else 1.6
@@ -165,47 +160,34 @@ def blind():
     return 100 * (1 - math.exp(-others)) / others
 
 
-def read_rows(path):
-    """A log -> its header, and its rows, each with the number of samples seen so far."""
-    header, rows = read_log(path)
-    for row in rows:
-        row["samples"] = row["step"] * header["batch_size"]
-    return header, rows
-
-
-def mean_r1(rows):
-    """[(samples seen, percent) ...] of R@1."""
-    return [(row["samples"], 100 * row["mean_r1"]) for row in rows if "mean_r1" in row]
-
-
-def zero_shot(rows, kind):
-    """[(samples seen, percent) ...] of a zero-shot score: colour, shape, colour_shape, held_out."""
-    points = []
-    for row in rows:
-        score = row.get("zeroshot", {}).get(f"scenes/zeroshot/{kind}")
-        if score:
-            points.append((row["samples"], 100 * score["value"]))
-    return points
+def scores_of_run(run):
+    """run: as report.read_run returns it. Returns {name of a score: [(step, percent) ...]}, such as
+    R@1, colour shape and held out."""
+    curves = {"R@1": run["validations"]}
+    for score in run["zeroshot"]:
+        curves[score["name"].removeprefix("zero-shot ")] = score["points"]
+    return {name: [(step, 100 * y) for step, y in points] for name, points in curves.items()}
 
 
 def draw_lines(axis, lines, gap):
-    """lines: [(name, colour, style, [(x, y) ...])]. Each is named at its end, and the names are
+    """lines: [(name, colour, style, [(step, y) ...])]. Each is named at its end, and the names are
     moved up until neighbours are at least `gap` apart."""
     last, height = max(points[-1][0] for *_, points in lines), -gap
     for name, colour, style, points in sorted(lines, key=lambda line: line[-1][-1][1]):
         axis.plot(*zip(*points), color=colour, ls=style, lw=1.3 if style == ":" else 2)
         height = max(points[-1][1], height + gap)
         axis.text(1.03 * last, height, name, color=colour, va="center")
-    axis.set(xlim=(0, last), xlabel="samples seen")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axis.set(xlim=(0, last), xlabel="steps")
+    axis.xaxis.set_major_locator(MaxNLocator(3))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def curve(path, clip_path):
-    header, rows = read_rows(path)
-    training = [row for row in rows if "loss" in row]
-    B, V = header["batch_size"], header["config"]["vocab_size"]
+def curve(run, clip):
+    """run, clip: of SuperCLIP and of CLIP, as report.read_run returns them."""
+    header = run["header"]
+    last, V = header["steps"], header["config"]["vocab_size"]
+    B, rate = header["arguments"]["batch_size"], header["arguments"]["learning_rate"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2))
-    last = training[-1]["samples"]
 
     def constant(name, y):  # what theory says
         return name, GREY, ":", [(0, y), (last, y)]
@@ -216,55 +198,39 @@ def curve(path, clip_path):
         ("word loss", RED, "classification_loss", math.log(V) + 0.5, f"ln {V} + 1/2"),
         ("contrastive\nloss", INK, "contrastive_loss", math.log(B), f"ln {B}"),
     ):
-        lines.append((name, colour, "-", [(row["samples"], row[key]) for row in training]))
+        lines.append((name, colour, "-", run["losses"][key]))
         left.plot(0, start, "o", color=colour, clip_on=False)
         left.text(0.13 * last, start + 0.2, f"starts near {text} = {start:.1f}", color=colour)
     draw_lines(left, lines, 0.4)
-    left.set(title="losses", ylim=(0, 7.6))
+    left.set(title="losses of SuperCLIP", ylim=(0, 7.6))
 
+    scores, scores_of_clip = scores_of_run(run), scores_of_run(clip)
     lines = [
         constant(f"blind R@1 {r1_of_blind:.0f} %", r1_of_blind),
-        constant("chance 12.5 % (of 8)", 100 / 8),  # of a colour, or of a shape
         constant("chance 1.6 % (of 64)", 100 / 64),  # of both, or of what was held out
-        constant("chance 0.1 % (R@1)", 0.1),
-        ("R@1", BLUE, "-", mean_r1(rows)),
+        ("R@1", BLUE, "-", scores["R@1"]),
+        ("colour + shape", AMBER, "-", scores["colour shape"]),
+        ("held out", VIOLET, "-", scores["held out"]),
+        ("R@1, CLIP", BLUE, "--", scores_of_clip["R@1"]),
+        ("colour + shape, CLIP", AMBER, "--", scores_of_clip["colour shape"]),
     ]
-    for kind, name, colour in (
-        ("colour", "colour", GREEN),
-        ("shape", "shape", TEAL),
-        ("colour_shape", "colour + shape", AMBER),
-        ("held_out", "held out", VIOLET),
-    ):
-        lines.append((name, colour, "-", zero_shot(rows, kind)))
-    _, rows_of_clip = read_rows(clip_path)
-    lines.append(("R@1, CLIP", BLUE, "--", mean_r1(rows_of_clip)))
-    lines.append(("colour + shape, CLIP", AMBER, "--", zero_shot(rows_of_clip, "colour_shape")))
     draw_lines(right, lines, 6)
-    right.set(title="R@1 and zero-shot scores (%)", ylim=(0, 122), yticks=range(0, 101, 20))
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(3))
+    rate_of_clip = clip["header"]["arguments"]["learning_rate"]
+    title = f"scores (%) of SuperCLIP, rate {rate:g},\nand of CLIP (dashed), rate {rate_of_clip:g}"
+    right.set(title=title, ylim=(0, 122), yticks=range(0, 101, 20))
     plt.tight_layout(w_pad=1.5)
 
 
 def main(argv):
-    parser = make_parser(__doc__)
-    log = ROOT / "study" / "reference_log.jsonl"
-    clip_log = ROOT / "study" / "clip_log.jsonl"
-    add = parser.add_argument
-    add("--log", default=log, help=f"of a run (default study/{log.name})")
-    text = f"of a run with --cls_weight 0 (default study/{clip_log.name})"
-    add("--clip_log", default=clip_log, help=text)
-    text = "folder to draw into (default assets)"
-    add("--out", type=Path, default=ROOT / "assets", metavar="DIR", help=text)
-    args = parser.parse_args(argv)
+    make_parser(__doc__).parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
     label()
-    save(args.out / "label.png")
+    save(ASSETS / "label.png")
     matrix()
-    save(args.out / "tutorial_matrix.png")
-    curve(args.log, args.clip_log)
-    save(args.out / "curve.png")
+    save(ASSETS / "tutorial_matrix.png")
+    curve(*map(read_run, REFERENCES))
+    save(ASSETS / "curve.png")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,18 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 from cli import check, make_parser, output_file, run_command
-from docs.figures import read_rows, save, zero_shot
+from docs.figures import save, scores_of_run
+from scripts.report import read_run
 
 
 def add_run(scores, log):
     """Adds the score of a run to those of its kind, if it has come to its end."""
-    header, rows = read_rows(log)
-    arguments = header["arguments"]
+    run = read_run(log)
+    arguments = run["header"]["arguments"]
     method = "SuperCLIP" if arguments["cls_weight"] else "CLIP"
     kind = f"{method}, rate {arguments['learning_rate']:g}"
-    points = zero_shot(rows, "colour_shape")
-    samples = header["steps"] * header["batch_size"]
-    if not points or points[-1][0] < samples:
+    points = scores_of_run(run).get("colour shape")
+    if not points or points[-1][0] < run["header"]["steps"]:
         print(f"not finished, and left out: {log}")
         return
     score = points[-1][1]

@@ -9,17 +9,18 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 from cli import make_parser, run_command
-from docs.figures import GREY, INK, RED, ROOT, STYLE, save
+from docs.figures import ASSETS, GREY, INK, RED, STYLE, save
 from study import compare, plan
 
 METHODS = {"CLIP": ("--cls_weight 0 ", INK), "SuperCLIP": ("", RED)}
 PANELS = {
-    "batch 8, 48,000 samples": "--batch_size 8 --epochs 2.4",
-    "batch 32, 48,000 samples": "--batch_size 32 --epochs 2.4",
-    "the same, short captions": "--batch_size 32 --epochs 2.4 --captions json.short",
-    "batch 256, 48,000 samples": "--batch_size 256 --epochs 2.4",
-    "batch 32, 144,000 samples": "--batch_size 32 --epochs 7.2",
-    "batch 256, 144,000 samples": "--batch_size 256 --epochs 7.2",
+    "batch 8\n48,000 samples": "--batch_size 8 --epochs 2.4",
+    "batch 32\n48,000 samples": "--batch_size 32 --epochs 2.4",
+    "short captions, batch 32\n48,000 samples": "--batch_size 32 --epochs 2.4 "
+    "--captions json.short",
+    "batch 256\n48,000 samples": "--batch_size 256 --epochs 2.4",
+    "batch 32\n144,000 samples": "--batch_size 32 --epochs 7.2",
+    "batch 256\n144,000 samples": "--batch_size 256 --epochs 7.2",
 }
 
 
@@ -37,7 +38,7 @@ def draw_side(axis, tried, name, colour):
 
 
 def draw(searches):
-    figure, axes = plt.subplots(2, 3, figsize=(8.5, 5.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 3, figsize=(8.5, 6), sharex=True, sharey=True)
     for axis, (title, options) in zip(axes.flat, PANELS.items()):
         for name, (weight, colour) in METHODS.items():
             command = compare.read_command(f"train.py {weight}{options}", "", 256)
@@ -52,9 +53,8 @@ def draw(searches):
     lines += axes[0, 0].plot([], [], "o", color=GREY, alpha=0.5, ms=4, mew=0)
     lines += axes[0, 0].plot([], [], "o", color=GREY, ms=12, mfc="none", mew=1.6)
     names += ["one seed", "the chosen rate"]
-    # in the panel whose upper half is empty
-    axes[1, 0].legend(lines, names, loc="upper left", frameon=False)
-    plt.tight_layout()
+    figure.legend(lines, names, loc="upper center", ncols=4, frameon=False)
+    plt.tight_layout(rect=(0, 0, 1, 0.95))
 
 
 def main(argv):
@@ -62,7 +62,7 @@ def main(argv):
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
     draw(plan.read_searches(compare.Study(1, plan.RUNS)))
-    save(ROOT / "assets" / "study.png")
+    save(ASSETS / "study.png")
 
 
 if __name__ == "__main__":
