@@ -214,7 +214,7 @@ MAX_IMAGES = 24  # a sheet of a large folder would not fit into memory
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
 LEGEND = (
     "Red: the word becomes less probable if windows of {0} x {0} patches here are left out. Blue: "
-    "more probable. The strongest colour of a row is a change by the factor in brackets."
+    "more probable. Each row has a scale of its own."
 )
 
 
@@ -240,8 +240,7 @@ def draw_words(results, window, path):
     captions = []
     for title, image, words, maps in results:
         cells += word_cells(image, maps)
-        factor = maps.abs().max().exp()
-        captions.append(f"{title} (x{factor:.3g})")
+        captions.append(title)
         captions += [f"{word} {p:.1%}" for word, p, _ in words]
     contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
 
