@@ -18,6 +18,7 @@ from material import (
 )
 
 import eval as evaluation
+from docs import first
 from scripts import words
 
 
@@ -94,6 +95,19 @@ def test_localisation_by_hand(loudness, value):
 
     assert score["value"] == pytest.approx(value)
     assert score["chance"] == pytest.approx(1 / 25)
+
+
+def test_the_first_picture_frames_colours_and_shapes_where_they_are_seen():
+    """By the row and the column of a window. Gray is a cloth, and has no place."""
+    image = torch.zeros(3, 6, 6)
+    image[0, 0:2, 0:2] = 1
+    image[2, 4:6, 1:3] = 1
+
+    places = first.find_places(
+        Seer(1.0), image, [("blue", 0.5, 2), ("gray", 0.3, 1), ("red", 0.1, 0)]
+    )
+
+    assert places == {(4, 1): ["blue"], (0, 0): ["red"]}
 
 
 def test_a_map_is_red_where_a_word_loses_and_blue_where_it_gains():
