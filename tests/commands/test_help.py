@@ -8,7 +8,7 @@ from children import ROOT
 from material import run
 
 COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe"]
-COMMANDS += ["study.compare", "study.plan", "docs.demo", "docs.figures"]
+COMMANDS += ["study.compare", "study.plan", "docs.demo"]
 COMMANDS += [
     f"scripts.{path.stem}"
     for path in sorted(ROOT.glob("scripts/*.py"))

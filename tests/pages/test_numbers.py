@@ -5,10 +5,12 @@ import re
 
 import pytest
 from children import ROOT
+from PIL import Image
 
-from docs import histogram
+from docs import found, histogram
 from eval import format_score
 from scripts.report import scores_of
+from study import compare
 
 RESULTS = ROOT / "study" / "results.md"
 LOG = ROOT / "study" / "reference_log.jsonl"
@@ -37,6 +39,37 @@ def test_every_difference_in_a_table_is_one_of_the_study(page):
 
     assert shown
     assert [cell for cell in shown if "{} -> {}, {}".format(*cell) not in results] == []
+
+
+def test_every_number_beside_a_row_of_the_picture_is_one_of_the_study():
+    """The picture keeps its texts in the file."""
+    results = RESULTS.read_text().replace("*", "")
+    texts = Image.open(ROOT / "assets" / "found.png").text["Description"]
+
+    shown = re.findall(r"[\d.]+ -> [\d.]+|[+-][\d.]+ ± [\d.]+", texts)
+
+    assert shown
+    assert [number for number in shown if number not in results] == []
+
+
+def side(values):
+    """A side of a row of the study, with a run for each value of a score."""
+    return compare.Side(None, {}, [{"scores": {"type": {"value": value}}} for value in values])
+
+
+def test_a_gain_whose_interval_includes_0_is_no_gain_in_the_picture():
+    """The mean of n = 3 differences has the interval ± 4.3027 sd / sqrt(n)."""
+    clip = side([0.10, 0.20, 0.30])
+    at_clips_rate = side([0.19, 0.30, 0.41])  # 9, 10 and 11 points more: 10.0 ± 2.5
+    superclip = side([0.20, 0.40, 0.60])  # 10, 20 and 30 points more: 20.0 ± 24.8
+
+    texts = found.texts_of((clip, at_clips_rate, superclip), "type")
+
+    headline, means, rate = texts
+    assert headline == found.NO_GAIN
+    assert means == "20.0 -> 40.0, +20.0 ± 24.8"
+    assert rate.endswith("+10.0 ± 2.5")
+    assert found.texts_of((clip, None, at_clips_rate), "type") == ["+10.0 ± 2.5", "20.0 -> 30.0"]
 
 
 def test_a_histogram_counts_the_finished_runs_of_a_class(tmp_path, capsys):
