@@ -4,7 +4,8 @@ r"""Draw the figures of the tutorial into assets/:
 
 All numbers are computed here, by the project's functions, or read from the logs of two runs, which
 are those in study/. Figures are 8.5 inches wide and have letters of 9 points or more, so that they
-can be read at a README's width. Commit c22fe23 has the code that drew architecture.png.
+can be read at a README's width. Two pictures that never change were drawn by code of commit
+c22fe23: architecture.png and tutorial_matrix.png.
 
 Other commands make the other pictures of the pages. docs/first.py, docs/found.py and
 docs/study_figure.py draw those that have their names, docs/products.md names the command of its
@@ -20,7 +21,6 @@ drawn the scenes, eight of them, and the page of the reference run with that of 
         --out docs/report.html
 """
 
-import itertools
 import math
 import random
 from pathlib import Path
@@ -29,7 +29,6 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -78,7 +77,7 @@ def counted(tokens, vocab_size):
 
 
 # -----------------------------------------------------------------------------
-# The label of a caption, and the matrix of four pairs
+# The label of a caption
 
 
 def label():
@@ -101,40 +100,6 @@ def label():
     axes[0].invert_yaxis()
     figure.suptitle(f"“{captions[0]}”", x=0.015, ha="left", fontsize=12)
     plt.tight_layout()
-
-
-def matrix():
-    images = torch.tensor([0.0, 90, 180, 270]).deg2rad()
-    texts = torch.tensor([30.0, 90, 120, 300]).deg2rad()
-    cosines = (images[:, None] - texts).cos()
-    figure = plt.figure(figsize=(8.5, 3.7))
-    compass = figure.add_axes((0, 0.03, 0.44, 0.94), xlim=(-1.8, 1.8), ylim=(-1.5, 1.5))
-    compass.set_aspect("equal")
-    compass.axis("off")
-    compass.add_patch(plt.Circle((0, 0), 1, fill=False, ec=PALE))
-    # All arrows have length 1. A caption's is thin and dashed, so that image 1 stays visible.
-    for name, angles, colour, style in (("i", images, BLUE, "-"), ("c", texts, AMBER, "--")):
-        width = 3.5 if name == "i" else 1.6
-        line = dict(arrowstyle="-|>", color=colour, lw=width, ls=style, mutation_scale=15)
-        for i, angle in enumerate(angles.tolist()):
-            x, y = math.cos(angle), math.sin(angle)
-            compass.annotate("", (x, y), (0, 0), arrowprops={**line, "shrinkA": 0, "shrinkB": 0})
-            side = "left" if x > 0.1 else "right" if x < -0.1 else "center"
-            up = 1.34 if name == "c" and side == "center" else 1.14  # caption 1 above image 1
-            text = f"{name}{i}, {round(math.degrees(angle))}°"
-            compass.text(1.06 * x, up * y, text, color=colour, ha=side, va="center")
-    axis = figure.add_axes((0.52, 0.13, 0.46, 0.76))
-    axis.imshow(cosines, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
-    for i, j in itertools.product(range(4), repeat=2):
-        text, weight = f"{round(float(cosines[i, j]), 2) + 0:.2f}", "bold" if i == j else "normal"
-        axis.text(j, i, text, ha="center", va="center", weight=weight)
-    axis.xaxis.tick_top()
-    axis.set_xticks(range(4), [f"caption {j}" for j in range(4)])
-    axis.set_yticks(range(4), [f"image {i}" for i in range(4)])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.add_patch(Rectangle((1.53, 0.53), 0.94, 0.94, fill=False, ec=INK, lw=2))
-    axis.set_xlabel("bold: right pairs; frame: what caption 2 picks", labelpad=8)
 
 
 # -----------------------------------------------------------------------------
@@ -227,8 +192,6 @@ def main(argv):
     plt.rcParams.update(STYLE)
     label()
     save(ASSETS / "label.png")
-    matrix()
-    save(ASSETS / "tutorial_matrix.png")
     curve(*map(read_run, REFERENCES))
     save(ASSETS / "curve.png")
 
