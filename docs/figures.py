@@ -7,10 +7,10 @@ are those in study/. Figures are 8.5 inches wide and have letters of 9 points or
 can be read at a README's width. Two pictures that never change were drawn by code of commit
 c22fe23: architecture.png and tutorial_matrix.png.
 
-Other commands make the other pictures of the pages. docs/first.py, docs/found.py and
-docs/study_figure.py draw those that have their names, docs/products.md names the command of its
-own, and docs/demo.py those of its page. Then there are the maps of words; and, if train.py has
-drawn the scenes, eight of them, and the page of the reference run with that of CLIP beside it:
+The other pictures have commands of their own. docs/first.py, docs/found.py, docs/study_figure.py,
+docs/demo.py and docs/products.md name theirs. Here are the rest: maps of words, eight scenes, and
+the page of the reference run with that of CLIP beside it. The last two need the scenes, which the
+first run of train.py draws.
 
     python -m scripts.words --checkpoint assets/tiny.pt --k 5 --out assets/words.png
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from children import ROOT
 from material import result_of
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageChops
 
 import eval as evaluation
 from docs import first
@@ -46,12 +46,12 @@ def test_it_says_the_right_words_of_scenes_without_any_data(tmp_path, capsys):
 
 
 def test_the_first_picture_is_what_its_command_draws():
-    """But for the edges of letters, which other versions of Pillow may smooth in other ways."""
+    """In blocks of 8 x 8 pixels, because another version of Pillow may smooth letters otherwise."""
     model, tokenizer, _ = evaluation.load(TINY)
 
     drawn = first.draw(model, tokenizer)
 
-    kept = Image.open(ROOT / "assets" / "first.png").convert("RGB")
+    kept = Image.open(ROOT / "assets" / "first.png")
+    difference = ImageChops.difference(drawn.reduce(8), kept.reduce(8))
     assert drawn.size == kept.size
-    difference = ImageChops.difference(drawn, kept).convert("L")
-    assert ImageStat.Stat(difference).mean[0] < 1
+    assert max(most for _, most in difference.getextrema()) < 80
