@@ -320,7 +320,7 @@ def print_way(out, n, n_val, several):
         options = f"--init_from clip.pt --epochs 5 --batch_size {min(32, n)}"
     else:
         way = FROM_NOTHING
-        options = "--model tiny --batch_size 32 --learning_rate 4e-4"
+        options = "--model tiny --batch_size 32"
         if n >= 30_000 and torch.cuda.is_available():
             options = "--model ViT-S-16"
     way += TRAIN_AND_SEARCH
