@@ -1,6 +1,7 @@
 """Convert weights: what others have trained into a checkpoint of this project, and back.
 
     python -m scripts.convert ViT-B-16.pt clip.pt
+    python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
     python -m scripts.convert out/best.pt model.pt --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
 
@@ -12,11 +13,15 @@ assumed, and the command says so. A file without a word head becomes plain CLIP,
 --init_from gives it a new head. For images of another size, let open_clip interpolate the positions
 (create_model(..., force_image_size=160)), and convert what it has made.
 
+Instead of a file, the input may be a model and a tag of open_clip, as in the second command, unless
+there is a file of that name. open_clip then downloads the weights, and nothing is assumed.
+
 The export to transformers needs CLIP's vocabulary for its tokenizer and its pipelines. With another
 vocabulary there is no tokenizer in the folder, and the command says how to tokenize.
 """
 
 import argparse
+import difflib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +30,7 @@ import torch
 
 import eval as evaluation
 from cli import (
+    InputError,
     check,
     make_parser,
     number,
@@ -151,10 +157,16 @@ def read_config_beside(path, vision_width):
         config["image_std"] = tuple(other["image_std"])
     with suppress(Exception):  # of open_clip
         other = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        config["vision_heads"] = vision_width // other["vision_cfg"].get("head_width", 64)
-        config["text_heads"] = int(other["text_cfg"].get("heads", 8))
+        config |= read_open_clip_heads(other, vision_width)
         config["quick_gelu"] = bool(other.get("quick_gelu", False))
     return config
+
+
+def read_open_clip_heads(other, vision_width):
+    """other: open_clip's configuration. Returns the heads of both towers, a dict."""
+    head_width = other["vision_cfg"].get("head_width", 64)
+    text_heads = int(other["text_cfg"].get("heads", 8))
+    return {"vision_heads": vision_width // head_width, "text_heads": text_heads}
 
 
 def read_weights(path):
@@ -188,20 +200,65 @@ def read_weights(path):
     return weights, config, None
 
 
-def convert(path, facts, vocab=None):
-    """A file in any layout -> model, tokenizer. Raises InputError.
+def check_config(model, other):
+    """Raises InputError unless this project can build a model of open_clip. What it cannot build,
+    such as another pooling, shows as a key that open_clip_config never writes."""
+    ours = open_clip_config(SuperCLIPConfig())
+    unknown = other.keys() - ours.keys()
+    for tower in ("vision_cfg", "text_cfg"):
+        unknown |= other[tower].keys() - ours[tower].keys()
+    if isinstance(other["vision_cfg"].get("layers"), list):
+        unknown.add("layers of a ResNet")
+    names = ", ".join(sorted(unknown))
+    check(not unknown, f"{model} of open_clip has parts that this project lacks: {names}")
+
+
+def read_published(name):
+    """MODEL/TAG of open_clip, which downloads the weights -> what read_weights returns. Raises
+    InputError."""
+    open_clip = optional("open_clip", "open_clip_torch")
+    model, _, tag = name.partition("/")
+    published = open_clip.get_pretrained_cfg(model, tag)
+    if not published:
+        pairs = ["/".join(pair) for pair in open_clip.list_pretrained()]
+        near = ", ".join(difflib.get_close_matches(name, pairs, n=5, cutoff=0))
+        raise InputError(f"there is no file {name}, and open_clip has no such weights: try {near}")
+    other = open_clip.get_model_config(model)
+    check_config(model, other)
+    try:
+        file = open_clip.download_pretrained(published)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot download {name}: is there a network? ({reason})") from error
+
+    weights = rename(open_clip.create_model(model, file).state_dict())
+    config = read_shapes(name, weights)
+    config |= read_open_clip_heads(other, config["vision_width"])
+    # The tag counts, because the model's name may say otherwise: ViT-B-32/openai has quick GELU.
+    config["quick_gelu"] = published.get("quick_gelu", False)
+    config["image_mean"] = tuple(published["mean"])
+    config["image_std"] = tuple(published["std"])
+    return weights, config, None
+
+
+def convert(name, facts, vocab=None):
+    """A file in any layout, or MODEL/TAG of open_clip -> model, tokenizer. Raises InputError.
 
     facts: fields of the configuration that the file does not tell, or tells wrong; vocab: a
     vocabulary file to use in place of the file's own, or of CLIP's if the file has none.
     """
-    weights, config, known = read_weights(path)
+    path = Path(name)
+    if path.exists() or path.suffix:  # names of open_clip have none
+        weights, config, known = read_weights(path)
+    else:
+        weights, config, known = read_published(name)
     config |= facts
-    assumed = [text for name, text in ASSUMED.items() if name not in config]
+    assumed = [text for field, text in ASSUMED.items() if field not in config]
     if assumed:
-        print(f"{path} does not tell everything. Assumed: {', '.join(assumed)}")
+        print(f"{name} does not tell everything. Assumed: {', '.join(assumed)}")
     if vocab is not None or known is None:
         known = Tokenizer.from_file(vocab or "clip").vocab
-    return evaluation.restore(path, weights, config, known)
+    return evaluation.restore(name, weights, config, known)
 
 
 # -----------------------------------------------------------------------------
@@ -380,7 +437,9 @@ def check_output(path, to):
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("input", metavar="IN", type=Path, help=".pt or .safetensors file, or transformers' folder")
+    # a text, because Windows would turn the / of a name around
+    text = ".pt or .safetensors file, transformers' folder, or MODEL/TAG of open_clip"
+    add("input", metavar="IN", help=text)
     add("output", metavar="OUT", type=Path, help="new .pt file, or for transformers a new folder")
     text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
     add("--to", choices=["open_clip", "transformers"], help=text)
