@@ -2,7 +2,7 @@
 
 official_tiny.pt holds what the code of the paper's authors computes: the weights of a small model,
 and of three training steps the batch, features, logits and losses, and of the first step the norm
-of every parameter's gradient.
+of every parameter's gradient. make_official.py makes it from a clone of their repository.
 """
 
 from pathlib import Path
