@@ -472,16 +472,22 @@ def probe(train, test, classes):
 
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
-    """images (B, 3, S, S) -> for each image the k tokens that the head finds most probable, as a
-    list of (word, probability, id). Probabilities are a softmax over all tokens."""
+    """images (B, 3, S, S) -> for each image the k words that the head finds most probable, as a
+    list of (word, probability, id), most probable first. Probabilities are a softmax over all
+    tokens.
+
+    They are chosen by probability times IDF, so that "the" and "of" make room for rarer words, and
+    parts of words only if there are too few whole ones.
+    """
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
-    values, ids = probabilities.topk(min(8 * k, tokenizer.vocab_size))
+    weights = model.token_weights()
     result = []
-    for values_of_image, ids_of_image in zip(values.tolist(), ids.tolist()):
-        words = [(token_text(tokenizer, i), p, i) for p, i in zip(values_of_image, ids_of_image)]
-        # Punctuation, padding, start and end are no words.
-        words = [word for word in words if has_letters(word[0])]
-        result.append(words[:k])
+    for p in probabilities:
+        ids = (p * weights).topk(min(8 * k, len(p))).indices.tolist()
+        words = [(token_text(tokenizer, i), p[i].item(), i) for i in ids]
+        words = [word for word in words if has_letters(word[0])]  # no punctuation
+        words.sort(key=lambda word: word[0].endswith("-"))  # parts come last
+        result.append(sorted(words[:k], key=lambda word: -word[1]))
     return result
 
 

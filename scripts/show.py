@@ -25,7 +25,7 @@ from eval import UNREADABLE, load
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import caption_label, idf
-from tokenizer import WORD, clean, has_letters, tokenizer_for, unknown_words
+from tokenizer import WORD, clean, has_letters, token_text, tokenizer_for, unknown_words
 
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
@@ -156,7 +156,7 @@ def print_sample(name, texts, tokenizer, weights):
         shares[i] = label[i].item()
     words = []
     for token, share in shares.most_common(20):
-        words.append(f"{tokenizer.decode([token])} {share:.2f}")
+        words.append(f"{token_text(tokenizer, token)} {share:.2f}")
     print(fill("label: " + "  ".join(words)))
 
 

@@ -5,12 +5,12 @@
     python -m scripts.words --checkpoint out/best.pt --out words.png
     python -m scripts.words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
-The first command prints the most probable words of each image. With --out it also draws a map for
-each word, which is red where the word becomes less probable if these patches are left out. --word
-asks for a word of your own. Without images, as in the third command, a few validation pictures of
-the run are shown. (The checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the
-spot.) The last command checks such maps against the built-in scenes, whose files say where each
-object is.
+The first command prints the most probable words of each image. Words of most captions, such as
+"the", make room for others. With --out it also draws a map for each word, which is red where the
+word becomes less probable if these patches are left out. --word asks for a word of your own.
+Without images, as in the third command, a few validation pictures of the run are shown. (The
+checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the spot.) The last command
+checks such maps against the built-in scenes, whose files say where each object is.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """

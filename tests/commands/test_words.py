@@ -24,8 +24,10 @@ from scripts import words
 
 @torch.no_grad()
 def test_top_words_are_the_softmax_of_the_head():
-    """Padding, start and end are no words, however probable they are."""
+    """Padding, start and end are no words, however probable they are. All other tokens are as
+    rare."""
     model = small_model()
+    model.num_captions += 1
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     red, green = TOKENIZER.encode("red green")
     model.head.linear.bias[[red, 0, TOKENIZER.start, TOKENIZER.end]] += 9.0
@@ -35,6 +37,25 @@ def test_top_words_are_the_softmax_of_the_head():
 
     p = model.class_logits(images)[0].softmax(dim=0).tolist()
     assert found == [("red", p[red], red), ("green", p[green], green)]
+
+
+@torch.no_grad()
+def test_common_words_and_parts_of_words_come_last():
+    """The head says "the" and a part of a word loudest. But "the" was in every caption."""
+    model = small_model()
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    the, red, green = TOKENIZER.encode("the red green")
+    part = TOKENIZER.encode("xy")[0]  # x-
+    model.head.linear.bias[[the, part]] += 9.0
+    model.head.linear.bias[red] += 7.0
+    model.head.linear.bias[green] += 8.0
+    model.num_captions += 100
+    model.token_counts += 5
+    model.token_counts[the] = 100
+
+    [found] = evaluation.top_words(model, TOKENIZER, images, k=2)
+
+    assert [i for _, _, i in found] == [green, red]
 
 
 @torch.no_grad()
