@@ -3,7 +3,7 @@ folder of the run, and its log. Nothing here depends on the method. train.py cal
 for the two functions at the end, which read what it has logged.
 
 torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
-in `join_processes`, and from then on what they send to each other adds up over all of them.
+in `join_processes`, and from then on they can exchange tensors.
 """
 
 import json
