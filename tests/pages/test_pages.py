@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ show can be run, and what they name is there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -95,6 +96,26 @@ def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
 
     assert start(ROOT / "docs").stdout == f"{ROOT}\n"
     assert "fill in ADDRESS" in start(tmp_path).stderr
+
+
+def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path):
+    """Colab has a package named docs."""
+    for name in ("docs", "scripts", "study"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    code = (
+        SETUP
+        + "import docs, scripts, study\nprint(docs.__file__, scripts.__file__, study.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(
+        command, cwd=ROOT / "docs", env=environment, capture_output=True, text=True
+    )
+
+    files = [f"{ROOT}/{name}/__init__.py" for name in ("docs", "scripts", "study")]
+    assert process.stdout.split() == files
 
 
 # Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
