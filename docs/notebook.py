@@ -4,7 +4,7 @@ Python blocks become cells, and so do shell blocks, by way of `run`. A text bloc
 Python block at once is what the cell printed. All else stays Markdown, and the figures are in it.
 
 A notebook may be opened anywhere, also without the repository, and all of its cells may be run
-again: a run of train.py then resumes.
+again: a run of train.py then resumes. The address of the repository is that of CITATION.cff.
 """
 
 import base64
@@ -14,10 +14,13 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS / name for name in ("tutorial.md", "lab.md", "gpu.md")]
+CITATION = (DOCS.parent / "CITATION.cff").read_text("utf-8")
+ADDRESS = re.search(r'^repository-code: "(.*)"$', CITATION, re.M)[1]
 # The first cell. Its commands have no terminal, so they draw no progress bars.
-SETUP = r'''
-ADDRESS = ""  # of the repository: fill it in where there is no clone yet, as on Colab
-
+SETUP = f"""
+ADDRESS = "{ADDRESS}"  # of the repository: fill it in where there is no clone yet, as on Colab
+"""
+SETUP += r'''
 import os
 import subprocess
 import sys

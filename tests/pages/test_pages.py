@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,21 @@ def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
 
     assert start(ROOT / "docs").stdout == f"{ROOT}\n"
     assert "fill in ADDRESS" in start(tmp_path).stderr
+
+
+def test_a_notebook_has_the_address_of_the_citation(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("__init__.py", "notebook.py"):
+        shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
+    citation = (ROOT / "CITATION.cff").read_text()
+    address = "https://example.org/superclip"
+    citation = re.sub("(?m)^repository-code: .*", f'repository-code: "{address}"', citation)
+    (tmp_path / "CITATION.cff").write_text(citation)
+
+    command = [sys.executable, "-c", "from docs.notebook import SETUP; print(SETUP)"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    assert f'ADDRESS = "{address}"' in printed
 
 
 def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path):
