@@ -3,7 +3,9 @@
     python -m docs.histogram handed_in/ --out histogram.png
 
 Arguments are log.jsonl files, by any name, or folders with such files at any depth. The score is
-colour + shape at the end of a run. CLIP and SuperCLIP have their own colours at each learning rate.
+colour + shape at the end of a run. CLIP and SuperCLIP have their own colours at each learning rate
+and length. A log that was handed in twice counts once. What is not the log of a finished run is
+left out, and the command says so.
 """
 
 from pathlib import Path
@@ -11,35 +13,56 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot as plt
 
-from cli import check, make_parser, output_file, run_command
+from cli import InputError, check, make_parser, output_file, run_command
 from docs.figures import save, scores_of_run
 from scripts.report import read_run
 
 
-def add_run(scores, log):
-    """Adds the score of a run to those of its kind, if it has come to its end."""
-    run = read_run(log)
-    arguments = run["header"]["arguments"]
-    method = "SuperCLIP" if arguments["cls_weight"] else "CLIP"
-    kind = f"{method}, rate {arguments['learning_rate']:g}"
-    points = scores_of_run(run).get("colour shape")
-    if not points or points[-1][0] < run["header"]["steps"]:
-        print(f"not finished, and left out: {log}")
-        return
-    score = points[-1][1]
-    print(f"{kind}, seed {arguments['seed']}: {score:.1f} %   {log}")
-    scores.setdefault(kind, []).append(score)
+def log_files(paths):
+    """Files and folders -> the files. Of copies of one log, whatever their names, one is left."""
+    files = {}  # by their content
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = sorted(path.rglob("*.jsonl"))
+        for file in found:
+            files[file.read_bytes()] = file
+    return files.values()
+
+
+def read_score(log):
+    """A log -> what kind of run it is of, its seed, and its score in percent. Raises InputError if
+    it is no log, or one of a run that has not come to its end."""
+    try:
+        run = read_run(log)
+        header = run["header"]
+        arguments = header["arguments"]
+        seed = arguments["seed"]
+        method = "SuperCLIP" if arguments["cls_weight"] else "CLIP"
+        kind = f"{method}, rate {arguments['learning_rate']:g}"
+        kind += f", {header['steps']:,} steps of {arguments['batch_size']}"
+        points = scores_of_run(run).get("colour shape")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{log} is not a log of train.py") from error
+    finished = points and points[-1][0] >= header["steps"]
+    check(finished, f"{log} is of a run that has not finished")
+    return kind, seed, points[-1][1]
 
 
 def main(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("logs", nargs="+", help="logs of runs, or folders")
+    parser.add_argument("logs", nargs="+", type=Path, help="logs of runs, or folders")
     parser.add_argument("--out", type=output_file(".png"), required=True, help="picture to write")
     args = parser.parse_args(argv)
     scores = {}  # kind of run -> a list
-    for path in map(Path, args.logs):
-        for log in sorted(path.rglob("*.jsonl")) or [path]:
-            add_run(scores, log)
+    for log in log_files(args.logs):
+        try:
+            kind, seed, score = read_score(log)
+        except InputError as error:
+            print(f"left out: {error}")
+            continue
+        print(f"{kind}, seed {seed}: {score:.1f} %   {log}")
+        scores.setdefault(kind, []).append(score)
     check(scores, "there is no finished run")
     matplotlib.use("Agg")
     plt.hist([*scores.values()], range(0, 101, 5), stacked=True, label=[*scores])

@@ -81,16 +81,76 @@ def test_a_gain_whose_interval_includes_0_is_no_gain_in_the_picture():
     assert found.texts_of((clip, None, at_clips_rate), "type") == ["+10.0 ± 2.5", "20.0 -> 30.0"]
 
 
-def test_a_histogram_counts_the_finished_runs_of_a_class(tmp_path, capsys):
-    """Files by any name, in folders at any depth. A run that has not ended is left out."""
+# ---- the histogram of a class
+
+CLIP_LOG = (ROOT / "study" / "clip_log.jsonl").read_text()
+
+
+def changed_log(**changes):
+    """The log of plain CLIP, with changes in its header or in the arguments there."""
+    first, rest = CLIP_LOG.split("\n", 1)
+    row = json.loads(first)
+    for part in (row["header"], row["header"]["arguments"]):
+        part.update({name: value for name, value in changes.items() if name in part})
+    return json.dumps(row) + "\n" + rest
+
+
+def draw_histogram(folder, capsys):
+    """Returns the runs that it counts, and the files that it leaves out, as it prints them."""
+    histogram.main([str(folder), "--out", str(folder / "histogram.png")])
+
+    assert (folder / "histogram.png").stat().st_size > 0
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    out = [line for line in lines if line.startswith("left out")]
+    return [line for line in lines if line not in out], out
+
+
+def test_a_histogram_counts_a_finished_run_once(tmp_path, capsys):
+    """Files have any name, and lie in folders at any depth."""
     (tmp_path / "anna" / "out").mkdir(parents=True)
-    log = (ROOT / "study" / "clip_log.jsonl").read_text()
-    (tmp_path / "anna" / "out" / "log.jsonl").write_text(log)
-    (tmp_path / "ben.jsonl").write_text(log[: log.rindex("\n", 0, -1)])
+    (tmp_path / "anna" / "out" / "log.jsonl").write_text(CLIP_LOG)
+    (tmp_path / "anna.jsonl").write_text(CLIP_LOG)
+    (tmp_path / "ben.jsonl").write_text(CLIP_LOG[: CLIP_LOG.rindex("\n", 0, -1)])
+    rows = [json.loads(line) for line in CLIP_LOG.splitlines()]
+    score = rows[-1]["zeroshot"]["scenes/zeroshot/colour_shape"]["value"]
 
-    histogram.main([str(tmp_path), "--out", str(tmp_path / "histogram.png")])
+    counted, left_out = draw_histogram(tmp_path, capsys)
 
-    printed = capsys.readouterr().out
-    assert re.search(r"CLIP, rate 0.00035, seed 0: 22.0 % .*anna", printed)
-    assert re.search("not finished.*ben", printed)
-    assert (tmp_path / "histogram.png").stat().st_size > 0
+    assert [f"{100 * score:.1f} %" in line and "anna" in line for line in counted] == [True]
+    assert ["ben.jsonl" in line for line in left_out] == [True]
+
+
+def test_a_histogram_leaves_out_what_is_no_log(tmp_path, capsys):
+    """PowerShell's > writes UTF-16."""
+    (tmp_path / "log.jsonl").write_text(CLIP_LOG)
+    (tmp_path / "0.jsonl").write_text("")
+    (tmp_path / "1.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "2.jsonl").write_text('{"header": {"steps": 1}, "step": 0}\n{"step": 1}\n')
+    (tmp_path / "3.jsonl").write_text(CLIP_LOG[:-9])
+    (tmp_path / "4.jsonl").write_text(CLIP_LOG, "utf-16")
+
+    counted, left_out = draw_histogram(tmp_path, capsys)
+
+    assert len(counted) == 1
+    for i, line in enumerate(left_out):
+        assert f"{i}.jsonl" in line
+        assert len(line) < 300
+    assert len(left_out) == 5
+
+
+def test_a_histogram_keeps_rates_lengths_and_methods_apart(tmp_path, capsys):
+    logs = [
+        changed_log(learning_rate=1.75e-4),
+        changed_log(learning_rate=1.75e-4, seed=1),
+        changed_log(learning_rate=3.5e-4),
+        changed_log(learning_rate=1.75e-4, steps=20),
+        changed_log(learning_rate=1.75e-4, cls_weight=1.0),
+    ]
+    for i, log in enumerate(logs):
+        (tmp_path / f"{i}.jsonl").write_text(log)
+
+    counted, _ = draw_histogram(tmp_path, capsys)
+
+    kinds = [line.partition(", seed")[0] for line in counted]
+    assert kinds[0] == kinds[1]
+    assert len({*kinds}) == 4
