@@ -1,16 +1,20 @@
 """The checks of lab.md. Each takes a function that a student has written, and tensors of the page.
 It prints that all is right, or raises Mistake with a sentence that says what is not.
 
-The project's own functions say what is right. If a result differs, it is compared with those that
-the usual mistakes lead to. These are numbers, which hold for the tensors of the page.
+The project's own functions say what is right: first the value, then the gradients. If the value
+differs, it is compared with those that the usual mistakes lead to. The numbers among these hold for
+the tensors of the page. Functions get copies, so nothing that they write changes the page.
 """
 
 import copy
 import math
 
 import torch
+import torch.nn.functional as F
 
 import superclip
+
+LOSSES = ("contrastive_loss", "word_loss")  # what `forward` returns
 
 
 class Mistake(AssertionError):
@@ -20,106 +24,200 @@ class Mistake(AssertionError):
         return [f"Not yet. {self}"]
 
 
-def near(a, b):
-    return (a - b).abs().max() < 1e-3  # false if there is a NaN
+# -----------------------------------------------------------------------------
+# Comparisons
 
 
-def compare(name, found, expected, mistakes):
-    """found: what the student's function has returned; mistakes: a dict of sentence -> the result
-    that this mistake leads to."""
+def near(a, b, tolerance=1e-5):
+    """Are they equal, up to rounding? A NaN is equal to nothing."""
+    b = torch.as_tensor(b)
+    return (a - b).abs().max() <= tolerance * b.abs().max() + 1e-6
+
+
+def check_filled(name, found):
     if found is None:
         raise Mistake(f"Fill in {name} first.")
-    found = torch.as_tensor(found)
+
+
+def check_tensor(name, found, expected):
+    """Has the result of a student the shape that is expected, and a gradient if it needs one?"""
+    if not isinstance(found, torch.Tensor):
+        raise Mistake(f"{name} should be a tensor, and yours is a {type(found).__name__}.")
     if found.shape != expected.shape:
         raise Mistake(f"{name} should have the shape {expected.shape}, not {found.shape}.")
     if expected.requires_grad and not found.requires_grad:
-        raise Mistake(f"{name} has no gradient. Compute with tensors alone.")
+        raise Mistake(f"{name} has no gradient. Do you detach it, or compute it under no_grad?")
+
+
+def compare(name, found, expected, mistakes):
+    """mistakes: a dict of sentence -> the result that this mistake leads to."""
+    check_filled(name, found)
+    check_tensor(name, found, expected)
     if near(found, expected):
-        print(f"{name} is right")
         return
+    finite = found.nan_to_num(0.0, 0.0, 0.0)  # a NaN must not hide another mistake
+    sentences = [sentence for sentence, result in mistakes.items() if near(finite, result)]
     if not found.isfinite().all():
-        raise Mistake(f"{name} is not finite. Do you divide by 0?\n{found}")
-    for sentence, result in mistakes.items():
-        if near(found, result):
-            raise Mistake(f"{name}: {sentence}")
-    raise Mistake(f"{name} is\n{found}\nand should be\n{expected}")
+        sentences.append("it is not finite. Do you divide by 0, or take the logarithm of 0?")
+    if not sentences:
+        sentences.append(f"it is\n{found}\nand should be\n{expected}")
+    raise Mistake(f"{name}: " + "\n".join(sentences))
+
+
+def compare_gradients(name, found, expected, inputs, our_inputs):
+    """inputs, our_inputs: dicts of what `found` and what `expected` depend on, with equal names."""
+    options = dict(retain_graph=True, materialize_grads=True)
+    gradients = torch.autograd.grad(found, inputs.values(), **options)
+    our_gradients = torch.autograd.grad(expected, our_inputs.values(), **options)
+    for input, gradient, our_gradient in zip(inputs, gradients, our_gradients):
+        if not near(gradient, our_gradient, tolerance=1e-3):
+            raise Mistake(
+                f"{name} has the right value, but a wrong gradient with respect to {input}. Do you "
+                "detach something, turn it into a number, or compute it under no_grad?"
+            )
+
+
+def check_losses(name, found, count):
+    """Has a student's forward returned a dict with both losses, and so many in all?"""
+    check_filled(name, found)
+    if not isinstance(found, dict):
+        raise Mistake(f"{name} should return a dict, and yours returns a {type(found).__name__}.")
+    if len(found) != count or not found.keys() >= {*LOSSES}:
+        raise Mistake(f"{name} should return {count} losses, {LOSSES} first. Yours: {[*found]}.")
+
+
+# -----------------------------------------------------------------------------
+# The parts of the page
 
 
 def check_contrastive_loss(contrastive_loss, u, v, scale):
+    u = u.clone().requires_grad_()
+    v = v.clone().requires_grad_()
     expected = superclip.contrastive_loss(u, v, scale)
     mistakes = {
-        "your loss is that of the rows alone. The captions must pick, too.": 0.036,
-        "your loss is that of the columns alone. The images must pick, too.": 1.311,
-        "your loss is the sum of both, and should be their mean.": 1.347,
-        "the scale is missing.": 0.794,
+        "your loss is that of the rows alone. The captions must pick, too.": 0.036104,
+        "your loss is that of the columns alone. The images must pick, too.": 1.311242,
+        "your loss is the sum of both, and should be their mean.": 2 * expected,
+        "the scale is missing.": 0.793735,
+        "multiply by the scale. You divide by it.": 1.330843,
+        "cross_entropy takes logits, and has a softmax of its own.": 0.881157,
+        "the sign is wrong.": -expected,
     }
-    compare("contrastive_loss", contrastive_loss(u, v, scale), expected, mistakes)
+    loss = contrastive_loss(u.clone(), v.clone(), scale)
+    compare("contrastive_loss", loss, expected, mistakes)
+    inputs = {"u": u, "v": v}
+    compare_gradients("contrastive_loss", loss, expected, inputs, inputs)
+    fewer = u[1:].clone(), v[1:].clone(), scale
+    try:
+        loss = contrastive_loss(*fewer)
+    except Exception as error:
+        text = "contrastive_loss is right for four pairs, and fails for three. Do you use len(u)?"
+        raise Mistake(text) from error
+    compare("contrastive_loss of three pairs", loss, superclip.contrastive_loss(*fewer), {})
+    print("contrastive_loss is right")
 
 
 def check_idf(idf, num_captions, token_counts):
     expected = superclip.idf(num_captions, token_counts)
-    padding_counts = expected.clone()
-    padding_counts[0] = math.log(num_captions + 1)
+    with_padding = expected.clone()
+    with_padding[0] = math.log(num_captions + 1)
+    without_ones = (num_captions / token_counts).log()
+    without_ones[0] = 0.0
     mistakes = {
-        "padding is no word, and should weigh 0.": padding_counts,
+        "padding is no word, and should weigh 0.": with_padding,
         "rare words should weigh more, not less.": -expected,
+        "add 1 to N, and to n.": without_ones,
+        "take the natural logarithm.": expected / math.log(10),
     }
-    compare("idf", idf(num_captions, token_counts), expected, mistakes)
+    counts = token_counts.clone()
+    compare("idf", idf(num_captions, counts), expected, mistakes)
+    if not counts.equal(token_counts):
+        raise Mistake("idf changes token_counts, which belongs to the model. Change the weights.")
+    print("idf is right")
 
 
 def check_label(label, tokens, weights):
     expected = superclip.caption_label(tokens, weights)
     every_occurrence = expected.clone()
     every_occurrence[1] = torch.tensor([0, 0, 2, 0, 1, 3, 0, 0]) / 6
+    words = (expected > 0) * weights
     mistakes = {
         "a word that occurs twice counts once.": every_occurrence,
-        "the shares of a caption should have the sum 1.": (expected > 0) * weights,
+        "divide the weights of a caption by their sum.": words,
+        "the shares should have the sum 1, and not the length 1.": F.normalize(words),
     }
-    compare("label", label(tokens, weights), expected, mistakes)
+    compare("label", label(tokens.clone(), weights.clone()), expected, mistakes)
+    if not near(label(tokens.clone(), weights / 8), expected):
+        raise Mistake("label is wrong if the weights of a caption have a sum below 1.")
+    print("label is right")
 
 
 def check_classification_loss(classification_loss, logits, tokens, weights):
+    logits = logits.clone().requires_grad_()
     expected = superclip.classification_loss(logits, tokens, weights)
     mistakes = {
-        "sum over the vocabulary, and take the mean over the captions alone.": 0.252,
-        "your loss is the sum over the captions, and should be their mean.": 8.079,
-        "a caption without weight counts in the mean, too.": 2.693,
-        "the words of a caption count by their shares, not all the same.": 2.067,
-        "the logits need a softmax.": 0.044,
-        "the probabilities need a logarithm.": -0.059,
-        "the tokens are classes of one softmax, not many questions of yes or no.": 6.882,
+        "sum over the vocabulary, and take the mean over the captions alone.": expected / 8,
+        "your loss is the sum over the captions, and should be their mean.": 4 * expected,
+        "a caption without weight counts in the mean, too.": 4 / 3 * expected,
+        "the words of a caption count by their shares, not all the same.": 1.393925,
+        "a word that occurs twice counts once.": 1.339238,
+        "the shares of a caption should have the sum 1.": 4.394921,
+        "the logits need a softmax.": -0.466061,
+        "the probabilities need a logarithm.": -0.142268,
+        "cross_entropy takes logits, and has a softmax of its own.": 1.516027,
+        "the softmax is over the vocabulary, not over the captions.": 1.019484,
+        "the tokens are classes of one softmax, not many questions of yes or no.": 6.038510,
         "the sign is wrong.": -expected,
     }
-    loss = classification_loss(logits, tokens, weights)
+    loss = classification_loss(logits.clone(), tokens.clone(), weights.clone())
     compare("classification_loss", loss, expected, mistakes)
+    inputs = {"the logits": logits}
+    compare_gradients("classification_loss", loss, expected, inputs, inputs)
+    print("classification_loss is right")
 
 
 def check_forward(forward, config, images, tokens):
     """Gives `forward` two batches, because only the second has captions before it."""
     model = superclip.SuperCLIP(config).train()
-    ours, forgetful = copy.deepcopy(model), copy.deepcopy(model)
-    first = images[:32], tokens[:32]
-    second = images[32:64], tokens[32:64]
-    forward(model, *first)
-    ours(*first)
-    found = forward(model, *second)
-    if found is None:
-        raise Mistake("Fill in forward first.")
-    expected = ours(*second)
-    compare("contrastive_loss", found["contrastive_loss"], expected["contrastive_loss"], {})
-    this_batch_alone = forgetful(*second)["classification_loss"]
+    ours = copy.deepcopy(model)
+    first, second = tokens[:32], tokens[32:64]
+    forward(model, images[:32], first.clone())
+    ours(images[:32], first)
+    images = images[32:64]
+    found = forward(model, images, second.clone())
+    check_losses("forward", found, 2)
+    out = ours(images, second)
+    expected = dict(zip(LOSSES, (out["contrastive_loss"], out["classification_loss"])))
+
+    def loss_after(*batches):
+        """The word loss of the second batch if these have been counted."""
+        counter = superclip.SuperCLIP(config)
+        for batch in batches:
+            counter.count_tokens(batch)
+        logits = ours.class_logits(images)
+        return superclip.classification_loss(logits, second, counter.token_weights())
+
+    u, v = out["image_features"], out["text_features"]
+    without_exp = superclip.contrastive_loss(u, v, ours.logit_scale)
     mistakes = {
-        "count the captions first.": 0.0,
-        "weigh the words by all captions so far, not by this batch alone.": this_batch_alone,
+        "model.logit_scale is a logarithm. The scale is its exp().": without_exp,
+        "count the captions.": loss_after(),
+        "count the captions of a batch before you weigh its words.": loss_after(first),
+        "weigh the words by all captions so far, not by this batch alone.": loss_after(second),
+        "count each batch once.": loss_after(first, first, second, second),
     }
-    compare("word_loss", found["word_loss"], expected["classification_loss"], mistakes)
+    inputs = dict(model.named_parameters())
+    our_inputs = dict(ours.named_parameters())
+    for name in LOSSES:
+        compare(name, found[name], expected[name], mistakes)
+        compare_gradients(name, found[name], expected[name], inputs, our_inputs)
+    print("forward is right")
 
 
 def check_my_forward(my_forward, config, images, tokens):
-    losses = my_forward(superclip.SuperCLIP(config).train(), images[:32], tokens[:32])
-    if losses is None:
-        raise Mistake("Fill in my_forward first.")
-    new = [loss for name, loss in losses.items() if name not in ("contrastive_loss", "word_loss")]
-    if len(new) != 1 or new[0].ndim > 0 or not new[0].requires_grad:
-        raise Mistake("my_forward should return one more loss, a scalar that has a gradient.")
-    print(f"The new loss is {new[0]:.3f} before training")
+    model = superclip.SuperCLIP(config).train()
+    losses = my_forward(model, images[:32], tokens[:32].clone())
+    check_losses("my_forward", losses, 3)
+    for name, loss in losses.items():
+        check_tensor(name, loss, torch.zeros((), requires_grad=True))
+        print(f"{name} is {loss:.3f} before training")
