@@ -24,15 +24,6 @@ import train
 from cli import new_folder
 from scripts import scenes
 
-
-def test_a_run_learns(whole_run):
-    """At first, it can but guess: ln 16 for its 16 pairs, and about ln V + 1/2 for the words."""
-    first, *_, last = rows_of(whole_run, "loss")
-
-    assert last["contrastive_loss"] < first["contrastive_loss"] - 0.3
-    assert last["classification_loss"] < first["classification_loss"] - 1
-
-
 WAYS = {
     "SigLIP's loss": "--loss sigmoid",
     "fewer patches": "--patch_dropout 0.5",

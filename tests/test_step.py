@@ -36,7 +36,8 @@ CONFIGS = {
     "a fork's terms": {"kind": ForkedSuperCLIP},
 }
 WAYS = ("all patches", "some patches", "frozen image", "frozen text", "bfloat16")
-CASES = [*product(CONFIGS, WAYS)]
+ONCE = ("plain CLIP", "sigmoid")  # what the other ways do to these, they do to "words", too
+CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way == WAYS[0]]
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
 SIZES = {"plain": N, "micro": 2}  # pairs of a micro-batch
 
@@ -78,7 +79,7 @@ def run_process(rank, folder):
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
     found = {}
-    for config, way, size in product(CONFIGS, WAYS, SIZES):
+    for (config, way), size in product(CASES, SIZES):
         found[config, way, size] = first_step(config, way, SIZES[size], rank, processes=2)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

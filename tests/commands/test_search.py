@@ -151,15 +151,3 @@ def test_a_search_that_is_interrupted_keeps_what_it_has_encoded(folders, monkeyp
         search.find_features(model, entries, None, 0, Path("x.npz"))
 
     assert len(np.load("x.npz")["names"]) == 2
-
-
-def test_broken_images_are_skipped(folders, checkpoint, capsys):
-    """Also the second time, when there is nothing new but broken images."""
-    Path("red/0.png").write_bytes(b"no image")
-    argv = ["--checkpoint", checkpoint, "--images", "red", "--features", "x.npz", TEXTS[0]]
-    for _ in range(2):
-        assert not run(search.main, *argv, "--workers", 0)
-
-        printed = capsys.readouterr().out
-        assert printed.count("skipped /") == 1
-        assert "red/3.png" in printed
