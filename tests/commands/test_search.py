@@ -17,6 +17,7 @@ from material import (
     write_shard,
 )
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import eval as evaluation
 from scripts import search
@@ -83,17 +84,31 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert f"{shard}:0000  a red ring" in capsys.readouterr().out
 
 
+def cells_of(path, rows, columns):
+    """The images of a contact sheet, row by row."""
+    sheet = Image.open(path)
+    width = search.SIDE + GAP
+    height = (sheet.height - GAP) // rows  # with the captions
+    cells = []
+    for i in range(rows * columns):
+        row, column = divmod(i, columns)
+        x = GAP + column * width
+        y = GAP + row * height
+        cells.append(pil_to_tensor(sheet.crop((x, y, x + search.SIDE, y + search.SIDE))))
+    return cells
+
+
 def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
     """With what it was for: an image, which is not found itself, or a text in an empty cell."""
     argv = ["--checkpoint", checkpoint, "--images", "red/0.png", "--images", "red/1.png"]
+    image, other = (evaluation.read_image(f"red/{i}.png", search.SIDE) for i in (0, 1))
+    empty = torch.full_like(image, 255)
 
     assert not run(search.main, *argv, "--like", "red/0.png", TEXTS[0], "--out", "found.png")
 
-    sheet = Image.open("found.png")
-    width, height = sheet.size
-    assert width == 3 * (search.SIDE + GAP) + GAP
-    assert sheet.getpixel((GAP, GAP)) != (255, 255, 255)
-    assert sheet.getpixel((GAP, GAP + height // 2)) == (255, 255, 255)
+    *cells, _, _ = cells_of("found.png", rows=2, columns=3)
+    for cell, expected in zip(cells, (image, other, empty, empty), strict=True):
+        assert torch.equal(cell, expected)
 
 
 # ---- the file of features
