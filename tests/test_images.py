@@ -3,6 +3,7 @@ torchvision do it."""
 
 import io
 import random
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,14 +78,17 @@ def test_random_crops_have_torchvisions_sizes(width, height):
         assert (h, w) == expected[2:]
 
 
-def test_random_crops_reach_every_edge_and_none_beyond():
-    """randint draws from two limits, and can draw both of them."""
-    numbers = SimpleNamespace(uniform=random.Random(0).uniform, randint=lambda *limits: limits)
+def test_a_random_crop_may_lie_anywhere():
+    """From one edge to the other, in a picture of 8 x 6 pixels."""
+    columns = defaultdict(set)  # width of a crop -> where it begins
+    rows = defaultdict(set)  # its height -> where it begins
+    for seed in range(3000):
+        x, y, w, h = data.crop_box(8, 6, random.Random(seed), 0.3)
+        columns[w].add(x)
+        rows[h].add(y)
 
-    x, y, w, h = data.crop_box(40, 30, numbers, 0.3)
-
-    assert x == (0, 40 - w)
-    assert y == (0, 30 - h)
+    assert columns == {w: {*range(8 - w + 1)} for w in columns}
+    assert rows == {h: {*range(6 - h + 1)} for h in rows}
 
 
 def test_what_is_not_random_is_in_the_centre():
