@@ -40,6 +40,17 @@ def test_with_a_rate_of_0_the_weights_stay(whole_run, tune, tmp_path):
     assert equal_names(after, before["model"]) == before["model"].keys() - COUNTS
     assert after["num_captions"] == before["model"]["num_captions"] + 12 * 16
     assert [row["mean_r1"] for row in rows] == [before["best_r1"]] * 4
+    assert checkpoint_of(tmp_path / "out", "best.pt")["step"] == 12  # of equal ones the last
+
+
+def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
+    """The commands at the end are about last.pt."""
+    tune("--learning_rate", 1, "--steps", 2)
+
+    before, after = (row["mean_r1"] for row in rows_of(tmp_path / "out", "zeroshot"))
+    assert after < before
+    assert not (tmp_path / "out" / "best.pt").exists()
+    assert "last.pt --out report.html" in capsys.readouterr().out
 
 
 def test_the_vocabulary_and_the_model_come_along(whole_run, tune, shards, tmp_path):
