@@ -23,8 +23,8 @@ from cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# What the server imports. train.py is imported anew in each process, which reads its rank there.
-PRELOAD = ["torch._dynamo.testing", "scripts.scenes", "scripts.search", "eval", "pytest"]
+# What the server imports. Nothing may import runtime.py, where each process reads its rank.
+PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
 
 
 class Children:
