@@ -21,6 +21,7 @@ from material import TINY, png, short_run, small_model, write_checkpoint, write_
 import cli
 import data
 import train
+from scripts import scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -77,12 +78,28 @@ def whole_run(shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory):
+    """Built-in scenes: few pairs, but all the pictures of classes, which take the longest to draw.
+    No test may write into it."""
+    folder = tmp_path_factory.mktemp("world") / "scenes"
+    scenes.make_scenes(folder, train=40, val=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def server(cache):
     """The server from which processes are forked. It imports torch and the project once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         multiprocessing.set_forkserver_preload(PRELOAD)
         multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_server(request):
+    """If any test needs the server, it imports torch while the first tests run."""
+    if any("server" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("server")
 
 
 @pytest.fixture

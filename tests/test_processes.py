@@ -20,7 +20,7 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path):
     """The same weights, counts and losses. Bad samples are replaced in the process that meets them.
     The rate is low, because Adam makes much of the smallest difference."""
     pairs = ["--train_data", shards / "bad-0.tar"]
-    options = [*pairs, "--patch_dropout", 0.5, "--learning_rate", 1e-5]
+    options = [*pairs, "--patch_dropout", 0.5, "--learning_rate", 1e-5, "--steps", 6]
     train.main(short_run(shards, tmp_path / "one", *options))
 
     both = short_run(shards, tmp_path / "two", *options)
@@ -37,7 +37,7 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path):
     row, other_row = (rows_of(tmp_path / name, "loss")[-1] for name in ("one", "two"))
     assert other_row == pytest.approx(row, rel=1e-5)
     logged = steps_of(row for row in all_rows(tmp_path / "two") if "loss" in row)
-    assert logged == [2, 4, 6, 8, 10, 12]  # each once
+    assert logged == [2, 4, 6]  # each once
 
 
 # ---- processes that differ

@@ -22,7 +22,6 @@ from material import (
 import eval as evaluation
 import train
 from cli import new_folder
-from scripts import scenes
 
 WAYS = {
     "SigLIP's loss": "--loss sigmoid",
@@ -38,7 +37,7 @@ WAYS = {
 @cases("options", WAYS)
 def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
     """Each has other losses."""
-    train.main(short_run(shards, tmp_path, "--eval_every", 12, *options.split()))
+    train.main(short_run(shards, tmp_path, "--val_data", "none", *options.split()))
 
     first, *_, last = rows_of(tmp_path, "loss")
     assert first["loss"] != pytest.approx(rows_of(whole_run, "loss")[0]["loss"], rel=1e-5)
@@ -117,12 +116,20 @@ def run_commands_in(printed):
     return len(commands)
 
 
-def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def make_scenes(scenes_folder):
+    """make_scenes(folder): copy the scenes that were drawn already, with a few pictures of each
+    class."""
+    return partial(shutil.copytree, scenes_folder, ignore=shutil.ignore_patterns("*[1-9].jpg"))
+
+
+def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
+    make_scenes, tmp_path, monkeypatch, capsys
+):
     """A validation after training says what the head sees in two pictures, after a caption of
     each."""
     monkeypatch.chdir(tmp_path)
-    few_scenes = partial(scenes.make_scenes, train=40, val=12)
-    monkeypatch.setattr(train, "make_scenes", few_scenes)
+    monkeypatch.setattr(train, "make_scenes", make_scenes)
 
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 
@@ -132,12 +139,14 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(tmp_path, monk
     assert run_commands_in(printed) == 3
 
 
-def test_of_two_first_runs_the_later_one_uses_the_scenes_of_the_earlier(tmp_path, monkeypatch):
+def test_of_two_first_runs_the_later_one_uses_the_scenes_of_the_earlier(
+    make_scenes, tmp_path, monkeypatch
+):
     """The other one begins after this one, in the same folder, and is done before it."""
 
     def draw_slowly(folder):
         with new_folder(folder) as ours:
-            scenes.make_scenes(folder, train=40, val=12)
+            make_scenes(folder)
             (ours / "late").touch()
 
     monkeypatch.chdir(tmp_path)

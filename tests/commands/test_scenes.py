@@ -5,7 +5,6 @@ import json
 import re
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from scripts import scenes
@@ -52,22 +51,14 @@ def test_each_word_of_a_caption_is_one_token():
         assert len(tokenizer.encode(long)) == len(re.findall(r"\w+|[^\w ]", long)) <= 14
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A drawn world with few samples."""
-    folder = tmp_path_factory.mktemp("world") / "scenes"
-    scenes.make_scenes(folder, train=2, val=1)
-    return folder
-
-
-def test_a_picture_has_the_colour_of_its_class(folder):
-    for path in folder.glob("zeroshot/colour*/*/*0.jpg"):
+def test_a_picture_has_the_colour_of_its_class(scenes_folder):
+    for path in scenes_folder.glob("zeroshot/colour*/*/*0.jpg"):
         colour = scenes.COLOURS[path.parent.name.split()[0]]
         distance = np.abs(np.asarray(Image.open(path)).astype(int) - colour).max(axis=2)
         assert (distance <= 25).sum() > 30, path  # pixels
 
 
-def test_held_out_pictures_have_the_names_of_all_combinations_to_choose_from(folder):
-    sizes = [len([*path.iterdir()]) for path in folder.glob("zeroshot/held_out/*")]
+def test_held_out_pictures_have_the_names_of_all_combinations_to_choose_from(scenes_folder):
+    sizes = [len([*path.iterdir()]) for path in scenes_folder.glob("zeroshot/held_out/*")]
 
     assert sorted(sizes) == 56 * [0] + 8 * [40]
