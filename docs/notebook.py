@@ -38,6 +38,7 @@ def run(commands):
 
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
 os.environ["PYTHONUNBUFFERED"] = "1"  # lines come as they are printed
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep, as in train.py
 here = Path.cwd()
 clone = here / "superclip"
 found = [folder for folder in (here, *here.parents, clone) if (folder / "superclip.py").exists()]

@@ -134,6 +134,16 @@ def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path):
     assert process.stdout.split() == files
 
 
+def test_the_threads_of_a_notebook_wait_like_those_of_train():
+    """train.py, which all tests import, has set this variable here."""
+    environment = {name: x for name, x in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", SETUP + "print(os.environ['GOMP_SPINCOUNT'])"]
+
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    assert process.stdout.strip() == os.environ["GOMP_SPINCOUNT"]
+
+
 # Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
 OUTPUT = r"(?:<details>[^\n]*\n\n)?```text\n(.*?)```"
 BLOCKS = re.findall(rf"```python\n(.*?)```\n(?:{OUTPUT})?", TUTORIAL, re.DOTALL)
