@@ -232,8 +232,8 @@ def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
     """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
     owner (M,), the number of each caption's image. Says how many captions are not unique."""
     dataset = ShardImages(shards, model.config.image_size)
-    sizes = (batch_size, workers)
-    images, captions = encode_images(model.encode_image, dataset, device_of(model), *sizes)
+    device = device_of(model)
+    images, captions = encode_images(model.encode_image, dataset, device, batch_size, workers)
     texts = []
     owner = []
     for i, texts_of_image in enumerate(captions):
@@ -394,8 +394,8 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     if templates is None:
         templates = usable_templates(tokenizer, TEMPLATES)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
-    sizes = (batch_size, workers)
-    features, labels = encode_images(model.encode_image, dataset, device_of(model), *sizes)
+    device = device_of(model)
+    features, labels = encode_images(model.encode_image, dataset, device, batch_size, workers)
     labels = torch.tensor(labels)
     numbers = torch.arange(C, device=features.device)
     found = ranked_hits(features, labels.to(features.device), classifier, numbers, 5)
@@ -476,17 +476,17 @@ def top_words(model, tokenizer, images, k=8):
     list of (word, probability, id), most probable first. Probabilities are a softmax over all
     tokens.
 
-    They are chosen by probability times IDF, so that "the" and "of" make room for rarer words, and
-    parts of words only if there are too few whole ones.
+    Words that more than a fifth of the captions have, such as "the", and parts of words are taken
+    only if there are too few others.
     """
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
-    weights = model.token_weights()
+    is_common = (model.token_counts > model.num_captions / 5).tolist()
     result = []
     for p in probabilities:
-        ids = (p * weights).topk(min(8 * k, len(p))).indices.tolist()
+        ids = p.topk(min(8 * k, len(p))).indices.tolist()
         words = [(token_text(tokenizer, i), p[i].item(), i) for i in ids]
         words = [word for word in words if has_letters(word[0])]  # no punctuation
-        words.sort(key=lambda word: word[0].endswith("-"))  # parts come last
+        words.sort(key=lambda word: is_common[word[2]] or word[0].endswith("-"))  # these come last
         result.append(sorted(words[:k], key=lambda word: -word[1]))
     return result
 
