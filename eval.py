@@ -397,8 +397,8 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     device = device_of(model)
     features, labels = encode_images(model.encode_image, dataset, device, batch_size, workers)
     labels = torch.tensor(labels)
-    numbers = torch.arange(C, device=features.device)
-    found = ranked_hits(features, labels.to(features.device), classifier, numbers, 5)
+    numbers = torch.arange(C, device=device)
+    found = ranked_hits(features, labels.to(device), classifier, numbers, 5)
     hits = recall(found, 1)
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
