@@ -10,43 +10,35 @@ left out, and the command says so.
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot as plt
 
 from cli import InputError, check, make_parser, output_file, run_command
-from docs.figures import save, scores_of_run
-from scripts.report import read_run
+from docs.figures import save
+from runtime import read_log
+from study.compare import scores_of
 
 
 def log_files(paths):
     """Files and folders -> the files. Of copies of one log, whatever their names, one is left."""
     files = {}  # by their content
     for path in paths:
-        found = [path]
-        if path.is_dir():
-            found = sorted(path.rglob("*.jsonl"))
-        for file in found:
-            files[file.read_bytes()] = file
+        for file in [path, *sorted(path.rglob("*.jsonl"))]:
+            if file.is_file():
+                files[file.read_bytes()] = file
     return files.values()
 
 
 def read_score(log):
-    """A log -> what kind of run it is of, its seed, and its score in percent. Raises InputError if
-    it is no log, or one of a run that has not come to its end."""
-    try:
-        run = read_run(log)
-        header = run["header"]
-        arguments = header["arguments"]
-        seed = arguments["seed"]
-        method = "SuperCLIP" if arguments["cls_weight"] else "CLIP"
-        kind = f"{method}, rate {arguments['learning_rate']:g}"
-        kind += f", {header['steps']:,} steps of {arguments['batch_size']}"
-        points = scores_of_run(run).get("colour shape")
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{log} is not a log of train.py") from error
-    finished = points and points[-1][0] >= header["steps"]
-    check(finished, f"{log} is of a run that has not finished")
-    return kind, seed, points[-1][1]
+    """A log -> what kind of run it is of, its seed, and its score in percent. Raises an error if it
+    is not the log of a finished run on the built-in scenes."""
+    header, rows = read_log(log)
+    options = header["arguments"]
+    score = scores_of(rows[-1])["scores"]["colour_shape"]  # a run ends with a validation
+    check(rows[-1]["step"] >= header["steps"], "it has not finished")
+    method = "SuperCLIP" if options["cls_weight"] else "CLIP"
+    length = f"{header['steps']:,} steps of {options['batch_size']}"
+    kind = f"{method}, rate {options['learning_rate']:g}, {length}"
+    return kind, options["seed"], 100 * score["value"]
 
 
 def main(argv):
@@ -58,13 +50,12 @@ def main(argv):
     for log in log_files(args.logs):
         try:
             kind, seed, score = read_score(log)
-        except InputError as error:
-            print(f"left out: {error}")
+        except (InputError, LookupError, TypeError, AttributeError):
+            print(f"left out, as it is not the log of a finished run: {log}")
             continue
         print(f"{kind}, seed {seed}: {score:.1f} %   {log}")
         scores.setdefault(kind, []).append(score)
     check(scores, "there is no finished run")
-    matplotlib.use("Agg")
     plt.hist([*scores.values()], range(0, 101, 5), stacked=True, label=[*scores])
     plt.xlabel("colour + shape (%), chance 1.6")
     plt.ylabel("runs")
