@@ -62,8 +62,9 @@ def draw_frames(picture, places, patch, side):
         at, anchor = x + side + 16, "lm"
         if x + side / 2 > SIDE / 2:
             at, anchor = x - 16, "rm"  # to the left of a frame in the right half
-        white = dict(stroke_width=6, stroke_fill="white")
-        pen.multiline_text((at, y + side / 2), "\n".join(seen), INK, SMALL, anchor, **white)
+        middle = at, y + side / 2
+        text = "\n".join(seen)
+        pen.text(middle, text, INK, SMALL, anchor, stroke_width=6, stroke_fill="white")
 
 
 def draw_words(pen, x, said, true_ids):

@@ -1,24 +1,29 @@
-"""Draw assets/found.png, what the study found, as a line from CLIP to SuperCLIP for each seed:
+"""Draw what the study found, into assets/:
 
     python -m docs.found
 
-The rows are rows of study/results.md, with its numbers. The file holds them as a text, too, in its
-field Description.
+found.png has a line from CLIP to SuperCLIP for each seed. Its rows are rows of study/results.md,
+with their numbers, and the file holds them as a text, too, in its field Description. study.png has
+each learning rate that the study has tried.
 """
 
-import matplotlib
+from statistics import mean
+
 from matplotlib import pyplot as plt
 
 from cli import make_parser, run_command
-from docs.figures import ASSETS, GREY, INK, PALE, RED, STYLE, save
+from docs.figures import ASSETS, GREY, INK, PALE, RED, save
 from study import compare, plan
+
+# -----------------------------------------------------------------------------
+# What was found
 
 # A panel: its title, its score, chance in percent, and {name of a row: its label and a note}.
 PANELS = (
     (
         "Drawn scenes: colour and shape named right, of 64 combinations",
         "colour_shape",
-        100 / 64,
+        1.6,
         {
             "batch32": ("batch 32", "48,000 pairs shown"),
             "long": ("batch 32, three times as long", "144,000 pairs shown"),
@@ -31,67 +36,63 @@ PANELS = (
     (
         "Photographs of a shop: type of product named right, of 10",
         "type",
-        100 / 10,
+        10,
         {
             "4000": ("4,000 photographs", "one split, shown 24 times"),
             "24000": ("24,000 photographs", "one split, shown 12 times, five seeds"),
         },
     ),
 )
-MARKS = {  # of the three sides of a row
+MARKS = {  # of the sides of a row
     "CLIP at its best learning rate": dict(color=INK, mew=0),
-    "SuperCLIP at CLIP's best rate": dict(color=RED, mfc="white"),
     "SuperCLIP at its own best rate": dict(color=RED, mew=0),
+    "SuperCLIP at CLIP's best rate": dict(color=RED, mfc="white"),
 }
 NO_GAIN = "no gain seen"
 
 
 def sides_of(study, name):
-    """CLIP, SuperCLIP at CLIP's rate, and SuperCLIP at its own. The second is None if it has not
-    run, or if both rates are the same."""
-    sides = None
+    """CLIP and SuperCLIP, each at its own rate, and SuperCLIP at CLIP's if it has run, too."""
+    sides = plan.sides_of(study, name)
     if f"{name}_head" in plan.ROWS:
-        sides = plan.three_sides(study, name)
-    if sides is None:
-        clip, superclip = plan.sides_of(study, name)
-        sides = clip, None, superclip
+        head = plan.sides_of(study, f"{name}_head")
+        if head and head[0] == sides[0]:
+            sides.append(head[1])
     return sides
 
 
 def texts_of(sides, score):
     """What stands beside a row: a headline, and lines of details."""
-    clip, at_clips_rate, superclip = sides
+    clip, superclip, *at_clips_rate = sides
     means, gain = compare.cell((clip, superclip), score).split(", ")
+    texts = [NO_GAIN, f"{means}, {gain}"]
     if gain.startswith("**"):  # the interval excludes 0
         texts = [gain.strip("*"), means]
-    else:
-        texts = [NO_GAIN, f"{means}, {gain}"]
-    if at_clips_rate:
-        _, gain = compare.cell((clip, at_clips_rate), score).split(", ")
+    for side in at_clips_rate:
+        _, gain = compare.cell((clip, side), score).split(", ")
         texts.append(f"at CLIP's rate {gain.strip('*')}")
     return texts
 
 
 def draw_seeds(axis, y, sides, score):
     """A line for each seed, the one with the weakest CLIP on top. The next row is at y + 1."""
-    runs = {name: side.runs for name, side in zip(MARKS, sides) if side}
-    seeds = sorted([compare.value_of(run, score) for run in seed] for seed in zip(*runs.values()))
-    n = len(seeds)
-    heights = [y + 0.64 * ((i + 0.5) / n - 0.5) for i in range(n)]
-    columns = [*zip(*seeds)]
-    for name, values in zip(runs, columns):
-        axis.plot(values, heights, "o", ms=4, clip_on=False, label=name, **MARKS[name])
-    axis.hlines(heights, columns[0], columns[-1], color=PALE, lw=1.3, zorder=1, label="one seed")
+    columns = [[compare.value_of(run, score) for run in side.runs] for side in sides]
+    columns = [*zip(*sorted(zip(*columns)))]
+    n = len(columns[0])
+    heights = [y - 0.3 + 0.6 * i / n for i in range(n)]
+    axis.hlines(heights, columns[0], columns[1], color=PALE, lw=1.3)
+    for style, values in zip(MARKS.values(), columns):
+        axis.plot(values, heights, "o", ms=4, clip_on=False, **style)
 
 
-def write(axis, x, y, align, upper, lower, colour=INK):
+def write(axis, x, y, align, upper, lower="", colour=INK):
     """Two texts beside a row, the upper one in bold. x is a part of the width of the axes."""
     at = dict(transform=axis.get_yaxis_transform(), ha=align)
     axis.text(x, y - 0.02, upper, va="bottom", weight="bold", color=colour, **at)
     axis.text(x, y + 0.06, lower, va="top", color=GREY, fontsize=9, **at)
 
 
-def draw(study):
+def draw_found(study):
     """Returns the texts of all rows."""
     texts = []
     heights = [len(rows) for *_, rows in PANELS]
@@ -100,12 +101,11 @@ def draw(study):
     for axis, (title, score, chance, rows) in zip(axes, PANELS):
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.6), yticks=[])
         axis.spines["left"].set_visible(False)
-        axis.tick_params(labelsize=9)
         axis.xaxis.set_major_formatter("{x:.0f} %")
         axis.axvline(chance, color=GREY, lw=1, ls=":")
-        axis.text(chance + 1.5, -0.5, f"chance {chance:.2g} %", color=GREY, fontsize=9, va="top")
-        write(axis, -0.8, -0.6, "left", title, "")
-        write(axis, 1.07, -0.6, "left", "gain, 95 % interval", "")
+        axis.text(chance + 1.5, -0.5, f"chance {chance} %", color=GREY, fontsize=9, va="top")
+        write(axis, -0.8, -0.6, "left", title)
+        write(axis, 1.07, -0.6, "left", "gain, 95 % interval")
         for y, (name, (label, note)) in enumerate(rows.items()):
             sides = sides_of(study, name)
             headline, *details = texts_of(sides, score)
@@ -114,19 +114,66 @@ def draw(study):
             colour = INK if headline == NO_GAIN else RED
             write(axis, 1.07, y, "left", headline, "\n".join(details), colour)
             texts.append(f"{label}: {headline}, {', '.join(details)}")
-    # every row has named its marks: one of each name is enough
-    marks, names = axes[0].get_legend_handles_labels()
-    key = dict(zip(names, marks))
-    figure.legend(key.values(), key.keys(), loc="upper center", ncols=2, frameon=False)
+    for name, style in MARKS.items():
+        axis.plot([], [], "o", ms=4, label=name, **style)
+    axis.plot([], [], color=PALE, label="one seed")
+    figure.legend(loc="upper center", ncols=2, frameon=False)
     return texts
+
+
+# -----------------------------------------------------------------------------
+# Learning rates
+
+METHODS = {"CLIP": ("--cls_weight 0 ", INK), "SuperCLIP": ("", RED)}
+SEARCHES = {
+    "batch 8\n48,000 samples": "--batch_size 8 --epochs 2.4",
+    "batch 32\n48,000 samples": "--batch_size 32 --epochs 2.4",
+    "short captions, batch 32\n48,000 samples": "--captions json.short",
+    "batch 256\n48,000 samples": "--batch_size 256 --epochs 2.4",
+    "batch 32\n144,000 samples": "--batch_size 32 --epochs 7.2",
+    "batch 256\n144,000 samples": "--batch_size 256 --epochs 7.2",
+}
+DOT = dict(marker="o", ls="", alpha=0.35, ms=4, mew=0)
+RING = dict(marker="o", ls="", mfc="none", ms=12, mew=1.6)
+
+
+def draw_side(axis, tried, colour):
+    """A dot for each seed at each rate, a line through the means, and a ring at the best rate."""
+    means = {}
+    for rate, runs in sorted(tried.items()):
+        scores = [compare.value_of(run, "colour_shape") for run in runs]
+        axis.plot([rate] * len(scores), scores, color=colour, **DOT)
+        means[rate] = mean(scores)
+    axis.plot(*zip(*means.items()), color=colour, lw=2)
+    best = compare.best_rate(compare.goals_of(tried))
+    axis.plot(best, means[best], color=colour, **RING)
+
+
+def draw_rates(searches):
+    figure, axes = plt.subplots(2, 3, figsize=(8.5, 6), sharey=True)
+    for axis, (title, options) in zip(axes.flat, SEARCHES.items()):
+        for weight, colour in METHODS.values():
+            command = compare.read_command(f"train.py {weight}{options}", "", 256)
+            draw_side(axis, searches[plan.key_of(command.line(), command.world())], colour)
+        axis.set(title=title, xscale="log", xlim=(1.7e-5, 2.6e-3), ylim=(-4, 106))
+        axis.set(xticks=[1e-4, 1e-3], xticklabels=["1e-4", "1e-3"])
+    figure.supxlabel("learning rate", fontsize=11)
+    figure.supylabel("colour + shape (%)", fontsize=11)
+    for name, (_, colour) in METHODS.items():
+        axis.plot([], [], color=colour, lw=2, label=name)
+    axis.plot([], [], color=GREY, label="one seed", **DOT)
+    axis.plot([], [], color=GREY, label="the chosen rate", **RING)
+    figure.legend(loc="upper center", ncols=4, frameon=False)
+    plt.tight_layout(rect=(0, 0, 1, 0.95))
 
 
 def main(argv):
     make_parser(__doc__).parse_args(argv)
-    matplotlib.use("Agg")
-    plt.rcParams.update(STYLE)
-    texts = draw(compare.Study(1, plan.RUNS))
+    study = compare.Study(1, plan.RUNS)
+    texts = draw_found(study)
     save(ASSETS / "found.png", "\n".join(texts))
+    draw_rates(plan.read_searches(study))
+    save(ASSETS / "study.png")
 
 
 if __name__ == "__main__":
