@@ -445,10 +445,11 @@ def rates_text(tried):
     """What each rate that was tried is judged by, as a mean over the seeds."""
     goals = goals_of(tried)
     texts = {rate: f"{rate:.2e}: {mean(values):.1f}" for rate, values in goals.items()}
-    texts[best_rate(goals)] += ", chosen"
+    best = best_rate(goals)
+    texts[best] += ", chosen"
     end = end_of(goals)
     if end is not None:  # a better rate may lie beyond
-        texts[best_rate(goals)] += f", the {end} tried"
+        texts[best] += f", the {end} tried"
     return "; ".join(texts.values())
 
 
@@ -456,42 +457,25 @@ def rates_text(tried):
 # Differences
 
 
-class Interval(NamedTuple):
-    """A mean of differences, and half of its 95 % interval."""
-
-    n: int  # differences
-    mean: float
-    half: float
-
-    def excludes_zero(self):
-        """Never with two seeds, and never with differences that are all the same: scores are
-        coarse, so that happens by chance."""
-        return self.n >= 3 and self.half > 0 and abs(self.mean) > self.half
-
-    def text(self, digits=1):
-        """In bold if the interval excludes 0."""
-        text = f"{self.mean:+.{digits}f} ± {self.half:.{digits}f}"
-        return f"**{text}**" if self.excludes_zero() else text
-
-
-def interval(differences):
-    """The interval of the mean of some differences, one for each seed."""
+def interval(differences, digits=1):
+    """The mean of some differences, one for each seed, and half of its 95 % interval, as a text. It
+    is in bold if the interval excludes 0, but never with two seeds, and never if the differences
+    are all the same: scores are coarse, so that happens by chance."""
     n = len(differences)
+    middle = mean(differences)
     sd = torch.tensor(differences).std().item()  # NaN if a run has no loss
-    return Interval(n, mean(differences), QUANTILES[n - 2] * sd / n**0.5)
-
-
-def gaps(sides, name):
-    """b - a in a score, for each seed."""
-    a, b = sides
-    return [value_of(y, name) - value_of(x, name) for x, y in zip(a.runs, b.runs)]
+    half = QUANTILES[n - 2] * sd / n**0.5
+    text = f"{middle:+.{digits}f} ± {half:.{digits}f}"
+    excludes_zero = n >= 3 and half > 0 and abs(middle) > half
+    return f"**{text}**" if excludes_zero else text
 
 
 def cell(sides, name):
-    """Both means of a score, and the interval of their difference, as a text."""
+    """Both means of a score, and the interval of their difference b - a, as a text."""
     digits = 3 if name == "loss" else 1
-    a, b = [mean(value_of(run, name) for run in side.runs) for side in sides]
-    return f"{a:.{digits}f} -> {b:.{digits}f}, {interval(gaps(sides, name)).text(digits)}"
+    a, b = [[value_of(run, name) for run in side.runs] for side in sides]
+    gain = interval([y - x for x, y in zip(a, b)], digits)
+    return f"{mean(a):.{digits}f} -> {mean(b):.{digits}f}, {gain}"
 
 
 # -----------------------------------------------------------------------------

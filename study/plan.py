@@ -16,7 +16,7 @@ The learning rate of a command is the best one of searches.jsonl, where seeds 0 
 import re
 from collections import defaultdict
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -30,42 +30,36 @@ RATES = FOLDER / "rates.md"
 RUNS = FOLDER / "runs.jsonl"
 SEARCHES = FOLDER / "searches.jsonl"
 
-# 48,000 samples are 2.4 epochs of 20,000 drawn pairs. "slow" is SuperCLIP at CLIP's rate.
+# Without other options these train at batch 32 on 48,000 samples, 2.4 epochs of 20,000 drawn pairs,
+# as train.py does. "slow" is SuperCLIP at CLIP's rate.
 COMMANDS = {
     "CLIP 8": "train.py --cls_weight 0 --batch_size 8 --epochs 2.4 --learning_rate 8.75e-5",
     "slow 8": "train.py --batch_size 8 --epochs 2.4 --learning_rate 8.75e-5",
     "SuperCLIP 8": "train.py --batch_size 8 --epochs 2.4 --learning_rate 1.75e-4",
     "CLIP 8 in 16": "train.py --cls_weight 0 --batch_size 8 --epochs 2.4 --learning_rate 1.75e-4",
-    "CLIP": "train.py --cls_weight 0 --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
-    "slow": "train.py --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
-    "SuperCLIP": "train.py --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "lambda 0.3": "train.py --cls_weight 0.3 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "lambda 3": "train.py --cls_weight 3 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "lambda 3 slow": "train.py --cls_weight 3 --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
-    "lambda 10": "train.py --cls_weight 10 --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "lambda 10 slow": "train.py --cls_weight 10 --batch_size 32 --epochs 2.4 "
+    "CLIP": "train.py --cls_weight 0 --learning_rate 1.75e-4",
+    "slow": "train.py --learning_rate 1.75e-4",
+    "SuperCLIP": "train.py --learning_rate 3.5e-4",
+    "lambda 0.3": "train.py --cls_weight 0.3 --learning_rate 3.5e-4",
+    "lambda 3": "train.py --cls_weight 3 --learning_rate 3.5e-4",
+    "lambda 3 slow": "train.py --cls_weight 3 --learning_rate 1.75e-4",
+    "lambda 10": "train.py --cls_weight 10 --learning_rate 3.5e-4",
+    "lambda 10 slow": "train.py --cls_weight 10 --learning_rate 1.75e-4",
+    "no IDF": "-m study.no_idf --learning_rate 3.5e-4",
+    "other words": "-m study.shuffled --learning_rate 3.5e-4",
+    "other words slow": "-m study.shuffled --learning_rate 1.75e-4",
+    "class token": "-m study.class_token --learning_rate 3.5e-4",
+    "class token slow": "-m study.class_token --learning_rate 1.75e-4",
+    "CLIP warm": "-m study.warmup --cls_weight 0 --learning_rate 3.5e-4",
+    "CLIP short": "train.py --cls_weight 0 --captions json.short --learning_rate 1.75e-4",
+    "slow short": "train.py --captions json.short --learning_rate 1.75e-4",
+    "SuperCLIP short": "train.py --captions json.short --learning_rate 3.5e-4",
+    "dual": "train.py --captions json.short --label_captions json.long --learning_rate 3.5e-4",
+    "CLIP long": "train.py --cls_weight 0 --epochs 7.2 --learning_rate 3.5e-4",
+    "SuperCLIP long": "train.py --epochs 7.2 --learning_rate 3.5e-4",
+    "CLIP short long": "train.py --cls_weight 0 --captions json.short --epochs 7.2 "
     "--learning_rate 1.75e-4",
-    "no IDF": "-m study.no_idf --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "other words": "-m study.shuffled --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "other words slow": "-m study.shuffled --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
-    "class token": "-m study.class_token --batch_size 32 --epochs 2.4 --learning_rate 3.5e-4",
-    "class token slow": "-m study.class_token --batch_size 32 --epochs 2.4 --learning_rate 1.75e-4",
-    "CLIP warm": "-m study.warmup --cls_weight 0 --batch_size 32 --epochs 2.4 "
-    "--learning_rate 3.5e-4",
-    "CLIP short": "train.py --cls_weight 0 --captions json.short --batch_size 32 --epochs 2.4 "
-    "--learning_rate 1.75e-4",
-    "slow short": "train.py --captions json.short --batch_size 32 --epochs 2.4 "
-    "--learning_rate 1.75e-4",
-    "SuperCLIP short": "train.py --captions json.short --batch_size 32 --epochs 2.4 "
-    "--learning_rate 3.5e-4",
-    "dual": "train.py --captions json.short --label_captions json.long --batch_size 32 "
-    "--epochs 2.4 --learning_rate 3.5e-4",
-    "CLIP long": "train.py --cls_weight 0 --batch_size 32 --epochs 7.2 --learning_rate 3.5e-4",
-    "SuperCLIP long": "train.py --batch_size 32 --epochs 7.2 --learning_rate 3.5e-4",
-    "CLIP short long": "train.py --cls_weight 0 --captions json.short --batch_size 32 --epochs 7.2 "
-    "--learning_rate 1.75e-4",
-    "SuperCLIP short long": "train.py --captions json.short --batch_size 32 --epochs 7.2 "
-    "--learning_rate 3.5e-4",
+    "SuperCLIP short long": "train.py --captions json.short --epochs 7.2 --learning_rate 3.5e-4",
     "CLIP of 4": "-m study.groups --group 4 --cls_weight 0 --batch_size 64 --epochs 2.4 "
     "--learning_rate 1.24e-4",
     "slow of 4": "-m study.groups --group 4 --batch_size 64 --epochs 2.4 --learning_rate 1.24e-4",
@@ -163,44 +157,23 @@ def options_of(name):
     return compare.make_options().parse_args(options)
 
 
-def side_of(study, command, args, core):
-    """A side of a row, from the newest runs of a core that are all there, or None."""
-    codes = dict.fromkeys(run["code"] for run in reversed(study.runs.values()))
-    for code in codes:
-        if core_of(code) == core:
-            with suppress(compare.Missing):
-                return study.side(command, args, code)
-    return None
-
-
 def core_of(code):
     """The first part of a run's code, the hash of train.py and of the files beside it."""
     return code.partition("-")[0]
 
 
-def find_sides(study, commands, args):
-    """The sides that have run some commands, all with one core, the newest that has all of them.
-    None if there is no such."""
-    for core in dict.fromkeys(core_of(run["code"]) for run in reversed(study.runs.values())):
-        sides = [side_of(study, command, args, core) for command in commands]
-        if None not in sides:
-            return sides
-    return None
-
-
 def sides_of(study, name):
-    """Both sides of a row, or None if they have not run."""
+    """Both sides of a row, from the newest runs of one core that are all there, or None."""
     args = options_of(name)
-    return find_sides(study, compare.pair_of(args), args)
-
-
-def three_sides(study, name):
-    """CLIP at its rate, SuperCLIP at CLIP's, and SuperCLIP at its own, of a row that has these
-    three, such as batch8. None if they have not run."""
-    args = options_of(f"{name}_head")
-    commands = compare.pair_of(args)
-    commands += compare.pair_of(options_of(f"{name}_rate"))[1:]
-    return find_sides(study, commands, args)
+    a, b = compare.pair_of(args)
+    codes = dict.fromkeys(run["code"] for run in reversed(study.runs.values()))
+    for code_a, code_b in product(codes, codes):
+        if core_of(code_a) == core_of(code_b):
+            with suppress(compare.Missing):
+                side_a = study.side(a, args, code_a)
+                side_b = study.side(b, args, code_b)
+                return [side_a, side_b]
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -268,7 +241,7 @@ def gain_line(before, after, found):
     changes = []
     for score in SCORES:
         change = odds_gained(found[after], score) - odds_gained(found[before], score)
-        changes.append(compare.interval(change.tolist()).text(digits=2))
+        changes.append(compare.interval(change.tolist(), digits=2))
     step = f"{ROWS[before][0]} -> {ROWS[after][0]}"
     return f"- {step}: in log-odds the gains change by {', '.join(changes)}."
 
@@ -314,7 +287,8 @@ def main(argv):
             lines.append(gain_line(before, after, found))
     replace(RESULTS, lines)
     searches = read_searches(study)
-    replace(RATES, [rates_line(tried, world) for (_, world), tried in searches.items()])
+    lines = [rates_line(tried, world) for (_, world), tried in searches.items()]
+    replace(RATES, lines)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from material import small_model
 import superclip
 import train
 from cli import InputError
+from docs import found
 from eval import DIVERGED
 from study import class_token, compare, groups, no_idf, plan, shop, shuffled, warmup
 from study.compare import Side, Study, best_rate, next_rates, read_command
@@ -45,7 +46,7 @@ def test_an_interval_is_students_and_pairs_seeds():
     ids=["three that agree", "around 0", "two seeds", "no spread"],
 )
 def test_an_interval_is_bold_if_three_seeds_or_more_exclude_0(differences, is_bold):
-    assert ("**" in compare.interval(differences).text()) == is_bold
+    assert ("**" in compare.interval(differences)) == is_bold
 
 
 def test_runs_that_diverged_are_counted(capsys):
@@ -509,16 +510,20 @@ def test_a_row_needs_all_its_runs_of_one_code(planned):
         assert plan.sides_of(Study(1, plan.RUNS), "no_idf") is None
 
 
-def test_a_row_may_have_three_sides(planned):
+def test_the_picture_has_superclip_at_clips_rate_if_it_has_run_beside_the_same_clip(
+    planned, monkeypatch
+):
+    planned("batch8")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Command, "code", lambda command: "othercode--")
+        planned("batch8_head")
+    assert len(found.sides_of(Study(1, plan.RUNS), "batch8")) == 2
     planned("batch8_head")
-    assert plan.three_sides(Study(1, plan.RUNS), "batch8") is None  # there are two of them
-    planned("batch8_rate")
 
-    sides = plan.three_sides(Study(1, plan.RUNS), "batch8")
+    sides = found.sides_of(Study(1, plan.RUNS), "batch8")
 
-    assert [side.command.rate() for side in sides] == [8.75e-5, 8.75e-5, 1.75e-4]
+    assert [side.command.rate() for side in sides] == [8.75e-5, 1.75e-4, 8.75e-5]
     assert ["--cls_weight 0 " in side.command.line() for side in sides] == [True, False, False]
-    assert all([run["seed"] for run in side.runs] == [*range(5, 15)] for side in sides)
 
 
 def test_a_row_that_the_page_lacks_comes_last(planned):
