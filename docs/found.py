@@ -105,7 +105,7 @@ def draw_found(study):
         axis.axvline(chance, color=GREY, lw=1, ls=":")
         axis.text(chance + 1.5, -0.5, f"chance {chance} %", color=GREY, fontsize=9, va="top")
         write(axis, -0.8, -0.6, "left", title)
-        write(axis, 1.07, -0.6, "left", "gain, 95 % interval")
+        write(axis, 1.07, -0.6, "left", "gain, 95 % interval", "rounded last")
         for y, (name, (label, note)) in enumerate(rows.items()):
             sides = sides_of(study, name)
             headline, *details = texts_of(sides, score)
