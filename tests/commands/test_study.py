@@ -49,68 +49,63 @@ def test_an_interval_is_bold_if_three_seeds_or_more_exclude_0(differences, is_bo
     assert ("**" in compare.interval(differences)) == is_bold
 
 
-def test_runs_that_diverged_are_counted(capsys):
-    command = CLIP.at(1e-4, seed=5)
-    a = Side(command, {}, [run_of(), run_of(), run_of(x=3)])
-    b = Side(command, {}, [run_of(x=1), run_of(x=2), run_of(x=3)])
+def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
+    diverged = {"scores": {}, "seconds": 1.0}
+    side = Side(CLIP, {}, [diverged, diverged, run_of(x=3)])
 
-    compare.print_sides([a, b])
+    compare.print_sides([side, side])
 
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "diverged" in line]
-    assert re.findall(r"\d+", line)[:2] == ["2", "3"]
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"\b2 of \w+ 3 .*diverged", printed)) == 2
+    assert "nan -> nan" in printed
 
 
 # ---- the search for a learning rate
 
 
-def test_of_equal_rates_the_lowest_is_chosen():
-    assert best_rate({1: [0, 4], 2: [5, 5], 4: [10, 0], 8: [1, 1]}) == 2
-
-
 @pytest.mark.parametrize(
     ("goals", "more"),
     [
-        ([[1], [3], [2], [0]], []),
-        ([[1], [2], [3], [4]], [16]),
-        ([[5], [5], [1], [0]], [0.5]),
-        ([[9, 9, 0], [8, 8, 9], [0, 0, 0]], []),
-        ([[i] for i in range(8)], []),
+        ("1 3 2 0", []),
+        ("1 2 3 4", [16]),
+        ("5 5 1 0", [0.5]),
+        ("990 889 000", []),
+        ("0 1 2 3 4 5 6 7", []),
     ],
     ids=["inside", "an end", "a tie", "an end for most seeds", "eight are enough"],
 )
 def test_a_search_goes_on_beyond_an_end_that_is_best(goals, more):
-    assert next_rates({2**i: seeds for i, seeds in enumerate(goals)}) == more
+    """goals: for each rate what it is judged by, a digit for each seed."""
+    tried = {2**i: [*map(int, digits)] for i, digits in enumerate(goals.split())}
+
+    assert next_rates(tried) == more
 
 
 @pytest.mark.parametrize(
-    ("values", "end"), [((1, 2, 3), "highest"), ((3, 2, 1), "lowest"), ((1, 3, 2), "")]
+    ("values", "end"), [("123", ["highest"]), ("321", ["lowest"]), ("132", [])]
 )
 def test_a_best_rate_that_is_an_end_is_said_to_be_one(values, end):
-    tried = {rate: [run_of(x=value)] for rate, value in zip((1, 2, 4), values)}
+    tried = {rate: [run_of(x=int(value))] for rate, value in enumerate(values)}
 
-    assert re.findall("lowest|highest", compare.rates_text(tried)) == end.split()
+    assert re.findall("lowest|highest", compare.rates_text(tried)) == end
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Runs and worlds are made up: the best rate of lambda 3 is 1e-4, that of others 4e-4. Returns
-    the list of the runs that were made."""
+    """Runs and worlds are made up. A run tells its world, and the best rate is 2e-4."""
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    made = []
 
     def make_scenes(folder, settings, seed):
         folder.mkdir()
         (folder / "drawn").write_text(f"{settings} settings, seed {seed}")
 
     def train_and_score(command, world, out_dir):
-        made.append((command.rate(), command.seed, (world / "drawn").read_text()))
-        optimum = 1e-4 if "--cls_weight 3 " in command.line() else 4e-4
-        value = 70 - 10 * abs(math.log2(command.rate() / optimum)) + command.seed
-        return run_of(**dict.fromkeys(plan.SCORES, value))
+        value = 70 - abs(math.log2(command.rate() / 2e-4))
+        run = run_of(**dict.fromkeys(plan.SCORES, value))
+        return {**run, "drawn": (world / "drawn").read_text()}
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     monkeypatch.setattr(compare, "make_scenes", make_scenes)
-    return made
 
 
 def experiment(folder, a, b, *options):
@@ -120,28 +115,27 @@ def experiment(folder, a, b, *options):
 
 
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
+    """One rate is for all of them. At batch 256 the best of four is the lowest, so one more is
+    tried."""
     options = "--rates --search_seeds 2 --seeds 3".split()
 
-    a, b = experiment(tmp_path, "train.py --cls_weight 3", "train.py", *options)
+    sides = experiment(tmp_path, "train.py --cls_weight 0", "train.py --batch_size 256", *options)
 
-    # one rate for all: for lambda 3 the best is the lowest at first, so one more is tried
-    assert [*a.tried] == pytest.approx([8.75e-5, 1.75e-4, 3.5e-4, 7e-4, 4.375e-5])
-    assert [side.command.rate() for side in (a, b)] == pytest.approx([8.75e-5, 3.5e-4])
-    assert sorted(seed for _, seed, _ in pretend if seed < 5) == [0] * 9 + [1] * 9
-    scored = sorted(run for run in pretend if run[1] >= 5)
-    worlds = [(seed, f"16 settings, seed {seed}") for seed in (5, 6, 7)]
-    assert scored == [(rate, *world) for rate in (8.75e-5, 3.5e-4) for world in worlds]
+    best = [1.75e-4, 2.47e-4]
+    for side, rate, n in zip(sides, best, (4, 5)):
+        assert [[run["seed"] for run in runs] for runs in side.tried.values()] == n * [[0, 1]]
+        found = [(run["rate"], run["drawn"]) for run in side.runs]
+        assert found == [(rate, f"16 settings, seed {seed}") for seed in (5, 6, 7)]
 
 
 def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
-    options = "--rates 0.5 1 --search_seeds 1 --seeds 2".split()
+    """And a list of factors is tried as it is, though the best is at an end."""
+    options = "--rates 2 4 --search_seeds 1 --seeds 2".split()
 
     a, b = experiment(tmp_path, "train.py --learning_rate 3e-3", "train.py", *options)
 
-    assert a.tried == {} and a.command.rate() == 3e-3
-    # these factors and no others, though the best is at an end
-    assert [*b.tried] == pytest.approx([1.75e-4, 3.5e-4])
-    assert b.command.rate() == pytest.approx(3.5e-4)
+    assert [*a.tried, a.command.rate()] == [3e-3]
+    assert [*b.tried, b.command.rate()] == pytest.approx([7e-4, 1.4e-3, 7e-4])
 
 
 def test_a_search_of_rates_that_all_diverge_ends_with_a_sentence(pretend, monkeypatch, tmp_path):
@@ -175,61 +169,69 @@ WAYS = {
     "text_to_image": {"R@1": {**SCORE, "value": 0.3}, "R@10": SCORE},
 }
 ROW = {"step": 1, "zeroshot": {"w/x": SCORE}, "validation": WAYS, "val_contrastive_loss": 0.7}
-LOG = "\n".join(map(json.dumps, [HEADER, ROW]))
 
 
 @pytest.fixture
-def called(monkeypatch):
-    """Commands write what they would, but compute nothing. Returns the list of them."""
-    lines = []
+def pretend_call(monkeypatch):
+    """pretend_call(row, answer=""): a run will write this row to its log, and end with this answer.
+    Returns the list of commands, which grows."""
 
-    def call(words):
-        lines.append(" ".join(map(str, words)))
-        option = dict(zip(words, words[1:]))
-        Path(option["--out_dir"], "log.jsonl").write_text(LOG)
-        return DIVERGED if option["--learning_rate"] == "1" else ""
+    def pretend_call(row, answer=""):
+        lines = []
 
-    monkeypatch.setattr(compare, "call", call)
-    return lines
+        def call(words):
+            lines.append(" ".join(words))
+            log = Path(words[-1], "log.jsonl")  # --out_dir is the last option
+            log.write_text("\n".join(map(json.dumps, [HEADER, row])))
+            return answer
+
+        monkeypatch.setattr(compare, "call", call)
+        return lines
+
+    return pretend_call
 
 
-def test_a_run_trains_in_its_world_and_keeps_every_score(called, tmp_path):
-    run = compare.train_and_score(CLIP.at(1e-3, seed=3), Path("world3"), str(tmp_path))
+def test_every_score_of_a_run_is_kept():
+    run = compare.scores_of(ROW)
 
-    assert "--seed 3 " in called[0] and "--train_data world3/train-" in called[0]
     values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x", "loss")]
     assert values == pytest.approx([20, 50, 50, 0.7])
     assert run["scores"]["x"] == SCORE and run["ways"] == WAYS
 
 
-def test_a_seed_in_an_option_is_replaced_when_it_runs_but_not_in_the_key(called, tmp_path):
-    command = read_command("train.py --train_data 'fold{seed}/*.tar'", "", 256).at(1e-3, seed=7)
-
-    compare.train_and_score(command, Path("no world"), str(tmp_path))
-
-    assert "--train_data fold7/*.tar" in called[0]
-    line, _, seed, _ = command.key("its code")
-    assert "fold{seed}/*.tar" in line and seed == 7
+FOLDS = "--train_data 'fold{seed}/*.tar'"
 
 
-def test_a_run_that_diverged_scores_0(called, tmp_path):
-    run = compare.train_and_score(CLIP.at(1, seed=0), Path("world0"), str(tmp_path))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [("", "--train_data world/train-*.tar"), (FOLDS, "--train_data fold3/*.tar")],
+)
+def test_a_run_has_its_world_and_its_seed(pretend_call, tmp_path, options, words):
+    lines = pretend_call(ROW)
+    command = read_command("train.py", options, 16)._replace(seed=3)
+
+    compare.train_and_score(command, Path("world"), str(tmp_path))
+
+    assert "--seed 3 " in lines[0] and words in lines[0]
+
+
+def test_a_seed_in_an_option_stays_as_it_is_in_the_key():
+    assert FOLDS in read_command("train.py", FOLDS, 16)._replace(seed=3).key("its code")[0]
+
+
+def test_a_run_that_diverged_scores_0(pretend_call, tmp_path):
+    pretend_call(ROW, DIVERGED)
+
+    run = compare.train_and_score(CLIP, Path("world"), str(tmp_path))
 
     assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
 
-def test_a_run_without_any_score_ends_with_a_sentence(called, monkeypatch, tmp_path):
-    row = {"step": 1, "zeroshot": {}}
-    monkeypatch.setitem(globals(), "LOG", "\n".join(map(json.dumps, [HEADER, row])))
+def test_a_run_without_any_score_ends_with_a_sentence(pretend_call, tmp_path):
+    pretend_call({"step": 1, "zeroshot": {}})
 
     with pytest.raises(InputError, match="--val_data"):
-        compare.train_and_score(CLIP.at(1e-3, seed=3), Path("world3"), str(tmp_path))
-
-
-def test_sides_without_a_loss_have_no_interval():
-    side = Side(None, {}, [{"scores": {}}, {"scores": {}}])  # two seeds that have diverged
-
-    assert compare.cell([side, side], "loss") == "nan -> nan, +nan ± nan"
+        compare.train_and_score(CLIP, Path("world"), str(tmp_path))
 
 
 # ---- code
@@ -240,20 +242,17 @@ FILES = ("train.py", "model.py", "scripts/scenes.py", "study/mine.py")
 @pytest.mark.parametrize("name", FILES)
 def test_other_text_is_other_code_and_another_line_end_is_not(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "drawing_code", compare.drawing_code.__wrapped__)  # not cached
     for file in FILES:
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(b"x = 1\n")
+    command = read_command("-m study.mine", "", 16)
+    before = command.code()
 
-    def code():
-        compare.drawing_code.cache_clear()  # as in another process
-        return read_command("-m study.mine", "", 16).code()
-
-    before = code()
     Path(name).write_bytes(b"x = 1\r\n")
-    assert code() == before
+    assert command.code() == before
     Path(name).write_bytes(b"x = 2\n")
-    assert code() != before
-    compare.drawing_code.cache_clear()
+    assert command.code() != before
 
 
 PROGRAM = '''"""It trains nothing. Once, its seed 6 is killed with the comparison."""
@@ -277,7 +276,8 @@ def fork(monkeypatch, tmp_path):
     folder = tmp_path / "a fork"
     folder.mkdir()
     monkeypatch.setattr(compare, "OUT", folder)
-    (folder / "train.py").write_text(PROGRAM.replace("LOG", repr(LOG)))
+    log = "\n".join(map(json.dumps, [HEADER, ROW]))
+    (folder / "train.py").write_text(PROGRAM.replace("LOG", repr(log)))
     return folder
 
 
@@ -308,79 +308,72 @@ def test_a_killed_comparison_goes_on(fork):
 # ---- modules
 
 
-def test_groups_compare_each_image_with_its_group(monkeypatch):
-    monkeypatch.setattr(superclip, "contrastive_loss", superclip.contrastive_loss)
+@pytest.fixture
+def model(monkeypatch):
+    """A small model. What a module replaces comes back after the test, and it trains nothing."""
     monkeypatch.setattr(train, "main", lambda argv: argv)
-    model = small_model()
+    for owner, name in (
+        (superclip, "contrastive_loss"),
+        (superclip, "classification_loss"),
+        (superclip, "idf"),
+        (superclip.WordHead, "forward"),
+        (train, "lengths"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return small_model(vocab_size=6)
+
+
+# Three captions of the words 1, 2 and 3. Two of the six tokens are start and end.
+CAPTIONS = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
+
+
+def test_groups_compare_each_image_with_its_group(model):
     images, texts = F.normalize(torch.randn(2, 8, 16), dim=2)
 
     def loss_of(images, texts):
         return model.pairs_together(images, texts, {})["contrastive_loss"]
 
-    expected = sum(map(loss_of, images.split(4), texts.split(4))) / 2
+    halves = [*map(loss_of, images.split(4), texts.split(4))]
 
     rest = groups.main("--group 4 --steps 9".split())
 
     assert rest == ["--steps", "9"]
-    torch.testing.assert_close(loss_of(images, texts), expected)
+    torch.testing.assert_close(loss_of(images, texts), sum(halves) / 2)
 
 
-def test_without_idf_all_words_weigh_the_same(monkeypatch):
-    monkeypatch.setattr(superclip, "idf", superclip.idf)
-    monkeypatch.setattr(train, "main", lambda argv: argv)
-    model = small_model(vocab_size=6)
-    model.token_counts += torch.arange(6)
+def test_without_idf_all_words_weigh_the_same(model):
+    model.count_tokens(CAPTIONS)
 
     no_idf.main([])
 
     assert model.token_weights().tolist() == [0, 1, 1, 1, 0, 0]
 
 
-# Three captions of the words 1, 2 and 3, with two of a model's six tokens as start and end.
-CAPTIONS = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
-
-
-@pytest.fixture
-def controlled(monkeypatch):
-    """A model in training, whose functions a control may replace."""
-    monkeypatch.setattr(superclip, "classification_loss", superclip.classification_loss)
-    monkeypatch.setattr(superclip.WordHead, "forward", superclip.WordHead.forward)
-    monkeypatch.setattr(train, "main", lambda argv: argv)
-    return small_model(vocab_size=6).train()
-
-
-def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(controlled):
+def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
+    model.count_tokens(CAPTIONS)
     images = torch.rand(3, 3, 16, 16)
-    plain = controlled(images, CAPTIONS)  # counts them
-    controlled.eval()
-    logits = controlled.class_logits(images)
-    weights = controlled.token_weights()
+    logits = model.class_logits(images)
     losses = []
     for image, caption in ((0, 1), (1, 2), (2, 0)):
         pair = logits[[image]], CAPTIONS[[caption]]
-        losses.append(superclip.classification_loss(*pair, weights))
+        losses.append(superclip.classification_loss(*pair, model.token_weights()))
 
-    assert shuffled.main(["--steps", "9"]) == ["--steps", "9"]
+    shuffled.main([])
 
-    found = controlled(images, CAPTIONS)
-    torch.testing.assert_close(found["classification_loss"], sum(losses) / 3)
-    assert found["contrastive_loss"] == plain["contrastive_loss"]
+    found = model(images, CAPTIONS)["classification_loss"]
+    torch.testing.assert_close(found, sum(losses) / 3)
 
 
-def test_a_head_on_the_class_token_does_not_see_the_patches(controlled):
-    head = controlled.head
-    tokens = torch.randn(2, 5, controlled.config.vision_width)
-    as_all_patches = tokens[:, :1].expand(-1, 5, -1)
-    expected = head(as_all_patches)
+def test_a_head_on_the_class_token_does_not_see_the_patches(model):
+    tokens = torch.randn(2, 5, 64)
+    expected = model.head(tokens[:, :1].expand(-1, 5, -1))  # as if it were all the patches
 
     class_token.main([])
 
-    torch.testing.assert_close(head(tokens), expected)
+    torch.testing.assert_close(model.head(tokens), expected)
 
 
-def test_the_warm_up_is_three_times_as_long(monkeypatch):
-    monkeypatch.setattr(train, "lengths", train.lengths)
-    monkeypatch.setattr(train, "main", lambda argv: argv)
+def test_the_warm_up_is_three_times_as_long(model):
     args = train.parse(["--steps", "1500", "--eval_every", "700"])
 
     warmup.main([])
@@ -418,28 +411,29 @@ def products():
     are there twice."""
     rows = []
     for i in range(400):
-        title = f"title {min(i, 500 - i)}"
-        rows.append({"image": f"{i}.jpg", "caption": title, "content": b"%d" % (i % 360)})
-        rows[i] |= {"type": "Tshirts" if i % 2 else "Tops", "colour": "Black"}
+        row = {"image": f"{i}.jpg", "caption": f"title {min(i, 500 - i)}", "colour": "Black"}
+        row["type"] = "Tshirts" if i % 2 else "Tops"
+        row["content"] = b"%d" % (i % 360)
+        rows.append(row)
     return rows
 
 
 def test_products_with_equal_titles_or_pictures_are_on_one_side(products):
-    train, val, classified = shop.split(products, seed=0)
+    parts = shop.split(products, seed=0)
 
-    assert train and val and classified
-    for one, other in ((train, val), (train, classified), (val, classified)):
-        for name in ("caption", "content"):
-            assert not {row[name] for row in one} & {row[name] for row in other}
+    for name in ("caption", "content"):
+        sides = [{row[name] for row in part} for part in parts]
+        assert all(sides)
+        assert sum(map(len, sides)) == len(set.union(*sides))
     titles = [row["caption"] for row in products]
-    assert all(titles.count(row["caption"]) == 1 for row in val)
+    assert all(titles.count(row["caption"]) == 1 for row in parts[1])
 
 
 def test_another_seed_is_another_split(products):
-    splits = [shop.split(products, seed)[0] for seed in (5, 6, 5)]
+    first, other, again = [shop.split(products, seed) for seed in (5, 6, 5)]
 
-    trained = [[row["image"] for row in train] for train in splits]
-    assert trained[0] == trained[2] and {*trained[0]} != {*trained[1]}
+    assert first == again
+    assert {row["image"] for row in first[0]} != {row["image"] for row in other[0]}
 
 
 def test_all_splits_have_the_same_classes(products, monkeypatch, tmp_path):
@@ -447,91 +441,90 @@ def test_all_splits_have_the_same_classes(products, monkeypatch, tmp_path):
     monkeypatch.setattr(shop, "OUT", tmp_path / "shop")
     monkeypatch.setattr(shop, "NUMBERS", {"type": 44, "colour": 1, "both": 1})
     (tmp_path / "images").mkdir()
-    lines = ["image,caption,type,colour"]
+    names = ["image", "caption", "type", "colour"]
+    lines = [",".join(names)]
     for row in products:
         (tmp_path / "images" / row["image"]).write_bytes(row["content"])
-        lines.append(f"{row['image']},{row['caption']},{row['type']},{row['colour']}")
+        lines.append(",".join(map(row.get, names)))
     (tmp_path / "pairs.csv").write_text("\n".join(lines))
 
     shop.main([str(tmp_path), "--seeds", "5", "6"])
 
     for seed in ("5", "6"):
-        names = {path.name for path in (shop.OUT / seed).glob("*/*")}
-        assert names == {"black", "top", "black top", "black t-shirt"}
+        classes = {path.name for path in (shop.OUT / seed).glob("*/*")}
+        assert classes == {"black", "top", "black top", "black t-shirt"}
 
 
 # ---- the plan and its pages
 
 
-@pytest.fixture
-def planned(pretend, monkeypatch, tmp_path):
-    """Returns a function that runs rows of the plan, with made-up scores, and returns the page that
-    it writes. At first the page has a label for each row and no scores."""
+def test_the_line_of_a_row_takes_the_place_of_its_old_one_or_comes_last(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n| batch 8 | old |\n| batch 32 | 1 |\n- gains: old\n")
+
+    plan.replace(page, ["| batch 8 | 2 |", "| batch 64 | 3 |", "- gains: 4"])
+
+    lines = ["# A page", "| batch 8 | 2 |", "| batch 32 | 1 |", "- gains: 4", "| batch 64 | 3 |"]
+    assert page.read_text().splitlines() == lines
+
+
+def test_a_row_that_is_named_is_run(pretend, monkeypatch, tmp_path):
     for name in ("RESULTS", "RATES", "RUNS"):
         monkeypatch.setattr(plan, name, tmp_path / name)
-    plan.RESULTS.write_text("\n".join(f"| {label} | - |" for label, *_ in plan.ROWS.values()))
-    plan.RATES.touch()
+        (tmp_path / name).touch()
 
-    def run(*rows):
-        plan.main(rows)
-        return plan.RESULTS.read_text()
+    plan.main(["batch32"])
 
-    return run
+    assert plan.RESULTS.read_text().startswith("| batch 32 | 10 |")
 
 
-def line_of(page, row):
-    """The line of a row in the tables of a page."""
-    [line] = [line for line in page.splitlines() if line.startswith(f"| {plan.ROWS[row][0]} |")]
-    return line
+def study_of(folder, *runs):
+    """A study with ten runs of each of these (name of a command, code)."""
+    study = Study(1, folder / "runs.jsonl")
+    for name, code in runs:
+        command = read_command(plan.COMMANDS[name], "", 256)
+        for seed in range(5, 15):
+            key = command.at(command.rate(), seed).key(code)
+            study.add({**run_of(x=50), **dict(zip(compare.KEY, key))})
+    return study
 
 
-def test_a_row_is_added_and_the_others_stay(planned, monkeypatch):
-    """The second row runs at other code, so the runs of the first could not be made again. When
-    they are, the second stays."""
-    before = line_of(planned("batch32"), "batch32")
-    monkeypatch.setattr(compare.Command, "code", lambda command: "othercode--")
-
-    page = planned("no_idf")
-    added = line_of(page, "no_idf")
-    assert line_of(page, "batch32") == before and "±" in added
-
-    assert line_of(planned("batch32"), "no_idf") == added
+# The first part of a code is its core, the last what draws the world.
+RUNS = [("CLIP", "old--x"), ("SuperCLIP", "old--x"), ("SuperCLIP", "new--x"), ("no IDF", "new-y-x")]
 
 
-def test_a_row_needs_all_its_runs_of_one_code(planned):
-    planned("no_idf")
-    runs = plan.RUNS.read_text()
+def test_a_row_has_the_newest_core_that_has_all_of_its_runs(tmp_path):
+    """So it stays when the code changes, until both of its sides have run again."""
 
-    assert plan.sides_of(Study(1, plan.RUNS), "no_idf")
+    def codes(row, *runs):
+        sides = plan.sides_of(study_of(tmp_path, *runs), row)
+        return sides and [side.runs[0]["code"] for side in sides]
 
-    other = re.sub('("-m study.no_idf .*"code": ")', r"\1other", runs)  # one side of another core
-    for text in (runs[: runs.rindex('{"command"')], other):
-        plan.RUNS.write_text(text)
-        assert plan.sides_of(Study(1, plan.RUNS), "no_idf") is None
-
-
-def test_the_picture_has_superclip_at_clips_rate_if_it_has_run_beside_the_same_clip(
-    planned, monkeypatch
-):
-    planned("batch8")
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.Command, "code", lambda command: "othercode--")
-        planned("batch8_head")
-    assert len(found.sides_of(Study(1, plan.RUNS), "batch8")) == 2
-    planned("batch8_head")
-
-    sides = found.sides_of(Study(1, plan.RUNS), "batch8")
-
-    assert [side.command.rate() for side in sides] == [8.75e-5, 1.75e-4, 8.75e-5]
-    assert ["--cls_weight 0 " in side.command.line() for side in sides] == [True, False, False]
+    assert codes("batch32", *RUNS[:1]) is None
+    assert codes("batch32", *RUNS) == ["old--x", "old--x"]
+    assert codes("batch32", *RUNS, ("CLIP", "new--x")) == ["new--x", "new--x"]
+    assert codes("no_idf", *RUNS) == ["new--x", "new-y-x"]
 
 
-def test_a_row_that_the_page_lacks_comes_last(planned):
-    plan.RESULTS.write_text("# A page\n")
+def test_a_row_of_which_a_run_is_missing_is_not_shown(tmp_path):
+    study = study_of(tmp_path, *RUNS)
+    study.runs.popitem()
 
-    page = planned("batch32")
+    assert plan.sides_of(study, "no_idf") is None
 
-    assert page.startswith("# A page\n| batch 32 | 10 |")
+
+def test_the_picture_has_superclip_at_clips_rate_if_it_has_run_beside_the_same_clip(tmp_path):
+    names = ["CLIP 8", "SuperCLIP 8", "slow 8"]
+    runs = [(name, "core--x") for name in names]
+    beside_another = [("CLIP 8", "other--x"), ("slow 8", "other--x")]
+
+    def texts(*runs):
+        sides = found.sides_of(study_of(tmp_path, *runs), "batch8")
+        return [side.command.text for side in sides]
+
+    expected = [plan.COMMANDS[name] for name in names]
+    assert texts(*runs) == expected
+    assert texts(*runs[:2], *beside_another) == expected[:2]
 
 
 def test_gains_are_compared_in_log_odds():
