@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import ROOT
-from material import TINY
+from material import TINY, cases
 
 from docs.lab import Mistake
 from superclip import (
@@ -95,31 +95,17 @@ def of_rows(u, v, scale, pairs=None):
 
 
 def of_softmax(u, v, scale):
-    logits = scale * u @ v.T
-    classes = torch.arange(len(u))
-    rows = F.cross_entropy(logits.softmax(dim=1), classes)
-    return (rows + F.cross_entropy(logits.T.softmax(dim=1), classes)) / 2
-
-
-def with_padding(num_captions, token_counts):
-    return ((num_captions + 1) / (token_counts + 1)).log()
-
-
-def without_ones(num_captions, token_counts):
-    return (num_captions / token_counts).log().where(token_counts > 0, 0.0)
+    p = (scale * u @ v.T).softmax(dim=1)
+    return F.cross_entropy(p, torch.arange(len(u)))
 
 
 def change_counts(num_captions, token_counts):
     token_counts[0] = num_captions
-    return with_padding(num_captions, token_counts)
+    return idf(num_captions, token_counts)
 
 
 def words(tokens, weights):
     return multi_hot(tokens, len(weights)) * weights
-
-
-def shares(words):
-    return F.normalize(words, p=1, dim=1)
 
 
 def every_occurrence(tokens, weights):
@@ -130,8 +116,8 @@ def divided(words):
     return words / words.sum(dim=1, keepdim=True)
 
 
-def clamped(tokens, weights):
-    return words(tokens, weights) / words(tokens, weights).sum(dim=1, keepdim=True).clamp(min=1)
+def shares(words):
+    return F.normalize(words, p=1, dim=1)
 
 
 def cross_entropy(label, p):
@@ -154,10 +140,6 @@ def idf_of_the_batch(model, images, tokens):
     return forward(model, images, tokens)
 
 
-def without_counting(model, images, tokens):
-    return forward(model.eval(), images, tokens)
-
-
 def count_late(model, images, tokens):
     losses = forward(model.eval(), images, tokens)
     model.count_tokens(tokens)
@@ -169,15 +151,14 @@ def count_twice(model, images, tokens):
     return forward(model, images, tokens)
 
 
-def contrast(model, images, tokens, scale=None, change_u=torch.clone, change_v=torch.clone):
-    """`forward` with another scale, or with changed features."""
-    out = model(images, tokens)
-    u = change_u(out["image_features"])
-    v = change_v(out["text_features"])
-    if scale is None:
-        scale = model.logit_scale.exp()
-    loss = contrastive_loss(u, v, scale)
+def contrast(out, scale):
+    """What forward returns, from what the model returns and from a scale."""
+    loss = contrastive_loss(out["image_features"], out["text_features"], scale)
     return {"contrastive_loss": loss, "word_loss": out["classification_loss"]}
+
+
+def detach(out, name):
+    return {**out, name: out[name].detach()}
 
 
 def detach_patches(model, images, tokens):
@@ -187,85 +168,104 @@ def detach_patches(model, images, tokens):
     return losses
 
 
+# name of a function -> its arguments, and for each mistake what it returns
 WRONG = {
-    "contrastive_loss": {
-        "rows alone": of_rows,
-        "columns alone": lambda u, v, s: of_rows(v, u, s),
-        "sum of both": lambda u, v, s: of_rows(u, v, s) + of_rows(v, u, s),
-        "no scale": lambda u, v, s: contrastive_loss(u, v, 1),
-        "a temperature": lambda u, v, s: contrastive_loss(u, v, 1 / s),
-        "two softmaxes": of_softmax,
-        "sign": lambda u, v, s: -contrastive_loss(u, v, s),
-        "always four": lambda u, v, s: (of_rows(u, v, s, 4) + of_rows(v, u, s, 4)) / 2,
-        "u without gradient": lambda u, v, s: contrastive_loss(u.detach(), v, s),
-        "v without gradient": lambda u, v, s: contrastive_loss(u, v.detach(), s),
-        "a number": lambda u, v, s: contrastive_loss(u, v, s).item(),
-        "nonsense": lambda u, v, s: 1.23 * contrastive_loss(u, v, s),
-    },
-    "idf": {
-        "padding counts": with_padding,
-        "sign": lambda n, counts: -idf(n, counts),
-        "log10": lambda n, counts: idf(n, counts) / 2.302585,
-        "N / n": without_ones,
-        "counts are changed": change_counts,
-        "nonsense": lambda n, counts: 1.23 * idf(n, counts),
-    },
-    "label": {
-        "every occurrence": lambda t, w: shares(every_occurrence(t, w)),
-        "every occurrence and 0 / 0": lambda t, w: divided(every_occurrence(t, w)),
-        "weights": words,
-        "length 1": lambda t, w: F.normalize(words(t, w)),
-        "a sum of 1 at least": clamped,
-        "a share for each place": lambda t, w: shares(w[t]),
-        "nonsense": lambda t, w: 1.23 * caption_label(t, w),
-    },
-    "classification_loss": {
-        "sum over the captions": lambda x, t, w: classification_loss(x, t, w) * len(x),
-        "mean of some": mean_of_some,
-        "equal shares": lambda x, t, w: F.cross_entropy(x, shares(words(t, w).sign())),
-        "every occurrence": lambda x, t, w: F.cross_entropy(x, shares(every_occurrence(t, w))),
-        "weights": lambda x, t, w: F.cross_entropy(x, words(t, w)),
-        "no softmax": lambda x, t, w: cross_entropy(caption_label(t, w), x.exp()),
-        "no logarithm": lambda x, t, w: cross_entropy(caption_label(t, w), x.softmax(1).exp()),
-        "two softmaxes": lambda x, t, w: classification_loss(x.softmax(dim=1), t, w),
-        "columns": lambda x, t, w: cross_entropy(caption_label(t, w), x.softmax(dim=0)),
-        "yes or no": yes_or_no,
-        "sign": lambda x, t, w: -classification_loss(x, t, w),
-        "no gradient": lambda x, t, w: classification_loss(x, t, w).detach(),
-        "nonsense": lambda x, t, w: 1.23 * classification_loss(x, t, w),
-    },
-    "forward": {
-        "no exp": lambda m, x, t: contrast(m, x, t, m.logit_scale),
-        "a constant scale": lambda m, x, t: contrast(m, x, t, 1 / 0.07),
-        "nothing counted": without_counting,
-        "counted too late": count_late,
-        "IDF of the batch": idf_of_the_batch,
-        "counted twice": count_twice,
-        "images without gradient": lambda m, x, t: contrast(m, x, t, change_u=torch.detach),
-        "captions without gradient": lambda m, x, t: contrast(m, x, t, change_v=torch.detach),
-        "patches without gradient": detach_patches,
-        "a tuple": lambda m, x, t: tuple(forward(m, x, t).values()),
-        "other names": lambda m, x, t: dict(zip("ab", forward(m, x, t).values())),
-        "nonsense": lambda m, x, t: contrast(m, x, t, 1.23),
-    },
-    "my_forward": {
-        "no new loss": forward,
-        "a number": lambda m, x, t: {**forward(m, x, t), "my_loss": 1.0},
-        "no gradient": lambda m, x, t: {**forward(m, x, t), "my_loss": torch.zeros(())},
-        "a tuple": lambda m, x, t: tuple(my_forward(m, x, t).values()),
-    },
+    "contrastive_loss": (
+        "u, v, s",
+        {
+            "rows alone": "of_rows(u, v, s)",
+            "columns alone": "of_rows(v, u, s)",
+            "sum of both": "of_rows(u, v, s) + of_rows(v, u, s)",
+            "no scale": "contrastive_loss(u, v, 1)",
+            "a temperature": "contrastive_loss(u, v, 1 / s)",
+            "two softmaxes": "(of_softmax(u, v, s) + of_softmax(v, u, s)) / 2",
+            "sign": "-contrastive_loss(u, v, s)",
+            "always four": "(of_rows(u, v, s, 4) + of_rows(v, u, s, 4)) / 2",
+            "u without gradient": "contrastive_loss(u.detach(), v, s)",
+            "v without gradient": "contrastive_loss(u, v.detach(), s)",
+            "a number": "contrastive_loss(u, v, s).item()",
+            "nonsense": "1.23 * contrastive_loss(u, v, s)",
+        },
+    ),
+    "idf": (
+        "N, n",
+        {
+            "padding counts": "((N + 1) / (n + 1)).log()",
+            "sign": "-idf(N, n)",
+            "log10": "idf(N, n) / 2.302585",
+            "N / n": "(N / n).log().where(n > 0, 0.0)",
+            "counts are changed": "change_counts(N, n)",
+            "nonsense": "1.23 * idf(N, n)",
+        },
+    ),
+    "label": (
+        "t, w",
+        {
+            "every occurrence": "shares(every_occurrence(t, w))",
+            "every occurrence and 0 / 0": "divided(every_occurrence(t, w))",
+            "weights": "words(t, w)",
+            "length 1": "F.normalize(words(t, w))",
+            "a sum of 1 at least": "words(t, w) / words(t, w).sum(dim=1, keepdim=True).clamp(1)",
+            "a share for each place": "shares(w[t])",
+            "nonsense": "1.23 * caption_label(t, w)",
+        },
+    ),
+    "classification_loss": (
+        "x, t, w",
+        {
+            "sum over the captions": "classification_loss(x, t, w) * len(x)",
+            "mean of some": "mean_of_some(x, t, w)",
+            "equal shares": "F.cross_entropy(x, shares(words(t, w).sign()))",
+            "every occurrence": "F.cross_entropy(x, shares(every_occurrence(t, w)))",
+            "weights": "F.cross_entropy(x, words(t, w))",
+            "no softmax": "cross_entropy(caption_label(t, w), x.exp())",
+            "no logarithm": "cross_entropy(caption_label(t, w), x.softmax(dim=1).exp())",
+            "two softmaxes": "classification_loss(x.softmax(dim=1), t, w)",
+            "columns": "cross_entropy(caption_label(t, w), x.softmax(dim=0))",
+            "yes or no": "yes_or_no(x, t, w)",
+            "sign": "-classification_loss(x, t, w)",
+            "no gradient": "classification_loss(x, t, w).detach()",
+            "nonsense": "1.23 * classification_loss(x, t, w)",
+        },
+    ),
+    "forward": (
+        "m, x, t",
+        {
+            "no exp": "contrast(m(x, t), m.logit_scale)",
+            "a constant scale": "contrast(m(x, t), 1 / 0.07)",
+            "nothing counted": "forward(m.eval(), x, t)",
+            "counted too late": "count_late(m, x, t)",
+            "IDF of the batch": "idf_of_the_batch(m, x, t)",
+            "counted twice": "count_twice(m, x, t)",
+            "detached images": "contrast(detach(m(x, t), 'image_features'), m.logit_scale.exp())",
+            "detached texts": "contrast(detach(m(x, t), 'text_features'), m.logit_scale.exp())",
+            "detached patches": "detach_patches(m, x, t)",
+            "a tuple": "tuple(forward(m, x, t).values())",
+            "other names": "dict(zip('ab', forward(m, x, t).values()))",
+            "nonsense": "contrast(m(x, t), 1.23)",
+        },
+    ),
+    "my_forward": (
+        "m, x, t",
+        {
+            "no new loss": "forward(m, x, t)",
+            "a number": "{**forward(m, x, t), 'my_loss': 1.0}",
+            "no gradient": "{**forward(m, x, t), 'my_loss': torch.zeros(())}",
+            "a tuple": "tuple(my_forward(m, x, t).values())",
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_each_wrong_answer_ends_in_a_sentence_of_its_own(page, name):
+@cases("name, arguments, mistakes", {name: (name, *answers) for name, answers in WRONG.items()})
+def test_each_wrong_answer_ends_in_a_sentence_of_its_own(page, name, arguments, mistakes):
     """Numbers alone are no difference, so none ends like nonsense, of which nothing is known."""
     check = block_with(f"lab.check_{name}(")
-    sentences = {}
-    for mistake, answer in WRONG[name].items():
+    sentences = []
+    for answer in mistakes.values():
+        function = eval(f"lambda {arguments}: {answer}")
         with pytest.raises(Mistake) as raised:
-            exec(check, {**page, name: answer})
-        sentences[mistake] = re.sub(r"[-\d.e]+", "", str(raised.value))
+            exec(check, {**page, name: function})
+        sentences.append(re.sub(r"[-\d.e]+", "", str(raised.value)))
 
-    for mistake, sentence in sentences.items():
-        assert list(sentences.values()).count(sentence) == 1, mistake
+    assert len({*sentences}) == len(mistakes), sentences
