@@ -86,71 +86,57 @@ def test_a_gain_whose_interval_includes_0_is_no_gain_in_the_picture():
 CLIP_LOG = (ROOT / "study" / "clip_log.jsonl").read_text()
 
 
-def changed_log(**changes):
-    """The log of plain CLIP, with changes in its header or in the arguments there."""
-    first, rest = CLIP_LOG.split("\n", 1)
-    row = json.loads(first)
-    for part in (row["header"], row["header"]["arguments"]):
-        part.update({name: value for name, value in changes.items() if name in part})
-    return json.dumps(row) + "\n" + rest
-
-
-def draw_histogram(folder, capsys):
-    """Returns the runs that it counts, and the files that it leaves out, as it prints them."""
-    histogram.main([str(folder), "--out", str(folder / "histogram.png")])
-
-    assert (folder / "histogram.png").stat().st_size > 0
-    lines = capsys.readouterr().out.splitlines()[:-1]
-    out = [line for line in lines if line.startswith("left out")]
-    return [line for line in lines if line not in out], out
-
-
-def test_a_histogram_counts_a_finished_run_once(tmp_path, capsys):
+def test_a_log_that_was_handed_in_twice_counts_once(tmp_path):
     """Files have any name, and lie in folders at any depth."""
     (tmp_path / "anna" / "out").mkdir(parents=True)
-    (tmp_path / "anna" / "out" / "log.jsonl").write_text(CLIP_LOG)
-    (tmp_path / "anna.jsonl").write_text(CLIP_LOG)
-    (tmp_path / "ben.jsonl").write_text(CLIP_LOG[: CLIP_LOG.rindex("\n", 0, -1)])
-    rows = [json.loads(line) for line in CLIP_LOG.splitlines()]
-    score = rows[-1]["zeroshot"]["scenes/zeroshot/colour_shape"]["value"]
+    for name, text in (("anna/out/log.jsonl", "a"), ("a.jsonl", "a"), ("ben.jsonl", "b")):
+        (tmp_path / name).write_text(text)
 
-    counted, left_out = draw_histogram(tmp_path, capsys)
+    files = histogram.log_files([tmp_path])
 
-    assert [f"{100 * score:.1f} %" in line and "anna" in line for line in counted] == [True]
-    assert ["ben.jsonl" in line for line in left_out] == [True]
+    assert sorted(file.read_text() for file in files) == ["a", "b"]
 
 
-def test_a_histogram_leaves_out_what_is_no_log(tmp_path, capsys):
-    """PowerShell's > writes UTF-16."""
-    (tmp_path / "log.jsonl").write_text(CLIP_LOG)
-    (tmp_path / "0.jsonl").write_text("")
-    (tmp_path / "1.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "2.jsonl").write_text('{"header": {"steps": 1}, "step": 0}\n{"step": 1}\n')
-    (tmp_path / "3.jsonl").write_text(CLIP_LOG[:-9])
-    (tmp_path / "4.jsonl").write_text(CLIP_LOG, "utf-16")
-
-    counted, left_out = draw_histogram(tmp_path, capsys)
-
-    assert len(counted) == 1
-    for i, line in enumerate(left_out):
-        assert f"{i}.jsonl" in line
-        assert len(line) < 300
-    assert len(left_out) == 5
+BAD_LOGS = {
+    "empty": b"",
+    "without a header": b'{"step": 1}\n',
+    "of something else": b'{"header": {"steps": 1}, "step": 0}\n{"step": 1}\n',
+    "cut": CLIP_LOG[:-9].encode(),
+    "not at its end": CLIP_LOG[: CLIP_LOG.rindex("\n", 0, -1)].encode(),
+    "of PowerShell's >": CLIP_LOG.encode("utf-16"),
+}
 
 
-def test_a_histogram_keeps_rates_lengths_and_methods_apart(tmp_path, capsys):
-    logs = [
-        changed_log(learning_rate=1.75e-4),
-        changed_log(learning_rate=1.75e-4, seed=1),
-        changed_log(learning_rate=3.5e-4),
-        changed_log(learning_rate=1.75e-4, steps=20),
-        changed_log(learning_rate=1.75e-4, cls_weight=1.0),
-    ]
-    for i, log in enumerate(logs):
-        (tmp_path / f"{i}.jsonl").write_text(log)
+def test_a_histogram_leaves_out_what_is_no_log_of_a_finished_run(tmp_path, capsys):
+    (tmp_path / "good.jsonl").write_text(CLIP_LOG)
+    for name, content in BAD_LOGS.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    score = json.loads(CLIP_LOG.splitlines()[-1])["zeroshot"]["scenes/zeroshot/colour_shape"]
 
-    counted, _ = draw_histogram(tmp_path, capsys)
+    histogram.main([str(tmp_path), "--out", str(tmp_path / "histogram.png")])
 
-    kinds = [line.partition(", seed")[0] for line in counted]
-    assert kinds[0] == kinds[1]
-    assert len({*kinds}) == 4
+    printed = capsys.readouterr().out
+    left_out = re.findall(r"^left out: \S{1,200}/(.+).jsonl .{1,200}$", printed, re.M)
+    assert sorted(left_out) == sorted(BAD_LOGS)
+    assert re.findall(r"([\d.]+) % .*good.jsonl", printed) == [f"{100 * score['value']:.1f}"]
+    assert (tmp_path / "histogram.png").stat().st_size > 0
+
+
+# case -> what the log's header says, what that of another run says, and is it of another kind?
+HEADERS = {
+    "seed": ('"seed": 0', '"seed": 1', False),
+    "rate": ('"learning_rate": 0.000175', '"learning_rate": 0.00035', True),
+    "method": ('"cls_weight": 0.0', '"cls_weight": 1.0', True),
+    "length": ('"steps": 1500', '"steps": 20', True),
+}
+
+
+@cases("ours, theirs, is_other", HEADERS)
+def test_a_histogram_keeps_rates_lengths_and_methods_apart(tmp_path, ours, theirs, is_other):
+    log = tmp_path / "log.jsonl"
+    kinds = []
+    for text in (CLIP_LOG, CLIP_LOG.replace(ours, theirs)):
+        log.write_text(text)
+        kinds.append(histogram.read_score(log)[0])
+
+    assert (kinds[0] != kinds[1]) == is_other
