@@ -89,7 +89,7 @@ CLIP_LOG = (ROOT / "study" / "clip_log.jsonl").read_text()
 def test_a_log_that_was_handed_in_twice_counts_once(tmp_path):
     """Files have any name, and lie in folders at any depth."""
     (tmp_path / "anna" / "out").mkdir(parents=True)
-    for name, text in (("anna/out/log.jsonl", "a"), ("a.jsonl", "a"), ("ben.jsonl", "b")):
+    for name, text in (("a.jsonl", "a"), ("b.jsonl", "a"), ("anna/out/log.jsonl", "b")):
         (tmp_path / name).write_text(text)
 
     files = histogram.log_files([tmp_path])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -87,51 +88,47 @@ def test_a_notebook_is_that_of_its_page(name):
     assert page.with_suffix(".ipynb").read_text() == made, "run python -m docs.notebook"
 
 
+def run_cell(code, folder, **environment):
+    """Run the first cell of a notebook and more code in a folder, as a kernel does. Returns what it
+    prints, and its error."""
+    command = [sys.executable, "-c", SETUP + code]
+    environment = {**os.environ, **environment}
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return process.stdout, process.stderr
+
+
 def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
     """In docs/, a command then runs in the project's folder. It has no terminal."""
-    code = SETUP + "run('test -t 1 && echo terminal\\npwd')"
+    code = "run('test -t 1 && echo terminal\\npwd')"
 
-    def start(folder):
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-    assert start(ROOT / "docs").stdout == f"{ROOT}\n"
-    assert "fill in ADDRESS" in start(tmp_path).stderr
+    assert run_cell(code, ROOT / "docs") == (f"{ROOT}\n", "")
+    assert "fill in ADDRESS" in run_cell(code, tmp_path)[1]
 
 
 def test_a_notebook_has_the_address_of_the_citation(tmp_path):
+    """As if it had one already."""
     (tmp_path / "docs").mkdir()
-    for name in ("__init__.py", "notebook.py"):
-        shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
+    shutil.copy(ROOT / "docs" / "notebook.py", tmp_path / "docs")
     citation = (ROOT / "CITATION.cff").read_text()
-    address = "https://example.org/superclip"
-    citation = re.sub("(?m)^repository-code: .*", f'repository-code: "{address}"', citation)
+    citation = re.sub("(?m)^repository-code: .*", 'repository-code: "https://x.y"', citation)
     (tmp_path / "CITATION.cff").write_text(citation)
 
-    command = [sys.executable, "-c", "from docs.notebook import SETUP; print(SETUP)"]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    names = runpy.run_path(tmp_path / "docs" / "notebook.py")
 
-    assert f'ADDRESS = "{address}"' in printed
+    assert 'ADDRESS = "https://x.y"' in names["SETUP"]
 
 
-def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path):
+@pytest.mark.parametrize("name", ["docs", "scripts", "study"])
+def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path, name):
     """Colab has a package named docs."""
-    for name in ("docs", "scripts", "study"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
-    code = (
-        SETUP
-        + "import docs, scripts, study\nprint(docs.__file__, scripts.__file__, study.__file__)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
 
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(
-        command, cwd=ROOT / "docs", env=environment, capture_output=True, text=True
+    printed, _ = run_cell(
+        f"import {name}\nprint({name}.__file__)", ROOT / "docs", PYTHONPATH=str(tmp_path)
     )
 
-    files = [f"{ROOT}/{name}/__init__.py" for name in ("docs", "scripts", "study")]
-    assert process.stdout.split() == files
+    assert printed == f"{ROOT / name}/__init__.py\n"
 
 
 def test_the_threads_of_a_notebook_wait_like_those_of_train():
