@@ -11,9 +11,7 @@ outputs by 1.4e-6 at most, and from its norms by a millionth of each. With the c
 not run.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -112,21 +110,17 @@ def make_steps(model, loss, n=3):
     return steps
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Make official_tiny.pt with the authors' code.")
-    parser.add_argument("clone", type=Path, help="clone of their repository at fb59c6d")
-    parser.add_argument("output", help="file to write, such as official_tiny.pt")
-    args = parser.parse_args()
+def main(clone, output):
     # Their open_clip is a fork, and must come before an installed one.
-    sys.path.insert(0, str(args.clone / "superclip"))
+    sys.path.insert(0, f"{clone}/superclip")
     from open_clip.loss import SuperClipLoss
     from open_clip.superclip_model import SuperCLIP
 
     model = make_model(SuperCLIP)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     steps = make_steps(model, SuperClipLoss())
-    torch.save({"config": CONFIG, "state_dict": state, "steps": steps}, args.output)
+    torch.save({"config": CONFIG, "state_dict": state, "steps": steps}, output)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from material import (
     TOKENIZER,
-    error_of,
     png,
     result_of,
     small_model,
@@ -211,19 +210,6 @@ def scores_of(capsys, folder, command, *argv):
     result, printed = result_of(capsys, evaluation.main, path, *argv)
     assert printed.count("interval") == path.read_text().count('"interval"') > 0
     return result, printed
-
-
-def test_a_probe_of_one_picture_is_refused(folders, tmp_path, capsys):
-    write_checkpoint(tmp_path / "model.pt", small_model())
-    for path in [*folders.rglob("*.png")][1:]:
-        path.unlink()
-    shutil.copytree(folders, tmp_path / "test")
-    argv = ["probe", "--checkpoint", tmp_path / "model.pt", "--workers", 0]
-    argv += ["--train", folders, "--test", tmp_path / "test"]
-
-    message = error_of(capsys, evaluation.main, *argv)
-
-    assert str(folders) in message
 
 
 def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp_path, capsys):

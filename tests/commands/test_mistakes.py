@@ -48,6 +48,7 @@ eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.js
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
 eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test ./classes                 | --test
+eval probe MODEL --train one --test classes                       | one
 scripts.words MODEL --image hollow                                | hollow
 scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
 scripts.words MODEL --word zebra                                  | zebra
@@ -85,13 +86,13 @@ SHORT = {
 def world(tmp_path_factory):
     """A folder with all files that the table names."""
     world = tmp_path_factory.mktemp("world")
-    for name in ("hollow/empty", "sides", "classes/red", "classes/green"):
+    for name in ("hollow/empty", "sides", "classes/red", "classes/green", "one/red", "one/green"):
         (world / name).mkdir(parents=True)
     picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])
-    for name in ("photo.png", "classes/red/0.png", "classes/green/0.png"):
+    for name in ("photo.png", "classes/red/0.png", "classes/green/0.png", "one/red/0.png"):
         (world / name).write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
