@@ -192,22 +192,3 @@ def test_a_loading_process_starts_in_a_notebook(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
 
     assert torch.cat([*data.make_loader(range(3), 1)]).tolist() == [0, 1, 2]
-
-
-# ---- waiting for it
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("screen, gets_a_bar", [(Terminal(), True), (io.StringIO(), False)])
-def test_only_a_terminal_gets_a_bar_and_two_share_a_line(screen, gets_a_bar):
-    """In a notebook, which does not know the orders of terminals, each draw would begin a line."""
-    for _ in data.progress([0], "outer", file=screen, delay=0):
-        for _ in data.progress([0, 1], "inner", file=screen, delay=0):
-            pass
-
-    assert ("inner" in screen.getvalue()) == gets_a_bar
-    assert not {"\n", "\x1b"} & {*screen.getvalue()}

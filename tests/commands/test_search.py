@@ -49,11 +49,11 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     files = sorted({*Path().rglob("*.png")} - {photo, copy}) + [photo, copy]
     features = features_of(checkpoint, files)
     for result, query, n in zip(results, queries, (11, 13, 13), strict=True):
-        scores = dict(zip(map(str, files[:n]), (features[:n] @ query).tolist()))
-        best = sorted(scores.values(), reverse=True)[:7]  # two of which are equal
+        scores = (features[:n] @ query).tolist()
+        best = sorted(zip(scores, map(str, files)), reverse=True)[:7]
         found = {one["name"]: one["score"] for one in result["found"]}
-        assert [*found.values()] == pytest.approx(best, abs=1e-5)
-        assert found == pytest.approx({name: scores[name] for name in found}, abs=1e-5)
+        assert [*found.values()] == pytest.approx([score for score, _ in best], abs=1e-5)
+        assert found == pytest.approx({name: score for score, name in best}, abs=1e-5)
 
 
 def test_shards_and_folders_are_searched_together(folders, checkpoint, capsys):
@@ -84,20 +84,6 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert f"{shard}:0000  a red ring" in capsys.readouterr().out
 
 
-def cells_of(path, rows, columns):
-    """The images of a contact sheet, row by row."""
-    sheet = Image.open(path)
-    width = search.SIDE + GAP
-    height = (sheet.height - GAP) // rows  # with the captions
-    cells = []
-    for i in range(rows * columns):
-        row, column = divmod(i, columns)
-        x = GAP + column * width
-        y = GAP + row * height
-        cells.append(pil_to_tensor(sheet.crop((x, y, x + search.SIDE, y + search.SIDE))))
-    return cells
-
-
 def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
     """With what it was for: an image, which is not found itself, or a text in an empty cell."""
     argv = ["--checkpoint", checkpoint, "--images", "red/0.png", "--images", "red/1.png"]
@@ -106,9 +92,12 @@ def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
 
     assert not run(search.main, *argv, "--like", "red/0.png", TEXTS[0], "--out", "found.png")
 
-    *cells, _, _ = cells_of("found.png", rows=2, columns=3)
-    for cell, expected in zip(cells, (image, other, empty, empty), strict=True):
-        assert torch.equal(cell, expected)
+    sheet = pil_to_tensor(Image.open("found.png"))
+    step = search.SIDE + GAP
+    for row, expected in zip(sheet[:, GAP:].chunk(2, dim=1), ([image, other, empty], [empty])):
+        for column, cell in enumerate(expected):
+            x = GAP + column * step
+            assert torch.equal(row[:, : search.SIDE, x : x + search.SIDE], cell)
 
 
 # ---- the file of features
