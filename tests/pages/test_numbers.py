@@ -24,16 +24,20 @@ PRINTED = {
 }
 
 
-@cases("page, shown", {page: (page, shown) for page, shown in PRINTED.items()})
+def plain(text):
+    return " ".join(text.replace("_", " ").split())
+
+
+@pytest.mark.parametrize("page, shown", PRINTED.items(), ids=PRINTED)
 def test_every_score_that_is_shown_is_one_of_the_reference_run(page, shown):
     validations = [json.loads(line) for line in LOG.open() if '"validation"' in line]
     lines = [format_score(s["name"], s) for row in validations for s in scores_of(row)]
-    printed = "\n".join(" ".join(line.split()) for line in lines)
+    printed = plain("\n".join(lines))
 
     scores = re.findall(shown, (ROOT / page).read_text(), re.M)
 
     assert scores
-    assert [x for x in scores if " ".join(x.replace("_", " ").split()) not in printed] == []
+    assert [score for score in scores if plain(score) not in printed] == []
 
 
 # "93.6 -> 87.8, -5.8 ± 5.3", or the same in three columns of a table
