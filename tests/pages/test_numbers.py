@@ -120,7 +120,7 @@ def test_a_histogram_leaves_out_what_is_no_log_of_a_finished_run(tmp_path, capsy
     histogram.main([str(tmp_path), "--out", str(tmp_path / "histogram.png")])
 
     printed = capsys.readouterr().out
-    left_out = re.findall(r"^left out: \S{1,200}/(.+).jsonl .{1,200}$", printed, re.M)
+    left_out = re.findall(r"^left out.*/(.+).jsonl$", printed, re.M)
     assert sorted(left_out) == sorted(BAD_LOGS)
     assert re.findall(r"([\d.]+) % .*good.jsonl", printed) == [f"{100 * score['value']:.1f}"]
     assert (tmp_path / "histogram.png").stat().st_size > 0
