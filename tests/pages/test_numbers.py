@@ -106,7 +106,7 @@ BAD_LOGS = {
     "without a header": b'{"step": 1}\n',
     "of something else": b'{"header": {"steps": 1}, "step": 0}\n{"step": 1}\n',
     "cut": CLIP_LOG[:-9].encode(),
-    "not at its end": CLIP_LOG[: CLIP_LOG.rindex("\n", 0, -1)].encode(),
+    "stopped after its first validation": "\n".join(CLIP_LOG.splitlines()[:2]).encode(),
     "of PowerShell's >": CLIP_LOG.encode("utf-16"),
 }
 
