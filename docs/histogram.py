@@ -60,7 +60,8 @@ def main(argv):
     plt.xlabel("colour + shape (%), chance 1.6")
     plt.ylabel("runs")
     plt.locator_params(axis="y", integer=True)
-    plt.legend()
+    plt.legend(loc="lower center", bbox_to_anchor=(0.5, 1))  # above the bars
+    plt.tight_layout()
     save(args.out)
 
 

@@ -53,7 +53,8 @@ def check_losses(name, found, count):
     """Has a student's forward returned a dict with both losses, and so many in all?"""
     check_type(name, found, dict)
     if len(found) != count or not found.keys() >= {*LOSSES}:
-        raise Mistake(f"{name} should return {count} losses, {LOSSES} first. Yours: {[*found]}.")
+        text = f"{name} should return {count} losses, contrastive_loss and word_loss among them"
+        raise Mistake(f"{text}. Yours are {', '.join(found)}.")
 
 
 def compare(name, found, expected, mistakes, inputs=None):
@@ -99,11 +100,13 @@ def check_contrastive_loss(contrastive_loss, u, v, scale):
     }
     loss = contrastive_loss(u.clone(), v.clone(), scale)
     compare("contrastive_loss", loss, expected, mistakes, {"u": u, "v": v})
-    three = u[:3].clone(), v[:3].clone(), scale
+    expected = superclip.contrastive_loss(u[:3], v[:3], scale)
     try:
-        compare("it", contrastive_loss(*three), superclip.contrastive_loss(*three), {})
+        compare("it", contrastive_loss(u[:3].clone(), v[:3].clone(), scale), expected, {})
     except Exception as error:
-        text = "contrastive_loss is right for four pairs, and fails for three. Do you use len(u)?"
+        text = (
+            "contrastive_loss is right for four pairs, and fails for three: count them by len(u)."
+        )
         raise Mistake(text) from error
     print("contrastive_loss is right")
 
@@ -170,9 +173,10 @@ def check_forward(forward, config, images, tokens):
     check_losses("forward", found, 2)
     u = model.encode_image(images)
     v = model.encode_text(second)
-    logits = model.class_logits(images)
+    image_tokens = model.visual(images)
+    logits = model.head(image_tokens)
 
-    def word_loss(*batches):
+    def word_loss(*batches, logits=logits):
         """The word loss of the second batch if these have been counted."""
         counter = superclip.SuperCLIP(config)
         for batch in batches:
@@ -187,6 +191,9 @@ def check_forward(forward, config, images, tokens):
         "count the captions of a batch before you weigh its words.": word_loss(first),
         "weigh the words by all captions so far, not by this batch alone.": word_loss(second),
         "count each batch once.": word_loss(first, first, second, second),
+        "give the head all tokens of the image. It leaves out the class token itself.": word_loss(
+            first, second, logits=model.head(image_tokens[:, 1:])
+        ),
     }
     inputs = dict(model.named_parameters())
     for name, expected in zip(LOSSES, (contrastive_loss, word_loss(first, second))):
