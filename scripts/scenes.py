@@ -369,6 +369,7 @@ def main(argv):
     add("--settings", type=number(int, 1, n), default=n, help=f"that may occur (default {n})")
     args = parser.parse_args(argv)
     make_scenes(args.out, settings=args.settings, seed=args.seed)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
