@@ -134,8 +134,18 @@ ROWS = {
     "short_head": ("short captions: the head, at CLIP's rate", "CLIP short", "slow short"),
     "short_rate": ("short captions: then its own rate", "slow short", "SuperCLIP short"),
     # controls, at rates that no search has chosen
-    "other_words_slow": ("another pair's words, at CLIP's rate", "CLIP", "other words slow"),
-    "other_words": ("another pair's words, at SuperCLIP's rate", "CLIP", "other words"),
+    "other_words_slow": (
+        "another pair's words, at CLIP's rate",
+        "CLIP",
+        "other words slow",
+        "--seeds=7",
+    ),
+    "other_words": (
+        "another pair's words, at SuperCLIP's rate",
+        "CLIP",
+        "other words",
+        "--seeds=7",
+    ),
     "class_token_slow": ("class token, at CLIP's rate", "CLIP", "class token slow"),
     "class_token": ("class token, at SuperCLIP's rate", "CLIP", "class token"),
     "warmup": ("no head, at SuperCLIP's rate with more warm-up", "CLIP", "CLIP warm"),
