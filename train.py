@@ -153,7 +153,6 @@ def draw_scenes(args):
     """Draws the built-in data if this run wants it and it is not there."""
     if args.train_data != SCENES["train_data"] or Path("scenes").exists():
         return
-    print("drawing 20,000 scenes into scenes/, once")
     try:
         make_scenes("scenes")
     except InputError:

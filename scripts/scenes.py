@@ -349,6 +349,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
     for k, start in enumerate(range(0, train, 1000)):
         numbers = range(start, min(start + 1000, train))
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
+    print(f"drawing {train:,} scenes to train on into {out_dir}")
     with new_folder(out_dir) as folder:
         (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
         world = {"settings": some_settings(settings, seed), "seed": seed}

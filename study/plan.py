@@ -146,6 +146,12 @@ ROWS = {
         "other words",
         "--seeds=7",
     ),
+    "own_words": (
+        "another pair's words -> its own, at SuperCLIP's rate",
+        "other words",
+        "SuperCLIP",
+        "--seeds=7",
+    ),
     "class_token_slow": ("class token, at CLIP's rate", "CLIP", "class token slow"),
     "class_token": ("class token, at SuperCLIP's rate", "CLIP", "class token"),
     "warmup": ("no head, at SuperCLIP's rate with more warm-up", "CLIP", "CLIP warm"),
