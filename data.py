@@ -122,6 +122,8 @@ def count_damaged(file, start, end):
         return 0
     file.seek(start)
     gap = file.read(end - start)
+    if gap[156:157] == tarfile.XGLTYPE:  # a header for all members, which belongs to none
+        return 0
     return len(gap) if gap.strip(b"\0") else 0
 
 

@@ -143,6 +143,17 @@ def test_the_rest_is_used_behind_a_damaged_header_of_two_parts(tmp_path, monkeyp
     assert [name for name, _ in shards.unused] == [str(path)]
 
 
+def test_a_global_header_is_no_damage(tmp_path):
+    """Such as git archive writes."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", pax_headers={"comment": "a commit"}) as tar:
+        data.add_member(tar, "a.png", b"image")
+
+    shards = Shards([str(path)], sources=())
+
+    assert shards.unused == []
+
+
 def test_a_compressed_shard_is_called_one(tmp_path):
     path = tmp_path / "0.tar"
     for compress in (gzip.compress, bz2.compress, lzma.compress):
