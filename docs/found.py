@@ -44,44 +44,50 @@ PANELS = (
     ),
 )
 MARKS = {  # of the sides of a row
-    "CLIP at its best learning rate": dict(color=INK, mew=0),
-    "SuperCLIP at its own best rate": dict(color=RED, mew=0),
-    "SuperCLIP at CLIP's best rate": dict(color=RED, mfc="white"),
+    "CLIP": ("CLIP at its best learning rate", dict(color=INK, mew=0)),
+    "SuperCLIP": ("SuperCLIP at its own best rate", dict(color=RED, mew=0)),
+    "head": ("SuperCLIP at CLIP's best rate", dict(color=RED, mfc="white")),
+    "warm": ("CLIP with a longer warm-up", dict(color=INK, mfc="white")),
 }
+DETAILS = {"head": "at CLIP's rate", "warm": "longer warm-up"}
 NO_GAIN = "no gain seen"
 
 
 def sides_of(study, name):
-    """CLIP and SuperCLIP, each at its own rate, and SuperCLIP at CLIP's if it has run, too."""
-    sides = plan.sides_of(study, name)
-    if f"{name}_head" in plan.ROWS:
-        head = plan.sides_of(study, f"{name}_head")
-        if head and head[0] == sides[0]:
-            sides.append(head[1])
+    """{key of MARKS: side} of a row, with what has run beside the same CLIP."""
+    clip, superclip = plan.sides_of(study, name)
+    sides = {"CLIP": clip, "SuperCLIP": superclip}
+    for mark in DETAILS:
+        row = f"{name}_{mark}"
+        found = plan.sides_of(study, row) if row in plan.ROWS else None
+        if found and found[0] == clip:
+            sides[mark] = found[1]
     return sides
 
 
 def texts_of(sides, score):
     """What stands beside a row: a headline, and lines of details."""
-    clip, superclip, *at_clips_rate = sides
-    means, gain = compare.cell((clip, superclip), score).split(", ")
+    clip = sides["CLIP"]
+    means, gain = compare.cell((clip, sides["SuperCLIP"]), score).split(", ")
     texts = [NO_GAIN, f"{means}, {gain}"]
     if gain.startswith("**"):  # the interval excludes 0
         texts = [gain.strip("*"), means]
-    for side in at_clips_rate:
-        _, gain = compare.cell((clip, side), score).split(", ")
-        texts.append(f"at CLIP's rate {gain.strip('*')}")
+    for mark, detail in DETAILS.items():
+        if mark in sides:
+            _, gain = compare.cell((clip, sides[mark]), score).split(", ")
+            texts.append(f"{detail} {gain.strip('*')}")
     return texts
 
 
 def draw_seeds(axis, y, sides, score):
     """A line for each seed, the one with the weakest CLIP on top. The next row is at y + 1."""
-    columns = [[compare.value_of(run, score) for run in side.runs] for side in sides]
+    columns = [[compare.value_of(run, score) for run in side.runs] for side in sides.values()]
     columns = [*zip(*sorted(zip(*columns)))]
     n = len(columns[0])
     heights = [y - 0.3 + 0.6 * i / n for i in range(n)]
     axis.hlines(heights, columns[0], columns[1], color=PALE, lw=1.3)
-    for style, values in zip(MARKS.values(), columns):
+    for mark, values in zip(sides, columns):
+        _, style = MARKS[mark]
         axis.plot(values, heights, "o", ms=4, clip_on=False, **style)
 
 
@@ -96,7 +102,7 @@ def draw_found(study):
     """Returns the texts of all rows."""
     texts = []
     heights = [len(rows) for *_, rows in PANELS]
-    figure, axes = plt.subplots(2, 1, figsize=(8.5, 7.2), height_ratios=heights)
+    figure, axes = plt.subplots(2, 1, figsize=(8.5, 8.8), height_ratios=heights)
     figure.subplots_adjust(left=0.345, right=0.755, top=0.87, bottom=0.04, hspace=0.25)
     for axis, (title, score, chance, rows) in zip(axes, PANELS):
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.6), yticks=[])
@@ -112,10 +118,10 @@ def draw_found(study):
             draw_seeds(axis, y, sides, score)
             write(axis, -0.05, y, "right", label, note)
             colour = INK if headline == NO_GAIN else RED
-            write(axis, 1.07, y, "left", headline, "\n".join(details), colour)
+            write(axis, 1.07, y - 0.05, "left", headline, "\n".join(details), colour)
             texts.append(f"{label}: {headline}, {', '.join(details)}")
-    for name, style in MARKS.items():
-        axis.plot([], [], "o", ms=4, label=name, **style)
+    for label, style in MARKS.values():
+        axis.plot([], [], "o", ms=4, label=label, **style)
     axis.plot([], [], color=PALE, label="one seed")
     figure.legend(loc="upper center", ncols=2, frameon=False)
     return texts

@@ -513,18 +513,18 @@ def test_a_row_of_which_a_run_is_missing_is_not_shown(tmp_path):
     assert plan.sides_of(study, "no_idf") is None
 
 
-def test_the_picture_has_superclip_at_clips_rate_if_it_has_run_beside_the_same_clip(tmp_path):
-    names = ["CLIP 8", "SuperCLIP 8", "slow 8"]
-    runs = [(name, "core--x") for name in names]
+def test_the_picture_has_what_has_run_beside_the_same_clip(tmp_path):
+    names = {"CLIP": "CLIP 8", "SuperCLIP": "SuperCLIP 8", "head": "slow 8", "warm": "CLIP 8 warm"}
+    runs = [(name, "core--x") for name in names.values()]
     beside_another = [("CLIP 8", "other--x"), ("slow 8", "other--x")]
 
     def texts(*runs):
         sides = found.sides_of(study_of(tmp_path, *runs), "batch8")
-        return [side.command.text for side in sides]
+        return {mark: side.command.text for mark, side in sides.items()}
 
-    expected = [plan.COMMANDS[name] for name in names]
+    expected = {mark: plan.COMMANDS[name] for mark, name in names.items()}
     assert texts(*runs) == expected
-    assert texts(*runs[:2], *beside_another) == expected[:2]
+    assert texts(*runs[:2], *beside_another) == dict([*expected.items()][:2])
 
 
 def test_gains_are_compared_in_log_odds():
@@ -547,7 +547,8 @@ def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
     assert [(run["seed"], run["code"]) for run in found[1.0]] == [(0, "old"), (1, "new")]
 
 
-SEARCHED = "batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long 4000 24000"
+SEARCHED = """batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long 4000 24000
+short_both"""
 
 
 @pytest.mark.parametrize("row", SEARCHED.split())

@@ -75,14 +75,16 @@ def test_a_gain_whose_interval_includes_0_is_no_gain_in_the_picture():
     clip = side([0.10, 0.20, 0.30])
     at_clips_rate = side([0.19, 0.30, 0.41])  # 9, 10 and 11 points more: 10.0 ± 2.5
     superclip = side([0.20, 0.40, 0.60])  # 10, 20 and 30 points more: 20.0 ± 24.8
+    sides = {"CLIP": clip, "SuperCLIP": superclip, "head": at_clips_rate}
 
-    texts = found.texts_of((clip, superclip, at_clips_rate), "type")
+    texts = found.texts_of(sides, "type")
+    of_two = found.texts_of({"CLIP": clip, "SuperCLIP": at_clips_rate}, "type")
 
     headline, means, rate = texts
     assert headline == found.NO_GAIN
     assert means == "20.0 -> 40.0, +20.0 ± 24.8"
     assert rate.endswith("+10.0 ± 2.5")
-    assert found.texts_of((clip, at_clips_rate), "type") == ["+10.0 ± 2.5", "20.0 -> 30.0"]
+    assert of_two == ["+10.0 ± 2.5", "20.0 -> 30.0"]
 
 
 # ---- the histogram of a class
