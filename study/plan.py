@@ -51,7 +51,7 @@ COMMANDS = {
     "class token": "-m study.class_token --learning_rate 3.5e-4",
     "class token slow": "-m study.class_token --learning_rate 1.75e-4",
     "CLIP warm": "-m study.warmup --cls_weight 0 --learning_rate 3.5e-4",
-    "SuperCLIP warm": "-m study.warmup --learning_rate 3.5e-4",
+    "SuperCLIP warm": "-m study.warmup --learning_rate 7e-4",
     "CLIP short warm": "-m study.warmup --cls_weight 0 --captions json.short "
     "--learning_rate 1.75e-4",
     "SuperCLIP short warm": "-m study.warmup --captions json.short --learning_rate 3.5e-4",
