@@ -49,7 +49,7 @@ MARKS = {  # of the sides of a row
     "head": ("SuperCLIP at CLIP's best rate", dict(color=RED, mfc="white")),
     "warm": ("CLIP with a longer warm-up", dict(color=INK, mfc="white")),
 }
-DETAILS = {"head": "at CLIP's rate", "warm": "longer warm-up"}
+DETAILS = {"head": "at CLIP's rate", "warm": "CLIP, longer warm-up"}
 NO_GAIN = "no gain seen"
 
 
@@ -102,8 +102,8 @@ def draw_found(study):
     """Returns the texts of all rows."""
     texts = []
     heights = [len(rows) for *_, rows in PANELS]
-    figure, axes = plt.subplots(2, 1, figsize=(8.5, 8.8), height_ratios=heights)
-    figure.subplots_adjust(left=0.345, right=0.755, top=0.87, bottom=0.04, hspace=0.25)
+    figure, axes = plt.subplots(2, 1, figsize=(8.9, 8.8), height_ratios=heights)
+    figure.subplots_adjust(left=0.33, right=0.725, top=0.87, bottom=0.04, hspace=0.25)
     for axis, (title, score, chance, rows) in zip(axes, PANELS):
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.6), yticks=[])
         axis.spines["left"].set_visible(False)

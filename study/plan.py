@@ -9,8 +9,9 @@ label, is replaced, and nothing else. A row that has no line on its page yet com
 A row is shown with the runs of the newest code that has all of them. So no row leaves the page when
 the code changes, and a row that is run again replaces itself alone.
 
-The learning rate of a command is the best one of searches.jsonl, where seeds 0 to 4 tried several.
-(Those are runs of older commits, and their "code" is the commit.)
+The learning rate of a command is the best one of those that seeds 0 to 4 tried, or some of them.
+These runs are in runs.jsonl, or in searches.jsonl if they are of older commits. (There their "code"
+is the commit.)
 """
 
 import re
@@ -55,8 +56,10 @@ COMMANDS = {
     "CLIP short warm": "-m study.warmup --cls_weight 0 --captions json.short "
     "--learning_rate 1.75e-4",
     "SuperCLIP short warm": "-m study.warmup --captions json.short --learning_rate 3.5e-4",
+    "slow warm": "-m study.warmup --learning_rate 3.5e-4",
+    "slow short warm": "-m study.warmup --captions json.short --learning_rate 1.75e-4",
     "CLIP 8 warm": "-m study.warmup --cls_weight 0 --batch_size 8 --epochs 2.4 "
-    "--learning_rate 1.75e-4",
+    "--learning_rate 8.75e-5",
     "other words short": "-m study.shuffled --captions json.short --learning_rate 1.75e-4",
     "CLIP short": "train.py --cls_weight 0 --captions json.short --learning_rate 1.75e-4",
     "slow short": "train.py --captions json.short --learning_rate 1.75e-4",
@@ -146,9 +149,15 @@ ROWS = {
     "batch32_warm": ("batch 32: a longer warm-up", "CLIP", "CLIP warm"),
     "batch32_usual": ("batch 32: the head instead", "CLIP warm", "SuperCLIP"),
     "batch32_both": ("batch 32: the head, too", "CLIP warm", "SuperCLIP warm"),
+    "batch32_slow": ("batch 32: the head, too, at CLIP's rate", "CLIP warm", "slow warm"),
     "short_warm": ("short captions: a longer warm-up", "CLIP short", "CLIP short warm"),
     "short_usual": ("short captions: the head instead", "CLIP short warm", "SuperCLIP short"),
     "short_both": ("short captions: the head, too", "CLIP short warm", "SuperCLIP short warm"),
+    "short_slow": (
+        "short captions: the head, too, at CLIP's rate",
+        "CLIP short warm",
+        "slow short warm",
+    ),
     # controls, at rates that no search has chosen
     "other_words_slow": ("another pair's words, at CLIP's rate", "CLIP", "other words slow"),
     "other_words": ("another pair's words, at SuperCLIP's rate", "CLIP", "other words"),
@@ -182,7 +191,7 @@ ROWS = {
 SCORES = ("R@1", "colour_shape", "held_out")
 SHOP_SCORES = ("R@1", "R@10", "type", "colour", "both", "loss")
 # Rows whose gains are compared.
-GAINS = (("batch32", "batch8"), ("batch32", "short"))
+GAINS = (("batch32", "batch8"), ("batch32", "short"), ("batch32_both", "short_both"))
 
 
 def options_of(name):
