@@ -120,6 +120,7 @@ ROWS = {
     "clip_groups": ("CLIP: groups of 64 -> 4", "CLIP of 64", "CLIP of 4"),
     "superclip_groups": ("SuperCLIP: groups of 64 -> 4", "SuperCLIP of 64", "SuperCLIP of 4"),
     "clip_short": ("CLIP: mixed -> short captions", "CLIP", "CLIP short"),
+    "clip_short_warm": ("CLIP: the same, longer warm-up", "CLIP warm", "CLIP short warm"),
     "superclip_short": ("SuperCLIP: mixed -> short captions", "SuperCLIP", "SuperCLIP short"),
     "superclip_dual": ("SuperCLIP: mixed -> dual captions", "SuperCLIP", "dual"),
     # one split of the photographs
@@ -143,7 +144,7 @@ ROWS = {
     "groups64_rate": ("groups of 64: then its own rate", "slow of 64", "SuperCLIP of 64"),
     "short_head": ("short captions: the head, at CLIP's rate", "CLIP short", "slow short"),
     "short_rate": ("short captions: then its own rate", "slow short", "SuperCLIP short"),
-    # first a longer warm-up for CLIP, and then the head with it
+    # first a longer warm-up for CLIP, at batch 8 at the same rate, and then the head
     "batch8_warm": ("batch 8: a longer warm-up", "CLIP 8", "CLIP 8 warm"),
     "batch8_usual": ("batch 8: the head instead", "CLIP 8 warm", "SuperCLIP 8"),
     "batch32_warm": ("batch 32: a longer warm-up", "CLIP", "CLIP warm"),
