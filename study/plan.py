@@ -85,7 +85,7 @@ COMMANDS = {
 SHOP = """--train_data 'out_study/shop/{seed}/train-*.tar' \
 --val_data 'out_study/shop/{seed}/val-*.tar' --zeroshot_data out_study/shop/{seed}/type \
 out_study/shop/{seed}/colour out_study/shop/{seed}/both --model tiny --batch_size 32 \
---epochs 12 --learning_rate 1e-3"""
+--epochs 12 --learning_rate 5e-4"""
 COMMANDS["CLIP shop"] = f"train.py --cls_weight 0 {SHOP}"
 COMMANDS["SuperCLIP shop"] = f"train.py {SHOP}"
 # One split for all seeds, made by study.shop at commit 880bf42.

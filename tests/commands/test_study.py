@@ -548,7 +548,7 @@ def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
 
 
 SEARCHED = """batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long 4000 24000
-batch32_both short_both"""
+shop batch32_both short_both"""
 
 
 @pytest.mark.parametrize("row", SEARCHED.split())
