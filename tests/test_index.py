@@ -1,18 +1,13 @@
 """Shards and their index: a pattern names shards, every sample in them is found, and damage is
 named."""
 
-import bz2
-import gzip
-import lzma
 import os
 import tarfile
 from pathlib import Path
 
-import pytest
 from material import cases, write_captions, write_tar
 
 import data
-from cli import InputError
 from data import Shards
 
 # ---- which shards a pattern names
@@ -98,6 +93,9 @@ def overwrite(tar, member):
     return tar[:start] + 1024 * b"?" + tar[start + 1024 :]
 
 
+LARGE = tarfile.TarInfo("0003.png")
+LARGE.size = 3 * 2**30
+
 # case -> (damage to a shard of three samples, the captions that are left, and what is named as not
 # used: the shard, or its samples)
 DAMAGE = {
@@ -106,6 +104,7 @@ DAMAGE = {
     "a damaged first header": (lambda tar: overwrite(tar, b"0000.png"), "green blue", ",:0000"),
     "a page before the shard": (lambda tar: PAGE[:1024] + tar, "red green blue", ""),
     "the same shard twice": (lambda tar: tar + tar, "red green blue", ":0000,:0001,:0002"),
+    "claims three gigabytes": (lambda tar: tar + LARGE.tobuf(), "red green blue", ",:0003"),
     "a page instead": (lambda tar: PAGE, "", ""),
 }
 
@@ -152,29 +151,6 @@ def test_a_global_header_is_no_damage(tmp_path):
     shards = Shards([str(path)], sources=())
 
     assert shards.unused == []
-
-
-def test_a_compressed_shard_is_called_one(tmp_path):
-    path = tmp_path / "0.tar"
-    for compress in (gzip.compress, bz2.compress, lzma.compress):
-        path.write_bytes(compress(bytes(10_240)))
-
-        with pytest.raises(InputError, match="compressed"):
-            Shards([str(path)])
-
-
-def test_a_member_that_claims_three_gigabytes_costs_one_sample(tmp_path):
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        data.add_member(tar, "a.png", b"image")
-        info = tarfile.TarInfo("b.png")
-        info.size = 3 * 2**30
-        tar.addfile(info)  # its header alone
-
-    shards = Shards([str(path)], sources=())
-
-    assert [shards.name(i) for i in range(len(shards))] == [f"{path}:a"]
-    assert {name for name, _ in shards.unused} == {f"{path}:b", str(path)}  # and it ends early
 
 
 # ---- the cache of the index

@@ -2,7 +2,6 @@
 is one token."""
 
 import functools
-import pickle
 import random
 
 import pytest
@@ -112,15 +111,6 @@ def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path
     assert tokenizer_for(shards).vocab_size == 515
     assert tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
     assert tokenizer_for(shards, "clip").vocab_size == 49408
-
-
-@pytest.mark.parametrize("tokenizer", [CLIP, WORDS], ids=["CLIP", "words"])
-def test_a_loading_process_that_is_not_forked_has_the_same_ids(tokenizer):
-    """It gets the tokenizer as a pickle."""
-    sent = pickle.loads(pickle.dumps(tokenizer))
-
-    assert sent.encode("a skateboarder, red") == tokenizer.encode("a skateboarder, red")
-    assert unknown_words(sent, ["teal"]) == unknown_words(tokenizer, ["teal"])
 
 
 # ---- which words a vocabulary lacks

@@ -5,7 +5,6 @@ import re
 
 import pytest
 from children import ROOT
-from material import cases
 from PIL import Image
 
 from docs import found, histogram
@@ -124,25 +123,7 @@ def test_a_histogram_leaves_out_what_is_no_log_of_a_finished_run(tmp_path, capsy
     printed = capsys.readouterr().out
     left_out = re.findall(r"^left out.*/(.+).jsonl$", printed, re.M)
     assert sorted(left_out) == sorted(BAD_LOGS)
-    assert re.findall(r"([\d.]+) % .*good.jsonl", printed) == [f"{100 * score['value']:.1f}"]
+    kind = "CLIP, rate 0.000175, 1,500 steps of 32, seed 0"
+    good = re.findall(rf"^{kind}: ([\d.]+) % .*good.jsonl", printed, re.M)
+    assert good == [f"{100 * score['value']:.1f}"]
     assert (tmp_path / "histogram.png").stat().st_size > 0
-
-
-# case -> what the log's header says, what that of another run says, and is it of another kind?
-HEADERS = {
-    "seed": ('"seed": 0', '"seed": 1', False),
-    "rate": ('"learning_rate": 0.000175', '"learning_rate": 0.00035', True),
-    "method": ('"cls_weight": 0.0', '"cls_weight": 1.0', True),
-    "length": ('"steps": 1500', '"steps": 20', True),
-}
-
-
-@cases("ours, theirs, is_other", HEADERS)
-def test_a_histogram_keeps_rates_lengths_and_methods_apart(tmp_path, ours, theirs, is_other):
-    log = tmp_path / "log.jsonl"
-    kinds = []
-    for text in (CLIP_LOG, CLIP_LOG.replace(ours, theirs)):
-        log.write_text(text)
-        kinds.append(histogram.read_score(log)[0])
-
-    assert (kinds[0] != kinds[1]) == is_other
