@@ -77,6 +77,7 @@ def spread(values):
 
 def bench_data(options, rounds):
     """This project's loader and webdataset's on the same photographs, with one thread."""
+    torch.set_num_threads(1)
     open_clip = optional("open_clip", "open_clip_torch")
     webdataset = optional("webdataset")
     settings = parse(["--batch_size=64", "--image_size=224", *options])
@@ -176,7 +177,8 @@ def bench_step(options, rounds):
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(clip)
     dtype = runs["CLIP"].dtype
-    print(f"{clip.model}, batch {clip.batch_size}, {dtype}")
+    threads = torch.get_num_threads()
+    print(f"{clip.model}, batch {clip.batch_size}, {dtype}, {threads} threads")
     rivals = {name: run.step for name, run in runs.items()}
     # Wall time, because a step uses all cores, and on a GPU no processor time at all.
     seconds = race(rivals, rounds, time.perf_counter)
@@ -195,10 +197,8 @@ def main(argv):
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--repeat", type=number(int, 1), default=10, help="rounds (default 10)")
     args, options = parser.parse_known_args(argv)  # the others are train.py's
-    if args.command == "data":
-        torch.set_num_threads(1)  # now, so that the first line says so
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPUs: {cards}")
+    print(f"torch {torch.__version__}, GPUs: {cards}")
     COMMANDS[args.command](options, args.repeat)
 
 
