@@ -360,7 +360,7 @@ class Study:
         first."""
         rate = command.rate()
         tried = {}
-        if args.rates is not None and "--learning_rate" not in command.text:
+        if args.rates is not None and not re.search(r"--learning_rate\b", command.text):
             rates = [rate * factor for factor in args.rates or FACTORS]
             while rates:
                 tried |= self.find(command, rates, range(args.search_seeds), code)
@@ -510,8 +510,8 @@ def make_options():
     text = f"seeds of each that are scored, from {FIRST_SCORED} on (default 5)"
     add("--seeds", type=number(int, 2, 20), default=5, help=text)
     text = (
-        "search the learning rate of each command that names none: four times its default or "
-        "more, or at these factors of it and no others"
+        "search the learning rate of each command that names none: at four rates or more around "
+        "its default, or at these factors of it and no others"
     )
     add("--rates", type=number(float, 0), nargs="*", metavar="FACTOR", help=text)
     text = f"seeds that choose a rate (default {FIRST_SCORED})"
