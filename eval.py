@@ -7,7 +7,8 @@
 A checkpoint carries its configuration and its vocabulary, so it is all that these commands need to
 know of a model. Every score is printed with its chance level, the number of images that it is a
 mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the same
-functions, in float32 like these commands, so that a checkpoint has one score.
+functions, in float32 like these commands (a GPU may round convolutions to TF32), so that a
+checkpoint has one score.
 
 The file reads from top to bottom: a file becomes a model, images and texts become features, and
 features become scores. Then come the head's words and the commands.

@@ -172,7 +172,7 @@ def open_data(args, tokenizer, model):
     """Returns the training pairs, and the validation pairs (data.Shards) or None."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
     if val_shards:
-        print(f"{len(val_shards):,} of the shards are only for validation, by their names")
+        print(f"{len(val_shards):,} of the shards are left out of training, by their names")
     pairs = data.Pairs(
         shards,
         tokenizer,

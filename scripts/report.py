@@ -8,7 +8,7 @@ word head, so its page has no pictures. The curves of the run stand beside those
 that of --reference, or else the project's own run of CLIP or of SuperCLIP, if their models are
 equal. The page needs no network and no library. All that it shows comes from the model, the
 validation pairs and the logs, and travels in the page as one JSON object. The HTML, CSS and
-JavaScript that show them are in report.html, and in page.html what all pages need.
+JavaScript that show them are in report.html. page.html has what all pages need.
 
 Axes: S pixels a side, G patches a side.
 """

@@ -3,7 +3,7 @@ smaller, at equal steps and samples:
 
     python -m study.groups --group 4 --batch_size 64 [options of train.py]
 
-A model for an idea of your own: replace a function of superclip.py, and let train.py do the rest.
+A pattern for an idea of your own: replace a function of superclip.py, and let train.py do the rest.
 """
 
 import argparse

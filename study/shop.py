@@ -10,7 +10,7 @@ to out_study/shop/5: 24,000 pairs to train on with a vocabulary of their words, 
 validate on, and folders of classes: types, colours, and both at once. All seeds have the same
 classes, those with enough products in each split.
 
-Hashes of the seed decide where a product is, so it is the same place for everyone. Products with
+Hashes of the seed decide where a product is, so everyone gets the same splits. Products with
 equal titles are on one side, and no picture is on two. The titles of the validation pairs are
 unique, so R@1 can be 100 %, and what is classified is neither trained nor validated on.
 """

@@ -3,7 +3,7 @@
     python -m study.shuffled [options of train.py]
 
 What it can learn is which words are frequent, and nothing of the picture. So a gain that remains is
-none of the words. Captions are counted, and their words weighted, as always. With
+not due to the words. Captions are counted, and their words weighted, as always. With
 --micro_batch_size the next pair is that of the same micro-batch, which needs two pairs or more.
 """
 
