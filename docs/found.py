@@ -38,8 +38,7 @@ PANELS = (
         "type",
         10,
         {
-            "4000": ("4,000 photographs", "one split, shown 24 times"),
-            "24000": ("24,000 photographs", "one split, shown 12 times, five seeds"),
+            "shop": ("24,000 photographs", "shown 12 times, a split for each seed"),
         },
     ),
 )

@@ -506,8 +506,8 @@ def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
     assert [(run["seed"], run["code"]) for run in found[1.0]] == [(0, "old"), (1, "new")]
 
 
-SEARCHED = """batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long 4000 24000
-shop batch32_both short_both"""
+SEARCHED = """batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long shop
+batch32_both short_both"""
 
 
 @pytest.mark.parametrize("row", SEARCHED.split())
