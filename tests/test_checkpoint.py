@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from material import cases, small_model, write_checkpoint
+from material import TOKENIZER, cases, small_model, write_checkpoint
 
 import eval as evaluation
 from cli import InputError
@@ -36,11 +36,15 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, cha
     assert str(path) in message and named in message and "\n" not in message
 
 
-def test_a_loaded_model_is_ready_for_inference(checkpoint):
-    model, _, _ = evaluation.load(checkpoint)
+def test_what_is_written_is_loaded_ready_for_inference(tmp_path):
+    write_checkpoint(tmp_path / "model.pt", MODEL)
 
+    model, tokenizer, _ = evaluation.load(tmp_path / "model.pt")
+
+    torch.testing.assert_close(model.state_dict(), WEIGHTS, rtol=0, atol=0)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.vocab == TOKENIZER.vocab
 
 
 class Evil:

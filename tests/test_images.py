@@ -3,6 +3,7 @@ torchvision do it."""
 
 import io
 import random
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_random_crops_have_torchvisions_sizes(width, height):
     """Also where none fits, as in a long picture."""
     numbers = SimpleNamespace(
         uniform=lambda low, high: torch.empty(1).uniform_(low, high).item(),
-        randint=random.randint,  # where a crop lies, which is not compared
+        randint=lambda low, high: torch.randint(low, high + 1, (1,)).item(),
     )
     image = torch.empty(3, height, width)
     for seed in range(100):
@@ -79,10 +80,15 @@ def test_random_crops_have_torchvisions_sizes(width, height):
 
 def test_a_random_crop_may_lie_anywhere():
     """From one edge to the other, in a picture of 8 x 6 pixels."""
-    boxes = [data.crop_box(8, 6, random.Random(seed), 0.3) for seed in range(3000)]
+    columns = defaultdict(set)  # width of a crop -> where it begins
+    rows = defaultdict(set)  # its height -> where it begins
+    for seed in range(3000):
+        x, y, w, h = data.crop_box(8, 6, random.Random(seed), 0.3)
+        columns[w].add(x)
+        rows[h].add(y)
 
-    assert {x for x, _, w, _ in boxes if w == 5} == {0, 1, 2, 3}
-    assert {y for _, y, _, h in boxes if h == 4} == {0, 1, 2}
+    assert columns == {w: {*range(8 - w + 1)} for w in columns}
+    assert rows == {h: {*range(6 - h + 1)} for h in rows}
 
 
 def test_what_is_not_random_is_in_the_centre():

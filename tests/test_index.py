@@ -1,13 +1,18 @@
 """Shards and their index: a pattern names shards, every sample in them is found, and damage is
 named."""
 
+import bz2
+import gzip
+import lzma
 import os
 import tarfile
 from pathlib import Path
 
+import pytest
 from material import cases, write_captions, write_tar
 
 import data
+from cli import InputError
 from data import Shards
 
 # ---- which shards a pattern names
@@ -151,6 +156,15 @@ def test_a_global_header_is_no_damage(tmp_path):
     shards = Shards([str(path)], sources=())
 
     assert shards.unused == []
+
+
+def test_a_compressed_shard_is_called_one(tmp_path):
+    path = tmp_path / "0.tar"
+    for compress in (gzip.compress, bz2.compress, lzma.compress):
+        path.write_bytes(compress(bytes(10_240)))
+
+        with pytest.raises(InputError, match="compressed"):
+            Shards([str(path)])
 
 
 # ---- the cache of the index

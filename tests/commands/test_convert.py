@@ -154,6 +154,15 @@ def test_a_name_has_the_weights_and_what_its_tag_says(publish, converted, capsys
     assert "Assumed" not in capsys.readouterr().out
 
 
+def test_an_existing_path_wins_over_a_name(publish, tmp_path, converted, monkeypatch):
+    publish(make_random_model(**V))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    save(open_clip_of(make_random_model(text_layers=1, **V)).state_dict(), "small/here")
+
+    assert converted("small/here").config.text_layers == 1
+
+
 NAMES = ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-16", "ViT-H-14", "ViT-B-32-256"]
 
 
@@ -195,6 +204,14 @@ def test_what_cannot_be_converted_is_refused_before_a_download(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
     assert part in error_of(capsys, main, name, tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but OpenAI's files are made of it
+def test_an_archive_of_code_is_refused_with_what_to_do(tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+    assert "state_dict" in error_of(capsys, main, path, tmp_path / "x.pt")
 
 
 # ---- weights out

@@ -1,10 +1,10 @@
 """Mistakes of users, in one table for all commands. A mistake ends with exit code 2 and one line
 that names the option or the file."""
 
-import gzip
 import importlib
 import multiprocessing
 import shlex
+import sys
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from material import (
 )
 
 from cli import InputError, run_command
+from data import start_loading
 from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
@@ -27,7 +28,6 @@ from tokenizer import words_to_tiktoken
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken --model tiny     | html.tar
-train --train_data gzip.tar --vocab red.tiktoken --model tiny     | compressed
 train --train_data sides/train-{0..99999999999}.tar               | train-1.tar
 train --train_data sides/train-{2..1}.tar                         | 2..1
 train TRAIN --val_data pairs.tar                                  | pairs.tar
@@ -47,7 +47,6 @@ eval zeroshot MODEL --images classes --classes two.txt            | classes
 eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.json
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
 eval retrieval MODEL --data sides                                 | validation
-eval retrieval MODEL --data pairs.tar --captions json.caption     | json.caption
 eval probe MODEL --train classes --test ./classes                 | --test
 eval probe MODEL --train one --test classes                       | one
 scripts.words MODEL --image hollow                                | hollow
@@ -97,7 +96,6 @@ def world(tmp_path_factory):
     for name in ("photo.png", "classes/red/0.png", "classes/green/0.png", "one/red/0.png"):
         (world / name).write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
-    (world / "gzip.tar").write_bytes(gzip.compress(bytes(10_240)))
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
     (world / "utf16.jsonl").write_text("{}", "utf-16")  # as PowerShell's > writes it
@@ -160,6 +158,27 @@ def test_a_command_ends(main, code, said, capfd):
     error = capfd.readouterr().err
     assert said in error
     assert ("Traceback" in error) == (code == 1)
+
+
+def test_a_command_runs_where_its_output_is_closed(monkeypatch):
+    """As by `>&-`. Python then has None for the stream."""
+    monkeypatch.setattr(sys, "stdout", None)
+
+    assert exit_code_of(run_command, lambda argv: print("to nobody")) == 0
+
+
+def test_a_loading_process_that_is_not_forked_gives_no_orders_either(tmp_path):
+    """Its streams are its own, until its start sets them."""
+    path = tmp_path / "printed.txt"
+
+    def run_alone():
+        file = open(path, "w")
+        sys.stdout = file
+        start_loading(0)
+        print("a red \x1b[2Jring", flush=True)
+
+    assert exit_code_of(run_alone) == 0
+    assert path.read_text() == "a red \\x1b[2Jring\n"
 
 
 def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):

@@ -1,14 +1,17 @@
 """The page of scripts/serve.py in a real browser, and who is answered."""
 
 import http.client
+import json
 import re
 import time
 from urllib.parse import urlsplit
 
 import pytest
 from children import Children
-from material import photo, small_model, write_checkpoint
+from material import features_of, photo, small_model, write_checkpoint
 from webpage import requests_of
+
+import eval as evaluation
 
 HOSTILE = "<img src=x onerror=alert()>.png"
 
@@ -79,6 +82,18 @@ HOSTS = {
 @pytest.mark.parametrize("host", HOSTS)
 def test_only_hosts_of_this_machine_are_answered(address, host):
     assert answer_of(address, "/TOKEN/picture?number=0", host)[0] == HOSTS[host]
+
+
+def test_the_server_finds_what_the_slow_search_finds(address, world):
+    features = features_of(world / "model.pt", sorted((world / "photos").rglob("*.png")))
+    model, tokenizer, _ = evaluation.load(world / "model.pt")
+
+    _, content = answer_of(address, "/TOKEN/search?text=red+zebra")
+
+    order = (features @ model.encode_text(tokenizer("red zebra"))[0]).argsort(descending=True)
+    result = json.loads(content)
+    assert [found["number"] for found in result["found"]] == order.tolist()
+    assert result["unknown"] == ["zebra"]
 
 
 def all_of(browser, selector):

@@ -15,6 +15,7 @@ from material import small_model
 import superclip
 import train
 from cli import InputError
+from docs import found
 from eval import DIVERGED
 from study import class_token, compare, groups, no_idf, plan, shop, shuffled, warmup
 from study.compare import Side, Study, best_rate, next_rates, read_command
@@ -78,6 +79,15 @@ def test_a_search_goes_on_beyond_an_end_that_is_best(goals, more):
     tried = {2**i: [*map(int, digits)] for i, digits in enumerate(goals.split())}
 
     assert next_rates(tried) == more
+
+
+@pytest.mark.parametrize(
+    ("values", "end"), [("123", ["highest"]), ("321", ["lowest"]), ("132", [])]
+)
+def test_a_best_rate_that_is_an_end_is_said_to_be_one(values, end):
+    tried = {rate: [run_of(x=int(value))] for rate, value in enumerate(values)}
+
+    assert re.findall("lowest|highest", compare.rates_text(tried)) == end
 
 
 @pytest.fixture
@@ -484,6 +494,20 @@ def test_a_row_has_the_newest_core_that_has_all_of_its_runs(tmp_path):
     assert codes("batch32", *RUNS) == ["old--x", "old--x"]
     assert codes("batch32", *RUNS, ("CLIP", "new--x")) == ["new--x", "new--x"]
     assert codes("no_idf", *RUNS) == ["new--x", "new-y-x"]
+
+
+def test_the_picture_has_what_has_run_beside_the_same_clip(tmp_path):
+    names = {"CLIP": "CLIP 8", "SuperCLIP": "SuperCLIP 8", "head": "slow 8", "warm": "CLIP 8 warm"}
+    runs = [(name, "core--x") for name in names.values()]
+    beside_another = [("CLIP 8", "other--x"), ("slow 8", "other--x")]
+
+    def texts(*runs):
+        sides = found.sides_of(study_of(tmp_path, *runs), "batch8")
+        return {mark: side.command.text for mark, side in sides.items()}
+
+    expected = {mark: plan.COMMANDS[name] for mark, name in names.items()}
+    assert texts(*runs) == expected
+    assert texts(*runs[:2], *beside_another) == dict([*expected.items()][:2])
 
 
 def test_gains_are_compared_in_log_odds():

@@ -71,6 +71,11 @@ def test_all_models_of_the_page_are_trained(page):
 
 
 @pytest.mark.parametrize("name", RIGHT)
+def test_a_check_can_be_run_again_at_the_end(page, name):
+    exec(block_with(f"lab.check_{name}("), {**page})
+
+
+@pytest.mark.parametrize("name", RIGHT)
 def test_a_stub_is_empty_and_its_check_says_so(page, name):
     stub = block_with(f"def {name}(")
     names = {**page}
@@ -156,6 +161,13 @@ def detach(out, name):
     return {**out, name: out[name].detach()}
 
 
+def detach_patches(model, images, tokens):
+    losses = forward(model, images, tokens)
+    logits = model.head(model.visual(images).detach())
+    losses["word_loss"] = classification_loss(logits, tokens, model.token_weights())
+    return losses
+
+
 # name of a function -> its arguments, and for each mistake what it returns
 WRONG = {
     "contrastive_loss": (
@@ -227,6 +239,7 @@ WRONG = {
             "counted twice": "count_twice(m, x, t)",
             "detached images": "contrast(detach(m(x, t), 'image_features'), m.logit_scale.exp())",
             "detached texts": "contrast(detach(m(x, t), 'text_features'), m.logit_scale.exp())",
+            "detached patches": "detach_patches(m, x, t)",
             "a tuple": "tuple(forward(m, x, t).values())",
             "other names": "dict(zip('ab', forward(m, x, t).values()))",
             "nonsense": "contrast(m(x, t), 1.23)",

@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,19 @@ def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
 
     assert run_cell(code, ROOT / "docs") == (f"{ROOT}\n", "")
     assert "fill in ADDRESS" in run_cell(code, tmp_path)[1]
+
+
+def test_a_notebook_has_the_address_of_the_citation(tmp_path):
+    """As if it had one already."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "notebook.py", tmp_path / "docs")
+    citation = (ROOT / "CITATION.cff").read_text()
+    citation = re.sub("(?m)^repository-code: .*", 'repository-code: "https://x.y"', citation)
+    (tmp_path / "CITATION.cff").write_text(citation)
+
+    names = runpy.run_path(tmp_path / "docs" / "notebook.py")
+
+    assert 'ADDRESS = "https://x.y"' in names["SETUP"]
 
 
 @pytest.mark.parametrize("name", ["docs", "scripts", "study"])
