@@ -64,8 +64,6 @@ scripts.report MODEL --reference x.jsonl --out x.html             | --log
 scripts.report --checkpoint clip.pt --out x.html                  | --log
 scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
 scripts.report MODEL --data pairs.tar --log utf16.jsonl --out x.html | UTF-8
-scripts.bench step --model tiny --micro_batch_size 4              | --micro_batch_size
-scripts.bench data --train_data pairs.tar                         | --batch_size
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert numbered.pt x.pt                                  | numbered.pt
