@@ -350,6 +350,7 @@ def validate(args, model, tokenizer, pairs, step):
 def print_next(checkpoint, model, val_data):
     """Says which commands come next."""
     # With slashes: quote puts a name with a backslash in quotes, which cmd.exe does not know.
+    log = quote(checkpoint.with_name("log.jsonl").as_posix())
     checkpoint = quote(checkpoint.as_posix())
     shards = ""
     pictures = ""
@@ -357,9 +358,9 @@ def print_next(checkpoint, model, val_data):
         shards = " --data SHARDS"
         pictures = " --image PICTURES"
     print("\nWhat the model has learned:")
-    print(f"  python -m scripts.report --checkpoint {checkpoint} --out report.html{shards}")
+    print(f"  python -m scripts.curves {log} --out curves.png")
     if model.head is not None:
-        print(f"  python -m scripts.words  --checkpoint {checkpoint} --out words.png{pictures}")
+        print(f"  python -m scripts.words --checkpoint {checkpoint} --out words.png{pictures}")
     print(f"  python -m scripts.search --checkpoint {checkpoint} TEXT{shards}")
 
 

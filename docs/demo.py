@@ -26,7 +26,7 @@ import data
 import eval as evaluation
 from cli import check, make_parser, output_file, run_command
 from scripts import scenes
-from scripts.report import write_page
+from scripts.page import write_page
 from tokenizer import Tokenizer, trim
 
 TEMPLATE = Path(__file__).with_name("demo_template.html")

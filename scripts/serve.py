@@ -2,7 +2,7 @@
 
     python -m scripts.search --checkpoint clip.pt --images photos/ --features photos.npz --serve
 
-It is page.html, which the report has, too, followed by serve.html. The page asks this process for
+It is page.html, which all pages share, followed by serve.html. The page asks this process for
 results, and then for each picture.
 
 The page is for this machine alone, or for one that is connected to it by `ssh -L`. Three things
@@ -11,6 +11,7 @@ website can reach it under a name of its own), and its address has a random part
 of this machine do not know. A request names a picture by its number, never by a path.
 """
 
+import io
 import json
 import re
 import secrets
@@ -20,10 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from torchvision.transforms.v2.functional import to_pil_image
+
 from cli import InputError, check
-from scripts.report import SIDE, page_text, small_jpeg
+from scripts.page import page_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+SIDE, QUALITY = 224, 85  # of a picture in pixels, and its JPEG quality
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
 
 
@@ -74,13 +78,15 @@ class Handler(BaseHTTPRequestHandler):
         if name == "":
             content = {"folder": search.folder, "pictures": len(search.entries)}
             page = page_text(TEMPLATE, content)
-            # Unlike the report it may ask for more, but its own server alone.
+            # Unlike other pages it may ask for more, but its own server alone.
             page = page.replace("img-src data:", "img-src data: 'self'; connect-src 'self'", 1)
             return "text/html", page.encode()
         if name == "picture":
             image = search.image(int(options["number"]), SIDE)
             check(image is not None, "it cannot be read any more")
-            return "image/jpeg", small_jpeg(image)
+            jpeg = io.BytesIO()
+            to_pil_image(image).save(jpeg, "JPEG", quality=QUALITY)
+            return "image/jpeg", jpeg.getvalue()
         if "like" in options:
             i = int(options["like"])
             result = search.by_image(search.entries[i], search.features[i], k)

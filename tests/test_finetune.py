@@ -50,7 +50,7 @@ def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
     before, after = (row["mean_r1"] for row in rows_of(tmp_path / "out", "zeroshot"))
     assert after < before
     assert not (tmp_path / "out" / "best.pt").exists()
-    assert "last.pt --out report.html" in capsys.readouterr().out
+    assert "last.pt --out words.png" in capsys.readouterr().out
 
 
 def test_the_vocabulary_and_the_model_come_along(whole_run, tune, shards, tmp_path):

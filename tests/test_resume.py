@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, c
     train.main(short_run(shards, copied_run, "--resume", "--steps", 13))
 
     assert best.read_bytes() == content
-    assert f"{best} --out report.html" in capsys.readouterr().out
+    assert f"{best} --out words.png" in capsys.readouterr().out
 
 
 OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,

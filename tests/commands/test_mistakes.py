@@ -58,12 +58,8 @@ scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes "a text" --out x.html        | x.html
 scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
-scripts.report MODEL --out x.html                                 | --data
-scripts.report NONE --out nowhere/x.html                          | nowhere/x.html
-scripts.report MODEL --reference x.jsonl --out x.html             | --log
-scripts.report --checkpoint clip.pt --out x.html                  | --log
-scripts.report MODEL --data pairs.tar --log empty.jsonl --out x.html | empty.jsonl
-scripts.report MODEL --data pairs.tar --log utf16.jsonl --out x.html | UTF-8
+scripts.curves empty.jsonl --out x.png                            | empty.jsonl
+scripts.curves utf16.jsonl --out x.png                            | UTF-8
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert numbered.pt x.pt                                  | numbered.pt
