@@ -3,19 +3,16 @@
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --image photos/ --word red --out red.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
-    python -m scripts.words --checkpoint out/best.pt --data 'scenes/val-*.tar'
 
 The first command prints the most probable words of each image. Words of most captions, such as
 "the", make room for others. With --out it also draws a map for each word, which is red where the
 word becomes less probable if these patches are left out. --word asks for a word of your own.
 Without images, as in the third command, a few validation pictures of the run are shown. (The
-checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the spot.) The last command
-checks such maps against the built-in scenes, whose files say where each object is.
+checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the spot.)
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
 
-import json
 import random
 from collections import namedtuple
 
@@ -24,14 +21,7 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
-from cli import (
-    InputError,
-    check,
-    make_parser,
-    number,
-    pick_device,
-    run_command,
-)
+from cli import InputError, check, make_parser, number, pick_device, run_command
 from scripts import scenes
 from scripts.pictures import contact_sheet, evenly, image_files, picture_file
 
@@ -39,7 +29,6 @@ from scripts.pictures import contact_sheet, evenly, image_files, picture_file
 # be read
 Picture = namedtuple("Picture", "name title image")
 SHOWN = 6  # validation pictures
-SCORED = 200  # scenes of --data
 
 
 # -----------------------------------------------------------------------------
@@ -73,9 +62,9 @@ def draw_scenes(size):
 
 
 def find_pictures(args, files, tokenizer, size):
-    """Returns the pictures to look at: those of --image, or none beside --data, or validation
-    pictures of the run, or scenes. Raises InputError."""
-    if files or args.data:
+    """Returns the pictures to look at: those of --image, or validation pictures of the run, or
+    scenes. Raises InputError."""
+    if files:
         return pictures_of_files(files, size)
     try:
         shards, captions = evaluation.validation_of(args.checkpoint, option="--image")
@@ -151,62 +140,6 @@ def word_maps(model, image, ids, window, batch_size=64):
 
 
 # -----------------------------------------------------------------------------
-# Are the maps right? The built-in scenes can tell.
-
-
-def read_scene(shards, i, tokenizer, size):
-    """A sample of data.Shards -> image (3, S, S) of a built-in scene, and a list of (token id,
-    box): the colours and shapes of its objects, of which no two are the same. Raises InputError."""
-    try:
-        image = shards.image(i, size)
-        objects = json.loads(shards.read(i, data.JSON))["scene"]["objects"]
-    except (data.BadSample, ValueError, LookupError):
-        raise InputError(f"{shards.name(i)} is not one of the built-in scenes") from None
-    words = []
-    for thing in objects:
-        for kind in ("colour", "shape"):
-            ids = tokenizer.encode(thing[kind])
-            if len(ids) == 1:
-                words.append((ids[0], thing["box"]))
-    return image, words
-
-
-def centres_on(boxes, grid, window):
-    """K boxes (x0, y0, x1, y1), in 0..1 of the image's side -> (K, W): is the centre of a window in
-    the box?"""
-    centre = (torch.arange(grid - window + 1) + window / 2) / grid
-    y, x = torch.cartesian_prod(centre, centre).T  # (W,) each
-    x0, y0, x1, y1 = torch.tensor(boxes).T[:, :, None]  # (K, 1) each
-    in_columns = (x0 <= x) & (x <= x1)
-    in_rows = (y0 <= y) & (y <= y1)
-    return in_columns & in_rows
-
-
-def localisation(model, pictures, window):
-    """Is the place that matters most for a word the right one? pictures: (image (3, S, S), list of
-    (token id, box)) of each, as read_scene returns them. Returns a score.
-
-    A word is right if the window whose removal lowers its probability most has its centre on the
-    word's thing. Windows that tie count as their mean. Chance is the share of windows with their
-    centre on the thing. Each picture counts once, with the mean of its words, because they are not
-    independent. Raises InputError.
-    """
-    hits, chances = [], []
-    for image, words in pictures:
-        if not words:
-            continue
-        ids = [i for i, _ in words]
-        falls, _ = word_maps(model, image, ids, window)  # (K, W)
-        on_thing = centres_on([box for _, box in words], model.visual.grid, window)  # (K, W)
-        is_largest = falls >= falls.amax(dim=1, keepdim=True) - 1e-6
-        right = (on_thing & is_largest).sum(dim=1)
-        hits.append((right / is_largest.sum(dim=1)).mean())
-        chances.append(on_thing.double().mean())
-    check(hits, "no colour or shape of these scenes is one token of the vocabulary")
-    return evaluation.score(torch.stack(hits), torch.stack(chances).mean())
-
-
-# -----------------------------------------------------------------------------
 # The sheet of maps
 
 CELL = 168  # pixels: side of an image
@@ -256,7 +189,6 @@ def read_options(argv):
     add("--word", action="append", default=[], help="word to look for; may be repeated")
     add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
-    add("--data", nargs="+", help=f"shards of the built-in scenes: score the maps of {SCORED}")
     return parser.parse_args(argv)
 
 
@@ -285,25 +217,15 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
 def main(argv):
     args = read_options(argv)
     files = image_files(args.image, args.out)
-    if args.out and args.data and not files:
-        raise InputError("beside --data, --out needs --image")
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     size = model.config.image_size
     id_of = ids_of_words(tokenizer, args.word)
     window = default_window(model)
 
-    if args.data:
-        shards = data.Shards(data.expand(args.data))
-        numbers = range(min(SCORED, len(shards)))
-        numbers = data.progress(numbers, "localising", unit="scene")
-        with_boxes = (read_scene(shards, i, tokenizer, size) for i in numbers)
-        score = localisation(model, with_boxes, window)
-        print(evaluation.format_score("right place", score))
-
     pictures = find_pictures(args, files, tokenizer, size)
     n, to_draw = look_at(model, tokenizer, pictures, args, id_of, window)
-    check(n > 0 or args.data, "none of the images can be read")
+    check(n > 0, "none of the images can be read")
     if to_draw:
         draw_words(to_draw, window, args.out)
         print(f"wrote {args.out}: {len(to_draw)} of {n} images")

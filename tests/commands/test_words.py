@@ -1,21 +1,10 @@
 """The head's words and where they are seen: by the slow formula, by hand, and as a picture."""
 
 import itertools
-import json
 import re
-from types import SimpleNamespace
 
-import pytest
 import torch
-from material import (
-    TOKENIZER,
-    cases,
-    encoded,
-    photo,
-    run,
-    small_model,
-    write_shard,
-)
+from material import TOKENIZER, run, small_model
 
 import eval as evaluation
 from scripts import words
@@ -64,44 +53,6 @@ def test_word_maps_are_those_of_the_slow_loop():
     torch.testing.assert_close(maps, total / times, atol=1e-5, rtol=1e-4)
 
 
-class Seer:
-    """Words 0, 1 and 2 are red, green and blue. Its head says them the louder, the more of their
-    colour is in the patches that it is shown. A patch is a pixel."""
-
-    visual = SimpleNamespace(grid=6)
-    logit_scale = torch.tensor(1.0)
-
-    def __init__(self, loudness):
-        self.loudness = loudness
-
-    def class_logits(self, images, keep=None):
-        patches = images.flatten(2)  # (B, 3, 36)
-        if keep is not None:
-            patches = patches.gather(2, keep[:, None].expand(-1, 3, -1))
-        return self.loudness * patches.sum(dim=2)
-
-
-LOUDNESS = {
-    "looks at the object": (1, 1.0),
-    "looks away from it": (-1, 0.0),
-    "does not look": (0, 1 / 25),
-}
-
-
-@cases("loudness, value", LOUDNESS)
-def test_localisation_by_hand(loudness, value):
-    """One of 5 x 5 windows has its centre on a word's object."""
-    image = torch.zeros(3, 6, 6)
-    image[0, 0:2, 0:2] = 1
-    image[2, 4:6, 1:3] = 1
-    boxes = [(0, (0.02, 0.02, 0.31, 0.31)), (2, (0.19, 0.69, 0.48, 0.98))]
-
-    score = words.localisation(Seer(loudness), [(image, boxes)], window=2)
-
-    assert score["value"] == pytest.approx(value)
-    assert score["chance"] == pytest.approx(1 / 25)
-
-
 def test_a_map_is_red_where_a_word_loses_and_blue_where_it_gains():
     """And grey where nothing changes, here in the lower half."""
     image = torch.full((3, 16, 16), 128, dtype=torch.uint8)
@@ -125,18 +76,3 @@ def test_a_word_of_ones_own_is_looked_for_in_all_files(folders, checkpoint, caps
     found = re.findall(r"^(.+): ring 0\.\d+$", printed, re.M)
     assert sorted(found) == sorted(str(path) for path in folders.glob("*/*.png") if path != broken)
     assert f"skipped {broken}" in printed
-
-
-def test_the_score_of_the_maps_is_printed(checkpoint, tmp_path, capsys):
-    """Two of 4 x 4 windows are on the red ring. Purple is no token."""
-    objects = [
-        {"colour": "red", "shape": "ring", "box": [0, 0, 0.5, 0.25]},
-        {"colour": "purple", "shape": "purple", "box": [0, 0, 1, 1]},
-    ]
-    scene = json.dumps({"scene": {"objects": objects}}).encode()
-    picture = encoded(photo())
-    shard = write_shard(tmp_path / "0.tar", [{"jpg": picture, "json": scene, "txt": b"red"}])
-
-    assert not run(words.main, "--checkpoint", checkpoint, "--data", shard)
-
-    assert re.search(r"chance +12\.50 % .* n 1\n", capsys.readouterr().out)
