@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, open_terminal, write_file
+from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 
 # A progress bar for whatever takes more than a second, on a terminal. All bars share one line,
 # because a notebook cannot step back up from a second one.
@@ -586,10 +586,9 @@ def batch_indices(n, batch_size, seed, step):
 def start_loading(_):
     """What a loading process does first. A scheduler, Ctrl-C or a closed terminal sends its signal
     to all processes. The main process answers it, and needs the others until it has saved. They end
-    when it does. One that was not forked has streams of its own, which escape nothing yet."""
+    when it does."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    open_terminal()
 
 
 def make_loader(dataset, workers, ahead=2, **options):

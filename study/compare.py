@@ -50,7 +50,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from cli import InputError, check, cores, lock_folder, make_parser, number, run_command
+from cli import InputError, check, cores, make_parser, number, run_command
 from eval import DIVERGED
 from runtime import read_log, short_names
 from scripts.scenes import OPTIONS as SCENES
@@ -528,10 +528,9 @@ def pair_of(args):
 
 
 def open_study(jobs, path):
-    """A study that draws its worlds in OUT, which it locks. A kill ends its runs as Ctrl-C does."""
+    """A study that draws its worlds in OUT. A kill ends its runs as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     OUT.mkdir(exist_ok=True)
-    lock_folder(OUT)
     if jobs is None:
         jobs = 1 if torch.cuda.is_available() else cores()
     return Study(jobs, path)

@@ -85,7 +85,7 @@ def run(argv, output, preparations):
         prepare()
     # the objects of the server were for other files
     sys.__stdout__ = sys.stdout = open(1, "w", closefd=False)
-    sys.__stderr__ = sys.stderr = open(2, "w", closefd=False)
+    sys.__stderr__ = sys.stderr = open(2, "w", buffering=1, closefd=False)
     sys.argv = argv
     run_command(importlib.import_module(argv[0]).main)
 

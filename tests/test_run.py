@@ -21,7 +21,6 @@ from material import (
 
 import eval as evaluation
 import train
-from cli import new_folder
 
 WAYS = {
     "SigLIP's loss": "--loss sigmoid",
@@ -137,25 +136,6 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
     assert len(re.findall('^"', printed, re.M)) == 2
     assert rows_of(tmp_path / "out", "validation")[-1]["val_group"] == 12  # fewer than a batch
     assert run_commands_in(printed) == 3
-
-
-def test_of_two_first_runs_the_later_one_uses_the_scenes_of_the_earlier(
-    make_scenes, tmp_path, monkeypatch
-):
-    """The other one begins after this one, in the same folder, and is done before it."""
-
-    def draw_slowly(folder):
-        with new_folder(folder) as ours:
-            make_scenes(folder)
-            (ours / "late").touch()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "make_scenes", draw_slowly)
-
-    train.main(["--steps=1", "--workers=0", "--device=cpu"])
-
-    assert checkpoint_of(tmp_path / "out")["step"] == 1
-    assert not (tmp_path / "scenes" / "late").exists()
 
 
 def test_one_pair_in_a_hundred_is_held_out_and_then_the_commands_ask_for_files(

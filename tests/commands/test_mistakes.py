@@ -4,23 +4,19 @@ that names the option or the file."""
 import importlib
 import multiprocessing
 import shlex
-import sys
 
 import pytest
 import torch
-from children import finish
 from material import (
     cases,
     error_of,
     png,
     small_model,
-    write_captions,
     write_checkpoint,
     write_shard,
 )
 
 from cli import InputError, run_command
-from data import start_loading
 from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
@@ -129,7 +125,7 @@ def raises(error):
 
 
 ENDS = {  # a command, its exit code, and what it says
-    "well": (lambda argv: print("\ud800, half of a pair"), 0, ""),
+    "well": (lambda argv: None, 0, ""),
     "a mistake": (raises(InputError("--steps")), 2, "error: --steps\n"),
     "a full disk": (raises(OSError(28, "No space")), 2, "No space\n"),
     "Ctrl-C": (raises(KeyboardInterrupt()), 130, "Ctrl-C\n"),
@@ -152,36 +148,3 @@ def test_a_command_ends(main, code, said, capfd):
     error = capfd.readouterr().err
     assert said in error
     assert ("Traceback" in error) == (code == 1)
-
-
-def test_a_command_runs_where_its_output_is_closed(monkeypatch):
-    """As by `>&-`. Python then has None for the stream."""
-    monkeypatch.setattr(sys, "stdout", None)
-
-    assert exit_code_of(run_command, lambda argv: print("to nobody")) == 0
-
-
-def test_a_loading_process_that_is_not_forked_gives_no_orders_either(tmp_path):
-    """Its streams are its own, until its start sets them."""
-    path = tmp_path / "printed.txt"
-
-    def run_alone():
-        file = open(path, "w")
-        sys.stdout = file
-        start_loading(0)
-        print("a red \x1b[2Jring", flush=True)
-
-    assert exit_code_of(run_alone) == 0
-    assert path.read_text() == "a red \\x1b[2Jring\n"
-
-
-def test_no_text_gives_orders_to_a_terminal(children, checkpoint, tmp_path):
-    """Neither a caption, nor the name of a file, which a loading process prints."""
-    write_captions(tmp_path / "a.tar", "a red \x1b[Aring")
-    (tmp_path / "\x1b[2J.png").write_bytes(b"no image")
-    options = ["--checkpoint", checkpoint, "--data", tmp_path, "--images", tmp_path, "a ring"]
-
-    _, printed = finish(children.start("scripts.search", [*options, "--workers", 1]))
-
-    assert "\x1b" not in printed
-    assert r"a red \x1b[Aring" in printed and r"\x1b[2J.png" in printed
