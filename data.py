@@ -115,62 +115,17 @@ def split_name(name):
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
-def count_damaged(file, start, end):
-    """Returns how many bytes lie between two places of a tar, where no member is, or 0 if all of
-    them are zeros."""
-    if end <= start:
-        return 0
-    file.seek(start)
-    gap = file.read(end - start)
-    if gap[156:157] == tarfile.XGLTYPE:  # a header for all members, which belongs to none
-        return 0
-    return len(gap) if gap.strip(b"\0") else 0
-
-
-def read_members(file, size):
-    """Yields the members of a tar file of so many bytes, each with the place where it ends. Behind
-    damage it goes on with the next header that it finds."""
-    start = 0
-    while start < size:
-        file.seek(start)
-        try:
-            # Without ignore_zeros tarfile would stop at the end of an archive, although another one
-            # may follow, and silently at a damaged header.
-            with tarfile.TarFile(fileobj=file, ignore_zeros=True) as tar:
-                for member in tar:
-                    start = tar.offset
-                    yield member, start
-                return
-        except OSError:  # the disk's trouble, and not the tar's
-            raise
-        except Exception:  # for headers of two parts that are damaged it has half a dozen kinds
-            start = max(start + BLOCK, file.tell())
-
-
-# How compressed files begin.
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-
-
 def read_headers(path, number):
     """A shard and its number -> (index rows, an int32 array (n, 7); list of (name, reason) of the
-    samples and parts that are not used). Of a damaged shard the rest is used."""
+    samples and parts that are not used). A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
     unused = {}  # key -> reason
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(6).startswith(COMPRESSED):
-                return np.empty((0, 7), np.int32), [(path, "is compressed: unpack it")]
-            end = 0  # of the member before
-            damaged = 0  # bytes
-            for member, end_of_member in read_members(file, size):
-                damaged += count_damaged(file, end, member.offset)
-                end = end_of_member
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
-                if member.size >= 2**31:
-                    unused[key] = f"{member.size:,} bytes are more than the index can hold"
-                elif column and key and member.isfile():
+                if column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     if row[column] > 0:
                         unused[key] = "there is another one of this name before it"
@@ -178,13 +133,14 @@ def read_headers(path, number):
                         row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
                     unused[f"*{extension}"] = f"a link or another kind: {member.name}"
-            damaged += count_damaged(file, end, size)
+            # tarfile stops in silence at a header that it cannot read.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(BLOCK).strip(b"\0"):
+                unused[""] = "is damaged, and not used from there on"
+    except tarfile.TarError as error:
+        unused[""] = f"is damaged, compressed, or no tar: {error}"
     except OSError as error:  # this trouble may pass, and what is returned is cached
         raise InputError(f"{path}: {error}") from error
-    if end > size:
-        unused[""] = f"ends early: {end - size:,} bytes are missing"
-    elif damaged > 0:
-        unused[""] = f"is damaged, or no tar: {damaged:,} bytes are not used"
     for key, row in list(rows.items()):
         if row[IMAGE + 1] == 0:
             unused.setdefault(key, "no image, or an empty one")
@@ -205,7 +161,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     name = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    path = cache_folder() / f"index-10-{name}"
+    path = cache_folder() / f"index-11-{name}"
     try:
         return torch.load(path, weights_only=True)
     except Exception:  # It is not there, or damaged, for which torch has half a dozen kinds.
