@@ -90,7 +90,7 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 # Scenes
 
 
-def make_scene(rng, combinations, count=None, settings=SETTINGS):
+def make_scene(rng, combinations, count=None):
     """A scene as a plain dict, ready for JSON. rng: a random.Random; combinations: list of the
     (colour, shape) that its objects may have; count: the number of objects, which by default is
     two in a quarter of the scenes and one in the others."""
@@ -107,7 +107,7 @@ def make_scene(rng, combinations, count=None, settings=SETTINGS):
     for (colour, shape), cell in zip(looks, cells):
         row, column = divmod(cell, 3)
         objects.append(make_object(rng, colour, shape, row, column))
-    cloth, pattern, border = rng.choice(settings)
+    cloth, pattern, border = rng.choice(SETTINGS)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
 
 
@@ -272,28 +272,22 @@ def vocabulary():
     return words_to_tiktoken(sorted(names | {*WORDS}))
 
 
-def some_settings(n, seed):
-    """So many of the settings, in the order of all of them."""
-    chosen = random.Random(seed).sample(SETTINGS, n)
-    return [setting for setting in SETTINGS if setting in chosen]
-
-
 def generator(what, seed):
     """The random numbers of one picture, by a text that names it. Each has its own, so that it is
     the same whichever process draws it. With another seed all pictures are others."""
     return random.Random(what if seed == 0 else f"{what} of world {seed}")
 
 
-def make_samples(split, numbers, settings=SETTINGS, seed=0):
+def make_samples(split, numbers, seed=0):
     """Yield (number, scene, short caption, long caption) of each sample."""
     combinations = SEEN if split == "train" else COMBINATIONS
     seen = set()
     for i in numbers:
         rng = generator(f"{split} {i}", seed)
-        scene = make_scene(rng, combinations, settings=settings)
+        scene = make_scene(rng, combinations)
         # In validation each long caption describes one picture only, so that R@1 can be 100 %.
         while split == "val" and facts(scene) in seen:
-            scene = make_scene(rng, combinations, settings=settings)
+            scene = make_scene(rng, combinations)
         seen.add(facts(scene))
         short, long = describe(scene, rng)
         yield i, scene, short, long
@@ -306,16 +300,16 @@ def facts(scene):
     return scene["cloth"], scene["pattern"], scene["border"], *objects
 
 
-def write_shard(task, folder, settings, seed):
+def write_shard(task, folder, seed):
     """Write one tar. task: its name, its split, and the numbers of its samples."""
     name, split, numbers = task
     with tarfile.open(folder / name, "w") as tar:
-        for i, scene, short, long in make_samples(split, numbers, settings, seed):
+        for i, scene, short, long in make_samples(split, numbers, seed):
             fields = {"short": short, "long": long, "scene": scene}
             add_sample(tar, f"{i:08d}", ".jpg", jpeg(draw(scene)), short, fields)
 
 
-def write_class(folder, kind, name, looks, n, settings, seed):
+def write_class(folder, kind, name, looks, n, seed):
     """A folder with n pictures of single objects that have one of these looks, in turn. Without
     looks it stays empty."""
     folder = folder / "zeroshot" / kind / name
@@ -324,15 +318,15 @@ def write_class(folder, kind, name, looks, n, settings, seed):
         return
     for i in range(n):
         rng = generator(f"{kind} {name} {i}", seed)
-        scene = make_scene(rng, [looks[i % len(looks)]], 1, settings)
+        scene = make_scene(rng, [looks[i % len(looks)]], 1)
         (folder / f"{i:03d}.jpg").write_bytes(jpeg(draw(scene)))
 
 
-def write_classes(folder, settings, seed):
+def write_classes(folder, seed):
     """Folders of single objects for zero-shot classification. In held_out, only the combinations
     that training never shows have pictures. The 56 other folders are empty, because a
     name alone is a class that a picture can be mistaken for."""
-    write = functools.partial(write_class, folder, settings=settings, seed=seed)
+    write = functools.partial(write_class, folder, seed=seed)
     for colour in COLOURS:
         write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], 40)
     for shape in SHAPES:
@@ -342,9 +336,9 @@ def write_classes(folder, settings, seed):
         write("held_out", " ".join(look), [look] if look in HELD_OUT else [], 40)
 
 
-def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
+def make_scenes(out_dir, train=20_000, val=1_000, seed=0):
     """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
-    samples; settings: how many of them may occur; seed: each draws a world of its own."""
+    samples; seed: each draws a world of its own."""
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, 1000)):
         numbers = range(start, min(start + 1000, train))
@@ -352,10 +346,9 @@ def make_scenes(out_dir, train=20_000, val=1_000, settings=256, seed=0):
     print(f"drawing {train:,} scenes to train on into {out_dir}")
     with new_folder(out_dir) as folder:
         (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
-        world = {"settings": some_settings(settings, seed), "seed": seed}
-        write = functools.partial(write_shard, folder=folder, **world)
+        write = functools.partial(write_shard, folder=folder, seed=seed)
         with ProcessPoolExecutor(min(len(tasks), cores())) as pool:
-            classes = pool.submit(write_classes, folder, **world)
+            classes = pool.submit(write_classes, folder, seed)
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
             classes.result()  # raises what went wrong in there
@@ -366,10 +359,8 @@ def main(argv):
     add = parser.add_argument
     add("--out", default="scenes", help="folder to make (default scenes)")
     add("--seed", type=number(int, 0), default=0, help="of the drawing (default 0)")
-    n = len(SETTINGS)
-    add("--settings", type=number(int, 1, n), default=n, help=f"that may occur (default {n})")
     args = parser.parse_args(argv)
-    make_scenes(args.out, settings=args.settings, seed=args.seed)
+    make_scenes(args.out, seed=args.seed)
     print(f"wrote {args.out}")
 
 

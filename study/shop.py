@@ -4,11 +4,10 @@ folders of classes.
     python -m study.shop DIR
 
 DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
-table pairs.csv with the columns image (ID.jpg), caption (productDisplayName), type (articleType)
-and colour (baseColour). They are split anew for each seed of --seeds. What is made for seed 5 goes
-to out_study/shop/5: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to
-validate on, and folders of classes: types, colours, and both at once. All seeds have the same
-classes, those with enough products in each split.
+table pairs.csv with the columns image (ID.jpg), caption (productDisplayName) and type
+(articleType). They are split anew for each seed of --seeds. What is made for seed 5 goes to
+out_study/shop/5: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to validate
+on, and a folder of pictures for each type.
 
 Hashes of the seed decide where a product is, so everyone gets the same splits. Products with
 equal titles are on one side, and no picture is on two. The titles of the validation pairs are
@@ -17,7 +16,7 @@ unique, so R@1 can be 100 %, and what is classified is neither trained nor valid
 
 import csv
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from cli import make_parser, new_folder, number, run_command
@@ -28,16 +27,12 @@ OUT = Path("out_study/shop")
 SEEDS = (0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # of the published rows
 TRAIN = 24_000  # pairs
 VAL = 2_000
-NUMBERS = {"type": 200, "colour": 100, "both": 50}  # pictures of a class
-# Classes are named as titles say them.
+PICTURES = 200  # of a type
+# Types are named as titles say them.
 TYPES = {
     "Tshirts": "t-shirt", "Shirts": "shirt", "Casual Shoes": "casual shoes", "Watches": "watch",
     "Sports Shoes": "sports shoes", "Kurtas": "kurta", "Tops": "top", "Handbags": "handbag",
     "Heels": "heels", "Sunglasses": "sunglasses",
-}  # fmt: skip
-COLOURS = {
-    "Black": "black", "White": "white", "Blue": "blue", "Brown": "brown", "Grey": "grey",
-    "Red": "red", "Green": "green", "Pink": "pink", "Purple": "purple", "Yellow": "yellow",
 }  # fmt: skip
 
 
@@ -60,21 +55,6 @@ def split(rows, seed):
     return train[:TRAIN], val, classified
 
 
-def classes_of(rows):
-    """{(kind, name of a class): its products} of the classes that have enough of them."""
-    classes = defaultdict(list)
-    for row in rows:
-        name = TYPES.get(row["type"])
-        colour = COLOURS.get(row["colour"])
-        if name:
-            classes["type", name].append(row)
-        if colour:
-            classes["colour", colour].append(row)
-        if name and colour:
-            classes["both", f"{colour} {name}"].append(row)
-    return {key: found for key, found in classes.items() if len(found) >= NUMBERS[key[0]]}
-
-
 def write_shards(rows, out, name):
     writer = ShardWriter(out, name)
     for row in rows:
@@ -82,10 +62,11 @@ def write_shards(rows, out, name):
     writer.close()
 
 
-def write_class(rows, folder):
-    folder.mkdir(parents=True)
-    for row in rows:
-        (folder / row["image"]).write_bytes(row["content"])
+def write_types(rows, folder):
+    for theirs, name in TYPES.items():
+        (folder / name).mkdir(parents=True)
+        for row in [row for row in rows if row["type"] == theirs][:PICTURES]:
+            (folder / name / row["image"]).write_bytes(row["content"])
 
 
 def main(argv):
@@ -99,21 +80,15 @@ def main(argv):
     for row in rows:
         row["content"] = (args.folder / "images" / row["image"]).read_bytes()
 
-    splits = {seed: split(rows, seed) for seed in args.seeds}
-    classes = {seed: classes_of(classified) for seed, (_, _, classified) in splits.items()}
-    common = set.intersection(*map(set, classes.values()))
-    print("classes that all splits have:", dict(Counter(kind for kind, _ in common)))
-
     with new_folder(OUT) as folder:
-        for seed, (train, val, _) in splits.items():
+        for seed in args.seeds:
+            train, val, classified = split(rows, seed)
             out = folder / str(seed)
             out.mkdir()
             write_shards(train, out, "train")
             write_shards(val, out, "val")
             vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
-            for kind, name in common:
-                products = classes[seed][kind, name]
-                write_class(products[: NUMBERS[kind]], out / kind / name)
+            write_types(classified, out / "type")
 
 
 if __name__ == "__main__":

@@ -34,15 +34,6 @@ def test_another_seed_draws_another_world():
         assert sample not in VAL
 
 
-def test_only_so_many_settings_occur():
-    settings = scenes.some_settings(3, seed=0)
-
-    drawn = first_samples("train", 50, settings=settings)
-
-    names = {(scene["cloth"], scene["pattern"], scene["border"]) for scene, _, _ in drawn}
-    assert names == {*settings}
-
-
 def test_each_word_of_a_caption_is_one_token():
     """And a caption fits the context of 16 tokens, with start and end."""
     tokenizer = Tokenizer(scenes.vocabulary())

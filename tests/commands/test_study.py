@@ -1,5 +1,5 @@
 """The study: pairs share seed and world, no scored seed has chosen a rate, finished runs are kept
-and never taken for runs of other code, and the pages are what the runs say."""
+and never taken for runs of other code, and the page is what the runs say."""
 
 import json
 import math
@@ -8,25 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from children import finish
 from material import small_model
 
 import superclip
 import train
 from cli import InputError
-from docs import found
 from eval import DIVERGED
-from study import class_token, compare, groups, no_idf, plan, shop, shuffled, warmup
-from study.compare import Side, Study, best_rate, next_rates, read_command
+from study import compare, no_idf, plan, shop, shuffled
+from study.compare import Side, Study, read_command
 
-CLIP = read_command("train.py --cls_weight 0", "", 16)
+CLIP = read_command("train.py --cls_weight 0")
 
 
 def run_of(**values):
     """What a run keeps of its log, with these scores in percent."""
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
-    return {"scores": scores, "ways": {}, "loss": 1.0, "seconds": 1.0, "commit": "abc"}
+    return {"scores": scores, "loss": 1.0, "seconds": 1.0, "commit": "abc"}
 
 
 # ---- differences
@@ -63,31 +61,11 @@ def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
 # ---- the search for a learning rate
 
 
-@pytest.mark.parametrize(
-    ("goals", "more"),
-    [
-        ("1 3 2 0", []),
-        ("1 2 3 4", [16]),
-        ("5 5 1 0", [0.5]),
-        ("990 889 000", []),
-        ("0 1 2 3 4 5 6 7", []),
-    ],
-    ids=["inside", "an end", "a tie", "an end for most seeds", "eight are enough"],
-)
-def test_a_search_goes_on_beyond_an_end_that_is_best(goals, more):
-    """goals: for each rate what it is judged by, a digit for each seed."""
-    tried = {2**i: [*map(int, digits)] for i, digits in enumerate(goals.split())}
-
-    assert next_rates(tried) == more
-
-
-@pytest.mark.parametrize(
-    ("values", "end"), [("123", ["highest"]), ("321", ["lowest"]), ("132", [])]
-)
-def test_a_best_rate_that_is_an_end_is_said_to_be_one(values, end):
+@pytest.mark.parametrize("values, is_end", [("123", True), ("321", True), ("132", False)])
+def test_a_best_rate_that_is_an_end_is_said_to_be_one(values, is_end):
     tried = {rate: [run_of(x=int(value))] for rate, value in enumerate(values)}
 
-    assert re.findall("lowest|highest", compare.rates_text(tried)) == end
+    assert ("end" in compare.rates_text(tried)) == is_end
 
 
 @pytest.fixture
@@ -95,14 +73,14 @@ def pretend(monkeypatch, tmp_path):
     """Runs and worlds are made up. A run tells its world, and the best rate is 2e-4."""
     monkeypatch.setattr(compare, "OUT", tmp_path)
 
-    def make_scenes(folder, settings, seed):
-        folder.mkdir()
-        (folder / "drawn").write_text(f"{settings} settings, seed {seed}")
+    def make_scenes(folder, seed):
+        folder.mkdir(parents=True)
+        (folder / "drawn").write_text(f"seed {seed}")
 
-    def train_and_score(command, world, out_dir):
-        value = 70 - abs(math.log2(command.rate() / 2e-4))
+    def train_and_score(command, out_dir):
+        value = 70 - abs(math.log2(command.rate / 2e-4))
         run = run_of(**dict.fromkeys(plan.SCORES, value))
-        return {**run, "drawn": (world / "drawn").read_text()}
+        return {**run, "drawn": (command.world() / "scenes" / "drawn").read_text()}
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     monkeypatch.setattr(compare, "make_scenes", make_scenes)
@@ -110,22 +88,20 @@ def pretend(monkeypatch, tmp_path):
 
 def experiment(folder, a, b, *options):
     """The sides of an experiment."""
-    args = compare.make_options().parse_args(["--a", a, "--b", b, "--settings", "16", *options])
+    args = compare.make_options().parse_args(["--a", a, "--b", b, *options])
     return Study(2, folder / "runs.jsonl").experiment(args)
 
 
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
-    """One rate is for all of them. At batch 256 the best of four is the lowest, so one more is
-    tried."""
+    """One rate is for all of them."""
     options = "--rates --search_seeds 2 --seeds 3".split()
 
-    sides = experiment(tmp_path, "train.py --cls_weight 0", "train.py --batch_size 256", *options)
+    sides = experiment(tmp_path, "train.py --cls_weight 0", "train.py", *options)
 
-    best = [1.75e-4, 2.47e-4]
-    for side, rate, n in zip(sides, best, (4, 5)):
-        assert [[run["seed"] for run in runs] for runs in side.tried.values()] == n * [[0, 1]]
+    for side in sides:
+        assert [[run["seed"] for run in runs] for runs in side.tried.values()] == 4 * [[0, 1]]
         found = [(run["rate"], run["drawn"]) for run in side.runs]
-        assert found == [(rate, f"16 settings, seed {seed}") for seed in (5, 6, 7)]
+        assert found == [(1.75e-4, f"seed {seed}") for seed in (5, 6, 7)]
 
 
 def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
@@ -134,35 +110,31 @@ def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
 
     a, b = experiment(tmp_path, "train.py --learning_rate 3e-3", "train.py", *options)
 
-    assert [*a.tried, a.command.rate()] == [3e-3]
-    assert [*b.tried, b.command.rate()] == pytest.approx([7e-4, 1.4e-3, 7e-4])
-
-
-def test_a_search_of_rates_that_all_diverge_ends_with_a_sentence(pretend, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "train_and_score", lambda *args: run_of())
-
-    with pytest.raises(InputError, match="train.py --steps 9 .*diverged"):
-        experiment(tmp_path, "train.py --steps 9", "train.py --steps 8", "--rates")
+    assert [*a.tried, a.command.rate] == [3e-3]
+    assert [*b.tried, b.command.rate] == pytest.approx([7e-4, 1.4e-3, 7e-4])
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--cls_weight 0", "--cls_weight=0 --batch_size 8", "--train_data x.tar"]
+    "options",
+    ["", "--cls_weight 0", "--cls_weight=0 --batch_size 8 --my_weight 1", "--train_data x.tar"],
 )
 def test_a_command_has_the_learning_rate_that_train_py_gives_it(options):
-    command = read_command(f"train.py {options}", "", 256)
+    command = read_command(f"train.py {options}")
 
-    assert command.rate() == train.parse(options.replace("=", " ").split()).learning_rate
+    known = options.replace("=", " ").replace("--my_weight 1", "").split()
+    assert command.rate == train.parse(known).learning_rate
 
 
 @pytest.mark.parametrize("text", ["", "-m", "train.py 'x", "train.py --seed 3", "no/train.py"])
 def test_what_is_no_command_is_a_sentence(text):
     with pytest.raises(InputError):
-        read_command(text, "", 16)
+        read_command(text)
 
 
 # ---- one run
 
-HEADER = {"step": 0, "header": dict.fromkeys(compare.FACTS)}
+FACTS = dict.fromkeys(["device", "dtype", "torch", "commit", "date"])
+HEADER = {"step": 0, "header": FACTS}
 SCORE = {"value": 0.5, "chance": 0.1, "n": 8, "interval": [0.2, 0.8]}
 WAYS = {
     "image_to_text": {"R@1": {**SCORE, "value": 0.1}, "R@10": SCORE},
@@ -179,7 +151,7 @@ def pretend_call(monkeypatch):
     def pretend_call(row, answer=""):
         lines = []
 
-        def call(words):
+        def call(words, folder):
             lines.append(" ".join(words))
             log = Path(words[-1], "log.jsonl")  # --out_dir is the last option
             log.write_text("\n".join(map(json.dumps, [HEADER, row])))
@@ -191,47 +163,46 @@ def pretend_call(monkeypatch):
     return pretend_call
 
 
+@pytest.fixture
+def pretend_world(monkeypatch, tmp_path):
+    """It is drawn already."""
+    monkeypatch.setattr(compare.Command, "world", lambda command: tmp_path)
+
+
 def test_every_score_of_a_run_is_kept():
     run = compare.scores_of(ROW)
 
     values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x", "loss")]
     assert values == pytest.approx([20, 50, 50, 0.7])
-    assert run["scores"]["x"] == SCORE and run["ways"] == WAYS
+    assert run["scores"]["x"] == SCORE
 
 
 FOLDS = "--train_data 'fold{seed}/*.tar'"
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [("", "--train_data world/train-*.tar"), (FOLDS, "--train_data fold3/*.tar")],
-)
-def test_a_run_has_its_world_and_its_seed(pretend_call, tmp_path, options, words):
+def test_a_run_has_its_seed_in_its_options_and_its_key_has_not(pretend_call, tmp_path):
     lines = pretend_call(ROW)
-    command = read_command("train.py", options, 16)._replace(seed=3)
+    command = read_command("train.py", FOLDS).at(1e-3, seed=3)
 
-    compare.train_and_score(command, Path("world"), str(tmp_path))
+    compare.train_and_score(command, str(tmp_path))
 
-    assert "--seed 3 " in lines[0] and words in lines[0]
-
-
-def test_a_seed_in_an_option_stays_as_it_is_in_the_key():
-    assert FOLDS in read_command("train.py", FOLDS, 16)._replace(seed=3).key("its code")[0]
+    assert "--train_data fold3/*.tar --learning_rate 0.001 --seed 3 " in lines[0]
+    assert command.text() == f"train.py {FOLDS}"
 
 
-def test_a_run_that_diverged_scores_0(pretend_call, tmp_path):
+def test_a_run_that_diverged_scores_0(pretend_call, pretend_world, tmp_path):
     pretend_call(ROW, DIVERGED)
 
-    run = compare.train_and_score(CLIP, Path("world"), str(tmp_path))
+    run = compare.train_and_score(CLIP, str(tmp_path))
 
     assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
 
-def test_a_run_without_any_score_ends_with_a_sentence(pretend_call, tmp_path):
+def test_a_run_without_any_score_ends_with_a_sentence(pretend_call, pretend_world, tmp_path):
     pretend_call({"step": 1, "zeroshot": {}})
 
     with pytest.raises(InputError, match="--val_data"):
-        compare.train_and_score(CLIP, Path("world"), str(tmp_path))
+        compare.train_and_score(CLIP, str(tmp_path))
 
 
 # ---- code
@@ -242,11 +213,10 @@ FILES = ("train.py", "model.py", "scripts/scenes.py", "study/mine.py")
 @pytest.mark.parametrize("name", FILES)
 def test_other_text_is_other_code_and_another_line_end_is_not(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "drawing_code", compare.drawing_code.__wrapped__)  # not cached
     for file in FILES:
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(b"x = 1\n")
-    command = read_command("-m study.mine", "", 16)
+    command = read_command("-m study.mine")
     before = command.code()
 
     Path(name).write_bytes(b"x = 1\r\n")
@@ -313,11 +283,8 @@ def model(monkeypatch):
     """A small model. What a module replaces comes back after the test, and it trains nothing."""
     monkeypatch.setattr(train, "main", lambda argv: argv)
     for owner, name in (
-        (superclip, "contrastive_loss"),
         (superclip, "classification_loss"),
         (superclip, "idf"),
-        (superclip.WordHead, "forward"),
-        (train, "lengths"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     return small_model(vocab_size=6)
@@ -325,20 +292,6 @@ def model(monkeypatch):
 
 # Three captions of the words 1, 2 and 3. Two of the six tokens are start and end.
 CAPTIONS = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
-
-
-def test_groups_compare_each_image_with_its_group(model):
-    images, texts = F.normalize(torch.randn(2, 8, 16), dim=2)
-
-    def loss_of(images, texts):
-        return model.pairs_together(images, texts, {})["contrastive_loss"]
-
-    halves = [*map(loss_of, images.split(4), texts.split(4))]
-
-    rest = groups.main("--group 4 --steps 9".split())
-
-    assert rest == ["--steps", "9"]
-    torch.testing.assert_close(loss_of(images, texts), sum(halves) / 2)
 
 
 def test_without_idf_all_words_weigh_the_same(model):
@@ -364,29 +317,12 @@ def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
     torch.testing.assert_close(found, sum(losses) / 3)
 
 
-def test_a_head_on_the_class_token_does_not_see_the_patches(model):
-    tokens = torch.randn(2, 5, 64)
-    expected = model.head(tokens[:, :1].expand(-1, 5, -1))  # as if it were all the patches
-
-    class_token.main([])
-
-    torch.testing.assert_close(model.head(tokens), expected)
-
-
-def test_the_warm_up_is_three_times_as_long(model):
-    args = train.parse(["--steps", "1500", "--eval_every", "700"])
-
-    warmup.main([])
-
-    assert train.lengths(args, 20_000) == (1500, 450, 700)
-
-
 def test_a_comparison_trains_both_variants_and_prints_every_score(
     shards, folders, children, monkeypatch, tmp_path, capsys
 ):
     """The processes are forked, because each would take seconds to import torch."""
 
-    def call(words):
+    def call(words, folder):
         code, printed = finish(children.start("train", words[1:]))
         return printed if code else ""
 
@@ -411,7 +347,7 @@ def products():
     are there twice."""
     rows = []
     for i in range(400):
-        row = {"image": f"{i}.jpg", "caption": f"title {min(i, 500 - i)}", "colour": "Black"}
+        row = {"image": f"{i}.jpg", "caption": f"title {min(i, 500 - i)}"}
         row["type"] = "Tshirts" if i % 2 else "Tops"
         row["content"] = b"%d" % (i % 360)
         rows.append(row)
@@ -436,121 +372,65 @@ def test_another_seed_is_another_split(products):
     assert {row["image"] for row in first[0]} != {row["image"] for row in other[0]}
 
 
-def test_all_splits_have_the_same_classes(products, monkeypatch, tmp_path):
-    """One of the splits has too few shirts for a class of them: 43, and the other 49."""
+def test_a_split_has_a_folder_for_each_type(products, monkeypatch, tmp_path):
     monkeypatch.setattr(shop, "OUT", tmp_path / "shop")
-    monkeypatch.setattr(shop, "NUMBERS", {"type": 44, "colour": 1, "both": 1})
     (tmp_path / "images").mkdir()
-    names = ["image", "caption", "type", "colour"]
+    names = ["image", "caption", "type"]
     lines = [",".join(names)]
     for row in products:
         (tmp_path / "images" / row["image"]).write_bytes(row["content"])
         lines.append(",".join(map(row.get, names)))
     (tmp_path / "pairs.csv").write_text("\n".join(lines))
 
-    shop.main([str(tmp_path), "--seeds", "5", "6"])
+    shop.main([str(tmp_path), "--seeds", "5"])
 
-    for seed in ("5", "6"):
-        classes = {path.name for path in (shop.OUT / seed).glob("*/*")}
-        assert classes == {"black", "top", "black top", "black t-shirt"}
+    _, _, classified = shop.split(products, seed=5)
+    for theirs, name in shop.TYPES.items():
+        found = {path.name for path in (shop.OUT / "5" / "type" / name).iterdir()}
+        assert found == {row["image"] for row in classified if row["type"] == theirs}
 
 
-# ---- the plan and its pages
+# ---- the plan and its page
 
 
 def test_a_row_that_is_named_is_run(pretend, monkeypatch, tmp_path):
-    for name in ("RESULTS", "RATES", "RUNS"):
+    for name in ("RESULTS", "RUNS"):
         monkeypatch.setattr(plan, name, tmp_path / name)
         (tmp_path / name).touch()
 
     plan.main(["batch32"])
 
-    assert plan.RESULTS.read_text().startswith("| batch 32 | 10 |")
+    assert "| batch 32 | 1.75e-04 / 3.50e-04 |" in plan.RESULTS.read_text()
 
 
-def study_of(folder, *runs):
-    """A study with ten runs of each of these (name of a command, code)."""
-    study = Study(1, folder / "runs.jsonl")
-    for name, code in runs:
-        command = read_command(plan.COMMANDS[name], "", 256)
-        for seed in range(5, 15):
-            key = command.at(command.rate(), seed).key(code)
-            study.add({**run_of(x=50), **dict(zip(compare.KEY, key))})
-    return study
+def best_rates(name):
+    searches = plan.searches_of(Study(1, plan.RUNS), name)
+    return [compare.best_rate(tried) if tried else None for tried in searches]
 
 
-# The first part of a code is its core, the last what draws the world.
-RUNS = [("CLIP", "old--x"), ("SuperCLIP", "old--x"), ("SuperCLIP", "new--x"), ("no IDF", "new-y-x")]
+@pytest.mark.parametrize("name", [name for name in plan.ROWS if not name.endswith("_head")])
+def test_a_row_names_the_best_rates_of_the_searches(name):
+    """The rate of a control, for which none was searched, is that of the other side."""
+    _, _, a, _, b = plan.ROWS[name]
+    best_a, best_b = best_rates(name)
+
+    assert (a, b) == (best_a or b, best_b)
 
 
-def test_a_row_has_the_newest_core_that_has_all_of_its_runs(tmp_path):
-    """So it stays when the code changes, until both of its sides have run again."""
+@pytest.mark.parametrize("name", [name for name in plan.ROWS if name.endswith("_head")])
+def test_the_head_alone_is_shown_at_the_best_rate_of_clip(name):
+    _, _, a, _, b = plan.ROWS[name]
 
-    def codes(row, *runs):
-        sides = plan.sides_of(study_of(tmp_path, *runs), row)
-        return sides and [side.runs[0]["code"] for side in sides]
-
-    assert codes("batch32", *RUNS[:1]) is None
-    assert codes("batch32", *RUNS) == ["old--x", "old--x"]
-    assert codes("batch32", *RUNS, ("CLIP", "new--x")) == ["new--x", "new--x"]
-    assert codes("no_idf", *RUNS) == ["new--x", "new-y-x"]
+    assert a == b == best_rates(name)[0]
 
 
-def test_the_picture_has_what_has_run_beside_the_same_clip(tmp_path):
-    names = {"CLIP": "CLIP 8", "SuperCLIP": "SuperCLIP 8", "head": "slow 8", "warm": "CLIP 8 warm"}
-    runs = [(name, "core--x") for name in names.values()]
-    beside_another = [("CLIP 8", "other--x"), ("slow 8", "other--x")]
-
-    def texts(*runs):
-        sides = found.sides_of(study_of(tmp_path, *runs), "batch8")
-        return {mark: side.command.text for mark, side in sides.items()}
-
-    expected = {mark: plan.COMMANDS[name] for mark, name in names.items()}
-    assert texts(*runs) == expected
-    assert texts(*runs[:2], *beside_another) == dict([*expected.items()][:2])
-
-
-def test_gains_are_compared_in_log_odds():
-    clip, superclip, best = [Side(None, {}, [run_of(x=value)]) for value in (50, 80, 100)]
-
-    # odds of 1 become odds of 4, and a full score has odds, too
-    assert plan.odds_gained([clip, superclip], "x").tolist() == pytest.approx([math.log(4)])
-    assert 5 < plan.odds_gained([clip, best], "x").item() < 10
-
-
-def test_of_a_seed_that_ran_twice_a_search_takes_the_newest_code(tmp_path):
-    """Its runs are in the order of their seeds, in which differences are paired."""
-    study = Study(1, tmp_path / "runs.jsonl")
-    run = {"command": "train.py --learning_rate 1 --steps 9", "world": "drawn", "rate": 1.0}
-    for seed, code in ((1, "old"), (0, "old"), (1, "new")):
-        study.add({**run, "seed": seed, "code": code})
-
-    found = plan.read_searches(study)["train.py --steps 9", "drawn"]
-
-    assert [(run["seed"], run["code"]) for run in found[1.0]] == [(0, "old"), (1, "new")]
-
-
-SEARCHED = """batch8 batch32 groups4 groups64 short dual no_idf lambda0.3 settings16 long shop
-batch32_both short_both"""
-
-
-@pytest.mark.parametrize("row", SEARCHED.split())
-def test_a_row_names_the_best_rates_of_the_searches(row):
-    searches = plan.read_searches(Study(1, plan.RUNS))
-
-    for command in compare.pair_of(plan.options_of(row)):
-        tried = searches[plan.key_of(command.line(), command.world())]
-        assert command.rate() == best_rate(compare.goals_of(tried))
-
-
-def test_the_pages_are_what_the_published_runs_say(monkeypatch, tmp_path):
-    """They are, if they come back after the last score of each line was replaced."""
-    published = [path.read_text() for path in (plan.RESULTS, plan.RATES)]
+def test_the_page_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    """It is, if it comes back after the last score of each line was replaced."""
+    published = plan.RESULTS.read_text()
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    for name, text in zip(("RESULTS", "RATES"), published):
-        (tmp_path / name).write_text(re.sub(r"^(\|.*[±:]) [\d.]+", r"\1 0", text, flags=re.M))
-        monkeypatch.setattr(plan, name, tmp_path / name)
+    monkeypatch.setattr(plan, "RESULTS", tmp_path / "results.md")
+    plan.RESULTS.write_text(re.sub(r"^(\|.*±) [\d.]+", r"\1 0", published, flags=re.M))
 
     plan.main([])
 
-    assert [path.read_text() for path in (plan.RESULTS, plan.RATES)] == published
+    assert plan.RESULTS.read_text() == published

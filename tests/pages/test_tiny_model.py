@@ -19,7 +19,7 @@ def test_it_finds_captions_as_often_as_the_tutorial_says(tmp_path, capsys):
     page = (ROOT / "docs" / "tutorial.md").read_text()
     stated = re.search(r"^image to text R@1 +([\d.]+) %", page, re.MULTILINE)
     task = ("val-00000.tar", "val", range(1000))
-    scenes.write_shard(task, tmp_path, settings=scenes.some_settings(256, 0), seed=0)
+    scenes.write_shard(task, tmp_path, seed=0)
     argv = ["retrieval", "--checkpoint", TINY, "--data", tmp_path, "--device", "cpu"]
 
     result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
