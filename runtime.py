@@ -91,27 +91,6 @@ def one_first():
 
 
 # -----------------------------------------------------------------------------
-# Time
-
-
-def moment(device):
-    """Now. On CUDA that is when the device comes to this place in its queue, since it works behind
-    the program that gives it orders."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(before, after):
-    """The time between two moments. On CUDA the device must have passed both of them."""
-    if isinstance(before, (int, float)):
-        return after - before
-    return before.elapsed_time(after) / 1000
-
-
-# -----------------------------------------------------------------------------
 # The signal to stop
 
 
@@ -159,16 +138,11 @@ def claim_folder(out_dir, resume):
 
 def commit():
     """Which commit this code is of, or "" if git does not know."""
-    folder = Path(__file__).parent
-    # --git-dir, or git would name the commit of a repository around a copy of this one
-    where = [f"--git-dir={folder / '.git'}", f"--work-tree={folder}"]
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     try:
-        git = subprocess.run(
-            ["git", *where, "describe", "--always", "--dirty"], capture_output=True, text=True
-        )
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # there is no git
         return ""
-    return git.stdout.strip()
 
 
 def header_of(args, steps, model, pairs, val_pairs, dtype, device):

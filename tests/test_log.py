@@ -1,26 +1,12 @@
 """What a run tells while it goes on: the rows of its log."""
 
-import subprocess
 import time
 
 import pytest
 from material import all_rows, rows_of, short_run
 
 import data
-import runtime
 import train
-
-
-def test_the_commit_is_that_of_this_folder_and_not_of_one_around_it(tmp_path, monkeypatch):
-    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-
-    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
-    assert runtime.commit()
-
-    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "copy" / "runtime.py"))
-    assert runtime.commit() == ""
 
 
 def test_a_validation_is_in_groups_as_large_as_a_batch(whole_run):
