@@ -11,9 +11,9 @@ The first command prints the best images for each text with their scores. --out 
 validation pictures of the run are searched. A score is the cosine similarity of two features.
 Compare only scores of the same text, because some texts score higher than others everywhere.
 
---features keeps the features of the images searched, so that the next search encodes only those
-that are new or have changed. What searches of other folders have left in the file stays there until
-its image is changed or gone. Other programs, such as a notebook or FAISS, can read the file:
+--features keeps the features of the images searched, so that the next search of the same folders
+encodes only those that are new or have changed. Other programs, such as a notebook or FAISS, can
+read the file:
 
     photos = numpy.load("photos.npz")
     photos["names"]     # (N,) absolute paths; SHARD:KEY for images in shards
@@ -136,33 +136,6 @@ def read_features(path, checkpoint):
     return features
 
 
-def is_current(name, stamp):
-    """Is the image of a kept feature still there, as it was?"""
-    for path in (name, name.rpartition(":")[0]):  # a file, or the SHARD of SHARD:KEY
-        if os.path.isfile(path):
-            return stamp.startswith(stamp_of(path))
-    return False
-
-
-def keep_features(path, found, known, checkpoint):
-    """Write what read_features reads, unless it would return the same as before: the features that
-    a search has found, dict {entry: feature (E,)}, and what is known of other images."""
-    features = {(entry.name, entry.stamp): feature for entry, feature in found.items()}
-    for version, feature in known.items():
-        if version not in features and is_current(*version):
-            features[version] = feature
-    if not features or features.keys() == known.keys():
-        return
-    names, stamps = zip(*features)
-    content = {
-        "names": names,
-        "stamps": stamps,
-        "features": torch.stack([*features.values()]).numpy(),
-        "checkpoint": checkpoint,
-    }
-    write_file(path, lambda file: np.savez(file, **content))
-
-
 def find_features(model, entries, shards, workers, path=None, checkpoint=""):
     """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
     named. Features that are in the file `path` come from there, and all are kept there; checkpoint
@@ -173,14 +146,18 @@ def find_features(model, entries, shards, workers, path=None, checkpoint=""):
     found = {e: known[e.name, e.stamp] for e in entries if (e.name, e.stamp) in known}
     missing = [entry for entry in entries if entry not in found]
     images = Images(missing, shards, model.config.image_size)
-    try:
-        for batch, encoded in evaluation.batches(images, 128, workers, "encoding"):
-            features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
-            found.update(zip(encoded, features))
-    finally:  # also after Ctrl-C, so that the next search goes on from there
-        found = {entry: found[entry] for entry in entries if entry in found}  # in their order
-        if path:
-            keep_features(path, found, known, checkpoint)
+    for batch, encoded in evaluation.batches(images, 128, workers, "encoding"):
+        features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
+        found.update(zip(encoded, features))
+    found = {entry: found[entry] for entry in entries if entry in found}  # in their order
+    if path and found:
+        content = {
+            "names": [entry.name for entry in found],
+            "stamps": [entry.stamp for entry in found],
+            "features": torch.stack([*found.values()]).numpy(),
+            "checkpoint": checkpoint,
+        }
+        write_file(path, lambda file: np.savez(file, **content))
     return found
 
 
