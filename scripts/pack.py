@@ -26,19 +26,10 @@ from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import data
-from cli import (
-    InputError,
-    check,
-    cores,
-    make_parser,
-    new_folder,
-    number,
-    run_command,
-)
+from cli import InputError, check, cores, make_parser, new_folder, number, run_command
 
 # Likely names of the two columns, the likeliest first.
 IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
@@ -294,38 +285,18 @@ def write_bad_rows(path, bad):
 # What to do with the pairs
 
 TUNE = """
-fine-tune published weights, which suits so few pairs (downloads 0.6 GB), and search:
+Fine-tune published weights, which suits so few pairs (downloads 0.6 GB), and search:
   pip install open_clip_torch
-  python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt"""
+  python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
+  python train.py --train_data {out} --init_from clip.pt --epochs 5 --batch_size 32 \\
+      --captions json.captions --out_dir out_photos"""
 FROM_NOTHING = """
-train from nothing, with a vocabulary of the captions' words, and search:
-  python -m scripts.vocab {train}{captions} --out {out}/vocab.tiktoken"""
-TRAIN_AND_SEARCH = """
-  python train.py --train_data {pairs} {options} --out_dir out_photos
+Train from nothing, with a vocabulary of the captions' words, and search:
+  python -m scripts.vocab {out} --captions json.captions --out {out}/vocab.tiktoken
+  python train.py --train_data {out} --model tiny --batch_size 32 \\
+      --captions json.captions --out_dir out_photos"""
+SEARCH = """
   python -m scripts.search --checkpoint out_photos/best.pt --data {out} --serve"""
-
-
-def print_way(out, n, n_val, several):
-    """Print how to train with the n training pairs and n_val validation pairs in the folder `out`,
-    and how to search with the model. several: do images have several captions?"""
-    train = shlex.quote(f"{out}/train-*.tar")
-    captions = ""
-    if several:
-        captions = " --captions json.captions"
-    pairs = train + captions
-    if n_val > 0:
-        pairs = f"{train} --val_data {shlex.quote(f'{out}/val-*.tar')}{captions}"
-    if n < 10_000:
-        way = TUNE
-        options = f"--init_from clip.pt --epochs 5 --batch_size {min(32, n)}"
-    else:
-        way = FROM_NOTHING
-        options = "--model tiny --batch_size 32"
-        if n >= 30_000 and torch.cuda.is_available():
-            options = "--model ViT-S-16"
-    way += TRAIN_AND_SEARCH
-    folder = shlex.quote(str(out))
-    print(way.format(out=folder, train=train, captions=captions, pairs=pairs, options=options))
 
 
 # -----------------------------------------------------------------------------
@@ -367,8 +338,8 @@ def main(argv):
     kinds = Counter(reason.partition(":")[0] for _, _, reason in bad)
     for kind, count in kinds.most_common(3):
         print(f"{count:9,}  {kind}")
-    several = any(len(merge(rows)["captions"]) > 1 for rows in samples.values())
-    print_way(args.out, n, n_val, several)
+    way = TUNE if n < 10_000 else FROM_NOTHING
+    print((way + SEARCH).format(out=shlex.quote(str(args.out))))
 
 
 if __name__ == "__main__":
