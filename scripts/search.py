@@ -2,13 +2,13 @@
 
     python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
     python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
-    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug" --out found.png
+    python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug"
     python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz --serve
 
-The first command prints the best images for each text with their scores. --out also draws them, and
---serve opens a page to search with: see scripts/serve.py. Without --images and --data, the
-validation pictures of the run are searched. A score is the cosine similarity of two features.
+The first command prints the best images for each text with their scores. --serve opens a page to
+search with: see scripts/serve.py. Without --images and --data, the validation pictures of the run
+are searched. A score is the cosine similarity of two features.
 Compare only scores of the same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search of the same folders
@@ -50,7 +50,7 @@ from cli import (
     write_json,
 )
 from scripts import serve
-from scripts.pictures import contact_sheet, image_files, picture_file
+from scripts.pictures import image_files
 from tokenizer import unknown_words
 
 # -----------------------------------------------------------------------------
@@ -67,10 +67,9 @@ def stamp_of(path):
     return f"{status.st_mtime_ns} {status.st_size}"
 
 
-def file_entries(paths, out):
-    """Image files and folders -> list of their entries. out: the picture to write, or None."""
-    files = image_files(paths, out)
-    return [Entry(os.path.abspath(file), stamp_of(file), None) for file in files]
+def file_entries(paths):
+    """Image files and folders -> list of their entries."""
+    return [Entry(os.path.abspath(x), stamp_of(x), None) for x in image_files(paths)]
 
 
 def shard_entries(shards):
@@ -230,35 +229,6 @@ def print_result(result):
 
 
 # -----------------------------------------------------------------------------
-# The picture
-
-# Pixels of an image; images in a row; rows: more would not fit into a .webp.
-SIDE, IN_A_ROW, MAX_ROWS = 180, 7, 56
-WHITE = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
-
-
-def draw_results(path, results, search):
-    """Draw each search on rows of its own, MAX_ROWS at most: what it was for, and what was found.
-    results: what the methods of a Search return."""
-    columns = min(IN_A_ROW, 1 + max(len(result["found"]) for result in results))
-    cells = []  # (image, caption)
-    for result in results:
-        query = WHITE
-        if "like" in result:
-            query = evaluation.read_image(result["like"], SIDE)
-        cells.append((query, title_of(result)))
-        for found in result["found"]:
-            file = found["file"] or found["name"].removeprefix(search.folder)
-            title = found["caption"] or file
-            image = search.image(found["number"], SIDE)
-            cells.append((image, f"{found['score']:.3f} {title}"))
-        empty = -len(cells) % columns  # at the end of the last row
-        cells += [(WHITE, "")] * empty
-    images, captions = zip(*cells[: MAX_ROWS * columns])
-    contact_sheet(images, captions, path, columns)
-
-
-# -----------------------------------------------------------------------------
 # The command
 
 
@@ -270,7 +240,6 @@ def read_options(argv):
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--like", action="append", default=[], help="image to look for; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
-    add("--out", type=picture_file, help="picture to draw of what was found, such as found.png")
     add("--json", type=output_file(".json"), help="file to write what was found to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
@@ -281,7 +250,6 @@ def read_options(argv):
         check(not os.path.isfile(text), f"{text} is a file: quote a pattern, or name it by --like")
     if not args.texts and not args.like:
         check(args.serve, "name a text to look for, or an image (--like), or open a page (--serve)")
-        check(not args.out, "--out shows what was found: name a text to look for, or an image")
     return args
 
 
@@ -290,7 +258,7 @@ def main(argv):
     server = None
     if args.serve:
         server = serve.open_server(args.port)  # now, so that no work is lost if another has it
-    entries = file_entries(args.images, args.out)
+    entries = file_entries(args.images)
     shards = None
     captions = []
     if args.data or not args.images:
@@ -300,7 +268,7 @@ def main(argv):
         entries += shard_entries(shards)
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    like = find_features(model, file_entries(args.like, args.out), None, workers=0)
+    like = find_features(model, file_entries(args.like), None, workers=0)
     check(like or not args.like, "none of the images of --like can be read")
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features = find_features(model, entries, shards, args.workers, args.features, sha256)
@@ -313,9 +281,6 @@ def main(argv):
     for result in results:
         print_result(result)
     write_json(args.json, results)
-    if args.out:
-        draw_results(args.out, results, search)
-        print(f"\nwrote {args.out}")
     if server:
         serve.run(server, search, args.k)
 

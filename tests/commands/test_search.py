@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from material import (
     features_of,
     photo,
@@ -17,11 +16,9 @@ from material import (
     write_shard,
 )
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import eval as evaluation
 from scripts import search
-from scripts.pictures import GAP
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
 
@@ -82,22 +79,6 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert not run(search.main, "--checkpoint", tmp_path / "a.pt", "red")
 
     assert f"{shard}:0000  a red ring" in capsys.readouterr().out
-
-
-def test_each_search_begins_a_row_of_the_picture(folders, checkpoint):
-    """With what it was for: an image, which is not found itself, or a text in an empty cell."""
-    argv = ["--checkpoint", checkpoint, "--images", "red/0.png", "--images", "red/1.png"]
-    image, other = (evaluation.read_image(f"red/{i}.png", search.SIDE) for i in (0, 1))
-    empty = torch.full_like(image, 255)
-
-    assert not run(search.main, *argv, "--like", "red/0.png", TEXTS[0], "--out", "found.png")
-
-    sheet = pil_to_tensor(Image.open("found.png"))
-    step = search.SIDE + GAP
-    for row, expected in zip(sheet[:, GAP:].chunk(2, dim=1), ([image, other, empty], [empty])):
-        for column, cell in enumerate(expected):
-            x = GAP + column * step
-            assert torch.equal(row[:, : search.SIDE, x : x + search.SIDE], cell)
 
 
 # ---- the file of features
