@@ -2,8 +2,6 @@
 
 import os
 import re
-import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,42 +115,6 @@ def test_a_notebook_finds_the_project_or_asks_for_its_address(tmp_path):
 
     assert run_cell(code, ROOT / "docs") == (f"{ROOT}\n", "")
     assert "fill in ADDRESS" in run_cell(code, tmp_path)[1]
-
-
-def test_a_notebook_has_the_address_of_the_citation(tmp_path):
-    """As if it had one already."""
-    (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "notebook.py", tmp_path / "docs")
-    citation = (ROOT / "CITATION.cff").read_text()
-    citation = re.sub("(?m)^repository-code: .*", 'repository-code: "https://x.y"', citation)
-    (tmp_path / "CITATION.cff").write_text(citation)
-
-    names = runpy.run_path(tmp_path / "docs" / "notebook.py")
-
-    assert 'ADDRESS = "https://x.y"' in names["SETUP"]
-
-
-@pytest.mark.parametrize("name", ["docs", "scripts", "study"])
-def test_a_notebook_prefers_our_packages_to_others_of_their_names(tmp_path, name):
-    """Colab has a package named docs."""
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").touch()
-
-    printed, _ = run_cell(
-        f"import {name}\nprint({name}.__file__)", ROOT / "docs", PYTHONPATH=str(tmp_path)
-    )
-
-    assert printed == f"{ROOT / name}/__init__.py\n"
-
-
-def test_the_threads_of_a_notebook_wait_like_those_of_train(monkeypatch):
-    """train.py, which all tests import, has set this variable here."""
-    expected = os.environ["GOMP_SPINCOUNT"]
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-
-    printed, _ = run_cell("print(os.environ['GOMP_SPINCOUNT'])", ROOT)
-
-    assert printed.strip() == expected
 
 
 # Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
