@@ -116,17 +116,6 @@ def test_a_fork_resumes_a_run_from_before_it_had_an_option(copied_run, shards, c
     assert not train.main(options)
 
 
-def test_a_file_with_another_number_of_groups_is_refused(copied_run, shards, capsys):
-    """Its moments would be of other parameters."""
-    saved = checkpoint_of(copied_run)
-    saved["optimizer"]["param_groups"].pop()
-    torch.save(saved, copied_run / "last.pt")
-
-    message = error_of(capsys, train.main, *short_run(shards, copied_run, "--resume"))
-
-    assert "last.pt" in message
-
-
 # ---- the folder
 
 

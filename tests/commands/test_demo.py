@@ -121,15 +121,3 @@ def test_a_reader_guesses_and_composes_a_scene(opened):
 
     assert browser.find_elements("css selector", "a:not([href^='#'])") == []
     assert browser.get_log("browser") == []
-
-
-def test_on_a_phone_a_word_that_is_pressed_is_seen_with_its_map(opened):
-    browser, _ = opened
-    browser.set_window_size(400, 650)
-    browser.implicitly_wait(30)  # for the maps
-
-    word = browser.find_element("css selector", ".words li:last-child button")
-    word.click()
-
-    place = browser.find_element("css selector", ".map:not([hidden])").rect
-    assert abs(place["y"] - word.rect["y"]) + place["height"] < 500
