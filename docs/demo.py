@@ -12,17 +12,14 @@ The models of docs/demo.html, at batch 8, are made by one command, which then wr
 The reader guesses what both models say of a built-in scene, or composes one. The page needs no
 network and no library: it carries the weights, as int8 with a scale for each row. The forward pass,
 the drawing and the questions are in demo_template.html, and what all pages share is in page.html.
-Scores and the tokens of texts are computed here.
+The tokens of texts are computed here.
 """
 
 import base64
-import functools
-import random
 from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 from cli import check, make_parser, output_file, run_command
 from scripts import scenes
@@ -36,12 +33,6 @@ SWAPPED = (  # the captions of a question
     "a red star and a blue ring on plain gray with mint",
     "a blue star and a red ring on plain gray with mint",
 )
-SCENES = 500  # of each kind
-KINDS = {  # what their objects may be, and how many there are
-    "one object": (scenes.SEEN, 1),
-    "one that training never showed": (scenes.HELD_OUT, 1),
-    "two objects": (scenes.SEEN, 2),
-}
 
 
 def base64_text(tensor):
@@ -58,39 +49,12 @@ def quantise(tensor):
     return {"shape": [*tensor.shape], "int8": base64_text(int8), "scale": base64_text(scale)}
 
 
-@functools.cache  # both models are asked about the same pictures
-def make_pictures(kind):
-    """A kind of scenes -> the pictures of SCENES of them (N, 3, S, S), and which of the 64 objects
-    each shows (N, 64), 1 or 0."""
-    combinations, k = KINDS[kind]
-    images = []
-    shown = torch.zeros(SCENES, len(NAMES))
-    for i in range(SCENES):
-        scene = scenes.make_scene(random.Random(f"{kind} {i}"), combinations, k)
-        images.append(data.load_image(scenes.jpeg(scenes.draw(scene)), scenes.SIZE))
-        for thing in scene["objects"]:
-            shown[i, NAMES.index(f"{thing['colour']} {thing['shape']}")] = 1
-    return torch.stack(images), shown
-
-
-def score_objects(model, tokenizer, kind):
-    """The share of a picture's k objects that its best k of the 64 texts name, as a score over
-    pictures."""
-    images, shown = make_pictures(kind)
-    _, k = KINDS[kind]
-    texts = evaluation.zeroshot_classifier(model, tokenizer, NAMES, [PROMPT])
-    features = torch.cat([model.encode_image(part) for part in images.split(100)])
-    best = (features @ texts.T).topk(k).indices  # (N, k)
-    return evaluation.score(shown.gather(1, best).mean(dim=1), k / len(NAMES))
-
-
 def model_facts(checkpoint):
-    """What the page needs of a model: its weights, options of its run, and scores. Raises
-    InputError."""
+    """What the page needs of a model: its weights, and options of its run. Raises InputError."""
     content = evaluation.read_checkpoint(checkpoint)
     check("header" in content, f"{checkpoint} does not say how it was trained: name a last.pt")
     options = content["header"]["arguments"]
-    model, tokenizer, _ = evaluation.load(checkpoint)
+    model, _, _ = evaluation.load(checkpoint)
     return {
         "config": vars(model.config),
         "weights": {name: quantise(p) for name, p in model.named_parameters()},
@@ -100,7 +64,6 @@ def model_facts(checkpoint):
             "batch_size": options["batch_size"],
             "samples": content["step"] * options["batch_size"],
         },
-        "scores": {kind: score_objects(model, tokenizer, kind) for kind in KINDS},
     }
 
 

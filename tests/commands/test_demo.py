@@ -44,9 +44,7 @@ def opened(browser, tmp_path_factory):
         facts = {"header": header, "step": 100}
         evaluation.write_checkpoint(folder / name, model, TOKENIZER.vocab, **facts)
     page = folder / "demo.html"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SCENES", 20)  # 500 take long
-        run(demo.main, folder / "clip.pt", folder / "superclip.pt", "--out", page)
+    run(demo.main, folder / "clip.pt", folder / "superclip.pt", "--out", page)
     for name, packed in numbers_of(page)["models"][1]["weights"].items():
         parameter = superclip.get_parameter(name)
         parameter.data = unpacked(packed).view(parameter.shape)
