@@ -21,7 +21,6 @@ vocabulary there is no tokenizer in the folder, and the command says how to toke
 """
 
 import argparse
-import difflib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -219,10 +218,8 @@ def read_published(name):
     open_clip = optional("open_clip", "open_clip_torch")
     model, _, tag = name.partition("/")
     published = open_clip.get_pretrained_cfg(model, tag)
-    if not published:
-        pairs = ["/".join(pair) for pair in open_clip.list_pretrained()]
-        near = ", ".join(difflib.get_close_matches(name, pairs, n=5, cutoff=0))
-        raise InputError(f"there is no file {name}, and open_clip has no such weights: try {near}")
+    nothing = f"there is no file {name}, and none of open_clip.list_pretrained() has that name"
+    check(published, nothing)
     other = open_clip.get_model_config(model)
     check_config(model, other)
     try:

@@ -175,11 +175,3 @@ def test_images_are_bytes_captions_are_cut_to_the_context_and_labels_are_not(odd
     assert batch["tokens"][0].tolist() == [TOKENIZER.start, *ids[:30], TOKENIZER.end]
     assert batch["label_tokens"][0].tolist() == [TOKENIZER.start, *ids, TOKENIZER.end, *15 * [PAD]]
     assert short["tokens"].shape == (1, 16)
-
-
-@pytest.mark.parametrize("processes, workers", [("8", 8), ("1", 16)])
-def test_processes_share_64_cores_and_16_are_enough(monkeypatch, processes, workers):
-    monkeypatch.setattr(data, "cores", lambda: 64)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-
-    assert data.make_loader(range(10), None).num_workers == workers

@@ -154,15 +154,6 @@ def test_a_name_has_the_weights_and_what_its_tag_says(publish, converted, capsys
     assert "Assumed" not in capsys.readouterr().out
 
 
-def test_an_existing_path_wins_over_a_name(publish, tmp_path, converted, monkeypatch):
-    publish(make_random_model(**V))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small").mkdir()
-    save(open_clip_of(make_random_model(text_layers=1, **V)).state_dict(), "small/here")
-
-    assert converted("small/here").config.text_layers == 1
-
-
 NAMES = ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-16", "ViT-H-14", "ViT-B-32-256"]
 
 
@@ -180,7 +171,7 @@ def test_a_model_of_open_clip_has_our_shapes(name):
 # ---- mistakes
 
 # a name that cannot be converted -> what the sentence names: a part of the model that this project
-# lacks, names like a misspelt one, or the network
+# lacks, where the names are, or the network
 BAD_NAMES = {
     "roberta-ViT-B-32/laion2b_s12b_b32k": "hf_model_name",
     "ViT-B-16-SigLIP/webli": "timm_model_name",
@@ -189,8 +180,7 @@ BAD_NAMES = {
     "ViT-bigG-14/laion2b_s39b_b160k": "mlp_ratio",
     "coca_ViT-B-32/laion2b_s13b_b90k": "multimodal_cfg",
     "RN50/openai": "ResNet",
-    "ViT-B-32/laion2b_s34b": "ViT-B-32/laion2b_s34b_b79k",
-    "ViT-B-32": "ViT-B-32/openai",
+    "ViT-B-32/laion2b_s34b": "list_pretrained",
     "ViT-B-32/laion2b_s34b_b79k": "network",
 }
 
