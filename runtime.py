@@ -91,6 +91,27 @@ def one_first():
 
 
 # -----------------------------------------------------------------------------
+# Time
+
+
+def moment(device):
+    """Now. On CUDA that is when the device comes to this place in its queue, since it works behind
+    the program that gives it orders."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before, after):
+    """The time between two moments. On CUDA the device must have passed both of them."""
+    if isinstance(before, (int, float)):
+        return after - before
+    return before.elapsed_time(after) / 1000
+
+
+# -----------------------------------------------------------------------------
 # The signal to stop
 
 

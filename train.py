@@ -50,7 +50,9 @@ from runtime import (
     device_of_process,
     header_of,
     join_processes,
+    moment,
     one_first,
+    seconds_between,
     wait_for_all,
     write_row,
 )
@@ -408,7 +410,7 @@ def train(args):
 
     stop = StopSignal()
     saved_time = time.monotonic()
-    images, seconds, waited = 0, 0.0, 0.0  # since the last row
+    images, seconds, waits = 0, 0.0, []  # since the last row
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
@@ -437,8 +439,9 @@ def train(args):
 
         # 4. The losses and their gradient
         start_time = time.perf_counter()
+        before = moment(device)
         micro_batches = next(batches)
-        waited += time.perf_counter() - start_time
+        waits.append((before, moment(device)))
         micro_batches = [data.to_device(batch, device) for batch in micro_batches]
         if args.compile:  # or longer captions would compile the text tower again
             for batch in micro_batches:
@@ -461,6 +464,7 @@ def train(args):
         images += N
         if log_due:
             check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
+            waited = sum(seconds_between(*wait) for wait in waits)
             row = {
                 "step": done,
                 **losses,
@@ -473,7 +477,7 @@ def train(args):
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
             write_row(args.out_dir, row)
-            images, seconds, waited = 0, 0.0, 0.0
+            images, seconds, waits = 0, 0.0, []
 
     wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
     if stop_number > 0:
