@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import STOP_SIGNALS, InputError, check, cores, pick_device
+from cli import STOP_SIGNALS, InputError, check, cores, lock_folder, pick_device
 
 # torchrun tells each process its number, and how many there are. Schedulers set variables of these
 # names, too, so they count under torchrun alone.
@@ -148,8 +148,10 @@ class StopSignal:
 
 
 def claim_folder(out_dir, resume):
-    """Makes --out_dir. Raises InputError if there is a run to be spared."""
+    """Makes --out_dir, and locks it, because the run that was there before may still be saving.
+    Raises InputError if there is a run to be spared."""
     out_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(out_dir)
     for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
         temporary.unlink()
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.

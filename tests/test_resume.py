@@ -1,8 +1,11 @@
 """Whatever ends a run, --resume goes on from its last save and ends with the bits of a run that
-nothing has interrupted. What is in a folder is never written over."""
+nothing has interrupted. What is in a folder is never written over, and a folder is for one run at a
+time."""
 
 import shutil
 import signal
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -138,3 +141,20 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_folder_is_for_one_run_at_a_time(children, shards, tmp_path, capsys):
+    """Even if it has not saved anything. A run that is killed leaves its folder to others."""
+    out = tmp_path / "out"
+    waits = in_step(3, partial(time.sleep, 60))
+    process = children.start("train", short_run(shards, out), waits)
+    while not (out / "log.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+
+    message = error_of(capsys, train.main, *short_run(shards, out))
+    children.end()
+    train.main(short_run(shards, out, "--steps", 1))
+
+    assert str(out) in message
+    assert checkpoint_of(out)["step"] == 1

@@ -2,6 +2,7 @@
 with the bits of one that nothing has interrupted. A run that was stopped ends with 128 + the number
 of the signal, so that `train && next` does not go on."""
 
+import os
 import signal
 from functools import partial
 
@@ -48,6 +49,23 @@ def test_a_validation_that_is_due_is_left_to_the_resumed_run(
     assert steps_of(rows_of(tmp_path, "zeroshot")) == validations
     train.main([*options, "--resume"])
     assert_ends_like(tmp_path, whole_run)
+
+
+def lose_readers():
+    """Nobody reads standard output and standard error any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+
+
+def test_a_run_saves_though_ctrl_c_has_ended_the_tee_that_read_it(children, shards, tmp_path):
+    stop = in_step(6, receive(signal.SIGINT))
+
+    process = children.start("train", short_run(shards, tmp_path), lose_readers, stop)
+
+    assert finish(process)[0] == 130
+    assert checkpoint_of(tmp_path)["step"] == 6
 
 
 def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
