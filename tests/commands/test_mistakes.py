@@ -55,6 +55,7 @@ scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
 scripts.curves utf16.jsonl --out x.png                            | UTF-8
+scripts.bench --model tiny --micro_batch_size 4                   | --micro_batch_size
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert numbered.pt x.pt                                  | numbered.pt
