@@ -57,7 +57,6 @@ OPTIONS = {
     "crop_area": 1.0,  # captions name the border, which a crop cuts off
     "model": "tiny",
     "batch_size": 32,
-    "weight_decay": 0.1,
     "workers": 0,  # the scenes are small, and the model keeps the cores busy
 }
 

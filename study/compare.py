@@ -37,7 +37,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean
@@ -126,16 +125,9 @@ class Command(NamedTuple):
 
 def default_rate(options):
     """The learning rate of this project's train.py, in a fork, too."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for name in ("--batch_size", "--cls_weight", "--train_data", "--init_from"):  # its rules
-        parser.add_argument(name, nargs="+")
-    found, _ = parser.parse_known_args(options)
-    words = []
-    for name, values in vars(found).items():
-        if values is not None:
-            words += [f"--{name}", *values]
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return train.parse(words).learning_rate
+    if any(word.partition("=")[0] == "--init_from" for word in options):
+        return train.FINE_TUNING_RATE
+    return train.make_parser().get_default("learning_rate")
 
 
 def read_command(text, common=""):

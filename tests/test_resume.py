@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, 
     assert saved["step"] == 16
     assert saved["model"]["num_captions"] == 16 * 16
     rate = rows_of(copied_run, "loss")[-1]["learning_rate"]
-    assert rate == pytest.approx(1e-4 * train.learning_rate_factor(15, 1, 16))
+    assert rate == pytest.approx(1e-4 * train.learning_rate_factor(15, 8, 16))
 
 
 def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):

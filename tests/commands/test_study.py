@@ -101,7 +101,7 @@ def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
     for side in sides:
         assert [[run["seed"] for run in runs] for runs in side.tried.values()] == 4 * [[0, 1]]
         found = [(run["rate"], run["drawn"]) for run in side.runs]
-        assert found == [(1.75e-4, f"seed {seed}") for seed in (5, 6, 7)]
+        assert found == [(2.5e-4, f"seed {seed}") for seed in (5, 6, 7)]
 
 
 def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
@@ -111,7 +111,7 @@ def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
     a, b = experiment(tmp_path, "train.py --learning_rate 3e-3", "train.py", *options)
 
     assert [*a.tried, a.command.rate] == [3e-3]
-    assert [*b.tried, b.command.rate] == pytest.approx([7e-4, 1.4e-3, 7e-4])
+    assert [*b.tried, b.command.rate] == pytest.approx([1e-3, 2e-3, 1e-3])
 
 
 @pytest.mark.parametrize(
