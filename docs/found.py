@@ -2,11 +2,12 @@
 
     python -m docs.found
 
-It has a line from CLIP to SuperCLIP for each seed. Its rows are rows of study/results.md, with
-their numbers.
+Scores against the samples that a model was shown. Each dot is a seed, and lines go through means.
+An arm whose runs are missing is left out.
 """
 
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 from matplotlib import pyplot as plt
@@ -16,102 +17,65 @@ from cli import make_parser, run_command
 from study import compare, plan
 
 PICTURE = Path(__file__).resolve().parent.parent / "assets" / "found.png"
-INK, GREY, PALE, RED = "#1f2937", "#6b7280", "#cbd0d8", "#d1495b"
-# A panel: its title, its score, chance in percent, and {name of a row: a note}.
+INK, GREY, RED = "#1f2937", "#9aa1ac", "#d1495b"
+SAMPLES = {"24": 24_000, "32": 32_000, "48": 48_000}
+# A panel: its title, its score, chance in percent, the name of its axis, and {row: where it is}.
 PANELS = (
-    (
-        "Drawn scenes: colour and shape named right, of 64 combinations",
-        "colour_shape",
-        1.6,
-        {
-            "batch32": "48,000 pairs shown",
-            "long": "batch 32, three times as long",
-            "short": "batch 32, 48,000 pairs, as below",
-            "batch8": "so four times the steps of batch 32",
-        },
-    ),
-    (
-        "Photographs of a shop: type of product named right, of 10",
-        "type",
-        10,
-        {"shop": "shown 12 times, a split for each seed"},
-    ),
-)
-STYLES = {  # of the sides of a row
-    "CLIP at its best learning rate": dict(color=INK, mew=0),
-    "SuperCLIP at its own best rate": dict(color=RED, mew=0),
-    "SuperCLIP at CLIP's best rate": dict(color=RED, mfc="white"),
+    ("Drawn scenes, mixed captions", "colour_shape", 1.6, "pairs shown",
+     {f"A{key}": n for key, n in SAMPLES.items()}),
+    ("Drawn scenes, short captions", "colour_shape", 1.6, "pairs shown",
+     {f"B{key}": n for key, n in SAMPLES.items()}),
+    ("Photographs of a shop", "type", 10, "epochs of 24,000 pairs", {"D3": 3, "D6": 6}),
+)  # fmt: skip
+ARMS = {
+    "C": ("CLIP", INK),
+    "W": ("SuperCLIP with another pair's words", GREY),
+    "S": ("SuperCLIP", RED),
 }
 
 
-def sides_of(study, name):
-    """The sides of a row, as many as have styles."""
-    sides = plan.sides_of(study, name)
-    if f"{name}_head" in plan.ROWS:
-        sides.append(plan.sides_of(study, f"{name}_head")[1])
-    return sides
+def values_of(study, name, score):
+    """The score of each seed, or none if runs are missing."""
+    try:
+        return [*plan.values_of(study, name, score).values()]
+    except (compare.NotRun, KeyError):  # a row may lack an arm
+        return []
 
 
-def texts_of(sides, score):
-    """What stands beside a row: its gain, or that none was seen, and details."""
-    means, gain = compare.cell(sides[:2], score).split(", ")
-    if not gain.startswith("**"):  # the interval includes 0
-        return "no gain seen", f"{means}, {gain}"
-    texts = [means]
-    for side in sides[2:]:
-        _, at_clips_rate = compare.cell([sides[0], side], score).split(", ")
-        texts.append(f"at CLIP's rate {at_clips_rate.strip('*')}")
-    return gain.strip("*"), "\n".join(texts)
-
-
-def draw_seeds(axis, y, sides, score):
-    """A line for each seed, the one with the weakest CLIP on top. The next row is at y + 1."""
-    columns = [[compare.value_of(run, score) for run in side.runs] for side in sides]
-    columns = [*zip(*sorted(zip(*columns)))]
-    n = len(columns[0])
-    heights = [y - 0.3 + 0.6 * i / n for i in range(n)]
-    axis.hlines(heights, columns[0], columns[1], color=PALE, lw=1.3)
-    for style, values in zip(STYLES.values(), columns):
-        axis.plot(values, heights, "o", ms=4, clip_on=False, **style)
-
-
-def write(axis, x, y, align, upper, lower="", colour=INK):
-    """Two texts beside a row, the upper one in bold. x is a part of the width of the axes."""
-    at = dict(transform=axis.get_yaxis_transform(), ha=align)
-    axis.text(x, y - 0.02, upper, va="bottom", weight="bold", color=colour, **at)
-    axis.text(x, y + 0.06, lower, va="top", color=GREY, fontsize=9, **at)
+def draw_panel(axis, study, score, rows):
+    width = (max(rows.values()) - min(rows.values())) / 30
+    for shift, (arm, (label, colour)) in zip((-1, 0, 1), ARMS.items()):
+        means = {}
+        for row, x in rows.items():
+            values = values_of(study, f"{row}/{arm}", score)
+            if values:
+                means[x] = mean(values)
+                places = [x + shift * width] * len(values)
+                axis.plot(places, values, "o", ms=4, mew=0, alpha=0.5, color=colour)
+        places = [x + shift * width for x in means]
+        axis.plot(places, [*means.values()], color=colour, lw=2, label=label)
 
 
 def draw(study):
-    heights = [len(rows) for *_, rows in PANELS]
-    figure, axes = plt.subplots(2, 1, figsize=(8.9, 6.8), height_ratios=heights)
-    figure.subplots_adjust(left=0.33, right=0.725, top=0.87, bottom=0.04, hspace=0.25)
-    for axis, (title, score, chance, rows) in zip(axes, PANELS):
-        axis.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.6), yticks=[])
-        axis.spines[["left", "top", "right"]].set_visible(False)
-        axis.xaxis.set_major_formatter("{x:.0f} %")
-        axis.axvline(chance, color=GREY, lw=1, ls=":")
-        axis.text(chance + 1.5, -0.5, f"chance {chance} %", color=GREY, fontsize=9, va="top")
-        write(axis, -0.8, -0.6, "left", title)
-        write(axis, 1.07, -0.6, "left", "gain, 95 % interval", "rounded last")
-        for y, (name, note) in enumerate(rows.items()):
-            sides = sides_of(study, name)
-            gain, details = texts_of(sides, score)
-            draw_seeds(axis, y, sides, score)
-            write(axis, -0.05, y, "right", plan.ROWS[name][0], note)
-            colour = INK if gain == "no gain seen" else RED
-            write(axis, 1.07, y - 0.05, "left", gain, details, colour)
-    for label, style in STYLES.items():
-        axis.plot([], [], "o", ms=4, label=label, **style)
-    axis.plot([], [], color=PALE, label="one seed")
-    figure.legend(loc="upper center", ncols=2, frameon=False)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
+    for axis, (title, score, chance, name, rows) in zip(axes, PANELS):
+        axis.set(title=title, ylim=(0, 100), xlabel=name, xticks=[*rows.values()])
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:.0f} %")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.axhline(chance, color=GREY, lw=1, ls=":")
+        draw_panel(axis, study, score, rows)
+    axes[0].set_ylabel("colour and shape named right, of 64")
+    axes[2].set_ylabel("type named right, of 10")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
 
 
 def main(argv):
     make_parser(__doc__).parse_args(argv)
     matplotlib.use("Agg")
     plt.rcParams.update({"font.size": 11, "text.color": INK, "xtick.color": INK})
-    draw(compare.Study(1, plan.RUNS))
+    draw(compare.Study(plan.RUNS, any_code=True))
     plt.savefig(PICTURE, dpi=200)
     # 64 colours are enough, and make the file a third as large
     image = Image.open(PICTURE).convert("RGB").quantize(64, dither=Image.Dither.NONE)

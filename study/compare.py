@@ -15,9 +15,10 @@ data, unless each seed has shards of its own: {seed} in an option stands for the
 
 With --rates the learning rate of a command is searched, unless the command names a
 --learning_rate: at these factors of its default, or at a quarter, a half, once and twice. Seeds 0
-to 4 choose it: the rate with the best mean of their scores is taken for all. If that is the lowest
-or the highest rate, search on beyond it. What is compared are the scores of other seeds, 5 and up,
-with or without --rates. They had no say in the choice, so it does not flatter them.
+to 4 choose it: the default if the mean of their scores is within a point of the best, else the
+lowest rate of which that is true. If the best is the lowest or the highest rate, search on beyond
+it. What is compared are the scores of other seeds, 5 and up, with or without --rates. They had no
+say in the choice, so it does not flatter them.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed and code.
 So a comparison that was stopped goes on, and runs of other code are never reported. Code is the
@@ -37,6 +38,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean
@@ -57,7 +60,6 @@ FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never sco
 FACTORS = (0.25, 0.5, 1, 2)
 # A rate is judged by the mean of these scores, or of all if a run has none of them.
 GOALS = {"R@1", "colour_shape", "type"}
-KEY = ("command", "rate", "seed", "code")  # what a run is known by
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
 QUANTILES = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
@@ -97,10 +99,6 @@ class Command(NamedTuple):
         """A hash of train.py with the files beside it, of the module, and of what draws worlds."""
         core = self.file.parent if len(self.program) == 1 else Path()
         return hash_of({*core.glob("*.py"), self.file, DRAWING})
-
-    def key(self):
-        """The values of KEY."""
-        return self.text(), self.rate, self.seed, self.code()
 
     def world(self):
         """The folder of its world, which holds a folder scenes. It is drawn if it is not there."""
@@ -216,51 +214,77 @@ def scores_of(row):
 # Many runs
 
 
-class Side(NamedTuple):
-    """What was run of one command of an experiment."""
-
-    command: Command  # at its rate
-    tried: dict  # learning rate: its runs, one for each seed that chooses. {} without a search
-    runs: list  # one for each seed that is scored
-
-    def seconds(self):
-        """The time of its fastest run that has not diverged, as a text: others may have had a busy
-        neighbour."""
-        times = [run["seconds"] for run in self.runs if run["scores"]]
-        return f"{min(times, default=0):.0f}"
+class NotRun(Exception):
+    """Something was asked for that has no run yet."""
 
 
 class Study:
-    """Finished runs, and how to make others."""
+    """Finished runs by key, and those that are wanted."""
 
-    def __init__(self, jobs, path):
-        """jobs: runs at a time; path: the file of runs, which grows."""
-        self.jobs = jobs
+    def __init__(self, path, any_code=False):
+        """path: the file of runs, which grows; any_code: find runs of other code, too."""
         self.path = path
-        self.runs = {}
+        self.any_code = any_code
+        self.runs = {}  # of equal ones the newest
+        self.wanted = []  # commands
         path.touch()
         for line in open(path):
             self.add(json.loads(line))
 
     def add(self, run):
-        self.runs[tuple(run[name] for name in KEY)] = run
+        code = None if self.any_code else run["code"]
+        self.runs[run["command"], run["rate"], run["seed"], code] = run
+
+    def key(self, command):
+        code = None if self.any_code else command.code()
+        return command.text(), command.rate, command.seed, code
+
+    def find(self, commands):
+        """The runs of commands. Those without one become wanted, and then this raises NotRun."""
+        missing = [command for command in commands if self.key(command) not in self.runs]
+        if missing:
+            self.wanted += missing
+            raise NotRun
+        return [self.runs[self.key(command)] for command in commands]
+
+    def search(self, command, rates, seeds):
+        """Learning rates of a command -> {rate: its runs, one for each seed}, the lowest first."""
+        tasks = [command.at(rate, seed) for rate in sorted(rates) for seed in seeds]
+        tried = {}
+        for task, run in zip(tasks, self.find(tasks)):
+            tried.setdefault(task.rate, []).append(run)
+        return tried
+
+    def answer(self, questions, jobs):
+        """Calls functions that find runs, and runs what they want, so many at a time, until they
+        find it. Returns their answers."""
+        while True:
+            self.wanted = []
+            answers = []
+            for question in questions:
+                with suppress(NotRun):
+                    answers.append(question())
+            if not self.wanted:
+                return answers
+            self.work(self.wanted, jobs)
 
     def run(self, command):
         """Run a command. Returns its run."""
-        key = command.key()
+        code = command.code()
         with tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve()) as out_dir:
             found = train_and_score(command, out_dir)
-        check(command.key() == key, f"{command}: its code has changed meanwhile")
-        return {**dict(zip(KEY, key)), **found}
+        check(command.code() == code, f"{command}: its code has changed meanwhile")
+        key = {"command": command.text(), "rate": command.rate, "seed": command.seed, "code": code}
+        return {**key, **found}
 
-    def work(self, commands):
-        """Run those commands that have no run yet, and keep each run as it ends."""
-        todo = [command for command in commands if command.key() not in self.runs]
-        todo.sort(key=lambda command: (command.seed, command.rate))  # a busy hour slows both sides
+    def work(self, commands, jobs):
+        """Run commands, and keep each run as it ends."""
+        todo = [*{self.key(command): command for command in commands}.values()]
+        todo.sort(key=lambda command: (command.seed, command.rate))  # a busy hour slows all sides
         for command in todo:  # before two runs draw the same
             if command.has_world():
                 command.world()
-        pool = ThreadPool(self.jobs)
+        pool = ThreadPool(jobs)
         try:
             for n, run in enumerate(pool.imap_unordered(self.run, todo), 1):
                 self.add(run)
@@ -276,31 +300,31 @@ class Study:
                 process.terminate()
             pool.join()
 
-    def find(self, commands):
-        """The runs of commands that have one."""
-        return [self.runs[command.key()] for command in commands]
 
-    def experiment(self, args):
-        """Run what is missing of an experiment with these options. Returns its two Sides."""
-        commands = [read_command(text, args.common) for text in (args.a, args.b)]
-        searches = []  # of each command {rate: its commands}
-        for command in commands:
-            factors = []
-            if args.rates is not None and not command.has_rate:
-                factors = args.rates or FACTORS
-            seeds = range(args.search_seeds)
-            tried = [[command.at(command.rate * f, seed) for seed in seeds] for f in factors]
-            searches.append({tasks[0].rate: tasks for tasks in tried})
-        self.work([task for search in searches for tasks in search.values() for task in tasks])
-        searches = [{rate: self.find(x) for rate, x in search.items()} for search in searches]
+class Side(NamedTuple):
+    """What was run of one command of an experiment."""
 
-        scored = []
-        for command, tried in zip(commands, searches):
-            rate = best_rate(tried) if tried else command.rate
-            seeds = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
-            scored.append([command.at(rate, seed) for seed in seeds])
-        self.work([*scored[0], *scored[1]])
-        return [Side(x[0], tried, self.find(x)) for x, tried in zip(scored, searches)]
+    command: Command  # at its rate
+    tried: dict  # learning rate: its runs, one for each seed that chooses. {} without a search
+    runs: list  # one for each seed that is scored
+
+    def seconds(self):
+        """The time of its fastest run that has not diverged, as a text: others may have had a busy
+        neighbour."""
+        times = [run["seconds"] for run in self.runs if run["scores"]]
+        return f"{min(times, default=0):.0f}"
+
+
+def side_of(study, text, args):
+    """One side of an experiment with these options. Raises NotRun."""
+    command = read_command(text, args.common)
+    tried = {}
+    if args.rates is not None and not command.has_rate:
+        rates = [command.rate * factor for factor in args.rates or FACTORS]
+        tried = study.search(command, rates, range(args.search_seeds))
+        command = command.at(choose(goals_of(tried), command.rate))
+    seeds = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
+    return Side(command, tried, study.find([command.at(command.rate, seed) for seed in seeds]))
 
 
 # -----------------------------------------------------------------------------
@@ -321,38 +345,38 @@ def goal(run):
     return mean([value_of(run, name) for name in names] or [0.0])
 
 
-def goals_of(tried):
-    """{rate: its runs} -> {rate: what it is judged by}, the lowest rate first."""
-    return {rate: mean(map(goal, tried[rate])) for rate in sorted(tried)}
+def goals_of(tried, goal=goal):
+    """{rate: its runs} -> {rate: what it is judged by, in percent}."""
+    return {rate: mean(map(goal, runs)) for rate, runs in tried.items()}
 
 
-def best_rate(tried):
-    """The best of the rates {rate: its runs}. Of equal ones it is the lowest."""
-    goals = goals_of(tried)
-    return max(goals, key=goals.get)
+def choose(goals, default):
+    """The default rate if it is within a point of the best one, else the lowest one that is."""
+    good = [rate for rate, value in goals.items() if value >= max(goals.values()) - 1]
+    return default if default in good else min(good)
 
 
-def rates_text(tried):
-    """What each rate that was tried is judged by."""
-    goals = goals_of(tried)
-    texts = {rate: f"{rate:.2e}: {value:.1f}" for rate, value in goals.items()}
-    best = best_rate(tried)
-    texts[best] += ", chosen"
-    if best in (min(goals), max(goals)):
-        texts[best] += " (an end: a better one may lie beyond)"
-    return "; ".join(texts.values())
+def is_end(goals):
+    """Is the best rate the lowest or the highest one, so that a better one may lie beyond?"""
+    return max(goals, key=goals.get) in (min(goals), max(goals))
 
 
-def interval(differences, digits=1):
-    """The mean of some differences, one for each seed, and half of its 95 % interval, as a text. It
-    is in bold if the interval excludes 0, but never with two seeds, and never if the differences
-    are all the same: scores are coarse, so that happens by chance."""
+def interval(differences, quantile=None, overlap=0.0):
+    """The mean of some differences, one for each seed, and half of its interval. quantile: that of
+    Student's t, by default for 95 %; overlap: what adds to 1/n where seeds share data."""
     n = len(differences)
-    middle = mean(differences)
+    if quantile is None:
+        quantile = QUANTILES[n - 2]
     sd = torch.tensor(differences).std().item()  # NaN if a run has no loss
-    half = QUANTILES[n - 2] * sd / n**0.5
+    return mean(differences), quantile * sd * (1 / n + overlap) ** 0.5
+
+
+def interval_text(differences, digits=1):
+    """The interval as a text. It is in bold if it excludes 0, but never with two seeds, and never
+    if the differences are all the same: scores are coarse, so that happens by chance."""
+    middle, half = interval(differences)
     text = f"{middle:+.{digits}f} ± {half:.{digits}f}"
-    excludes_zero = n >= 3 and half > 0 and abs(middle) > half
+    excludes_zero = len(differences) >= 3 and half > 0 and abs(middle) > half
     return f"**{text}**" if excludes_zero else text
 
 
@@ -360,7 +384,7 @@ def cell(sides, name):
     """Both means of a score, and the interval of their difference b - a, as a text."""
     digits = 3 if name == "loss" else 1
     a, b = [[value_of(run, name) for run in side.runs] for side in sides]
-    gain = interval([y - x for x, y in zip(a, b)], digits)
+    gain = interval_text([y - x for x, y in zip(a, b)], digits)
     return f"{mean(a):.{digits}f} -> {mean(b):.{digits}f}, {gain}"
 
 
@@ -372,7 +396,10 @@ def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text()}, at a learning rate of {side.command.rate:.3g}")
         if side.tried:
-            print("tried:", rates_text(side.tried))
+            goals = goals_of(side.tried)
+            print("tried:", ", ".join(f"{rate:.3g}: {value:.1f}" for rate, value in goals.items()))
+            if is_end(goals):
+                print("The best of them is an end: a better one may lie beyond.")
         diverged = sum(not run["scores"] for run in side.runs)
         if diverged:
             print(f"{diverged} of its {len(side.runs)} runs have diverged, and score 0.")
@@ -400,22 +427,26 @@ def make_options():
     text = f"seeds that choose a rate (default {FIRST_SCORED})"
     add("--search_seeds", type=number(int, 1, FIRST_SCORED), default=FIRST_SCORED, help=text)
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
-    add("--jobs", type=number(int, 1), help=text)
+    add("--jobs", type=number(int, 1), default=default_jobs(), help=text)
     return parser
 
 
-def open_study(jobs, path):
-    """A study that draws its worlds in OUT. A kill ends its runs as Ctrl-C does."""
+def default_jobs():
+    return 1 if torch.cuda.is_available() else cores()
+
+
+def open_study():
+    """The study in OUT, where worlds are drawn, too. A kill ends its runs as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     OUT.mkdir(exist_ok=True)
-    if jobs is None:
-        jobs = 1 if torch.cuda.is_available() else cores()
-    return Study(jobs, path)
+    return Study(OUT / "runs.jsonl")
 
 
 def main(argv):
     args = make_options().parse_args(argv)
-    print_sides(open_study(args.jobs, OUT / "runs.jsonl").experiment(args))
+    study = open_study()
+    questions = [partial(side_of, study, text, args) for text in (args.a, args.b)]
+    print_sides(study.answer(questions, args.jobs))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ and never taken for runs of other code, and the page is what the runs say."""
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import superclip
 import train
 from cli import InputError
 from eval import DIVERGED
-from study import compare, no_idf, plan, shop, shuffled
+from scripts import scenes
+from study import compare, fast_tower, mean_patches, no_idf, plan, shop, shuffled, some_words
 from study.compare import Side, Study, read_command
+from tokenizer import Tokenizer
 
 CLIP = read_command("train.py --cls_weight 0")
 
@@ -25,6 +28,10 @@ def run_of(**values):
     """What a run keeps of its log, with these scores in percent."""
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
     return {"scores": scores, "loss": 1.0, "seconds": 1.0, "commit": "abc"}
+
+
+def is_bold(text):
+    return "**" in text
 
 
 # ---- differences
@@ -39,12 +46,12 @@ def test_an_interval_is_students_and_pairs_seeds():
 
 
 @pytest.mark.parametrize(
-    ("differences", "is_bold"),
+    ("differences", "excludes_0"),
     [([2.0, 2.1, 2.2], True), ([-1.0, 0.0, 1.1], False), ([2.0, 2.1], False), ([-0.5] * 3, False)],
     ids=["three that agree", "around 0", "two seeds", "no spread"],
 )
-def test_an_interval_is_bold_if_three_seeds_or_more_exclude_0(differences, is_bold):
-    assert ("**" in compare.interval(differences)) == is_bold
+def test_an_interval_is_bold_if_three_seeds_or_more_exclude_0(differences, excludes_0):
+    assert is_bold(compare.interval_text(differences)) == excludes_0
 
 
 def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
@@ -61,16 +68,31 @@ def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
 # ---- the search for a learning rate
 
 
-@pytest.mark.parametrize("values, is_end", [("123", True), ("321", True), ("132", False)])
-def test_a_best_rate_that_is_an_end_is_said_to_be_one(values, is_end):
-    tried = {rate: [run_of(x=int(value))] for rate, value in enumerate(values)}
+# {rate: percent}, and the rate that is taken if the default is 4
+CHOICES = {
+    "the default is within a point of the best": ({2: 90.9, 4: 90.0, 8: 89.0}, 4),
+    "it is not, and the lowest is": ({2: 90.1, 4: 89.0, 8: 91.0}, 2),
+    "the default was not tried": ({1: 20.0, 2: 25.0}, 2),
+}
 
-    assert ("end" in compare.rates_text(tried)) == is_end
+
+@pytest.mark.parametrize("goals, rate", CHOICES.values(), ids=CHOICES)
+def test_the_default_rate_is_taken_if_it_is_about_as_good_as_the_best(goals, rate):
+    assert compare.choose(goals, 4) == rate
+
+
+@pytest.mark.parametrize("values, is_end", [("123", True), ("321", True), ("132", False)])
+def test_a_best_rate_may_be_an_end(values, is_end):
+    assert compare.is_end({rate: int(value) for rate, value in enumerate(values)}) == is_end
+
+
+SCORES = ("colour", "shape", "colour_shape", "held_out", "R@1")
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Runs and worlds are made up. A run tells its world, and the best rate is 2e-4."""
+    """Runs and worlds are made up. A run tells its world. The best rate is 2e-4, and one of half as
+    much or twice as much scores ten points less."""
     monkeypatch.setattr(compare, "OUT", tmp_path)
 
     def make_scenes(folder, seed):
@@ -78,8 +100,8 @@ def pretend(monkeypatch, tmp_path):
         (folder / "drawn").write_text(f"seed {seed}")
 
     def train_and_score(command, out_dir):
-        value = 70 - abs(math.log2(command.rate / 2e-4))
-        run = run_of(**dict.fromkeys(plan.SCORES, value))
+        value = 70 - 10 * abs(math.log2(command.rate / 2e-4))
+        run = run_of(**dict.fromkeys(SCORES, value))
         return {**run, "drawn": (command.world() / "scenes" / "drawn").read_text()}
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
@@ -89,7 +111,8 @@ def pretend(monkeypatch, tmp_path):
 def experiment(folder, a, b, *options):
     """The sides of an experiment."""
     args = compare.make_options().parse_args(["--a", a, "--b", b, *options])
-    return Study(2, folder / "runs.jsonl").experiment(args)
+    study = Study(folder / "runs.jsonl")
+    return study.answer([partial(compare.side_of, study, text, args) for text in (a, b)], 2)
 
 
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
@@ -114,15 +137,11 @@ def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
     assert [*b.tried, b.command.rate] == pytest.approx([1e-3, 2e-3, 1e-3])
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["", "--cls_weight 0", "--cls_weight=0 --batch_size 8 --my_weight 1", "--train_data x.tar"],
-)
+@pytest.mark.parametrize("options", ["--cls_weight=0 --my_weight 1", "--init_from=x.pt"])
 def test_a_command_has_the_learning_rate_that_train_py_gives_it(options):
     command = read_command(f"train.py {options}")
 
-    known = options.replace("=", " ").replace("--my_weight 1", "").split()
-    assert command.rate == train.parse(known).learning_rate
+    assert command.rate == train.parse(options.split()[:1]).learning_rate
 
 
 @pytest.mark.parametrize("text", ["", "-m", "train.py 'x", "train.py --seed 3", "no/train.py"])
@@ -285,6 +304,8 @@ def model(monkeypatch):
     for owner, name in (
         (superclip, "classification_loss"),
         (superclip, "idf"),
+        (superclip.SuperCLIP, "image_features"),
+        (train, "make_optimizer"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     return small_model(vocab_size=6)
@@ -315,6 +336,48 @@ def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
 
     found = model(images, CAPTIONS)["classification_loss"]
     torch.testing.assert_close(found, sum(losses) / 3)
+
+
+@pytest.mark.parametrize("kind, caption", [("colours", "red pink"), ("shapes", "star heart")])
+def test_a_head_that_hears_some_words_is_asked_for_no_others(model, kind, caption):
+    """Its loss is that of a caption that has no other words."""
+    words = Tokenizer(scenes.vocabulary())
+    whole, part = words(["a red star and a pink heart on plain teal", caption], 16).split(1)
+    logits = torch.rand(1, words.vocab_size)
+    weights = torch.ones(words.vocab_size)
+    weights[superclip.PAD] = 0.0
+    weights[-2:] = 0.0
+    expected = superclip.classification_loss(logits, part, weights)
+
+    some_words.main(["--hears", kind])
+
+    assert superclip.classification_loss(logits, whole, weights) == expected
+
+
+def test_a_feature_can_be_the_mean_of_the_patches(model):
+    images = torch.rand(2, 3, 16, 16)
+    tokens = model.visual(images)
+    patches = [tokens[:, i] @ model.visual.proj for i in range(1, tokens.shape[1])]
+
+    mean_patches.main([])
+
+    found = model.encode_image(images, normalize=False)
+    torch.testing.assert_close(found, sum(patches) / len(patches))
+
+
+def test_a_fast_image_tower_has_twice_the_rate_and_the_same_decay(model):
+    usual = train.make_optimizer(model, 1e-3, 0.2)
+    expected = {}
+    tower = {*model.visual.parameters()}
+    for group in usual.param_groups:
+        for p in group["params"]:
+            expected[p] = group["peak"] * (2 if p in tower else 1), group["weight_decay"]
+
+    fast_tower.main([])
+
+    groups = train.make_optimizer(model, 1e-3, 0.2).param_groups
+    found = {p: (group["peak"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found == expected
 
 
 def test_a_comparison_trains_both_variants_and_prints_every_score(
@@ -393,44 +456,96 @@ def test_a_split_has_a_folder_for_each_type(products, monkeypatch, tmp_path):
 # ---- the plan and its page
 
 
-def test_a_row_that_is_named_is_run(pretend, monkeypatch, tmp_path):
-    for name in ("RESULTS", "RUNS"):
+def study_of(folder, *runs):
+    """A study of runs that are made up. A run: its arm, rate and seed, and scores by name."""
+    study = Study(folder / "runs.jsonl", any_code=True)
+    for name, rate, seed, scores in runs:
+        command = read_command(plan.ARMS[name].command).text()
+        study.add({"command": command, "rate": rate, "seed": seed, **run_of(**scores)})
+    return study
+
+
+def searched(rates, score):
+    """Runs of the seeds that choose the rate of A24/S: {rate: its score in percent}."""
+    return [("A24/S", rate, seed, {score: x}) for rate, x in rates.items() for seed in range(3)]
+
+
+SEARCHES = {  # {rate: percent}, and what is tried next, or None if the search has ended
+    "the best lies inside": ({2.5e-4: 50, 5e-4: 60, 1e-3: 40}, None),
+    "the best is the lowest": ({2.5e-4: 60, 5e-4: 50, 1e-3: 40}, 1.25e-4),
+    "the best is the highest": ({2.5e-4: 40, 5e-4: 50, 1e-3: 60}, 2e-3),
+    "a bound is reached": ({2.5e-4: 0, 5e-4: 10, 1e-3: 20, 2e-3: 30, 4e-3: 40}, None),
+}
+
+
+@pytest.mark.parametrize("score", ["colour_shape", "R@1"])
+@pytest.mark.parametrize("rates, beyond", SEARCHES.values(), ids=SEARCHES)
+def test_a_search_goes_on_until_the_best_rate_lies_inside(tmp_path, rates, beyond, score):
+    """R@1 judges if no rate names anything."""
+    study = study_of(tmp_path, *searched(rates, score))
+
+    try:
+        goals = plan.search(study, "A24/S")
+    except compare.NotRun:
+        assert {command.rate for command in study.wanted} == {beyond}
+    else:
+        assert beyond is None
+        assert goals == rates
+
+
+def test_a_row_is_searched_and_then_scored(pretend, tmp_path):
+    """The best rate is between 1.25e-4 and 2.5e-4, where a search from 5e-4 arrives."""
+    plan.main(["--run", "A24/S"])
+
+    runs = [json.loads(line) for line in open(compare.OUT / "runs.jsonl")]
+    chosen = {run["seed"] for run in runs if run["rate"] == 2.5e-4}
+    assert chosen == {0, 1, 2, *range(15, 25)}
+    assert {run["rate"] for run in runs if run["seed"] < 3} == {1.25e-4, 2.5e-4, 5e-4, 1e-3}
+
+
+def test_only_a_primary_question_is_bold_and_its_interval_is_wider(tmp_path):
+    """Ten seeds of one row, with differences whose mean is 10 and whose standard deviation is 3."""
+    runs = []
+    for row in ("D6", "A24"):
+        for arm, base in (("C", 20), ("S", 30)):
+            for rate in (2.5e-4, 5e-4, 1e-3):
+                for seed in range(3):
+                    value = base if rate == 5e-4 else 0
+                    runs.append((f"{row}/{arm}", rate, seed, dict(type=value, colour_shape=value)))
+            for seed in range(15, 25):
+                extra = 3 * 0.9**0.5 * (-1) ** seed if arm == "S" else 0
+                value = base + extra
+                runs.append((f"{row}/{arm}", 5e-4, seed, dict(type=value, colour_shape=value)))
+    study = study_of(tmp_path, *runs)
+
+    primary = plan.gain(study, "D6/S", "D6/C", "type")
+    other = plan.gain(study, "A24/S", "A24/C", "colour_shape")
+
+    # 3.36 * 3 * sqrt(1/10 + 2,000/24,000), and 2.262 * 3 / sqrt(10)
+    assert (primary, other) == ("**+10.0 ± 4.3**", "+10.0 ± 2.1")
+
+
+def test_runs_of_two_commits_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "RUNS", tmp_path / "runs.jsonl")
+    key = {"command": "train.py", "rate": 5e-4, "code": ""}
+    lines = [{**key, "seed": seed, **run_of(), "commit": f"c{seed}"} for seed in (0, 1)]
+    plan.RUNS.write_text("\n".join(map(json.dumps, lines)))
+
+    with pytest.raises(InputError, match="commits"):
+        plan.main([])
+
+
+def test_the_pages_are_what_the_published_runs_say(monkeypatch, tmp_path):
+    """They are, if they come back after all cells but the first of each line were emptied."""
+    published = {}
+    for name in ("RESULTS", "RATES"):
+        text = getattr(plan, name).read_text()
+        published[tmp_path / name] = text
         monkeypatch.setattr(plan, name, tmp_path / name)
-        (tmp_path / name).touch()
-
-    plan.main(["batch32"])
-
-    assert "| batch 32 | 1.75e-04 / 3.50e-04 |" in plan.RESULTS.read_text()
-
-
-def best_rates(name):
-    searches = plan.searches_of(Study(1, plan.RUNS), name)
-    return [compare.best_rate(tried) if tried else None for tried in searches]
-
-
-@pytest.mark.parametrize("name", [name for name in plan.ROWS if not name.endswith("_head")])
-def test_a_row_names_the_best_rates_of_the_searches(name):
-    """The rate of a control, for which none was searched, is that of the other side."""
-    _, _, a, _, b = plan.ROWS[name]
-    best_a, best_b = best_rates(name)
-
-    assert (a, b) == (best_a or b, best_b)
-
-
-@pytest.mark.parametrize("name", [name for name in plan.ROWS if name.endswith("_head")])
-def test_the_head_alone_is_shown_at_the_best_rate_of_clip(name):
-    _, _, a, _, b = plan.ROWS[name]
-
-    assert a == b == best_rates(name)[0]
-
-
-def test_the_page_is_what_the_published_runs_say(monkeypatch, tmp_path):
-    """It is, if it comes back after the last score of each line was replaced."""
-    published = plan.RESULTS.read_text()
-    monkeypatch.setattr(compare, "OUT", tmp_path)
-    monkeypatch.setattr(plan, "RESULTS", tmp_path / "results.md")
-    plan.RESULTS.write_text(re.sub(r"^(\|.*±) [\d.]+", r"\1 0", published, flags=re.M))
+        labels = "|".join(re.escape(line[0]) for line in [*plan.LINES, *plan.ARMS.items()])
+        (tmp_path / name).write_text(re.sub(rf"^(\| (?:{labels}) \|).*", r"\1", text, flags=re.M))
 
     plan.main([])
 
-    assert plan.RESULTS.read_text() == published
+    for path, text in published.items():
+        assert path.read_text() == text

@@ -1,0 +1,39 @@
+"""A head that hears only the words for the colours of objects, or only those for their shapes:
+
+    python -m study.some_words --hears colours [options of train.py]
+
+The two heads are alike in everything but the words. So if one model names colours better and the
+other one shapes, it is the words that decide. No cloth and no border of the built-in scenes has a
+name of these. Captions are counted as always, and one without any of the words adds no loss.
+"""
+
+import torch
+
+import superclip
+import train
+from cli import make_parser, run_command
+from scripts import scenes
+from tokenizer import Tokenizer
+
+WORDS = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES}
+all_words = superclip.classification_loss
+
+
+def main(argv):
+    parser = make_parser(__doc__)
+    parser.add_argument("--hears", choices=WORDS, required=True, help="kind of words")
+    args, options = parser.parse_known_args(argv)
+    tokenizer = Tokenizer(scenes.vocabulary())
+    heard = torch.zeros(tokenizer.vocab_size)
+    heard[tokenizer.encode(" ".join(WORDS[args.hears]))] = 1.0
+
+    def some_words(logits, label_tokens, token_weights):
+        """What superclip.classification_loss returns, if all other words weigh nothing."""
+        return all_words(logits, label_tokens, token_weights * heard.to(token_weights.device))
+
+    superclip.classification_loss = some_words
+    return train.main(options)
+
+
+if __name__ == "__main__":
+    run_command(main)
