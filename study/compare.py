@@ -30,7 +30,6 @@ changes.
 import argparse
 import hashlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -42,13 +41,13 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
 
 import train
-from cli import InputError, check, cores, make_parser, number, run_command
+from cli import check, cores, make_parser, number, run_command
 from eval import DIVERGED
 from runtime import read_log, short_names
 from scripts.scenes import make_scenes
@@ -130,14 +129,11 @@ def default_rate(options):
 
 def read_command(text, common=""):
     """A command line, and the options that it shares with another one -> a Command."""
-    try:
-        words = shlex.split(f"{text} {common}")
-    except ValueError as error:  # a quote is left open
-        raise InputError(f"{text!r} is no command line: {error}") from error
-    n = 2 if words[:1] == ["-m"] else 1
-    check(len(words) >= n, f'{text!r} is no command: give one such as "train.py"')
+    words = shlex.split(f"{text} {common}")
+    n = 1
     file = Path(words[0])
-    if n == 2:
+    if words[0] == "-m":
+        n = 2
         file = Path(words[1].replace(".", "/") + ".py")
     check(file.is_file(), f"{text!r}: there is no program {file}")
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -190,24 +186,22 @@ def train_and_score(command, out_dir):
     check(not error or DIVERGED in error, f"{command}: {error}")
     header, rows = read_log(f"{out_dir}/log.jsonl")
     facts = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
-    run = {"scores": {}, "loss": None, "seconds": seconds, **facts}
+    scores = {}
     if not error:
-        run |= scores_of(rows[-1])  # a run ends with a validation
-        has_score = len(run["scores"]) > 0
-        check(has_score, f"{command}: nothing is scored without --val_data or --zeroshot_data")
-    return run
+        scores = scores_of(rows[-1])  # a run ends with a validation
+        check(scores, f"{command}: nothing is scored without --val_data or --zeroshot_data")
+    return {"scores": scores, "seconds": seconds, **facts}
 
 
 def scores_of(row):
-    """What a run keeps of a validation, a row of a log: scores by name, where R@k is the mean of
-    both ways, and the loss."""
+    """The scores of a validation, a row of a log, by name. R@k is the mean of both ways."""
     names = short_names(row["zeroshot"])
     scores = {names[folder]: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
     for name, score in ways.get("image_to_text", {}).items():
         value = mean(way[name]["value"] for way in ways.values())
         scores[name] = {"value": value, "chance": score["chance"]}
-    return {"scores": scores, "loss": row.get("val_contrastive_loss")}
+    return scores
 
 
 # -----------------------------------------------------------------------------
@@ -308,12 +302,6 @@ class Side(NamedTuple):
     tried: dict  # learning rate: its runs, one for each seed that chooses. {} without a search
     runs: list  # one for each seed that is scored
 
-    def seconds(self):
-        """The time of its fastest run that has not diverged, as a text: others may have had a busy
-        neighbour."""
-        times = [run["seconds"] for run in self.runs if run["scores"]]
-        return f"{min(times, default=0):.0f}"
-
 
 def side_of(study, text, args):
     """One side of an experiment with these options. Raises NotRun."""
@@ -321,7 +309,7 @@ def side_of(study, text, args):
     tried = {}
     if args.rates is not None and not command.has_rate:
         rates = [command.rate * factor for factor in args.rates or FACTORS]
-        tried = study.search(command, rates, range(args.search_seeds))
+        tried = study.search(command, rates, range(FIRST_SCORED))
         command = command.at(choose(goals_of(tried), command.rate))
     seeds = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
     return Side(command, tried, study.find([command.at(command.rate, seed) for seed in seeds]))
@@ -332,10 +320,7 @@ def side_of(study, text, args):
 
 
 def value_of(run, name):
-    """A score of a run. One that it does not have, as after it has diverged, is 0. The loss is the
-    only one that is not in percent."""
-    if name == "loss":
-        return run.get("loss") or math.nan
+    """A score of a run in percent. One that it does not have, as after it has diverged, is 0."""
     return 100 * run["scores"].get(name, {"value": 0.0})["value"]
 
 
@@ -367,25 +352,14 @@ def interval(differences, quantile=None, overlap=0.0):
     n = len(differences)
     if quantile is None:
         quantile = QUANTILES[n - 2]
-    sd = torch.tensor(differences).std().item()  # NaN if a run has no loss
-    return mean(differences), quantile * sd * (1 / n + overlap) ** 0.5
-
-
-def interval_text(differences, digits=1):
-    """The interval as a text. It is in bold if it excludes 0, but never with two seeds, and never
-    if the differences are all the same: scores are coarse, so that happens by chance."""
-    middle, half = interval(differences)
-    text = f"{middle:+.{digits}f} ± {half:.{digits}f}"
-    excludes_zero = len(differences) >= 3 and half > 0 and abs(middle) > half
-    return f"**{text}**" if excludes_zero else text
+    return mean(differences), quantile * stdev(differences) * (1 / n + overlap) ** 0.5
 
 
 def cell(sides, name):
     """Both means of a score, and the interval of their difference b - a, as a text."""
-    digits = 3 if name == "loss" else 1
     a, b = [[value_of(run, name) for run in side.runs] for side in sides]
-    gain = interval_text([y - x for x, y in zip(a, b)], digits)
-    return f"{mean(a):.{digits}f} -> {mean(b):.{digits}f}, {gain}"
+    middle, half = interval([y - x for x, y in zip(a, b)])
+    return f"{mean(a):.1f} -> {mean(b):.1f}, {middle:+.1f} ± {half:.1f}"
 
 
 # -----------------------------------------------------------------------------
@@ -403,14 +377,11 @@ def print_sides(sides):
         diverged = sum(not run["scores"] for run in side.runs)
         if diverged:
             print(f"{diverged} of its {len(side.runs)} runs have diverged, and score 0.")
-    print("\nin percent, a -> b, and b - a with its 95 % interval: ** marks one that excludes 0,")
-    print("as one in twenty does by chance\n")
+    print("\nin percent: a -> b, and b - a with its 95 % interval\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs), key=len)
     for name, score in scores.items():
         print(f"{name:14s}{cell(sides, name):36s} chance {100 * score['chance']:.1f}")
-    print(f"{'loss':14s}{cell(sides, 'loss')}")
-    print("seconds       {} -> {}".format(*map(Side.seconds, sides)))
 
 
 def make_options():
@@ -424,8 +395,6 @@ def make_options():
     add("--seeds", type=number(int, 2, 20), default=5, help=text)
     text = "search the rate of each command that names none, at these factors of its default"
     add("--rates", type=number(float, 0), nargs="*", metavar="FACTOR", help=text)
-    text = f"seeds that choose a rate (default {FIRST_SCORED})"
-    add("--search_seeds", type=number(int, 1, FIRST_SCORED), default=FIRST_SCORED, help=text)
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
     add("--jobs", type=number(int, 1), default=default_jobs(), help=text)
     return parser

@@ -34,15 +34,11 @@ RATE_BOUNDS = 3e-5, 4e-3
 # Splits of the photographs share pairs, so their variance is larger (Nadeau and Bengio), by the
 # pairs validated on over those trained on.
 SHOP_OVERLAP = 2_000 / 24_000
-# The primary questions, as b, a and a score. Their intervals are Bonferroni's for six, 99.17 %.
+# The primary questions. Their intervals are Bonferroni's for six, 99.17 %.
 PRIMARY = {
-    ("A32/S", "A32/C", "colour_shape"),
-    ("B32/S", "B32/C", "colour_shape"),
-    ("A32/S", "A32/W", "colour_shape"),
-    ("B32/S", "B32/W", "colour_shape"),
-    ("D6/S", "D6/C", "type"),
-    ("heads/colours", "heads/shapes", "colour - shape"),
-}
+    "A32/S - A32/C", "B32/S - B32/C", "A32/S - A32/W", "B32/S - B32/W", "type: D6/S - D6/C",
+    "colour - shape: heads/colours - heads/shapes",
+}  # fmt: skip
 PRIMARY_QUANTILES = {10: 3.36, 15: 3.07}  # Student's t of so many differences
 
 # -----------------------------------------------------------------------------
@@ -140,7 +136,8 @@ def runs_of(study, name):
 
 
 # -----------------------------------------------------------------------------
-# Cells of a line
+# The pages. A cell is a formula: "rate A32/S", "R@1: A32/S" or "R@1: A32/S - A32/C". One that names
+# no score is about colour + shape.
 
 
 def values_of(study, name, score):
@@ -154,111 +151,89 @@ def values_of(study, name, score):
     return values
 
 
-def rates(study, *names):
-    return " / ".join(f"{rate_of(study, name):.3g}" for name in names)
+def cell(study, formula):
+    """What a formula says, as a text. Raises compare.NotRun.
 
-
-def level(study, name, score):
-    return f"{mean(values_of(study, name, score).values()):.1f}"
-
-
-def gain(study, b, a, score):
-    """b - a: the mean of the seeds that both have, and half of its interval. Only that of a primary
-    question may be bold, which says that it excludes 0."""
-    is_primary = (b, a, score) in PRIMARY
-    left, right = values_of(study, b, score), values_of(study, a, score)
+    A difference is the mean over the seeds that both arms have, and half of its interval. Only one
+    that answers a primary question may be bold, which says that its interval excludes 0.
+    """
+    if formula.startswith("rate "):
+        return f"{rate_of(study, formula.removeprefix('rate ')):.3g}"
+    score, _, arms = formula.rpartition(": ")
+    b, _, a = arms.partition(" - ")
+    left = values_of(study, b, score or "colour_shape")
+    if not a:
+        return f"{mean(left.values()):.1f}"
+    right = values_of(study, a, score or "colour_shape")
     differences = [left[seed] - right[seed] for seed in left if seed in right]
-    quantile = PRIMARY_QUANTILES[len(differences)] if is_primary else None
+    quantile = PRIMARY_QUANTILES[len(differences)] if formula in PRIMARY else None
     overlap = SHOP_OVERLAP if b.startswith("D") else 0.0
     middle, half = compare.interval(differences, quantile, overlap)
     text = f"{middle:+.1f} ± {half:.1f}"
-    return f"**{text}**" if is_primary and abs(middle) > half else text
-
-
-# -----------------------------------------------------------------------------
-# Lines of the pages
-
-
-def sooner(study, row):
-    C, W, S = [f"{row}/{arm}" for arm in "CWS"]
-    levels = [level(study, name, "colour_shape") for name in (C, W, S)]
-    gains = [gain(study, S, name, "colour_shape") for name in (C, W)]
-    others = [gain(study, S, C, score) for score in ("R@1", "held_out")]
-    return [rates(study, C, W, S), *levels, *gains, *others]
-
-
-def gains(study, b, a, *scores):
-    return [gain(study, b, a, score) for score in scores]
-
-
-def head(study, name):
-    return [level(study, name, score) for score in ("colour", "shape", "colour - shape")]
-
-
-def change(study, name, *pairs):
-    cells = [rates(study, name), level(study, name, "colour_shape")]
-    for b, a in pairs:
-        cells += gains(study, b, a, "colour_shape", "R@1")
-    return cells
-
-
-def photographs(study, row, arms):
-    names = [f"{row}/{arm}" for arm in arms]
-    cells = [rates(study, *names)]
-    for score in ("type", "R@1", "R@10"):
-        means = " -> ".join(level(study, name, score) for name in names)
-        cells.append(f"{means}, {gain(study, names[1], names[0], score)}")
-    return cells
+    return f"**{text}**" if formula in PRIMARY and abs(middle) > half else text
 
 
 def tried(study, name):
+    """What the rates were judged by that were tried for an arm, and the one that was taken."""
     goals = search(study, name)
     texts = [f"{rate:.3g}: {value:.1f}" for rate, value in goals.items()]
-    return [rates(study, name), ", ".join(texts)]
+    return f"{cell(study, f'rate {name}')} | {', '.join(texts)}"
 
 
-# Of each line its first cell, what makes the others, and its arguments
-LINES = [
-    ("mixed, 24,000", sooner, "A24"),
-    ("mixed, 32,000", sooner, "A32"),
-    ("mixed, 48,000", sooner, "A48"),
-    ("short, 24,000", sooner, "B24"),
-    ("short, 32,000", sooner, "B32"),
-    ("short, 48,000", sooner, "B48"),
-    ("mixed, 32,000, batch 8", sooner, "C8"),
-    ("mixed: S at 24,000 - C at 32,000", gains, "A24/S", "A32/C", "colour_shape", "R@1"),
-    ("mixed: S at 24,000 - C at 48,000", gains, "A24/S", "A48/C", "colour_shape", "R@1"),
-    ("short: S at 24,000 - C at 32,000", gains, "B24/S", "B32/C", "colour_shape", "R@1"),
-    ("short: S at 24,000 - C at 48,000", gains, "B24/S", "B48/C", "colour_shape", "R@1"),
-    ("colours", head, "heads/colours"),
-    ("shapes", head, "heads/shapes"),
-    ("the first - the second", gains, "heads/colours", "heads/shapes",
-     "colour", "shape", "colour - shape"),
-    ("another pair's words", change, "A32/W", ("A32/W", "A32/C"), ("A32/S", "A32/W")),
-    ("CLIP, mean of patches", change, "others/mean", ("others/mean", "A32/C"),
-     ("A32/S", "others/mean")),
-    ("CLIP, faster image tower", change, "others/tower", ("others/tower", "A32/C"),
-     ("A32/S", "others/tower")),
-    ("no IDF", change, "parts/idf", ("parts/idf", "A32/S")),
-    ("lambda 0.3", change, "parts/0.3", ("parts/0.3", "A32/S")),
-    ("lambda 3", change, "parts/3", ("parts/3", "A32/S")),
-    ("dual captions", change, "parts/dual", ("parts/dual", "B32/S")),
-    ("3 epochs", photographs, "D3", "CS"),
-    ("6 epochs", photographs, "D6", "CS"),
-    ("6 epochs, another pair's words", photographs, "D6", "WS"),
-]  # fmt: skip
+SOONER = (
+    "rate {0}/C | rate {0}/W | rate {0}/S | {0}/C | {0}/W | {0}/S | {0}/S - {0}/C | "
+    "{0}/S - {0}/W | R@1: {0}/S - {0}/C | held_out: {0}/S - {0}/C"
+)
+EARLIER = "{0} - {1} | R@1: {0} - {1}"
+HEARD = "colour: {0} | shape: {0} | colour - shape: {0}"
+OTHER = "rate {0} | {0} | {0} - A32/C | R@1: {0} - A32/C | A32/S - {0} | R@1: A32/S - {0}"
+PART = "rate {0} | {0} | {0} - {1} | R@1: {0} - {1}"
+PHOTOGRAPHS = (
+    "rate {0} | rate {1} | type: {0} | type: {1} | type: {1} - {0} | R@1: {1} - {0} | "
+    "R@10: {1} - {0}"
+)
+LINES = {
+    "mixed, 24,000": SOONER.format("A24"),
+    "mixed, 32,000": SOONER.format("A32"),
+    "mixed, 48,000": SOONER.format("A48"),
+    "short, 24,000": SOONER.format("B24"),
+    "short, 32,000": SOONER.format("B32"),
+    "short, 48,000": SOONER.format("B48"),
+    "mixed, 32,000, batch 8": SOONER.format("C8"),
+    "mixed: S at 24,000 - C at 32,000": EARLIER.format("A24/S", "A32/C"),
+    "mixed: S at 24,000 - C at 48,000": EARLIER.format("A24/S", "A48/C"),
+    "short: S at 24,000 - C at 32,000": EARLIER.format("B24/S", "B32/C"),
+    "short: S at 24,000 - C at 48,000": EARLIER.format("B24/S", "B48/C"),
+    "colours": HEARD.format("heads/colours"),
+    "shapes": HEARD.format("heads/shapes"),
+    "the first - the second": HEARD.format("heads/colours - heads/shapes"),
+    "another pair's words": OTHER.format("A32/W"),
+    "CLIP, mean of patches": OTHER.format("others/mean"),
+    "CLIP, faster image tower": OTHER.format("others/tower"),
+    "no IDF": PART.format("parts/idf", "A32/S"),
+    "lambda 0.3": PART.format("parts/0.3", "A32/S"),
+    "lambda 3": PART.format("parts/3", "A32/S"),
+    "dual captions": PART.format("parts/dual", "B32/S"),
+    "3 epochs: C, S": PHOTOGRAPHS.format("D3/C", "D3/S"),
+    "6 epochs: C, S": PHOTOGRAPHS.format("D6/C", "D6/S"),
+    "6 epochs: W, S": PHOTOGRAPHS.format("D6/W", "D6/S"),
+}
 
 
-def write_lines(study, path, lines):
+def line_of(study, formulas):
+    return " | ".join(cell(study, formula) for formula in formulas.split(" | "))
+
+
+def write_lines(study, path, make, lines):
     """Put lines of tables in the places of those that have the same first cell, or at the end of
-    the page. A line whose runs are missing says so."""
+    the page. lines: {first cell: what `make` makes the others of}. A line whose runs are missing
+    says so."""
     new = {}
-    for label, make, *args in lines:
+    for label, argument in lines.items():
         try:
-            cells = make(study, *args)
+            new[label] = f"| {label} | {make(study, argument)} |"
         except compare.NotRun:
-            cells = ["not run"]
-        new[label] = f"| {' | '.join([label, *cells])} |"
+            new[label] = f"| {label} | not run |"
     page = []
     for line in path.read_text("utf-8").splitlines():
         label = line.split("|")[1].strip() if line.startswith("|") else None
@@ -282,9 +257,9 @@ def main(argv):
         study = compare.Study(RUNS, any_code=True)  # which has changed since then
         commits = {run["commit"] for run in study.runs.values()}
         check(len(commits) <= 1, f"{RUNS} has runs of several commits: {commits}")
-        write_lines(study, RESULTS, LINES)
-        searched = [name for name in ARMS if ARMS[name].rate_of is None]
-        write_lines(study, RATES, [(name, tried, name) for name in searched])
+        write_lines(study, RESULTS, line_of, LINES)
+        searched = {name: name for name in ARMS if ARMS[name].rate_of is None}
+        write_lines(study, RATES, tried, searched)
 
 
 if __name__ == "__main__":

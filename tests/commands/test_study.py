@@ -27,11 +27,7 @@ CLIP = read_command("train.py --cls_weight 0")
 def run_of(**values):
     """What a run keeps of its log, with these scores in percent."""
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
-    return {"scores": scores, "loss": 1.0, "seconds": 1.0, "commit": "abc"}
-
-
-def is_bold(text):
-    return "**" in text
+    return {"scores": scores, "seconds": 1.0, "commit": "abc"}
 
 
 # ---- differences
@@ -45,16 +41,7 @@ def test_an_interval_is_students_and_pairs_seeds():
     assert compare.cell([a, b], "x") == "50.0 -> 52.0, +2.0 ± 2.5"
 
 
-@pytest.mark.parametrize(
-    ("differences", "excludes_0"),
-    [([2.0, 2.1, 2.2], True), ([-1.0, 0.0, 1.1], False), ([2.0, 2.1], False), ([-0.5] * 3, False)],
-    ids=["three that agree", "around 0", "two seeds", "no spread"],
-)
-def test_an_interval_is_bold_if_three_seeds_or_more_exclude_0(differences, excludes_0):
-    assert is_bold(compare.interval_text(differences)) == excludes_0
-
-
-def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
+def test_runs_that_diverged_are_counted(capsys):
     diverged = {"scores": {}, "seconds": 1.0}
     side = Side(CLIP, {}, [diverged, diverged, run_of(x=3)])
 
@@ -62,7 +49,6 @@ def test_runs_that_diverged_are_counted_and_leave_no_loss(capsys):
 
     printed = capsys.readouterr().out
     assert len(re.findall(r"\b2 of \w+ 3 .*diverged", printed)) == 2
-    assert "nan -> nan" in printed
 
 
 # ---- the search for a learning rate
@@ -117,19 +103,21 @@ def experiment(folder, a, b, *options):
 
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
     """One rate is for all of them."""
-    options = "--rates --search_seeds 2 --seeds 3".split()
+    options = "--rates --seeds 3".split()
 
     sides = experiment(tmp_path, "train.py --cls_weight 0", "train.py", *options)
 
     for side in sides:
-        assert [[run["seed"] for run in runs] for runs in side.tried.values()] == 4 * [[0, 1]]
+        assert [[run["seed"] for run in runs] for runs in side.tried.values()] == 4 * [
+            [0, 1, 2, 3, 4]
+        ]
         found = [(run["rate"], run["drawn"]) for run in side.runs]
         assert found == [(2.5e-4, f"seed {seed}") for seed in (5, 6, 7)]
 
 
 def test_a_command_that_names_its_rate_is_not_searched(pretend, tmp_path):
     """And a list of factors is tried as it is, though the best is at an end."""
-    options = "--rates 2 4 --search_seeds 1 --seeds 2".split()
+    options = "--rates 2 4 --seeds 2".split()
 
     a, b = experiment(tmp_path, "train.py --learning_rate 3e-3", "train.py", *options)
 
@@ -144,7 +132,7 @@ def test_a_command_has_the_learning_rate_that_train_py_gives_it(options):
     assert command.rate == train.parse(options.split()[:1]).learning_rate
 
 
-@pytest.mark.parametrize("text", ["", "-m", "train.py 'x", "train.py --seed 3", "no/train.py"])
+@pytest.mark.parametrize("text", ["train.py --seed 3", "no/train.py"])
 def test_what_is_no_command_is_a_sentence(text):
     with pytest.raises(InputError):
         read_command(text)
@@ -159,7 +147,7 @@ WAYS = {
     "image_to_text": {"R@1": {**SCORE, "value": 0.1}, "R@10": SCORE},
     "text_to_image": {"R@1": {**SCORE, "value": 0.3}, "R@10": SCORE},
 }
-ROW = {"step": 1, "zeroshot": {"w/x": SCORE}, "validation": WAYS, "val_contrastive_loss": 0.7}
+ROW = {"step": 1, "zeroshot": {"w/x": SCORE}, "validation": WAYS}
 
 
 @pytest.fixture
@@ -189,10 +177,10 @@ def pretend_world(monkeypatch, tmp_path):
 
 
 def test_every_score_of_a_run_is_kept():
-    run = compare.scores_of(ROW)
+    run = {"scores": compare.scores_of(ROW)}
 
-    values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x", "loss")]
-    assert values == pytest.approx([20, 50, 50, 0.7])
+    values = [compare.value_of(run, name) for name in ("R@1", "R@10", "x")]
+    assert values == pytest.approx([20, 50, 50])
     assert run["scores"]["x"] == SCORE
 
 
@@ -518,8 +506,8 @@ def test_only_a_primary_question_is_bold_and_its_interval_is_wider(tmp_path):
                 runs.append((f"{row}/{arm}", 5e-4, seed, dict(type=value, colour_shape=value)))
     study = study_of(tmp_path, *runs)
 
-    primary = plan.gain(study, "D6/S", "D6/C", "type")
-    other = plan.gain(study, "A24/S", "A24/C", "colour_shape")
+    primary = plan.cell(study, "type: D6/S - D6/C")
+    other = plan.cell(study, "A24/S - A24/C")
 
     # 3.36 * 3 * sqrt(1/10 + 2,000/24,000), and 2.262 * 3 / sqrt(10)
     assert (primary, other) == ("**+10.0 ± 4.3**", "+10.0 ± 2.1")
@@ -542,7 +530,7 @@ def test_the_pages_are_what_the_published_runs_say(monkeypatch, tmp_path):
         text = getattr(plan, name).read_text()
         published[tmp_path / name] = text
         monkeypatch.setattr(plan, name, tmp_path / name)
-        labels = "|".join(re.escape(line[0]) for line in [*plan.LINES, *plan.ARMS.items()])
+        labels = "|".join(map(re.escape, [*plan.LINES, *plan.ARMS]))
         (tmp_path / name).write_text(re.sub(rf"^(\| (?:{labels}) \|).*", r"\1", text, flags=re.M))
 
     plan.main([])
