@@ -23,7 +23,7 @@ import torch
 import eval as evaluation
 from cli import check, make_parser, output_file, run_command
 from scripts import scenes
-from scripts.page import write_page
+from scripts.page import page_text
 from tokenizer import Tokenizer, trim
 
 TEMPLATE = Path(__file__).with_name("demo_template.html")
@@ -98,7 +98,7 @@ def main(argv):
             "hole": scenes.HOLE,
         },
     }
-    write_page(args.out, TEMPLATE, content)
+    args.out.write_text(page_text(TEMPLATE, content), "utf-8")
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 

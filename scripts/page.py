@@ -4,8 +4,6 @@ template of their own. All that a page shows travels in it as one JSON object.""
 import json
 from pathlib import Path
 
-from cli import write_file
-
 START_OF_PAGE = Path(__file__).with_suffix(".html")
 PLACEHOLDER = "/* the numbers */"  # in page.html: where the JSON goes
 
@@ -16,8 +14,3 @@ def page_text(template, content):
     numbers = json.dumps(content).replace("<", "\\u003c")
     page = START_OF_PAGE.read_text("utf-8").replace(PLACEHOLDER, numbers)
     return page + template.read_text("utf-8")
-
-
-def write_page(path, template, content):
-    text = page_text(template, content)
-    write_file(path, lambda file: file.write(text.encode()))
