@@ -8,8 +8,8 @@
 
 The first command prints the best images for each text with their scores. --serve opens a page to
 search with: see scripts/serve.py. Without --images and --data, the validation pictures of the run
-are searched. A score is the cosine similarity of two features.
-Compare only scores of the same text, because some texts score higher than others everywhere.
+are searched. A score is the cosine similarity of two features. Compare only scores of the same
+text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search of the same folders
 encodes only those that are new or have changed. Other programs, such as a notebook or FAISS, can
@@ -215,12 +215,9 @@ class Search:
         return Images(self.entries, self.shards, size)[i][0]
 
 
-def title_of(result):
-    return result["text"] if "text" in result else f"like {result['like']}"
-
-
 def print_result(result):
-    print("\n" + title_of(result))
+    title = result["text"] if "text" in result else f"like {result['like']}"
+    print("\n" + title)
     if result.get("unknown"):
         print("not in the vocabulary:", ", ".join(result["unknown"]))
     for found in result["found"]:

@@ -7,14 +7,7 @@ import shlex
 
 import pytest
 import torch
-from material import (
-    cases,
-    error_of,
-    png,
-    small_model,
-    write_checkpoint,
-    write_shard,
-)
+from material import cases, error_of, png, small_model, write_checkpoint, write_shard
 
 from cli import InputError, run_command
 from tokenizer import words_to_tiktoken
