@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 import pytest
 from children import Children
 from material import features_of, photo, small_model, write_checkpoint
-from webpage import requests_of
 
 import eval as evaluation
 
@@ -94,6 +93,14 @@ def test_the_server_finds_what_the_slow_search_finds(address, world):
     result = json.loads(content)
     assert [found["number"] for found in result["found"]] == order.tolist()
     assert result["unknown"] == ["zebra"]
+
+
+def requests_of(browser):
+    """The addresses that a browser has asked for since it was asked this before."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = {one["request"]["url"] for one in sent}
+    return {url for url in urls if not url.startswith("data:")}
 
 
 def all_of(browser, selector):

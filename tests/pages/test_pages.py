@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from children import ROOT
 from material import TOKENIZER, small_model
-from webpage import PAGES
 
 from docs.notebook import SETUP, notebook
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+README = PAGES[0].read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 
 

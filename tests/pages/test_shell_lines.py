@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from children import ROOT
 from material import cases
-from webpage import PAGES
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 # python train.py ..., python -m scripts.pack ..., torchrun --nproc_per_node 8 train.py ...
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d) (?:(\w+)\.py|-m (\w+\.\w+))\s*(.*)")
