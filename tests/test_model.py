@@ -1,4 +1,8 @@
-"""The model: the two towers against open_clip's, the word head, plain CLIP, and the presets."""
+"""The model: the two towers against open_clip's, the word head, plain CLIP, the presets, and that
+superclip.py needs nothing but torch."""
+
+import runpy
+import sys
 
 import open_clip
 import open_clip.model
@@ -6,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from children import ROOT
 from material import small_model
 from oracle import (
     SMALL,
@@ -147,3 +152,22 @@ def test_a_preset_is_open_clips_model_of_that_name(name):
     assert ours["embed_dim"] == theirs["embed_dim"]
     assert ours["vision_cfg"] == {"head_width": 64, **theirs["vision_cfg"]}
     assert ours["text_cfg"] == theirs["text_cfg"]
+
+
+# ---- superclip.py can be copied alone into another project
+
+# The other packages of requirements.txt, and what they bring
+PACKAGES = ["PIL", "regex", "tiktoken", "torchvision", "tqdm"]
+
+
+def test_superclip_py_needs_nothing_but_torch(monkeypatch):
+    """It makes a step where no other package and no other file of the project can be imported."""
+    for name in (*PACKAGES, *(path.stem for path in ROOT.glob("*.py"))):
+        monkeypatch.setitem(sys.modules, name, None)  # to import it fails
+
+    code = runpy.run_path(ROOT / "superclip.py")
+
+    config = code["SuperCLIPConfig"](**code["PRESETS"]["tiny"], vocab_size=60)
+    model = code["SuperCLIP"](config)
+    tokens = torch.tensor([[58, 7, 59], [58, 8, 59]])
+    model(torch.zeros(2, 3, 72, 72), tokens)["loss"].backward()
