@@ -15,13 +15,14 @@ from functools import partial
 import torch
 
 import data
-from cli import make_parser, number, run_command
+from cli import make_parser, run_command
 from eval import UNREADABLE
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import caption_label, idf
 from tokenizer import WORD, clean, has_letters, token_text, tokenizer_for, unknown_words
 
+SAMPLES = 8  # to print and draw
 SIDE = 240  # pixels of an image in the picture
 fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
 
@@ -79,7 +80,6 @@ def main(argv):
     parser = make_parser(__doc__, "captions")
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
-    add("--n", type=number(int, 1), default=8, help="samples to print and draw (default 8)")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
     text = "vocabulary file, or clip (default: vocab.tiktoken beside the shards, else clip)"
     add("--vocab", metavar="FILE", help=text)
@@ -111,7 +111,7 @@ def main(argv):
 
     samples = []
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
-    for i in order[: args.n]:
+    for i in order[:SAMPLES]:
         try:
             samples.append((shards.name(i), shards.captions(i), shards.image(i, SIDE)))
         except UNREADABLE as error:

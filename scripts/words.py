@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
-from cli import InputError, check, make_parser, number, pick_device, run_command
+from cli import InputError, check, make_parser, pick_device, run_command
 from scripts import scenes
 from scripts.pictures import contact_sheet, evenly, image_files, picture_file
 
@@ -187,7 +187,6 @@ def read_options(argv):
     add = parser.add_argument
     add("--image", nargs="+", default=[], help="images, or folders of images")
     add("--word", action="append", default=[], help="word to look for; may be repeated")
-    add("--k", type=number(int, 1, 20), default=8, help="words of an image (default 8)")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     return parser.parse_args(argv)
 
@@ -204,7 +203,7 @@ def look_at(model, tokenizer, pictures, args, id_of, window):
         if id_of:
             words = probabilities_of(model, image, id_of)
         else:
-            words = evaluation.top_words(model, tokenizer, image[None], args.k)[0]
+            words = evaluation.top_words(model, tokenizer, image[None])[0]
         text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
         print(f"{name}: {text}")
         n += 1
