@@ -1,10 +1,10 @@
 """What all tests share: one thread, a fixed seed, a cache of their own.
 
 This folder proves what superclip.py, train.py, data.py and eval.py promise. Read it in the order of
-the method: test_loss, test_model, test_authors; one step, test_step and test_update; the data,
-test_tokenizer, test_index, test_images, test_data; a model and its scores, test_checkpoint and
-test_eval; then whole runs, from test_run to test_processes, and test_gpu. commands/ and pages/ hold
-the tests of scripts/, study/, the README and docs/.
+the method: test_loss, test_model, test_authors; one step, test_step; the data, test_tokenizer,
+test_index, test_images, test_data; a model and its scores, test_checkpoint and test_eval; then
+whole runs, from test_run to test_processes, and test_gpu. commands/ and pages/ hold the tests of
+scripts/, study/, the README and docs/.
 """
 
 import gc
