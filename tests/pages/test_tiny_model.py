@@ -1,11 +1,8 @@
-"""The model in the repository, assets/tiny.pt, is the one of the pages' numbers."""
+"""The model in the repository, assets/tiny.pt, sees in new scenes what the pages say."""
 
 import random
-import re
 
-import pytest
 from children import ROOT
-from material import result_of
 from PIL import Image, ImageChops
 
 import data
@@ -14,20 +11,6 @@ from docs import first
 from scripts import scenes, words
 
 TINY = ROOT / "assets" / "tiny.pt"
-
-
-def test_it_finds_captions_as_often_as_the_tutorial_says(tmp_path, capsys):
-    """Within two of 1,000 images, because another CPU rounds otherwise."""
-    page = (ROOT / "docs" / "tutorial.md").read_text()
-    stated = re.search(r"^image to text R@1 +([\d.]+) %", page, re.MULTILINE)
-    task = ("val-00000.tar", "val", range(1000))
-    scenes.write_shard(task, tmp_path, seed=0)
-    argv = ["retrieval", "--checkpoint", TINY, "--data", tmp_path, "--device", "cpu"]
-
-    result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
-
-    found = result["validation"]["image_to_text"]["R@1"]
-    assert 100 * found["value"] == pytest.approx(float(stated[1]), abs=0.21)
 
 
 def test_it_says_the_right_words_of_scenes_without_any_data(tmp_path, capsys):
