@@ -3,7 +3,7 @@
 import pytest
 import torch
 from material import rows_of, short_run
-from one_step import KEEP, N, assert_same_gradients, losses_and_gradients, micro_batches, model_of
+from test_step import KEEP, N, assert_same_gradients, losses_and_gradients, micro_batches, model_of
 
 import train
 
