@@ -29,7 +29,7 @@ NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 class ForkedSuperCLIP(SuperCLIP):
     """What a fork may do: a second head, whose term looks at each pair alone. (docs/fork.md has a
-    term that compares pairs, and test_fork.py tests it.)"""
+    term that compares pairs, and test_pages.py tests it.)"""
 
     def __init__(self, config):
         super().__init__(config)

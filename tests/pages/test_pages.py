@@ -1,7 +1,11 @@
 """What the README and the pages of docs/ show can be run, and what they name is there."""
 
+import argparse
+import importlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import ROOT
-from material import TOKENIZER, small_model
+from material import TOKENIZER, cases, small_model
 
 from docs.notebook import SETUP, notebook
 
@@ -44,6 +48,58 @@ def test_every_difference_is_one_of_the_study(page):
     shown = DIFFERENCE.findall(page)
 
     assert [cell for cell in shown if "{} -> {}, {}".format(*cell) not in results] == []
+
+
+# ---- commands: each is understood by its own parser
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+# python train.py ..., python -m scripts.pack ..., torchrun --nproc_per_node 8 train.py ...
+COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d) (?:(\w+)\.py|-m (\w+\.\w+))\s*(.*)")
+
+
+def shell_lines(text):
+    """The command lines of a page: of its blocks, and of `code` in its sentences. What follows &&
+    is a line of its own."""
+    lines = []
+    for language, block in FENCE.findall(text):
+        if language != "python":
+            lines += block.replace("\\\n", " ").splitlines()
+    for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        lines.append(" ".join(code.split()))
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+COMMANDS = {}  # line, with the name of its page -> module and arguments
+for page in PAGES:
+    for line in shell_lines(page.read_text()):
+        match = COMMAND.match(line)
+        if match and match[3] and "..." not in line:  # a sentence may name a command alone
+            script, module, arguments = match.groups()
+            COMMANDS[f"{page.name}: {line}"] = (script or module, arguments)
+
+
+class Parsed(Exception):
+    """A parser has accepted the arguments."""
+
+
+@cases("module, arguments", COMMANDS)
+def test_a_command_understands_its_arguments(module, arguments, tmp_path, monkeypatch):
+    command = importlib.import_module(module)
+    argv = shlex.split(arguments, comments=True)
+    monkeypatch.chdir(tmp_path)
+    for word in argv:  # the folders in which a command would write
+        Path(word).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def parse_and_stop(self, args, namespace=None, parse=parse):
+            parse(self, args, namespace)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
+
+    with pytest.raises(Parsed):
+        command.main(argv)
 
 
 # ---- code
@@ -140,3 +196,25 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
     for code, expected in BLOCKS:
         exec(code, names)
         assert_same(capsys.readouterr().out, expected)
+
+
+# ---- a fork
+
+
+def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
+    """Two processes would take six seconds more, most of them to start."""
+    page = (ROOT / "docs" / "fork.md").read_text()
+    for name in ("scripts", "tests", "pyproject.toml", *(path.name for path in ROOT.glob("*.py"))):
+        if (ROOT / name).is_dir():
+            compiled = shutil.ignore_patterns("__pycache__")  # where other tests write meanwhile
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=compiled)
+        else:
+            shutil.copy(ROOT / name, tmp_path)
+    diff = re.search("```diff\n(.*?)```", page, re.DOTALL)[1]
+    subprocess.run(["git", "apply"], cwd=tmp_path, input=diff, text=True, check=True)
+    chosen = ["-k", "uniformity and micro_batches", "tests/test_step.py"]
+    command = [sys.executable, "-m", "pytest", *chosen]
+
+    tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert re.search(r"\b5 passed", tested.stdout), tested.stdout
