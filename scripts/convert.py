@@ -90,8 +90,8 @@ def safetensors():
 
 def our_name(name):
     """The name of a tensor in any layout -> its name in this project."""
-    # DistributedDataParallel adds "module.", and the authors call the word head "text_decoder".
-    name = name.removeprefix("module.").replace("text_decoder.ln_mlp.", "head.ln.")
+    # The authors call the word head "text_decoder".
+    name = name.replace("text_decoder.ln_mlp.", "head.ln.")
     name = name.replace("text_decoder.text_projection.", "head.linear.")
     for ours, theirs in NAMES.items():
         name = name.replace(theirs, ours)
@@ -102,12 +102,13 @@ def rename(content):
     """The tensors of a file in any layout but our own -> those of this project, by name."""
     weights = {}
     for name, tensor in content.items():
-        ours = our_name(str(name))  # an optimizer numbers its tensors
-        if not torch.is_tensor(tensor) or ours.endswith(("attn_mask", "position_ids")):
+        # An optimizer numbers its tensors, and DistributedDataParallel adds "module.".
+        name = str(name).removeprefix("module.")
+        if not torch.is_tensor(tensor) or name.endswith(("attn_mask", "position_ids")):
             continue
         if name in ("text_projection.weight", "visual_projection.weight"):
             tensor = tensor.T  # transformers has the projections transposed
-        weights[ours] = tensor
+        weights[our_name(name)] = tensor
     # transformers has query, key and value apart.
     for name in [name for name in weights if ".q_proj." in name]:
         parts = [weights.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
