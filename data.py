@@ -333,9 +333,26 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
-def is_image(path):
-    """Does the name of a file end as that of an image? For all commands."""
-    return str(path).lower().endswith(SUFFIXES)
+def is_hidden(name):
+    """Is this the name of what programs keep beside pictures, such as .ipynb_checkpoints, ._a.jpg
+    (of macOS) or __pycache__?"""
+    return name.startswith((".", "__"))
+
+
+def folders_in(folder):
+    """Returns the folders in a folder, in order, but nothing hidden."""
+    paths = sorted(Path(folder).glob("*"))
+    return [path for path in paths if path.is_dir() and not is_hidden(path.name)]
+
+
+def images_below(folder):
+    """Returns the image files in a folder and in all folders below it, but nothing hidden."""
+    found = []
+    for path in sorted(Path(folder).rglob("*.*")):
+        is_seen = not any(map(is_hidden, path.relative_to(folder).parts))
+        if is_seen and path.suffix.lower() in SUFFIXES:
+            found.append(path)
+    return found
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):

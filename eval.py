@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import data
@@ -158,16 +157,25 @@ def read_image(path, size):
         return skip(path, error)
 
 
-def class_folders(folder, image_size):
-    """A folder with a folder of images per class, as a dataset of (image, number of its class). A
-    folder without images still is a class that others can be mistaken for."""
-    try:
-        read = partial(read_image, size=image_size)
-        dataset = ImageFolder(folder, loader=read, is_valid_file=data.is_image, allow_empty=True)
-    except FileNotFoundError:
-        dataset = []
-    check(len(dataset) > 0, f"{folder} has no folders with images in it, one for each class")
-    return dataset
+class ClassFolders(Dataset):
+    """A folder with a folder of images per class: (image, number of its class). A folder without
+    images still is a class that others can be mistaken for."""
+
+    def __init__(self, folder, size):
+        self.size = size
+        self.classes = []  # names
+        self.samples = []  # (file, number of its class)
+        for c, path in enumerate(data.folders_in(folder)):
+            self.classes.append(path.name)
+            self.samples += [(file, c) for file in data.images_below(path)]
+        check(self.samples, f"{folder} has no folders with images in it, one for each class")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        file, c = self.samples[i]
+        return read_image(file, self.size), c
 
 
 class ShardImages(Dataset):
@@ -387,7 +395,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     names: of the classes, by default those of the folders; templates: prompts, by default those of
     TEMPLATES that the vocabulary has the words for.
     """
-    dataset = class_folders(folder, model.config.image_size)
+    dataset = ClassFolders(folder, model.config.image_size)
     C = len(dataset.classes)
     if names is None:
         names = [name.replace("_", " ") for name in dataset.classes]
@@ -561,8 +569,8 @@ def command_retrieval(model, tokenizer, args):
 def command_probe(model, _, args):
     same = Path(args.train).resolve() == Path(args.test).resolve()
     check(not same, "--train and --test are the same folder: a probe is tested on other images")
-    train = class_folders(args.train, model.config.image_size)
-    test = class_folders(args.test, model.config.image_size)
+    train = ClassFolders(args.train, model.config.image_size)
+    test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
     torch.manual_seed(0)
     untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights

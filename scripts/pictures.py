@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cli import InputError, check, output_file, write_file
-from data import is_image
+from data import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which is 15 pixels high
@@ -24,7 +24,7 @@ def image_files(paths, out=None):
     for path in map(Path, paths):
         found = [path]
         if not path.is_file():
-            found = list(filter(is_image, sorted(path.rglob("*.*"))))
+            found = images_below(path)
         check(found, f"there is no image file or folder of images {path}")
         for file in found:
             files.setdefault(file.resolve(), file)

@@ -176,6 +176,19 @@ def test_zeroshot_by_hand(folders, capsys):
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
 
 
+def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
+    """Jupyter's folders and Python's, and macOS's file beside a picture."""
+    for name in (".ipynb_checkpoints", "__pycache__", "red/.ipynb_checkpoints"):
+        (folders / name).mkdir()
+    for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
+        shutil.copy(folders / "red" / "0.png", folders / name)
+
+    top1 = evaluation.zeroshot(Colours(), TOKENIZER, folders)["top1"]
+
+    assert top1["n"] == 12
+    assert top1["chance"] == pytest.approx(1 / 3)
+
+
 # ---- the linear probe
 
 
