@@ -202,12 +202,14 @@ class Tokenizer:
 
 
 def tokenizer_for(shards, vocab=None):
-    """Returns the tokenizer of --vocab, a file or "clip". By default it is vocab.tiktoken beside
-    the shards if that is there, else CLIP's."""
+    """Returns the tokenizer of --vocab, a file or "clip", and prints which it is. By default it is
+    vocab.tiktoken beside the shards if that is there, else CLIP's."""
     default = Path(shards[0]).with_name("vocab.tiktoken")
     if vocab is None:
         vocab = default if default.is_file() else "clip"
-    return Tokenizer.from_file(vocab)
+    tokenizer = Tokenizer.from_file(vocab)
+    print(f"vocabulary: {vocab}, {tokenizer.vocab_size:,} entries")
+    return tokenizer
 
 
 def trim(tokens):

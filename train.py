@@ -159,7 +159,9 @@ def read_start(args):
     """Returns the model to start from (--init_from) or None, and the tokenizer, its own or that of
     the shards."""
     if args.init_from is not None:
-        return evaluation.load(args.init_from)[:2]  # the model and its tokenizer
+        model, tokenizer, _ = evaluation.load(args.init_from)
+        print(f"vocabulary: that of {args.init_from}, {tokenizer.vocab_size:,} entries")
+        return model, tokenizer
     return None, tokenizer_for(data.expand(args.train_data), args.vocab)
 
 

@@ -292,7 +292,7 @@ Fine-tune published weights, which suits so few pairs (downloads 0.6 GB), and se
       --captions json.captions --out_dir out_photos"""
 FROM_NOTHING = """
 Train from nothing, with a vocabulary of the captions' words, and search:
-  python -m scripts.vocab {out} --captions json.captions --out {out}/vocab.tiktoken
+  python -m scripts.vocab {out} --captions json.captions
   python train.py --train_data {out} --model tiny --batch_size 32 \\
       --captions json.captions --out_dir out_photos"""
 SEARCH = """

@@ -81,6 +81,19 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other
     assert trained_and_validated(tmp_path, tmp_path) == (70, 20)
 
 
+@pytest.mark.parametrize("file", ["vocab.tiktoken", "best.pt"])
+def test_a_run_says_which_vocabulary_it_has(shards, whole_run, tmp_path, capsys, file):
+    """The one beside the shards, or that of the checkpoint with which it begins."""
+    start = ["--init_from", whole_run / "best.pt"] if file == "best.pt" else []
+
+    train.main(short_run(shards, tmp_path, *start, "--steps", 1))
+
+    printed = capsys.readouterr().out.splitlines()
+    [line] = [line for line in printed if line.startswith("vocabulary")]
+    assert file in line
+    assert f" {checkpoint_of(tmp_path)['config']['vocab_size']} " in line
+
+
 # ---- its validations, and its end
 
 
