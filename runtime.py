@@ -204,8 +204,11 @@ def write_row(out_dir, row):
     or a validation. A resumed run may log a step twice: the later row counts."""
     if RANK > 0:
         return
-    with open(Path(out_dir, "log.jsonl"), "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(Path(out_dir, "log.jsonl"), "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read(1) not in (b"", b"\n"):  # a full disk has torn the row before this one
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
     if "loss" in row:
         terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
         speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
@@ -217,13 +220,16 @@ def read_log(path):
 
     A run that is resumed adds a header, with the step from which it goes on. What the attempt
     before it has logged beyond that is no part of the run, and a validation may come again: then
-    the later one counts. Raises InputError.
+    the later one counts. A row that a full disk has torn is left out. Raises InputError.
     """
     header = None
     rows = {}  # by step and kind
     try:
         for line in Path(path).read_text("utf-8").splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
             if "header" in row:
                 header = row["header"]
                 rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
