@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ import sys
 import tarfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
@@ -42,6 +43,20 @@ from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 # A progress bar for whatever takes more than a second, on a terminal. All bars share one line,
 # because a notebook cannot step back up from a second one.
 progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
+
+
+@contextmanager
+def process_pool(n):
+    """A pool of n processes. If the block fails, or a signal ends it, they are killed, because they
+    would work to the end of their tasks."""
+    with ProcessPoolExecutor(n, initializer=start_loading) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
 
 # -----------------------------------------------------------------------------
 # Shards
@@ -168,7 +183,7 @@ def build_index(shards):
         pass
     index = []
     unused = []
-    with ProcessPoolExecutor(min(len(shards), cores(), 61)) as pool:  # Windows allows no more
+    with process_pool(min(len(shards), cores(), 61)) as pool:  # Windows allows no more
         results = pool.map(read_headers, shards, range(len(shards)))
         for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
             index.append(rows)
@@ -556,10 +571,10 @@ def batch_indices(n, batch_size, seed, step):
 # Loading
 
 
-def start_loading(_):
-    """What a loading process does first. A scheduler, Ctrl-C or a closed terminal sends its signal
-    to all processes. The main process answers it, and needs the others until it has saved. They end
-    when it does."""
+def start_loading(*_):
+    """What a process of a loader or a pool does first. A scheduler, Ctrl-C or a closed terminal
+    sends its signal to all processes. The main process answers it, and needs the others until it
+    has saved. They end when it does."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

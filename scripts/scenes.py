@@ -32,12 +32,11 @@ import itertools
 import math
 import random
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 
 from PIL import Image, ImageDraw
 
 from cli import cores, make_parser, new_folder, number, run_command
-from data import add_sample, progress
+from data import add_sample, process_pool, progress
 from tokenizer import words_to_tiktoken
 
 SIZE = 72  # pixels: side of a picture
@@ -346,7 +345,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, seed=0):
     with new_folder(out_dir) as folder:
         (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
         write = functools.partial(write_shard, folder=folder, seed=seed)
-        with ProcessPoolExecutor(min(len(tasks), cores())) as pool:
+        with process_pool(min(len(tasks), cores())) as pool:
             classes = pool.submit(write_classes, folder, seed)
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))

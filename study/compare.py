@@ -32,7 +32,6 @@ import hashlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -405,8 +404,7 @@ def default_jobs():
 
 
 def open_study():
-    """The study in OUT, where worlds are drawn, too. A kill ends its runs as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The study in OUT, where worlds are drawn, too."""
     OUT.mkdir(exist_ok=True)
     return Study(OUT / "runs.jsonl")
 

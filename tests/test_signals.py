@@ -8,7 +8,15 @@ from functools import partial
 
 import pytest
 from children import before, finish, in_step, receive
-from material import assert_ends_like, cases, checkpoint_of, rows_of, short_run, steps_of
+from material import (
+    assert_ends_like,
+    cases,
+    checkpoint_of,
+    rows_of,
+    short_run,
+    steps_of,
+    write_captions,
+)
 
 import train
 
@@ -76,3 +84,30 @@ def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
 
     assert finish(process)[0] == 0
     assert checkpoint_of(tmp_path)["step"] == 12
+
+
+# ---- a command that is no run yet
+
+POOLS = {  # a command, and what it calls while its processes work
+    "it draws": ("scripts.scenes", "scripts.scenes.progress"),
+    "it indexes": ("scripts.vocab", "data.progress"),
+}
+
+
+@cases("command, function", POOLS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_command_leaves_nothing_behind(children, tmp_path, command, function, number):
+    """No process, and no half of a folder. Its processes do not get the signal."""
+    options = ["--out", tmp_path / "scenes"]
+    if command == "scripts.vocab":
+        options = [write_captions(tmp_path / "0.tar", "a red thing")]
+    before_it = sorted(tmp_path.iterdir())
+    stop = before(function, 1, partial(signal.raise_signal, number))
+
+    process = children.start(command, options, stop)
+
+    code, printed = finish(process)
+    assert code == 128 + number, printed
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert {*tmp_path.iterdir()} == {*before_it, process.output}

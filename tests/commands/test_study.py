@@ -4,6 +4,7 @@ and never taken for runs of other code, and the page is what the runs say."""
 import json
 import math
 import re
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from material import small_model
 
 import superclip
 import train
-from cli import InputError
+from cli import InputError, interrupt
 from eval import DIVERGED
 from scripts import scenes
 from study import compare, fast_tower, mean_patches, no_idf, plan, shop, shuffled, some_words
@@ -271,6 +272,7 @@ def test_a_killed_comparison_goes_on(fork):
     command = f"'{fork}/train.py' --train_data a.tar"
     argv = ["--a", command, "--b", f"{command} --my_weight 1", "--seeds", "2", "--jobs", "1"]
     runs = fork / "runs.jsonl"
+    signal.signal(signal.SIGTERM, interrupt)  # as run_command does it
     with pytest.raises(KeyboardInterrupt):
         compare.main(argv)
     before = runs.read_text()
