@@ -174,11 +174,11 @@ def build_index(shards):
     the size or the mtime of a shard.
     """
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
-    name = hashlib.sha1(repr(stamps).encode()).hexdigest()
+    digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    path = cache_folder() / f"index-11-{name}"
+    name = f"index-11-{digest}"
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(cache_folder() / name, weights_only=True)
     except Exception:  # It is not there, or damaged, for which torch has half a dozen kinds.
         pass
     index = []
@@ -191,7 +191,8 @@ def build_index(shards):
     index = torch.from_numpy(np.concatenate(index))
     # A cache that cannot be written is no reason to stop. Two commands may write it at once, since
     # each writes a file of its own and renames it.
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: torch.save((index, unused), file))
     return index, unused
