@@ -63,9 +63,10 @@ def process_pool(n):
 
 
 def expand_braces(pattern):
-    """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar", and a pattern without braces itself."""
+    """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar". A pattern without braces stays as it
+    is, and so does the path of what is there."""
     match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
-    if not match:
+    if not match or os.path.exists(pattern):
         yield pattern
         return
     low, high = match.groups()

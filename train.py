@@ -183,6 +183,8 @@ def open_data(args, tokenizer, model):
     )
     if args.val_data is not None:
         val_shards = [] if args.val_data == ["none"] else data.expand(args.val_data)
+    elif val_shards:
+        args.val_data = val_shards  # a checkpoint names them, so that words and search find them
     both = {*shards} & {*val_shards}
     if both:
         raise InputError(f"training and validation data share {min(both)}")
@@ -354,7 +356,7 @@ def print_next(checkpoint, model, val_data):
     checkpoint = quote(checkpoint.as_posix())
     shards = ""
     pictures = ""
-    if val_data in (None, ["none"]):  # only shards that --val_data names can be found again
+    if val_data in (None, ["none"]):  # the checkpoint names no shards
         shards = " --data SHARDS"
         pictures = " --image PICTURES"
     print("\nWhat the model has learned:")

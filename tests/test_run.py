@@ -74,11 +74,32 @@ def trained_and_validated(tmp_path, shards):
     return header["pairs"], row["validation"]["image_to_text"]["R@1"]["n"]
 
 
-def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other(shards, tmp_path):
+@pytest.fixture
+def both_sides(shards, tmp_path):
+    """A folder with training and validation shards. Its name could be a pattern."""
+    folder = tmp_path / "a[1]{2..3}"
+    folder.mkdir()
     for name in ("train-0.tar", "train-1.tar", "val-0.tar", "vocab.tiktoken"):
-        shutil.copy(shards / name, tmp_path)
+        shutil.copy(shards / name, folder)
+    return folder
 
-    assert trained_and_validated(tmp_path, tmp_path) == (70, 20)
+
+def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other(
+    both_sides, tmp_path
+):
+    assert trained_and_validated(tmp_path, both_sides) == (70, 20)
+
+
+def test_validation_shards_that_their_names_tell_are_found_by_the_commands_that_come_next(
+    both_sides, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    trained_and_validated(tmp_path, both_sides)
+    printed = capsys.readouterr().out
+
+    assert run_commands_in(printed) == 3
+
+    assert str(both_sides / "val-0.tar") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["vocab.tiktoken", "best.pt"])
