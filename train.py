@@ -619,10 +619,10 @@ def main(argv):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     args = parse(argv)
-    if RANK == 0:
-        claim_folder(Path(args.out_dir), args.resume)
     if WORLD > 1:
         join_processes()
+    if RANK == 0:
+        claim_folder(Path(args.out_dir), args.resume)
     exit_code = train(args)
     if WORLD > 1:
         dist.destroy_process_group()

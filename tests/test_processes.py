@@ -52,6 +52,21 @@ def test_processes_with_other_options_do_not_start(children, shards, tmp_path):
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
+def test_a_mistake_that_one_of_them_meets_is_not_followed_by_a_trace_of_the_other(
+    children, shards, tmp_path
+):
+    """The first one looks for the shards, and the other one waits for it."""
+    options = short_run(shards, tmp_path / "out", "--train_data", "nowhere.tar")
+
+    first, second = children.train_two([options], [options])
+
+    code, printed = finish(first)
+    other_code, other_printed = finish(second)
+    assert (code, other_code) == (2, 2), other_printed
+    assert "nowhere.tar" in printed
+    assert "Traceback" not in other_printed
+
+
 # ---- one of them gets a signal
 
 
