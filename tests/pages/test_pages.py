@@ -200,7 +200,10 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
 
 # ---- a fork
 
+IS_FORK = "uniformity_loss" in (ROOT / "superclip.py").read_text()
 
+
+@pytest.mark.skipif(IS_FORK, reason="the diff is applied already")
 def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
     """Two processes would take six seconds more, most of them to start."""
     page = (ROOT / "docs" / "fork.md").read_text()
