@@ -407,8 +407,10 @@ class SuperCLIP(nn.Module):
 
         images (B, 3, S, S); tokens (B, T); label_tokens (B, T'): captions to take the labels from,
         by default the tokens; keep (B, K): patches to look at. In training mode the batch is first
-        counted into the token statistics. Returns a dict with loss = contrastive_loss +
-        cls_weight * classification_loss, its terms, and image_features, text_features (B, E).
+        counted into the token statistics. In eval mode it is not, so a model that has counted no
+        captions has a classification_loss of 0: no word has a weight yet. Returns a dict with loss
+        = contrastive_loss + cls_weight * classification_loss, its terms, and image_features,
+        text_features (B, E).
         """
         if label_tokens is None:
             label_tokens = tokens
