@@ -88,6 +88,8 @@ TINY = dict(
     text_layers=1,
     embed_dim=16,
 )
+# The gradients of a tower are more than the first megabyte that DistributedDataParallel sends.
+WIDE = {**TINY, "vision_width": 192, "text_width": 192}
 
 
 def small_model(**changes):

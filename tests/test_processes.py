@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from children import before, finish, in_step, receive
-from material import all_rows, checkpoint_of, rows_of, short_run, steps_of
+from children import before, compile_wide_towers, finish, in_step, receive
+from material import WIDE, all_rows, checkpoint_of, rows_of, short_run, steps_of
 
 import train
+from superclip import PRESETS
 
 
 def test_two_processes_do_what_one_does(children, shards, tmp_path):
@@ -36,6 +37,28 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path):
     assert other_row == pytest.approx(row, rel=1e-5)
     logged = steps_of(row for row in all_rows(tmp_path / "two") if "loss" in row)
     assert logged == [2, 4, 6]  # each once
+
+
+def losses_of(out):
+    return [row["loss"] for row in rows_of(out, "loss")]
+
+
+def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch):
+    """DistributedDataParallel splits the graphs of the towers, to send gradients while others are
+    computed. The captions have several lengths."""
+    monkeypatch.setitem(PRESETS, "tiny", WIDE)
+    options = "--steps", 5, "--log_every", 1, "--learning_rate", 1e-5, "--val_data", "none"
+    train.main(short_run(shards, tmp_path / "one", *options))
+    compiled = short_run(shards, tmp_path / "two", *options, "--compile"), compile_wide_towers
+
+    first, second = children.train_two(compiled, compiled)
+
+    code, printed = finish(first)
+    assert (code, finish(second)[0]) == (0, 0), printed
+    assert printed.count("compiled a graph") > 3  # two towers and a head, if nothing were split
+    losses = losses_of(tmp_path / "two")
+    assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert len(losses) == 5
 
 
 # ---- processes that differ
