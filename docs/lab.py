@@ -2,16 +2,27 @@
 It prints that all is right, or raises Mistake with a sentence that says what is not.
 
 The project's own functions say what is right: first the value, then the gradients. If the value
-differs, it is compared with those that the usual mistakes lead to. Functions get copies, so nothing
-that they write changes the page.
+differs, it is compared with those that the usual mistakes lead to. Then comes a second question,
+which no answer passes that has numbers of the page in it. Functions get copies, so nothing that
+they write changes the page.
 """
 
 import math
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 
 import superclip
+
+# The second question: three captions in a vocabulary of nine tokens, of which 7 and 8 are start and
+# end. N captions have been counted, and in none of them are the words 5 and 6.
+N = 10
+COUNTS = torch.tensor([0, 9, 5, 2, 1, 0, 0, 10, 10])
+WEIGHTS = superclip.idf(N, COUNTS)
+TOKENS = torch.tensor([[7, 1, 3, 3, 4, 8], [7, 2, 4, 8, 0, 0], [7, 8, 0, 0, 0, 0]])
+LOGITS = torch.arange(27.0).sin().view(3, 9)
+SIZES = "There are not always 4 captions, or 8 tokens in the vocabulary."
 
 
 class Mistake(AssertionError):
@@ -43,11 +54,24 @@ def compare(name, found, expected, mistakes, inputs=()):
         if not found.requires_grad:
             raise Mistake(f"{name} has no gradient. Do you detach it, or compute it under no_grad?")
         options = dict(inputs=inputs, retain_graph=True, materialize_grads=True)
-        gradients = torch.autograd.grad(found, **options)
+        try:
+            gradients = torch.autograd.grad(found, **options)
+        except RuntimeError:
+            text = "cannot be differentiated. Do you change a tensor in place, as exp_ and += do?"
+            raise Mistake(f"{name} {text}") from None
         for ours, theirs in zip(gradients, torch.autograd.grad(expected, **options)):
             if not near(ours, theirs, tolerance=1e-3):
                 text = "has the right value, but a wrong gradient. Do you detach something?"
                 raise Mistake(f"{name} {text}")
+
+
+def ask_again(name, function, ours, inputs, hint):
+    """The second question, to a function that has answered the first one as ours does."""
+    expected = ours(*inputs)
+    try:
+        compare(name, function(*deepcopy(inputs)), expected, {})
+    except Exception:  # whatever a number of the page leads to
+        raise Mistake(f"{name} is right here, but not for other numbers. {hint}") from None
 
 
 def check_contrastive_loss(contrastive_loss, u, v, scale):
@@ -77,6 +101,8 @@ def check_idf(idf, num_captions, token_counts):
         "take the natural logarithm.": expected / math.log(10),
     }
     compare("idf", idf(num_captions, token_counts.clone()), expected, mistakes)
+    hint = "N is not always 4, and a word that nobody has said yet weighs the most."
+    ask_again("idf", idf, superclip.idf, (N, COUNTS), hint)
     print("idf is right")
 
 
@@ -90,6 +116,7 @@ def check_label(label, tokens, weights):
         "the shares should have the sum 1, and not the length 1.": F.normalize(words),
     }
     compare("label", label(tokens.clone(), weights.clone()), expected, mistakes)
+    ask_again("label", label, superclip.caption_label, (TOKENS, WEIGHTS), SIZES)
     print("label is right")
 
 
@@ -106,6 +133,8 @@ def check_classification_loss(classification_loss, logits, tokens, weights):
     }
     loss = classification_loss(logits.clone(), tokens.clone(), weights.clone())
     compare("classification_loss", loss, expected, mistakes, [logits])
+    ours = superclip.classification_loss
+    ask_again("classification_loss", classification_loss, ours, (LOGITS, TOKENS, WEIGHTS), SIZES)
     print("classification_loss is right")
 
 
@@ -164,4 +193,6 @@ def check_my_forward(my_forward, config, images, tokens):
     for name, loss in losses.items():
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise Mistake(f"my_forward: {name} has no gradient, so it trains nothing.")
+        if not loss.isfinite().all():
+            raise Mistake(f"my_forward: {name} is {loss}, which would spoil all weights.")
         print(f"{name} is {loss:.3f} before training")

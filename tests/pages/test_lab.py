@@ -92,6 +92,16 @@ def count_twice(model, images, tokens):
     return forward(model, images, tokens)
 
 
+def word_loss_in_place(x, t, w):
+    p = x.exp_()
+    p /= p.sum(dim=1, keepdim=True)
+    return -(caption_label(t, w) * p.log()).sum(dim=1).mean()
+
+
+def idf_of_four(n):
+    return torch.cat([torch.zeros(1), (5 / (n[1:] + 1)).log()])
+
+
 # name of a function, its arguments, what a wrong one returns, and what the sentence names
 WRONG = """
 contrastive_loss    | u, v, s | of_rows(u, v, s)                                   | rows alone
@@ -99,13 +109,20 @@ contrastive_loss    | u, v, s | contrastive_loss(u.detach(), v, s)              
 contrastive_loss    | u, v, s | contrastive_loss(u, v, s).item()                   | tensor
 contrastive_loss    | u, v, s | 1.23 * contrastive_loss(u, v, s)                   | should be
 idf                 | N, n    | ((N + 1) / (n + 1)).log()                          | padding
+idf                 | N, n    | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | nobody has said
+idf                 | N, n    | idf_of_four(n)                                     | N is not
+label               | t, w    | F.normalize(F.one_hot(t, 8).amax(dim=1) * w, p=1)  | 8 tokens
+label               | t, w    | torch.stack([caption_label(t, w)[i] for i in range(4)]) | 4 captions
 label               | t, w    | F.normalize(F.one_hot(t, 8).sum(dim=1) * w, p=1)   | occurs twice
 classification_loss | x, t, w | classification_loss(x, t, w) * len(x)              | mean
 classification_loss | x, t, w | classification_loss(x.softmax(dim=1), t, w)        | softmax
+classification_loss | x, t, w | classification_loss(x, t, w) * len(x) / 4          | 4 captions
+classification_loss | x, t, w | word_loss_in_place(x, t, w)                        | in place
 forward             | m, x, t | count_twice(m, x, t)                               | once
 forward             | m, x, t | tuple(forward(m, x, t).values())                   | dict
 my_forward          | m, x, t | forward(m, x, t)                                   | 3 losses
-my_forward          | m, x, t | {**forward(m, x, t), "my_loss": torch.zeros(())}   | my_loss
+my_forward          | m, x, t | {**forward(m, x, t), "my_loss": torch.zeros(())}   | no gradient
+my_forward          | m, x, t | {k: x / 0 for k, x in my_forward(m, x, t).items()} | spoil
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in WRONG.strip().splitlines()]
 
