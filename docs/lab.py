@@ -151,13 +151,14 @@ def check_names(name, found, count):
 def check_forward(forward, config, images, tokens):
     """Gives `forward` two batches, because only the second has captions before it."""
     model = superclip.SuperCLIP(config).train()
-    first, second = tokens[:64].split(32)
-    forward(model, images[:32], first.clone())
+    first, second = tokens[:64].split(32)  # whose words the head should say
+    texts = tokens[32:64].flip(0)
+    forward(model, images[:32], texts.clone(), first.clone())
     images = images[32:64]
-    found = forward(model, images, second.clone())
+    found = forward(model, images, texts.clone(), second.clone())
     check_names("forward", found, 2)
     u = model.encode_image(images)
-    v = model.encode_text(second)
+    v = model.encode_text(texts)
     logits = model.head(model.visual(images))
 
     def word_loss(*batches):
@@ -188,7 +189,7 @@ def check_forward(forward, config, images, tokens):
 
 def check_my_forward(my_forward, config, images, tokens):
     model = superclip.SuperCLIP(config).train()
-    losses = my_forward(model, images[:32], tokens[:32].clone())
+    losses = my_forward(model, images[:32], tokens[:32].clone(), tokens[:32].clone())
     check_names("my_forward", losses, 3)
     for name, loss in losses.items():
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:

@@ -15,13 +15,13 @@ PAGE = (ROOT / "docs" / "lab.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def forward(model, images, tokens):
-    out = model(images, tokens)
+def forward(model, images, tokens, label_tokens):
+    out = model(images, tokens, label_tokens)
     return {"contrastive_loss": out["contrastive_loss"], "word_loss": out["classification_loss"]}
 
 
-def my_forward(model, images, tokens):
-    losses = forward(model, images, tokens)
+def my_forward(model, images, tokens, label_tokens):
+    losses = forward(model, images, tokens, label_tokens)
     return {**losses, "my_loss": losses["word_loss"]}
 
 
@@ -50,7 +50,7 @@ def page():
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setenv("MPLBACKEND", "Agg")
         for block in BLOCKS:
-            exec(block.replace("4500, 16000", "564, 640"), names)
+            exec(block.replace("4500, 24000", "564, 640"), names)
             names.update(RIGHT)
     return names
 
@@ -87,9 +87,9 @@ def of_rows(u, v, scale):
     return F.cross_entropy(scale * u @ v.T, torch.arange(len(u)))
 
 
-def count_twice(model, images, tokens):
-    model.count_tokens(tokens)
-    return forward(model, images, tokens)
+def count_twice(model, images, tokens, label_tokens):
+    model.count_tokens(label_tokens)
+    return forward(model, images, tokens, label_tokens)
 
 
 def word_loss_in_place(x, t, w):
@@ -104,25 +104,25 @@ def idf_of_four(n):
 
 # name of a function, its arguments, what a wrong one returns, and what the sentence names
 WRONG = """
-contrastive_loss    | u, v, s | of_rows(u, v, s)                                   | rows alone
-contrastive_loss    | u, v, s | contrastive_loss(u.detach(), v, s)                 | gradient
-contrastive_loss    | u, v, s | contrastive_loss(u, v, s).item()                   | tensor
-contrastive_loss    | u, v, s | 1.23 * contrastive_loss(u, v, s)                   | should be
-idf                 | N, n    | ((N + 1) / (n + 1)).log()                          | padding
-idf                 | N, n    | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | nobody has said
-idf                 | N, n    | idf_of_four(n)                                     | N is not
-label               | t, w    | F.normalize(F.one_hot(t, 8).amax(dim=1) * w, p=1)  | 8 tokens
-label               | t, w    | torch.stack([caption_label(t, w)[i] for i in range(4)]) | 4 captions
-label               | t, w    | F.normalize(F.one_hot(t, 8).sum(dim=1) * w, p=1)   | occurs twice
-classification_loss | x, t, w | classification_loss(x, t, w) * len(x)              | mean
-classification_loss | x, t, w | classification_loss(x.softmax(dim=1), t, w)        | softmax
-classification_loss | x, t, w | classification_loss(x, t, w) * len(x) / 4          | 4 captions
-classification_loss | x, t, w | word_loss_in_place(x, t, w)                        | in place
-forward             | m, x, t | count_twice(m, x, t)                               | once
-forward             | m, x, t | tuple(forward(m, x, t).values())                   | dict
-my_forward          | m, x, t | forward(m, x, t)                                   | 3 losses
-my_forward          | m, x, t | {**forward(m, x, t), "my_loss": torch.zeros(())}   | no gradient
-my_forward          | m, x, t | {k: x / 0 for k, x in my_forward(m, x, t).items()} | spoil
+contrastive_loss    | u, v, s    | of_rows(u, v, s) | rows alone
+contrastive_loss    | u, v, s    | contrastive_loss(u.detach(), v, s) | gradient
+contrastive_loss    | u, v, s    | contrastive_loss(u, v, s).item() | tensor
+contrastive_loss    | u, v, s    | 1.23 * contrastive_loss(u, v, s) | should be
+idf                 | N, n       | ((N + 1) / (n + 1)).log() | padding
+idf                 | N, n       | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | said
+idf                 | N, n       | idf_of_four(n) | N is not
+label               | t, w       | F.normalize(F.one_hot(t, 8).amax(dim=1) * w, p=1) | 8 tokens
+label               | t, w       | caption_label(t, w)[[0, 1, 2, 3]] | 4 captions
+label               | t, w       | F.normalize(F.one_hot(t, 8).sum(dim=1) * w, p=1) | occurs twice
+classification_loss | x, t, w    | classification_loss(x, t, w) * len(x) | mean
+classification_loss | x, t, w    | classification_loss(x.softmax(dim=1), t, w) | softmax
+classification_loss | x, t, w    | classification_loss(x, t, w) * len(x) / 4 | 4 captions
+classification_loss | x, t, w    | word_loss_in_place(x, t, w) | in place
+forward             | m, x, t, l | count_twice(m, x, t, l) | once
+forward             | m, x, t, l | tuple(forward(m, x, t, l).values()) | dict
+my_forward          | m, x, t, l | forward(m, x, t, l) | 3 losses
+my_forward          | m, x, t, l | {**forward(m, x, t, l), "my_loss": torch.zeros(())} | no gradient
+my_forward          | m, x, t, l | {k: x / 0 for k, x in my_forward(m, x, t, l).items()} | spoil
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in WRONG.strip().splitlines()]
 
