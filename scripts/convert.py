@@ -2,13 +2,14 @@
 
     python -m scripts.convert ViT-B-16.pt clip.pt
     python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
-    python -m scripts.convert out/best.pt model.pt --to open_clip
+    python -m scripts.convert out/best.pt folder --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
 
 The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of
-transformers' CLIPModel (or its folder), of the authors' SuperCLIP, or of this project. The shapes
-of its tensors tell most of the configuration. The rest comes from flags, or from the configuration
-beside the input (open_clip's, here ViT-B-16.json, or transformers' config.json), or else it is
+transformers' CLIPModel, of the authors' SuperCLIP, or of this project, or a folder in which the
+file is called model.safetensors, as transformers and this command make them. The shapes of its
+tensors tell most of the configuration. The rest comes from the configuration beside it (of
+open_clip, open_clip_config.json or here ViT-B-16.json; of transformers, config.json), or else it is
 assumed, and the command says so. A file without a word head becomes plain CLIP, and train.py
 --init_from gives it a new head. For images of another size, let open_clip interpolate the positions
 (create_model(..., force_image_size=160)), and convert what it has made.
@@ -20,7 +21,6 @@ The export to transformers needs CLIP's vocabulary for its tokenizer and its pip
 vocabulary there is no tokenizer in the folder, and the command says how to tokenize.
 """
 
-import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +32,6 @@ from cli import (
     InputError,
     check,
     make_parser,
-    number,
     optional,
     run_command,
     write_file,
@@ -74,13 +73,11 @@ NAMES = {
     "c_fc": "fc1",
     "c_proj": "fc2",
 }
-# What shapes do not tell. A model that is called by another library's name may differ.
+# What shapes do not tell, and what is assumed of a file without a configuration beside it
 ASSUMED = {
-    "quick_gelu": "plain GELU (--quick_gelu)",
-    "vision_heads": "image heads 64 wide, which those of ViT-H-14 are not (--vision_heads)",
-    "text_heads": "text heads 64 wide (--text_heads)",
-    "image_mean": "CLIP's mean of the pixels (--image_mean)",
-    "image_std": "and CLIP's standard deviation (--image_std)",
+    "quick_gelu": "plain GELU",
+    "vision_heads": "heads 64 wide, which those of ViT-H-14 are not",
+    "image_mean": "CLIP's mean and standard deviation of the pixels",
 }
 
 
@@ -155,18 +152,28 @@ def read_config_beside(path, vision_width):
         other = other.get("image_processor", other)
         config["image_mean"] = tuple(other["image_mean"])
         config["image_std"] = tuple(other["image_std"])
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        beside = path.with_name("open_clip_config.json")  # as open_clip's models on the hub have it
     with suppress(Exception):  # of open_clip
-        other = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        config |= read_open_clip_heads(other, vision_width)
-        config["quick_gelu"] = bool(other.get("quick_gelu", False))
+        config |= read_open_clip(json.loads(beside.read_text("utf-8")), vision_width)
     return config
 
 
-def read_open_clip_heads(other, vision_width):
-    """other: open_clip's configuration. Returns the heads of both towers, a dict."""
-    head_width = other["vision_cfg"].get("head_width", 64)
-    text_heads = int(other["text_cfg"].get("heads", 8))
-    return {"vision_heads": vision_width // head_width, "text_heads": text_heads}
+def read_open_clip(other, vision_width):
+    """other: open_clip's configuration of a model, or a dict that has it as model_cfg, and as
+    preprocess_cfg what is done to images. Returns what it tells, a dict."""
+    model = other.get("model_cfg", other)
+    images = other.get("preprocess_cfg", {})
+    config = {
+        "vision_heads": vision_width // model["vision_cfg"].get("head_width", 64),
+        "text_heads": int(model["text_cfg"].get("heads", 8)),
+        "quick_gelu": bool(model.get("quick_gelu", False)),
+    }
+    if images:
+        config["image_mean"] = tuple(images["mean"])
+        config["image_std"] = tuple(images["std"])
+    return config
 
 
 def read_weights(path):
@@ -231,29 +238,24 @@ def read_published(name):
 
     weights = rename(open_clip.create_model(model, file).state_dict())
     config = read_shapes(name, weights)
-    config |= read_open_clip_heads(other, config["vision_width"])
+    whole = {"model_cfg": other, "preprocess_cfg": published}
+    config |= read_open_clip(whole, config["vision_width"])
     # The tag counts, because the model's name may say otherwise: ViT-B-32/openai has quick GELU.
     config["quick_gelu"] = published.get("quick_gelu", False)
-    config["image_mean"] = tuple(published["mean"])
-    config["image_std"] = tuple(published["std"])
     return weights, config, None
 
 
-def convert(name, facts, vocab=None):
-    """A file in any layout, or MODEL/TAG of open_clip -> model, tokenizer. Raises InputError.
-
-    facts: fields of the configuration that the file does not tell, or tells wrong; vocab: a
-    vocabulary file to use in place of the file's own, or of CLIP's if the file has none.
-    """
+def convert(name, vocab=None):
+    """A file in any layout, or MODEL/TAG of open_clip -> model, tokenizer. vocab: a vocabulary file
+    to use in place of the file's own, or of CLIP's if the file has none. Raises InputError."""
     path = Path(name)
     if path.exists() or path.suffix:  # names of open_clip have none
         weights, config, known = read_weights(path)
     else:
         weights, config, known = read_published(name)
-    config |= facts
     assumed = [text for field, text in ASSUMED.items() if field not in config]
     if assumed:
-        print(f"{name} does not tell everything. Assumed: {', '.join(assumed)}")
+        print(f"Assumed, without open_clip_config.json beside {name}: {'; '.join(assumed)}")
     if vocab is not None or known is None:
         known = Tokenizer.from_file(vocab or "clip").vocab
     return evaluation.restore(name, weights, config, known)
@@ -343,18 +345,30 @@ def transformers_config(c):
     return {"model_type": "clip", "projection_dim": c.embed_dim, **towers}
 
 
-def write_open_clip(model, tokenizer, path):
-    """Write the towers to `path`, and open_clip's configuration beside them as .json. Say how
-    open_clip loads them, and what tokenizes a caption if the vocabulary is not CLIP's."""
-    state = open_clip_state(model)
+def write_folder(folder, state, files):
+    """Make a folder with weights, and files that say of what model they are, a dict of name ->
+    content. Returns the path of the weights."""
+    # As bytes, because save_file of safetensors replaces the file that write_file has opened.
+    content = safetensors().save(state, {"format": "pt"})
+    folder.mkdir()  # now, when no package can be missing any more
+    path = folder / "model.safetensors"
+    write_file(path, lambda file: file.write(content))
+    for name, value in files.items():
+        write_json(folder / name, value)
+    print(f"wrote {folder}, without the word head. In Python:")
+    return path
+
+
+def write_open_clip(model, tokenizer, folder):
+    """Write the towers in the layout of open_clip's models on the hub. Say how it loads them, and
+    what tokenizes a caption if the vocabulary is not CLIP's."""
     c = model.config
-    beside = path.with_suffix(".json")
-    write_file(path, lambda file: torch.save(state, file))
-    write_json(beside, open_clip_config(c))
-    print(f"wrote {path} and {beside}, without the word head. In Python:\n  import open_clip")
-    print(f"  open_clip.add_model_config({str(beside.resolve())!r})")
-    print(f"  model, _, preprocess = open_clip.create_model_and_transforms({path.stem!r},")
-    print(f"      {str(path.resolve())!r}, image_mean={c.image_mean}, image_std={c.image_std})")
+    images = {"mean": c.image_mean, "std": c.image_std}
+    config = {"model_cfg": open_clip_config(c), "preprocess_cfg": images}
+    path = write_folder(folder, open_clip_state(model), {"open_clip_config.json": config})
+    name = f"local-dir:{folder.resolve()}"
+    print("  import open_clip  # version 3 or newer")
+    print(f"  model, preprocess = open_clip.create_model_from_pretrained({name!r})")
     if not is_clips(tokenizer):
         write_vocabulary(tokenizer, path)
 
@@ -374,18 +388,11 @@ def write_vocabulary(tokenizer, path):
 
 
 def write_transformers(model, tokenizer, folder):
-    """Write the towers to model.safetensors in a new folder, with the files that transformers wants
-    beside it. Say how it loads them, and what tokenizes a caption if the vocabulary is not
-    CLIP's."""
-    # As bytes, because save_file of safetensors replaces the file that write_file has opened.
-    content = safetensors().save(transformers_state(model), {"format": "pt"})
+    """Write the towers with the files that transformers wants beside them. Say how it loads them,
+    and what tokenizes a caption if the vocabulary is not CLIP's."""
     if is_clips(tokenizer):
         bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
-    folder.mkdir()  # now, when no package can be missing any more
-    path = folder / "model.safetensors"
-    write_file(path, lambda file: file.write(content))
     c = model.config
-    write_json(folder / "config.json", transformers_config(c))
     images = {
         "image_processor_type": "CLIPImageProcessor",
         "size": c.image_size,
@@ -393,8 +400,8 @@ def write_transformers(model, tokenizer, folder):
         "image_mean": c.image_mean,
         "image_std": c.image_std,
     }
-    write_json(folder / "preprocessor_config.json", images)
-    print(f"wrote {folder}, without the word head. In Python:")
+    files = {"config.json": transformers_config(c), "preprocessor_config.json": images}
+    path = write_folder(folder, transformers_state(model), files)
     name = str(folder.resolve())
     if is_clips(tokenizer):
         write_clip_tokenizer(bpe, folder, c.context_length)
@@ -421,48 +428,30 @@ def write_clip_tokenizer(bpe, folder, context_length):
 # The command
 
 
-def check_output(path, to):
-    """Raises InputError unless OUT, and what --to writes beside it, is new, so that nothing is ever
-    lost, and can be written."""
-    beside = (".json", ".tiktoken") if to == "open_clip" else ()
-    for file in (path, *map(path.with_suffix, beside)):
-        check(not file.exists(), f"{file} is there already: OUT must be new")
-    is_named = to == "transformers" or path.suffix == ".pt"  # a folder may have any name
-    check(is_named, f"OUT must end in .pt, which {path} does not")
-    check(path.parent.is_dir(), f"there is no folder {path.parent}")
-
-
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # a text, because Windows would turn the / of a name around
     text = ".pt or .safetensors file, transformers' folder, or MODEL/TAG of open_clip"
     add("input", metavar="IN", help=text)
-    add("output", metavar="OUT", type=Path, help="new .pt file, or for transformers a new folder")
+    add("output", metavar="OUT", type=Path, help="new .pt file, or with --to a new folder")
     text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
     add("--to", choices=["open_clip", "transformers"], help=text)
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's or clip)")
-    add("--quick_gelu", action=argparse.BooleanOptionalAction, help="which GELU IN needs")
-    add("--vision_heads", type=number(int, 1), help="image heads (default: IN's or width / 64)")
-    add("--text_heads", type=number(int, 1), help="text heads (default: IN's or width / 64)")
-    add("--image_mean", nargs=3, type=number(float, 0, 1), help="R, G, B (default: IN's or CLIP's)")
-    add("--image_std", nargs=3, type=number(float, 0.001), help="R, G, B (default: IN's or CLIP's)")
     args = parser.parse_args(argv)
-    check_output(args.output, args.to)
-    facts = {}
-    for name in ASSUMED:
-        value = getattr(args, name)
-        if value is not None:
-            facts[name] = tuple(value) if isinstance(value, list) else value
-    model, tokenizer = convert(args.input, facts, args.vocab)
+    out = args.output
+    check(not out.exists(), f"{out} is there already: OUT must be new")
+    check(args.to or out.suffix == ".pt", f"OUT must end in .pt, which {out} does not")
+    check(out.parent.is_dir(), f"there is no folder {out.parent}")
+    model, tokenizer = convert(args.input, args.vocab)
 
     if args.to == "open_clip":
-        write_open_clip(model, tokenizer, args.output)
+        write_open_clip(model, tokenizer, out)
     elif args.to == "transformers":
-        write_transformers(model, tokenizer, args.output)
+        write_transformers(model, tokenizer, out)
     else:
-        evaluation.write_checkpoint(args.output, model, tokenizer.vocab)
-        print(f"wrote {args.output}: {model.config}")
+        evaluation.write_checkpoint(out, model, tokenizer.vocab)
+        print(f"wrote {out}: {model.config}")
 
 
 if __name__ == "__main__":

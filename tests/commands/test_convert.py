@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor, pipeline
 
 import eval as evaluation
 from scripts.convert import (
+    ASSUMED,
     check_config,
     main,
     open_clip_config,
@@ -26,24 +27,24 @@ from tokenizer import Tokenizer, clip_vocabulary, words_to_tiktoken
 VOCAB = words_to_tiktoken(["dog"])
 V = {"vocab_size": Tokenizer(VOCAB).vocab_size}
 STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
-STATS_FLAGS = ["--image_mean", *STATS["image_mean"], "--image_std", *STATS["image_std"]]
 HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
-HEADS_FLAGS = ["--vision_heads", 4, "--text_heads", 8]
 
 
-def save(content, path):
+def save(content, path, config=None):
+    """config: open_clip's, for the file that its models on the hub have beside them."""
+    if config is not None:
+        path.with_name("open_clip_config.json").write_text(json.dumps(config))
     torch.save(content, path)
     return path
 
 
 @pytest.fixture
 def converted(tmp_path):
-    """A function that converts a file with these flags and loads the result."""
+    """A function that converts a file and loads the result."""
     (tmp_path / "own.tiktoken").write_text(VOCAB)
 
-    def convert(path, *flags):
-        vocab = ["--vocab", tmp_path / "own.tiktoken"]
-        assert not run(main, path, tmp_path / "out.pt", *vocab, *flags)
+    def convert(path):
+        assert not run(main, path, tmp_path / "out.pt", "--vocab", tmp_path / "own.tiktoken")
         return evaluation.load(tmp_path / "out.pt")[0]
 
     return convert
@@ -72,12 +73,11 @@ def run_recipe(printed, folder, monkeypatch):
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["at the top level", "under text."])
 def test_weights_of_open_clip_become_plain_clip(custom_text, tmp_path, converted):
-    """Its two layouts put the text tower there. Other files hold constants, too. No shape tells
-    the heads."""
-    ours = make_random_model(**HEADS, **V)
+    """Its two layouts put the text tower there. Other files hold constants, too."""
+    ours = make_random_model(**V)
     state = open_clip_of(ours, custom_text).state_dict() | {"text.attn_mask": torch.zeros(16, 16)}
 
-    model = converted(save(state, tmp_path / "weights.pt"), *HEADS_FLAGS)
+    model = converted(save(state, tmp_path / "weights.pt"))
 
     assert_same_but_for_the_head(model, ours)
 
@@ -104,13 +104,15 @@ def narrow_heads():
 # Three scalars are in OpenAI's files only, and mean quick GELU and heads that are 64 wide.
 SCALARS = {x: torch.tensor(1) for x in ("input_resolution", "context_length", "vocab_size")}
 B32 = open_clip.get_model_config("ViT-B-32-quickgelu")
-ALL = {"--quick_gelu", "--vision_heads", "--text_heads", "--image_mean", "--image_std"}
-# case -> (scalars in the file, the .json beside it, the heads of both towers and whether GELU is
-# the quick one, the flags of what is assumed)
+HUB = {"model_cfg": B32, "preprocess_cfg": {"mean": STATS["image_mean"], "std": (1, 1, 1)}}
+# case -> (scalars in the file, open_clip's configuration beside it, the heads of both towers and
+# whether GELU is the quick one, the red of the mean, how many facts are assumed)
+RED = SuperCLIPConfig.image_mean[0]
 KNOWLEDGE = {
-    "OpenAI's file": (SCALARS, None, (2, 2, True), set()),
-    "nothing is known": ({}, {"vision_cfg": 3}, (2, 2, False), ALL),
-    "open_clip's .json": ({}, B32, (2, 8, True), {"--image_mean", "--image_std"}),
+    "OpenAI's file": (SCALARS, None, (2, 2, True, RED), 0),
+    "nothing is known": ({}, None, (2, 2, False, RED), 3),
+    "a model's configuration": ({}, B32, (2, 8, True, RED), 1),
+    "that of the hub": ({}, HUB, (2, 8, True, 0.5), 0),
 }
 
 
@@ -118,14 +120,14 @@ KNOWLEDGE = {
 def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(
     tmp_path, converted, capsys, scalars, beside, expected, assumed
 ):
-    path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt")
-    path.with_suffix(".json").write_text(json.dumps(beside))
+    path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt", beside)
 
-    config = converted(path).config
+    c = converted(path).config
 
-    assert (config.vision_heads, config.text_heads, config.quick_gelu) == expected
+    assert (c.vision_heads, c.text_heads, c.quick_gelu, c.image_mean[0]) == expected
     printed = capsys.readouterr().out
-    assert {flag for flag in ALL if flag in printed} == assumed
+    assert sum(text in printed for text in ASSUMED.values()) == assumed
+    assert ("open_clip_config.json" in printed) == (assumed > 0)
 
 
 def test_a_checkpoint_stays_what_it_is(tmp_path):
@@ -218,13 +220,13 @@ def test_what_cannot_be_converted_is_refused_before_a_download(
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path, capsys, monkeypatch):
     """A model with the same features, scale and bias, a preprocess with the mean and std of the
-    configuration, and a tokenizer with its vocabulary. The way back needs mean and std alone."""
+    configuration, and a tokenizer with its vocabulary. All of them come back."""
     model = make_random_model(loss=loss, quick_gelu=True, **V, **HEADS, **STATS)
     path = write_checkpoint(tmp_path / "best.pt", model, VOCAB)
     monkeypatch.chdir(tmp_path)
 
-    assert not run(main, path, "superclip.pt", "--to", "open_clip")
-    assert not run(main, "superclip.pt", "again.pt", *STATS_FLAGS)
+    assert not run(main, path, "folder", "--to", "open_clip")
+    assert not run(main, "folder", "again.pt")
 
     again, tokenizer, _ = evaluation.load("again.pt")
     assert_same_but_for_the_head(again, model)
