@@ -2,11 +2,12 @@
 
     python -m scripts.pack --csv pairs.csv --images photos/ --out shards/
 
-The list is a CSV, TSV or JSONL file in UTF-8 with column names. All rows of one image become one
-sample: .txt holds its first caption, and .json holds all `captions` and the other columns of the
-list, so that a column `long` serves as --label_captions json.long. Where the rows of an image
-differ in a column, its field is a list. Large images are made smaller; --size 0 keeps their size.
-Rows that cannot be used are listed in bad_rows.csv, with the reason.
+The list is a CSV, TSV or JSONL file in UTF-8 with the columns image and caption, or others that
+--image_column and --caption_column name. All rows of one image become one sample: .txt holds its
+first caption, and .json holds all `captions`, the image's name, size and hash, and the other
+columns of the list, so that a column `long` serves as --label_captions json.long. Where the rows of
+an image differ in a column, its field is a list. Large images are made smaller; --size 0 keeps
+their size. Rows that cannot be used are listed in bad_rows.csv, with the reason.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
 are never on both sides, and an image keeps its side when the list grows or is packed in parts. With
@@ -31,10 +32,6 @@ from PIL import Image
 import data
 from cli import InputError, check, cores, make_parser, new_folder, number, run_command
 
-# Likely names of the two columns, the likeliest first.
-IMAGE_COLUMNS = "image filepath file_path image_path path filename file_name file img url".split()
-CAPTION_COLUMNS = "caption captions text title description alt_text".split()
-WRITTEN = ("image", "captions", "width", "height", "sha256")  # the fields of .json that pack makes
 # Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 SHARD_SIZE = 1000  # samples
@@ -65,22 +62,11 @@ def table_rows(file, path):
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        twice = [name for name, n in Counter(reader.fieldnames).items() if n > 1 and name]
-        check(not twice, f"{path} has two columns {', '.join(twice)}: rename one of them")
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         # A bad row is not enough: if a quotation mark is not closed, all that follows may be lost.
         raise InputError(f"{path}, line {reader.line_num + 1}: {error}: see its quotes") from None
-
-
-def find_column(option, names, columns):
-    """The first of these names that is among the columns, in any case. option: what sets it."""
-    for name in names:
-        for column in columns:
-            if column.strip().lower() == name.lower():
-                return column
-    raise InputError(f"which column is it? Choose with {option}: {', '.join(columns)}")
 
 
 def problem_of(row, image, captions):
@@ -124,21 +110,17 @@ def read_list(args):
     columns). bad: list of (line number, image, reason).
     """
     rows, columns = read_rows(args.csv)
-    image_column = find_column("--image_column", args.image_column, columns)
-    caption_column = find_column("--caption_column", args.caption_column, columns)
-    print(f"images from column {image_column!r}, captions from column {caption_column!r}")
-    others = columns.keys() - {image_column, caption_column}
-    no_group = f"there is no column {args.group} for --group"
-    check(args.group is None or args.group in others, no_group)
-    clash = others.intersection(WRITTEN)
-    check(not clash, f"rename {', '.join(clash)} in {args.csv}: pack writes fields of these names")
+    for column in (args.image_column, args.caption_column):
+        found = f"{args.csv} has the columns {', '.join(columns)}"
+        check(column in columns, f"{found}: see --image_column and --caption_column")
+    check(args.group in (None, *columns), f"there is no column {args.group} for --group")
 
     samples = {}
     bad = []
     folder = os.path.join(args.images, "")
     for line, row in rows:
-        image = str(row.pop(image_column, None) or "").strip()
-        captions = texts_in(row.pop(caption_column, None))
+        image = str(row.pop(args.image_column, None) or "").strip()
+        captions = texts_in(row.pop(args.caption_column, None))
         reason = problem_of(row, image, captions)
         if reason is not None:
             bad.append((line, image, reason))
@@ -164,13 +146,13 @@ def merge(rows):
             values = columns.setdefault(name, [])
             if value not in (None, "", *values):
                 values.append(value)
-    fields = {"captions": list(captions)}
+    fields = {}
     for name, values in columns.items():
         if len(values) > 1:
             fields[name] = values
         else:
             fields[name] = values[0] if values else None
-    return fields
+    return {**fields, "captions": list(captions)}
 
 
 def side_of(sha256, group, val):
@@ -310,10 +292,8 @@ def read_options(argv):
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder to make for the shards")
     add("--images", type=Path, help="folder of the images (default: the list's)")
-    add("--image_column", nargs=1, default=IMAGE_COLUMNS,
-        help="column of images (default: a likely name)")
-    add("--caption_column", nargs=1, default=CAPTION_COLUMNS,
-        help="column of captions (default: a likely name)")
+    add("--image_column", default="image", metavar="COLUMN", help="default image")
+    add("--caption_column", default="caption", metavar="COLUMN", help="default caption")
     add("--group", metavar="COLUMN", help="column: rows with the same value stay on one side")
     add("--size", type=number(int, 0), default=256,
         help="pixels of a short side, at most; 0: as it is (default 256)")
