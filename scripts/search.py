@@ -1,15 +1,14 @@
-"""Search images by text, or by another image:
+"""Search images by text:
 
     python -m scripts.search --checkpoint out/best.pt --images photos/ "a red mug" "two dogs"
-    python -m scripts.search --checkpoint out/best.pt --images photos/ --like photos/1.jpg --k 30
     python -m scripts.search --checkpoint out/best.pt --data 'shards/*.tar' "a mug"
     python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz --serve
 
 The first command prints the best images for each text with their scores. --serve opens a page to
-search with: see scripts/serve.py. Without --images and --data, the validation pictures of the run
-are searched. A score is the cosine similarity of two features. Compare only scores of the same
-text, because some texts score higher than others everywhere.
+search with, by text or by one of the images: see scripts/serve.py. Without --images and --data, the
+validation pictures of the run are searched. A score is the cosine similarity of two features.
+Compare only scores of the same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search of the same folders
 encodes only those that are new or have changed. Other programs, such as a notebook or FAISS, can
@@ -188,12 +187,12 @@ class Search:
         unknown = unknown_words(self.tokenizer, [text])
         return {"text": text, "unknown": unknown, "found": self.best(self.features @ feature, k)}
 
-    def by_image(self, entry, feature, k):
-        """The k images that are most like another, which need not be one of them."""
-        scores = self.features @ feature
+    def by_image(self, i, k):
+        """The k images that are most like image i."""
+        scores = self.features @ self.features[i]
         # An image would find itself and its copies, which are of no use to anybody.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
-        return {"like": short_name(entry.name), "found": self.best(scores, k)}
+        return {"like": short_name(self.entries[i].name), "found": self.best(scores, k)}
 
     def best(self, scores, k):
         order = scores.argsort(descending=True, stable=True)[:k].tolist()
@@ -216,9 +215,8 @@ class Search:
 
 
 def print_result(result):
-    title = result["text"] if "text" in result else f"like {result['like']}"
-    print("\n" + title)
-    if result.get("unknown"):
+    print("\n" + result["text"])
+    if result["unknown"]:
         print("not in the vocabulary:", ", ".join(result["unknown"]))
     for found in result["found"]:
         line = "  ".join(filter(None, (found["name"], found["file"], found["caption"])))
@@ -235,7 +233,6 @@ def read_options(argv):
     add("texts", nargs="*", metavar="TEXT", help="what to look for")
     add("--images", action="append", default=[], help="folder or image; may be repeated")
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
-    add("--like", action="append", default=[], help="image to look for; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
     add("--json", type=output_file(".json"), help="file to write what was found to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
@@ -244,9 +241,8 @@ def read_options(argv):
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
     for text in args.texts:  # of a pattern without quotes all files but one become texts
-        check(not os.path.isfile(text), f"{text} is a file: quote a pattern, or name it by --like")
-    if not args.texts and not args.like:
-        check(args.serve, "name a text to look for, or an image (--like), or open a page (--serve)")
+        check(not os.path.isfile(text), f"{text} is a file: put a pattern in quotes")
+    check(args.texts or args.serve, "name a text to look for, or open a page (--serve)")
     return args
 
 
@@ -265,16 +261,13 @@ def main(argv):
         entries += shard_entries(shards)
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    like = find_features(model, file_entries(args.like), None, workers=0)
-    check(like or not args.like, "none of the images of --like can be read")
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features = find_features(model, entries, shards, args.workers, args.features, sha256)
     check(features, "none of the images can be read")
     search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
     print(f"{len(features):,} images; scores are cosine similarities")
-    results = [search.by_image(entry, feature, args.k) for entry, feature in like.items()]
-    results += [search.by_text(text, args.k) for text in args.texts]
+    results = [search.by_text(text, args.k) for text in args.texts]
     for result in results:
         print_result(result)
     write_json(args.json, results)

@@ -88,8 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             to_pil_image(image).save(jpeg, "JPEG", quality=QUALITY)
             return "image/jpeg", jpeg.getvalue()
         if "like" in options:
-            i = int(options["like"])
-            result = search.by_image(search.entries[i], search.features[i], k)
+            result = search.by_image(int(options["like"]), k)
         else:
             result = search.by_text(options["text"], k)
         return "application/json", json.dumps(result).encode()

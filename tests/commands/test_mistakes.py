@@ -45,7 +45,6 @@ scripts.words MODEL --word zebra                                  | zebra
 scripts.words MODEL                                               | --image
 scripts.search MODEL "a text"                                     | --images
 scripts.search MODEL --images hollow "a text"                     | hollow
-scripts.search MODEL --images classes --like two.txt              | --like
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
 scripts.curves utf16.jsonl --out x.png                            | UTF-8
