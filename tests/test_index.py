@@ -155,13 +155,3 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
         cache.write_bytes(b"damaged")
 
     assert indexed(path) == 2
-
-
-def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
-    """As in a container that runs under a number of its own."""
-    path = write_captions(tmp_path / "0.tar", "red", "green")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 10**6)
-
-    assert indexed(path) == 2
