@@ -10,9 +10,7 @@ an image differ in a column, its field is a list. Large images are made smaller;
 their size. Rows that cannot be used are listed in bad_rows.csv, with the reason.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
-are never on both sides, and an image keeps its side when the list grows or is packed in parts. With
---group, a hash of that column decides instead, so that two photographs of one product stay on one
-side. An image without a group is a group of its own.
+are never on both sides, and an image keeps its side when the list grows or is packed in parts.
 """
 
 import csv
@@ -57,10 +55,7 @@ def table_rows(file, path):
     a row with line breaks is that of its last line."""
     header = file.readline()
     file.seek(0)
-    delimiter = "\t" if "\t" in header else max(",;", key=header.count)
-    # In TSV a quotation mark is a character like any other, as in CC3M's own lists.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
     try:
         for row in reader:
             yield reader.line_num, row
@@ -113,8 +108,6 @@ def read_list(args):
     for column in (args.image_column, args.caption_column):
         found = f"{args.csv} has the columns {', '.join(columns)}"
         check(column in columns, f"{found}: see --image_column and --caption_column")
-    check(args.group in (None, *columns), f"there is no column {args.group} for --group")
-
     samples = {}
     bad = []
     folder = os.path.join(args.images, "")
@@ -155,14 +148,6 @@ def merge(rows):
     return {**fields, "captions": list(captions)}
 
 
-def side_of(sha256, group, val):
-    """The side of an image, train or val: by a hash of its group, or of its file if it has none."""
-    if group not in (None, ""):
-        text = str(group).strip()
-        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return "val" if int(sha256[:8], 16) < val * 2**32 else "train"
-
-
 def smaller(image, size):
     """A PIL image -> the bytes of a JPEG with a short side of at most `size` pixels, and its width
     and height."""
@@ -185,9 +170,6 @@ def encode(item, args):
     """
     name, rows = item
     fields = merge(rows)
-    group = fields.get(args.group)
-    if isinstance(group, list):
-        return f"it is in several groups: {group}"
     file = args.images / name
     size = args.size or 10**9
     try:
@@ -206,7 +188,8 @@ def encode(item, args):
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
-    return side_of(sha256, group, args.val), suffix, content, fields
+    split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
+    return split, suffix, content, fields
 
 
 # -----------------------------------------------------------------------------
@@ -294,7 +277,6 @@ def read_options(argv):
     add("--images", type=Path, help="folder of the images (default: the list's)")
     add("--image_column", default="image", metavar="COLUMN", help="default image")
     add("--caption_column", default="caption", metavar="COLUMN", help="default caption")
-    add("--group", metavar="COLUMN", help="column: rows with the same value stay on one side")
     add("--size", type=number(int, 0), default=256,
         help="pixels of a short side, at most; 0: as it is (default 256)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
