@@ -17,8 +17,7 @@ assumed, and the command says so. A file without a word head becomes plain CLIP,
 Instead of a file, the input may be a model and a tag of open_clip, as in the second command, unless
 there is a file of that name. open_clip then downloads the weights, and nothing is assumed.
 
-The export to transformers needs CLIP's vocabulary for its tokenizer and its pipelines. With another
-vocabulary there is no tokenizer in the folder, and the command says how to tokenize.
+The export to transformers has no tokenizer. The command says what tokenizes a caption.
 """
 
 import json
@@ -389,9 +388,7 @@ def write_vocabulary(tokenizer, path):
 
 def write_transformers(model, tokenizer, folder):
     """Write the towers with the files that transformers wants beside them. Say how it loads them,
-    and what tokenizes a caption if the vocabulary is not CLIP's."""
-    if is_clips(tokenizer):
-        bpe = optional("open_clip", "open_clip_torch").tokenizer.SimpleTokenizer()
+    and what tokenizes a caption."""
     c = model.config
     images = {
         "image_processor_type": "CLIPImageProcessor",
@@ -403,25 +400,12 @@ def write_transformers(model, tokenizer, folder):
     files = {"config.json": transformers_config(c), "preprocessor_config.json": images}
     path = write_folder(folder, transformers_state(model), files)
     name = str(folder.resolve())
+    print("  from transformers import CLIPModel, CLIPTokenizer")
+    print(f"  model = CLIPModel.from_pretrained({name!r})")
     if is_clips(tokenizer):
-        write_clip_tokenizer(bpe, folder, c.context_length)
-        print("  from transformers import pipeline")
-        print("  classify = pipeline('zero-shot-image-classification',")
-        print(f"      {name!r})")
+        print("  tokenizer = CLIPTokenizer.from_pretrained('openai/clip-vit-base-patch32')")
     else:
-        print("  from transformers import CLIPModel")
-        print(f"  model = CLIPModel.from_pretrained({name!r})")
         write_vocabulary(tokenizer, path)
-
-
-def write_clip_tokenizer(bpe, folder, context_length):
-    """Write CLIP's vocabulary as transformers loads it. bpe: open_clip's tokenizer, which knows the
-    merges."""
-    tokens = [*bpe.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
-    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)])
-    write_file(folder / "merges.txt", lambda file: file.write(merges.encode()))
-    write_json(folder / "tokenizer_config.json", {"model_max_length": context_length})
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +419,7 @@ def main(argv):
     text = ".pt or .safetensors file, transformers' folder, or MODEL/TAG of open_clip"
     add("input", metavar="IN", help=text)
     add("output", metavar="OUT", type=Path, help="new .pt file, or with --to a new folder")
-    text = "this layout, without the word head (pipelines of transformers need CLIP's vocabulary)"
+    text = "this layout, without the word head"
     add("--to", choices=["open_clip", "transformers"], help=text)
     add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's or clip)")
     args = parser.parse_args(argv)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from material import cases, error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
-from transformers import CLIPModel, CLIPProcessor, pipeline
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 import eval as evaluation
 from scripts.convert import (
@@ -19,10 +19,9 @@ from scripts.convert import (
     open_clip_config,
     read_shapes,
     rename,
-    transformers_state,
 )
 from superclip import SuperCLIP, SuperCLIPConfig
-from tokenizer import Tokenizer, clip_vocabulary, words_to_tiktoken
+from tokenizer import Tokenizer, words_to_tiktoken
 
 VOCAB = words_to_tiktoken(["dog"])
 V = {"vocab_size": Tokenizer(VOCAB).vocab_size}
@@ -76,17 +75,6 @@ def test_weights_of_open_clip_become_plain_clip(custom_text, tmp_path, converted
     """Its two layouts put the text tower there. Other files hold constants, too."""
     ours = make_random_model(**V)
     state = open_clip_of(ours, custom_text).state_dict() | {"text.attn_mask": torch.zeros(16, 16)}
-
-    model = converted(save(state, tmp_path / "weights.pt"))
-
-    assert_same_but_for_the_head(model, ours)
-
-
-def test_a_wrapper_of_transformers_model_changes_no_weight(tmp_path, converted):
-    """DistributedDataParallel adds a prefix. The projections are square, so that no shape tells
-    whether they were transposed."""
-    ours = make_random_model(embed_dim=128, **V)
-    state = {f"module.{name}": x for name, x in transformers_state(ours).items()}
 
     model = converted(save(state, tmp_path / "weights.pt"))
 
@@ -240,54 +228,24 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path, capsys, monkey
     assert torch.equal(names["tokenizer"](["a dog"]), tokenizer(["a dog"]))
 
 
-def export(folder, vocab, quick_gelu):
-    """Write a model for transformers into folder/export. Returns it and its tokenizer."""
-    tokenizer = Tokenizer(vocab, 16)
-    known = {"vocab_size": tokenizer.vocab_size, **HEADS, **STATS}
-    model = make_random_model(quick_gelu=quick_gelu, **known)
-    path = write_checkpoint(folder / "a.pt", model, vocab)
-    assert not run(main, path, folder / "export", "--to", "transformers")
-    return model, tokenizer
-
-
 @torch.no_grad()
-def test_transformers_has_the_same_features(tmp_path, capsys, monkeypatch):
-    """Also of a text that goes on after its end."""
-    model, tokenizer = export(tmp_path, VOCAB, quick_gelu=False)
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_transformers_has_the_same_features(quick_gelu, tmp_path, capsys, monkeypatch):
+    """Also of a text that goes on after its end. The projections are square, so that no shape tells
+    whether they were transposed. What the installed version saves comes back."""
+    model = make_random_model(embed_dim=128, quick_gelu=quick_gelu, **V, **HEADS, **STATS)
+    path = write_checkpoint(tmp_path / "a.pt", model, VOCAB)
     images, tokens = make_pairs(model)
-    tokens[0, 4] = tokenizer.end
+    tokens[0, 4] = Tokenizer(VOCAB).end
 
+    assert not run(main, path, tmp_path / "export", "--to", "transformers")
     names = run_recipe(capsys.readouterr().out, tmp_path / "empty", monkeypatch)
     out = names["model"](tokens, images)
+    names["model"].save_pretrained("saved")
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "export")
+    CLIPProcessor(processor, CLIPTokenizer()).save_pretrained("saved")
+    assert not run(main, "saved", "again.pt", "--vocab", tmp_path / "export" / "model.tiktoken")
 
     assert_near(model.encode_image(images), out.image_embeds)
     assert_near(model.encode_text(tokens), out.text_embeds)
-
-
-@pytest.fixture(scope="module")
-def with_clips_vocabulary(tmp_path_factory):
-    """A model, its tokenizer and the folder for transformers."""
-    folder = tmp_path_factory.mktemp("clip")
-    return *export(folder, clip_vocabulary(), quick_gelu=True), folder / "export"
-
-
-def test_what_transformers_saves_can_be_converted(with_clips_vocabulary, tmp_path):
-    """In the layout of the version that is installed."""
-    model, _, folder = with_clips_vocabulary
-    for part in (CLIPModel, CLIPProcessor):
-        part.from_pretrained(folder).save_pretrained(tmp_path / "saved")
-
-    assert not run(main, tmp_path / "saved", tmp_path / "again.pt")
-
-    assert_same_but_for_the_head(evaluation.load(tmp_path / "again.pt")[0], model)
-
-
-def test_transformers_tokenizes_with_clips_vocabulary(with_clips_vocabulary):
-    _, tokenizer, folder = with_clips_vocabulary
-    text = "It's 42 naïve cafés!" + 20 * " x"  # longer than the context
-
-    classify = pipeline("zero-shot-image-classification", str(folder))  # as convert prints it
-
-    ids = classify.tokenizer(text, truncation=True).input_ids
-    assert ids == tokenizer([text])[0].tolist()
-    assert tuple(classify.image_processor.image_mean) == STATS["image_mean"]
+    assert_same_but_for_the_head(evaluation.load("again.pt")[0], model)
