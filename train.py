@@ -520,8 +520,7 @@ def make_parser():
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
         help="shards to validate on, or none (default: those named val or test, else 1 pair in "
-        "100 of 200 or more, at most 1,000: copies of a picture may then be on both sides, and "
-        "scripts.pack keeps them on one)")
+        "100 of 200 or more, at most 1,000; only scripts.pack keeps copies on one side)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
