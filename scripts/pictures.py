@@ -13,8 +13,7 @@ from data import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which is 15 pixels high
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-picture_file = output_file(*FORMATS)  # a type for argparse
+picture_file = output_file(".png")  # a type for argparse
 
 
 def image_files(paths, out=None):
@@ -42,8 +41,7 @@ def evenly(items, k):
 def contact_sheet(images, captions, path, columns=4, legend=""):
     """Draw images with a caption of up to five lines below each, and a legend above all of them.
 
-    images: list of uint8 tensors (3, S, S); captions: as many strings; path: the picture to write,
-    whose suffix tells its format.
+    images: list of uint8 tensors (3, S, S); captions: as many strings; path: the PNG file to write.
     """
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
@@ -68,5 +66,4 @@ def contact_sheet(images, captions, path, columns=4, legend=""):
         sheet.paste(to_pil_image(image), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
 
-    format = FORMATS[path.suffix.lower()]
-    write_file(path, lambda file: sheet.save(file, format))
+    write_file(path, lambda file: sheet.save(file, "PNG"))
