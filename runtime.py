@@ -237,7 +237,7 @@ def read_log(path):
                 rows[row["step"], "loss" in row] = row
     except (ValueError, LookupError, TypeError) as error:
         # not its repr, which may hold the whole file
-        raise InputError(f"{path} is not a log of train.py in UTF-8: {error}") from error
+        raise InputError(f"{path} is not a log of train.py: {error}") from error
     check(header, f"{path} has no header, so it is not a log of train.py")
     return header, list(rows.values())
 

@@ -47,7 +47,6 @@ scripts.search MODEL "a text"                                     | --images
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
-scripts.curves utf16.jsonl --out x.png                            | UTF-8
 scripts.bench --model tiny --micro_batch_size 4                   | --micro_batch_size
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
@@ -82,7 +81,6 @@ def world(tmp_path_factory):
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
-    (world / "utf16.jsonl").write_text("{}", "utf-16")  # as PowerShell's > writes it
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
