@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import train
-from cli import check, make_parser, number, optional, pick_dtype, run_command
+from cli import make_parser, number, optional, pick_dtype, run_command
 from scripts.convert import open_clip_config
 from tokenizer import Tokenizer
 
@@ -125,7 +125,6 @@ def main(argv):
     args, options = parser.parse_known_args(argv)
     superclip = parse(options)
     clip = parse([*options, "--cls_weight=0"])
-    check(superclip.micro_batch_size is None, "a step is a plain one: leave out --micro_batch_size")
     runs = {"CLIP": Run(clip), "SuperCLIP": Run(superclip)}
     if runs["CLIP"].device.type == "cuda":
         runs["SuperCLIP --compile"] = Run(parse([*options, "--compile"]))

@@ -213,8 +213,6 @@ def check_config(model, other):
     unknown = other.keys() - ours.keys()
     for tower in ("vision_cfg", "text_cfg"):
         unknown |= other[tower].keys() - ours[tower].keys()
-    if isinstance(other["vision_cfg"].get("layers"), list):
-        unknown.add("layers of a ResNet")
     names = ", ".join(sorted(unknown))
     check(not unknown, f"{model} of open_clip has parts that this project lacks: {names}")
 

@@ -32,12 +32,6 @@ def image_files(paths, out=None):
     return list(files.values())
 
 
-def evenly(items, k):
-    """At most k items of a list, evenly spaced."""
-    k = min(k, len(items))
-    return [items[i * len(items) // k] for i in range(k)]
-
-
 def contact_sheet(images, captions, path, columns=4, legend=""):
     """Draw images with a caption of up to five lines below each, and a legend above all of them.
 

@@ -23,7 +23,7 @@ import data
 import eval as evaluation
 from cli import InputError, check, make_parser, pick_device, run_command
 from scripts import scenes
-from scripts.pictures import contact_sheet, evenly, image_files, picture_file
+from scripts.pictures import contact_sheet, image_files, picture_file
 
 # A picture to look at: its full name, a short title, and its pixels (3, S, S), or None if it cannot
 # be read
@@ -45,7 +45,8 @@ def pictures_of_run(paths, captions, size):
     """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
     shards = data.Shards(data.expand(paths), captions)
     images = evaluation.ShardImages(shards, size)
-    for i in evenly(range(len(shards)), SHOWN):
+    step = max(1, len(shards) // SHOWN)
+    for i in range(0, len(shards), step)[:SHOWN]:
         image, texts = images[i]
         title = texts[0] if texts else ""
         yield Picture(f'{shards.name(i)} "{title}"', title, image)

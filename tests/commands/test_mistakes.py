@@ -38,7 +38,6 @@ eval zeroshot NONE --images classes --json nowhere/x.json         | nowhere/x.js
 eval zeroshot --checkpoint other.pt --images classes              | other.pt
 eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test ./classes                 | --test
-eval probe MODEL --train one --test classes                       | one
 scripts.words MODEL --image hollow                                | hollow
 scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
 scripts.words MODEL --word zebra                                  | zebra
@@ -47,10 +46,8 @@ scripts.search MODEL "a text"                                     | --images
 scripts.search MODEL --images hollow "a text"                     | hollow
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
-scripts.bench --model tiny --micro_batch_size 4                   | --micro_batch_size
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
-scripts.convert numbered.pt x.pt                                  | numbered.pt
 scripts.convert model.pt model.pt                                 | model.pt
 scripts.pack --csv list.csv --out x                               | --image_column
 scripts.pack --csv list.csv --image_column a --caption_column c --out classes | classes
@@ -70,13 +67,13 @@ SHORT = {
 def world(tmp_path_factory):
     """A folder with all files that the table names."""
     world = tmp_path_factory.mktemp("world")
-    for name in ("hollow/empty", "sides", "classes/red", "classes/green", "one/red", "one/green"):
+    for name in ("hollow/empty", "sides", "classes/red", "classes/green"):
         (world / name).mkdir(parents=True)
     picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])
-    for name in ("photo.png", "classes/red/0.png", "classes/green/0.png", "one/red/0.png"):
+    for name in ("photo.png", "classes/red/0.png", "classes/green/0.png"):
         (world / name).write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
@@ -88,7 +85,6 @@ def world(tmp_path_factory):
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({"epoch": 1}, world / "other.pt")
     torch.save([torch.ones(2)], world / "list.pt")
-    torch.save({"state_dict": {0: torch.ones(2)}}, world / "numbered.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
