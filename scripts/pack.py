@@ -20,7 +20,6 @@ import json
 import os
 import shlex
 import tarfile
-from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
@@ -241,11 +240,6 @@ def make_shards(args, samples, bad, folder):
     return writers["train"].n, writers["val"].n
 
 
-def write_bad_rows(path, bad):
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
-
-
 # -----------------------------------------------------------------------------
 # What to do with the pairs
 
@@ -293,13 +287,12 @@ def main(argv):
         n, n_val = make_shards(args, samples, bad, folder)
         if n + n_val == 0:
             raise InputError(f"none of the rows of {args.csv} can be used: {min(bad)[2]}")
-        write_bad_rows(folder / "bad_rows.csv", bad)
+        path = folder / "bad_rows.csv"
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
 
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
-    kinds = Counter(reason.partition(":")[0] for _, _, reason in bad)
-    for kind, count in kinds.most_common(3):
-        print(f"{count:9,}  {kind}")
     way = TUNE if n < 10_000 else FROM_NOTHING
     print((way + SEARCH).format(out=shlex.quote(str(args.out))))
 

@@ -52,35 +52,27 @@ def answer_of(address, path, host="127.0.0.1"):
     return answer.status, answer.read()
 
 
-REFUSED = [
-    "/TOKEN/../../../../../../etc/passwd",
-    "/TOKEN/photos/01.png",
-    "/TOKEN/picture?number=../model.pt",
-    "/TOKEN/picture?number=20",
-    "/TOKEN/search",
-    "/",
-    "/picture?number=0",
-    "/AAAAAAAAAAAAAAAAAAAAAA/picture?number=0",
-]
-
-
-@pytest.mark.parametrize("path", REFUSED)
-def test_nothing_but_numbers_of_pictures_is_served(address, path):
-    assert answer_of(address, path)[0] == 404
-
-
-HOSTS = {
-    "localhost": 200,
-    "127.0.0.1:1": 200,  # that of ssh -L may be another
-    "evil.example": 404,  # a website that gives its name the address 127.0.0.1
-    "127.0.0.1.evil.example": 404,
-    "": 404,
+PICTURE = "/TOKEN/picture?number=0"
+ANSWERS = {  # path and host of a request -> the status of the answer
+    (PICTURE, "localhost"): 200,
+    (PICTURE, "127.0.0.1:1"): 200,  # that of ssh -L may be another
+    (PICTURE, "evil.example"): 404,  # a website that gives its name the address 127.0.0.1
+    (PICTURE, "127.0.0.1.evil.example"): 404,
+    (PICTURE, ""): 404,
+    ("/TOKEN/../../../../../../etc/passwd", "localhost"): 404,
+    ("/TOKEN/photos/01.png", "localhost"): 404,
+    ("/TOKEN/picture?number=../model.pt", "localhost"): 404,
+    ("/TOKEN/picture?number=20", "localhost"): 404,
+    ("/TOKEN/search", "localhost"): 404,
+    ("/", "localhost"): 404,
+    ("/picture?number=0", "localhost"): 404,
+    ("/AAAAAAAAAAAAAAAAAAAAAA/picture?number=0", "localhost"): 404,
 }
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_only_hosts_of_this_machine_are_answered(address, host):
-    assert answer_of(address, "/TOKEN/picture?number=0", host)[0] == HOSTS[host]
+@pytest.mark.parametrize("path, host", ANSWERS)
+def test_nothing_but_numbers_of_pictures_is_served_and_only_to_this_machine(address, path, host):
+    assert answer_of(address, path, host)[0] == ANSWERS[path, host]
 
 
 def test_the_server_finds_what_the_slow_search_finds(address, world):
