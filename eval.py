@@ -608,12 +608,8 @@ def main(argv):
     text = "find captions by image and images by caption"
     add = command("retrieval", command_retrieval, text)
     add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")
-    add(
-        "--captions",
-        nargs="+",
-        metavar="SOURCE",
-        help="txt or json.FIELD, one or more (default: those that the run validated on, else txt)",
-    )
+    text = "txt or json.FIELD, one or more (default: those that the run validated on, else txt)"
+    add("--captions", nargs="+", metavar="SOURCE", help=text)
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, metavar="DIR", help="a folder with a folder of images per class")
     add("--test", required=True, metavar="DIR", help="the same classes, other images")

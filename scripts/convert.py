@@ -27,15 +27,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from cli import (
-    InputError,
-    check,
-    make_parser,
-    optional,
-    run_command,
-    write_file,
-    write_json,
-)
+from cli import InputError, check, make_parser, optional, run_command, write_file, write_json
 from superclip import SuperCLIPConfig
 from tokenizer import Tokenizer
 

@@ -12,14 +12,7 @@ from oracle import assert_near, assert_same_towers, make_pairs, make_random_mode
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 import eval as evaluation
-from scripts.convert import (
-    ASSUMED,
-    check_config,
-    main,
-    open_clip_config,
-    read_shapes,
-    rename,
-)
+from scripts.convert import ASSUMED, check_config, main, open_clip_config, read_shapes, rename
 from superclip import SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer, words_to_tiktoken
 
