@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from children import ROOT
 from material import TOKENIZER, cases, small_model
 
+import superclip
 from docs.notebook import SETUP, notebook
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -87,6 +88,8 @@ def test_a_command_understands_its_arguments(module, arguments, tmp_path, monkey
     command = importlib.import_module(module)
     argv = shlex.split(arguments, comments=True)
     monkeypatch.chdir(tmp_path)
+    loss = superclip.classification_loss  # study.shuffled replaces it before it parses
+    monkeypatch.setattr(superclip, "classification_loss", loss)
     for word in argv:  # the folders in which a command would write
         Path(word).parent.mkdir(parents=True, exist_ok=True)
     for name in ("parse_args", "parse_intermixed_args"):
