@@ -1,6 +1,6 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, two to three minutes on two cores
+    python train.py                       built-in scenes, two minutes on two cores
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
@@ -122,8 +122,8 @@ def update(model, optimizer, scaler, factor):
     before it was clipped to 1.
 
     In the logs of study/ every gradient is longer than 1, so clipping gives all of them the same
-    length. nanoGPT clips to 1, too. The authors do not clip, and without it two seeds of CLIP and
-    two of SuperCLIP ended with the same scores.
+    length. nanoGPT clips to 1, too. The authors do not clip, and two seeds of CLIP and two of
+    SuperCLIP ended alike without it.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

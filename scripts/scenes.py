@@ -11,14 +11,14 @@ everything.
 This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting
 with another, so CLIP can tell most captions apart by the setting alone and needs the objects only
 now and then. The word head, however, asks for the objects in every picture. Captions off the web
-are like that: among 32 of them, "kitchen" finds the picture of a kitchen, whatever stands on its
-table. What this world leaves out are photographs, thousands of words, captions that are wrong, and
-objects that hide each other.
+may be like that: among 32 of them, "kitchen" may find the picture of a kitchen, whatever stands on
+its table. What this world leaves out are photographs, thousands of words, captions that are wrong,
+and objects that hide each other.
 
 Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
 them has learnt "red" and "star" as two words.
 
-The drawing makes things easy for a vision transformer that has three minutes to learn. Objects lie
+The drawing makes things easy for a vision transformer that has two minutes to learn. Objects lie
 in a 3 x 3 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way.
 Every cloth is darker than every object, and a white line surrounds each object, so that a star has
 the same edge in all colours.
