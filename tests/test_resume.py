@@ -68,7 +68,8 @@ def test_a_row_that_a_full_disk_has_torn_takes_no_other_with_it(
 
     train.main(short_run(shards, copied_run, "--resume"))
 
-    _, rows = read_log(log)
+    header, rows = read_log(log)
+    assert header["arguments"]["resume"]  # it is on a line of its own
     assert steps_of(rows) == steps_of(read_log(whole_run / "log.jsonl")[1])
 
 

@@ -12,7 +12,15 @@ from oracle import assert_near, assert_same_towers, make_pairs, make_random_mode
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 import eval as evaluation
-from scripts.convert import ASSUMED, check_config, main, open_clip_config, read_shapes, rename
+from scripts.convert import (
+    ASSUMED,
+    check_config,
+    main,
+    open_clip_config,
+    read_shapes,
+    rename,
+    transformers_state,
+)
 from superclip import SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer, words_to_tiktoken
 
@@ -68,6 +76,17 @@ def test_weights_of_open_clip_become_plain_clip(tmp_path, converted):
     ours = make_random_model(**V)
     state = open_clip_of(ours, custom_text=True).state_dict()
     state["text.attn_mask"] = torch.zeros(16, 16)
+
+    model = converted(save(state, tmp_path / "weights.pt"))
+
+    assert_same_but_for_the_head(model, ours)
+
+
+def test_a_wrapper_of_transformers_model_changes_no_weight(tmp_path, converted):
+    """DistributedDataParallel adds a prefix. The projections are square, so that no shape tells
+    whether they were transposed."""
+    ours = make_random_model(embed_dim=128, **V)
+    state = {f"module.{name}": x for name, x in transformers_state(ours).items()}
 
     model = converted(save(state, tmp_path / "weights.pt"))
 
