@@ -50,7 +50,7 @@ def page():
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setenv("MPLBACKEND", "Agg")
         for block in BLOCKS:
-            exec(block.replace("4500, 24000", "564, 640"), names)
+            exec(block.replace("4500, 24000", "532, 320"), names)
             names.update(RIGHT)
     return names
 
@@ -60,7 +60,7 @@ def test_all_models_of_the_page_are_trained(page):
 
     assert len(curves) == PAGE.count("_curve = train(") > 0
     for curve in curves:
-        assert [pairs for pairs, *_ in curve] == list(range(0, 641, 64))
+        assert [pairs for pairs, *_ in curve] == list(range(0, 321, 32))
 
 
 @pytest.mark.parametrize("name", RIGHT)
