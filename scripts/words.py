@@ -1,14 +1,13 @@
 """Which words the head sees in an image, and where:
 
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
-    python -m scripts.words --checkpoint out/best.pt --image photos/ --word red --out red.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
 
 The first command prints the most probable words of each image. Words of most captions, such as
 "the", make room for others. With --out it also draws a map for each word, which is red where the
-word becomes less probable if these patches are left out. --word asks for a word of your own.
-Without images, as in the third command, a few validation pictures of the run are shown. (The
-checkpoint assets/tiny.pt comes without its data, so scenes are drawn on the spot.)
+word becomes less probable if these patches are left out. Without images, as in the second command,
+a few validation pictures of the run are shown. (The checkpoint assets/tiny.pt comes without its
+data, so scenes are drawn on the spot.)
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
@@ -74,29 +73,6 @@ def find_pictures(args, files, tokenizer, size):
             raise
         return draw_scenes(size)
     return pictures_of_run(shards, captions, size)
-
-
-# -----------------------------------------------------------------------------
-# Words of a picture
-
-
-def ids_of_words(tokenizer, words):
-    """Words of --word -> dict of word -> token id. Raises InputError unless each is one token."""
-    id_of = {}
-    for word in words:
-        ids = tokenizer.encode(word)
-        check(len(ids) == 1, f"the vocabulary has no token {word}: try another --word")
-        id_of[word] = ids[0]
-    return id_of
-
-
-@torch.no_grad()
-def probabilities_of(model, image, id_of):
-    """image (3, S, S), id_of: dict of word -> token id. Returns a list of (word, probability, id)
-    in the order of id_of, like eval.top_words."""
-    logits = model.class_logits(image[None].to(evaluation.device_of(model)))[0]
-    probabilities = logits.softmax(dim=0)
-    return [(word, probabilities[i].item(), i) for word, i in id_of.items()]
 
 
 # -----------------------------------------------------------------------------
@@ -187,24 +163,19 @@ def read_options(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
     add("--image", nargs="+", default=[], help="images, or folders of images")
-    add("--word", action="append", default=[], help="word to look for; may be repeated")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     return parser.parse_args(argv)
 
 
-def look_at(model, tokenizer, pictures, args, id_of, window):
-    """Print the words of each picture: those of id_of (word -> token id) if there are any, else the
-    most probable ones. Returns the number of pictures that can be read, and what draw_words needs
-    of those to draw."""
+def look_at(model, tokenizer, pictures, args, window):
+    """Print the most probable words of each picture. Returns the number of pictures that can be
+    read, and what draw_words needs of those to draw."""
     n = 0
     to_draw = []
     for name, title, image in pictures:
         if image is None:
             continue
-        if id_of:
-            words = probabilities_of(model, image, id_of)
-        else:
-            words = evaluation.top_words(model, tokenizer, image[None])[0]
+        [words] = evaluation.top_words(model, tokenizer, image[None])
         text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
         print(f"{name}: {text}")
         n += 1
@@ -220,11 +191,10 @@ def main(argv):
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     size = model.config.image_size
-    id_of = ids_of_words(tokenizer, args.word)
     window = default_window(model)
 
     pictures = find_pictures(args, files, tokenizer, size)
-    n, to_draw = look_at(model, tokenizer, pictures, args, id_of, window)
+    n, to_draw = look_at(model, tokenizer, pictures, args, window)
     check(n > 0, "none of the images can be read")
     if to_draw:
         draw_words(to_draw, window, args.out)

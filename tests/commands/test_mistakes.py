@@ -40,7 +40,6 @@ eval retrieval MODEL --data sides                                 | validation
 eval probe MODEL --train classes --test ./classes                 | --test
 scripts.words MODEL --image hollow                                | hollow
 scripts.words --checkpoint clip.pt --image photo.png              | clip.pt
-scripts.words MODEL --word zebra                                  | zebra
 scripts.words MODEL                                               | --image
 scripts.search MODEL "a text"                                     | --images
 scripts.search MODEL --images hollow "a text"                     | hollow
