@@ -2,7 +2,6 @@
 
     python -m study.plan                      write these lines anew, from study/runs.jsonl
     python -m study.plan --run A32 B32        run what is missing of these rows, or arms, in turn
-    python -m study.plan --run C8 --rates     only what chooses their learning rates
 
 An arm is a command at a learning rate of its own, and a row holds arms to compare: C is CLIP, W is
 SuperCLIP whose head gets the words of another pair, and S is SuperCLIP.
@@ -100,11 +99,11 @@ ARMS = {
 
 def goals_of(tried, score):
     """{rate: its runs} -> {rate: its score, or R@1 if that is below 5 % at all rates}."""
-    for name in (score, "R@1"):
-        goals = compare.goals_of(tried, lambda run, name=name: compare.value_of(run, name))
-        if max(goals.values()) >= 5:
-            break
-    return goals
+    goals = {}
+    for rate, runs in tried.items():
+        goals[rate] = mean(compare.value_of(run, score) for run in runs)
+    is_low = max(goals.values()) < 5
+    return goals_of(tried, "R@1") if is_low and score != "R@1" else goals
 
 
 def search(study, name):
@@ -115,10 +114,10 @@ def search(study, name):
     while True:
         goals = goals_of(study.search(command, rates, arm.choosing), arm.score)
         best = max(goals, key=goals.get)
-        beyond = best / 2 if best == min(goals) else best * 2
-        if not compare.is_end(goals) or not RATE_BOUNDS[0] <= beyond <= RATE_BOUNDS[1]:
+        factor = {min(goals): 0.5, max(goals): 2}.get(best)  # None if it lies inside
+        if factor is None or not RATE_BOUNDS[0] <= best * factor <= RATE_BOUNDS[1]:
             return goals
-        rates.append(beyond)
+        rates.append(best * factor)
 
 
 def rate_of(study, name):
@@ -161,10 +160,11 @@ def cell(study, formula):
         return f"{rate_of(study, formula.removeprefix('rate ')):.3g}"
     score, _, arms = formula.rpartition(": ")
     b, _, a = arms.partition(" - ")
-    left = values_of(study, b, score or "colour_shape")
+    score = score or "colour_shape"
+    left = values_of(study, b, score)
     if not a:
         return f"{mean(left.values()):.1f}"
-    right = values_of(study, a, score or "colour_shape")
+    right = values_of(study, a, score)
     differences = [left[seed] - right[seed] for seed in left if seed in right]
     quantile = PRIMARY_QUANTILES[len(differences)] if formula in PRIMARY else None
     overlap = SHOP_OVERLAP if b.startswith("D") else 0.0
@@ -177,7 +177,7 @@ def tried(study, name):
     """What the rates were judged by that were tried for an arm, and the one that was taken."""
     goals = search(study, name)
     texts = [f"{rate:.3g}: {value:.1f}" for rate, value in goals.items()]
-    return f"{cell(study, f'rate {name}')} | {', '.join(texts)}"
+    return f"{rate_of(study, name):.3g} | {', '.join(texts)}"
 
 
 SOONER = (
@@ -192,36 +192,39 @@ PHOTOGRAPHS = (
     "rate {0} | rate {1} | type: {0} | type: {1} | type: {1} - {0} | R@1: {1} - {0} | "
     "R@10: {1} - {0}"
 )
+# The first cell of a line -> the formulas of the others, and the arms that they are about
 LINES = {
-    "mixed, 24,000": SOONER.format("A24"),
-    "mixed, 32,000": SOONER.format("A32"),
-    "mixed, 48,000": SOONER.format("A48"),
-    "short, 24,000": SOONER.format("B24"),
-    "short, 32,000": SOONER.format("B32"),
-    "short, 48,000": SOONER.format("B48"),
-    "mixed, 32,000, batch 8": SOONER.format("C8"),
-    "mixed: S at 24,000 - C at 32,000": EARLIER.format("A24/S", "A32/C"),
-    "mixed: S at 24,000 - C at 48,000": EARLIER.format("A24/S", "A48/C"),
-    "short: S at 24,000 - C at 32,000": EARLIER.format("B24/S", "B32/C"),
-    "short: S at 24,000 - C at 48,000": EARLIER.format("B24/S", "B48/C"),
-    "colours": HEARD.format("heads/colours"),
-    "shapes": HEARD.format("heads/shapes"),
-    "the first - the second": HEARD.format("heads/colours - heads/shapes"),
-    "another pair's words": OTHER.format("A32/W"),
-    "CLIP, mean of patches": OTHER.format("others/mean"),
-    "CLIP, faster image tower": OTHER.format("others/tower"),
-    "no IDF": PART.format("parts/idf", "A32/S"),
-    "lambda 0.3": PART.format("parts/0.3", "A32/S"),
-    "lambda 3": PART.format("parts/3", "A32/S"),
-    "dual captions": PART.format("parts/dual", "B32/S"),
-    "3 epochs: C, S": PHOTOGRAPHS.format("D3/C", "D3/S"),
-    "6 epochs: C, S": PHOTOGRAPHS.format("D6/C", "D6/S"),
-    "6 epochs: W, S": PHOTOGRAPHS.format("D6/W", "D6/S"),
+    "mixed, 24,000": (SOONER, "A24"),
+    "mixed, 32,000": (SOONER, "A32"),
+    "mixed, 48,000": (SOONER, "A48"),
+    "short, 24,000": (SOONER, "B24"),
+    "short, 32,000": (SOONER, "B32"),
+    "short, 48,000": (SOONER, "B48"),
+    "mixed, 32,000, batch 8": (SOONER, "C8"),
+    "mixed: S at 24,000 - C at 32,000": (EARLIER, "A24/S", "A32/C"),
+    "mixed: S at 24,000 - C at 48,000": (EARLIER, "A24/S", "A48/C"),
+    "short: S at 24,000 - C at 32,000": (EARLIER, "B24/S", "B32/C"),
+    "short: S at 24,000 - C at 48,000": (EARLIER, "B24/S", "B48/C"),
+    "colours": (HEARD, "heads/colours"),
+    "shapes": (HEARD, "heads/shapes"),
+    "the first - the second": (HEARD, "heads/colours - heads/shapes"),
+    "another pair's words": (OTHER, "A32/W"),
+    "CLIP, mean of patches": (OTHER, "others/mean"),
+    "CLIP, faster image tower": (OTHER, "others/tower"),
+    "no IDF": (PART, "parts/idf", "A32/S"),
+    "lambda 0.3": (PART, "parts/0.3", "A32/S"),
+    "lambda 3": (PART, "parts/3", "A32/S"),
+    "dual captions": (PART, "parts/dual", "B32/S"),
+    "3 epochs: C, S": (PHOTOGRAPHS, "D3/C", "D3/S"),
+    "6 epochs: C, S": (PHOTOGRAPHS, "D6/C", "D6/S"),
+    "6 epochs: W, S": (PHOTOGRAPHS, "D6/W", "D6/S"),
 }
 
 
-def line_of(study, formulas):
-    return " | ".join(cell(study, formula) for formula in formulas.split(" | "))
+def line_of(study, line):
+    formulas, *arms = line
+    formulas = formulas.format(*arms).split(" | ")
+    return " | ".join(cell(study, formula) for formula in formulas)
 
 
 def write_lines(study, path, make, lines):
@@ -243,16 +246,14 @@ def write_lines(study, path, make, lines):
 
 def main(argv):
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--run", nargs="+", metavar="ROW", help="run a row such as A32, or an arm such as A32/S")
-    add("--rates", action="store_true", help="run only what chooses the rates")
+    text = "run a row such as A32, or an arm such as A32/S"
+    parser.add_argument("--run", nargs="+", default=[], metavar="ROW", help=text)
     args = parser.parse_args(argv)
-    for row in args.run or []:
-        names = [name for name in ARMS if row in (name, name.partition("/")[0])]
+    for row in args.run:
+        names = [name for name in ARMS if name.startswith(row)]
         check(names, f"there is no row {row}")
-        ask = rate_of if args.rates else runs_of
-        study = compare.open_study()
-        study.answer([partial(ask, study, name) for name in names], compare.default_jobs())
+        study = compare.Study(compare.OUT / "runs.jsonl")
+        study.answer([partial(runs_of, study, name) for name in names], compare.default_jobs())
     if not args.run:
         study = compare.Study(RUNS, any_code=True)  # which has changed since then
         commits = {run["commit"] for run in study.runs.values()}

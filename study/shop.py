@@ -5,9 +5,9 @@ folders of classes.
 
 DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
 table pairs.csv with the columns image (ID.jpg), caption (productDisplayName) and type
-(articleType). They are split anew for each seed of --seeds. What is made for seed 5 goes to
-out_study/shop/5: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to validate
-on, and a folder of pictures for each type.
+(articleType). They are split anew for each seed of the published rows. What is made for seed 15
+goes to out_study/shop/15: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to
+validate on, and a folder of pictures for each type.
 
 Hashes of the seed decide where a product is, so everyone gets the same splits. Products with
 equal titles are on one side, and no picture is on two. The titles of the validation pairs are
@@ -19,7 +19,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from cli import make_parser, new_folder, number, run_command
+from cli import make_parser, new_folder, run_command
 from scripts import vocab
 from scripts.pack import ShardWriter
 
@@ -72,8 +72,6 @@ def write_types(rows, folder):
 def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="with images/ and pairs.csv")
-    text = f"one split for each (default {' '.join(map(str, SEEDS))})"
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=SEEDS, help=text)
     args = parser.parse_args(argv)
     with open(args.folder / "pairs.csv", encoding="utf-8", newline="") as file:
         rows = [*csv.DictReader(file)]
@@ -81,7 +79,7 @@ def main(argv):
         row["content"] = (args.folder / "images" / row["image"]).read_bytes()
 
     with new_folder(OUT) as folder:
-        for seed in args.seeds:
+        for seed in SEEDS:
             train, val, classified = split(rows, seed)
             out = folder / str(seed)
             out.mkdir()
