@@ -27,23 +27,19 @@ def curves_of(log):
     _, rows = read_log(log)
     curves = defaultdict(list)
     chances = {}
-
-    def add_score(title, step, value, chance):
-        curves[title].append((step, 100 * value))
-        chances[title] = 100 * chance
-
     for row in rows:
-        step = row["step"]
-        for name, value in row.items():
-            if name.endswith("_loss"):  # that of a fork, too
-                curves[name].append((step, value))
+        values = {name: x for name, x in row.items() if name.endswith("_loss")}  # of forks, too
         if "mean_r1" in row:
+            values["R@1"] = 100 * row["mean_r1"]
             chance = mean(way["R@1"]["chance"] for way in row["validation"].values())
-            add_score("R@1", step, row["mean_r1"], chance)
+            chances["R@1"] = 100 * chance
         scores = row.get("zeroshot", {})
         for folder, name in short_names(scores).items():
-            score = scores[folder]
-            add_score(f"zero-shot {name}", step, score["value"], score["chance"])
+            title = f"zero-shot {name}"
+            values[title] = 100 * scores[folder]["value"]
+            chances[title] = 100 * scores[folder]["chance"]
+        for title, value in values.items():
+            curves[title].append((row["step"], value))
     return curves, chances
 
 

@@ -159,42 +159,29 @@ def draw_words(results, window, path):
 # The command
 
 
-def read_options(argv):
+def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
     add("--image", nargs="+", default=[], help="images, or folders of images")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
-    return parser.parse_args(argv)
-
-
-def look_at(model, tokenizer, pictures, args, window):
-    """Print the most probable words of each picture. Returns the number of pictures that can be
-    read, and what draw_words needs of those to draw."""
-    n = 0
-    to_draw = []
-    for name, title, image in pictures:
-        if image is None:
-            continue
-        [words] = evaluation.top_words(model, tokenizer, image[None])
-        text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
-        print(f"{name}: {text}")
-        n += 1
-        if args.out and len(to_draw) < MAX_IMAGES:
-            _, maps = word_maps(model, image, [i for _, _, i in words], window)
-            to_draw.append((title, image, words, maps))
-    return n, to_draw
-
-
-def main(argv):
-    args = read_options(argv)
+    args = parser.parse_args(argv)
     files = image_files(args.image, args.out)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
-    size = model.config.image_size
     window = default_window(model)
 
-    pictures = find_pictures(args, files, tokenizer, size)
-    n, to_draw = look_at(model, tokenizer, pictures, args, window)
+    n = 0  # images that can be read
+    to_draw = []
+    for name, title, image in find_pictures(args, files, tokenizer, model.config.image_size):
+        if image is None:
+            continue
+        n += 1
+        [words] = evaluation.top_words(model, tokenizer, image[None])
+        text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
+        print(f"{name}: {text}")
+        if args.out and len(to_draw) < MAX_IMAGES:
+            _, maps = word_maps(model, image, [i for _, _, i in words], window)
+            to_draw.append((title, image, words, maps))
     check(n > 0, "none of the images can be read")
     if to_draw:
         draw_words(to_draw, window, args.out)

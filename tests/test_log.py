@@ -3,12 +3,10 @@
 import time
 
 import pytest
-import torch
 from material import all_rows, rows_of, short_run
 
 import data
 import train
-from runtime import moment, seconds_between
 
 
 def test_a_validation_is_in_groups_as_large_as_a_batch(whole_run):
@@ -39,34 +37,3 @@ def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatc
     waits = [row["data_wait"] * 32 / row["images_per_second"] for row in rows]  # in seconds
     assert sum(waits) == pytest.approx(sum(took), rel=0.3)
     assert all(row["data_wait"] < 1 for row in rows)
-
-
-# ---- data_wait on a GPU
-
-
-class Event:
-    """Of a GPU that works behind the program that gives it orders, in milliseconds."""
-
-    now = 0  # on the clock of the program
-    done = 20  # when the GPU will have done all its orders
-
-    def __init__(self, enable_timing):
-        pass
-
-    def record(self):
-        self.time = max(Event.now, Event.done)
-
-    def elapsed_time(self, other):
-        return other.time - self.time
-
-
-@pytest.mark.parametrize("loading, waited", [(18, 0), (30, 0.01)])
-def test_a_gpu_waits_only_while_it_has_nothing_to_do(monkeypatch, loading, waited):
-    """It has orders for 20 ms when the program begins to wait for a batch."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    device = torch.device("cuda")
-    before = moment(device)
-
-    monkeypatch.setattr(Event, "now", loading)
-
-    assert seconds_between(before, moment(device)) == pytest.approx(waited)

@@ -78,18 +78,14 @@ def pretend(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "make_scenes", make_scenes)
 
 
-def experiment(folder, a, b, *options):
-    """The sides of an experiment."""
-    args = compare.make_options().parse_args(["--a", a, "--b", b, *options])
-    study = Study(folder / "runs.jsonl")
-    return study.answer([partial(compare.side_of, study, text, args) for text in (a, b)], 2)
-
-
 def test_seeds_that_chose_a_rate_are_not_scored(pretend, tmp_path):
     """One rate is for all of them. It is searched around the one that a command names, too."""
-    options = "--rates --seeds 3".split()
+    commands = ["train.py --learning_rate 2.5e-4", "train.py"]
+    options = ["--a", commands[0], "--b", commands[1], "--rates", "--seeds", "3"]
+    args = compare.make_options().parse_args(options)
+    study = Study(tmp_path / "runs.jsonl")
 
-    sides = experiment(tmp_path, "train.py --learning_rate 2.5e-4", "train.py", *options)
+    sides = study.answer([partial(compare.side_of, study, text, args) for text in commands], 2)
 
     for side in sides:
         searched = [[run["seed"] for run in runs] for runs in side.tried.values()]
