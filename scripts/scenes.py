@@ -127,15 +127,11 @@ def with_article(name):
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def describe_setting(cloth, pattern, border):
-    return f"{pattern} {cloth} with {border}"
-
-
 def describe(scene, rng):
     """A scene -> its captions (short, long): alt text that mentions a thing or two, and a caption
     that leaves nothing out."""
     cloth, pattern, border = scene["cloth"], scene["pattern"], scene["border"]
-    ground = describe_setting(cloth, pattern, border)
+    ground = f"{pattern} {cloth} with {border}"
     names = [with_article(f"{o['colour']} {o['shape']}") for o in scene["objects"]]
     things = " and ".join(names)
     first = scene["objects"][0]

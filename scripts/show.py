@@ -4,8 +4,7 @@
 
 Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
 their label weights: what the word head is asked to predict. The weights are the IDF over the
-captions of these shards. If the vocabulary is one of words, as scripts.vocab makes them, it also
-says which share of the words it has.
+captions of these shards.
 """
 
 import textwrap
@@ -20,7 +19,7 @@ from eval import UNREADABLE
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import caption_label, idf
-from tokenizer import WORD, clean, has_letters, token_text, tokenizer_for, unknown_words
+from tokenizer import clean, token_text, tokenizer_for
 
 SAMPLES = 8  # to print and draw
 SIDE = 240  # pixels of an image in the picture
@@ -38,21 +37,6 @@ def report_captions(lengths, repeats, context_length):
     # The contrastive loss pushes an image away from its caption's twin, though both fit as well.
     twins = sum(count for count in repeats.values() if count > 1)
     print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
-
-
-def report_words(tokenizer, repeats):
-    """Print which share of the captions' words a vocabulary of words has. CLIP's has parts for any
-    word."""
-    if not tokenizer.has_whole_words:
-        return
-    counts = Counter()
-    for text, count in repeats.items():
-        for word in filter(has_letters, WORD.findall(text)):
-            counts[word] += count
-    unknown = Counter({word: counts[word] for word in unknown_words(tokenizer, counts)})
-    share = 1 - unknown.total() / max(1, counts.total())
-    print(f"the vocabulary has {share:.1%} of the words, and spells the others in bytes:")
-    print(fill(", ".join(word for word, _ in unknown.most_common(20)) or "none"))
 
 
 def report_unused(unused):
@@ -107,7 +91,6 @@ def main(argv):
     print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
     if lengths:
         report_captions(lengths, repeats, tokenizer.context_length)
-        report_words(tokenizer, repeats)
 
     samples = []
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()

@@ -34,12 +34,6 @@ SHOWN = 6  # validation pictures
 # Pictures to look at
 
 
-def pictures_of_files(files, size):
-    """Yield a Picture for each image file."""
-    for file in files:
-        yield Picture(str(file), file.stem, evaluation.read_image(file, size))
-
-
 def pictures_of_run(paths, captions, size):
     """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
     shards = data.Shards(data.expand(paths), captions)
@@ -65,7 +59,7 @@ def find_pictures(args, files, tokenizer, size):
     """Returns the pictures to look at: those of --image, or validation pictures of the run, or
     scenes. Raises InputError."""
     if files:
-        return pictures_of_files(files, size)
+        return (Picture(str(x), x.stem, evaluation.read_image(x, size)) for x in files)
     try:
         shards, captions = evaluation.validation_of(args.checkpoint, option="--image")
     except InputError:

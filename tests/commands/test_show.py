@@ -1,7 +1,7 @@
 """scripts/show.py: what shards hold, told before training."""
 
 import pytest
-from material import png, run, write_captions, write_shard
+from material import png, run, write_shard
 from PIL import Image
 
 from scripts import show
@@ -63,15 +63,6 @@ def test_label_weights_by_hand(printed):
     """Of "a red dog 3": of seven captions, "3" is in one, "red" in six, "a" and "dog" in all. So
     their weights are log(8 / 2) = 1.386, log(8 / 7) = 0.134 and 0, which add up to 1.52."""
     assert "label: 3 0.91  red 0.09  a 0.00  dog 0.00" in printed
-
-
-def test_the_share_of_words_that_a_vocabulary_has(folder, capsys):
-    """Each counts as often as it occurs, and a full stop is no word."""
-    path = write_captions(folder / "0.tar", "A red pumpkin.", "a red dog", "a red dog")
-
-    printed = printed_by(capsys, path)
-
-    assert f"has {8 / 9:.1%} of the words" in printed and "  pumpkin\n" in printed
 
 
 def test_the_picture_is_drawn(dogs, folder, capsys):
