@@ -316,23 +316,24 @@ def write_class(folder, kind, name, looks, n, seed):
         (folder / f"{i:03d}.jpg").write_bytes(jpeg(draw(scene)))
 
 
-def write_classes(folder, seed):
-    """Folders of single objects for zero-shot classification. In held_out, only the combinations
-    that training never shows have pictures. The 56 other folders are empty, because a
-    name alone is a class that a picture can be mistaken for."""
+def write_classes(folder, n, seed):
+    """Folders of n single objects for zero-shot classification, or a quarter of that in each of the
+    64 of colour_shape. In held_out, only the combinations that training never shows have pictures.
+    The 56 other folders are empty, because a name alone is a class that a picture can be mistaken
+    for."""
     write = functools.partial(write_class, folder, seed=seed)
     for colour in COLOURS:
-        write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], 40)
+        write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], n)
     for shape in SHAPES:
-        write("shape", shape, [look for look in COMBINATIONS if look[1] == shape], 40)
+        write("shape", shape, [look for look in COMBINATIONS if look[1] == shape], n)
     for look in COMBINATIONS:
-        write("colour_shape", " ".join(look), [look], 10)
-        write("held_out", " ".join(look), [look] if look in HELD_OUT else [], 40)
+        write("colour_shape", " ".join(look), [look], n // 4)
+        write("held_out", " ".join(look), [look] if look in HELD_OUT else [], n)
 
 
-def make_scenes(out_dir, train=20_000, val=1_000, seed=0):
+def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
     """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
-    samples; seed: each draws a world of its own."""
+    samples; pictures: of a class; seed: each draws a world of its own."""
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, 1000)):
         numbers = range(start, min(start + 1000, train))
@@ -342,7 +343,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, seed=0):
         (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
         write = functools.partial(write_shard, folder=folder, seed=seed)
         with process_pool(min(len(tasks), cores())) as pool:
-            classes = pool.submit(write_classes, folder, seed)
+            classes = pool.submit(write_classes, folder, pictures, seed)
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
             classes.result()  # raises what went wrong in there

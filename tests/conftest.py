@@ -79,10 +79,9 @@ def whole_run(shards, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scenes_folder(tmp_path_factory):
-    """Built-in scenes: few pairs, but all the pictures of classes, which take the longest to draw.
-    No test may write into it."""
+    """Built-in scenes, but few of each kind. No test may write into it."""
     folder = tmp_path_factory.mktemp("world") / "scenes"
-    scenes.make_scenes(folder, train=40, val=12)
+    scenes.make_scenes(folder, train=40, val=12, pictures=4)
     return folder
 
 

@@ -159,9 +159,8 @@ def run_commands_in(printed):
 
 @pytest.fixture
 def make_scenes(scenes_folder):
-    """make_scenes(folder): copy the scenes that were drawn already, with a few pictures of each
-    class."""
-    return partial(shutil.copytree, scenes_folder, ignore=shutil.ignore_patterns("*[1-9].jpg"))
+    """make_scenes(folder): copy the scenes that were drawn already."""
+    return partial(shutil.copytree, scenes_folder)
 
 
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(

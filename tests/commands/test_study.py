@@ -325,7 +325,7 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
 
     monkeypatch.setattr(compare, "call", call)
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    common = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --steps 20"
+    common = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --steps 2"
     common += f" --zeroshot_data {folders} --model tiny --batch_size 8 --no-compile"
     argv = ["--a", "train.py --cls_weight 0", "--b", "train.py", "--common", common]
 

@@ -11,6 +11,7 @@ from docs import first
 from scripts import scenes, words
 
 TINY = ROOT / "assets" / "tiny.pt"
+KINDS = ("colour", "shape")
 
 
 def test_it_says_the_right_words_of_scenes_without_any_data(tmp_path, capsys):
@@ -39,13 +40,12 @@ def test_the_map_of_a_word_is_reddest_on_its_object():
     for i in range(100):
         scene = scenes.make_scene(random.Random(f"place {i}"), scenes.COMBINATIONS)
         image = data.load_image(scenes.draw(scene), model.config.image_size)
-        for thing in scene["objects"]:
-            ids = tokenizer.encode(f"{thing['colour']} {thing['shape']}")
-            _, maps = words.word_maps(model, image, ids, words.default_window(model))
-            x0, y0, x1, y1 = thing["box"]
-            for patch in maps.flatten(1).argmax(dim=1).tolist():
-                y, x = ((place + 0.5) / grid for place in divmod(patch, grid))
-                right.append(x0 < x < x1 and y0 < y < y1)
+        names = [(thing[kind], thing["box"]) for thing in scene["objects"] for kind in KINDS]
+        ids = [tokenizer.encode(name)[0] for name, _ in names]
+        _, maps = words.word_maps(model, image, ids, words.default_window(model))
+        for patch, (_, box) in zip(maps.flatten(1).argmax(dim=1).tolist(), names):
+            y, x = ((place + 0.5) / grid for place in divmod(patch, grid))
+            right.append(box[0] < x < box[2] and box[1] < y < box[3])
 
     print(f"{sum(right)} of {len(right)} words")
     assert sum(right) >= 0.9 * len(right)
