@@ -278,8 +278,8 @@ def lengths(args, n):
     """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations.
 
     The learning rate rises in half of the steps. With a warm-up of a tenth, plain CLIP learned next
-    to nothing of the built-in scenes in as many steps. Long runs rise for 3,000 steps, which is of
-    the order of the authors' 500 and of the 2,000 of CLIP's paper.
+    to nothing of the built-in scenes in as many steps. Long runs rise for 3,000 steps. The authors
+    take 500, and CLIP's paper 2,000.
     """
     steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
@@ -602,7 +602,9 @@ def parse(argv):
         # A batch four times as large takes half as many steps: a compromise between as many samples
         # and as many steps, found by trial.
         ratio = math.sqrt(typed.get("batch_size", SCENES["batch_size"]) / 32)
-        defaults.update(SCENES, epochs=round(1.6 * ratio, 3))
+        defaults = dict(SCENES)
+        if "steps" not in typed:
+            defaults["epochs"] = round(1.6 * ratio, 3)
     if "init_from" in typed:
         defaults["learning_rate"] = FINE_TUNING_RATE
         defaults.pop("model", None)  # the checkpoint knows it

@@ -2,10 +2,11 @@
 
     python -m docs.found
 
-Scores against the samples that a model was shown. Each dot is a seed, and lines go through means.
-An arm whose runs are missing is left out.
+Scores against the pairs, or epochs, that a model was shown. Each dot is a seed, and lines go
+through means. An arm whose runs are missing is left out.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 
@@ -27,6 +28,7 @@ PANELS = (
      {f"B{key}": n for key, n in SAMPLES.items()}),
     ("Photographs of a shop", "type", 10, "epochs of 24,000 pairs", {"D3": 3, "D6": 6}),
 )  # fmt: skip
+DOTS = dict(ms=4, mew=0, alpha=0.5)
 ARMS = {
     "C": ("CLIP", INK),
     "W": ("SuperCLIP with another pair's words", GREY),
@@ -34,26 +36,16 @@ ARMS = {
 }
 
 
-def values_of(study, name, score):
-    """The score of each seed, or none if runs are missing."""
-    try:
-        return [*plan.values_of(study, name, score).values()]
-    except (compare.NotRun, KeyError):  # a row may lack an arm
-        return []
-
-
 def draw_panel(axis, study, score, rows):
     width = (max(rows.values()) - min(rows.values())) / 30
     for shift, (arm, (label, colour)) in zip((-1, 0, 1), ARMS.items()):
         means = {}
         for row, x in rows.items():
-            values = values_of(study, f"{row}/{arm}", score)
-            if values:
-                means[x] = mean(values)
-                places = [x + shift * width] * len(values)
-                axis.plot(places, values, "o", ms=4, mew=0, alpha=0.5, color=colour)
-        places = [x + shift * width for x in means]
-        axis.plot(places, [*means.values()], color=colour, lw=2, label=label)
+            with suppress(compare.NotRun, KeyError):  # a row may lack an arm
+                values = plan.values_of(study, f"{row}/{arm}", score).values()
+                means[x + shift * width] = mean(values)
+                axis.plot([*means][-1:] * len(values), values, "o", **DOTS, color=colour)
+        axis.plot([*means], [*means.values()], color=colour, lw=2, label=label)
 
 
 def draw(study):

@@ -3,9 +3,9 @@
     python -m scripts.curves out/log.jsonl --out curves.png
     python -m scripts.curves out_a/log.jsonl out_b/log.jsonl --out curves.png
 
-There is a panel for each term of the loss, and then one for each score of the validations, with its
-chance as a dotted line. In each of them a run has a line, which is named by the folder of its log,
-or by the file if that is not called log.jsonl.
+There is a panel for each term of the loss, in training and in validation, and then one for each
+score, with its chance as a dotted line. In each of them a run has a line, which is named by the
+folder of its log, or by the file if that is not called log.jsonl.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections import defaultdict
 from itertools import cycle, product
 from statistics import mean
 
-from cli import make_parser, optional, output_file, run_command
+from cli import check, make_parser, optional, output_file, run_command
 from runtime import read_log, short_names
 
 COLUMNS = 4
@@ -72,6 +72,7 @@ def main(argv):
     runs = {name: found[place] for place, name in short_names(found).items()}
     titles = dict.fromkeys(title for curves, _ in runs.values() for title in curves)
     titles = sorted(titles, key=order_of)
+    check(titles, "no row is logged yet")
 
     plt = optional("matplotlib.pyplot", "matplotlib")
     rows = math.ceil(len(titles) / COLUMNS)

@@ -268,7 +268,7 @@ def read_options(argv):
     # fmt: off
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder to make for the shards")
-    add("--images", type=Path, help="folder of the images (default: the list's)")
+    add("--images", type=Path, help="folder of the images (default: that of the list)")
     add("--image_column", default="image", metavar="COLUMN", help="default image")
     add("--caption_column", default="caption", metavar="COLUMN", help="default caption")
     add("--size", type=number(int, 0), default=256,

@@ -234,7 +234,7 @@ def read_options(argv):
     add("--images", action="append", default=[], help="folder or image; may be repeated")
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
-    add("--json", type=output_file(".json"), help="file to write what was found to")
+    add("--json", type=output_file(".json"), help="file to write the results to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
     add("--serve", action="store_true", help="serve a page to search with, to this machine alone")

@@ -3,7 +3,7 @@
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
 
-The first command prints the most probable words of each image. Words of most captions, such as
+The first command prints the most probable words of each image. Words of many captions, such as
 "the", make room for others. With --out it also draws a map for each word, which is red where the
 word becomes less probable if these patches are left out. Without images, as in the second command,
 a few validation pictures of the run are shown. (The checkpoint assets/tiny.pt comes without its

@@ -12,11 +12,12 @@ Differences are paired by seed, and their intervals include the draw of the data
 --train_data needs no world. {seed} in its options stands for the seed, as in --train_data
 'fold{seed}/*.tar', so that data can be split anew for each.
 
-With --rates each side takes its best learning rate: of a quarter, a half, once and twice the one
-that it names, or else has by default. Seeds 0 to 4 choose: that rate if the mean of all their
-scores is within a point of the best, else the lowest rate of which that is true. If the best is the
-lowest or the highest one, search again around it. What is compared are the scores of other seeds, 5
-and up, so the choice does not flatter them.
+With --rates four learning rates are tried for each side: a quarter, a half, once and twice its own,
+which is the one that it names, or the default. Seeds 0 to 4 choose. A side keeps its own rate if
+the mean of all scores there is within a point of the best, else it takes the lowest rate that is.
+If the best rate is the lowest or the highest one, name it, and search again. What is compared are
+the scores of other seeds, 5 and up, so the choice does not flatter them. A run that diverges scores
+0.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed and code,
 which is the text of train.py and of the .py files beside it, of the module if there is one, and of
@@ -65,7 +66,7 @@ QUANTILES = (
 
 def hash_of(files):
     """A hash of what is in some files. Line ends are alike, whatever git has made of them."""
-    text = "".join(file.read_text("utf-8") for file in sorted(files))
+    text = "\0".join(file.read_text("utf-8") for file in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -107,7 +108,7 @@ class Command(NamedTuple):
         return self._replace(rate=float(f"{rate:.3g}"), seed=seed)
 
     def words(self, out_dir):
-        """What Python is called with. No run validates before its end."""
+        """What Python is called with. A run validates before its first step and after its last."""
         first = self.program
         if len(first) == 1:
             first = [str(self.file.resolve())]
@@ -321,6 +322,10 @@ def goals_of(tried):
     return {rate: mean(map(goal, runs)) for rate, runs in tried.items()}
 
 
+def text_of(goals):
+    return ", ".join(f"{rate:.3g}: {value:.1f}" for rate, value in goals.items())
+
+
 def choose(goals, default):
     """The default rate if it is within a point of the best one, else the lowest one that is."""
     good = [rate for rate, value in goals.items() if value >= max(goals.values()) - 1]
@@ -351,8 +356,7 @@ def print_sides(sides):
     for side in sides:
         print(f"\n{side.command.text()}, at a learning rate of {side.command.rate:.3g}")
         if side.tried:
-            goals = goals_of(side.tried)
-            print("tried:", ", ".join(f"{rate:.3g}: {value:.1f}" for rate, value in goals.items()))
+            print("tried:", text_of(goals_of(side.tried)))
     print("\nin percent: a -> b, and b - a with its 95 % interval\n")
     # of a run that has not diverged
     scores = max((run["scores"] for side in sides for run in side.runs), key=len)
@@ -369,7 +373,7 @@ def make_options():
     add("--common", default="", metavar="OPTIONS", help="options of both")
     text = f"seeds of each that are scored, from {FIRST_SCORED} on (default 5)"
     add("--seeds", type=number(int, 2, 20), default=5, help=text)
-    text = "search the learning rate of each, around the one that it has"
+    text = "let seeds 0 to 4 choose one of four learning rates for each side"
     add("--rates", action="store_true", help=text)
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
     add("--jobs", type=number(int, 1), default=default_jobs(), help=text)

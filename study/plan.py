@@ -12,8 +12,9 @@ of the best one, else the lowest rate that is. A rate is judged by the score tha
 or by R@1 if no rate gets 5 % there.
 
 Runs go to out_study/runs.jsonl. What is published is its copy in study/, whose runs must be of one
-commit. The pages are Markdown, for a person to edit: a line that begins as one of the lines here
-does, with its first cell, is replaced, and nothing else. A line without a place comes last.
+commit. So rows that are missing are run in a worktree of that commit, which gets a copy back. The
+pages are Markdown, for a person to edit: a line that begins as one of the lines here does, with its
+first cell, is replaced, and nothing else. A line without a place comes last.
 """
 
 from functools import partial
@@ -98,7 +99,7 @@ ARMS = {
 
 
 def goals_of(tried, score):
-    """{rate: its runs} -> {rate: its score, or R@1 if that is below 5 % at all rates}."""
+    """{rate: its runs} -> {rate: its score, or its R@1 if no rate gets 5 % of that score}."""
     goals = {}
     for rate, runs in tried.items():
         goals[rate] = mean(compare.value_of(run, score) for run in runs)
@@ -174,10 +175,8 @@ def cell(study, formula):
 
 
 def tried(study, name):
-    """What the rates were judged by that were tried for an arm, and the one that was taken."""
-    goals = search(study, name)
-    texts = [f"{rate:.3g}: {value:.1f}" for rate, value in goals.items()]
-    return f"{rate_of(study, name):.3g} | {', '.join(texts)}"
+    """The rate that was taken for an arm, and what each rate scored that was tried."""
+    return f"{rate_of(study, name):.3g} | {compare.text_of(search(study, name))}"
 
 
 SOONER = (
@@ -192,7 +191,7 @@ PHOTOGRAPHS = (
     "rate {0} | rate {1} | type: {0} | type: {1} | type: {1} - {0} | R@1: {1} - {0} | "
     "R@10: {1} - {0}"
 )
-# The first cell of a line -> the formulas of the others, and the arms that they are about
+# The first cell of a line -> the formulas of the others, and the arms to put into them
 LINES = {
     "mixed, 24,000": (SOONER, "A24"),
     "mixed, 32,000": (SOONER, "A32"),
@@ -250,7 +249,7 @@ def main(argv):
     parser.add_argument("--run", nargs="+", default=[], metavar="ROW", help=text)
     args = parser.parse_args(argv)
     for row in args.run:
-        names = [name for name in ARMS if name.startswith(row)]
+        names = [name for name in ARMS if row in (name, name.partition("/")[0])]
         check(names, f"there is no row {row}")
         study = compare.Study(compare.OUT / "runs.jsonl")
         study.answer([partial(runs_of, study, name) for name in names], compare.default_jobs())

@@ -14,7 +14,7 @@ from cli import InputError, run_command
 from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name. Options are checked before any work
-# is done: that there is no none.pt or none.csv is not noticed then.
+# is done: that there is no none.pt is not noticed then.
 TABLE = """
 train --train_data nowhere.tar                                    | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken --model tiny     | html.tar

@@ -8,7 +8,7 @@ from tokenizer import tokenizer_for
 
 def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     """517 = 512 for the bytes, three words, start and end. A letter is a byte, which has a token
-    already, and a caption that is not UTF-8 is left out. So are dog's and !!, two words of ten."""
+    already, and a caption that is not UTF-8 is left out. So are dog's and !!, two of twelve."""
     picture = png("red")
     captions = [b"a red dog's", b"the red dog!!", b"the Red dog", b"a dog", b"\xff"]
     train = write_shard(tmp_path / "train-0.tar", [{"png": picture, "txt": c} for c in captions])
@@ -20,4 +20,4 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     words = [tokenizer.decode([i]) for i in range(512, tokenizer.start)]
     assert words == ["red", "dog", "the"]
     printed = capsys.readouterr().out
-    assert val in printed and f"{8 / 10:.1%}" in printed
+    assert val in printed and f"{10 / 12:.1%}" in printed
