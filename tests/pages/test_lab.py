@@ -50,7 +50,7 @@ def page():
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setenv("MPLBACKEND", "Agg")
         for block in BLOCKS:
-            exec(block.replace("4500, 500, 24000", "96, 64, 320"), names)
+            exec(block.replace("12500, 500, 24000", "96, 64, 320"), names)
             names.update(RIGHT)
     return names
 
