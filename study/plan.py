@@ -213,7 +213,7 @@ LINES = {
     "no IDF": (PART, "parts/idf", "A32/S"),
     "lambda 0.3": (PART, "parts/0.3", "A32/S"),
     "lambda 3": (PART, "parts/3", "A32/S"),
-    "dual captions": (PART, "parts/dual", "B32/S"),
+    "dual captions, S: short": (PART, "parts/dual", "B32/S"),
     "3 epochs: C, S": (PHOTOGRAPHS, "D3/C", "D3/S"),
     "6 epochs: C, S": (PHOTOGRAPHS, "D6/C", "D6/S"),
     "6 epochs: W, S": (PHOTOGRAPHS, "D6/W", "D6/S"),
