@@ -556,7 +556,7 @@ def make_parser():
         help="pairs of a process that go through the towers at a time (default: all of its batch)")
     add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate, reached after half of all steps, at most 3000; lower it for a "
-        "batch below 32 (default 5e-4)")
+        "batch below 32, at 8 to 2.5e-4, or without the word head to 1.25e-4 (default 5e-4)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, for matrices only (default 0.2)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",

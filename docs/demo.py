@@ -2,11 +2,12 @@
 
     python -m docs.demo out_clip/last.pt out/last.pt --out docs/demo.html
 
-The models of docs/demo.html, at batch 8, are made by one command, which then writes the page:
+The models of docs/demo.html, at batch 8 and the rates that study/rates.md has for it, are made by
+one command, which then writes the page:
 
-    run="python train.py --batch_size 8 --epochs 2.4" &&
-        $run --learning_rate 8.75e-5 --cls_weight 0 --out_dir out_clip_8 &&
-        $run --learning_rate 1.75e-4 --out_dir out_8 &&
+    run="python train.py --batch_size 8 --epochs 1.6" &&
+        $run --learning_rate 1.25e-4 --cls_weight 0 --out_dir out_clip_8 &&
+        $run --learning_rate 2.5e-4 --out_dir out_8 &&
         python -m docs.demo out_clip_8/last.pt out_8/last.pt --out docs/demo.html
 
 The reader guesses what both models say of a built-in scene, or composes one. The page needs no
