@@ -43,8 +43,9 @@ def draw_panel(axis, study, score, rows):
         for row, x in rows.items():
             with suppress(compare.NotRun, KeyError):  # a row may lack an arm
                 values = plan.values_of(study, f"{row}/{arm}", score).values()
-                means[x + shift * width] = mean(values)
-                axis.plot([*means][-1:] * len(values), values, "o", **DOTS, color=colour)
+                place = x + shift * width
+                means[place] = mean(values)
+                axis.plot([place] * len(values), values, "o", **DOTS, color=colour)
         axis.plot([*means], [*means.values()], color=colour, lw=2, label=label)
 
 

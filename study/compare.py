@@ -317,7 +317,7 @@ def goal(run):
     return mean([value_of(run, name) for name in run["scores"]] or [0.0])
 
 
-def goals_of(tried):
+def goals_of(tried, goal=goal):
     """{rate: its runs} -> {rate: what it is judged by, in percent}."""
     return {rate: mean(map(goal, runs)) for rate, runs in tried.items()}
 

@@ -100,9 +100,7 @@ ARMS = {
 
 def goals_of(tried, score):
     """{rate: its runs} -> {rate: its score, or its R@1 if no rate gets 5 % of that score}."""
-    goals = {}
-    for rate, runs in tried.items():
-        goals[rate] = mean(compare.value_of(run, score) for run in runs)
+    goals = compare.goals_of(tried, partial(compare.value_of, name=score))
     is_low = max(goals.values()) < 5
     return goals_of(tried, "R@1") if is_low and score != "R@1" else goals
 
@@ -115,10 +113,12 @@ def search(study, name):
     while True:
         goals = goals_of(study.search(command, rates, arm.choosing), arm.score)
         best = max(goals, key=goals.get)
-        factor = {min(goals): 0.5, max(goals): 2}.get(best)  # None if it lies inside
-        if factor is None or not RATE_BOUNDS[0] <= best * factor <= RATE_BOUNDS[1]:
+        if min(goals) < best < max(goals):
             return goals
-        rates.append(best * factor)
+        beyond = best / 2 if best == min(goals) else best * 2
+        if not RATE_BOUNDS[0] <= beyond <= RATE_BOUNDS[1]:
+            return goals
+        rates.append(beyond)
 
 
 def rate_of(study, name):
