@@ -340,7 +340,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
     print(f"drawing {train:,} scenes to train on into {out_dir}")
     with new_folder(out_dir) as folder:
-        (folder / "vocab.tiktoken").write_text(vocabulary(), "utf-8")
+        (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
         write = functools.partial(write_shard, folder=folder, seed=seed)
         with process_pool(min(len(tasks), cores())) as pool:
             classes = pool.submit(write_classes, folder, pictures, seed)
