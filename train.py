@@ -418,12 +418,12 @@ def train(args):
         evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
     stop = StopSignal()
+    stop_number = 0
     saved_time = time.monotonic()
-    images, seconds, waits = 0, 0.0, []  # since the last row
+    seconds, waits = 0.0, []  # since the last row
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
-        stop_number = stop.signal_of_any()
         eval_due = step % eval_every == 0 or step == steps
 
         # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
@@ -463,6 +463,7 @@ def train(args):
         # 5. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         grad_norm = update(model, optimizer, scaler, factor)
+        stop_number = stop.signal_of_any()  # here a fast process waits for a slow one
 
         # 6. The log, at a few steps only, because to read the losses is to wait for the device
         done = step + 1
@@ -470,7 +471,6 @@ def train(args):
         if log_due:
             losses = mean_losses(losses)
         seconds += time.perf_counter() - start_time
-        images += N
         if log_due:
             check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
             waited = sum(seconds_between(*wait) for wait in waits)
@@ -478,15 +478,15 @@ def train(args):
                 "step": done,
                 **losses,
                 "logit_scale": model.logit_scale.exp().item(),
-                # JSON has no infinity: float16's first steps, which the scaler leaves out
+                # JSON has neither infinity nor NaN: float16's first steps, which are left out
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(images / seconds, 1),
+                "images_per_second": round(N * len(waits) / seconds, 1),
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
             write_row(args.out_dir, row)
-            images, seconds, waits = 0, 0.0, []
+            seconds, waits = 0.0, []
 
     wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
     if stop_number > 0:
