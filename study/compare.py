@@ -136,8 +136,10 @@ def read_command(text, common=""):
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--learning_rate", type=float)
     found, options = parser.parse_known_args(words[n:])
-    rate = found.learning_rate or default_rate(options)
-    return Command(words[:n], file, options, rate)
+    rate = found.learning_rate
+    if rate is None:
+        rate = default_rate(options)
+    return Command(words[:n], file, options, rate).at(rate)  # rounded, as those that are tried
 
 
 # -----------------------------------------------------------------------------
