@@ -220,7 +220,7 @@ def add_sample(tar, key, suffix, image, caption, fields):
 # Samples: what shards hold, at random access
 
 
-MAX_CAPTION = 20_000  # characters; a longer caption would make its whole batch as wide
+MAX_CAPTION = 20_000  # characters; a batch is as wide as its longest caption
 
 
 class BadSample(Exception):
@@ -259,7 +259,7 @@ class Shards:
 
     @cached_property
     def fingerprint(self):
-        """A short text that changes with the sizes in the shards, and with the captions used."""
+        """A short text that changes with the sizes in the shards and the sources of captions."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
@@ -293,10 +293,9 @@ class Shards:
         return f"{self.paths[number]}:{key}"
 
     def place(self, i):
-        """Returns where the image of a sample lies: the path of its shard, its offset there and its
-        size, both in bytes."""
-        number, block, size, *_ = self.index[i].tolist()
-        return self.paths[number], block * BLOCK, size
+        """Returns where the image of a sample lies: the path of its shard, and a byte there."""
+        number, block, *_ = self.index[i].tolist()
+        return self.paths[number], block * BLOCK
 
     def image(self, i, size, rng=None, crop_area=1.0):
         """Returns pixels (3, size, size), as `load_image` does. Raises BadSample."""

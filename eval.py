@@ -420,7 +420,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     return result
 
 
-def frozen_features(model, dataset, batch_size=128, workers=0):
+def frozen_features(model, dataset, batch_size, workers):
     """What a linear probe learns from: class token and mean of the patch tokens, side by side (N,
     2D), and the labels (N,)."""
 

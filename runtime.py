@@ -51,7 +51,7 @@ def device_of_process(name):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Compiled code is for one number of threads. Autograd's threads have one each, so with
+        # Compiled code is for one number of threads, and autograd's threads count one each. With
         # another number here they would compile it again.
         torch.set_num_threads(1)
     return device
@@ -106,7 +106,7 @@ def moment(device):
 
 def seconds_between(before, after):
     """The time between two moments. On CUDA the device must have passed both of them."""
-    if isinstance(before, (int, float)):
+    if isinstance(before, float):
         return after - before
     return before.elapsed_time(after) / 1000
 

@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)  # torch's; TextTransformer replaces it
+        nn.init.xavier_uniform_(self.in_proj_weight)  # as torch does; TextTransformer does not
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, causal):

@@ -519,8 +519,8 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test, else 1 pair in "
-        "100 of 200 or more, at most 1,000; only scripts.pack keeps copies on one side)")
+        help="shards to validate on, or none (default: those named val or test, or else, from 200 "
+        "pairs on, 1 in 100, at most 1,000; then a copy of a picture may be on the other side)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -555,8 +555,8 @@ def make_parser():
     add("--micro_batch_size", type=count,
         help="pairs of a process that go through the towers at a time (default: all of its batch)")
     add("--learning_rate", type=not_negative, default=5e-4,
-        help="peak learning rate, reached after half of all steps, at most 3000; lower it for a "
-        "batch below 32, at 8 to 2.5e-4, or without the word head to 1.25e-4 (default 5e-4)")
+        help="peak learning rate, reached after half of the steps, at most 3000 (default 5e-4; at "
+        "batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, for matrices only (default 0.2)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",

@@ -100,7 +100,7 @@ def draw(model, tokenizer):
 
 def main(argv):
     make_parser(__doc__).parse_args(argv)
-    model, tokenizer, _ = evaluation.load(ASSETS / "tiny.pt", "cpu")
+    model, tokenizer, _ = evaluation.load(ASSETS / "tiny.pt")
     draw(model, tokenizer).save(ASSETS / "first.png")
     print(f"wrote {ASSETS / 'first.png'}")
 

@@ -71,7 +71,6 @@ def problem_of(row, image, captions):
         return "no image is named"
     if not captions:
         return "the caption is missing or empty"
-    return None
 
 
 def texts_in(value):
@@ -269,8 +268,10 @@ def read_options(argv):
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
     add("--out", type=Path, required=True, help="folder to make for the shards")
     add("--images", type=Path, help="folder of the images (default: that of the list)")
-    add("--image_column", default="image", metavar="COLUMN", help="default image")
-    add("--caption_column", default="caption", metavar="COLUMN", help="default caption")
+    add("--image_column", default="image", metavar="COLUMN",
+        help="column of file names (default image)")
+    add("--caption_column", default="caption", metavar="COLUMN",
+        help="column of captions (default caption)")
     add("--size", type=number(int, 0), default=256,
         help="pixels of a short side, at most; 0: as it is (default 256)")
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")

@@ -77,7 +77,7 @@ def shard_entries(shards):
     entries = []
     for i in range(len(shards)):
         # With the place of the image, because a tar header may shorten two names to one.
-        path, offset, _ = shards.place(i)
+        path, offset = shards.place(i)
         entries.append(Entry(shards.name(i), f"{stamps[path]} {offset}", i))
     return entries
 
@@ -120,7 +120,7 @@ def short_name(path):
 # Features, and the file that keeps them
 
 
-def read_features(path, checkpoint):
+def read_features(path, sha256):
     """The file of --features -> dict {(name, stamp): feature (E,)}. Raises InputError unless the
     checkpoint with this SHA-256 has made it, because features of two models do not compare."""
     try:
@@ -130,17 +130,17 @@ def read_features(path, checkpoint):
             features = dict(zip(versions, torch.from_numpy(content["features"])))
     except Exception as error:  # NumPy and zipfile raise a dozen kinds
         raise InputError(f"{path} is damaged, or no file of --features: name another") from error
-    check(made_by == checkpoint, f"{path} is of another checkpoint: name another file or delete it")
+    check(made_by == sha256, f"{path} is of another checkpoint: name another file or delete it")
     return features
 
 
-def find_features(model, entries, shards, workers, path=None, checkpoint=""):
+def find_features(model, entries, shards, workers, path, sha256):
     """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
-    named. Features that are in the file `path` come from there, and all are kept there; checkpoint
-    is its SHA-256. Raises InputError."""
+    named. Features that are in the file `path` come from there, and all are kept there, unless it
+    is None; sha256: that of the checkpoint. Raises InputError."""
     known = {}
     if path and path.exists():
-        known = read_features(path, checkpoint)
+        known = read_features(path, sha256)
     found = {e: known[e.name, e.stamp] for e in entries if (e.name, e.stamp) in known}
     missing = [entry for entry in entries if entry not in found]
     images = Images(missing, shards, model.config.image_size)
@@ -153,7 +153,7 @@ def find_features(model, entries, shards, workers, path=None, checkpoint=""):
             "names": [entry.name for entry in found],
             "stamps": [entry.stamp for entry in found],
             "features": torch.stack([*found.values()]).numpy(),
-            "checkpoint": checkpoint,
+            "checkpoint": sha256,
         }
         write_file(path, lambda file: np.savez(file, **content))
     return found

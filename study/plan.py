@@ -6,10 +6,10 @@
 An arm is a command at a learning rate of its own, and a row holds arms to compare: C is CLIP, W is
 SuperCLIP whose head gets the words of another pair, and S is SuperCLIP.
 
-No rate is typed here. Seeds that are not scored try some rates, and as long as the best of them is
-the lowest or the highest one, a rate beyond it. The default is taken if its score is within a point
-of the best one, else the lowest rate that is. A rate is judged by the score that the row reports,
-or by R@1 if no rate gets 5 % there.
+No rate is typed here. Seeds that are not scored try some rates. While the best of them is the
+lowest or the highest one, they try a rate beyond it, too. The default is taken if its score is
+within a point of the best one, else the lowest rate that is. A rate is judged by the score that the
+row reports, or by R@1 if no rate gets 5 % there.
 
 Runs go to out_study/runs.jsonl. What is published is its copy in study/, whose runs must be of one
 commit. So rows that are missing are run in a worktree of that commit, which gets a copy back. The
