@@ -2,8 +2,8 @@
 
     python -m docs.found
 
-Scores against the pairs, or epochs, that a model was shown. Each dot is a seed, and lines go
-through means. An arm whose runs are missing is left out.
+Scores against the pairs, or epochs, that a model was shown. A dot is a seed, a bar is a mean, and
+lines go through means. An arm whose runs are missing is left out.
 """
 
 from contextlib import suppress
@@ -46,7 +46,8 @@ def draw_panel(axis, study, score, rows):
                 place = x + shift * width
                 means[place] = mean(values)
                 axis.plot([place] * len(values), values, "o", **DOTS, color=colour)
-        axis.plot([*means], [*means.values()], color=colour, lw=2, label=label)
+        axis.plot([*means], [*means.values()], "_-", ms=16, mew=2, color=colour, lw=2, label=label)
+    axis.margins(x=0.2)
 
 
 def draw(study):
