@@ -44,16 +44,15 @@ def test_every_epoch_is_another_permutation():
     assert first != second
 
 
-@pytest.mark.parametrize("n, distance", [(200, 100), (250_000, 250)])
-def test_every_hundredth_pair_is_held_out_but_a_thousand_at_most(captioned, n, distance):
+def test_a_thousand_pairs_at_most_are_held_out(captioned):
     pairs = Pairs([captioned], TOKENIZER, 8)
-    numbers = torch.arange(n)
+    numbers = torch.arange(250_000)
     pairs.index = numbers  # one for each
 
     val_pairs = data.hold_out(pairs, [])
 
-    assert torch.equal(val_pairs.index, numbers[::distance])
-    assert torch.equal(pairs.index, numbers[numbers % distance > 0])
+    assert torch.equal(val_pairs.index, numbers[::250])
+    assert torch.equal(pairs.index, numbers[numbers % 250 > 0])
 
 
 # ---- what is drawn of a pair
@@ -107,7 +106,6 @@ BAD = {  # case -> image, caption, JSON with the caption
     "Latin-1": (JPEG, b"caf\xe9", b""),
     "too long": (JPEG, b"a " * 20_000, b""),
     "half of a JSON": (JPEG, b"", b"{"),
-    "no caption in the list": (JPEG, b"", b'{"c": []}'),
     "truncated JPEG": (JPEG[:-200], b"a", b""),
     "no format of the web": (encoded(photo(), "PPM"), b"a", b""),
     "bomb": (GIF[:6] + b"\xff" * 4 + GIF[10:], b"a", b""),  # 65,535 pixels wide and high, it says

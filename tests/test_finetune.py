@@ -1,7 +1,5 @@
 """Fine-tuning: --init_from takes weights, vocabulary and model from a checkpoint, and goes on."""
 
-import shutil
-
 import pytest
 import torch
 from material import checkpoint_of, rows_of, short_run, small_model, write_checkpoint
@@ -51,17 +49,6 @@ def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
     assert after < before
     assert not (tmp_path / "out" / "best.pt").exists()
     assert "last.pt --out words.png" in capsys.readouterr().out
-
-
-def test_the_vocabulary_and_the_model_come_along(whole_run, tune, shards, tmp_path):
-    """Even to shards that lie beside no vocabulary."""
-    shutil.copy(shards / "train-0.tar", tmp_path)
-    before = checkpoint_of(whole_run, "best.pt")
-
-    after = tune("--steps", 1, "--train_data", tmp_path / "train-0.tar")
-
-    assert after["vocab"] == before["vocab"]
-    assert after["config"] == before["config"]
 
 
 @pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "text.")])

@@ -82,32 +82,20 @@ def trained_and_validated(tmp_path, shards):
     return header["pairs"], row["validation"]["image_to_text"]["R@1"]["n"]
 
 
-@pytest.fixture
-def both_sides(shards, tmp_path):
-    """A folder with training and validation shards. Its name could be a pattern."""
+def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find_the_other(
+    shards, tmp_path, monkeypatch, capsys
+):
+    """Its name could be a pattern."""
     folder = tmp_path / "a[1]{2..3}"
     folder.mkdir()
     for name in ("train-0.tar", "train-1.tar", "val-0.tar", "vocab.tiktoken"):
         shutil.copy(shards / name, folder)
-    return folder
-
-
-def test_of_a_folder_with_both_sides_it_trains_on_one_and_validates_on_the_other(
-    both_sides, tmp_path
-):
-    assert trained_and_validated(tmp_path, both_sides) == (70, 20)
-
-
-def test_validation_shards_that_their_names_tell_are_found_by_the_commands_that_come_next(
-    both_sides, tmp_path, monkeypatch, capsys
-):
     monkeypatch.chdir(tmp_path)
-    trained_and_validated(tmp_path, both_sides)
-    printed = capsys.readouterr().out
 
-    assert run_commands_in(printed) == 3
+    assert trained_and_validated(tmp_path, folder) == (70, 20)
 
-    assert str(both_sides / "val-0.tar") in capsys.readouterr().out
+    assert run_commands_in(capsys.readouterr().out) == 3
+    assert str(folder / "val-0.tar") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["vocab.tiktoken", "best.pt"])
@@ -157,19 +145,13 @@ def run_commands_in(printed):
     return len(commands)
 
 
-@pytest.fixture
-def make_scenes(scenes_folder):
-    """make_scenes(folder): copy the scenes that were drawn already."""
-    return partial(shutil.copytree, scenes_folder)
-
-
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
-    make_scenes, tmp_path, monkeypatch, capsys
+    scenes_folder, tmp_path, monkeypatch, capsys
 ):
     """A validation after training says what the head sees in two pictures, after a caption of
     each."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "make_scenes", make_scenes)
+    monkeypatch.setattr(train, "make_scenes", partial(shutil.copytree, scenes_folder))
 
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 

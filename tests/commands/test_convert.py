@@ -93,14 +93,6 @@ def test_a_wrapper_of_transformers_model_changes_no_weight(tmp_path, converted):
     assert_same_but_for_the_head(model, ours)
 
 
-def narrow_heads():
-    """open_clip's model with narrow heads and quick GELU, as the weights of a file: in OpenAI's
-    files, matrices are float16."""
-    other = open_clip_of(make_random_model(quick_gelu=True, **HEADS, **V))
-    open_clip.model.convert_weights_to_fp16(other)
-    return other
-
-
 # Three scalars are in OpenAI's files only, and mean quick GELU and heads that are 64 wide.
 SCALARS = {x: torch.tensor(1) for x in ("input_resolution", "context_length", "vocab_size")}
 B32 = open_clip.get_model_config("ViT-B-32-quickgelu")
@@ -120,7 +112,9 @@ KNOWLEDGE = {
 def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(
     tmp_path, converted, capsys, scalars, beside, expected, assumed
 ):
-    path = save(narrow_heads().state_dict() | scalars, tmp_path / "x.pt", beside)
+    other = open_clip_of(make_random_model(quick_gelu=True, **HEADS, **V))
+    open_clip.model.convert_weights_to_fp16(other)  # as in OpenAI's files
+    path = save(other.state_dict() | scalars, tmp_path / "x.pt", beside)
 
     c = converted(path).config
 
@@ -130,43 +124,20 @@ def test_what_shapes_do_not_tell_is_known_or_said_to_be_assumed(
     assert ("open_clip_config.json" in printed) == (assumed > 0)
 
 
-def test_a_checkpoint_stays_what_it_is(tmp_path):
-    """Configuration, weights, statistics and vocabulary."""
-    model = make_random_model(quick_gelu=True, loss="sigmoid", **HEADS, **V)
-    model.count_tokens(make_pairs(model)[1])
-    path = write_checkpoint(tmp_path / "last.pt", model, VOCAB)
-
-    assert not run(main, path, tmp_path / "out.pt")
-
-    again, tokenizer, _ = evaluation.load(tmp_path / "out.pt")
-    assert (again.config, tokenizer.vocab) == (model.config, VOCAB)
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-
-
 # ---- weights in, by a name of open_clip
 
 
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    """A function that makes open_clip know "small/here": a model, as a file that is there. Its name
-    says plain GELU and open_clip's mean and std, but its tag says otherwise."""
-
-    def publish(model):
-        path = save(open_clip_of(model).state_dict(), tmp_path / "here.pt")
-        config = open_clip_config(model.config) | {"quick_gelu": False}
-        (tmp_path / "small.json").write_text(json.dumps(config))
-        open_clip.add_model_config(tmp_path / "small.json")
-        tag = {"file": str(path), "quick_gelu": True}
-        tag |= {"mean": STATS["image_mean"], "std": STATS["image_std"]}
-        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"here": tag})
-
-    return publish
-
-
-def test_a_name_has_the_weights_and_what_its_tag_says(publish, converted, capsys):
-    """The tag knows, so nothing is assumed."""
+def test_a_name_has_the_weights_and_what_its_tag_says(tmp_path, converted, monkeypatch, capsys):
+    """The name says plain GELU, and open_clip's mean and std. But the tag knows better, so nothing
+    is assumed."""
     ours = make_random_model(quick_gelu=True, **HEADS, **STATS, **V)
-    publish(ours)
+    path = save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
+    config = open_clip_config(ours.config) | {"quick_gelu": False}
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "small.json")
+    tag = {"file": str(path), "quick_gelu": True}
+    tag |= {"mean": STATS["image_mean"], "std": STATS["image_std"]}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"here": tag})
 
     model = converted("small/here")
 

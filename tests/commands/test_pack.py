@@ -4,14 +4,12 @@ import csv
 import hashlib
 import io
 import json
-import shlex
 
 import pytest
 from material import error_of, photo
 from PIL import Image
 
 import data
-import train
 from scripts import pack
 
 
@@ -163,16 +161,3 @@ def test_the_hash_of_an_image_decides_its_side(photos):
         assert len(found) > 0
         for fields, _, _ in found:
             assert (int(fields["sha256"], 16) < 0.3 * 2**256) == is_val
-
-
-# ---- what pack advises
-
-
-@pytest.mark.parametrize("way", [pack.TUNE, pack.FROM_NOTHING])
-def test_pack_names_options_that_train_py_has(way):
-    lines = way.format(out="out").replace("\\\n", "").splitlines()
-    [line] = [line for line in lines if "train.py" in line]
-
-    args = train.make_parser().parse_args(shlex.split(line)[2:])
-
-    assert args.train_data == ["out"] and args.captions == ["json.captions"]

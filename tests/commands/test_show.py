@@ -11,17 +11,11 @@ PNG = png("red")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """An empty folder with a vocabulary."""
+def dogs(tmp_path):
+    """A shard of eight samples with seven captions, two of which are the same words. Four parts of
+    the shard are no sample, or cannot be used. A vocabulary lies beside it."""
     words = "a red green blue dog cat 1 2 3".split()
     (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(words))
-    return tmp_path
-
-
-@pytest.fixture
-def dogs(folder):
-    """A shard of eight samples with seven captions, two of which are the same words. Four parts of
-    the shard are no sample, or cannot be used."""
     captions = ["a red dog 0", "a red dog 1", "a red dog 2", "a red dog 3", "a red dog 4"]
     captions.append("A red dog 1")
     samples = [{"png": PNG, "txt": caption.encode()} for caption in captions]
@@ -31,19 +25,14 @@ def dogs(folder):
         {"png": PNG},
         {"v2.png": PNG},
     ]
-    return write_shard(folder / "0.tar", samples)
-
-
-def printed_by(capsys, *argv):
-    """What show prints of shards."""
-    assert not run(show.main, *argv)
-    return capsys.readouterr().out
+    return write_shard(tmp_path / "0.tar", samples)
 
 
 @pytest.fixture
 def printed(dogs, capsys):
-    """A shard that is named twice counts once."""
-    return printed_by(capsys, dogs, dogs)
+    """What show prints of the shard. That it is named twice does not count."""
+    assert not run(show.main, dogs, dogs)
+    return capsys.readouterr().out
 
 
 def test_samples_and_captions_are_counted_and_equal_ones_are_twins(printed):
@@ -65,7 +54,7 @@ def test_label_weights_by_hand(printed):
     assert "label: 3 0.91  red 0.09  a 0.00  dog 0.00" in printed
 
 
-def test_the_picture_is_drawn(dogs, folder, capsys):
-    printed_by(capsys, dogs, "--picture", folder / "grid.png")
+def test_the_picture_is_drawn(dogs, tmp_path):
+    assert not run(show.main, dogs, "--picture", tmp_path / "grid.png")
 
-    assert Image.open(folder / "grid.png").width > 4 * show.SIDE
+    assert Image.open(tmp_path / "grid.png").width > 4 * show.SIDE

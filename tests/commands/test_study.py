@@ -56,9 +56,6 @@ def test_the_default_rate_is_taken_if_it_is_about_as_good_as_the_best(goals, rat
     assert compare.choose(goals, 4) == rate
 
 
-SCORES = ("colour", "shape", "colour_shape", "held_out", "R@1")
-
-
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
     """Runs and worlds are made up. A run tells its world. The best rate is 2e-4, and one of half as
@@ -71,7 +68,7 @@ def pretend(monkeypatch, tmp_path):
 
     def train_and_score(command, out_dir):
         value = 70 - 10 * abs(math.log2(command.rate / 2e-4))
-        run = run_of(**dict.fromkeys(SCORES, value))
+        run = run_of(colour_shape=value)
         return {**run, "drawn": (command.world() / "scenes" / "drawn").read_text()}
 
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
@@ -113,21 +110,6 @@ WAYS = {
 ROW = {"step": 1, "zeroshot": {"w/x": SCORE}, "validation": WAYS}
 
 
-def pretend_call(monkeypatch, answer=""):
-    """A run will write ROW to its log, and end with this answer. Returns its commands, a list that
-    grows."""
-    commands = []
-
-    def call(words, folder):
-        commands.append(" ".join(words))
-        log = Path(words[-1], "log.jsonl")  # --out_dir is the last option
-        log.write_text("\n".join(map(json.dumps, [HEADER, ROW])))
-        return answer
-
-    monkeypatch.setattr(compare, "call", call)
-    return commands
-
-
 def test_every_score_of_a_run_is_kept():
     run = {"scores": compare.scores_of(ROW)}
 
@@ -136,25 +118,14 @@ def test_every_score_of_a_run_is_kept():
     assert run["scores"]["x"] == SCORE
 
 
-FOLDS = "--train_data 'fold{seed}/*.tar'"
+def test_a_run_has_its_seed_in_its_options_and_its_key_has_not():
+    text = "train.py --train_data 'fold{seed}/*.tar'"
+    command = read_command(text).at(1e-3, seed=3)
 
+    words = " ".join(command.words("out"))
 
-def test_a_run_has_its_seed_in_its_options_and_its_key_has_not(monkeypatch, tmp_path):
-    commands = pretend_call(monkeypatch)
-    command = read_command("train.py", FOLDS).at(1e-3, seed=3)
-
-    compare.train_and_score(command, str(tmp_path))
-
-    assert "--train_data fold3/*.tar --learning_rate 0.001 --seed 3 " in commands[0]
-    assert command.text() == f"train.py {FOLDS}"
-
-
-def test_a_run_that_diverged_scores_0(monkeypatch, tmp_path):
-    pretend_call(monkeypatch, DIVERGED)
-
-    run = compare.train_and_score(read_command("train.py", FOLDS), str(tmp_path))
-
-    assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
+    assert "--train_data fold3/*.tar --learning_rate 0.001 --seed 3 " in words
+    assert command.text() == text
 
 
 # ---- code
@@ -210,6 +181,16 @@ def test_a_run_that_fails_is_named_with_its_last_line(fork):
 
     with pytest.raises(InputError, match=f"{program}.*its last line"):
         compare.main(["--a", side, "--b", side])
+
+
+def test_a_run_that_diverged_scores_0(fork, tmp_path):
+    program = fork / "train.py"
+    program.write_text(f"{program.read_text()}sys.exit({DIVERGED!r})")
+    (fork / "killed").touch()  # it has been already
+
+    run = compare.train_and_score(read_command(f"'{program}' --train_data a.tar"), str(tmp_path))
+
+    assert compare.value_of(run, "x") == 0 and compare.goal(run) == 0
 
 
 def test_a_killed_comparison_goes_on(fork):

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from material import TOKENIZER, cases, small_model
 
 import superclip
 from docs.notebook import SETUP, notebook
+from scripts import pack
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 README = PAGES[0].read_text()
@@ -67,13 +67,15 @@ def shell_lines(text):
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
+TEXTS = {page.name: page.read_text() for page in PAGES}
+TEXTS["pack"] = f"```{pack.TUNE}{pack.FROM_NOTHING}{pack.SEARCH}\n```"  # what it advises
 COMMANDS = {}  # line, with the name of its page -> module and arguments
-for page in PAGES:
-    for line in shell_lines(page.read_text()):
+for page, text in TEXTS.items():
+    for line in shell_lines(text):
         match = COMMAND.match(line)
         if match and match[3] and "..." not in line:  # a sentence may name a command alone
             script, module, arguments = match.groups()
-            COMMANDS[f"{page.name}: {line}"] = (script or module, arguments)
+            COMMANDS[f"{page}: {line}"] = (script or module, arguments)
 
 
 class Parsed(Exception):
@@ -155,12 +157,11 @@ def test_a_notebook_is_that_of_its_page(name):
     assert page.with_suffix(".ipynb").read_text() == made, "run python -m docs.notebook"
 
 
-def run_cell(code, folder, **environment):
+def run_cell(code, folder):
     """Run the first cell of a notebook and more code in a folder, as a kernel does. Returns what it
     prints, and its error."""
     command = [sys.executable, "-c", SETUP + code]
-    environment = {**os.environ, **environment}
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return process.stdout, process.stderr
 
 
