@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import shlex
 import signal
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -44,6 +45,7 @@ scripts.words MODEL                                               | --image
 scripts.search MODEL "a text"                                     | --images
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
+scripts.curves begun.jsonl --out x.png                            | losses
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert model.pt model.pt                                 | model.pt
@@ -76,6 +78,7 @@ def world(tmp_path_factory):
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
+    (world / "begun.jsonl").write_text('{"step": 0, "header": {"steps": 9}}')
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
@@ -110,13 +113,27 @@ ENDS = {  # a command, its exit code, and what it says
 }
 
 
-@cases("main, code, said", ENDS)
-def test_a_command_ends(main, code, said, capfd):
+def exit_code_of(main):
+    """Of a process that runs this command."""
     process = multiprocessing.get_context("fork").Process(target=run_command, args=(main,))
     process.start()
     process.join()
+    return process.exitcode
 
-    assert process.exitcode == code
+
+@cases("main, code, said", ENDS)
+def test_a_command_ends(main, code, said, capfd):
+    assert exit_code_of(main) == code
+
     error = capfd.readouterr().err
     assert said in error
     assert ("Traceback" in error) == (code == 1)
+
+
+def test_letters_that_a_pipe_lacks_are_escaped(monkeypatch, capfd):
+    """As on Windows, where a pipe has cp1252."""
+    monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="cp1252", closefd=False))
+
+    assert exit_code_of(lambda argv: print("犬")) == 0
+
+    assert capfd.readouterr().out == "\\u72ac\n"
