@@ -42,7 +42,9 @@ def test_every_difference_of_the_readme_and_of_section_9_is_one_of_the_study():
     results = (ROOT / "study" / "results.md").read_text()
     section_9 = TUTORIAL.partition("## 9. ")[2].partition("## 10. ")[0]
 
-    shown, known = (re.findall(r"[\d.]+ ± [\d.]+", text) for text in (README + section_9, results))
+    shown, known = (
+        re.findall(r"\d+\.\d ± \d+\.\d", text) for text in (README + section_9, results)
+    )
 
     assert len(shown) > 5
     assert {*shown} <= {*known}
