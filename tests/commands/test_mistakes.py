@@ -45,7 +45,6 @@ scripts.words MODEL                                               | --image
 scripts.search MODEL "a text"                                     | --images
 scripts.search NONE --images classes two.txt "a text"              | two.txt
 scripts.curves empty.jsonl --out x.png                            | empty.jsonl
-scripts.curves begun.jsonl --out x.png                            | losses
 scripts.convert other.pt x.pt                                     | other.pt
 scripts.convert list.pt x.pt                                      | list.pt
 scripts.convert model.pt model.pt                                 | model.pt
@@ -78,7 +77,6 @@ def world(tmp_path_factory):
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
-    (world / "begun.jsonl").write_text('{"step": 0, "header": {"steps": 9}}')
     (world / "two.txt").write_text("one\ntwo\nthree\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
