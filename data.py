@@ -8,7 +8,7 @@ A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp h
 one sample share their name up to the first dot: .jpg|.jpeg|.png|.webp is the image, .txt the
 caption, .json optional metadata. Shards are not streamed: one pass over the tar headers makes an
 index, after which any sample is two or three reads away. So the shuffle is global, the length is
-exact, batches are equal on every process, and a run can be resumed from one integer, its step.
+exact, batches are as large on each process, and a run can be resumed from one integer, its step.
 """
 
 import glob
@@ -148,13 +148,13 @@ def read_headers(path, number):
                     else:
                         row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
-                    unused[f"*{extension}"] = f"a link or another kind: {member.name}"
+                    unused[f"*{extension}"] = f"no part of a sample: {member.name}"
             # tarfile stops in silence at a header that it cannot read.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK).strip(b"\0"):
-                unused[""] = "is damaged, and not used from there on"
+                unused[""] = "damaged, and not used from there on"
     except tarfile.TarError as error:
-        unused[""] = f"is damaged, compressed, or no tar: {error}"
+        unused[""] = f"damaged, compressed, or no tar: {error}"
     except OSError as error:  # this trouble may pass, and what is returned is cached
         raise InputError(f"{path}: {error}") from error
     for key, row in list(rows.items()):
@@ -315,7 +315,7 @@ class Shards:
         except BadSample:  # it has none
             raise
         except Exception:  # of what JSON may hold
-            raise BadSample(f"{source} cannot be read as UTF-8 text, or a list of it") from None
+            raise BadSample(f"{source} is missing, or not UTF-8 text or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
@@ -424,7 +424,7 @@ def load_image(source, size, rng=None, crop_area=1.0):
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
-        if isinstance(source, bytes) and scale <= 0.5:  # draft halves it while the crop allows it
+        if isinstance(source, bytes) and scale <= 0.5:  # draft makes it 2, 4 or 8 times smaller
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
         k = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8; draft rounds the size up
         image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
@@ -451,9 +451,7 @@ class Pairs(Shards, Dataset):
     """What a run draws from tar shards: image-caption pairs, ready to train on.
 
     sources, label_sources: where captions and labels are drawn from, one text each time; a source
-    that is named twice is drawn twice as often. Index it with (visit, sample): `visit` counts the
-    samples of the whole run and seeds the crop and the choice of the caption, so that these do not
-    depend on which process loads the sample.
+    that is named twice is drawn twice as often. Index it with (visit, sample): see rng_of_visit.
     """
 
     def __init__(

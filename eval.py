@@ -94,8 +94,7 @@ def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference. Returns model, tokenizer and preprocess. Raises InputError.
 
     The model is in eval mode and its parameters need no gradient, so a loop over photographs keeps
-    no graph: model.encode_image(preprocess(pil_image)[None]), model.encode_text(tokenizer(["a
-    dog"])).
+    no graph: `model.encode_image(preprocess(pil_image)[None])`.
     """
     content = read_checkpoint(checkpoint)
     parts = (content["model"], content["config"], content["vocab"])
@@ -107,8 +106,8 @@ def load(checkpoint, device="cpu"):
 
 def validation_of(checkpoint, shards=None, option="--data"):
     """Returns the --val_data of the run that wrote a checkpoint, unless other shards are given, and
-    the sources of the run's captions. option: what gives others. Raises InputError if the run named
-    none: its validation pairs, if any, came out of --train_data."""
+    the sources of the run's captions. option: of the command, to name others. Raises InputError if
+    the run named none: its validation pairs, if any, came out of --train_data."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
     shards = shards or arguments.get("val_data")
@@ -412,7 +411,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
         result["top5"] = score(recall(found, 5), 5 / C)
-    # A list, not a dict, because two of ImageNet's classes have the same name.
+    # A list, not a dict, because two names of ImageNet's classes occur twice.
     result["per_class"] = []
     for c in labels.unique().tolist():
         part = score(hits[labels == c], 1 / C)
@@ -421,7 +420,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
 
 
 def frozen_features(model, dataset, batch_size, workers):
-    """What a linear probe learns from: class token and mean of the patch tokens, side by side (N,
+    """What linear probes learn from: class token and mean of the patch tokens, side by side (N,
     2D), and the labels (N,)."""
 
     def encode(images):
@@ -516,7 +515,7 @@ def print_words(model, tokenizer, shards):
 
 
 def read_list(path):
-    """Returns the lines of a file, or None if there is none. Two names stand for lists of open_clip
+    """Returns the lines of a file, or None if path is None. Two names stand for lists of open_clip
     instead: imagenet for the names of ImageNet's classes, and openai for CLIP's templates."""
     if path is None:
         return None
@@ -591,10 +590,10 @@ def main(argv):
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, function, text, *shared):
+    def command(name, function, text):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(function=function)
-        add_options(sub, "checkpoint", *shared, "device")
+        add_options(sub, "checkpoint", "device")
         add = sub.add_argument
         add("--batch_size", type=number(int, 1), default=128, help="images a batch (default 128)")
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")

@@ -156,7 +156,7 @@ def claim_folder(out_dir, resume):
         temporary.unlink()
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
     if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds a run: add --resume to go on, or name another --out_dir")
+        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
 
 
 def commit():

@@ -293,10 +293,10 @@ def contrastive_loss(image_features, text_features, logit_scale, local=slice(Non
     """
     # float32 even under autocast: near 100, the largest logit, bfloat16 numbers are 0.5 apart
     images, texts = image_features.float(), text_features.float()
-    target = torch.arange(len(images), device=images.device)[local]  # (B,): each its own
+    target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
     with torch.autocast(images.device.type, enabled=False):
         per_image = logit_scale * images[local] @ texts.T  # (B, N)
-        per_text = logit_scale * texts[local] @ images.T  # per_image.T has only local columns
+        per_text = logit_scale * texts[local] @ images.T  # per_image.T lacks the other images
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
@@ -309,7 +309,7 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=s
     images, texts = image_features.float(), text_features.float()
     with torch.autocast(images.device.type, enabled=False):
         logits = logit_scale * images[local] @ texts.T + logit_bias  # (B, N)
-    answers = F.one_hot(torch.arange(len(texts), device=logits.device)[local], len(texts)).float()
+    answers = torch.eye(len(texts), device=logits.device)[local]  # (B, N): 1 for the right pair
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 

@@ -230,14 +230,13 @@ def build_model(args, source, vocab_size, device):
     model.text.requires_grad_(args.freeze != "text")
     for tower in (model.visual, model.text):
         tower.transformer.grad_checkpointing = args.grad_checkpointing
-        if args.compile:  # one by one, so that longer captions do not recompile the image tower
-            tower.compile()
     if args.compile:
         # DistributedDataParallel splits the compiled graphs, to send gradients while others are
         # computed. With recomputed blocks, older versions of torch fail at that.
         torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
-        if model.head is not None:
-            model.head.compile()
+        for part in (model.visual, model.text, model.head):
+            if part is not None:  # one by one, or longer captions would recompile the image tower
+                part.compile()
     return model.to(device).train(), new
 
 
@@ -300,12 +299,12 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     """Takes up the run that has written last.pt. Returns its step and its best mean R@1. Raises
     InputError if it was another run than the one of this header."""
     saved = evaluation.read_checkpoint(path)
-    check(saved.keys() >= {"header", "optimizer"}, f"{path} is not the last.pt of a run")
-    before = saved["header"]["arguments"]
-    usual = make_parser()
+    check("optimizer" in saved, f"{path} is not the last.pt of a run")
+    saved_args = saved["header"]["arguments"]
+    parser = make_parser()
     for name, value in header["arguments"].items():
         # An option that a fork has added since then had its default.
-        was = before.get(name, usual.get_default(name))
+        was = saved_args.get(name, parser.get_default(name))
         fits = name in MAY_CHANGE or was == value
         check(fits, f"--resume: --{name} was {was} before, and is {value} now")
     same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
@@ -331,7 +330,8 @@ def validate(args, model, tokenizer, pairs, step):
     """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
     Returns the row of the log."""
     row = {"step": step, "zeroshot": {}}
-    tqdm.write(f"\nvalidation after step {step}")
+    if pairs is not None or args.zeroshot_data:
+        tqdm.write(f"\nvalidation after step {step}")
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
         if pairs is not None:
@@ -478,7 +478,7 @@ def train(args):
                 "step": done,
                 **losses,
                 "logit_scale": model.logit_scale.exp().item(),
-                # JSON has neither infinity nor NaN: float16's first steps, which are left out
+                # 0 where float16's gradients overflow: JSON has neither infinity nor NaN
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
                 "images_per_second": round(N * len(waits) / seconds, 1),
@@ -519,8 +519,8 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test, or else, from 200 "
-        "pairs on, 1 in 100, at most 1,000; then a copy of a picture may be on the other side)")
+        help="shards to validate on, or none (default: those named val or test, else 1 pair in 100 "
+        "if there are 200 or more, at most 1,000; copies of a picture may then be on both sides)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders with a folder of images per class, to classify at each validation")
     add_options(parser, "captions")
@@ -555,8 +555,8 @@ def make_parser():
     add("--micro_batch_size", type=count,
         help="pairs of a process that go through the towers at a time (default: all of its batch)")
     add("--learning_rate", type=not_negative, default=5e-4,
-        help="peak learning rate, reached after half of the steps, at most 3000 (default 5e-4; at "
-        "batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
+        help="peak learning rate, reached after half of the steps, at step 3000 at the latest "
+        "(default 5e-4; at batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, for matrices only (default 0.2)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import train
-from cli import make_parser, number, optional, pick_dtype, run_command
+from cli import make_parser, number, pick_dtype, run_command
 from scripts.convert import open_clip_config
 from tokenizer import Tokenizer
 
@@ -102,7 +102,7 @@ class OpenClipRun(Run):
     to the context length, which takes a part of its time."""
 
     def __init__(self, args):
-        open_clip = optional("open_clip", "open_clip_torch")
+        open_clip = importlib.import_module("open_clip")
         super().__init__(args)
         self.model = open_clip.model.CLIP(**open_clip_config(self.model.config)).to(self.device)
         self.model.compile(disable=not args.compile)

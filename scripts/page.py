@@ -1,5 +1,5 @@
 """HTML pages that need no network and no library: page.html, which all of them share, then a
-template of their own. All that a page shows travels in it as one JSON object."""
+template of their own. What a page begins with travels in it as one JSON object."""
 
 import json
 from pathlib import Path

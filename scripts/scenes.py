@@ -304,12 +304,9 @@ def write_shard(task, folder, seed):
 
 
 def write_class(folder, kind, name, looks, n, seed):
-    """A folder with n pictures of single objects that have one of these looks, in turn. Without
-    looks it stays empty."""
+    """A folder with n pictures of single objects that have one of these looks, in turn."""
     folder = folder / "zeroshot" / kind / name
     folder.mkdir(parents=True)
-    if not looks:
-        return
     for i in range(n):
         rng = generator(f"{kind} {name} {i}", seed)
         scene = make_scene(rng, [looks[i % len(looks)]], 1)
@@ -328,7 +325,7 @@ def write_classes(folder, n, seed):
         write("shape", shape, [look for look in COMBINATIONS if look[1] == shape], n)
     for look in COMBINATIONS:
         write("colour_shape", " ".join(look), [look], n // 4)
-        write("held_out", " ".join(look), [look] if look in HELD_OUT else [], n)
+        write("held_out", " ".join(look), [look], n if look in HELD_OUT else 0)
 
 
 def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):

@@ -100,10 +100,8 @@ def main(argv):
         except UNREADABLE as error:
             unused.append((shards.name(i), str(error)))
     report_unused(list(dict.fromkeys(unused)))  # a bad caption may have been read twice
-    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.long)
-    for token, count in token_counts.items():
-        counts[token] = count
-    weights = idf(torch.tensor(len(lengths)), counts)
+    counts = torch.tensor([token_counts[i] for i in range(tokenizer.vocab_size)])
+    weights = idf(len(lengths), counts)
     for name, texts, _ in samples:
         print_sample(name, texts, tokenizer, weights)
     if args.picture and samples:

@@ -45,7 +45,7 @@ def pictures_of_run(paths, captions, size):
         yield Picture(f'{shards.name(i)} "{title}"', title, image)
 
 
-def draw_scenes(size):
+def scene_pictures(size):
     """Yield four pictures of built-in scenes, of objects that training showed, with a caption as
     their name."""
     for i in range(4):
@@ -65,7 +65,7 @@ def find_pictures(args, files, tokenizer, size):
     except InputError:
         if tokenizer.vocab != scenes.vocabulary():
             raise
-        return draw_scenes(size)
+        return scene_pictures(size)
     return pictures_of_run(shards, captions, size)
 
 

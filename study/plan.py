@@ -174,7 +174,7 @@ def cell(study, formula):
     return f"**{text}**" if formula in PRIMARY and abs(middle) > half else text
 
 
-def tried(study, name):
+def rate_line(study, name):
     """The rate that was taken for an arm, and what each rate scored that was tried."""
     return f"{rate_of(study, name):.3g} | {compare.text_of(search(study, name))}"
 
@@ -259,7 +259,7 @@ def main(argv):
         check(len(commits) <= 1, f"{RUNS} has runs of several commits: {commits}")
         write_lines(study, RESULTS, line_of, LINES)
         searched = {name: name for name in ARMS if ARMS[name].rate_of is None}
-        write_lines(study, RATES, tried, searched)
+        write_lines(study, RATES, rate_line, searched)
 
 
 if __name__ == "__main__":
