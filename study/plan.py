@@ -221,9 +221,15 @@ LINES = {
 
 
 def line_of(study, line):
+    """The cells of a line. One whose runs are missing is a dash."""
     formulas, *arms = line
-    formulas = formulas.format(*arms).split(" | ")
-    return " | ".join(cell(study, formula) for formula in formulas)
+    cells = []
+    for formula in formulas.format(*arms).split(" | "):
+        try:
+            cells.append(cell(study, formula))
+        except compare.NotRun:
+            cells.append("-")
+    return " | ".join(cells)
 
 
 def write_lines(study, path, make, lines):
