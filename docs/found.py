@@ -31,7 +31,7 @@ PANELS = (
 DOTS = dict(ms=4, mew=0, alpha=0.5)
 ARMS = {
     "C": ("CLIP", INK),
-    "W": ("SuperCLIP with another pair's words", GREY),
+    "W": ("control: another pair's words", GREY),
     "S": ("SuperCLIP", RED),
 }
 

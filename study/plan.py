@@ -13,8 +13,8 @@ row reports, or by R@1 if no rate gets 5 % there.
 
 Runs go to out_study/runs.jsonl. What is published is its copy in study/, whose runs must be of one
 commit. So rows that are missing are run in a worktree of that commit, which gets a copy back. The
-pages are Markdown, for a person to edit: a line that begins as one of the lines here does, with its
-first cell, is replaced, and nothing else. A line without a place comes last.
+pages are Markdown, for a person to edit. Only rows of tables whose first cell is a key of LINES, or
+of ARMS, are replaced. A row that the page lacks comes last.
 """
 
 from functools import partial
