@@ -53,7 +53,7 @@ def draw_panel(axis, study, score, rows):
 def draw(study):
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
     for axis, (title, score, chance, name, rows) in zip(axes, PANELS):
-        axis.set(title=title, ylim=(0, 100), xlabel=name, xticks=[*rows.values()])
+        axis.set(title=title, ylim=(0, 102), xlabel=name, xticks=[*rows.values()])
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:.0f} %")
         axis.spines[["top", "right"]].set_visible(False)
