@@ -47,7 +47,7 @@ def draw_panel(axis, study, score, rows):
                 means[place] = mean(values)
                 axis.plot([place] * len(values), values, "o", **DOTS, color=colour)
         axis.plot([*means], [*means.values()], "_-", ms=16, mew=2, color=colour, lw=2, label=label)
-    axis.margins(x=0.2)
+    axis.set_xlim(min(rows.values()) - 5 * width, max(rows.values()) + 5 * width)
 
 
 def draw(study):
