@@ -136,8 +136,8 @@ def runs_of(study, name):
 
 
 # -----------------------------------------------------------------------------
-# The pages. A cell is a formula: "rate A32/S", "R@1: A32/S" or "R@1: A32/S - A32/C". One that names
-# no score is about colour + shape.
+# The pages. A cell is a formula: "rate A32/S" (the one taken), "rates A32/S" (those tried, and what
+# they scored), "R@1: A32/S" or "R@1: A32/S - A32/C". One without a score is about colour + shape.
 
 
 def values_of(study, name, score):
@@ -159,6 +159,8 @@ def cell(study, formula):
     """
     if formula.startswith("rate "):
         return f"{rate_of(study, formula.removeprefix('rate ')):.3g}"
+    if formula.startswith("rates "):
+        return compare.text_of(search(study, formula.removeprefix("rates ")))
     score, _, arms = formula.rpartition(": ")
     b, _, a = arms.partition(" - ")
     score = score or "colour_shape"
@@ -172,11 +174,6 @@ def cell(study, formula):
     middle, half = compare.interval(differences, quantile, overlap)
     text = f"{middle:+.1f} ± {half:.1f}"
     return f"**{text}**" if formula in PRIMARY and abs(middle) > half else text
-
-
-def rate_line(study, name):
-    """The rate that was taken for an arm, and what each rate scored that was tried."""
-    return f"{rate_of(study, name):.3g} | {compare.text_of(search(study, name))}"
 
 
 SOONER = (
@@ -232,16 +229,10 @@ def line_of(study, line):
     return " | ".join(cells)
 
 
-def write_lines(study, path, make, lines):
-    """Put lines of tables in the places of those that have the same first cell, or at the end of
-    the page. lines: {first cell: what `make` makes the others of}. A line whose runs are missing
-    says so."""
-    new = {}
-    for label, argument in lines.items():
-        try:
-            new[label] = f"| {label} | {make(study, argument)} |"
-        except compare.NotRun:
-            new[label] = f"| {label} | not run |"
+def write_lines(study, path, lines):
+    """Put lines of tables, such as LINES, in the places of those that have the same first cell, or
+    at the end of the page."""
+    new = {label: f"| {label} | {line_of(study, line)} |" for label, line in lines.items()}
     page = []
     for line in path.read_text("utf-8").splitlines():
         label = line.split("|")[1].strip() if line.startswith("|") else None
@@ -263,9 +254,9 @@ def main(argv):
         study = compare.Study(RUNS, any_code=True)  # which has changed since then
         commits = {run["commit"] for run in study.runs.values()}
         check(len(commits) <= 1, f"{RUNS} has runs of several commits: {commits}")
-        write_lines(study, RESULTS, line_of, LINES)
-        searched = {name: name for name in ARMS if ARMS[name].rate_of is None}
-        write_lines(study, RATES, rate_line, searched)
+        write_lines(study, RESULTS, LINES)
+        searched = [name for name in ARMS if ARMS[name].rate_of is None]
+        write_lines(study, RATES, {name: ("rate {0} | rates {0}", name) for name in searched})
 
 
 if __name__ == "__main__":
