@@ -375,8 +375,8 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     """Returns the part of an image to look at, as x, y, width, height in pixels.
 
     With a crop_area of 1 that is the largest central square. Otherwise it is open_clip's only
-    augmentation, a random rectangle that covers a share of the area from crop_area to 1, or where
-    none fits the central 4:3. It is not mirrored, because captions say "left".
+    augmentation, a random rectangle that covers a share of the area from crop_area to 1, or, where
+    none fits, the central 4:3. It is not mirrored, because captions say "left".
     """
     w = h = min(width, height)
     if crop_area < 1:

@@ -43,7 +43,7 @@ from cli import (
 from superclip import SuperCLIP, SuperCLIPConfig, contrastive_loss
 from tokenizer import Tokenizer, has_letters, token_text, trim, unknown_words, usable_templates
 
-# A few prompts like those of CLIP's authors. A class is the mean of its prompts' features.
+# A few templates like those of CLIP's authors. A class is the mean of its prompts' features.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
@@ -238,7 +238,7 @@ def encode_images(encode, dataset, device, batch_size, workers):
 
 def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
     """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
-    owner (M,), the number of each caption's image. Says how many captions are not unique."""
+    owner (M,), the number of each caption's image. Says how many captions are repeats."""
     dataset = ShardImages(shards, model.config.image_size)
     device = device_of(model)
     images, captions = encode_images(model.encode_image, dataset, device, batch_size, workers)
@@ -303,8 +303,8 @@ def recall(found, k):
 
 
 def recall_by_chance(right, n, k):
-    """R@k of k answers that are drawn at random from n, if so many of them are right (Q,). The
-    draws miss one after the other, with probability (n - right) / n, (n - right - 1) / (n - 1) ...
+    """R@k of k answers that are drawn at random from n, of which `right` (Q,) are right. The draws
+    miss one after the other, with probability (n - right) / n, (n - right - 1) / (n - 1) ...
     """
     drawn = torch.arange(min(k, n))[:, None]
     return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
@@ -342,8 +342,8 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, owner, group):
-    """CLIP's contrastive loss in random groups of so many pairs, as a mean over the groups. With
-    groups as large as the batches of a training, it compares with that training's softmax loss.
+    """CLIP's contrastive loss in random groups of `group` pairs, as a mean over the groups. With
+    groups as large as the batches of a run, it is comparable to that run's softmax loss.
     Features and owner as in `retrieval`; an image is paired with its first caption."""
     N = len(image_features)
     first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
@@ -357,7 +357,7 @@ def loss_in_groups(model, image_features, text_features, owner, group):
 
 
 def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
-    """Scores retrieval among the pairs of data.Shards, and the loss in groups of so many. Prints
+    """Scores retrieval among the pairs of data.Shards, and the loss in groups of `group`. Prints
     and returns the scores, a dict. mean_r1, R@1 as the mean of both ways, is what the best model is
     chosen by."""
     images, texts, owner = encode_shards(model, tokenizer, shards, batch_size, workers)
@@ -391,8 +391,8 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     """Top-1 and top-5 accuracy, and top-1 of each class, for a folder with a folder of images per
     class. Each image picks one of all C classes, so top-k is R@k.
 
-    names: of the classes, by default those of the folders; templates: prompts, by default those of
-    TEMPLATES that the vocabulary has the words for.
+    names: of the classes, by default those of the folders; templates: of prompts, by default those
+    of TEMPLATES that the vocabulary has the words for.
     """
     dataset = ClassFolders(folder, model.config.image_size)
     C = len(dataset.classes)
@@ -536,7 +536,7 @@ def command_zeroshot(model, tokenizer, args):
     templates = read_list(args.templates) or TEMPLATES
     check(all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
     templates = usable_templates(tokenizer, templates)
-    print(len(templates), "prompts whose words are in the vocabulary:")
+    print(len(templates), "templates whose words are in the vocabulary:")
     for template in templates:
         print(f"  {template}")
     sizes = (args.batch_size, args.workers)
@@ -603,7 +603,7 @@ def main(argv):
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, metavar="DIR", help="a folder with a folder of images per class")
     add("--classes", help="file of names, a line for each folder in sorted order; or imagenet")
-    add("--templates", help="file of prompts, one a line, {} for the name; or openai: CLIP's 80")
+    add("--templates", help="file of templates, one a line, {} for the name; or openai: CLIP's 80")
     text = "find captions by image and images by caption"
     add = command("retrieval", command_retrieval, text)
     add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")

@@ -1,6 +1,6 @@
 """What a run needs besides its method: processes that act as one, a signal that ends them, the
-folder of the run, and its log. Nothing here depends on the method. train.py calls all of it, except
-for the two functions at the end, which read what it has logged.
+folder of the run, and its log. train.py calls all of it but the last two functions, which serve
+those who read its logs.
 
 torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
 in `join_processes`, and from then on they can exchange tensors.
@@ -120,7 +120,7 @@ QUIT_KEY = "Ctrl-\\" if hasattr(signal, "SIGQUIT") else "Ctrl-Break"  # the latt
 
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
-    and leave. torchrun kills what has not left after 30 s. Until a signal `number` is 0."""
+    and leave. torchrun kills what has not left after 30 s. Without a signal, `number` is 0."""
 
     def __init__(self):
         self.number = 0
@@ -244,7 +244,7 @@ def read_log(path):
 
 def short_names(folders):
     """Folders, such as those of --zeroshot_data -> {folder: its name}. Where several have one name,
-    as many of the folders above it stand before it as tell it from the others."""
+    the folders above are put before it until it is unique."""
     names = {}
     for folder in folders:
         parts = Path(folder).parts

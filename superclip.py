@@ -1,4 +1,4 @@
-"""SuperCLIP: CLIP plus one linear layer that names the words of the caption (arXiv 2512.14480).
+"""SuperCLIP: CLIP plus one linear layer that predicts the caption's words (arXiv 2512.14480).
 
 CLIP trains an image encoder and a text encoder so that an image and its caption end up close
 together. Each image must find its caption among those of the batch, so the model learns what tells
@@ -303,7 +303,7 @@ def contrastive_loss(image_features, text_features, logit_scale, local=slice(Non
 def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=slice(None)):
     """SigLIP's loss (arXiv 2303.15343): do this image and this caption belong together, yes or no?
 
-    Arguments are those of contrastive_loss. The answers for an image are summed over all captions,
+    Arguments are those of contrastive_loss. The losses of an image are summed over all captions,
     and the sums averaged over the images, as in the paper.
     """
     images, texts = image_features.float(), text_features.float()
@@ -359,8 +359,8 @@ class Gather(torch.autograd.Function):
 
     Each process has a loss of its own, which depends on the features of all. So backward sums what
     all the losses say about a feature, and each process takes the rows of its own features. The
-    weights then get the gradient of the *sum* of the losses. DistributedDataParallel divides it by
-    the number of processes, and the mean of the losses is the loss of the global batch.
+    weights then get the gradient of the *sum* of the losses. train.py divides it by the number of
+    processes, and the mean of the losses is the loss of the global batch.
     """
 
     @staticmethod
@@ -441,7 +441,7 @@ class SuperCLIP(nn.Module):
         the processes is the term of the global batch.
         """
         images, texts = image_features, text_features  # (B, E) each
-        local = slice(None)  # all
+        local = slice(None)
         if self.training and dist.is_initialized():
             B = len(images)
             rank = dist.get_rank()

@@ -244,9 +244,9 @@ def unknown_words(tokenizer, texts):
 
 
 def usable_templates(tokenizer, templates):
-    """Returns the list of templates whose words are all in the vocabulary, because one that is
-    spelt in bytes would be most of what the text tower sees of a prompt. (A word of the vocabulary
-    is one token, whether training has shown it or not.) If none is left, "{}" is the only one: the
-    name alone."""
+    """Returns the list of templates whose words are all in the vocabulary, because a word spelled
+    in bytes would be most of what the text tower sees of a prompt. (A word of the vocabulary is one
+    token, whether training has shown it or not.) If none is left, "{}" is the only one: the name
+    alone."""
     usable = [template for template in templates if not unknown_words(tokenizer, [template])]
     return usable or ["{}"]

@@ -266,7 +266,7 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
 
 
 def can_compile(device):
-    """Does this device run what torch.compile makes of a model? Old GPUs do not, and on Windows it
+    """Is torch.compile on by default? Only on CUDA: old GPUs cannot run its code, and on Windows it
     takes packages that do not come with torch."""
     if device.type != "cuda" or sys.platform == "win32":
         return False
@@ -276,9 +276,9 @@ def can_compile(device):
 def lengths(args, n):
     """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations.
 
-    The learning rate rises in half of the steps. With a warm-up of a tenth, plain CLIP learned next
-    to nothing of the built-in scenes in as many steps. Long runs rise for 3,000 steps. The authors
-    take 500, and CLIP's paper 2,000.
+    The learning rate rises for half of the steps, and for 3,000 at most. With a warm-up of a tenth,
+    plain CLIP learned next to nothing of the built-in scenes in a run of the same length. The
+    authors take 500 steps, and CLIP's paper 2,000.
     """
     steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
@@ -338,7 +338,7 @@ def validate(args, model, tokenizer, pairs, step):
             # in groups as large as a batch, as the softmax loss of training has them
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
-            if step > 0:  # before training a new head names words at random
+            if step > 0:  # before training, a new head says words at random
                 evaluation.print_words(model, tokenizer, pairs)
         for folder in args.zeroshot_data:
             scores = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)
@@ -367,7 +367,7 @@ def print_next(checkpoint, model, val_data):
 
 
 def train(args):
-    """A run, from its first step or last.pt. Returns 0, or 128 and the number of a signal."""
+    """A run, from its first step or last.pt. Returns 0, or 128 plus a signal's number."""
 
     # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
     device = device_of_process(args.device)
@@ -566,10 +566,10 @@ def make_parser():
     # the machine
     add_options(parser, "device")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="numbers to compute with (default: bfloat16 or float16 where CUDA or the CPU has "
-        "units for it, else float32)")
+        help="dtype to compute in (default: bfloat16 where GPU or CPU has units for it, float16 "
+        "on older GPUs, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA from compute capability 7.0)")
+        help="compile towers and word head (default: on CUDA from capability 7.0, not on Windows)")
     add("--grad_checkpointing", action="store_true",
         help="keep fewer activations: less memory, a third more time")
     # the run
@@ -593,8 +593,8 @@ def parse(argv):
     """Returns the options, with the defaults of the built-in scenes and of --init_from."""
     parser = make_parser()
     usual = vars(parser.parse_args([]))
-    # argparse fills in a default only where there is no value, and None is one. So what is not None
-    # after this has been typed.
+    # argparse fills in no default where there is a value, even None. So what is not None after this
+    # has been typed.
     found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(usual)))
     typed = {name: value for name, value in vars(found).items() if value is not None}
     defaults = {}

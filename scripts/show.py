@@ -3,8 +3,8 @@
     python -m scripts.show SHARDS --picture grid.png
 
 Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
-their label weights: what the word head is asked to predict. The weights are the IDF over the
-captions of these shards.
+their label: the shares that the word head is asked to predict, by the IDF over the captions of
+these shards.
 """
 
 import textwrap

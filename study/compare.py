@@ -373,7 +373,7 @@ def make_options():
     add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
     add("--common", default="", metavar="OPTIONS", help="options of both")
-    text = f"seeds of each that are scored, from {FIRST_SCORED} on (default 5)"
+    text = f"number of seeds, of which {FIRST_SCORED} is the first (default 5)"
     add("--seeds", type=number(int, 2, 20), default=5, help=text)
     text = "let seeds 0 to 4 choose one of four learning rates for each side"
     add("--rates", action="store_true", help=text)
