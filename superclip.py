@@ -23,7 +23,9 @@ To add a term to the loss:
 1. Compute it in `pairs_alone` if it needs one pair at a time, or in `pairs_together` if it compares
    pairs, and add it to `terms` under a name that ends in `_loss`.
 2. Add a field for its weight to the configuration, and name it in `weights`, where the terms are
-   summed. An option of the same name in train.py sets that field.
+   summed. An option of the same name in train.py, without a default, sets that field. If the term
+   has parameters, build them only if the weight is not 0, as the head's are: with several processes
+   each parameter must get a gradient.
 3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
    `contrastive_loss` does. Otherwise the term changes with the dtype of the run. The word head's
    product is an exception: in float32 its D x V weights would take several times as long, and its
