@@ -33,6 +33,7 @@ def world(tmp_path_factory):
 def address(server, world):
     """The address that the command names, as long as it runs."""
     argv = ["--checkpoint", world / "model.pt", "--images", world / "photos", "--workers", 0]
+    argv += ["--device", "cpu"]  # as the slow search, whose scores are near each other
     children = Children(world)
     process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
     process.output.touch()
