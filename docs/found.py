@@ -22,11 +22,11 @@ INK, GREY, RED = "#1f2937", "#9aa1ac", "#d1495b"
 SAMPLES = {"24": 24_000, "32": 32_000, "48": 48_000}
 # A panel: its title, its score, chance in percent, the name of its axis, and {row: where it is}.
 PANELS = (
-    ("Drawn scenes, mixed captions", "colour_shape", 1.6, "pairs shown",
+    ("Drawn scenes, mixed captions", "colour_shape", 1.6, "pairs in a run",
      {f"A{key}": n for key, n in SAMPLES.items()}),
-    ("Drawn scenes, short captions", "colour_shape", 1.6, "pairs shown",
+    ("Drawn scenes, short captions", "colour_shape", 1.6, "pairs in a run",
      {f"B{key}": n for key, n in SAMPLES.items()}),
-    ("Photographs of a shop", "type", 10, "epochs of 24,000 pairs", {"D3": 3, "D6": 6}),
+    ("Photographs of a shop", "type", 10, "epochs of 24,000 pairs in a run", {"D3": 3, "D6": 6}),
 )  # fmt: skip
 DOTS = dict(ms=4, mew=0, alpha=0.5)
 ARMS = {
