@@ -493,7 +493,7 @@ def train(args):
         print(f"stopped after step {step}: to go on, give the same command with --resume")
         return 128 + stop_number
     if not best.exists():
-        print("No validation was as good as the one before training, so there is no best.pt.")
+        print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
     print_next(best if best.exists() else last, model, args.val_data)
     return 0
 
@@ -522,7 +522,7 @@ def make_parser():
         help="shards to validate on, or none (default: those named val or test, else 1 pair in 100 "
         "if there are 200 or more, at most 1,000; copies of a picture may then be on both sides)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders with a folder of images per class, to classify at each validation")
+        help="folders to classify at each validation: in each, a folder of images per class name")
     add_options(parser, "captions")
     add("--label_captions", nargs="+", metavar="SOURCE",
         help="where the words to predict come from (default: --captions)")
@@ -576,7 +576,7 @@ def make_parser():
     add("--out_dir", default="out", metavar="DIR",
         help="folder for checkpoints and log.jsonl (default out)")
     add("--resume", action="store_true",
-        help="go on with the run in --out_dir: give its command again, and add this")
+        help="go on with the run in --out_dir, if any: give its command again, and add this")
     add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
     add("--eval_every", type=count,
         help="steps between validations (default: steps / 3, at most 2000)")

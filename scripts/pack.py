@@ -87,7 +87,8 @@ def read_rows(path):
             is_json = "json" in path.suffix.lower()
             rows = list(json_rows(file) if is_json else table_rows(file, path))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8: save it as CSV UTF-8") from error
+        near = error.object[max(0, error.start - 25) : error.end + 15]
+        raise InputError(f"{path} is not text in UTF-8, near {near}") from error
     columns = {}
     for _, row in rows:
         columns |= dict.fromkeys(row)
@@ -184,7 +185,8 @@ def encode(item, args):
             suffix = ".jpg"
             content, (width, height) = smaller(image, size)
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        return f"the image cannot be read: {str(error).partition(' <')[0]}"
+        kinds = ", ".join(data.FORMATS)
+        return f"the image cannot be read as {kinds}: {str(error).partition(' <')[0]}"
     fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
     split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
     return split, suffix, content, fields
@@ -243,7 +245,8 @@ def make_shards(args, samples, bad, folder):
 # What to do with the pairs
 
 TUNE = """
-Fine-tune published weights, which suits so few pairs (downloads 0.6 GB), and search:
+Published weights suit so few pairs (0.6 GB, which we have not tried). Fine-tune them, and search.
+(Or search with clip.pt at once.)
   pip install open_clip_torch
   python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
   python train.py --train_data {out} --init_from clip.pt --epochs 5 --batch_size 32 \\
@@ -254,7 +257,8 @@ Train from nothing, with a vocabulary of the captions' words, and search:
   python train.py --train_data {out} --model tiny --batch_size 32 \\
       --captions json.captions --out_dir out_photos"""
 SEARCH = """
-  python -m scripts.search --checkpoint out_photos/best.pt --data {out} --serve"""
+  python -m scripts.search --checkpoint out_photos/best.pt --images {images} \\
+      --features photos.npz --serve"""
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +299,8 @@ def main(argv):
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
     way = TUNE if n < 10_000 else FROM_NOTHING
-    print((way + SEARCH).format(out=shlex.quote(str(args.out))))
+    folders = {"out": shlex.quote(str(args.out)), "images": shlex.quote(str(args.images))}
+    print((way + SEARCH).format(**folders))
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ def main(argv):
     check(features, "none of the images can be read")
     search = Search(model, tokenizer, features, shards, [*captions, "txt"])
 
-    print(f"{len(features):,} images; scores are cosine similarities")
+    kind = "images" if args.images or args.data else "validation images"
+    print(f"{len(features):,} {kind}; scores are cosine similarities")
     results = [search.by_text(text, args.k) for text in args.texts]
     for result in results:
         print_result(result)
