@@ -90,7 +90,10 @@ def notebook(text):
         end = match.end()
     cells += markdown_cells(text[end:])
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4}
+    metadata = {"kernelspec": kernel}
+    if "--device cuda" in text:
+        metadata["accelerator"] = "GPU"  # that Colab lends
+    content = {"cells": cells, "metadata": metadata, "nbformat": 4}
     return json.dumps({**content, "nbformat_minor": 4}, indent=1, ensure_ascii=False) + "\n"
 
 

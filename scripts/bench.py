@@ -126,7 +126,8 @@ def main(argv):
     superclip = parse(options)
     clip = parse([*options, "--cls_weight=0"])
     runs = {"CLIP": Run(clip), "SuperCLIP": Run(superclip)}
-    if runs["CLIP"].device.type == "cuda":
+    if train.can_compile(runs["CLIP"].device):
+        runs["CLIP --compile"] = Run(parse([*options, "--cls_weight=0", "--compile"]))
         runs["SuperCLIP --compile"] = Run(parse([*options, "--compile"]))
     if importlib.util.find_spec("open_clip"):
         runs["open_clip"] = OpenClipRun(clip)

@@ -120,7 +120,7 @@ def test_one_checkpoint_has_one_score(shards, tmp_path, capsys, option):
     train.main(short_run(shards, tmp_path, "--dtype", "bfloat16", option, "json.captions"))
 
     argv = ["retrieval", "--checkpoint", tmp_path / "last.pt", "--data", shards / "val-0.tar"]
-    argv += ["--workers", 0]
+    argv += ["--workers", 0, "--device", "cpu"]
     result, _ = result_of(capsys, evaluation.main, tmp_path / "scores.json", *argv)
 
     assert result["validation"] == rows_of(tmp_path, "validation")[-1]["validation"]
