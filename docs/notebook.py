@@ -22,6 +22,7 @@ ADDRESS = "{ADDRESS}"  # of the repository: fill it in where there is no clone y
 """
 SETUP += r'''
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def run(commands):
     """Run each line as in a terminal, with the Python of this notebook, and show its output."""
     for command in commands.replace("\\\n", "").splitlines():
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = re.sub("^python ", f'"{sys.executable}" ', command)
         with subprocess.Popen(command, shell=True, **pipes) as process:
             for line in process.stdout:
                 print(line, end="")

@@ -18,11 +18,11 @@ import hashlib
 import io
 import json
 import os
-import shlex
 import tarfile
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
+from shlex import quote
 
 from PIL import Image
 
@@ -299,7 +299,8 @@ def main(argv):
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
     way = TUNE if n < 10_000 else FROM_NOTHING
-    folders = {"out": shlex.quote(str(args.out)), "images": shlex.quote(str(args.images))}
+    # With slashes: quote puts a name with a backslash in quotes, which cmd.exe does not know.
+    folders = {"out": quote(args.out.as_posix()), "images": quote(args.images.as_posix())}
     print((way + SEARCH).format(**folders))
 
 
