@@ -266,8 +266,8 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
 
 
 def can_compile(device):
-    """Is torch.compile on by default? Only on CUDA: old GPUs cannot run its code, and on Windows it
-    takes packages that do not come with torch."""
+    """Can torch.compile be the default? Only on CUDA: old GPUs cannot run its code, and on Windows
+    it takes packages that do not come with torch."""
     if device.type != "cuda" or sys.platform == "win32":
         return False
     return torch.cuda.get_device_capability(device) >= (7, 0)

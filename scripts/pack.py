@@ -88,7 +88,7 @@ def read_rows(path):
             rows = list(json_rows(file) if is_json else table_rows(file, path))
     except UnicodeDecodeError as error:
         near = error.object[max(0, error.start - 25) : error.end + 15]
-        raise InputError(f"{path} is not text in UTF-8, near {near}") from error
+        raise InputError(f"{path} is not text in UTF-8, near {near}: save it as UTF-8") from error
     columns = {}
     for _, row in rows:
         columns |= dict.fromkeys(row)
@@ -299,7 +299,7 @@ def main(argv):
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
     way = TUNE if n < 10_000 else FROM_NOTHING
-    # With slashes: quote puts a name with a backslash in quotes, which cmd.exe does not know.
+    # with slashes, as in train.print_next
     folders = {"out": quote(args.out.as_posix()), "images": quote(args.images.as_posix())}
     print((way + SEARCH).format(**folders))
 
