@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from cli import check, cores, make_parser, number, run_command
+from cli import InputError, check, cores, make_parser, number, run_command
 from eval import DIVERGED
 from runtime import read_log, short_names
 from scripts.scenes import make_scenes
@@ -197,7 +197,7 @@ def scores_of(row):
 # Many runs
 
 
-class NotRun(Exception):
+class NotRun(InputError):
     """Something was asked for that has no run yet."""
 
 
@@ -228,7 +228,7 @@ class Study:
         missing = [command for command in commands if self.key(command) not in self.runs]
         if missing:
             self.wanted += missing
-            raise NotRun
+            raise NotRun(f"this has not been run: {missing[0]}")
         return [self.runs[self.key(command)] for command in commands]
 
     def search(self, command, rates, seeds):

@@ -78,7 +78,8 @@ ARMS = {
     **three_arms("B24", f"{SHORT} --epochs 1.2"),
     **three_arms("B48", f"{SHORT} --epochs 2.4"),
     **three_arms("C8", "--batch_size 8 --epochs 1.6", factors=(0.125, 0.25, 0.5)),
-    **three_arms("D6", f"{SHOP} 6", score="type"),
+    "D6/C": Arm(f"{CLIP} {SHOP} 6", score="type"),
+    "D6/S": Arm(f"{SUPERCLIP} {SHOP} 6", score="type"),
     "D3/C": Arm(f"{CLIP} {SHOP} 3", score="type", rate_of="D6/C"),
     "D3/S": Arm(f"{SUPERCLIP} {SHOP} 3", score="type", rate_of="D6/S"),
     "heads/colours": Arm("-m study.some_words --hears colours --epochs 1.2",
@@ -211,28 +212,18 @@ LINES = {
     "lambda 0.3": (PART, "parts/0.3", "A32/S"),
     "lambda 3": (PART, "parts/3", "A32/S"),
     "dual captions, S: short": (PART, "parts/dual", "B32/S"),
-    "3 epochs: C, S": (PHOTOGRAPHS, "D3/C", "D3/S"),
-    "6 epochs: C, S": (PHOTOGRAPHS, "D6/C", "D6/S"),
-    "6 epochs: W, S": (PHOTOGRAPHS, "D6/W", "D6/S"),
+    "3 epochs": (PHOTOGRAPHS, "D3/C", "D3/S"),
+    "6 epochs": (PHOTOGRAPHS, "D6/C", "D6/S"),
 }
-
-
-def line_of(study, line):
-    """The cells of a line. One whose runs are missing is a dash."""
-    formulas, *arms = line
-    cells = []
-    for formula in formulas.format(*arms).split(" | "):
-        try:
-            cells.append(cell(study, formula))
-        except compare.NotRun:
-            cells.append("-")
-    return " | ".join(cells)
 
 
 def write_lines(study, path, lines):
     """Put lines of tables, such as LINES, in the places of those that have the same first cell, or
     at the end of the page."""
-    new = {label: f"| {label} | {line_of(study, line)} |" for label, line in lines.items()}
+    new = {}
+    for label, (formulas, *arms) in lines.items():
+        cells = [cell(study, formula) for formula in formulas.format(*arms).split(" | ")]
+        new[label] = f"| {label} | {' | '.join(cells)} |"
     page = []
     for line in path.read_text("utf-8").splitlines():
         label = line.split("|")[1].strip() if line.startswith("|") else None
