@@ -1,7 +1,7 @@
 """The path from tar shards of image-caption pairs to batches, from top to bottom:
 
     caption --> tokenizer.py ---------------------------.
-    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> micro-batches on the GPU
+    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> batches on the GPU
                            ^ batch_indices(seed, step)
 
 A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them. Members of
@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -514,7 +514,7 @@ class Pairs(Shards, Dataset):
 
     def collate(self, items):
         """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
-        T') and, with patch dropout, keep (B, K), in the order in which pairs_alone takes them."""
+        T') and, with patch dropout, keep (B, K): the arguments of SuperCLIP.forward."""
         images, captions, labels, keep = zip(*items)
         # default_collate stacks like torch.stack, and in a worker straight into shared memory
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
@@ -578,51 +578,30 @@ def start_loading(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(dataset, workers, ahead=2, **options):
+def make_loader(dataset, workers, **options):
     """A DataLoader. workers: its processes, by default this process's share of the cores, at most
-    16; ahead: batches that are made ready in advance."""
+    16."""
     if workers is None:
-        # More than 16 would only take shared memory: each keeps two micro-batches or more ready.
+        # More than 16 would only take shared memory, because each keeps two batches ready.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if workers > 0:
-        options["prefetch_factor"] = max(2, math.ceil(ahead / workers))
-        if sys.platform == "linux":
-            # Forked processes share the index and start at once. Python 3.14 would not fork them.
-            options["multiprocessing_context"] = "fork"
+    if workers > 0 and sys.platform == "linux":
+        # Forked processes share the index and start at once. Python 3.14 would not fork them.
+        options["multiprocessing_context"] = "fork"
     return DataLoader(dataset, num_workers=workers, worker_init_fn=start_loading, **options)
 
 
-def micro_batch_indices(n, batch_size, local, micro_batch_size, seed, start, stop):
-    """Yields what one process of a run loads from step `start` to `stop`, as lists of (visit,
-    sample): its slice `local` of each global batch, in micro-batches."""
-    for step in range(start, stop):
-        batch = batch_indices(n, batch_size, seed, step)[local]
-        for i in range(0, len(batch), micro_batch_size):
-            yield batch[i : i + micro_batch_size]
+def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):
+    """Returns an iterator over what one process needs for each step from `start` to `stop`, as
+    `collate` makes it.
 
-
-def load_batches(pairs, batch_size, local, micro_batch_size, start, stop, workers, pin=False):
-    """Yields what one process needs for each step from `start` to `stop`: a list of micro-batches,
-    dicts as `collate` makes them.
-
-    local: the slice of the global batch that this process loads, a multiple of micro_batch_size;
-    pin: keep batches where a GPU can copy them from while it computes.
+    local: the slice of the global batch that this process loads; pin: keep batches where a GPU can
+    copy them from while it computes.
     """
-    per_step = (local.stop - local.start) // micro_batch_size
-    sampler = micro_batch_indices(
-        len(pairs), batch_size, local, micro_batch_size, pairs.seed, start, stop
-    )
-    loader = make_loader(
-        pairs,
-        workers,
-        ahead=per_step,
-        batch_sampler=sampler,
-        collate_fn=pairs.collate,
-        pin_memory=pin,
-    )
-    batches = iter(loader)
-    for _ in range(start, stop):
-        yield [*islice(batches, per_step)]
+    n = len(pairs)
+    steps = range(start, stop)
+    order = (batch_indices(n, batch_size, pairs.seed, step)[local] for step in steps)
+    options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": pin}
+    return iter(make_loader(pairs, workers, **options))
 
 
 def to_device(batch, device):

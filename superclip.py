@@ -13,31 +13,8 @@ the mean of the image's patch tokens, and rare words count more than common ones
     caption -> text transformer -> end token -> proj -'
 
 The file reads from top to bottom: configuration, the transformer that both towers share, the two
-towers, the word head, the losses, and the model that joins them. Its `forward` is the method, in
-two halves: `pairs_alone` looks at each pair by itself, and `pairs_together` compares them. After
-this file read train.py, then tokenizer.py, data.py and eval.py. runtime.py and cli.py hold nothing
-of the method.
-
-To add a term to the loss:
-
-1. Compute it in `pairs_alone` if it needs one pair at a time, or in `pairs_together` if it compares
-   pairs, and add it to `terms` under a name that ends in `_loss`.
-2. Add a field for its weight to the configuration, and name it in `weights`, where the terms are
-   summed. An option of the same name in train.py, without a default, sets that field. If the term
-   has parameters, build them only if the weight is not 0, as the head's are: with several processes
-   each parameter must get a gradient.
-3. Cast the inputs of a matrix product to float32 and switch autocast off around it, as
-   `contrastive_loss` does. Otherwise the term changes with the dtype of the run. The word head's
-   product is an exception: in float32 its D x V weights would take several times as long, and its
-   logits are small enough for bfloat16, so they become float32 only for the softmax.
-4. A term of `pairs_alone` must be a mean over pairs, because a step averages it over micro-batches
-   and processes. Anything else, such as a maximum, belongs in `pairs_together`, which sees the
-   features of all pairs. There each process returns a number, and the mean of these numbers must be
-   the term.
-5. Add a line to CONFIGS in tests/test_step.py. It compares the gradients of the plain step, of
-   micro-batches and of two processes.
-
-The term is then trained, logged and drawn by itself.
+towers, the word head, the losses, and the model that joins them, whose `forward` is the method.
+After this file read train.py, then tokenizer.py, data.py and eval.py.
 
 Axes: B pairs of this process, N of all processes, P patches (K of them kept), T tokens, D width,
 H heads, E embedding, V vocabulary, S pixels a side.
@@ -49,8 +26,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 PAD = 0  # token id that fills up short captions; in CLIP's vocabulary it is also the byte "!"
 
@@ -177,7 +154,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.causal = causal
         self.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
-        self.grad_checkpointing = False  # recompute blocks in the backward pass to save memory
 
     def forward(self, x):
         # Embeddings are float32 even under autocast. They are cast once, here, so that the residual
@@ -185,10 +161,7 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.resblocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, self.causal, use_reentrant=False)
-            else:
-                x = block(x, self.causal)
+            x = block(x, self.causal)
         return x
 
 
@@ -353,7 +326,7 @@ def classification_loss(logits, label_tokens, token_weights):
 
 
 # -----------------------------------------------------------------------------
-# The model
+# More pairs than one process can hold, or one pass through the towers
 
 
 class Gather(torch.autograd.Function):
@@ -361,8 +334,8 @@ class Gather(torch.autograd.Function):
 
     Each process has a loss of its own, which depends on the features of all. So backward sums what
     all the losses say about a feature, and each process takes the rows of its own features. The
-    weights then get the gradient of the *sum* of the losses. train.py divides it by the number of
-    processes, and the mean of the losses is the loss of the global batch.
+    weights then get the gradient of the *sum* of the losses. DistributedDataParallel divides it by
+    the number of processes, and the mean of the losses is the loss of the global batch.
     """
 
     @staticmethod
@@ -377,6 +350,27 @@ class Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def in_micro_batches(encode_pairs, size, *batch):
+    """What encode_pairs(*batch) returns, with the memory of `size` pairs (GradCache, arXiv
+    2101.06983).
+
+    The loss needs the features of all pairs at once, but the towers do not. checkpoint keeps no
+    more of a micro-batch than goes in and comes out. The backward pass comes to the micro-batches
+    one after the other, and computes each again, which takes a third more time.
+    """
+    if size is None or size >= len(batch[0]):
+        return encode_pairs(*batch)
+    parts = zip(*(x.split(size) for x in batch))
+    parts = [checkpoint(encode_pairs, *part, use_reentrant=False) for part in parts]
+    image_features, text_features, terms = zip(*parts)
+    means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
+    return torch.cat(image_features), torch.cat(text_features), means
+
+
+# -----------------------------------------------------------------------------
+# The model
 
 
 class SuperCLIP(nn.Module):
@@ -403,6 +397,7 @@ class SuperCLIP(nn.Module):
             # captions, one belongs to an image.
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.micro_batch_size = None  # pairs that go through the towers at a time, by default all
 
     def forward(self, images, tokens, label_tokens=None, keep=None):
         """The whole method on one batch of pairs, the one of this process.
@@ -412,65 +407,62 @@ class SuperCLIP(nn.Module):
         counted into the token statistics. In eval mode it is not, so a model that has counted no
         captions has a classification_loss of 0: no word has a weight yet. Returns a dict with loss
         = contrastive_loss + cls_weight * classification_loss, its terms, and image_features,
-        text_features (B, E).
+        text_features (B, E). With several processes, the mean of their losses is the loss.
         """
         if label_tokens is None:
             label_tokens = tokens
         if self.training:
             self.count_tokens(label_tokens)
-        alone = self.pairs_alone(images, tokens, label_tokens, keep)
-        return self.pairs_together(*alone)
 
-    def pairs_alone(self, images, tokens, label_tokens, keep=None):
-        """The first half: all that a pair has to say without the others, so that a batch may come
-        in parts. Arguments as in `forward`. Returns image and text features (B, E), of length 1,
-        and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none."""
+        # What each pair says by itself: two features, and the loss of its words
+        batch = [x for x in (images, tokens, label_tokens, keep) if x is not None]
+        image_features, text_features, terms = in_micro_batches(
+            self.encode_pairs, self.micro_batch_size, *batch
+        )
+
+        # Which image and which caption belong together?
+        all_images, all_texts, ours = self.gather(image_features, text_features)
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            contrastive = contrastive_loss(all_images, all_texts, scale, ours)
+        else:
+            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, ours)
+
+        # A term of your own: compute it here from the features of all pairs, or in encode_pairs, as
+        # a mean over the pairs, if it needs no other pair. Put it into `terms`, under a name that
+        # ends in _loss, and add it to the loss. It is then logged, drawn, and tested with a line in
+        # CONFIGS of tests/test_step.py. (docs/fork.md does all that.)
+        terms = {"contrastive_loss": contrastive, **terms}
+        loss = contrastive
+        if self.head is not None:
+            loss = loss + self.config.cls_weight * terms["classification_loss"]
+        features = {"image_features": image_features, "text_features": text_features}
+        return {"loss": loss, **terms, **features}
+
+    def encode_pairs(self, images, tokens, label_tokens, keep=None):
+        """All that a pair says without the others. Arguments as in `forward`. Returns image and
+        text features (B, E), of length 1, and a dict of terms of the loss, each a mean over the
+        pairs. Plain CLIP has none."""
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = self.image_features(image_tokens)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
         terms = {}
         if self.head is not None:
             logits = self.head(image_tokens)  # (B, V)
-            token_weights = self.token_weights()
-            terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
+            weights = self.token_weights()  # (V,)
+            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
         return image_features, text_features, terms
 
-    def pairs_together(self, image_features, text_features, terms):
-        """The second half: the terms that compare pairs, and the sum of all. Takes what
-        `pairs_alone` has returned, of the whole batch, and returns what `forward` does.
-
-        In training each process scores its own pairs against those of all processes. The mean over
-        the processes is the term of the global batch.
-        """
-        images, texts = image_features, text_features  # (B, E) each
-        local = slice(None)
-        if self.training and dist.is_initialized():
-            B = len(images)
-            rank = dist.get_rank()
-            local = slice(rank * B, (rank + 1) * B)
-            images = Gather.apply(images)  # (N, E)
-            texts = Gather.apply(texts)
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            contrastive = contrastive_loss(images, texts, scale, local)
-        else:
-            contrastive = sigmoid_loss(images, texts, scale, self.logit_bias, local)
-        terms = {"contrastive_loss": contrastive, **terms}
-        weights = {
-            "contrastive_loss": 1.0,
-            "classification_loss": self.config.cls_weight,
-        }
-        loss = 0.0
-        for name, value in terms.items():
-            if name not in weights:
-                raise ValueError(f"{name} has no weight: add it to `weights` in pairs_together")
-            loss = loss + weights[name] * value
-        return {
-            "loss": loss,
-            **terms,
-            "image_features": image_features,
-            "text_features": text_features,
-        }
+    def gather(self, image_features, text_features):
+        """Features (B, E) of this process -> those of all processes (N, E), and which of them are
+        ours, as a slice: each process scores its own pairs against all. In an evaluation, and with
+        one process, these are all."""
+        B = len(image_features)
+        if not (self.training and dist.is_initialized()):
+            return image_features, text_features, slice(0, B)
+        first = dist.get_rank() * B
+        ours = slice(first, first + B)
+        return Gather.apply(image_features), Gather.apply(text_features), ours
 
     def count_tokens(self, label_tokens):
         """Add the captions (B, T) of a batch, summed over all processes, to the statistics."""

@@ -13,7 +13,7 @@ options and the step number: the batch, its crops, the dropped patches, the lear
 checkpoint needs no state of a random generator, and a run that was killed and resumed ends with the
 same bits as one that was not. (On a CPU. Some CUDA kernels add numbers in no fixed order.)
 
-Axes: N pairs of all processes, B of this process, of which M go through the towers at a time.
+Axes: N pairs of all processes, B of this process.
 """
 
 import argparse
@@ -34,7 +34,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -81,40 +80,6 @@ def learning_rate_factor(step, warmup_steps, steps):
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def plain_step(model, batch, autocast, scaler):
-    """Computes the losses of a batch, and leaves their gradient in .grad."""
-    with autocast:
-        losses = model(**batch)
-    scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
-    return losses
-
-
-def grad_cache_step(model, micro_batches, autocast, scaler):
-    """Does what plain_step does, with the memory of one micro-batch (GradCache, arXiv 2101.06983).
-
-    The contrastive loss needs the features of all pairs at once, but the towers do not. checkpoint
-    keeps nothing of a micro-batch but its input, its features and its own terms. The backward pass
-    comes to the micro-batches one after the other, and runs the towers again for each, which takes
-    a third more time.
-    """
-    for batch in micro_batches:
-        model.count_tokens(batch["label_tokens"])  # all are counted before any is weighted
-    parts = []
-    for batch in micro_batches:
-        with autocast:
-            # by position, because checkpoint looks there for the device
-            parts.append(checkpoint(model.pairs_alone, *batch.values(), use_reentrant=False))
-    images, texts, terms = zip(*parts)
-    means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
-    with autocast:
-        losses = model.pairs_together(torch.cat(images), torch.cat(texts), means)
-    scaler.scale(losses["loss"]).backward()
-    for p in model.parameters():
-        if p.grad is not None:  # a frozen tower has none
-            average(p.grad)
-    return losses
 
 
 def update(model, optimizer, scaler, factor):
@@ -228,12 +193,8 @@ def build_model(args, source, vocab_size, device):
         torch.backends.cuda.enable_flash_sdp(False)
     model.visual.requires_grad_(args.freeze != "image")  # with its projection
     model.text.requires_grad_(args.freeze != "text")
-    for tower in (model.visual, model.text):
-        tower.transformer.grad_checkpointing = args.grad_checkpointing
+    model.micro_batch_size = args.micro_batch_size
     if args.compile:
-        # DistributedDataParallel splits the compiled graphs, to send gradients while others are
-        # computed. With recomputed blocks, older versions of torch fail at that.
-        torch._dynamo.config.optimize_ddp = not args.grad_checkpointing
         for part in (model.visual, model.text, model.head):
             if part is not None:  # one by one, or longer captions would recompile the image tower
                 part.compile()
@@ -290,7 +251,7 @@ def lengths(args, n):
 # vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
 MAY_CHANGE = {
     "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
-    "device", "dtype", "compile", "grad_checkpointing", "log_every", "eval_every",
+    "device", "dtype", "compile", "log_every", "eval_every",
     "train_data", "val_data", "zeroshot_data", "vocab",
 }  # fmt: skip
 
@@ -369,7 +330,7 @@ def print_next(checkpoint, model, val_data):
 def train(args):
     """A run, from its first step or last.pt. Returns 0, or 128 plus a signal's number."""
 
-    # ---- The device, and the batch: N pairs in all, B in this process, M of them at a time
+    # ---- The device, and the batch: N pairs in all, B in this process
     device = device_of_process(args.device)
     if args.compile is None:
         args.compile = can_compile(device)
@@ -377,8 +338,7 @@ def train(args):
     autocast, scaler = precision(device, dtype)
     N = args.batch_size
     B = N // WORLD
-    M = args.micro_batch_size or max(1, B)
-    is_whole = N % (WORLD * M) == 0
+    is_whole = N % (WORLD * min(B, args.micro_batch_size or B)) == 0
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
     local = slice(RANK * B, (RANK + 1) * B)
 
@@ -393,9 +353,7 @@ def train(args):
         pairs, val_pairs = open_data(args, tokenizer, model)
     steps, warmup_steps, eval_every = lengths(args, len(pairs))
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
-    ddp_model = model
-    if WORLD > 1 and M == B:  # grad_cache_step averages by itself
-        ddp_model = distribute(model)
+    ddp_model = distribute(model) if WORLD > 1 else model
 
     # ---- Where the run stands
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
@@ -411,7 +369,7 @@ def train(args):
     check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
     write_row(args.out_dir, {"header": header, "step": start})
     on_gpu = device.type == "cuda"
-    batches = data.load_batches(pairs, N, local, M, start, steps, args.workers, on_gpu)
+    batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
     def save(path, step, **more):
         facts = {"header": header, "step": step, "best_r1": best_r1}
@@ -449,16 +407,14 @@ def train(args):
         # 4. The losses and their gradient
         start_time = time.perf_counter()
         before = moment(device)
-        micro_batches = next(batches)
+        batch = next(batches)
         waits.append((before, moment(device)))
-        micro_batches = [data.to_device(batch, device) for batch in micro_batches]
+        batch = data.to_device(batch, device)
         if args.compile:  # or longer captions would compile the text tower again
-            for batch in micro_batches:
-                torch._dynamo.maybe_mark_dynamic(batch["tokens"], 1)
-        if M < B:
-            losses = grad_cache_step(model, micro_batches, autocast, scaler)
-        else:
-            losses = plain_step(ddp_model, micro_batches[0], autocast, scaler)
+            torch._dynamo.maybe_mark_dynamic(batch["tokens"], 1)
+        with autocast:
+            losses = ddp_model(**batch)
+        scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
 
         # 5. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
@@ -553,7 +509,8 @@ def make_parser():
         help="passes over the data (default 30)")
     add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
     add("--micro_batch_size", type=count,
-        help="pairs of a process that go through the towers at a time (default: all of its batch)")
+        help="pairs that go through the towers at a time: less memory, a third more time, and the "
+        "same gradients (default: all of a process's)")
     add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate, reached after half of the steps, at step 3000 at the latest "
         "(default 5e-4; at batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
@@ -570,8 +527,6 @@ def make_parser():
         "on older GPUs, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile towers and word head (default: on CUDA from capability 7.0, not on Windows)")
-    add("--grad_checkpointing", action="store_true",
-        help="keep fewer activations: less memory, a third more time")
     # the run
     add("--out_dir", default="out", metavar="DIR",
         help="folder for checkpoints and log.jsonl (default out)")

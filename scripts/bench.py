@@ -89,7 +89,9 @@ class Run:
 
     def backward(self):
         """Leaves the gradients in .grad."""
-        train.plain_step(self.model, self.batch, self.autocast, self.scaler)
+        with self.autocast:
+            loss = self.model(**self.batch)["loss"]
+        self.scaler.scale(loss).backward()
 
     def step(self):
         self.backward()

@@ -140,17 +140,17 @@ def odd_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
-def test_micro_batches_are_the_collated_pairs_of_their_step(odd_pairs, workers, start):
+def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
     """Whatever the workers, and wherever a run begins. A process loads the last 8 pairs of each
-    batch of 12, four at a time."""
+    batch of 12."""
     local = slice(4, 12)
 
-    loaded = [*data.load_batches(odd_pairs, 12, local, 4, start, 6, workers)]
+    loaded = [*data.load_batches(odd_pairs, 12, local, start, 6, workers)]
 
     expected = []
     for step in range(start, 6):
         items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[local]]
-        expected.append([odd_pairs.collate(items[:4]), odd_pairs.collate(items[4:])])
+        expected.append(odd_pairs.collate(items))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
 

@@ -138,11 +138,3 @@ def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
 
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
-
-
-def test_a_term_without_a_weight_is_named():
-    """Left out in silence, a fork's term would train nothing."""
-    features = torch.eye(3)
-
-    with pytest.raises(ValueError, match="agreement_loss"):
-        small_model().pairs_together(features, features, {"agreement_loss": torch.tensor(1.0)})

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from material import TINY, rows_of, short_run
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 import train
@@ -36,15 +35,13 @@ class ForkedSuperCLIP(SuperCLIP):
         super().__init__(config)
         self.second = nn.Linear(config.embed_dim, 1)
 
-    def pairs_alone(self, *batch, **more):
-        images, texts, terms = super().pairs_alone(*batch, **more)
-        answers = self.second(images)
-        return images, texts, {**terms, "second_loss": answers.square().mean()}
+    def encode_pairs(self, *batch):
+        images, texts, terms = super().encode_pairs(*batch)
+        return images, texts, {**terms, "second_loss": self.second(images).square().mean()}
 
-    def pairs_together(self, images, texts, terms):
-        second = terms.pop("second_loss")
-        losses = super().pairs_together(images, texts, terms)
-        return {**losses, "second_loss": second, "loss": losses["loss"] + 0.3 * second}
+    def forward(self, **batch):
+        losses = super().forward(**batch)
+        return {**losses, "loss": losses["loss"] + 0.3 * losses["second_loss"]}
 
 
 def make_model_without_zeros(kind=SuperCLIP, **changes):
@@ -74,33 +71,25 @@ def make_captions(T, generator):
     return captions
 
 
-def micro_batches(size=N, local=slice(None), keep=None):
-    """The pairs of `local` as a list of batches of this size, each trimmed to its longest caption,
-    as the loader does it."""
+def make_batch(local=slice(None), keep=None):
+    """The pairs of `local` as a batch, trimmed to its longest captions, as the loader does it."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    tokens = make_captions(12, generator)
-    label_tokens = make_captions(20, generator)
-    batches = []
-    for pairs in torch.arange(N)[local].split(size):
-        batch = {"images": images[pairs], "tokens": trim(tokens[pairs])}
-        batch["label_tokens"] = trim(label_tokens[pairs])
-        if keep is not None:
-            batch["keep"] = keep[pairs]
-        batches.append(batch)
-    return batches
+    tokens = trim(make_captions(12, generator)[local])
+    label_tokens = trim(make_captions(20, generator)[local])
+    batch = {"images": images[local], "tokens": tokens, "label_tokens": label_tokens}
+    if keep is not None:
+        batch["keep"] = keep[local]
+    return batch
 
 
-def losses_and_gradients(model, batches, autocast=FLOAT32, scaler=NOT_SCALED):
-    """A step as train.py makes it, which depends on whether there are several micro-batches.
-    Returns a dict of losses, and a dict of the gradients of what is trained."""
-    if len(batches) > 1:
-        losses = train.grad_cache_step(model, batches, autocast, scaler)
-    else:
-        ddp_model = model
-        if dist.is_initialized():
-            ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
-        losses = train.plain_step(ddp_model, batches[0], autocast, scaler)
+def losses_and_gradients(model, batch, autocast=FLOAT32, scaler=NOT_SCALED):
+    """A step as train.py makes it. Returns a dict of losses, and a dict of the gradients of what is
+    trained."""
+    ddp_model = train.distribute(model) if dist.is_initialized() else model
+    with autocast:
+        losses = ddp_model(**batch)
+    scaler.scale(losses["loss"]).backward()
     losses = {name: x.detach() for name, x in losses.items() if name.endswith("_loss")}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return losses, gradients
@@ -140,11 +129,12 @@ def first_step(config, way, size=N, rank=0, processes=1):
     model = make_model_without_zeros(**CONFIGS[config])
     model.visual.requires_grad_(way != "frozen image")
     model.text.requires_grad_(way != "frozen text")
+    model.micro_batch_size = size
     B = N // processes
     keep = KEEP if way == "some patches" else None
-    batches = micro_batches(min(size, B), slice(rank * B, (rank + 1) * B), keep)
+    batch = make_batch(slice(rank * B, (rank + 1) * B), keep)
     autocast = BFLOAT16 if way == "bfloat16" else FLOAT32
-    losses, gradients = losses_and_gradients(model, batches, autocast)
+    losses, gradients = losses_and_gradients(model, batch, autocast)
     return losses, gradients, dict(model.named_buffers())
 
 
@@ -228,26 +218,13 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 
     model.visual.conv1.register_forward_hook(note)
 
-    losses_and_gradients(model, micro_batches(2))
+    model.micro_batch_size = 2
+    losses_and_gradients(model, make_batch())
 
     assert events == [2] * 4 + [2, "gradient"] * 4
 
 
 # ---- the same gradients by other ways to compute them
-
-
-def test_grad_checkpointing_runs_each_block_again_and_changes_nothing():
-    model = model_of("--grad_checkpointing")
-    runs = []
-    for tower in (model.visual, model.text):
-        tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-
-    losses_and_gradients(model, micro_batches())
-
-    assert len(runs) == 2 * 2
-    _, gradients = losses_and_gradients(model_of("--grad_checkpointing"), micro_batches(2))
-    _, expected = losses_and_gradients(model_of(), micro_batches())
-    assert_same_gradients(gradients, expected)
 
 
 def test_both_towers_and_the_word_head_are_compiled(monkeypatch):
@@ -264,11 +241,11 @@ def test_compiled_equals_eager(monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = model_of("--compile")
-    batches = micro_batches(keep=KEEP)
+    batch = make_batch(keep=KEEP)
 
-    found = losses_and_gradients(compiled, batches)
+    found = losses_and_gradients(compiled, batch)
 
-    torch.testing.assert_close(found, losses_and_gradients(model_of("--no-compile"), batches))
+    torch.testing.assert_close(found, losses_and_gradients(model_of("--no-compile"), batch))
 
 
 # ---- the update
@@ -277,7 +254,7 @@ def test_compiled_equals_eager(monkeypatch):
 def updated(model, scaler=NOT_SCALED, factor=1.0):
     """The model after a step, its optimizer, and the norm of the gradient."""
     optimizer = train.make_optimizer(model, 1e-4, 0.0)
-    losses_and_gradients(model, micro_batches(), scaler=scaler)
+    losses_and_gradients(model, make_batch(), scaler=scaler)
     norm = train.update(model, optimizer, scaler, factor)
     return model, optimizer, norm
 
@@ -294,7 +271,7 @@ def test_weight_decay_is_for_matrices_alone():
 
 def test_an_update_clips_the_gradient_to_length_1():
     """Without the loss scale of float16. Adam's first moment is a tenth of the gradient."""
-    _, gradients = losses_and_gradients(make_model_without_zeros(), micro_batches())
+    _, gradients = losses_and_gradients(make_model_without_zeros(), make_batch())
     scaler = torch.amp.GradScaler("cpu", 1024)
 
     _, optimizer, norm = updated(make_model_without_zeros(), scaler)
