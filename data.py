@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -45,17 +44,20 @@ from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
 
 
+def ignore_signals():
+    """Ctrl-C and a closed terminal reach all processes. Those of a pool leave them to the first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def process_pool(n):
-    """A pool of n processes. If the block fails, or a signal ends it, they are killed, because they
-    would work to the end of their tasks."""
-    with ProcessPoolExecutor(n, initializer=start_loading) as pool:
+    """A pool of n processes. If the block fails, or a signal ends it, they begin no other task."""
+    with ProcessPoolExecutor(n, initializer=ignore_signals) as pool:
         try:
             yield pool
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------
@@ -570,14 +572,6 @@ def batch_indices(n, batch_size, seed, step):
 # Loading
 
 
-def start_loading(*_):
-    """What a process of a loader or a pool does first. A scheduler, Ctrl-C or a closed terminal
-    sends its signal to all processes. The main process answers it, and needs the others until it
-    has saved. They end when it does."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def make_loader(dataset, workers, **options):
     """A DataLoader. workers: its processes, by default this process's share of the cores, at most
     16."""
@@ -587,7 +581,7 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Forked processes share the index and start at once. Python 3.14 would not fork them.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=start_loading, **options)
+    return DataLoader(dataset, num_workers=workers, **options)
 
 
 def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):

@@ -1,6 +1,5 @@
-"""What a run needs besides its method: processes that act as one, a signal that ends them, the
-folder of the run, and its log. train.py calls all of it but the last two functions, which serve
-those who read its logs.
+"""What a run needs besides its method: processes that act as one, the folder of the run, and its
+log. train.py calls all of it but the last two functions, which serve those who read its logs.
 
 torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
 in `join_processes`, and from then on they can exchange tensors.
@@ -8,11 +7,10 @@ in `join_processes`, and from then on they can exchange tensors.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import STOP_SIGNALS, InputError, check, cores, lock_folder, pick_device
+from cli import InputError, check, cores, lock_folder, pick_device
 
 # torchrun tells each process its number, and how many there are. Schedulers set variables of these
 # names, too, so they count under torchrun alone.
@@ -109,38 +107,6 @@ def seconds_between(before, after):
     if isinstance(before, float):
         return after - before
     return before.elapsed_time(after) / 1000
-
-
-# -----------------------------------------------------------------------------
-# The signal to stop
-
-
-QUIT_KEY = "Ctrl-\\" if hasattr(signal, "SIGQUIT") else "Ctrl-Break"  # the latter on Windows
-
-
-class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM (schedulers) or SIGHUP (the terminal has gone) asks a run to save
-    and leave. torchrun kills what has not left after 30 s. Without a signal, `number` is 0."""
-
-    def __init__(self):
-        self.number = 0
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.receive)
-
-    def receive(self, number, _):
-        self.number = number
-        with suppress(OSError):  # the terminal may have gone
-            # not print, which may be what the signal has interrupted
-            text = f"\nThe run stops after this step or validation. {QUIT_KEY} ends it now.\n"
-            os.write(2, text.encode())
-
-    def signal_of_any(self):
-        """Returns the signal that any of the processes has received, or 0."""
-        number = torch.tensor(self.number)  # on the CPU, so that nobody waits for a GPU
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
 
 
 # -----------------------------------------------------------------------------

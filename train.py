@@ -6,7 +6,7 @@
 
 The file reads from top to bottom: one step, what a run is made of, validation and the run, and the
 options. Read superclip.py first. What a run needs besides its method is in runtime.py: the
-processes, the signal to stop, the folder and the log.
+processes, the folder and the log.
 
 Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
 options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
@@ -42,7 +42,6 @@ from cli import InputError, add_options, check, number, pick_dtype, run_command
 from runtime import (
     RANK,
     WORLD,
-    StopSignal,
     average,
     check_processes_agree,
     claim_folder,
@@ -328,7 +327,7 @@ def print_next(checkpoint, model, val_data):
 
 
 def train(args):
-    """A run, from its first step or last.pt. Returns 0, or 128 plus a signal's number."""
+    """A run, from its first step or last.pt."""
 
     # ---- The device, and the batch: N pairs in all, B in this process
     device = device_of_process(args.device)
@@ -375,8 +374,6 @@ def train(args):
         facts = {"header": header, "step": step, "best_r1": best_r1}
         evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
-    stop = StopSignal()
-    stop_number = 0
     saved_time = time.monotonic()
     seconds, waits = 0.0, []  # since the last row
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
@@ -385,13 +382,13 @@ def train(args):
         eval_due = step % eval_every == 0 or step == steps
 
         # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
-        save_due = eval_due or stop_number > 0 or time.monotonic() > saved_time + 600
+        save_due = eval_due or time.monotonic() > saved_time + 600
         if RANK == 0 and save_due and step > start:
             save(last, step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             saved_time = time.monotonic()
 
         # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
-        if RANK == 0 and eval_due and stop_number == 0:
+        if RANK == 0 and eval_due:
             row = validate(args, model, tokenizer, val_pairs, step)
             write_row(args.out_dir, row)
             mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is the best
@@ -399,12 +396,10 @@ def train(args):
                 best_r1 = mean_r1
                 if step > 0:  # what a run begins with only sets the score to beat
                     save(best, step)
-
-        # 3. Leave together, or some would wait for the features of the others for ever.
-        if step == steps or stop_number > 0:
+        if step == steps:
             break
 
-        # 4. The losses and their gradient
+        # 3. The losses and their gradient
         start_time = time.perf_counter()
         before = moment(device)
         batch = next(batches)
@@ -416,12 +411,11 @@ def train(args):
             losses = ddp_model(**batch)
         scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
 
-        # 5. The update
+        # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         grad_norm = update(model, optimizer, scaler, factor)
-        stop_number = stop.signal_of_any()  # here a fast process waits for a slow one
 
-        # 6. The log, at a few steps only, because to read the losses is to wait for the device
+        # 5. The log, at a few steps only, because to read the losses is to wait for the device
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
@@ -444,14 +438,9 @@ def train(args):
             write_row(args.out_dir, row)
             seconds, waits = 0.0, []
 
-    wait_for_all()  # torchrun ends the others as soon as one has left with an exit code
-    if stop_number > 0:
-        print(f"stopped after step {step}: to go on, give the same command with --resume")
-        return 128 + stop_number
     if not best.exists():
         print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
     print_next(best if best.exists() else last, model, args.val_data)
-    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -580,10 +569,10 @@ def main(argv):
         join_processes()
     if RANK == 0:
         claim_folder(Path(args.out_dir), args.resume)
-    exit_code = train(args)
+    train(args)
     if WORLD > 1:
+        wait_for_all()  # for rank 0, which may still validate
         dist.destroy_process_group()
-    return exit_code
 
 
 if __name__ == "__main__":

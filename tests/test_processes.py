@@ -1,14 +1,10 @@
-"""Two processes of one run: they do what one does, they refuse to differ, and they leave together.
+"""Two processes of one run: they do what one does, and they refuse to differ.
 
 Each is told by its environment that torchrun has started it. test_step.py compares gradients."""
 
-import signal
-import time
-from functools import partial
-
 import pytest
 import torch
-from children import before, compile_wide_towers, finish, in_step, receive
+from children import compile_wide_towers, finish
 from material import WIDE, all_rows, checkpoint_of, rows_of, short_run, steps_of
 
 import train
@@ -88,23 +84,3 @@ def test_a_mistake_that_one_of_them_meets_is_not_followed_by_a_trace_of_the_othe
     assert (code, other_code) == (2, 2), other_printed
     assert "nowhere.tar" in printed
     assert "Traceback" not in other_printed
-
-
-# ---- one of them gets a signal
-
-
-def test_a_signal_to_one_of_them_stops_both(children, shards, tmp_path):
-    """They leave together, with the code of the signal: as soon as one has left with such a code,
-    torchrun ends the others, and here rank 0 still saves."""
-    options = short_run(shards, tmp_path)
-    slow_save = before("os.fsync", 1, partial(time.sleep, 0.5))
-    stop = in_step(3, receive(signal.SIGTERM))
-    first, second = children.train_two([options, slow_save], [options, stop])
-
-    other_code, _ = finish(second)
-    is_saved = (tmp_path / "last.pt").exists()
-    code, printed = finish(first)
-
-    assert (code, other_code) == (143, 143), printed
-    assert is_saved
-    assert checkpoint_of(tmp_path)["step"] == 3
