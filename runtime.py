@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, check, cores, lock_folder, pick_device
+from cli import InputError, check, cores, pick_device
 
 # torchrun tells each process its number, and how many there are. Schedulers set variables of these
 # names, too, so they count under torchrun alone.
@@ -55,15 +55,6 @@ def device_of_process(name):
     return device
 
 
-def check_processes_agree(*facts):
-    """All processes must have the same options, dtype, data and step, or they would train apart."""
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, facts)
-        same = all(of_one == facts for of_one in everyone)
-        check(same, "the processes differ in options, data or step: do all see one --out_dir?")
-
-
 def average(tensor):
     """The mean over all processes, in place. With one process, the tensor itself."""
     if dist.is_initialized():
@@ -89,35 +80,12 @@ def one_first():
 
 
 # -----------------------------------------------------------------------------
-# Time
-
-
-def moment(device):
-    """Now. On CUDA that is when the device comes to this place in its queue, since it works behind
-    the program that gives it orders."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(before, after):
-    """The time between two moments. On CUDA the device must have passed both of them."""
-    if isinstance(before, float):
-        return after - before
-    return before.elapsed_time(after) / 1000
-
-
-# -----------------------------------------------------------------------------
 # The folder of a run, and its log
 
 
 def claim_folder(out_dir, resume):
-    """Makes --out_dir, and locks it, because the run that was there before may still be saving.
-    Raises InputError if there is a run to be spared."""
+    """Makes --out_dir. Raises InputError if there is a run to be spared."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    lock_folder(out_dir)
     for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
         temporary.unlink()
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.

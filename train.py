@@ -43,14 +43,11 @@ from runtime import (
     RANK,
     WORLD,
     average,
-    check_processes_agree,
     claim_folder,
     device_of_process,
     header_of,
     join_processes,
-    moment,
     one_first,
-    seconds_between,
     wait_for_all,
     write_row,
 )
@@ -167,7 +164,7 @@ def build_model(args, source, vocab_size, device):
     """Returns a model on the device, and the names of the parameters that the source (--init_from)
     lacks, which keep their random weights."""
     if source is None:
-        config = {**PRESETS[args.model or "ViT-B-16"], "vocab_size": vocab_size}
+        config = {**PRESETS[args.model], "vocab_size": vocab_size}
     else:
         config = dict(vars(source.config))
         if source.head is None and args.cls_weight is None:
@@ -178,10 +175,7 @@ def build_model(args, source, vocab_size, device):
         if value is not None:
             config[field.name] = value
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
-    try:
-        model = SuperCLIP(SuperCLIPConfig(**config))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    model = SuperCLIP(SuperCLIPConfig(**config))
     new = []
     if source is not None:
         # not strict, because the head may be new, or not be wanted
@@ -190,8 +184,6 @@ def build_model(args, source, vocab_size, device):
     if device.type == "cpu" and model.visual.grid < 10:
         # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
         torch.backends.cuda.enable_flash_sdp(False)
-    model.visual.requires_grad_(args.freeze != "image")  # with its projection
-    model.text.requires_grad_(args.freeze != "text")
     model.micro_batch_size = args.micro_batch_size
     if args.compile:
         for part in (model.visual, model.text, model.head):
@@ -225,14 +217,6 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def can_compile(device):
-    """Can torch.compile be the default? Only on CUDA: old GPUs cannot run its code, and on Windows
-    it takes packages that do not come with torch."""
-    if device.type != "cuda" or sys.platform == "win32":
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
 def lengths(args, n):
     """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations.
 
@@ -260,18 +244,16 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
     InputError if it was another run than the one of this header."""
     saved = evaluation.read_checkpoint(path)
     check("optimizer" in saved, f"{path} is not the last.pt of a run")
-    saved_args = saved["header"]["arguments"]
-    parser = make_parser()
+    before, step = saved["header"], saved["step"]
     for name, value in header["arguments"].items():
-        # An option that a fork has added since then had its default.
-        was = saved_args.get(name, parser.get_default(name))
+        was = before["arguments"].get(name)
         fits = name in MAY_CHANGE or was == value
         check(fits, f"--resume: --{name} was {was} before, and is {value} now")
-    same_data = saved["header"]["data_fingerprint"] == header["data_fingerprint"]
-    check(same_data, f"--resume: --train_data or --val_data is not what {path} was trained on")
-    check(saved["vocab"] == tokenizer.vocab, f"--resume: {path} has another vocabulary (--vocab)")
-    step, steps = saved["step"], header["steps"]
-    check(step <= steps, f"--resume: step {step} is past --steps {steps}")
+    same_data = before["data_fingerprint"] == header["data_fingerprint"]
+    same_data = same_data and saved["vocab"] == tokenizer.vocab
+    names = "--train_data, --val_data or --vocab"
+    check(same_data, f"--resume: {names} is not what {path} was trained with")
+    check(step <= header["steps"], f"--resume: step {step} is past --steps {header['steps']}")
     model.load_state_dict(saved["model"])
     # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
     # are numbered in their order.
@@ -332,7 +314,7 @@ def train(args):
     # ---- The device, and the batch: N pairs in all, B in this process
     device = device_of_process(args.device)
     if args.compile is None:
-        args.compile = can_compile(device)
+        args.compile = device.type == "cuda" and sys.platform == "linux"
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
     N = args.batch_size
@@ -363,9 +345,8 @@ def train(args):
     if last.exists():
         start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
         # last.pt is saved before the validation of its step, best.pt after it
-        if RANK == 0 and best.exists():
+        if best.exists():
             best_r1 = evaluation.read_checkpoint(best)["best_r1"]
-    check_processes_agree(vars(args), dtype, header["data_fingerprint"], start)
     write_row(args.out_dir, {"header": header, "step": start})
     on_gpu = device.type == "cuda"
     batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
@@ -375,7 +356,7 @@ def train(args):
         evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
     saved_time = time.monotonic()
-    seconds, waits = 0.0, []  # since the last row
+    timed, seconds, waited = 0, 0.0, 0.0  # steps, their time and the loader's part, since a row
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
@@ -401,12 +382,9 @@ def train(args):
 
         # 3. The losses and their gradient
         start_time = time.perf_counter()
-        before = moment(device)
         batch = next(batches)
-        waits.append((before, moment(device)))
+        waited += time.perf_counter() - start_time
         batch = data.to_device(batch, device)
-        if args.compile:  # or longer captions would compile the text tower again
-            torch._dynamo.maybe_mark_dynamic(batch["tokens"], 1)
         with autocast:
             losses = ddp_model(**batch)
         scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
@@ -420,10 +398,10 @@ def train(args):
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
             losses = mean_losses(losses)
+        timed += 1
         seconds += time.perf_counter() - start_time
         if log_due:
             check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
-            waited = sum(seconds_between(*wait) for wait in waits)
             row = {
                 "step": done,
                 **losses,
@@ -431,12 +409,12 @@ def train(args):
                 # 0 where float16's gradients overflow: JSON has neither infinity nor NaN
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(N * len(waits) / seconds, 1),
+                "images_per_second": round(N * timed / seconds, 1),
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
             write_row(args.out_dir, row)
-            seconds, waits = 0.0, []
+            timed, seconds, waited = 0, 0.0, 0.0
 
     if not best.exists():
         print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
@@ -454,7 +432,7 @@ def make_parser():
         usage="python train.py [options]   (--help explains them)",  # not a list of all
         epilog="The built-in scenes have defaults of their own for data, captions, crop, model, "
         "batch size, loading processes and length, and --init_from has one for the learning rate. "
-        "A run prints them at its start.",
+        "A run prints its options at its start.",
         allow_abbrev=False,  # a typo should not become another option
     )
     add = parser.add_argument
@@ -481,11 +459,9 @@ def make_parser():
     add("--workers", type=number(int, 0, 999),
         help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
-    add("--model", choices=PRESETS, help="size of both towers (default ViT-B-16)")
-    add("--image_size", type=count, metavar="PIXELS",
-        help="side of an image (default: the model's)")
+    add("--model", choices=PRESETS, default="ViT-B-16",
+        help="size of both towers (default ViT-B-16, or that of --init_from)")
     add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
-    add("--freeze", choices=("image", "text"), help="tower whose weights stay as they are")
     add("--cls_weight", type=not_negative,
         help="weight of the classification loss; 0 trains plain CLIP (default 1, or that of "
         "--init_from)")
@@ -515,7 +491,7 @@ def make_parser():
         help="dtype to compute in (default: bfloat16 where GPU or CPU has units for it, float16 "
         "on older GPUs, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA from capability 7.0, not on Windows)")
+        help="compile towers and word head (default: on CUDA under Linux)")
     # the run
     add("--out_dir", default="out", metavar="DIR",
         help="folder for checkpoints and log.jsonl (default out)")
@@ -530,35 +506,27 @@ def make_parser():
 
 # The default rate with --init_from: larger steps would destroy what the weights know.
 FINE_TUNING_RATE = 5e-5
-IN_A_CHECKPOINT = ("model", "image_size", "vocab", "loss")  # --init_from has these
 
 
 def parse(argv):
-    """Returns the options, with the defaults of the built-in scenes and of --init_from."""
+    """Returns the options. The built-in scenes and --init_from have defaults of their own."""
     parser = make_parser()
-    usual = vars(parser.parse_args([]))
-    # argparse fills in no default where there is a value, even None. So what is not None after this
-    # has been typed.
-    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(usual)))
-    typed = {name: value for name, value in vars(found).items() if value is not None}
-    defaults = {}
-    if "train_data" not in typed:
+    args = parser.parse_args(argv)
+    if args.train_data is None:
+        parser.set_defaults(**SCENES)
         # A batch four times as large takes half as many steps: a compromise between as many samples
         # and as many steps, found by trial.
-        ratio = math.sqrt(typed.get("batch_size", SCENES["batch_size"]) / 32)
-        defaults = dict(SCENES)
-        if "steps" not in typed:
-            defaults["epochs"] = round(1.6 * ratio, 3)
-    if "init_from" in typed:
-        defaults["learning_rate"] = FINE_TUNING_RATE
-        defaults.pop("model", None)  # the checkpoint knows it
-        for name in IN_A_CHECKPOINT:
-            if name in typed:
-                raise InputError(f"--{name} comes from the checkpoint of --init_from: leave it out")
-    defaults = {name: value for name, value in defaults.items() if name not in typed}
-    if defaults:
-        print("defaults of this run:", defaults)
-    return argparse.Namespace(**{**usual, **defaults, **typed})
+        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
+        parser.set_defaults(epochs=round(1.6 * ratio, 3))
+    if args.init_from is not None:
+        parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
+    args = parser.parse_args(argv)
+    if args.init_from is not None:
+        for name in ("model", "vocab", "loss"):
+            of_file = getattr(args, name) is None
+            check(of_file, f"--{name} comes from the checkpoint of --init_from: leave it out")
+    print("options:", {name: x for name, x in vars(args).items() if x is not None})
+    return args
 
 
 def main(argv):

@@ -18,7 +18,6 @@ import torch
 from children import PRELOAD, ROOT, Children
 from material import TINY, png, short_run, small_model, write_checkpoint, write_shards
 
-import cli
 import data
 import train
 from scripts import scenes
@@ -42,12 +41,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed_and_signals():
-    """A run leaves its locks and its signal handlers behind, and a pool that is forked later could
-    not end. And a resumed run must find the order of samples by itself, as in a new process."""
+    """A command leaves its signal handlers behind. And a resumed run must find the order of samples
+    by itself, as in a new process."""
     torch.manual_seed(0)
     data.epoch_order.cache_clear()
     yield
-    cli.LOCK_FILES.clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -51,16 +51,6 @@ def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
     assert "last.pt --out words.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "text.")])
-def test_a_frozen_tower_keeps_its_weights(whole_run, tune, tower, prefix):
-    """With its projection. All else is trained, the head, too."""
-    before = checkpoint_of(whole_run, "best.pt")["model"]
-
-    after = tune("--steps", 2, "--freeze", tower)["model"]
-
-    assert equal_names(after, before) == {name for name in before if name.startswith(prefix)}
-
-
 # what --cls_weight says, and which weight the run then has, if that of the file is 0.3, or 0
 WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0.5, (0.5, 0): 0.5}
 

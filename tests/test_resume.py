@@ -1,11 +1,8 @@
 """Whatever ends a run, --resume goes on from its last save and ends with the bits of a run that
-nothing has interrupted. What is in a folder is never written over, and a folder is for one run at a
-time."""
+nothing has interrupted. What is in a folder is never written over."""
 
 import shutil
 import signal
-import time
-from functools import partial
 
 import pytest
 import torch
@@ -105,7 +102,7 @@ def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, c
 
 
 OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
---image_size 32, --freeze text, --train_data bad-0.tar, --val_data none, --vocab clip"""
+--train_data bad-0.tar, --val_data none, --vocab clip"""
 
 
 @pytest.mark.parametrize("other", OTHERS.replace("\n", " ").split(", "))
@@ -119,19 +116,6 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 
     assert option in message
     assert (copied_run / "last.pt").read_bytes() == before
-
-
-def test_a_fork_resumes_a_run_from_before_it_had_an_option(copied_run, shards, capsys):
-    """The option counts as its default then, and another value is refused."""
-    saved = checkpoint_of(copied_run)
-    del saved["header"]["arguments"]["patch_dropout"]
-    torch.save(saved, copied_run / "last.pt")
-    options = short_run(shards, copied_run, "--resume")
-
-    message = error_of(capsys, train.main, *options, "--patch_dropout", 0.5)
-
-    assert "--patch_dropout" in message
-    assert not train.main(options)
 
 
 # ---- the folder
@@ -156,20 +140,3 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
-
-
-def test_a_folder_is_for_one_run_at_a_time(children, shards, tmp_path, capsys):
-    """Even if it has not saved anything. A run that is killed leaves its folder to others."""
-    out = tmp_path / "out"
-    waits = in_step(3, partial(time.sleep, 60))
-    process = children.start("train", short_run(shards, out), waits)
-    while not (out / "log.jsonl").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-
-    message = error_of(capsys, train.main, *short_run(shards, out))
-    children.end()
-    train.main(short_run(shards, out, "--steps", 1))
-
-    assert str(out) in message
-    assert checkpoint_of(out)["step"] == 1

@@ -28,7 +28,6 @@ train TRAIN --batch_size 3 --micro_batch_size 2                   | --micro_batc
 train TRAIN --learning_rate nan                                   | --learning_rate
 train TRAIN --captions json.caption                               | json.caption
 train TRAIN --vocab two.txt                                       | two.txt
-train TRAIN --image_size 30                                       | image_size
 train TRAIN --device toaster                                      | toaster
 train TRAIN --train_data bad.tar --device cpu --workers 1         | bad.tar
 train --train_data pairs.tar --init_from model.pt --loss sigmoid  | --loss
