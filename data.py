@@ -24,7 +24,6 @@ import tarfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from copy import copy
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -535,19 +534,6 @@ def round_up(captions):
     """Returns the length of the longest of these lists of ids, with start and end, as a multiple of
     16. Few distinct lengths mean few recompilations, and trimmed padding costs nothing."""
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
-
-
-def hold_out(pairs, sources):
-    """Takes every hundredth pair, but at most a thousand, out of the training pairs, and returns
-    them as Shards to validate on, with these sources of captions."""
-    held_out = torch.arange(len(pairs)) % max(100, math.ceil(len(pairs) / 1000)) == 0
-    validation = copy(pairs)
-    validation.index = pairs.index[held_out]
-    validation.sources = sources
-    for source in sources:
-        validation.check_source(source)
-    pairs.index = pairs.index[~held_out]
-    return validation
 
 
 @lru_cache(maxsize=2)

@@ -107,7 +107,7 @@ def load(checkpoint, device="cpu"):
 def validation_of(checkpoint, shards=None, option="--data"):
     """Returns the --val_data of the run that wrote a checkpoint, unless other shards are given, and
     the sources of the run's captions. option: of the command, to name others. Raises InputError if
-    the run named none: its validation pairs, if any, came out of --train_data."""
+    the run had none."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
     shards = shards or arguments.get("val_data")

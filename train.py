@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cli import InputError, add_options, check, number, pick_dtype, run_command
+from cli import add_options, check, number, pick_dtype, run_command
 from runtime import (
     RANK,
     WORLD,
@@ -129,8 +129,6 @@ def read_start(args):
 def open_data(args, tokenizer, model):
     """Returns the training pairs, and the validation pairs (data.Shards) or None."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
-    if val_shards:
-        print(f"{len(val_shards):,} of the shards are left out of training, by their names")
     pairs = data.Pairs(
         shards,
         tokenizer,
@@ -142,20 +140,16 @@ def open_data(args, tokenizer, model):
         patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    if args.val_data is not None:
-        val_shards = [] if args.val_data == ["none"] else data.expand(args.val_data)
-    elif val_shards:
-        args.val_data = val_shards  # a checkpoint names them, so that words and search find them
-    both = {*shards} & {*val_shards}
-    if both:
-        raise InputError(f"training and validation data share {min(both)}")
-    val_captions = args.val_captions or args.captions
+    if args.val_data is None:
+        args.val_data = val_shards or ["none"]  # a checkpoint names them, for words and search
     val_pairs = None
-    if val_shards:
-        val_pairs = data.Shards(val_shards, val_captions)
-    elif args.val_data is None and len(pairs) >= 200:
-        val_pairs = data.hold_out(pairs, val_captions)
-        print(f"{len(val_pairs):,} pairs are held out for validation: see --val_data")
+    if args.val_data == ["none"]:
+        print("There are no validation pairs: see --val_data.")
+    else:
+        val_shards = data.expand(args.val_data)
+        both = {*shards} & {*val_shards}
+        check(not both, f"training and validation data share {both}")
+        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs, val_pairs
 
@@ -298,7 +292,7 @@ def print_next(checkpoint, model, val_data):
     checkpoint = quote(checkpoint.as_posix())
     shards = ""
     pictures = ""
-    if val_data in (None, ["none"]):  # the checkpoint names no shards
+    if val_data == ["none"]:
         shards = " --data SHARDS"
         pictures = " --image PICTURES"
     print("\nWhat the model has learned:")
@@ -442,8 +436,8 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those named val or test, else 1 pair in 100 "
-        "if there are 200 or more, at most 1,000; copies of a picture may then be on both sides)")
+        help="shards to validate on, or none (default: those of --train_data that are named val or "
+        "test, which are not trained on)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders to classify at each validation: in each, a folder of images per class name")
     add_options(parser, "captions")

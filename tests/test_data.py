@@ -44,17 +44,6 @@ def test_every_epoch_is_another_permutation():
     assert first != second
 
 
-def test_a_thousand_pairs_at_most_are_held_out(captioned):
-    pairs = Pairs([captioned], TOKENIZER, 8)
-    numbers = torch.arange(250_000)
-    pairs.index = numbers  # one for each
-
-    val_pairs = data.hold_out(pairs, [])
-
-    assert torch.equal(val_pairs.index, numbers[::250])
-    assert torch.equal(pairs.index, numbers[numbers % 250 > 0])
-
-
 # ---- what is drawn of a pair
 
 
