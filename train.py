@@ -38,21 +38,20 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cli import add_options, check, number, pick_dtype, run_command
-from runtime import (
+from checkpoint import DIVERGED, load, read_checkpoint, write_checkpoint
+from cli import InputError, add_options, check, number, pick_dtype, run_command
+from distributed import (
     RANK,
     WORLD,
     average,
-    claim_folder,
     device_of_process,
-    header_of,
     join_processes,
     one_first,
     wait_for_all,
-    write_row,
 )
-from scripts.scenes import OPTIONS as SCENES
-from scripts.scenes import make_scenes
+from log import header_of, write_row
+from scenes import OPTIONS as SCENES
+from scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import tokenizer_for
 
@@ -120,7 +119,7 @@ def read_start(args):
     """Returns the model to start from (--init_from) or None, and the tokenizer, its own or that of
     the shards."""
     if args.init_from is not None:
-        model, tokenizer, _ = evaluation.load(args.init_from)
+        model, tokenizer, _ = load(args.init_from)
         print(f"vocabulary: that of {args.init_from}, {tokenizer.vocab_size:,} entries")
         return model, tokenizer
     return None, tokenizer_for(data.expand(args.train_data), args.vocab)
@@ -224,6 +223,16 @@ def lengths(args, n):
     return steps, warmup_steps, eval_every
 
 
+def claim_folder(out_dir, resume):
+    """Makes --out_dir. Raises InputError if there is a run to be spared."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
+    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
+        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
+
+
 # What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
 # vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
 MAY_CHANGE = {
@@ -236,7 +245,7 @@ MAY_CHANGE = {
 def resume(path, header, model, tokenizer, optimizer, scaler):
     """Takes up the run that has written last.pt. Returns its step and its best mean R@1. Raises
     InputError if it was another run than the one of this header."""
-    saved = evaluation.read_checkpoint(path)
+    saved = read_checkpoint(path)
     check("optimizer" in saved, f"{path} is not the last.pt of a run")
     before, step = saved["header"], saved["step"]
     for name, value in header["arguments"].items():
@@ -340,14 +349,14 @@ def train(args):
         start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
         # last.pt is saved before the validation of its step, best.pt after it
         if best.exists():
-            best_r1 = evaluation.read_checkpoint(best)["best_r1"]
+            best_r1 = read_checkpoint(best)["best_r1"]
     write_row(args.out_dir, {"header": header, "step": start})
     on_gpu = device.type == "cuda"
     batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
     def save(path, step, **more):
         facts = {"header": header, "step": step, "best_r1": best_r1}
-        evaluation.write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
+        write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
     saved_time = time.monotonic()
     timed, seconds, waited = 0, 0.0, 0.0  # steps, their time and the loader's part, since a row
@@ -395,7 +404,7 @@ def train(args):
         timed += 1
         seconds += time.perf_counter() - start_time
         if log_due:
-            check(math.isfinite(losses["loss"]), f"the loss is not finite: {evaluation.DIVERGED}")
+            check(math.isfinite(losses["loss"]), f"the loss is not finite: {DIVERGED}")
             row = {
                 "step": done,
                 **losses,

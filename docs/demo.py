@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
+import scenes
+from checkpoint import load, read_checkpoint
 from cli import check, make_parser, output_file, run_command
-from scripts import scenes
 from scripts.page import page_text
 from tokenizer import Tokenizer, trim
 
@@ -52,10 +52,10 @@ def quantise(tensor):
 
 def model_facts(checkpoint):
     """What the page needs of a model: its weights, and options of its run. Raises InputError."""
-    content = evaluation.read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint)
     check("header" in content, f"{checkpoint} does not say how it was trained: name a last.pt")
     options = content["header"]["arguments"]
-    model, _, _ = evaluation.load(checkpoint)
+    model, _, _ = load(checkpoint)
     return {
         "config": vars(model.config),
         "weights": {name: quantise(p) for name, p in model.named_parameters()},

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import eval as evaluation
+import scenes
 from cli import make_parser, run_command
-from scripts import scenes, words
+from scripts import words
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SCENES = 4

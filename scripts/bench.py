@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-import runtime
+import distributed
 import train
 from cli import make_parser, number, pick_dtype, run_command
 from scripts.convert import open_clip_config
@@ -70,7 +70,7 @@ class Run:
     """A model, random pixels and tokens, and a step as train.py makes it. args: train.py's."""
 
     def __init__(self, args):
-        self.device = runtime.device_of_process(args.device)
+        self.device = distributed.device_of_process(args.device)
         self.dtype = args.dtype or pick_dtype(self.device)
         tokenizer = Tokenizer.from_file(args.vocab or "clip")
         self.model, _ = train.build_model(args, None, tokenizer.vocab_size, self.device)

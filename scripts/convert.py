@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
+import checkpoint
 from cli import InputError, check, make_parser, optional, run_command, write_file, write_json
 from superclip import SuperCLIPConfig
 from tokenizer import Tokenizer
@@ -173,10 +173,10 @@ def read_weights(path):
     InputError."""
     if path.is_dir():
         path = path / "model.safetensors"
-    read = evaluation.read_pickle
+    read = checkpoint.read_pickle
     if path.suffix == ".safetensors":
         read = safetensors().load_file
-    content = evaluation.read_file(path, read)
+    content = checkpoint.read_file(path, read)
     if isinstance(content, dict):
         if content.keys() >= {"model", "config", "vocab"}:
             return content["model"], content["config"], content["vocab"]
@@ -247,7 +247,7 @@ def convert(name, vocab=None):
         print(f"Assumed, without open_clip_config.json beside {name}: {'; '.join(assumed)}")
     if vocab is not None or known is None:
         known = Tokenizer.from_file(vocab or "clip").vocab
-    return evaluation.restore(name, weights, config, known)
+    return checkpoint.restore(name, weights, config, known)
 
 
 # -----------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def main(argv):
     elif args.to == "transformers":
         write_transformers(model, tokenizer, out)
     else:
-        evaluation.write_checkpoint(out, model, tokenizer.vocab)
+        checkpoint.write_checkpoint(out, model, tokenizer.vocab)
         print(f"wrote {out}: {model.config}")
 
 

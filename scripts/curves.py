@@ -14,7 +14,7 @@ from itertools import cycle, product
 from statistics import mean
 
 from cli import make_parser, optional, output_file, run_command
-from runtime import read_log, short_names
+from log import read_log, short_names
 
 COLUMNS = 4
 INK, RED, GREY = "#1f2937", "#d1495b", "#6b7280"

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
+import scenes
 from cli import InputError, check, make_parser, pick_device, run_command
-from scripts import scenes
 from scripts.pictures import contact_sheet, image_files, picture_file
 
 # A picture to look at: its full name, a short title, and its pixels (3, S, S), or None if it cannot

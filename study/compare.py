@@ -21,7 +21,7 @@ the scores of other seeds, 5 and up, so the choice does not flatter them. A run 
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed and code,
 which is the text of train.py and of the .py files beside it, of the module if there is one, and of
-scripts/scenes.py. So a comparison that was stopped goes on, and runs of other code are never
+scenes.py. So a comparison that was stopped goes on, and runs of other code are never
 reported. Give a file of data another name when it changes.
 """
 
@@ -44,14 +44,14 @@ from typing import NamedTuple
 import torch
 
 import train
+from checkpoint import DIVERGED
 from cli import InputError, check, cores, make_parser, number, run_command
-from eval import DIVERGED
-from runtime import read_log, short_names
-from scripts.scenes import make_scenes
+from log import read_log, short_names
+from scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # worlds and runs
-DRAWING = Path("scripts/scenes.py")  # what draws worlds
+DRAWING = Path("scenes.py")  # what draws worlds
 FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never scored
 FACTORS = (0.25, 0.5, 1, 2)
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).

@@ -9,10 +9,10 @@ name of these. Captions are counted as always, and one without any of the words 
 
 import torch
 
+import scenes
 import superclip
 import train
 from cli import make_parser, run_command
-from scripts import scenes
 from tokenizer import Tokenizer
 
 WORDS = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES}

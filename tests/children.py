@@ -23,7 +23,7 @@ from cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# What the server imports. Nothing may import runtime.py, where each process reads its rank.
+# What the server imports. Nothing may import distributed.py, where each process reads its rank.
 PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
 
 

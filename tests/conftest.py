@@ -19,8 +19,8 @@ from children import PRELOAD, ROOT, Children
 from material import TINY, png, short_run, small_model, write_checkpoint, write_shards
 
 import data
+import scenes
 import train
-from scripts import scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait

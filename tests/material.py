@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint as checkpoints
 import data
-import eval as evaluation
 from cli import sentence_about
 from superclip import SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer, words_to_tiktoken
@@ -100,13 +100,13 @@ def small_model(**changes):
 
 
 def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
-    evaluation.write_checkpoint(path, model, vocab, **facts)
+    checkpoints.write_checkpoint(path, model, vocab, **facts)
     return path
 
 
 def features_of(checkpoint, files):
     """The features (N, E) of image files, by the slow way: one after the other."""
-    model, _, preprocess = evaluation.load(checkpoint)
+    model, _, preprocess = checkpoints.load(checkpoint)
     images = [preprocess(Path(file).read_bytes()) for file in files]
     return torch.cat([model.encode_image(image[None]) for image in images])
 

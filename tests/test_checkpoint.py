@@ -6,7 +6,7 @@ import pytest
 import torch
 from material import TOKENIZER, cases, small_model, write_checkpoint
 
-import eval as evaluation
+from checkpoint import load
 from cli import InputError
 from scripts.convert import read_weights
 from tokenizer import words_to_tiktoken
@@ -30,7 +30,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, cha
     torch.save({**torch.load(path), **changes}, path)
 
     with pytest.raises(InputError) as error:
-        evaluation.load(path)
+        load(path)
 
     message = str(error.value)
     assert str(path) in message and named in message and "\n" not in message
@@ -39,7 +39,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(tmp_path, cha
 def test_what_is_written_is_loaded_ready_for_inference(tmp_path):
     write_checkpoint(tmp_path / "model.pt", MODEL)
 
-    model, tokenizer, _ = evaluation.load(tmp_path / "model.pt")
+    model, tokenizer, _ = load(tmp_path / "model.pt")
 
     torch.testing.assert_close(model.state_dict(), WEIGHTS, rtol=0, atol=0)
     assert not model.training
@@ -57,7 +57,7 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("read", [evaluation.load, read_weights])
+@pytest.mark.parametrize("read", [load, read_weights])
 def test_a_pickle_that_holds_code_is_refused_with_what_to_do(tmp_path, read):
     torch.save({"model": WEIGHTS, "optimizer": Evil(tmp_path / "mark")}, tmp_path / "model.pt")
 

@@ -19,7 +19,7 @@ from material import (
 )
 
 import train
-from runtime import read_log
+from log import read_log
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
 # ---- a command that is no run yet
 
 POOLS = {  # a command, and what it calls while its processes work
-    "it draws": ("scripts.scenes", "scripts.scenes.progress"),
+    "it draws": ("scenes", "scenes.progress"),
     "it indexes": ("scripts.vocab", "data.progress"),
 }
 

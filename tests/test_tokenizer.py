@@ -8,8 +8,8 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
+import scenes
 from eval import TEMPLATES
-from scripts import scenes
 from tokenizer import (
     BYTES,
     Tokenizer,

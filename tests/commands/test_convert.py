@@ -11,7 +11,7 @@ from material import cases, error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
-import eval as evaluation
+from checkpoint import load
 from scripts.convert import (
     ASSUMED,
     check_config,
@@ -45,7 +45,7 @@ def converted(tmp_path):
 
     def convert(path):
         assert not run(main, path, tmp_path / "out.pt", "--vocab", tmp_path / "own.tiktoken")
-        return evaluation.load(tmp_path / "out.pt")[0]
+        return load(tmp_path / "out.pt")[0]
 
     return convert
 
@@ -198,7 +198,7 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path, capsys, monkey
     assert not run(main, path, "folder", "--to", "open_clip")
     assert not run(main, "folder", "again.pt")
 
-    again, tokenizer, _ = evaluation.load("again.pt")
+    again, tokenizer, _ = load("again.pt")
     assert_same_but_for_the_head(again, model)
     assert tokenizer.vocab == VOCAB
     names = run_recipe(capsys.readouterr().out, tmp_path / "empty", monkeypatch)
@@ -230,4 +230,4 @@ def test_transformers_has_the_same_features(quick_gelu, tmp_path, capsys, monkey
 
     assert_near(model.encode_image(images), out.image_embeds)
     assert_near(model.encode_text(tokens), out.text_embeds)
-    assert_same_but_for_the_head(evaluation.load("again.pt")[0], model)
+    assert_same_but_for_the_head(load("again.pt")[0], model)

@@ -12,8 +12,9 @@ from oracle import make_random_model
 
 import data
 import eval as evaluation
+import scenes
+from checkpoint import write_checkpoint
 from docs import demo
-from scripts import scenes
 from scripts.words import word_maps
 from superclip import PRESETS
 from tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def opened(browser, tmp_path_factory):
     clip, superclip = (make_random_model(**SHAPE, cls_weight=weight) for weight in (0, 1))
     for name, model in (("clip.pt", clip), ("superclip.pt", superclip)):
         facts = {"header": header, "step": 100}
-        evaluation.write_checkpoint(folder / name, model, TOKENIZER.vocab, **facts)
+        write_checkpoint(folder / name, model, TOKENIZER.vocab, **facts)
     page = folder / "demo.html"
     run(demo.main, folder / "clip.pt", folder / "superclip.pt", "--out", page)
     content = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text())

@@ -7,7 +7,7 @@ import pytest
 from children import ROOT
 from material import run
 
-COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe"]
+COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe", "scenes"]
 COMMANDS += ["study.compare", "study.plan", "docs.demo"]
 COMMANDS += [
     f"scripts.{path.stem}"

@@ -51,7 +51,7 @@ scripts.pack --csv list.csv --out x                               | --image_colu
 scripts.pack --csv list.csv --image_column a --caption_column c --out classes | classes
 scripts.vocab pairs.tar --captions json.caption --out x.tiktoken  | json.caption
 scripts.vocab pairs.tar sides                                     | --out
-scripts.scenes --out classes                                      | classes
+scenes --out classes                                              | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {

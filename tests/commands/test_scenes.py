@@ -7,7 +7,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from scripts import scenes
+import scenes
 from tokenizer import Tokenizer
 
 

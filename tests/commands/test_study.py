@@ -13,11 +13,11 @@ import torch
 from children import finish
 from material import small_model
 
+import scenes
 import superclip
 import train
+from checkpoint import DIVERGED
 from cli import InputError, interrupt
-from eval import DIVERGED
-from scripts import scenes
 from study import compare, fast_tower, mean_patches, no_idf, plan, shop, shuffled, some_words
 from study.compare import Side, Study, read_command
 from tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def test_a_run_has_its_seed_in_its_options_and_its_key_has_not():
 
 # ---- code
 
-FILES = ("train.py", "model.py", "scripts/scenes.py", "study/mine.py")
+FILES = ("train.py", "model.py", "scenes.py", "study/mine.py")
 
 
 @pytest.mark.parametrize("name", FILES)

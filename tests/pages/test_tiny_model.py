@@ -7,8 +7,9 @@ from PIL import Image, ImageChops
 
 import data
 import eval as evaluation
+import scenes
 from docs import first
-from scripts import scenes, words
+from scripts import words
 
 TINY = ROOT / "assets" / "tiny.pt"
 KINDS = ("colour", "shape")

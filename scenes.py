@@ -1,7 +1,7 @@
 """The built-in world: scenes that are drawn offline in seconds and written as real tar shards, so
 that the first `python train.py` takes the same path as a run on CC3M.
 
-    python -m scripts.scenes --out scenes
+    python scenes.py --out scenes
 
 A scene has a *setting*, which is a cloth of some colour and pattern with a border around it (there
 are 256), and on it lie one or two *objects*, each of some colour and shape. It has two captions.

@@ -1,96 +1,17 @@
-"""What a run needs besides its method: processes that act as one, the folder of the run, and its
-log. train.py calls all of it but the last two functions, which serve those who read its logs.
-
-torchrun starts several processes, one for each GPU, and each runs the whole of train.py. They meet
-in `join_processes`, and from then on they can exchange tensors.
-"""
+"""The log of a run, log.jsonl: a line of JSON for each start, for the losses of some steps, and for
+each validation. train.py writes it, and scripts.curves and the study read it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, check, cores, pick_device
-
-# torchrun tells each process its number, and how many there are. Schedulers set variables of these
-# names, too, so they count under torchrun alone.
-torchrun = os.environ if dist.is_torchelastic_launched() else {}
-RANK = int(torchrun.get("RANK", 0))
-WORLD = int(torchrun.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
-
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def join_processes():
-    """Lets the processes that torchrun has started find each other."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
-        # their GPUs.
-        backend = "cpu:gloo,cuda:nccl"
-    # Two hours, because all others wait while rank 0 validates.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-
-
-def device_of_process(name):
-    """Returns --device, which in several processes is the GPU of this one, as a torch.device."""
-    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Compiled code is for one number of threads, and autograd's threads count one each. With
-        # another number here they would compile it again.
-        torch.set_num_threads(1)
-    return device
-
-
-def average(tensor):
-    """The mean over all processes, in place. With one process, the tensor itself."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
-
-
-def wait_for_all():
-    """Returns when all processes have come here."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
-
-
-@contextmanager
-def one_first():
-    """One process of each machine goes through the block, and then the others do."""
-    if LOCAL_RANK > 0:
-        wait_for_all()
-    yield
-    if LOCAL_RANK == 0:
-        wait_for_all()
-
-
-# -----------------------------------------------------------------------------
-# The folder of a run, and its log
-
-
-def claim_folder(out_dir, resume):
-    """Makes --out_dir. Raises InputError if there is a run to be spared."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
-        temporary.unlink()
-    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
-    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
+from cli import InputError, check, cores
+from distributed import RANK, WORLD
 
 
 def commit():
