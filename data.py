@@ -90,29 +90,16 @@ def expand(patterns):
     return sorted(shards)
 
 
-# What the names of shards say of the split that they belong to.
-SPLITS = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "validation",
-}
-
-
-def split_of(path):
-    """Returns "train" or "validation" if the name of a shard has such a word between hyphens,
-    underscores, dots and digits, as cc3m-train-0000.tar has, else None."""
-    for word in regex.split(r"[-_.\d]+", Path(path).name.lower()):
-        if word in SPLITS:
-            return SPLITS[word]
+# val, valid, validation or test between hyphens, underscores, dots and digits, as in
+# cc3m-validation-0000.tar
+VALIDATION = regex.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
 
 
 def by_split(shards):
-    """list of shards -> (training shards, validation shards). Those whose names do not tell are
-    training shards. If all are of one split, they are returned as the first list."""
-    training = [shard for shard in shards if split_of(shard) != "validation"]
-    validation = [shard for shard in shards if split_of(shard) == "validation"]
+    """list of shards -> (training shards, validation shards), by their names. If all are named as
+    validation shards, they are returned as the first list."""
+    validation = [shard for shard in shards if VALIDATION.search(Path(shard).name.lower())]
+    training = [shard for shard in shards if shard not in validation]
     return (training, validation) if training else (validation, [])
 
 
@@ -144,10 +131,7 @@ def read_headers(path, number):
                 column = COLUMN.get(extension)
                 if column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
-                    if row[column] > 0:
-                        unused[key] = "there is another one of this name before it"
-                    else:
-                        row[column : column + 2] = member.offset_data // BLOCK, member.size
+                    row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
                     unused[f"*{extension}"] = f"no part of a sample: {member.name}"
             # tarfile stops in silence at a header that it cannot read.
@@ -160,7 +144,7 @@ def read_headers(path, number):
         raise InputError(f"{path}: {error}") from error
     for key, row in list(rows.items()):
         if row[IMAGE + 1] == 0:
-            unused.setdefault(key, "no image, or an empty one")
+            unused[key] = "no image, or an empty one"
             del rows[key]
     # A NumPy array: torch would send it to the main process as an open file, and there may be more
     # shards than a process may open files.
@@ -178,7 +162,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Count up when read_headers changes, so that old caches are ignored.
-    name = f"index-11-{digest}"
+    name = f"index-12-{digest}"
     try:
         return torch.load(cache_folder() / name, weights_only=True)
     except Exception:  # It is not there, or damaged, for which torch has half a dozen kinds.
@@ -350,24 +334,17 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
-def is_hidden(name):
-    """Is this the name of what programs keep beside pictures, such as .ipynb_checkpoints, ._a.jpg
-    (of macOS) or __pycache__?"""
-    return name.startswith((".", "__"))
-
-
 def folders_in(folder):
-    """Returns the folders in a folder, in order, but nothing hidden."""
-    paths = sorted(Path(folder).glob("*"))
-    return [path for path in paths if path.is_dir() and not is_hidden(path.name)]
+    """Returns the folders in a folder, in order, but nothing hidden, as .ipynb_checkpoints is."""
+    return sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir())
 
 
 def images_below(folder):
     """Returns the image files in a folder and in all folders below it, but nothing hidden."""
     found = []
     for path in sorted(Path(folder).rglob("*.*")):
-        is_seen = not any(map(is_hidden, path.relative_to(folder).parts))
-        if is_seen and path.suffix.lower() in SUFFIXES:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not is_hidden:
             found.append(path)
     return found
 
@@ -402,8 +379,6 @@ def upright_rgb(image, box=None):
     image = image.crop(box)
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -582,9 +557,3 @@ def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):
     order = (batch_indices(n, batch_size, pairs.seed, step)[local] for step in steps)
     options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": pin}
     return iter(make_loader(pairs, workers, **options))
-
-
-def to_device(batch, device):
-    """Queues the copies of a batch to a device. Images travel as uint8."""
-    on_gpu = device.type == "cuda"  # where a copy need not be waited for
-    return {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}

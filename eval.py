@@ -28,7 +28,6 @@ from tqdm import tqdm
 import data
 from checkpoint import load, validation_of
 from cli import (
-    InputError,
     add_options,
     check,
     make_parser,
@@ -154,7 +153,7 @@ def encode_images(encode, dataset, device, batch_size, workers):
 
 def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
     """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
-    owner (M,), the number of each caption's image. Says how many captions are repeats."""
+    owner (M,), the number of each caption's image."""
     dataset = ShardImages(shards, model.config.image_size)
     device = device_of(model)
     images, captions = encode_images(model.encode_image, dataset, device, batch_size, workers)
@@ -163,9 +162,6 @@ def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
     for i, texts_of_image in enumerate(captions):
         texts += texts_of_image
         owner += [i] * len(texts_of_image)
-    repeated = len(texts) - len(set(texts))
-    if repeated > 0:
-        tqdm.write(f"{repeated:,} of {len(texts):,} captions repeat another one")
     features = encode_texts(model, tokenizer, texts)
     return images, features, torch.tensor(owner, device=features.device)
 
@@ -471,9 +467,8 @@ def command_zeroshot(model, tokenizer, args):
 
 def command_retrieval(model, tokenizer, args):
     shards = data.expand(args.data)
-    splits = {data.split_of(shard) for shard in shards}
-    if {"train", "validation"} <= splits:
-        raise InputError("these shards are of training and of validation: name one of the two")
+    _, validation = data.by_split(shards)
+    check(not validation, "these shards are of training and of validation: name one of the two")
     _, captions = validation_of(args.checkpoint, shards)
     pairs = data.Shards(shards, args.captions or captions)
     result = score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)

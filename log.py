@@ -59,11 +59,8 @@ def write_row(out_dir, row):
     or a validation. A resumed run may log a step twice: the later row counts."""
     if RANK > 0:
         return
-    with open(Path(out_dir, "log.jsonl"), "a+b") as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read(1) not in (b"", b"\n"):  # a full disk has torn the row before this one
-            file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+    with open(Path(out_dir, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
     if "loss" in row:
         terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
         speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"

