@@ -95,11 +95,15 @@ def expand(patterns):
 VALIDATION = regex.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
 
 
+def is_validation(shard):
+    return VALIDATION.search(Path(shard).name.lower()) is not None
+
+
 def by_split(shards):
     """list of shards -> (training shards, validation shards), by their names. If all are named as
     validation shards, they are returned as the first list."""
-    validation = [shard for shard in shards if VALIDATION.search(Path(shard).name.lower())]
-    training = [shard for shard in shards if shard not in validation]
+    training = [shard for shard in shards if not is_validation(shard)]
+    validation = [shard for shard in shards if is_validation(shard)]
     return (training, validation) if training else (validation, [])
 
 

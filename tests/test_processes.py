@@ -39,13 +39,15 @@ def losses_of(out):
     return [row["loss"] for row in rows_of(out, "loss")]
 
 
-def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [8, 4], ids=["plain", "micro"])
+def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch, size):
     """DistributedDataParallel splits the graphs of the towers, to send gradients while others are
     computed. The captions have several lengths."""
     monkeypatch.setitem(PRESETS, "tiny", WIDE)
     options = "--steps", 5, "--log_every", 1, "--learning_rate", 1e-5, "--val_data", "none"
     train.main(short_run(shards, tmp_path / "one", *options))
-    compiled = short_run(shards, tmp_path / "two", *options, "--compile"), compile_wide_towers
+    more = "--compile", "--micro_batch_size", size
+    compiled = short_run(shards, tmp_path / "two", *options, *more), compile_wide_towers
 
     first, second = children.train_two(compiled, compiled)
 
