@@ -1,7 +1,7 @@
-"""A file becomes a model, and a model a file.
+"""A file becomes a model, a model a file, and a run that was interrupted goes on.
 
 A checkpoint is a dict of weights, configuration and vocabulary, so it is all that a command needs
-to know of a model. train.py keeps more in it, to go on from there.
+to know of a model. train.py keeps in last.pt what else it needs to go on.
 """
 
 from functools import partial
@@ -92,3 +92,57 @@ def write_checkpoint(path, model, vocab, **more):
     check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
     content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
     write_file(path, lambda file: torch.save(content, file))
+
+
+# -----------------------------------------------------------------------------
+# A run goes on
+
+
+def claim_folder(out_dir, resume):
+    """Makes --out_dir. Raises InputError if there is a run to be spared."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
+    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
+        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
+
+
+# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
+# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
+    "device", "dtype", "compile", "log_every", "eval_every",
+    "train_data", "val_data", "zeroshot_data", "vocab",
+}  # fmt: skip
+
+
+def resume(out_dir, header, model, tokenizer, optimizer, scaler):
+    """Takes up the run in a folder. Returns its step and its best mean R@1, or zeros if there is no
+    last.pt. Raises InputError if it was another run than the one of this header."""
+    path = Path(out_dir, "last.pt")
+    if not path.exists():
+        return 0, 0.0
+    saved = read_checkpoint(path)
+    check("optimizer" in saved, f"{path} is not the last.pt of a run")
+    before, step = saved["header"], saved["step"]
+    for name, value in header["arguments"].items():
+        was = before["arguments"].get(name)
+        fits = name in MAY_CHANGE or was == value
+        check(fits, f"--resume: --{name} was {was} before, and is {value} now")
+    same_data = before["data_fingerprint"] == header["data_fingerprint"]
+    same_data = same_data and saved["vocab"] == tokenizer.vocab
+    names = "--train_data, --val_data or --vocab"
+    check(same_data, f"--resume: {names} is not what {path} was trained with")
+    check(step <= header["steps"], f"--resume: step {step} is past --steps {header['steps']}")
+    model.load_state_dict(saved["model"])
+    # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
+    # are numbered in their order.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+    if saved["scaler"]:  # it is empty without float16
+        scaler.load_state_dict(saved["scaler"])
+    # last.pt is saved before the validation of its step, and best.pt after it.
+    best = Path(out_dir, "best.pt")
+    newest = read_checkpoint(best) if best.exists() else saved
+    return step, newest["best_r1"]

@@ -37,8 +37,8 @@ from tqdm import tqdm
 import cli
 import data
 import eval as evaluation
-from checkpoint import DIVERGED, load, read_checkpoint, write_checkpoint
-from cli import InputError, check, number, pick_dtype, run_command
+from checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
+from cli import check, number, pick_dtype, run_command
 from distributed import (
     RANK,
     WORLD,
@@ -218,50 +218,6 @@ def lengths(args, n):
     return steps, warmup_steps, eval_every
 
 
-def claim_folder(out_dir, resume):
-    """Makes --out_dir. Raises InputError if there is a run to be spared."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
-        temporary.unlink()
-    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
-    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
-
-
-# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
-# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
-MAY_CHANGE = {
-    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
-    "device", "dtype", "compile", "log_every", "eval_every",
-    "train_data", "val_data", "zeroshot_data", "vocab",
-}  # fmt: skip
-
-
-def resume(path, header, model, tokenizer, optimizer, scaler):
-    """Takes up the run that has written last.pt. Returns its step and its best mean R@1. Raises
-    InputError if it was another run than the one of this header."""
-    saved = read_checkpoint(path)
-    check("optimizer" in saved, f"{path} is not the last.pt of a run")
-    before, step = saved["header"], saved["step"]
-    for name, value in header["arguments"].items():
-        was = before["arguments"].get(name)
-        fits = name in MAY_CHANGE or was == value
-        check(fits, f"--resume: --{name} was {was} before, and is {value} now")
-    same_data = before["data_fingerprint"] == header["data_fingerprint"]
-    same_data = same_data and saved["vocab"] == tokenizer.vocab
-    names = "--train_data, --val_data or --vocab"
-    check(same_data, f"--resume: {names} is not what {path} was trained with")
-    check(step <= header["steps"], f"--resume: step {step} is past --steps {header['steps']}")
-    model.load_state_dict(saved["model"])
-    # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
-    # are numbered in their order.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-    if saved["scaler"]:  # it is empty without float16
-        scaler.load_state_dict(saved["scaler"])
-    return step, saved["best_r1"]
-
-
 # -----------------------------------------------------------------------------
 # The run
 
@@ -315,15 +271,9 @@ def train(args):
 
     # ---- Where the run stands
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
-    start = 0
-    best_r1 = 0.0
+    start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
     last = Path(args.out_dir, "last.pt")
     best = Path(args.out_dir, "best.pt")
-    if last.exists():
-        start, best_r1 = resume(last, header, model, tokenizer, optimizer, scaler)
-        # last.pt is saved before the validation of its step, best.pt after it
-        if best.exists():
-            best_r1 = read_checkpoint(best)["best_r1"]
     write_row(args.out_dir, {"header": header, "step": start})
     local = slice(RANK * B, (RANK + 1) * B)
     on_gpu = device.type == "cuda"
