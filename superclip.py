@@ -363,6 +363,7 @@ def in_micro_batches(encode_pairs, size, *batch):
     if size is None or size >= len(batch[0]):
         return encode_pairs(*batch)
     parts = zip(*(x.split(size) for x in batch))
+    # by position, because checkpoint looks there for the device
     parts = [checkpoint(encode_pairs, *part, use_reentrant=False) for part in parts]
     image_features, text_features, terms = zip(*parts)
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}

@@ -1,8 +1,8 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
     python train.py                       built-in scenes, two minutes on two cores
-    python train.py --batch_size 256 --train_data 'cc3m/cc3m-train-*.tar' --model ViT-B-16
-    torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data 'cc3m/cc3m-train-*.tar'
+    python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
+    torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
 The file reads from top to bottom: what a step is made of, what a run is made of, the run, and the
 options. Read superclip.py first.
