@@ -1,47 +1,36 @@
 """Convert weights: what others have trained into a checkpoint of this project, and back.
 
-    python -m scripts.convert ViT-B-16.pt clip.pt
-    python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
+    python -m scripts.convert superclip_b16.pt superclip.pt        a file of weights
+    python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt   a model and a tag of open_clip
+    python -m scripts.convert folder clip.pt                       of transformers or open_clip
     python -m scripts.convert out/best.pt folder --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
 
-The input is a .pt or .safetensors file of OpenAI's CLIP (as a state dict), of open_clip, of
-transformers' CLIPModel, of the authors' SuperCLIP, or of this project, or a folder in which the
-file is called model.safetensors, as transformers and this command make them. The shapes of its
-tensors tell most of the configuration. The rest comes from the configuration beside it (of
-open_clip, open_clip_config.json or here ViT-B-16.json; of transformers, config.json), or else it is
-assumed, and the command says so. A file without a word head becomes plain CLIP, and train.py
+A file, .pt or .safetensors, may be of the authors' SuperCLIP, of OpenAI's CLIP (a state dict), or
+of open_clip. The shapes of its tensors tell most of the configuration. The rest is assumed, and the
+command says so: heads 64 wide, CLIP's mean and standard deviation of pixels, and plain GELU unless
+the file is OpenAI's. If that is wrong, name a model of open_clip before the file, as in
+ViT-B-32-quickgelu/weights.pt. A file without a word head becomes plain CLIP, and train.py
 --init_from gives it a new head. For images of another size, let open_clip interpolate the positions
 (create_model(..., force_image_size=160)), and convert what it has made.
 
-Instead of a file, the input may be a model and a tag of open_clip, as in the second command, unless
-there is a file of that name. open_clip then downloads the weights, and nothing is assumed.
-
-The export to transformers has no tokenizer. The command says what tokenizes a caption.
+What --to writes lacks the word head. open_clip.create_model_from_pretrained("local-dir:/PATH") and
+transformers' CLIPModel.from_pretrained("PATH") load it. The vocabulary is in the folder, too:
+Tokenizer.from_file("PATH/model.tiktoken", context_length).
 """
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import checkpoint
-from cli import InputError, check, make_parser, optional, run_command, write_file, write_json
-from superclip import SuperCLIPConfig
+from cli import InputError, check, make_parser, new_folder, optional, run_command
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
-# Weights in
+# Names and shapes
 
-# The tensors whose shapes tell the configuration, and the field that each axis stands for.
-AXES = {
-    "visual.conv1.weight": ("vision_width", None, "patch_size", "patch_size"),
-    "visual.positional_embedding": ("positions", "vision_width"),
-    "visual.proj": ("vision_width", "embed_dim"),
-    "text.token_embedding.weight": ("vocab_size", "text_width"),
-    "text.positional_embedding": ("context_length", "text_width"),
-}
 # open_clip has the text tower at the top level or, in newer files, under "text." as we do.
 TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_proj")
 # Parts of our names and what transformers' CLIPModel has in their place. The order matters, in both
@@ -64,16 +53,6 @@ NAMES = {
     "c_fc": "fc1",
     "c_proj": "fc2",
 }
-# What shapes do not tell, and what is assumed of a file without a configuration beside it
-ASSUMED = {
-    "quick_gelu": "plain GELU",
-    "vision_heads": "heads 64 wide, which those of ViT-H-14 are not",
-    "image_mean": "CLIP's mean and standard deviation of the pixels",
-}
-
-
-def safetensors():
-    return optional("safetensors.torch", "safetensors")
 
 
 def our_name(name):
@@ -112,70 +91,46 @@ def rename(content):
 
 def read_shapes(path, weights):
     """Returns what the names and shapes of our tensors tell of the configuration, a dict."""
-    config = {}
-    for name, fields in AXES.items():
-        check(name in weights, f"{path} does not fit: it has no tensor {name}")
-        for field, length in zip(fields, weights[name].shape):
-            if field is not None:
-                config[field] = length
-    # The class token has a position, too. If the others make no square, eval.restore says so.
-    grid = int((config.pop("positions") - 1) ** 0.5)
-    config["image_size"] = config["patch_size"] * grid
-    norms = [name for name in weights if name.endswith(".ln_1.weight")]
-    config["vision_layers"] = sum(name.startswith("visual.") for name in norms)
-    config["text_layers"] = sum(name.startswith("text.") for name in norms)
-    config["loss"] = "sigmoid" if "logit_bias" in weights else "softmax"
-    config["cls_weight"] = float("head.linear.weight" in weights)
-    return config
-
-
-def read_config_beside(path, vision_width):
-    """Returns what a configuration beside the weights tells, a dict. What it leaves out has the
-    default of its library. A file that is something else tells nothing."""
-    config = {}
-    with suppress(Exception):  # of transformers
-        other = json.loads(path.with_name("config.json").read_text("utf-8"))
-        config["vision_heads"] = other["vision_config"].get("num_attention_heads", 12)
-        config["text_heads"] = other["text_config"].get("num_attention_heads", 8)
-        config["quick_gelu"] = other["vision_config"].get("hidden_act") in (None, "quick_gelu")
-        # preprocessor_config.json, or since version 5 a part of processor_config.json
-        other = json.loads(next(path.parent.glob("p*rocessor_config.json")).read_text("utf-8"))
-        other = other.get("image_processor", other)
-        config["image_mean"] = tuple(other["image_mean"])
-        config["image_std"] = tuple(other["image_std"])
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        beside = path.with_name("open_clip_config.json")  # as open_clip's models on the hub have it
-    with suppress(Exception):  # of open_clip
-        config |= read_open_clip(json.loads(beside.read_text("utf-8")), vision_width)
-    return config
-
-
-def read_open_clip(other, vision_width):
-    """other: open_clip's configuration of a model, or a dict that has it as model_cfg, and as
-    preprocess_cfg what is done to images. Returns what it tells, a dict."""
-    model = other.get("model_cfg", other)
-    images = other.get("preprocess_cfg", {})
-    config = {
-        "vision_heads": vision_width // model["vision_cfg"].get("head_width", 64),
-        "text_heads": int(model["text_cfg"].get("heads", 8)),
-        "quick_gelu": bool(model.get("quick_gelu", False)),
+    try:
+        vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+        positions, _ = weights["visual.positional_embedding"].shape
+        _, embed_dim = weights["visual.proj"].shape
+        vocab_size, text_width = weights["text.token_embedding.weight"].shape
+        context_length, _ = weights["text.positional_embedding"].shape
+    except KeyError as error:
+        raise InputError(f"{path} does not fit: it has no tensor {error}") from None
+    blocks = [name for name in weights if name.endswith(".ln_1.weight")]
+    return {
+        # The class token has a position, too. If the others make no square, eval.restore says so.
+        "image_size": patch_size * int((positions - 1) ** 0.5),
+        "patch_size": patch_size,
+        "vision_width": vision_width,
+        "vision_layers": sum(name.startswith("visual.") for name in blocks),
+        "text_width": text_width,
+        "text_layers": sum(name.startswith("text.") for name in blocks),
+        "embed_dim": embed_dim,
+        "context_length": context_length,
+        "vocab_size": vocab_size,
+        "loss": "sigmoid" if "logit_bias" in weights else "softmax",
+        "cls_weight": float("head.linear.weight" in weights),
     }
-    if images:
-        config["image_mean"] = tuple(images["mean"])
-        config["image_std"] = tuple(images["std"])
-    return config
+
+
+# -----------------------------------------------------------------------------
+# Weights in. Each function returns weights, a dict of name -> tensor, in our names; the
+# configuration, a dict; and the text of the vocabulary, or None
 
 
 def read_weights(path):
-    """A file in any layout, or a folder of transformers -> (weights: dict of name -> tensor, in our
-    names; what is known of the configuration, a dict; text of the vocabulary or None). Raises
-    InputError."""
+    """Of a file, or a folder of transformers or open_clip. Raises InputError."""
     if path.is_dir():
-        path = path / "model.safetensors"
+        is_open_clip = Path(path, "open_clip_config.json").exists()
+        weights, config, _ = (read_open_clip if is_open_clip else read_transformers)(path)
+        vocab = path / "model.tiktoken"
+        return weights, config, Tokenizer.from_file(vocab).vocab if vocab.exists() else None
     read = checkpoint.read_pickle
     if path.suffix == ".safetensors":
-        read = safetensors().load_file
+        read = optional("safetensors.torch", "safetensors").load_file
     content = checkpoint.read_file(path, read)
     if isinstance(content, dict):
         if content.keys() >= {"model", "config", "vocab"}:
@@ -183,71 +138,60 @@ def read_weights(path):
         content = content.get("state_dict", content)
     check(isinstance(content, dict), f"{path} holds no tensors by name: save a state_dict")
     weights = rename(content)
-    config = {}
+    # Three scalars are in OpenAI's files, and only in them.
     scalars = {"input_resolution", "context_length", "vocab_size"}
-    if scalars <= weights.keys():  # of OpenAI's files, and only of them
-        config = {"quick_gelu": True, "vision_heads": 0, "text_heads": 0}  # 0: they are 64 wide
-        config["image_mean"] = SuperCLIPConfig.image_mean
-        config["image_std"] = SuperCLIPConfig.image_std
+    is_openai = scalars <= weights.keys()
     weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
-    config |= read_shapes(path, weights)
-    config |= read_config_beside(path, config["vision_width"])
-    vocab = path.with_suffix(".tiktoken")  # write_vocabulary puts it there
-    if vocab.is_file():
-        return weights, config, Tokenizer.from_file(vocab).vocab
-    return weights, config, None
+    print("assumed: heads 64 wide, CLIP's mean and std of pixels, ", end="")
+    print("quick GELU, as it is OpenAI's" if is_openai else "plain GELU")
+    return weights, {**read_shapes(path, weights), "quick_gelu": is_openai}, None
 
 
-def check_config(model, other):
-    """Raises InputError unless this project can build a model of open_clip. What it cannot build,
-    such as another pooling, shows as a key that open_clip_config never writes."""
-    ours = open_clip_config(SuperCLIPConfig())
-    unknown = other.keys() - ours.keys()
-    for tower in ("vision_cfg", "text_cfg"):
-        unknown |= other[tower].keys() - ours[tower].keys()
-    names = ", ".join(sorted(unknown))
-    check(not unknown, f"{model} of open_clip has parts that this project lacks: {names}")
-
-
-def read_published(name):
-    """MODEL/TAG of open_clip, which downloads the weights -> what read_weights returns. Raises
+def read_open_clip(name):
+    """Of a folder, or of MODEL/TAG, which open_clip downloads; the tag may be a file. Raises
     InputError."""
+    model, _, weights = str(name).partition("/")
+    check(Path(name).is_dir() or weights, f"there is no file {name}")
     open_clip = optional("open_clip", "open_clip_torch")
-    model, _, tag = name.partition("/")
-    published = open_clip.get_pretrained_cfg(model, tag)
-    nothing = f"there is no file {name}, and none of open_clip.list_pretrained() has that name"
-    check(published, nothing)
-    other = open_clip.get_model_config(model)
-    check_config(model, other)
+    tag = {}
     try:
-        file = open_clip.download_pretrained(published)
-    except OSError as error:
+        if Path(name).is_dir():
+            other = open_clip.create_model(f"local-dir:{Path(name).resolve()}")
+        else:
+            # The tag knows better than the model's name: ViT-B-32/openai has quick GELU.
+            tag = open_clip.get_pretrained_cfg(model, weights) or {}
+            other = open_clip.create_model(model, weights, require_pretrained=True)
+        image_block = other.visual.transformer.resblocks[0]
+        text_block = getattr(other, "text", other).transformer.resblocks[0]
+        is_quick = type(image_block.mlp.gelu).__name__ == "QuickGELU"
+        facts = {
+            "vision_heads": image_block.attn.num_heads,
+            "text_heads": text_block.attn.num_heads,
+            "quick_gelu": tag.get("quick_gelu", False) if tag else is_quick,
+            "image_mean": tuple(other.visual.preprocess_cfg["mean"]),
+            "image_std": tuple(other.visual.preprocess_cfg["std"]),
+        }
+    except Exception as error:  # of open_clip, the network, or a model that is no CLIP
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot download {name}: is there a network? ({reason})") from error
-
-    weights = rename(open_clip.create_model(model, file).state_dict())
-    config = read_shapes(name, weights)
-    whole = {"model_cfg": other, "preprocess_cfg": published}
-    config |= read_open_clip(whole, config["vision_width"])
-    # The tag counts, because the model's name may say otherwise: ViT-B-32/openai has quick GELU.
-    config["quick_gelu"] = published.get("quick_gelu", False)
-    return weights, config, None
+        raise InputError(f"open_clip has no CLIP {name} for us: {reason}") from error
+    weights = rename(other.state_dict())
+    return weights, read_shapes(name, weights) | facts, None
 
 
-def convert(name, vocab=None):
-    """A file in any layout, or MODEL/TAG of open_clip -> model, tokenizer. vocab: a vocabulary file
-    to use in place of the file's own, or of CLIP's if the file has none. Raises InputError."""
-    path = Path(name)
-    if path.exists() or path.suffix:  # names of open_clip have none
-        weights, config, known = read_weights(path)
-    else:
-        weights, config, known = read_published(name)
-    assumed = [text for field, text in ASSUMED.items() if field not in config]
-    if assumed:
-        print(f"Assumed, without open_clip_config.json beside {name}: {'; '.join(assumed)}")
-    if vocab is not None or known is None:
-        known = Tokenizer.from_file(vocab or "clip").vocab
-    return checkpoint.restore(name, weights, config, known)
+def read_transformers(folder):
+    """Of a folder that CLIPModel has saved."""
+    transformers = optional("transformers")
+    other = transformers.CLIPModel.from_pretrained(folder)
+    images = transformers.CLIPImageProcessor.from_pretrained(folder)
+    weights = rename(other.state_dict())
+    facts = {
+        "vision_heads": other.config.vision_config.num_attention_heads,
+        "text_heads": other.config.text_config.num_attention_heads,
+        "quick_gelu": other.config.vision_config.hidden_act == "quick_gelu",
+        "image_mean": tuple(images.image_mean),
+        "image_std": tuple(images.image_std),
+    }
+    return weights, read_shapes(folder, weights) | facts, None
 
 
 # -----------------------------------------------------------------------------
@@ -334,68 +278,25 @@ def transformers_config(c):
     return {"model_type": "clip", "projection_dim": c.embed_dim, **towers}
 
 
-def write_folder(folder, state, files):
-    """Make a folder with weights, and files that say of what model they are, a dict of name ->
-    content. Returns the path of the weights."""
-    # As bytes, because save_file of safetensors replaces the file that write_file has opened.
-    content = safetensors().save(state, {"format": "pt"})
-    folder.mkdir()  # now, when no package can be missing any more
-    path = folder / "model.safetensors"
-    write_file(path, lambda file: file.write(content))
-    for name, value in files.items():
-        write_json(folder / name, value)
-    print(f"wrote {folder}, without the word head. In Python:")
-    return path
-
-
-def write_open_clip(model, tokenizer, folder):
-    """Write the towers in the layout of open_clip's models on the hub. Say how it loads them, and
-    what tokenizes a caption if the vocabulary is not CLIP's."""
+def write_open_clip(model, folder):
+    """In the layout of open_clip's models on the hub."""
     c = model.config
+    save_file = optional("safetensors.torch", "safetensors").save_file
+    save_file(open_clip_state(model), folder / "model.safetensors", {"format": "pt"})
     images = {"mean": c.image_mean, "std": c.image_std}
     config = {"model_cfg": open_clip_config(c), "preprocess_cfg": images}
-    path = write_folder(folder, open_clip_state(model), {"open_clip_config.json": config})
-    name = f"local-dir:{folder.resolve()}"
-    print("  import open_clip  # version 3 or newer")
-    print(f"  model, preprocess = open_clip.create_model_from_pretrained({name!r})")
-    if not is_clips(tokenizer):
-        write_vocabulary(tokenizer, path)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 
 
-def is_clips(tokenizer):
-    return tokenizer.encode("a photo") == [320, 1125]
-
-
-def write_vocabulary(tokenizer, path):
-    """Write a vocabulary that no other library can read beside the weights, where this command
-    looks for it, and say how to tokenize with it."""
-    beside = path.with_suffix(".tiktoken")
-    write_file(beside, lambda file: file.write(tokenizer.vocab.encode()))
-    print(f"  from tokenizer import Tokenizer  # run in {Path(__file__).parents[1]}")
-    name = str(beside.resolve())
-    print(f"  tokenizer = Tokenizer.from_file({name!r}, {tokenizer.context_length})")
-
-
-def write_transformers(model, tokenizer, folder):
-    """Write the towers with the files that transformers wants beside them. Say how it loads them,
-    and what tokenizes a caption."""
+def write_transformers(model, folder):
+    transformers = optional("transformers")
     c = model.config
-    images = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": c.image_size,
-        "crop_size": c.image_size,
-        "image_mean": c.image_mean,
-        "image_std": c.image_std,
-    }
-    files = {"config.json": transformers_config(c), "preprocessor_config.json": images}
-    path = write_folder(folder, transformers_state(model), files)
-    name = str(folder.resolve())
-    print("  from transformers import CLIPModel, CLIPTokenizer")
-    print(f"  model = CLIPModel.from_pretrained({name!r})")
-    if is_clips(tokenizer):
-        print("  tokenizer = CLIPTokenizer.from_pretrained('openai/clip-vit-base-patch32')")
-    else:
-        write_vocabulary(tokenizer, path)
+    other = transformers.CLIPModel(transformers.CLIPConfig(**transformers_config(c)))
+    other.load_state_dict(transformers_state(model))
+    other.save_pretrained(folder)
+    size = {"size": {"shortest_edge": c.image_size}, "crop_size": c.image_size}
+    images = {"image_mean": c.image_mean, "image_std": c.image_std}
+    transformers.CLIPImageProcessor(**size, **images).save_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -406,7 +307,7 @@ def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # a text, because Windows would turn the / of a name around
-    text = ".pt or .safetensors file, transformers' folder, or MODEL/TAG of open_clip"
+    text = ".pt or .safetensors file, a folder, or MODEL/TAG of open_clip"
     add("input", metavar="IN", help=text)
     add("output", metavar="OUT", type=Path, help="new .pt file, or with --to a new folder")
     text = "this layout, without the word head"
@@ -416,16 +317,22 @@ def main(argv):
     out = args.output
     check(not out.exists(), f"{out} is there already: OUT must be new")
     check(args.to or out.suffix == ".pt", f"OUT must end in .pt, which {out} does not")
-    check(out.parent.is_dir(), f"there is no folder {out.parent}")
-    model, tokenizer = convert(args.input, args.vocab)
-
-    if args.to == "open_clip":
-        write_open_clip(model, tokenizer, out)
-    elif args.to == "transformers":
-        write_transformers(model, tokenizer, out)
+    path = Path(args.input)
+    if path.exists():
+        weights, config, vocab = read_weights(path)
+    else:
+        weights, config, vocab = read_open_clip(args.input)
+    if args.vocab is not None or vocab is None:
+        vocab = Tokenizer.from_file(args.vocab or "clip").vocab
+    model, tokenizer = checkpoint.restore(args.input, weights, config, vocab)
+    if args.to:
+        write = {"open_clip": write_open_clip, "transformers": write_transformers}[args.to]
+        with new_folder(out) as folder:
+            write(model, folder)
+            (folder / "model.tiktoken").write_text(tokenizer.vocab)
     else:
         checkpoint.write_checkpoint(out, model, tokenizer.vocab)
-        print(f"wrote {out}: {model.config}")
+    print(f"wrote {out}: {model.config}")
 
 
 if __name__ == "__main__":

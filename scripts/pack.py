@@ -22,7 +22,6 @@ import tarfile
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
-from shlex import quote
 
 from PIL import Image
 
@@ -32,69 +31,31 @@ from cli import InputError, check, cores, make_parser, new_folder, number, run_c
 # Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 SHARD_SIZE = 1000  # samples
-QUALITY = 90  # of new JPEGs, in 1..100
 
 # -----------------------------------------------------------------------------
 # The list
 
 
-def json_rows(file):
-    """Yield (line number, dict of columns). A line that is no JSON object gives {None: ...}."""
-    for line, text in enumerate(file, start=1):
-        if text.strip():
-            try:
-                row = json.loads(text)
-            except ValueError:
-                row = None
-            yield line, row if isinstance(row, dict) else {None: row}
-
-
-def table_rows(file, path):
-    """The same for CSV and TSV, where fields without a column have the key None. The line number of
-    a row with line breaks is that of its last line."""
-    header = file.readline()
-    file.seek(0)
-    reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        # A bad row is not enough: if a quotation mark is not closed, all that follows may be lost.
-        raise InputError(f"{path}, line {reader.line_num + 1}: {error}: see its quotes") from None
-
-
-def problem_of(row, image, captions):
-    """Why a row cannot be used, or None. row: its other columns."""
-    if None in row:
-        return "more fields than columns (is the caption in quotes?), or no JSON object"
-    if not image:
-        return "no image is named"
-    if not captions:
-        return "the caption is missing or empty"
-
-
-def texts_in(value):
-    """The texts in a column of captions, as a list: it has one text, or a list of them in JSON."""
-    values = value if isinstance(value, list) else [value]
-    texts = [text.strip() for text in values if isinstance(text, str)]
-    return [text for text in texts if text]
-
-
 def read_rows(path):
-    """The list as a list of (line number, dict of columns), and its columns. Raises InputError."""
+    """Yield (line number, dict of columns). Raises InputError at what cannot be read, because after
+    a quotation mark that is not closed all that follows may be lost."""
+    line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            is_json = "json" in path.suffix.lower()
-            rows = list(json_rows(file) if is_json else table_rows(file, path))
-    except UnicodeDecodeError as error:
-        near = error.object[max(0, error.start - 25) : error.end + 15]
-        raise InputError(f"{path} is not text in UTF-8, near {near}: save it as UTF-8") from error
-    columns = {}
-    for _, row in rows:
-        columns |= dict.fromkeys(row)
-    columns.pop(None, None)  # what belongs to no column
-    check(columns, f"{path} has no rows that can be read (JSONL has an object on each line)")
-    return rows, columns
+            if "json" in path.suffix.lower():
+                for line, text in enumerate(file, start=1):
+                    if text.strip():
+                        yield line, dict(json.loads(text))
+                return
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
+            for row in reader:
+                line = reader.line_num
+                yield line, row
+    except (ValueError, TypeError, csv.Error) as error:  # UTF-8 and JSON raise a ValueError
+        reason = f"{error} (is it UTF-8? is a quotation mark open?)"
+        raise InputError(f"{path}, after line {line}: {reason}") from None
 
 
 def read_list(args):
@@ -103,23 +64,21 @@ def read_list(args):
     samples: dict of image -> list of its rows, each (line number, captions, dict of the other
     columns). bad: list of (line number, image, reason).
     """
-    rows, columns = read_rows(args.csv)
-    for column in (args.image_column, args.caption_column):
-        found = f"{args.csv} has the columns {', '.join(columns)}"
-        check(column in columns, f"{found}: see --image_column and --caption_column")
     samples = {}
     bad = []
-    folder = os.path.join(args.images, "")
-    for line, row in rows:
+    for line, row in read_rows(args.csv):
         image = str(row.pop(args.image_column, None) or "").strip()
-        captions = texts_in(row.pop(args.caption_column, None))
-        reason = problem_of(row, image, captions)
-        if reason is not None:
+        texts = row.pop(args.caption_column, None)  # one text, or a list of them in JSON
+        texts = texts if isinstance(texts, list) else [texts]
+        captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        if None in row:
+            bad.append((line, image, "more fields than columns: is the caption in quotes?"))
+        elif not image or not captions:
+            reason = "no image or no caption: see --image_column and --caption_column"
             bad.append((line, image, reason))
-            continue
-        file = os.path.normpath(os.path.join(folder, image))  # two spellings are one image
-        name = file.removeprefix(folder)
-        samples.setdefault(name, []).append((line, captions, row))
+        else:
+            name = os.path.normpath(image)  # two spellings are one image
+            samples.setdefault(name, []).append((line, captions, row))
     return samples, bad
 
 
@@ -138,12 +97,7 @@ def merge(rows):
             values = columns.setdefault(name, [])
             if value not in (None, "", *values):
                 values.append(value)
-    fields = {}
-    for name, values in columns.items():
-        if len(values) > 1:
-            fields[name] = values
-        else:
-            fields[name] = values[0] if values else None
+    fields = {name: x if len(x) > 1 else (x or [None])[0] for name, x in columns.items()}
     return {**fields, "captions": list(captions)}
 
 
@@ -155,26 +109,18 @@ def smaller(image, size):
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=QUALITY, comment=b"")  # nor the old comment
+    image.save(jpeg, "JPEG", quality=90, comment=b"")  # nor the old comment
     return jpeg.getvalue(), image.size
 
 
 def encode(item, args):
     """(image, its rows) -> (split, suffix, bytes, fields of .json), or the reason why not, as a
-    string.
-
-    An image with a short side of more than --size pixels becomes a smaller JPEG. A file that is
-    small enough stays as it is, because encoding it again would lose quality, unless shards do not
-    hold its format.
-    """
+    string. A file that is small enough stays as it is, because encoding it again would lose
+    quality, unless shards do not hold its format."""
     name, rows = item
-    fields = merge(rows)
-    file = args.images / name
     size = args.size or 10**9
     try:
-        if not file.is_file():  # reading a pipe may never end
-            return f"there is no such file: {file}"
-        content = file.read_bytes()
+        content = Path(args.images, name).read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         image = Image.open(io.BytesIO(content), formats=data.FORMATS)
         suffix = KEPT.get(image.format)
@@ -185,11 +131,10 @@ def encode(item, args):
             suffix = ".jpg"
             content, (width, height) = smaller(image, size)
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
-        kinds = ", ".join(data.FORMATS)
-        return f"the image cannot be read as {kinds}: {str(error).partition(' <')[0]}"
-    fields |= {"image": name, "width": width, "height": height, "sha256": sha256}
+        return f"the image cannot be read: {str(error).partition(' <')[0]}"
     split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
-    return split, suffix, content, fields
+    facts = {"image": name, "width": width, "height": height, "sha256": sha256}
+    return split, suffix, content, merge(rows) | facts
 
 
 # -----------------------------------------------------------------------------
@@ -225,12 +170,11 @@ def make_shards(args, samples, bad, folder):
     training and of validation pairs."""
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     items = list(samples.items())
-    n = 256
+    n = 256  # at a time, so that no more are in memory
     with ThreadPool(cores()) as pool:
-        # n at a time: imap runs ahead, and would hold in memory what a slow disk has not taken yet.
         for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]
-            for (image, rows), result in zip(part, pool.imap(partial(encode, args=args), part)):
+            for (image, rows), result in zip(part, pool.map(partial(encode, args=args), part)):
                 if isinstance(result, str):
                     bad += [(line, image, result) for line, _, _ in rows]
                 else:
@@ -242,30 +186,10 @@ def make_shards(args, samples, bad, folder):
 
 
 # -----------------------------------------------------------------------------
-# What to do with the pairs
-
-TUNE = """
-Published weights suit so few pairs (0.6 GB, which we have not tried). Fine-tune them, and search.
-(Or search with clip.pt at once.)
-  pip install open_clip_torch
-  python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt
-  python train.py --train_data {out} --init_from clip.pt --epochs 5 --batch_size 32 \\
-      --captions json.captions --out_dir out_photos"""
-FROM_NOTHING = """
-Train from nothing, with a vocabulary of the captions' words, and search:
-  python -m scripts.vocab {out} --captions json.captions
-  python train.py --train_data {out} --model tiny --batch_size 32 \\
-      --captions json.captions --out_dir out_photos"""
-SEARCH = """
-  python -m scripts.search --checkpoint out_photos/best.pt --images {images} \\
-      --features photos.npz --serve"""
-
-
-# -----------------------------------------------------------------------------
 # The command
 
 
-def read_options(argv):
+def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
@@ -281,27 +205,17 @@ def read_options(argv):
     add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
     # fmt: on
     args = parser.parse_args(argv)
-    args.images = Path(os.path.abspath(args.images or args.csv.parent))
-    return args
-
-
-def main(argv):
-    args = read_options(argv)
+    args.images = args.images or args.csv.parent
     samples, bad = read_list(args)
     with new_folder(args.out) as folder:
         n, n_val = make_shards(args, samples, bad, folder)
-        if n + n_val == 0:
-            raise InputError(f"none of the rows of {args.csv} can be used: {min(bad)[2]}")
+        reason = min(bad)[2] if bad else "it has none"
+        check(n + n_val > 0, f"none of the rows of {args.csv} can be used: {reason}")
         path = folder / "bad_rows.csv"
         with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
-
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
     print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
-    way = TUNE if n < 10_000 else FROM_NOTHING
-    # with slashes, as in train.print_next
-    folders = {"out": quote(args.out.as_posix()), "images": quote(args.images.as_posix())}
-    print((way + SEARCH).format(**folders))
 
 
 if __name__ == "__main__":

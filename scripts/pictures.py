@@ -32,31 +32,22 @@ def image_files(paths, out=None):
     return list(files.values())
 
 
-def contact_sheet(images, captions, path, columns=4, legend=""):
-    """Draw images with a caption of up to five lines below each, and a legend above all of them.
-
-    images: list of uint8 tensors (3, S, S); captions: as many strings; path: the PNG file to write.
-    """
+def contact_sheet(images, captions, path, columns=4):
+    """Draw images with a caption of up to five lines below each. images: list of uint8 tensors (3,
+    S, S); captions: as many strings; path: the PNG file to write."""
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
-    letters = side // LETTER
-    wrapped = [textwrap.wrap(text, letters, max_lines=5, placeholder="…") for text in captions]
+    wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = side + GAP
     height = side + GAP + LINE * max(map(len, wrapped))
-    legend_lines = textwrap.wrap(legend, columns * width // LETTER)
-    top = GAP
-    if legend_lines:
-        top += LINE * len(legend_lines) + GAP
-
-    sheet = Image.new("RGB", (GAP + columns * width, top + rows * height), "white")
+    sheet = Image.new("RGB", (GAP + columns * width, GAP + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.multiline_text((GAP, GAP), "\n".join(legend_lines), "black", font)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
         row, column = divmod(i, columns)
         x = GAP + column * width
-        y = top + row * height
+        y = GAP + row * height
         sheet.paste(to_pil_image(image), (x, y))
         pen.multiline_text((x, y + side + 4), "\n".join(lines), "black", font)
 

@@ -11,15 +11,9 @@ validation pictures of the run are searched. A score is the cosine similarity of
 Compare only scores of the same text, because some texts score higher than others everywhere.
 
 --features keeps the features of the images searched, so that the next search of the same folders
-encodes only those that are new or have changed. Other programs, such as a notebook or FAISS, can
-read the file:
-
-    photos = numpy.load("photos.npz")
-    photos["names"]     # (N,) absolute paths; SHARD:KEY for images in shards
-    photos["features"]  # (N, E) float32, of length 1
-
-The other arrays tell versions apart: stamps (N,) are texts that change when an image does, and
-checkpoint is the SHA-256 of the checkpoint.
+encodes only those that are new or have changed. Other programs can read the file by numpy.load: its
+names (N,) are absolute paths, or SHARD:KEY, and its features (N, E) are float32, of length 1. Its
+stamps (N,) say when the images were changed, and checkpoint is the SHA-256 of the checkpoint.
 
 Axes: N images, E embedding, S pixels a side.
 """
@@ -33,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import data
 import eval as evaluation
@@ -53,37 +47,26 @@ from scripts.pictures import image_files
 from tokenizer import unknown_words
 
 # -----------------------------------------------------------------------------
-# Where images are
+# Images
 
-# An image to search. stamp: a text that changes when the image does; sample: its number in the
-# shards, or None if it is a file.
+# An image to search. stamp: when its file or shard was changed; sample: its number in the shards,
+# or None if it is a file.
 Entry = namedtuple("Entry", "name stamp sample")
 
 
-def stamp_of(path):
-    """When a file was changed, in ns, and its size, as a text."""
-    status = os.stat(path)
-    return f"{status.st_mtime_ns} {status.st_size}"
-
-
-def file_entries(paths):
-    """Image files and folders -> list of their entries."""
-    return [Entry(os.path.abspath(x), stamp_of(x), None) for x in image_files(paths)]
-
-
-def shard_entries(shards):
-    """data.Shards -> list of the entries of all their images, with or without captions."""
-    stamps = {path: stamp_of(path) for path in shards.paths}
-    entries = []
-    for i in range(len(shards)):
-        # With the place of the image, because a tar header may shorten two names to one.
-        path, offset = shards.place(i)
-        entries.append(Entry(shards.name(i), f"{stamps[path]} {offset}", i))
+def find_entries(files, shards):
+    """Image files, and data.Shards or None -> list of entries, with or without captions."""
+    entries = [Entry(os.path.abspath(x), os.stat(x).st_mtime_ns, None) for x in files]
+    if shards is not None:
+        stamps = {path: os.stat(path).st_mtime_ns for path in shards.paths}
+        for i in range(len(shards)):
+            path, _ = shards.place(i)
+            entries.append(Entry(shards.name(i), stamps[path], i))
     return entries
 
 
 class Images(Dataset):
-    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S) or None, entry)."""
+    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S) or None, number)."""
 
     def __init__(self, entries, shards, size):
         self.entries = entries
@@ -94,26 +77,13 @@ class Images(Dataset):
         return len(self.entries)
 
     def __getitem__(self, i):
-        entry = self.entries[i]
-        if entry.sample is None:
-            return evaluation.read_image(entry.name, self.size), entry
+        name, _, sample = self.entries[i]
+        if sample is None:
+            return evaluation.read_image(name, self.size), i
         try:
-            return self.shards.image(entry.sample, self.size), entry
+            return self.shards.image(sample, self.size), i
         except evaluation.UNREADABLE as error:
-            return evaluation.skip(entry.name, error), entry
-
-
-def first_text(shards, i, sources):
-    """The first text that a sample has in the first of the sources that it has, or ""."""
-    for source in sources:
-        with suppress(data.BadSample):
-            return shards.texts(i, source)[0]
-    return ""
-
-
-def short_name(path):
-    """A path without the current folder."""
-    return path.removeprefix(os.getcwd() + os.sep)
+            return evaluation.skip(name, error), i
 
 
 # -----------------------------------------------------------------------------
@@ -134,24 +104,24 @@ def read_features(path, sha256):
     return features
 
 
-def find_features(model, entries, shards, workers, path, sha256):
-    """list of entries -> dict {entry: feature (E,)} of all images that can be read; the others are
-    named. Features that are in the file `path` come from there, and all are kept there, unless it
-    is None; sha256: that of the checkpoint. Raises InputError."""
+def find_features(model, images, workers, path, sha256):
+    """Images -> dict {number: feature (E,)} of all that can be read; the others are named. What the
+    file `path` has comes from there, and all are kept there, unless it is None; sha256: that of the
+    checkpoint. Raises InputError."""
     known = {}
     if path and path.exists():
         known = read_features(path, sha256)
-    found = {e: known[e.name, e.stamp] for e in entries if (e.name, e.stamp) in known}
-    missing = [entry for entry in entries if entry not in found]
-    images = Images(missing, shards, model.config.image_size)
-    for batch, encoded in evaluation.batches(images, 128, workers, "encoding"):
+    versions = [(entry.name, entry.stamp) for entry in images.entries]
+    missing = [i for i, version in enumerate(versions) if version not in known]
+    for batch, numbers in evaluation.batches(Subset(images, missing), 128, workers, "encoding"):
         features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
-        found.update(zip(encoded, features))
-    found = {entry: found[entry] for entry in entries if entry in found}  # in their order
-    if path and found:
+        known.update(zip([versions[i] for i in numbers], features))
+    found = {i: known[version] for i, version in enumerate(versions) if version in known}
+    check(found, "none of the images can be read")
+    if path:
         content = {
-            "names": [entry.name for entry in found],
-            "stamps": [entry.stamp for entry in found],
+            "names": [versions[i][0] for i in found],
+            "stamps": [versions[i][1] for i in found],
             "features": torch.stack([*found.values()]).numpy(),
             "checkpoint": sha256,
         }
@@ -164,21 +134,16 @@ def find_features(model, entries, shards, workers, path, sha256):
 
 
 class Search:
-    """A model, and the images to search with it. An image's number is its place in `entries`.
+    """A model, and the images to search with it. features: what find_features returns; captions:
+    sources, of which the first that an image has is shown. The result of a search is a dict: the
+    text, or the name of the image that others are like, and what was found, a list of dicts."""
 
-    features: dict {entry: feature (E,)}; shards: data.Shards, or None; captions: sources, of which
-    the first that an image has is shown. The result of a search is a dict: the text, or the name of
-    the image that others are like, and what was found, a list of dicts.
-    """
-
-    def __init__(self, model, tokenizer, features, shards, captions):
+    def __init__(self, model, tokenizer, images, features, captions):
         self.model = model
         self.tokenizer = tokenizer
-        self.entries = list(features)
-        start = os.path.commonprefix([short_name(entry.name) for entry in self.entries])
-        self.folder = start[: start.rfind(os.sep) + 1]  # that holds all of them
+        self.images = images
+        self.numbers = [*features]  # of the images that can be read
         self.features = torch.stack([*features.values()])  # (N, E)
-        self.shards = shards
         self.captions = captions
 
     def by_text(self, text, k):
@@ -187,47 +152,39 @@ class Search:
         unknown = unknown_words(self.tokenizer, [text])
         return {"text": text, "unknown": unknown, "found": self.best(self.features @ feature, k)}
 
-    def by_image(self, i, k):
-        """The k images that are most like image i."""
-        scores = self.features @ self.features[i]
+    def by_image(self, number, k):
+        """The k images that are most like one of them."""
+        scores = self.features @ self.features[self.numbers.index(number)]
         # An image would find itself and its copies, which are of no use to anybody.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
-        return {"like": short_name(self.entries[i].name), "found": self.best(scores, k)}
+        return {"like": self.about(number)["name"], "found": self.best(scores, k)}
 
     def best(self, scores, k):
         order = scores.argsort(descending=True, stable=True)[:k].tolist()
-        return [self.about(i, scores[i].item()) for i in order if scores[i] > -math.inf]
+        order = [i for i in order if scores[i] > -math.inf]
+        return [{"score": scores[i].item(), **self.about(self.numbers[i])} for i in order]
 
-    def about(self, i, score):
-        """What is known of image i, or "": its file, if scripts/pack.py made the sample, and its
-        caption, if it is in a shard."""
-        entry = self.entries[i]
-        found = {"number": i, "score": score, "name": short_name(entry.name)}
-        found |= {"file": "", "caption": ""}
-        if entry.sample is not None:
-            found["file"] = first_text(self.shards, entry.sample, ["json.image"])
-            found["caption"] = first_text(self.shards, entry.sample, self.captions)
-        return found
+    def about(self, number):
+        """What is known of an image: its name, and its caption, or "" if it has none."""
+        name, _, sample = self.images.entries[number]
+        caption = ""
+        if sample is not None:
+            for source in reversed(self.captions):
+                with suppress(data.BadSample):
+                    caption = self.images.shards.texts(sample, source)[0]
+        name = name.removeprefix(os.getcwd() + os.sep)
+        return {"number": number, "name": name, "caption": caption}
 
-    def image(self, i, size):
-        """Image i as a uint8 tensor (3, size, size), or None."""
-        return Images(self.entries, self.shards, size)[i][0]
-
-
-def print_result(result):
-    print("\n" + result["text"])
-    if result["unknown"]:
-        print("not in the vocabulary:", ", ".join(result["unknown"]))
-    for found in result["found"]:
-        line = "  ".join(filter(None, (found["name"], found["file"], found["caption"])))
-        print(f"{found['score']:8.3f}  {line}")
+    def image(self, number, size):
+        """An image as a uint8 tensor (3, size, size), or None."""
+        return Images(self.images.entries, self.images.shards, size)[number][0]
 
 
 # -----------------------------------------------------------------------------
 # The command
 
 
-def read_options(argv):
+def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="what to look for")
@@ -240,40 +197,31 @@ def read_options(argv):
     add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
-    for text in args.texts:  # of a pattern without quotes all files but one become texts
-        check(not os.path.isfile(text), f"{text} is a file: put a pattern in quotes")
     check(args.texts or args.serve, "name a text to look for, or open a page (--serve)")
-    return args
-
-
-def main(argv):
-    args = read_options(argv)
-    server = None
-    if args.serve:
-        server = serve.open_server(args.port)  # now, so that no work is lost if another has it
-    entries = file_entries(args.images)
+    files = image_files(args.images)
     shards = None
     captions = []
     if args.data or not args.images:
         options = "--images or --data"
         paths, captions = evaluation.validation_of(args.checkpoint, args.data, options)
         shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
-        entries += shard_entries(shards)
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    features = find_features(model, entries, shards, args.workers, args.features, sha256)
-    check(features, "none of the images can be read")
-    search = Search(model, tokenizer, features, shards, [*captions, "txt"])
-
-    kind = "images" if args.images or args.data else "validation images"
-    print(f"{len(features):,} {kind}; scores are cosine similarities")
+    images = Images(find_entries(files, shards), shards, model.config.image_size)
+    features = find_features(model, images, args.workers, args.features, sha256)
+    print(f"{len(features):,} images; scores are cosine similarities")
+    search = Search(model, tokenizer, images, features, [*captions, "txt"])
     results = [search.by_text(text, args.k) for text in args.texts]
     for result in results:
-        print_result(result)
+        print("\n" + result["text"])
+        if result["unknown"]:
+            print("not in the vocabulary:", ", ".join(result["unknown"]))
+        for found in result["found"]:
+            print(f"{found['score']:8.3f}  {found['name']}  {found['caption']}".rstrip())
     write_json(args.json, results)
-    if server:
-        serve.run(server, search, args.k)
+    if args.serve:
+        serve.run(args.port, search, args.k)
 
 
 if __name__ == "__main__":

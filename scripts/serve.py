@@ -1,14 +1,10 @@
-"""The page that scripts/search.py serves:
+"""The page of `python -m scripts.search --serve`: serve.html, which asks this process for results,
+and then for each picture.
 
-    python -m scripts.search --checkpoint clip.pt --images photos/ --features photos.npz --serve
-
-It is page.html, which all pages share, followed by serve.html. The page asks this process for
-results, and then for each picture.
-
-The page is for this machine alone, or for one that is connected to it by `ssh -L`. Three things
-keep others out: it listens on 127.0.0.1, it answers only to a host of this machine (so that no
-website can reach it under a name of its own), and its address has a random part, which other users
-of this machine do not know. A request names a picture by its number, never by a path.
+It is for this machine alone, or for one that is connected to it by `ssh -L`. Three things keep
+others out: it listens on 127.0.0.1, it answers only to a host of this machine (so that no website
+can reach it under a name of its own), and its address has a random part, which other users of this
+machine do not know. A request names a picture by its number, never by a path.
 """
 
 import io
@@ -24,20 +20,15 @@ from urllib.parse import parse_qsl
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cli import InputError, check
-from scripts.page import page_text
 
-TEMPLATE = Path(__file__).with_suffix(".html")
-SIDE, QUALITY = 224, 85  # of a picture in pixels, and its JPEG quality
+PAGE = Path(__file__).with_suffix(".html")
+SIDE = 224  # of a picture in pixels
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
 
 
-def open_server(port):
-    """Take a port of 127.0.0.1; 0 is any that is free."""
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-
-
-def run(server, search, k):
-    """Answer until Ctrl-C. k: pictures to find."""
+def run(port, search, k):
+    """Answer until Ctrl-C. port: 0 is any that is free; k: pictures to find."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.search = search
     server.k = k
     server.token = secrets.token_urlsafe(16)
@@ -74,23 +65,18 @@ class Handler(BaseHTTPRequestHandler):
         """The content of an address: its type, and its bytes. Raises InputError, LookupError or
         ValueError if there is none."""
         search = self.server.search
-        k = self.server.k
         if name == "":
-            content = {"folder": search.folder, "pictures": len(search.entries)}
-            page = page_text(TEMPLATE, content)
-            # Unlike other pages it may ask for more, but its own server alone.
-            page = page.replace("img-src data:", "img-src data: 'self'; connect-src 'self'", 1)
-            return "text/html", page.encode()
+            return "text/html", PAGE.read_bytes()
         if name == "picture":
             image = search.image(int(options["number"]), SIDE)
             check(image is not None, "it cannot be read any more")
             jpeg = io.BytesIO()
-            to_pil_image(image).save(jpeg, "JPEG", quality=QUALITY)
+            to_pil_image(image).save(jpeg, "JPEG")
             return "image/jpeg", jpeg.getvalue()
         if "like" in options:
-            result = search.by_image(int(options["like"]), k)
+            result = search.by_image(int(options["like"]), self.server.k)
         else:
-            result = search.by_text(options["text"], k)
+            result = search.by_text(options["text"], self.server.k)
         return "application/json", json.dumps(result).encode()
 
     def handle(self):

@@ -7,9 +7,7 @@ their label: the shares that the word head is asked to predict, by the IDF over 
 these shards.
 """
 
-import textwrap
 from collections import Counter
-from functools import partial
 
 import torch
 
@@ -23,24 +21,19 @@ from tokenizer import clean, token_text, tokenizer_for
 
 SAMPLES = 8  # to print and draw
 SIDE = 240  # pixels of an image in the picture
-fill = partial(textwrap.fill, width=100, initial_indent="  ", subsequent_indent="    ")
 
 
-def report_captions(lengths, repeats, context_length):
-    """lengths: list of tokens in each caption; repeats: in how many samples each caption is."""
-    n = len(lengths)
+def report(lengths, repeats, unused, context_length):
+    """lengths: list of tokens in each caption; repeats: in how many samples each caption is;
+    unused: list of (name, reason)."""
     lengths = sorted(lengths)
-    parts = [f"{q} % have at most {lengths[q * n // 100]}" for q in (1, 25, 50, 75, 99)]
-    print(f"tokens per caption: {', '.join(parts)}, the longest {lengths[-1]}")
-    too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
-    print(f"longer than {context_length} tokens: {too_long:,}; labels use all of it")
-    # The contrastive loss pushes an image away from its caption's twin, though both fit as well.
-    twins = sum(count for count in repeats.values() if count > 1)
-    print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
-
-
-def report_unused(unused):
-    """unused: list of (name, reason). Prints their number by reason, with an example each."""
+    if lengths:
+        too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
+        print(f"tokens per caption: {lengths[len(lengths) // 2]} in the middle, {lengths[-1]} most")
+        print(f"longer than {context_length} tokens: {too_long:,}; labels use all of it")
+        # The contrastive loss pushes an image away from its caption's twin, which fits as well.
+        twins = sum(count for count in repeats.values() if count > 1)
+        print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
     print(f"not used: {len(unused):,}")
     reasons = [reason.partition(":")[0] for _, reason in unused]
     example = {reason: name for reason, (name, _) in zip(reasons, unused)}
@@ -50,14 +43,12 @@ def report_unused(unused):
 
 def print_sample(name, texts, tokenizer, weights):
     """The captions of a sample, and the label of the first one. weights (V,): from idf."""
-    print(f"\n{name}")
-    for text in texts:
-        print(fill(text))
+    print("\n  ".join([f"\n{name}", *texts]))
     ids = tokenizer.encode(texts[0])
     [label] = caption_label(torch.tensor([ids]), weights)
     shares = Counter({i: label[i].item() for i in ids})
     words = [f"{token_text(tokenizer, i)} {share:.2f}" for i, share in shares.most_common(20)]
-    print(fill("label: " + "  ".join(words)))
+    print("  label: " + "  ".join(words))
 
 
 def main(argv):
@@ -71,8 +62,8 @@ def main(argv):
     paths = training_shards(args.shards)
     tokenizer = tokenizer_for(paths, args.vocab)
     shards = data.Shards(paths, args.captions)
-    unused = list(shards.unused)
 
+    unused = list(shards.unused)
     lengths = []
     token_counts = Counter()  # which counts ten times as fast as a tensor
     repeats = Counter()
@@ -88,9 +79,6 @@ def main(argv):
             token_counts.update(set(ids))
         # Equal captions of one sample count once, because they are no false negatives.
         repeats.update({clean(text) for text in texts})
-    print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
-    if lengths:
-        report_captions(lengths, repeats, tokenizer.context_length)
 
     samples = []
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
@@ -99,7 +87,9 @@ def main(argv):
             samples.append((shards.name(i), shards.captions(i), shards.image(i, SIDE)))
         except UNREADABLE as error:
             unused.append((shards.name(i), str(error)))
-    report_unused(list(dict.fromkeys(unused)))  # a bad caption may have been read twice
+    print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
+    unused = list(dict.fromkeys(unused))  # a bad caption may have been read twice
+    report(lengths, repeats, unused, tokenizer.context_length)
     counts = torch.tensor([token_counts[i] for i in range(tokenizer.vocab_size)])
     weights = idf(len(lengths), counts)
     for name, texts, _ in samples:

@@ -12,9 +12,6 @@ data, so scenes are drawn on the spot.)
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
 
-import random
-from collections import namedtuple
-
 import torch
 import torch.nn.functional as F
 
@@ -24,49 +21,32 @@ import scenes
 from cli import InputError, check, make_parser, pick_device, run_command
 from scripts.pictures import contact_sheet, image_files, picture_file
 
-# A picture to look at: its full name, a short title, and its pixels (3, S, S), or None if it cannot
-# be read
-Picture = namedtuple("Picture", "name title image")
 SHOWN = 6  # validation pictures
 
 
-# -----------------------------------------------------------------------------
-# Pictures to look at
-
-
-def pictures_of_run(paths, captions, size):
-    """Yield SHOWN pictures of shards at even distances, whose titles are their first captions."""
+def find_pictures(args, tokenizer, size):
+    """Yield the pictures to look at: those of --image, or validation pictures of the run, or
+    scenes. Each is its name, a short title, and its pixels (3, S, S), or None if it cannot be read.
+    Raises InputError."""
+    if args.image:
+        for file in image_files(args.image, args.out):
+            yield str(file), file.stem, evaluation.read_image(file, size)
+        return
+    try:
+        paths, captions = evaluation.validation_of(args.checkpoint, option="--image")
+    except InputError:
+        if tokenizer.vocab != scenes.vocabulary():
+            raise
+        for _, scene, _, caption in scenes.make_samples("val", range(4)):
+            yield caption, caption, data.load_image(scenes.draw(scene), size)
+        return
     shards = data.Shards(data.expand(paths), captions)
     images = evaluation.ShardImages(shards, size)
     step = max(1, len(shards) // SHOWN)
     for i in range(0, len(shards), step)[:SHOWN]:
         image, texts = images[i]
         title = texts[0] if texts else ""
-        yield Picture(f'{shards.name(i)} "{title}"', title, image)
-
-
-def scene_pictures(size):
-    """Yield four pictures of built-in scenes, of objects that training showed, with a caption as
-    their name."""
-    for i in range(4):
-        rng = random.Random(f"words {i}")
-        scene = scenes.make_scene(rng, scenes.SEEN)
-        caption = scenes.describe(scene, rng)[1]
-        yield Picture(caption, caption, data.load_image(scenes.draw(scene), size))
-
-
-def find_pictures(args, files, tokenizer, size):
-    """Returns the pictures to look at: those of --image, or validation pictures of the run, or
-    scenes. Raises InputError."""
-    if files:
-        return (Picture(str(x), x.stem, evaluation.read_image(x, size)) for x in files)
-    try:
-        shards, captions = evaluation.validation_of(args.checkpoint, option="--image")
-    except InputError:
-        if tokenizer.vocab != scenes.vocabulary():
-            raise
-        return scene_pictures(size)
-    return pictures_of_run(shards, captions, size)
+        yield f'{shards.name(i)} "{title}"', title, image
 
 
 # -----------------------------------------------------------------------------
@@ -116,10 +96,6 @@ def word_maps(model, image, ids, window, batch_size=64):
 CELL = 168  # pixels: side of an image
 MAX_IMAGES = 24  # a sheet of a large folder would not fit into memory
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
-LEGEND = (
-    "Red: the word becomes less probable if windows of {0} x {0} patches here are left out. Blue: "
-    "more probable. Each row has a scale of its own."
-)
 
 
 def word_cells(image, maps):
@@ -136,19 +112,6 @@ def word_cells(image, maps):
     return torch.cat([photo, cells]).clamp(0, 255).byte()
 
 
-def draw_words(results, window, path):
-    """Draw a row for each image, with a map for each of its words, and write the sheet to `path`.
-    results: list of (title, image (3, S, S), words as eval.top_words gives them, maps (K, G,
-    G))."""
-    cells = []
-    captions = []
-    for title, image, words, maps in results:
-        cells += word_cells(image, maps)
-        captions.append(title)
-        captions += [f"{word} {p:.1%}" for word, p, _ in words]
-    contact_sheet(cells, captions, path, len(cells) // len(results), LEGEND.format(window))
-
-
 # -----------------------------------------------------------------------------
 # The command
 
@@ -159,27 +122,29 @@ def main(argv):
     add("--image", nargs="+", default=[], help="images, or folders of images")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     args = parser.parse_args(argv)
-    files = image_files(args.image, args.out)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     window = default_window(model)
 
     n = 0  # images that can be read
-    to_draw = []
-    for name, title, image in find_pictures(args, files, tokenizer, model.config.image_size):
+    cells = []  # of the sheet, and what stands below them
+    titles = []
+    for name, title, image in find_pictures(args, tokenizer, model.config.image_size):
         if image is None:
             continue
         n += 1
         [words] = evaluation.top_words(model, tokenizer, image[None])
-        text = ", ".join(f"{word} {p:.3f}" for word, p, _ in words)
-        print(f"{name}: {text}")
-        if args.out and len(to_draw) < MAX_IMAGES:
+        print(f"{name}: {', '.join(f'{word} {p:.3f}' for word, p, _ in words)}")
+        if args.out and n <= MAX_IMAGES:
             _, maps = word_maps(model, image, [i for _, _, i in words], window)
-            to_draw.append((title, image, words, maps))
+            cells += word_cells(image, maps)
+            titles += [title, *[f"{word} {p:.1%}" for word, p, _ in words]]
     check(n > 0, "none of the images can be read")
-    if to_draw:
-        draw_words(to_draw, window, args.out)
-        print(f"wrote {args.out}: {len(to_draw)} of {n} images")
+    if args.out:
+        rows = min(n, MAX_IMAGES)
+        contact_sheet(cells, titles, args.out, len(cells) // rows)
+        print(f"wrote {args.out}: {rows} of {n} images, each with a scale of its own. Red: a word")
+        print(f"is less probable without {window} x {window} patches here. Blue: more probable.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The image tower learns at twice the rate of the rest:
-
-    python -m study.fast_tower --cls_weight 0 [options of train.py]
+"""The image tower learns at twice the rate: python -m study.fast_tower --cls_weight 0 [options]
 
 At first the word loss sends the image tower a longer gradient than the contrastive loss does. So
 perhaps a faster image tower is all that CLIP needs.
@@ -12,9 +10,8 @@ from cli import run_command
 usual_optimizer = train.make_optimizer
 
 
-def fast_tower(model, learning_rate, weight_decay, new=()):
-    """What train.make_optimizer returns, with the image tower in groups of its own."""
-    optimizer = usual_optimizer(model, learning_rate, weight_decay, new)
+def fast_tower(model, *options):
+    optimizer = usual_optimizer(model, *options)
     tower = {*model.visual.parameters()}
     for group in [*optimizer.param_groups]:
         params = [p for p in group["params"] if p in tower]

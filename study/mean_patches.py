@@ -1,6 +1,4 @@
-"""The image feature is the mean of the patch tokens, and not the class token:
-
-    python -m study.mean_patches --cls_weight 0 [options of train.py]
+"""Features are means of patches: python -m study.mean_patches --cls_weight 0 [options of train.py]
 
 The word head reads that mean. So perhaps CLIP gains as much if its own loss reads it.
 """
@@ -13,7 +11,6 @@ from cli import run_command
 
 
 def mean_of_patches(model, image_tokens, normalize=True):
-    """What SuperCLIP.image_features returns, from the patches."""
     features = image_tokens[:, 1:].mean(dim=1) @ model.visual.proj
     return F.normalize(features.float(), dim=-1) if normalize else features
 

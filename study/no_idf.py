@@ -1,6 +1,4 @@
-"""All words of a caption weigh the same in its label, the rare and the common:
-
-    python -m study.no_idf [options of train.py]
+"""All words of a caption weigh the same: python -m study.no_idf [options of train.py]
 
 In the paper that takes the mean score from 47.1 to 44.8 (Table 10).
 """
@@ -13,10 +11,8 @@ from cli import run_command
 
 
 def equal_weights(num_captions, token_counts):
-    """What superclip.idf returns, without the frequencies."""
     weights = torch.ones_like(token_counts, dtype=torch.float)
-    weights[superclip.PAD] = 0.0
-    weights[-2:] = 0.0  # start and end of text
+    weights[[superclip.PAD, -2, -1]] = 0.0  # padding, start and end are no words
     return weights
 
 

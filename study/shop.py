@@ -1,13 +1,9 @@
-"""Photographs for the study: a shop's products with their titles, to train and to validate on, and
-folders of classes.
-
-    python -m study.shop DIR
+"""Photographs for the study, a shop's products with their titles: python -m study.shop DIR
 
 DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
 table pairs.csv with the columns image (ID.jpg), caption (productDisplayName) and type
-(articleType). They are split anew for each seed of the published rows. What is made for seed 15
-goes to out_study/shop/15: 24,000 pairs to train on with a vocabulary of their words, 2,000 pairs to
-validate on, and a folder of pictures for each type.
+(articleType). What is made for seed 15 goes to out_study/shop/15: 24,000 pairs to train on with a
+vocabulary of their words, 2,000 pairs to validate on, and a folder of pictures for each type.
 
 Hashes of the seed decide where a product is, so everyone gets the same splits. Products with
 equal titles are on one side, and no picture is on two. The titles of the validation pairs are
@@ -25,9 +21,6 @@ from scripts.pack import ShardWriter
 
 OUT = Path("out_study/shop")
 SEEDS = (*range(3), *range(15, 25))  # of the published rows
-TRAIN = 24_000  # pairs
-VAL = 2_000
-PICTURES = 200  # of a type
 # Types are named as titles say them.
 TYPES = {
     "Tshirts": "t-shirt", "Shirts": "shirt", "Casual Shoes": "casual shoes", "Watches": "watch",
@@ -49,24 +42,25 @@ def split(rows, seed):
     train = [row for row in rows if row["caption"] in trained]
     shown = {row["content"] for row in train}
     others = [row for row in rows if row["caption"] not in trained and row["content"] not in shown]
-    val = [row for row in others if titles[row["caption"]] == 1][:VAL]
+    val = [row for row in others if titles[row["caption"]] == 1][:2000]
     used = {row["content"] for row in val}
     classified = [row for row in others if row["content"] not in used]
-    return train[:TRAIN], val, classified
+    return train[:24_000], val, classified
 
 
-def write_shards(rows, out, name):
-    writer = ShardWriter(out, name)
-    for row in rows:
-        writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
-    writer.close()
-
-
-def write_types(rows, folder):
+def write_split(rows, seed, out):
+    train, val, classified = split(rows, seed)
+    out.mkdir()
+    for name, part in (("train", train), ("val", val)):
+        writer = ShardWriter(out, name)
+        for row in part:
+            writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
+        writer.close()
+    vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
     for theirs, name in TYPES.items():
-        (folder / name).mkdir(parents=True)
-        for row in [row for row in rows if row["type"] == theirs][:PICTURES]:
-            (folder / name / row["image"]).write_bytes(row["content"])
+        (out / "type" / name).mkdir(parents=True)
+        for row in [row for row in classified if row["type"] == theirs][:200]:
+            (out / "type" / name / row["image"]).write_bytes(row["content"])
 
 
 def main(argv):
@@ -77,16 +71,9 @@ def main(argv):
         rows = [*csv.DictReader(file)]
     for row in rows:
         row["content"] = (args.folder / "images" / row["image"]).read_bytes()
-
     with new_folder(OUT) as folder:
         for seed in SEEDS:
-            train, val, classified = split(rows, seed)
-            out = folder / str(seed)
-            out.mkdir()
-            write_shards(train, out, "train")
-            write_shards(val, out, "val")
-            vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
-            write_types(classified, out / "type")
+            write_split(rows, seed, folder / str(seed))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
-"""A head that hears only the words for the colours of objects, or only those for their shapes:
-
-    python -m study.some_words --hears colours [options of train.py]
+"""A head that hears colours alone, or shapes: python -m study.some_words --hears colours [options]
 
 The two heads are alike in everything but the words. So if one model names colours better and the
-other one shapes, it is the words that decide. No cloth and no border of the built-in scenes has a
-name of these. Captions are counted as always, and one without any of the words adds no loss.
+other one shapes, it is the words that decide. A caption without any of the words adds no loss.
 """
 
 import torch
@@ -28,7 +25,6 @@ def main(argv):
     heard[tokenizer.encode(" ".join(WORDS[args.hears]))] = 1.0
 
     def some_words(logits, label_tokens, token_weights):
-        """What superclip.classification_loss returns, if all other words weigh nothing."""
         return all_words(logits, label_tokens, token_weights * heard.to(token_weights.device))
 
     superclip.classification_loss = some_words

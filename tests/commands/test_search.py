@@ -1,10 +1,15 @@
-"""scripts/search.py against the slow way to search, and the file that keeps features."""
+"""scripts/search.py against the slow way to search, the file that keeps features, and the page."""
 
+import http.client
 import os
+import re
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from children import Children
 from material import (
     features_of,
     photo,
@@ -33,10 +38,12 @@ def folders(folders, monkeypatch):
 
 
 def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
-    argv = ["--checkpoint", checkpoint, "--images", ".", *TEXTS, "--k", 7]
+    """Also from a file of features, which other programs can read."""
+    argv = ["--checkpoint", checkpoint, "--images", ".", *TEXTS, "--k", 7, "--features", "x.npz"]
 
-    results, _ = result_of(capsys, search.main, folders / "found.json", *argv)
+    results, again = [result_of(capsys, search.main, Path("a.json"), *argv)[0] for _ in range(2)]
 
+    assert again == results
     model, tokenizer, _ = evaluation.load(checkpoint)
     files = sorted(Path().rglob("*.png"))
     features = features_of(checkpoint, files)
@@ -44,23 +51,10 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
         scores = (features @ query).tolist()
         best = sorted(zip(scores, map(str, files)), reverse=True)[:7]
         found = {one["name"]: one["score"] for one in result["found"]}
-        assert [*found.values()] == pytest.approx([score for score, _ in best], abs=1e-5)
         assert found == pytest.approx({name: score for score, name in best}, abs=1e-5)
-
-
-def test_shards_and_folders_are_searched_together(folders, checkpoint, capsys):
-    """With captions and the names of packed files. A file that is named twice is found once."""
-    picture = Path("red/0.png").read_bytes()
-    sample = {"png": picture, "txt": b"a red ring", "json": b'{"image": "r.png"}'}
-    write_shard("a.tar", [sample])
-    argv = ["--checkpoint", checkpoint, "--data", "a.tar", "--images", "blue"]
-    argv += ["--images", "blue/0.png", TEXTS[0]]
-
-    [result], _ = result_of(capsys, search.main, folders / "found.json", *argv)
-
-    found = [(one["name"], one["file"], one["caption"]) for one in result["found"]]
-    files = [(f"blue/{i}.png", "", "") for i in range(4)]
-    assert sorted(found) == [("a.tar:0000", "r.png", "a red ring"), *files]
+    kept = np.load("x.npz")
+    assert kept["names"].tolist() == [f"{folders}/{file}" for file in files]
+    np.testing.assert_allclose(kept["features"], features, atol=1e-5)
 
 
 def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path, capsys):
@@ -76,25 +70,8 @@ def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path
     assert f"{shard}:0000  a red ring" in capsys.readouterr().out
 
 
-# ---- the file of features
-
-
-def test_another_program_can_read_the_features(folders, checkpoint, capsys):
-    """With the file, the command finds what it has found without."""
-    argv = ["--checkpoint", checkpoint, "--images", "blue", "--features", "x.npz", TEXTS[0]]
-
-    first, again = [result_of(capsys, search.main, folders / "a.json", *argv) for _ in range(2)]
-
-    assert again == first
-    kept = np.load("x.npz")
-    files = sorted(Path("blue").iterdir())
-    assert kept["names"].tolist() == [f"{folders}/{file}" for file in files]
-    np.testing.assert_allclose(kept["features"], features_of(checkpoint, files), atol=1e-5)
-
-
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
-    """The edit keeps the size of the file. Features of zero tell which are as they were."""
-    Image.new("RGB", (20, 20), "red").save("red/1.png", compress_level=0)
+    """Features of zero tell which are as they were."""
     write_shard("a.tar", [{"png": png("red")}])
     argv = ["--checkpoint", checkpoint, "--features", "x.npz", TEXTS[0]]
     argv += ["--images", "red", "--data", "a.tar"]
@@ -103,7 +80,7 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     kept["features"][:] = 0
     np.savez("x.npz", **kept)
 
-    Image.new("RGB", (20, 20), "blue").save("red/1.png", compress_level=0)
+    Image.new("RGB", (20, 20), "blue").save("red/1.png")
     Path("red/2.png").rename("red/9.png")
     Path("red/3.png").unlink()
     assert not run(search.main, *argv)
@@ -113,3 +90,65 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     encoded = dict(zip(names, kept["features"].any(axis=1).tolist()))
     new = {"red/1.png": True, "red/9.png": True}
     assert encoded == {"red/0.png": False, "a.tar:0000": False, **new}
+
+
+# ---- the page
+
+HOSTILE = "<img src=x onerror=alert()>.png"
+
+
+@pytest.fixture(scope="module")
+def address(server, tmp_path_factory):
+    """The address of a page of twenty pictures, one of them with a hostile name."""
+    world = tmp_path_factory.mktemp("world")
+    (world / "photos").mkdir()
+    for i in range(20):
+        photo(i).save(world / "photos" / (HOSTILE if i == 5 else f"{i:02d}.png"))
+    checkpoint = write_checkpoint(world / "model.pt", small_model())
+    argv = ["--checkpoint", checkpoint, "--images", world / "photos", "--workers", 0]
+    children = Children(world)
+    process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
+    process.output.touch()
+    while "http://" not in process.output.read_text():
+        assert process.is_alive()
+        time.sleep(0.02)
+    yield re.search(r"http://\S+", process.output.read_text())[0]
+    children.end()
+
+
+PICTURE = "/TOKEN/picture?number=0"
+ANSWERS = {  # path and host of a request -> the status of the answer
+    (PICTURE, "127.0.0.1:1"): 200,  # the port of ssh -L may be another
+    (PICTURE, "127.0.0.1.evil.example"): 404,  # a website that gives its name the address 127.0.0.1
+    ("/TOKEN/picture?number=../model.pt", "localhost"): 404,
+    ("/TOKEN/photos/01.png", "localhost"): 404,
+    ("/picture?number=0", "localhost"): 404,
+}
+
+
+def test_nothing_but_numbers_of_pictures_is_served_and_only_to_this_machine(address):
+    _, netloc, token, *_ = urlsplit(address)
+    for (path, host), status in ANSWERS.items():
+        connection = http.client.HTTPConnection(netloc, timeout=30)
+        connection.request("GET", path.replace("/TOKEN/", token), headers={"Host": host})
+        assert connection.getresponse().status == status, path
+
+
+def test_a_reader_searches_and_asks_for_more_like_a_picture(browser, address):
+    """Which is not found again. Names and texts are only text."""
+    browser.implicitly_wait(30)  # for what an answer brings
+    browser.get(address)
+
+    browser.find_element("id", "field").send_keys(HOSTILE + "\ue007")  # Enter
+    browser.find_element("xpath", "//h2[starts-with(text(), '“')]")
+    images = browser.find_elements("css selector", "#results img")
+    found = [image.get_attribute("src") for image in images]
+    assert "onerror" in browser.find_element("id", "status").text
+    browser.find_elements("css selector", "#results a")[3].click()
+    browser.find_element("xpath", "//h2[starts-with(text(), 'Like ')]")
+    images = browser.find_elements("css selector", "#results img")
+
+    assert {image.get_attribute("src") for image in images} == {*found} - {found[3]}
+    assert any(HOSTILE in text for text in browser.find_element("id", "results").text.split("\n"))
+    assert browser.execute_script("return document.querySelector('[onerror]')") is None
+    assert browser.get_log("browser") == []

@@ -53,16 +53,6 @@ def test_word_maps_are_those_of_the_slow_loop():
     torch.testing.assert_close(maps, total / times, atol=1e-5, rtol=1e-4)
 
 
-def test_a_map_is_red_where_a_word_loses_and_blue_where_it_gains():
-    """And grey where nothing changes, here in the lower half."""
-    image = torch.full((3, 16, 16), 128, dtype=torch.uint8)
-
-    _, cell = words.word_cells(image, torch.tensor([[[1.0, -1.0], [0.0, 0.0]]]))
-
-    assert cell[:, 0, [0, -1]].argmax(dim=0).tolist() == [0, 2]  # red, blue
-    assert len(cell[:, -1].unique()) == 1
-
-
 def test_all_files_of_a_folder_are_looked_at(folders, checkpoint, capsys):
     """A file that is named twice counts once, and one that cannot be read is named."""
     broken = folders / "red" / "0.png"
