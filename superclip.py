@@ -123,8 +123,12 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        if x.device.type == "cpu":
+            # torch's attention on a CPU is five times slower in bfloat16 than in float32.
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):  # it would cast them back; CUDA's is unchanged
+            # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(qkv.dtype)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
 
@@ -175,8 +179,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
+        self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size  # patches per side
-        # A convolution whose stride is its size: one linear layer for each patch.
+        # A convolution by name and initialisation, so that published weights load.
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
@@ -195,7 +200,10 @@ class VisionTransformer(nn.Module):
         class token first. keep (B, K): indices of the patches to look at; None means all."""
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
+        # One linear layer for each patch is what conv1 does, and its backward pass is faster.
+        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
+        pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
+        x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
         x = x + self.positional_embedding[1:]
         if keep is not None:  # dropped patches never enter the transformer, and cost little
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)

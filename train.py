@@ -173,9 +173,6 @@ def build_model(args, source, vocab_size, device):
         for part in (model.visual, model.text, model.head):
             if part is not None:  # one by one, or longer captions would recompile the image tower
                 part.compile()
-    if device.type == "cpu" and model.visual.grid < 10:
-        # Despite its name this governs the CPU, too, whose flash kernel is slow for so few tokens.
-        torch.backends.cuda.enable_flash_sdp(False)
     model.micro_batch_size = args.micro_batch_size
     return model.to(device).train(), new
 

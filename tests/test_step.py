@@ -216,7 +216,7 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
         events.append(len(patches))
         patches.register_hook(lambda _: events.append("gradient"))
 
-    model.visual.conv1.register_forward_hook(note)
+    model.visual.ln_pre.register_forward_hook(note)
 
     model.micro_batch_size = 2
     losses_and_gradients(model, make_batch())
