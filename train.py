@@ -121,6 +121,16 @@ def read_start(args):
 def open_data(args, tokenizer, model):
     """Returns the training pairs, and the validation pairs (data.Shards) or None."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
+    if args.val_data is None:
+        args.val_data = val_shards or ["none"]  # a checkpoint names them, for words and search
+    val_pairs = None
+    if args.val_data == ["none"]:
+        print(f"There are no validation pairs. To hold a shard out: --val_data {shards[-1]}")
+    else:
+        val_shards = data.expand(args.val_data)
+        shards = [shard for shard in shards if shard not in val_shards]
+        check(shards, "--val_data names all shards, so none is left to train on")
+        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
     pairs = data.Pairs(
         shards,
         tokenizer,
@@ -132,16 +142,6 @@ def open_data(args, tokenizer, model):
         patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # a checkpoint names them, for words and search
-    val_pairs = None
-    if args.val_data == ["none"]:
-        print("There are no validation pairs: see --val_data.")
-    else:
-        val_shards = data.expand(args.val_data)
-        both = {*shards} & {*val_shards}
-        check(not both, f"training and validation data share {both}")
-        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
     return pairs, val_pairs
 
