@@ -4,7 +4,10 @@ A checkpoint is a dict of weights, configuration and vocabulary, so it is all th
 to know of a model. train.py keeps in last.pt what else it needs to go on.
 """
 
+import os
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -98,14 +101,33 @@ def write_checkpoint(path, model, vocab, **more):
 # A run goes on
 
 
+def new_or_saved_last(resume):
+    """Return the folder of a run that names none. It is a new one, the first of out, out_2, out_3
+    ... that is free, or with `resume` the one of these whose last.pt was saved last."""
+    saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
+    if resume and saved:
+        return max(saved, key=os.path.getmtime).parent
+    for number in count(1):
+        folder = Path("out" if number == 1 else f"out_{number}")
+        # mkdir looks and makes in one step, so of two runs that start at once each gets a folder.
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
 def claim_folder(out_dir, resume):
-    """Makes --out_dir. Raises InputError if there is a run to be spared."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for temporary in out_dir.glob(".*.tmp"):  # of a run that was killed as it saved
-        temporary.unlink()
+    """Return the folder of a run as a string, and make it if it is not there. out_dir: --out_dir,
+    or None. Raises InputError if the folder holds a run that is not to be resumed."""
+    if out_dir is None:
+        return str(new_or_saved_last(resume))
+    folder = Path(out_dir)
     # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
-    if any(out_dir.glob("*.pt")) and not (resume and Path(out_dir, "last.pt").exists()):
-        raise InputError(f"{out_dir} holds a run: use --resume (with last.pt) or another --out_dir")
+    if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
+        raise InputError(f"{folder} holds a run: use --resume (with last.pt) or another --out_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    for temporary in folder.glob(".*.tmp"):  # of a run that was killed as it saved
+        temporary.unlink()
+    return out_dir
 
 
 # What --resume may change: the folder, the length, rates, the machine, logging. Shards and their

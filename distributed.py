@@ -59,6 +59,15 @@ def wait_for_all():
         dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
 
 
+def from_all(value):
+    """Return what each process gives here, as a list in the order of the ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def one_first():
     """One process of each machine goes through the block, and then the others do."""

@@ -38,12 +38,13 @@ import cli
 import data
 import eval as evaluation
 from checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
-from cli import check, number, pick_dtype, run_command
+from cli import InputError, check, number, pick_dtype, run_command
 from distributed import (
     RANK,
     WORLD,
     average,
     device_of_process,
+    from_all,
     join_processes,
     one_first,
     wait_for_all,
@@ -161,7 +162,10 @@ def build_model(args, source, vocab_size, device):
         if value is not None:
             config[field.name] = value
     torch.manual_seed(args.seed)  # the same initial weights on every process and machine
-    model = SuperCLIP(SuperCLIPConfig(**config))
+    try:
+        model = SuperCLIP(SuperCLIPConfig(**config))
+    except ValueError as error:
+        raise InputError(f"these options fit no model: {error}") from error
     new = []
     if source is not None:
         # not strict, because the head may be new, or not be wanted
@@ -266,9 +270,14 @@ def train(args):
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     ddp_model = distribute(model) if WORLD > 1 else model
 
-    # ---- Where the run stands
+    # ---- Its folder, and where the run stands
+    folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
+    args.out_dir = from_all(folder)[0]  # process 0 chooses
+    print(f"out_dir: {args.out_dir}")
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
+    seen = from_all((header["data_fingerprint"], start))
+    check(len({*seen}) == 1, "the processes see other data, or another last.pt")
     last = Path(args.out_dir, "last.pt")
     best = Path(args.out_dir, "best.pt")
     write_row(args.out_dir, {"header": header, "step": start})
@@ -388,6 +397,8 @@ def make_parser():
     # the model
     add("--model", choices=PRESETS, default="ViT-B-16",
         help="size of both towers (default ViT-B-16, or that of --init_from)")
+    add("--image_size", type=count, metavar="PIXELS",
+        help="side of the square images (default: that of --model, 224 for all but tiny)")
     add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
     add("--cls_weight", type=not_negative,
         help="weight of the classification loss; 0 trains plain CLIP (default 1, or that of "
@@ -417,8 +428,9 @@ def make_parser():
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile towers and word head (default: on CUDA under Linux)")
     # the run
-    add("--out_dir", default="out", metavar="DIR",
-        help="folder for checkpoints and log.jsonl (default out)")
+    add("--out_dir", metavar="DIR",
+        help="folder for checkpoints and log.jsonl (default: out, or out_2, out_3 ... if it is "
+        "there; with --resume the one that was saved last)")
     add("--resume", action="store_true",
         help="go on with the run in --out_dir, if any: give its command again, and add this")
     add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
@@ -446,7 +458,7 @@ def parse(argv):
         parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
     args = parser.parse_args(argv)
     if args.init_from is not None:
-        for name in ("model", "vocab", "loss"):
+        for name in ("model", "image_size", "vocab", "loss"):
             of_file = getattr(args, name) is None
             check(of_file, f"--{name} comes from the checkpoint of --init_from: leave it out")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
@@ -459,8 +471,6 @@ def main(argv):
     args = parse(argv)
     if WORLD > 1:
         join_processes()
-    if RANK == 0:
-        claim_folder(Path(args.out_dir), args.resume)
     train(args)
     if WORLD > 1:
         wait_for_all()  # for rank 0, which may still validate
