@@ -28,7 +28,7 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise a dozen kinds
-        reason = "cannot be read, or is refused because it holds code: save its state_dict"
+        reason = "is damaged, or is refused because it holds code: then save its state_dict"
         raise InputError(f"{path} {reason}") from error
 
 

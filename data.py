@@ -16,11 +16,13 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import tarfile
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -43,16 +45,29 @@ from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
 
 
-def ignore_signals():
-    """Ctrl-C and a closed terminal reach all processes. Those of a pool leave them to the first."""
+def ignore_signals(worker=None):
+    """Leave signals to the first process: Ctrl-C, a scheduler and a closed terminal reach them
+    all. worker: the number of a loading process, which torch gives."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent():
+    """Wait until the first process has ended, and end this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_in_pool():
+    ignore_signals()
+    # A pool whose first process was killed would wait for tasks for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager
 def process_pool(n):
     """A pool of n processes. If the block fails, or a signal ends it, they begin no other task."""
-    with ProcessPoolExecutor(n, initializer=ignore_signals) as pool:
+    with ProcessPoolExecutor(n, initializer=start_in_pool) as pool:
         try:
             yield pool
         finally:
@@ -90,13 +105,14 @@ def expand(patterns):
     return sorted(shards)
 
 
-# val, valid, validation or test between hyphens, underscores, dots and digits, as in
-# cc3m-validation-0000.tar
-VALIDATION = regex.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
+# The name of a split between hyphens, underscores, dots and digits, as in cc3m-validation-0000.tar.
+SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
 def is_validation(shard):
-    return VALIDATION.search(Path(shard).name.lower()) is not None
+    """Return whether the first split that the name of a shard holds is not train."""
+    split = SPLIT.search(Path(shard).name.lower())
+    return split is not None and split[0] != "train"
 
 
 def by_split(shards):
@@ -133,7 +149,9 @@ def read_headers(path, number):
             for member in tar:
                 key, extension = split_name(member.name)
                 column = COLUMN.get(extension)
-                if column and key and member.isfile():
+                if member.size >= 2**31:  # an index row holds 32-bit numbers
+                    unused[key] = "2 GiB or more"
+                elif column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, links, a.b.jpg
@@ -338,17 +356,24 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
+def is_hidden(name):
+    """Return whether a file or folder is one that people do not see: .ipynb_checkpoints, or the
+    __MACOSX of a zip that was made on a Mac."""
+    return name.startswith((".", "__"))
+
+
 def folders_in(folder):
-    """Returns the folders in a folder, in order, but nothing hidden, as .ipynb_checkpoints is."""
-    return sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir())
+    """Return the folders in a folder, in order, but no hidden ones."""
+    folders = [path for path in Path(folder).iterdir() if path.is_dir()]
+    return sorted(path for path in folders if not is_hidden(path.name))
 
 
 def images_below(folder):
-    """Returns the image files in a folder and in all folders below it, but nothing hidden."""
+    """Return the image files in a folder and in all folders below it, but no hidden ones."""
     found = []
     for path in sorted(Path(folder).rglob("*.*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not is_hidden:
+        names = path.relative_to(folder).parts
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, names)):
             found.append(path)
     return found
 
@@ -383,6 +408,8 @@ def upright_rgb(image, box=None):
     image = image.crop(box)
     with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
         ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -546,7 +573,7 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Forked processes share the index and start at once. Python 3.14 would not fork them.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, **options)
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
 def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):

@@ -116,7 +116,8 @@ def read_start(args):
         model, tokenizer, _ = load(args.init_from)
         print(f"vocabulary: that of {args.init_from}, {tokenizer.vocab_size:,} entries")
         return model, tokenizer
-    return None, tokenizer_for(data.expand(args.train_data), args.vocab)
+    shards, _ = data.by_split(data.expand(args.train_data))  # scripts.vocab writes beside the first
+    return None, tokenizer_for(shards, args.vocab)
 
 
 def open_data(args, tokenizer, model):
@@ -129,7 +130,8 @@ def open_data(args, tokenizer, model):
         print(f"There are no validation pairs. To hold a shard out: --val_data {shards[-1]}")
     else:
         val_shards = data.expand(args.val_data)
-        shards = [shard for shard in shards if shard not in val_shards]
+        held_out = {os.path.realpath(shard) for shard in val_shards}
+        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
         check(shards, "--val_data names all shards, so none is left to train on")
         val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
     pairs = data.Pairs(
@@ -354,9 +356,9 @@ def train(args):
         print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
         best = last
     print("\nWhat the model has learned:")
-    print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
-    print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png")
     print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT")
+    print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png")
+    print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
 
 
 # -----------------------------------------------------------------------------
@@ -457,6 +459,8 @@ def parse(argv):
     if args.init_from is not None:
         parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
     args = parser.parse_args(argv)
+    if args.steps is not None:
+        args.epochs = None  # steps count, and a default would only confuse
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
             of_file = getattr(args, name) is None

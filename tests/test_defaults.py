@@ -29,6 +29,13 @@ def test_the_defaults_suit_the_data_and_what_is_there(argv, expected):
     assert args.learning_rate == pytest.approx(expected[4])
 
 
+def test_a_run_of_so_many_steps_prints_no_epochs(capsys):
+    train.parse(["--steps=5", "--train_data=a.tar"])
+
+    printed = capsys.readouterr().out
+    assert "'steps': 5" in printed and "epochs" not in printed
+
+
 def test_plain_clip_differs_from_superclip_in_its_loss_alone():
     superclip = vars(train.parse([]))
 

@@ -175,8 +175,8 @@ def test_zeroshot_by_hand(folders, capsys):
 
 
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
-    """Jupyter's folders, and macOS's file beside a picture."""
-    for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints"):
+    """Jupyter's folders, and macOS's file beside a picture and folder in a zip."""
+    for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "__MACOSX"):
         (folders / name).mkdir()
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
         shutil.copy(folders / "red" / "0.png", folders / name)

@@ -28,6 +28,7 @@ def assert_looks_like(pixels, picture, box, most=1):
 # ---- kinds of pictures
 
 GREY = photo(5, mode="L")
+WIDE = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256)  # 16 bits
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # by a quarter
 PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on white
@@ -35,6 +36,7 @@ PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on
     "turned JPEG": (encoded(photo(3, (48, 32)), quality=95, exif=TURNED), None),
     "RGBA PNG": (encoded(Image.merge("RGBA", (*photo(5).split(), GREY)), "PNG"), None),
     "transparent palette": (encoded(photo(5).quantize(4), "PNG", transparency=0), None),
+    "16 bits PNG": (encoded(WIDE, "PNG"), GREY),
 }
 
 

@@ -29,6 +29,9 @@ def test_paths_folders_globs_and_braces_name_shards(tmp_path):
 
 VALIDATION = ["val-0.tar", "cc3m-validation-0000.tar", "VALID_1.tar", "test.tar", "0val0.tar"]
 TRAINING = ["cc3m-train-0.tar", "00000.tar", "evaluation.tar", "latest-0.tar", "trainval.tar"]
+# The first name of a split counts: the others say of what a data set is a part.
+VALIDATION += ["val_test-shop-0000.tar", "test-val2017-0.tar"]
+TRAINING += ["train_test-shop-0000.tar", "train-val2017-0.tar"]
 
 
 def test_the_name_of_a_shard_tells_its_side():
@@ -80,6 +83,25 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     assert shards.name(3) == f"{second}:z"
     unused = {name for name, _ in shards.unused}
     assert unused == {f"{first}:{key}" for key in ("*._a.jpg", "*.mask.png", "*", "no image")}
+
+
+def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
+    """It is a hole in the file, and takes no space on the disk."""
+    path = write_captions(tmp_path / "0.tar", "red")
+    with tarfile.open(path, "r:") as tar:
+        tar.getmembers()
+        end = tar.offset  # where the next header belongs
+    header = tarfile.TarInfo("large.png")
+    header.size = 2**31
+    with open(path, "r+b") as file:
+        file.seek(end)
+        file.write(header.tobuf())
+        file.truncate(end + 512 + 2**31 + 1024)
+
+    shards = Shards([path])
+
+    assert shards.captions(0) == ["red"] and len(shards) == 1
+    assert [name for name, _ in shards.unused] == [f"{path}:large"]
 
 
 # ---- damage

@@ -9,7 +9,9 @@ import re
 import shlex
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from material import (
 
 import eval as evaluation
 import train
+from checkpoint import claim_folder
 from superclip import SuperCLIP
 
 WAYS = {
@@ -102,6 +105,78 @@ def test_a_run_says_which_vocabulary_it_has(shards, whole_run, tmp_path, capsys,
     [line] = [line for line in printed if line.startswith("vocabulary")]
     assert file in line
     assert f" {checkpoint_of(tmp_path)['config']['vocab_size']} " in line
+
+
+def test_shards_that_val_data_names_are_not_trained_on(shards, tmp_path):
+    """Also under another path: one of them is a link."""
+    for name in ("train-0.tar", "train-1.tar"):
+        shutil.copy(shards / name, tmp_path)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "train-1.tar")
+    data = "--train_data", tmp_path, "--val_data", tmp_path / "train-1.tar"
+
+    out = tmp_path / "out"
+    train.main(short_run(shards, out, *data, "--vocab", shards / "vocab.tiktoken", "--steps", 1))
+
+    [row] = rows_of(out, "validation")[-1:]
+    assert checkpoint_of(out)["header"]["pairs"] == 40
+    assert row["validation"]["image_to_text"]["R@1"]["n"] == 30
+
+
+def test_the_vocabulary_lies_beside_the_first_training_shard(shards, tmp_path):
+    """That is where scripts.vocab writes it. The validation shards come first by their name."""
+    for name, folder in (("val-0.tar", "a"), ("train-0.tar", "b")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(shards / name, tmp_path / folder)
+    shutil.copy(shards / "vocab.tiktoken", tmp_path / "b")
+
+    out = tmp_path / "out"
+    train.main(short_run(shards, out, "--train_data", tmp_path / "a", tmp_path / "b", "--steps=1"))
+
+    assert checkpoint_of(out)["vocab"] == (shards / "vocab.tiktoken").read_text()
+
+
+def test_image_size_sets_the_size_of_the_model(shards, tmp_path):
+    """And so the number of patches: TINY's are 4 pixels wide."""
+    train.main(short_run(shards, tmp_path, "--image_size", 24, "--steps", 1))
+
+    assert len(checkpoint_of(tmp_path)["model"]["visual.positional_embedding"]) == 1 + 6 * 6
+
+
+# ---- its folder
+
+
+def test_each_run_gets_a_new_folder_and_resume_finds_the_one_saved_last(
+    shards, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = [x for x in short_run(shards, "?", "--steps", 1) if x not in ("--out_dir", "?")]
+    for _ in range(3):
+        train.main(options)
+    os.utime("out_2/last.pt", times=(2e9, 2e9))
+
+    train.main([*options, "--resume", "--steps", "2"])
+
+    steps = {
+        path.parent.name: checkpoint_of(path.parent)["step"] for path in Path().glob("*/last.pt")
+    }
+    assert steps == {"out": 1, "out_2": 2, "out_3": 1}
+    assert capsys.readouterr().out.count("out_dir: out_2\n") == 2
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = [*pool.map(claim_folder, 8 * [None], 8 * [False])]
+
+    assert sorted(folders) == ["out", *(f"out_{number}" for number in range(2, 9))]
+
+
+@pytest.mark.parametrize("options", ["--batch_size 1000", "--captions json.caption"])
+def test_a_mistake_leaves_no_folder(shards, tmp_path, capsys, options):
+    error_of(capsys, train.main, *short_run(shards, tmp_path / "out", *options.split()))
+
+    assert not (tmp_path / "out").exists()
 
 
 # ---- its validations, and its end

@@ -155,6 +155,17 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config, way):
     assert_same_step(micro, first_step(config, way), way)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_term_is_a_part_of_the_loss(config):
+    """A term that was put into the dict and not added to the loss would train nothing."""
+    losses = make_model_without_zeros(**CONFIGS[config])(**make_batch())
+    terms = [value for name, value in losses.items() if name.endswith("_loss")]
+
+    weights = torch.autograd.grad(losses["loss"], terms)
+
+    assert all(weight > 0 for weight in weights)
+
+
 def run_process(rank, folder):
     """One of two processes: keeps what it finds in each case, by config, way and size."""
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 import scenes
+from cli import new_folder
 from tokenizer import Tokenizer
 
 SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val", range(300))]
@@ -38,3 +39,12 @@ def test_a_picture_has_the_colour_of_its_class_and_held_out_has_all_names(scenes
 
     sizes = [len([*path.iterdir()]) for path in scenes_folder.glob("zeroshot/held_out/*")]
     assert sorted(sizes) == 56 * [0] + 8 * [4]
+
+
+def test_two_that_draw_at_once_both_go_on_with_the_folder_of_the_first(tmp_path):
+    with new_folder(tmp_path / "scenes") as mine:
+        (mine / "second").touch()
+        with new_folder(tmp_path / "scenes") as theirs:
+            (theirs / "first").touch()
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["scenes", "first"]
