@@ -1,18 +1,19 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, two minutes on two cores
+    python train.py                       built-in scenes, two minutes on two CPU cores
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The file reads from top to bottom: what a step is made of, what a run is made of, the run, and the
+The file reads from top to bottom: the parts of a step, the parts of a run, the run, and the
 options. Read superclip.py first.
 
-Apart from weights, token counts, optimizer and loss scaler, what a step needs is a function of the
-options and the step number: the batch, its crops, the dropped patches, the learning rate. So a
-checkpoint needs no state of a random generator, and a run that was killed and resumed ends with the
-same bits as one that was not. (On a CPU. Some CUDA kernels add numbers in no fixed order.)
+A checkpoint holds weights, token counts, optimizer and loss scaler. Everything else that a step
+needs follows from the options and the number of the step: the batch, its crops, the patches that
+are kept, the learning rate. So no state of a random generator is saved. On a CPU, a run that was
+killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
+CUDA kernels add numbers in no fixed order.
 
-Axes: N pairs of all processes, B of this process.
+Axes: N pairs of all processes, B pairs of this process.
 """
 
 import argparse
@@ -24,9 +25,8 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
-# The threads of a step wait for each other. GNU's OpenMP lets them spin meanwhile, for so long that
-# beside another busy program hardly any step is made. So they sleep after a thousand rounds. torch
-# reads this as it is imported.
+# Let a waiting thread sleep after a thousand rounds. GNU's OpenMP would let it spin for so long
+# that beside another busy program a run would hardly advance. torch reads this at its import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -55,22 +55,23 @@ from scenes import make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import tokenizer_for
 
-warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer torch has another name for it
+warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
 
 # -----------------------------------------------------------------------------
-# What a step is made of
+# The parts of a step
 
 
 def precision(device, dtype):
-    """Returns the context in which a step computes, and the loss scaler, which float16 needs."""
+    """Return the context in which a step computes, and the loss scaler, which float16 needs."""
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     return autocast, scaler
 
 
 def learning_rate_factor(step, warmup_steps, steps):
-    """The share of its peak that the learning rate has in a step: it rises on a line to 1, and then
-    falls by a cosine to 0. It depends on the step alone, so a resumed run needs no scheduler."""
+    """Return the learning rate of a step as a share of its peak. The share rises on a line to 1,
+    and then falls to 0 along a cosine. It depends on the step alone, so a resumed run needs no
+    scheduler."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
@@ -78,12 +79,12 @@ def learning_rate_factor(step, warmup_steps, steps):
 
 
 def update(model, optimizer, scaler, factor):
-    """One step of the optimizer, at `factor` times the peak rates. Returns the norm of the gradient
-    before it was clipped to 1.
+    """Make one step of the optimizer at `factor` times the peak learning rates. Return the norm of
+    the gradient before it was clipped to 1.
 
     In the logs of study/ every gradient is longer than 1, so clipping gives all of them the same
-    length. nanoGPT clips to 1, too. The authors do not clip, and two seeds of CLIP and two of
-    SuperCLIP ended alike without it.
+    length. nanoGPT clips to 1, too. The authors do not clip. Four runs without clipping, two of
+    them SuperCLIP, ended with similar scores.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -93,41 +94,42 @@ def update(model, optimizer, scaler, factor):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds: a larger scale is unstable
+        model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
     return grad_norm
 
 
 def mean_losses(losses):
-    """The losses, as a dict of numbers: means over the processes. To read them is to wait for the
-    device."""
+    """Return the losses as a dict of floats, averaged over all processes. Reading them makes the
+    CPU wait for the GPU."""
     names = [name for name in losses if name.endswith("loss")]
     values = torch.stack([losses[name].detach() for name in names])
     return dict(zip(names, average(values).tolist()))
 
 
 # -----------------------------------------------------------------------------
-# What a run is made of
+# The parts of a run
 
 
 def read_start(args):
-    """Returns the model to start from (--init_from) or None, and the tokenizer, its own or that of
-    the shards."""
+    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
+    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
     if args.init_from is not None:
         model, tokenizer, _ = load(args.init_from)
-        print(f"vocabulary: that of {args.init_from}, {tokenizer.vocab_size:,} entries")
+        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
         return model, tokenizer
-    shards, _ = data.by_split(data.expand(args.train_data))  # scripts.vocab writes beside the first
+    shards, _ = data.by_split(data.expand(args.train_data))
     return None, tokenizer_for(shards, args.vocab)
 
 
 def open_data(args, tokenizer, model):
-    """Returns the training pairs, and the validation pairs (data.Shards) or None."""
+    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
+    the latter if there are none."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
     if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # a checkpoint names them, for words and search
+        args.val_data = val_shards or ["none"]  # scripts.words and search read it
     val_pairs = None
     if args.val_data == ["none"]:
-        print(f"There are no validation pairs. To hold a shard out: --val_data {shards[-1]}")
+        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
     else:
         val_shards = data.expand(args.val_data)
         held_out = {os.path.realpath(shard) for shard in val_shards}
@@ -150,53 +152,54 @@ def open_data(args, tokenizer, model):
 
 
 def build_model(args, source, vocab_size, device):
-    """Returns a model on the device, and the names of the parameters that the source (--init_from)
-    lacks, which keep their random weights."""
+    """Return the model on its device, and the names of the parameters that keep their random
+    weights, because the source lacks them. source: the model of --init_from, or None."""
     if source is None:
         config = {**PRESETS[args.model], "vocab_size": vocab_size}
     else:
         config = dict(vars(source.config))
         if source.head is None and args.cls_weight is None:
-            print(f"{args.init_from} has no word head: it gets a new one, at --cls_weight 1")
+            print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    for field in fields(SuperCLIPConfig):  # an option of such a name sets it
+    for field in fields(SuperCLIPConfig):  # an option with the name of a field sets it
         value = getattr(args, field.name, None)
         if value is not None:
             config[field.name] = value
-    torch.manual_seed(args.seed)  # the same initial weights on every process and machine
+    torch.manual_seed(args.seed)  # each process begins with the same weights
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
     except ValueError as error:
         raise InputError(f"these options fit no model: {error}") from error
     new = []
     if source is not None:
-        # not strict, because the head may be new, or not be wanted
+        # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
         new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
 
     if args.compile is None:
         args.compile = device.type == "cuda" and sys.platform == "linux"
     if args.compile:
         for part in (model.visual, model.text, model.head):
-            if part is not None:  # one by one, or longer captions would recompile the image tower
+            # Compile part by part. Otherwise longer captions would recompile the image tower, too.
+            if part is not None:
                 part.compile()
     model.micro_batch_size = args.micro_batch_size
     return model.to(device).train(), new
 
 
 def distribute(model):
-    """Returns the model in torch's wrapper that averages gradients over the processes."""
-    # Gradients live in the buckets that are sent, or they would be stored twice. Buffers are not
-    # sent, because all processes count the same tokens.
+    """Return the model in torch's wrapper that averages gradients over the processes."""
+    # Keep gradients in the buckets that are sent, which avoids a second copy of them. Do not send
+    # buffers, because all processes count the same tokens.
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
     return DistributedDataParallel(model, **options)
 
 
-NEW_LEARNING_RATE = 5e-4  # of what the checkpoint of --init_from lacks, such as the word head
+NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, such as a new word head
 
 
 def make_optimizer(model, learning_rate, weight_decay, new=()):
-    """AdamW. Weight decay is for matrices only: not for biases, norms, class token, logit scale.
-    Each group keeps its peak rate, which is NEW_LEARNING_RATE for the parameters named in `new`."""
+    """Return AdamW. Only matrices decay: no biases, norms, class token or logit scale. Each group
+    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those named in `new`."""
     groups = []
     for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
         params = [p for name, p in model.named_parameters() if (name in new) == is_new]
@@ -204,16 +207,17 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
         groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
-    # The betas and eps of CLIP and SuperCLIP. fused: all of Adam in one kernel, on a CPU, too.
+    # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def lengths(args, n):
-    """Returns numbers of steps for n pairs: of the run, of its warm-up, and between validations.
+    """Return three numbers of steps: the length of the run, the length of its warm-up, and the
+    distance between two validations. n: number of training pairs.
 
-    The learning rate rises for half of the steps, and for 3,000 at most. With a warm-up of a tenth,
-    plain CLIP learned next to nothing of the built-in scenes in a run of the same length. The
-    authors take 500 steps, and CLIP's paper 2,000.
+    The learning rate rises for half of the steps, but for 3,000 at most. With a warm-up of a tenth,
+    plain CLIP learned almost nothing about the built-in scenes in a run of the same length. The
+    authors' warm-up has 500 steps, and the one of CLIP's paper 2,000.
     """
     steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
@@ -226,14 +230,15 @@ def lengths(args, n):
 
 
 def validate(args, model, tokenizer, pairs, step):
-    """Scores retrieval among the validation pairs, if there are any, and zero-shot classification.
-    Returns the row of the log."""
+    """Score retrieval among the validation pairs, if there are any, and zero-shot classification.
+    Print the scores, and return the row of the log."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # other shapes and dtypes than in training
+    # Do not use the compiled towers: shapes and dtypes differ from those of training.
+    with torch.compiler.set_stance("force_eager"):
         if pairs is not None:
-            # in groups as large as a batch, as the softmax loss of training has them
+            # Its contrastive loss is computed in groups as large as a batch of the training.
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
             evaluation.print_words(model, tokenizer, pairs)
@@ -246,9 +251,9 @@ def validate(args, model, tokenizer, pairs, step):
 
 
 def train(args):
-    """A run, from its first step or last.pt."""
+    """Train from the first step, or from the last.pt of --resume."""
 
-    # ---- The device, and the batch: N pairs in all, B in this process
+    # ---- The device, and the batch: N pairs in all processes, B in this one
     device = device_of_process(args.device)
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
@@ -259,27 +264,27 @@ def train(args):
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
 
     # ---- The tokenizer, the model, the data and the optimizer
-    with one_first():  # it draws and indexes, and the others find that done
+    with one_first():  # the first process draws and indexes, and the others find that done
         if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
             make_scenes("scenes")
         source, tokenizer = read_start(args)
         model, new = build_model(args, source, tokenizer.vocab_size, device)
-        del source  # or its weights would stay for the whole run
-        args.cls_weight = model.config.cls_weight  # for the log, if --init_from has chosen it
+        del source  # free the memory of these weights, which the run does not need any more
+        args.cls_weight = model.config.cls_weight  # --init_from may have set it
         tokenizer.context_length = model.config.context_length
         pairs, val_pairs = open_data(args, tokenizer, model)
     steps, warmup_steps, eval_every = lengths(args, len(pairs))
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     ddp_model = distribute(model) if WORLD > 1 else model
 
-    # ---- Its folder, and where the run stands
+    # ---- The folder of the run, and where the run stands
     folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
-    args.out_dir = from_all(folder)[0]  # process 0 chooses
+    args.out_dir = from_all(folder)[0]  # process 0 chooses the folder
     print(f"out_dir: {args.out_dir}")
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
     seen = from_all((header["data_fingerprint"], start))
-    check(len({*seen}) == 1, "the processes see other data, or another last.pt")
+    check(len({*seen}) == 1, "the processes see different data, or a different last.pt")
     last = Path(args.out_dir, "last.pt")
     best = Path(args.out_dir, "best.pt")
     write_row(args.out_dir, {"header": header, "step": start})
@@ -293,25 +298,25 @@ def train(args):
 
     saved_time = time.monotonic()
     images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
-    has_no_bar = True if RANK > 0 else None  # None: a bar on a terminal only
+    has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
     todo = range(start, steps + 1)
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         eval_due = step % eval_every == 0 or step == steps
 
-        # 1. Save, every ten minutes and before a validation, so that nothing is lost in it.
+        # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
         save_due = eval_due or time.monotonic() > saved_time + 600
         if RANK == 0 and save_due and step > start:
             save(last, step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             saved_time = time.monotonic()
 
-        # 2. Validate. Rank 0 does it, and the others wait for it in the next step.
+        # 2. Validate, in process 0. The others wait for it in the next step.
         if RANK == 0 and eval_due:
             row = validate(args, model, tokenizer, val_pairs, step)
             write_row(args.out_dir, row)
-            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is the best
+            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is best
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
-                if step > 0:  # what a run begins with only sets the score to beat
+                if step > 0:  # the weights before training only set the score to beat
                     save(best, step)
         if step == steps:
             break
@@ -323,13 +328,14 @@ def train(args):
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
         with autocast:
             losses = ddp_model(**batch)
-        scaler.scale(losses["loss"]).backward()  # unscaled, float16's small gradients would be 0
+        # Scale the loss, because small gradients would underflow to 0 in float16.
+        scaler.scale(losses["loss"]).backward()
 
         # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         grad_norm = update(model, optimizer, scaler, factor)
 
-        # 5. The log, at a few steps only, because to read the losses is to wait for the device
+        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
@@ -342,7 +348,7 @@ def train(args):
                 "step": done,
                 **losses,
                 "logit_scale": model.logit_scale.exp().item(),
-                # 0 where float16's gradients overflow: JSON has neither infinity nor NaN
+                # 0 if float16's gradients have overflowed, because JSON has no infinity and no NaN
                 "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
                 "learning_rate": args.learning_rate * factor,
                 "images_per_second": round(images / seconds, 1),
@@ -353,7 +359,8 @@ def train(args):
             images, seconds, waited = 0, 0.0, 0.0
 
     if not best.exists():
-        print("No best.pt: no validation was as good as before training. Lower --learning_rate.")
+        print("best.pt was not written, because no validation was as good as the one before")
+        print("training. Try a lower --learning_rate.")
         best = last
     print("\nWhat the model has learned:")
     print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT")
@@ -366,12 +373,12 @@ def train(args):
 
 
 def make_parser():
-    """All options. A default of None is a rule that the help states."""
+    """Return the parser of all options. Where a default is None, the help states the rule."""
     parser = cli.make_parser(__doc__, "captions", "device")
-    parser.usage = "python train.py [options]   (--help explains them)"  # not a list of all
-    parser.epilog = """The built-in scenes have defaults of their own for data, captions, crop,
-        model, batch size, loading processes and length, and --init_from has one for the learning
-        rate. A run prints its options at its start."""
+    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
+    parser.epilog = """With the built-in scenes, the defaults of data, captions, crop, model, batch
+        size, loading processes and length are different. So is the default learning rate with
+        --init_from. A run prints its options when it starts."""
     add = parser.add_argument
     count = number(int, 1)
     not_negative = number(float, 0)
@@ -382,59 +389,62 @@ def make_parser():
         help="shards to validate on, or none (default: those of --train_data that are named val or "
         "test, which are not trained on)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders to classify at each validation: in each, a folder of images per class name")
+        help="folders to classify at each validation; each holds a folder of images per class")
     add("--label_captions", nargs="+", metavar="SOURCE",
         help="where the words to predict come from (default: --captions)")
     add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions of --val_data are (default: --captions)")
+        help="where the captions of the validation pairs are (default: --captions)")
     add("--vocab", metavar="FILE",
-        help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
+        help="vocabulary file, or clip for CLIP's vocabulary (default: vocab.tiktoken beside the "
+        "first training shard if it is there, else clip)")
     add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture that a random crop shows; 1: always the largest middle "
-        "square (default 0.9)")
+        help="smallest share of a picture that a random crop shows; 1 always shows the largest "
+        "square in the middle (default 0.9)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of an image's patches that a step leaves out (default 0)")
+        help="share of the patches that is left out in each step, at random (default 0)")
     add("--workers", type=number(int, 0, 999),
         help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
     add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default ViT-B-16, or that of --init_from)")
+        help="size of both towers (default ViT-B-16; --init_from brings its own)")
     add("--image_size", type=count, metavar="PIXELS",
         help="side of the square images (default: that of --model, 224 for all but tiny)")
-    add("--init_from", metavar="FILE", help="checkpoint to take weights and vocabulary from")
+    add("--init_from", metavar="FILE", help="checkpoint whose weights and vocabulary to begin with")
     add("--cls_weight", type=not_negative,
-        help="weight of the classification loss; 0 trains plain CLIP (default 1, or that of "
+        help="weight of the classification loss; 0 trains plain CLIP (default 1, or the weight in "
         "--init_from)")
     add("--loss", choices=("softmax", "sigmoid"),
-        help="contrastive loss, CLIP's softmax or SigLIP's sigmoid (default softmax)")
-    # the training. 5e-4 is the rate of CLIP's own ViT-B, and of published runs on CC3M.
+        help="contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)")
+    # the training. 5e-4 is the learning rate of CLIP's ViT-B, and of published runs on CC3M.
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, help="updates in all (default: by --epochs)")
+    length.add_argument("--steps", type=count,
+        help="length of the run in steps (default: by --epochs)")
     length.add_argument("--epochs", type=number(float, 1e-6), default=30.0,
-        help="passes over the data (default 30)")
-    add("--batch_size", type=count, default=256, help="pairs of all processes (default 256)")
+        help="length of the run in passes over the data (default 30)")
+    add("--batch_size", type=count, default=256,
+        help="pairs in each step, counted over all processes (default 256)")
     add("--micro_batch_size", type=count,
-        help="pairs that go through the towers at a time: less memory, a third more time, and the "
-        "same gradients (default: all of a process's)")
+        help="pairs that go through the towers at once; fewer need less memory and a third more "
+        "time, and give the same gradients (default: all pairs of a process)")
     add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate, reached after half of the steps, at step 3000 at the latest "
         "(default 5e-4; at batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
-        help="weight decay of AdamW, for matrices only (default 0.2)")
+        help="weight decay of AdamW, which only matrices have (default 0.2)")
     add("--seed", type=number(int, 0, 2**31), default=0,
-        help="seed of weights, order, captions, crops and patch dropout (default 0)")
+        help="seed for weights, order, captions, crops and patch dropout (default 0)")
     # the machine
     add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype to compute in (default: bfloat16 where GPU or CPU has units for it, float16 "
-        "on older GPUs, else float32)")
+        help="dtype in which steps are computed (default: bfloat16 if the GPU or CPU has units for "
+        "it, float16 on older GPUs, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile towers and word head (default: on CUDA under Linux)")
     # the run
     add("--out_dir", metavar="DIR",
-        help="folder for checkpoints and log.jsonl (default: out, or out_2, out_3 ... if it is "
-        "there; with --resume the one that was saved last)")
+        help="folder for checkpoints and log.jsonl (default: a new one, out, out_2, out_3 ...; "
+        "with --resume the one of these that was saved last)")
     add("--resume", action="store_true",
-        help="go on with the run in --out_dir, if any: give its command again, and add this")
+        help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
     add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
     add("--eval_every", type=count,
         help="steps between validations (default: steps / 3, at most 2000)")
@@ -442,29 +452,29 @@ def make_parser():
     return parser
 
 
-# The default rate with --init_from: larger steps would destroy what the weights know.
+# The default learning rate with --init_from. Larger steps would destroy what the weights know.
 FINE_TUNING_RATE = 5e-5
 
 
 def parse(argv):
-    """Returns the options. The built-in scenes and --init_from have defaults of their own."""
+    """Return the options. With the built-in scenes or --init_from, some defaults are different."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.train_data is None:
         parser.set_defaults(**SCENES)
-        # A batch four times as large takes half as many steps: a compromise between as many samples
-        # and as many steps, found by trial.
+        # A batch four times as large makes half as many steps. By trial this was a good compromise
+        # between the same number of samples and the same number of steps.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
         parser.set_defaults(epochs=round(1.6 * ratio, 3))
     if args.init_from is not None:
         parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
     args = parser.parse_args(argv)
     if args.steps is not None:
-        args.epochs = None  # steps count, and a default would only confuse
+        args.epochs = None  # do not print a default that does not count
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
             of_file = getattr(args, name) is None
-            check(of_file, f"--{name} comes from the checkpoint of --init_from: leave it out")
+            check(of_file, f"--init_from sets --{name}. Leave this option out.")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
     return args
 
@@ -477,7 +487,7 @@ def main(argv):
         join_processes()
     train(args)
     if WORLD > 1:
-        wait_for_all()  # for rank 0, which may still validate
+        wait_for_all()  # process 0 may still validate
         dist.destroy_process_group()
 
 
