@@ -2,24 +2,28 @@
 
     python -m study.compare --a "train.py --cls_weight 0" --b "train.py" --common "--batch_size 8"
     python -m study.compare --a "train.py" --b "../fork/train.py --my_weight 0.1" --rates
-    python -m study.compare --a "train.py" --b "-m study.no_idf" --seeds 10
+    python -m study.compare --a "train.py" --b "-m study.no_idf" --seeds 5-14
     python -m study.compare --a "train.py --cls_weight 0" --b "train.py" \\
         --common "--train_data 'pets/train-*.tar' --val_data 'pets/val-*.tar' --model tiny"
 
-Both train with the same seeds. Each seed has a *world* of its own, built-in scenes that are drawn
-for it, in a folder where the command then runs. (So paths in its options must be absolute.)
+Both commands train with the same seeds. Each seed has a *world*: built-in scenes that are drawn for
+this seed, in a folder where the command then runs. (So paths in its options must be absolute.)
 Differences are paired by seed, and their intervals include the draw of the data. A command with
---train_data needs no world, and {seed} in its options stands for the seed.
+--train_data needs no world. {seed} in its options stands for the seed.
 
-With --rates seeds 0 to 4 choose one of four learning rates for each side: a quarter, a half, once
-or twice its own. It keeps its own if the mean of all scores there is within a point of the best,
-else it takes the lowest rate that is. If the best rate is the lowest or the highest one, name it,
-and search again. Other seeds, 5 and up, are compared. A run that diverges scores 0.
+With --rates other seeds choose the learning rate of each command that names none. They try half,
+once and twice the default rate. While the best rate is the lowest or the highest one, they try one
+rate beyond it. The default rate is taken if its score is within a point of the best one, else the
+lowest rate that is. The score is the mean of all scores, or the one that --by names.
 
-Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed and code,
-which is the text of train.py and of the .py files beside it, of the module if there is one, and of
-scenes.py. So a comparison that was stopped goes on, and runs of other code are never
-reported. Give a file of data another name when it changes.
+With --probe each scored run also fits a linear classifier on its frozen image tower (`eval.py
+probe`). The two folders are named as the command that trains would name them: by default they are
+in the world. No score of a probe takes part in the choice of a rate.
+
+Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed, probe
+and code, which is the text of train.py and of the .py files beside it, of the module if there is
+one, and of scenes.py. So a comparison that was stopped goes on, and runs of other code are never
+reported. Give a file of data another name when it changes. A run that diverges scores 0.
 """
 
 import argparse
@@ -47,8 +51,8 @@ from scenes import make_scenes
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # worlds and runs
 DRAWING = Path("scenes.py")  # what draws worlds
-FIRST_SCORED = 5  # the seeds before it choose learning rates, and are never scored
-FACTORS = (0.25, 0.5, 1, 2)
+FACTORS = (1, 0.5, 2)  # of the default rate. It comes first, because the first of equal ones wins.
+PROBE = "probe, "  # how the names of a probe's scores begin
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
 QUANTILES = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
@@ -72,12 +76,17 @@ class Command(NamedTuple):
     options: list  # words, without the learning rate
     rate: float
     seed: int = 0
+    probe: tuple = ()  # two folders of images: to fit a linear probe on, and to test it on
 
     def at(self, rate, seed=0):
         return self._replace(rate=float(f"{rate:.3g}"), seed=seed)
 
     def text(self):
         return shlex.join([*self.program, *self.options])
+
+    def key(self):
+        """What a finished run is known by."""
+        return (self.text(), self.rate, self.seed, self.code(), *self.probe)
 
     def code(self):
         """A hash of train.py with the files beside it, of the module, and of what draws worlds."""
@@ -101,10 +110,23 @@ class Command(NamedTuple):
         program = self.program
         if program[0] != "-m":
             program = [str(Path(program[0]).resolve())]
-        options = [word.replace("{seed}", str(self.seed)) for word in self.options]
+        options = self.with_seed(self.options)
         usual = ["--workers", "0", "--eval_every", str(10**9)]
         last = ["--learning_rate", f"{self.rate:.3g}", "--seed", str(self.seed)]
         return [*program, *usual, *options, *last, "--out_dir", out_dir]
+
+    def probe_words(self, out_dir):
+        """Return what Python is called with to probe the last weights of the run."""
+        project = ROOT
+        if self.program[0] != "-m":
+            project = Path(self.program[0]).resolve().parent
+        fit, test = self.with_seed(self.probe)
+        words = [str(project / "eval.py"), "probe", "--checkpoint", f"{out_dir}/last.pt"]
+        words += ["--train", fit, "--test", test, "--workers", "0"]
+        return [*words, "--json", f"{out_dir}/probe.json"]
+
+    def with_seed(self, words):
+        return [word.replace("{seed}", str(self.seed)) for word in words]
 
 
 def read_command(text, common=""):
@@ -142,19 +164,34 @@ def call(words, folder):
 
 
 def train_and_score(command):
-    """Run a command. Returns a run: a dict of what was run, scores, seconds, and what the log says
-    of the machine. A run that has diverged has no scores."""
+    """Run a command. Returns a run: a dict of what was run, scores, seconds of training, and what
+    the log says of the machine. A run that has diverged has no scores."""
     key = {"command": command.text(), "rate": command.rate, "seed": command.seed}
     key["code"] = command.code()
+    key["probe"] = [*command.probe]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve()) as out_dir:
         exit_code, last_line = call(command.words(out_dir), command.folder())
+        seconds = round(time.perf_counter() - start, 1)
         has_diverged = exit_code != 0 and DIVERGED in last_line
         check(exit_code == 0 or has_diverged, f"{key}: exit code {exit_code}: {last_line}")
         header, rows = read_log(f"{out_dir}/log.jsonl")
-    scores = {} if has_diverged else scores_of(rows[-1])  # a run ends with a validation
+        scores = {}
+        if not has_diverged:
+            scores = scores_of(rows[-1])  # a run ends with a validation
+            if command.probe:
+                scores |= probe_scores(command, out_dir)
     facts = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
-    return {**key, "scores": scores, "seconds": round(time.perf_counter() - start, 1), **facts}
+    return {**key, "scores": scores, "seconds": seconds, **facts}
+
+
+def probe_scores(command, out_dir):
+    """Fit and test a linear probe on the last weights of a run. Return its scores by name, those of
+    an untrained tower included."""
+    exit_code, last_line = call(command.probe_words(out_dir), command.folder())
+    check(exit_code == 0, f"the probe of {command.text()}: {last_line}")
+    found = json.loads(Path(out_dir, "probe.json").read_text())
+    return {PROBE + name: score for name, score in found.items()}
 
 
 def scores_of(row):
@@ -184,12 +221,13 @@ class Study:
             self.add(json.loads(line))
 
     def add(self, run):
-        self.found[run["command"], run["rate"], run["seed"], run["code"]] = run
+        key = (run["command"], run["rate"], run["seed"], run["code"], *run.get("probe", ()))
+        self.found[key] = run
 
     def runs(self, commands, jobs):
         """The runs of commands, in their order. Those that are missing are run first, so many at a
         time, and each is kept as it ends."""
-        keys = [(c.text(), c.rate, c.seed, c.code()) for c in commands]
+        keys = [command.key() for command in commands]
         todo = [command for command, key in zip(commands, keys) if key not in self.found]
         for command in todo:  # before two runs draw the same
             command.folder()
@@ -214,13 +252,21 @@ class Study:
 
 
 def value_of(run, name):
-    """A score of a run in percent. One that it does not have, as after it has diverged, is 0."""
-    return 100 * run["scores"].get(name, {"value": 0.0})["value"]
+    """Return a score of a run in percent, or 0 if the run has diverged."""
+    scores = run["scores"]
+    if not scores:
+        return 0.0
+    check(name in scores, f"{run['command']}, seed {run['seed']}, has no score {name}")
+    return 100 * scores[name]["value"]
 
 
-def goal(run):
-    """What a learning rate is judged by: the mean of all scores."""
-    return mean([value_of(run, name) for name in run["scores"]] or [0.0])
+def goal(run, name=None):
+    """Return the score that a learning rate is judged by: the one with this name, or the mean of
+    all but those of a probe."""
+    names = [name]
+    if name is None:
+        names = [name for name in run["scores"] if not name.startswith(PROBE)]
+    return mean([value_of(run, name) for name in names] or [0.0])
 
 
 def choose(goals, default):
@@ -230,8 +276,19 @@ def choose(goals, default):
     return default if default in good else min(good)
 
 
+def rates_beyond(goals):
+    """{rate: what it is judged by} -> a list of the rate beyond the best one if that is the lowest
+    or the highest one, else an empty list."""
+    best = max(goals, key=goals.get)
+    if best == min(goals):
+        return [best / 2]
+    if best == max(goals):
+        return [best * 2]
+    return []
+
+
 def text_of(goals):
-    return ", ".join(f"{rate:.3g}: {value:.1f}" for rate, value in goals.items())
+    return ", ".join(f"{rate:.3g}: {goals[rate]:.1f}" for rate in sorted(goals))
 
 
 def interval(differences, quantile=None, overlap=0.0):
@@ -251,14 +308,17 @@ def default_jobs():
     return 1 if torch.cuda.is_available() else cores()
 
 
-def best_rate(study, command, jobs):
-    """The command at the one of four rates that the first seeds choose."""
-    seeds = range(FIRST_SCORED)
-    tasks = [command.at(command.rate * x, seed) for x in FACTORS for seed in seeds]
-    goals = {}
-    for task, run in zip(tasks, study.runs(tasks, jobs)):
-        goals.setdefault(task.rate, []).append(goal(run))
-    goals = {rate: mean(values) for rate, values in goals.items()}
+def best_rate(study, command, seeds, score, jobs):
+    """Return the command at the learning rate that these seeds choose by a score, or by the mean of
+    all scores if that is None."""
+    rates = [command.rate * factor for factor in FACTORS]
+    found = {}  # {rate: list of what its runs are judged by}
+    while rates:
+        tasks = [command.at(rate, seed) for rate in rates for seed in seeds]
+        for task, run in zip(tasks, study.runs(tasks, jobs)):
+            found.setdefault(task.rate, []).append(goal(run, score))
+        goals = {rate: mean(values) for rate, values in found.items()}
+        rates = rates_beyond(goals)
     print(f"{command.text()}, rates tried: {text_of(goals)}")
     return command.at(choose(goals, command.rate))
 
@@ -267,33 +327,56 @@ def print_scores(a, b):
     """Print each score of two lists of runs, which have the same seeds."""
     print("\nin percent: a -> b, and b - a with its 95 % interval\n")
     scores = max((run["scores"] for run in a + b), key=len)  # of a run that has not diverged
+    width = max(map(len, scores), default=0) + 2
     for name, score in scores.items():
         first, second = [[value_of(run, name) for run in runs] for runs in (a, b)]
         middle, half = interval([y - x for x, y in zip(first, second)])
         values = f"{mean(first):.1f} -> {mean(second):.1f}, {middle:+.1f} ± {half:.1f}"
-        print(f"{name:14s}{values:36s} chance {100 * score['chance']:.1f}")
+        print(f"{name:{width}s}{values:36s} chance {100 * score['chance']:.1f}")
 
 
-def main(argv):
+def seeds(text):
+    """A type for argparse: "15-29" -> range(15, 30)."""
+    first, _, last = text.partition("-")
+    numbers = range(int(first), int(last) + 1)
+    if not 2 <= len(numbers) <= len(QUANTILES) + 1:
+        raise argparse.ArgumentTypeError(f"{text} are not 2 to {len(QUANTILES) + 1} seeds")
+    return numbers
+
+
+def read_options(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--a", required=True, metavar="COMMAND", help='such as "train.py --cls_weight 0"')
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
-    add("--common", default="", metavar="OPTIONS", help="options of both")
-    text = f"number of seeds, of which {FIRST_SCORED} is the first (default 5)"
-    add("--seeds", type=number(int, 2, 20), default=5, help=text)
-    text = "let seeds 0 to 4 choose one of four learning rates for each side"
-    add("--rates", action="store_true", help=text)
+    add("--common", default="", metavar="OPTIONS", help="options of both commands")
+    which = dict(type=seeds, metavar="FIRST-LAST")
+    add("--seeds", default=range(5, 10), help="seeds that are scored (default 5-9)", **which)
+    text = "seeds that choose a learning rate for each command without --learning_rate (if the "
+    text += "option has no value: 0-4)"
+    add("--rates", nargs="?", default=(), const=range(5), help=text, **which)
+    text = "score that chooses the rates, such as colour_shape (default: the mean of all)"
+    add("--by", metavar="SCORE", help=text)
+    text = "linear probe of the image tower: folders with a folder of images per class"
+    add("--probe", nargs=2, default=(), metavar=("FIT", "TEST"), help=text)
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
     add("--jobs", type=number(int, 1), default=default_jobs(), help=text)
     args = parser.parse_args(argv)
+    both = {*args.seeds} & {*args.rates}
+    check(not both, f"seed {min(both, default=0)} is in --seeds and in --rates")
+    return args
 
+
+def main(argv):
+    args = read_options(argv)
     study = Study(OUT / "runs.jsonl")
-    sides = [read_command(text, args.common) for text in (args.a, args.b)]
-    if args.rates:
-        sides = [best_rate(study, command, args.jobs) for command in sides]
-    seeds = range(FIRST_SCORED, FIRST_SCORED + args.seeds)
-    tasks = [command.at(command.rate, seed) for seed in seeds for command in sides]
+    sides = []
+    for text in (args.a, args.b):
+        command = read_command(text, args.common)
+        if args.rates and "--learning_rate" not in f"{text} {args.common}":
+            command = best_rate(study, command, args.rates, args.by, args.jobs)
+        sides.append(command._replace(probe=tuple(args.probe)))
+    tasks = [command.at(command.rate, seed) for seed in args.seeds for command in sides]
     runs = study.runs(tasks, args.jobs)  # a, b, a, b ...
     for command in sides:
         print(f"\n{command.text()}, at a learning rate of {command.rate:.3g}")

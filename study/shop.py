@@ -3,11 +3,14 @@
 DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
 table pairs.csv with the columns image (ID.jpg), caption (productDisplayName) and type
 (articleType). What is made for seed 15 goes to out_study/shop/15: 24,000 pairs to train on with a
-vocabulary of their words, 2,000 pairs to validate on, and a folder of pictures for each type.
+vocabulary of their words, 2,000 pairs to validate on, and two folders, `fit` and `type`, that have
+a folder with 200 pictures for each type of product. A linear probe is fitted on `fit`, whose
+pictures are training pictures. `type` is for zero-shot classification and for the test of the
+probe.
 
-Hashes of the seed decide where a product is, so everyone gets the same splits. Products with
-equal titles are on one side, and no picture is on two. The titles of the validation pairs are
-unique, so R@1 can be 100 %, and what is classified is neither trained nor validated on.
+Hashes of the seed decide where a product is, so everyone gets the same splits. Products with equal
+titles are on one side, and no picture is on two. The titles of the validation pairs are unique, so
+R@1 can be 100 %. Pictures in `type` are neither trained nor validated on.
 """
 
 import csv
@@ -57,10 +60,12 @@ def write_split(rows, seed, out):
             writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
         writer.close()
     vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
-    for theirs, name in TYPES.items():
-        (out / "type" / name).mkdir(parents=True)
-        for row in [row for row in classified if row["type"] == theirs][:200]:
-            (out / "type" / name / row["image"]).write_bytes(row["content"])
+    for kind, part in (("fit", train), ("type", classified)):
+        for theirs, name in TYPES.items():
+            folder = out / kind / name
+            folder.mkdir(parents=True)
+            for row in [row for row in part if row["type"] == theirs][:200]:
+                (folder / row["image"]).write_bytes(row["content"])
 
 
 def main(argv):

@@ -3,6 +3,7 @@ other code, and the page is what the runs say."""
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,18 @@ import scenes
 import superclip
 import train
 from checkpoint import DIVERGED
-from study import compare, fast_tower, mean_patches, no_idf, plan, shop, shuffled, some_words
+from cli import InputError
+from study import (
+    compare,
+    fast_tower,
+    mean_patches,
+    no_idf,
+    plan,
+    shop,
+    shuffled,
+    some_words,
+    yes_no,
+)
 from study.compare import Study, read_command
 from tokenizer import Tokenizer
 
@@ -23,7 +35,8 @@ def run_of(command, **values):
     """The run of a command, with these scores in percent."""
     key = {"command": command.text(), "rate": command.rate, "seed": command.seed}
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
-    return {**key, "code": command.code(), "scores": scores, "seconds": 1.0}
+    key |= {"code": command.code(), "probe": [*command.probe]}
+    return {**key, "scores": scores, "seconds": 1.0}
 
 
 def test_an_interval_is_students():
@@ -53,19 +66,49 @@ def pretend(monkeypatch, tmp_path):
     return done
 
 
-def test_seeds_that_chose_a_rate_are_not_scored_and_no_run_is_made_twice(pretend, capsys):
-    """A rate is searched around the one that a command names, too."""
-    options = ["--a", "train.py --learning_rate 1e-4", "--b", "train.py", "--rates", "--seeds", "3"]
+def test_seeds_that_choose_a_rate_are_not_scored_and_no_run_is_made_twice(pretend):
+    """The best rate is the lowest one at first, so one beyond it is tried, 1.25e-4. The command
+    that names its rate keeps it."""
+    commands = ["--a", "train.py --learning_rate 1e-4", "--b", "train.py"]
+    options = ["--rates", "0-1", "--by", "colour_shape", "--seeds", "15-17"]
 
     for _ in range(2):
-        compare.main(options)
+        compare.main(commands + options)
 
-    for rates in ((2.5e-5, 5e-5, 1e-4, 2e-4), (1.25e-4, 2.5e-4, 5e-4, 1e-3)):
-        runs = [command for command in pretend if command.rate in rates]
-        scored = [(command.rate, command.seed) for command in runs if command.seed >= 5]
-        assert len(runs) == 4 * 5 + 3
-        assert sorted(scored) == [(min(rates, key=lambda r: abs(r - 2.1e-4)), s) for s in (5, 6, 7)]
-    assert "colour_shape  " in capsys.readouterr().out
+    runs = [(command.rate, command.seed) for command in pretend]
+    choosing = [(rate, seed) for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3) for seed in (0, 1)]
+    scored = [(rate, seed) for rate in (1e-4, 2.5e-4) for seed in (15, 16, 17)]
+    assert sorted(runs) == sorted(choosing + scored)
+
+
+def test_seeds_that_choose_a_rate_cannot_be_scored(pretend):
+    with pytest.raises(InputError, match="seed 4 .*--rates"):
+        compare.main(["--a", "train.py", "--b", "train.py", "--rates", "--seeds", "4-6"])
+
+
+def test_a_rate_is_judged_by_the_score_that_is_named_or_by_the_mean_without_probes():
+    run = run_of(read_command("train.py"), **{"colour": 30, "R@1": 50, "probe, class token": 99})
+
+    assert compare.goal(run, "R@1") == 50
+    assert compare.goal(run) == 40
+
+
+def test_a_score_that_is_missing_is_an_error_unless_the_run_has_diverged():
+    command = read_command("train.py")
+
+    assert compare.value_of(run_of(command), "R@1") == 0
+    with pytest.raises(InputError, match="R@1"):
+        compare.value_of(run_of(command, colour=30), "R@1")
+
+
+def test_a_run_with_another_probe_is_another_run(pretend):
+    options = ["--a", "train.py --cls_weight 0", "--b", "train.py", "--seeds", "5-6"]
+
+    for probe in ([], ["--probe", "fit", "test"], ["--probe", "fit", "other"]):
+        compare.main(options + probe)
+
+    probes = [(), ("fit", "test"), ("fit", "other")]
+    assert sorted(command.probe for command in pretend) == sorted(4 * probes)
 
 
 @pytest.mark.parametrize("options", ["--cls_weight=0 --my_weight 1", "--init_from=x.pt"])
@@ -77,11 +120,13 @@ def test_a_command_has_the_learning_rate_that_train_py_gives_it(options):
 
 def test_a_run_has_its_seed_in_its_options_and_its_key_has_not():
     text = "train.py --train_data 'fold{seed}/*.tar'"
-    command = read_command(text).at(1e-3, seed=3)
+    command = read_command(text).at(1e-3, seed=3)._replace(probe=("fold{seed}/fit", "x"))
 
     words = " ".join(command.words("out"))
+    probe_words = " ".join(command.probe_words("out"))
 
     assert "--train_data fold3/*.tar --learning_rate 0.001 --seed 3 " in words
+    assert "--train fold3/fit --test x " in probe_words
     assert command.text() == text
 
 
@@ -105,10 +150,10 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
     shards, folders, children, monkeypatch, tmp_path, capsys
 ):
     """The processes are forked, because each would take seconds to import torch. The first one
-    diverges, so that it scores 0."""
+    diverges, so that it scores 0 and is not probed."""
 
     def call(words, folder):
-        process = children.start("train", words[1:])
+        process = children.start(Path(words[0]).stem, words[1:])
         code, printed = finish(process)
         return (2, f"error: {DIVERGED}") if len(children.started) == 1 else (code, printed)
 
@@ -117,11 +162,14 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
     common = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --steps 2"
     common += f" --zeroshot_data {folders} --model tiny --batch_size 8 --no-compile"
     argv = ["--a", "train.py --cls_weight 0", "--b", "train.py", "--common", common]
+    probe = ["--probe", str(folders), f"{folders}/../{folders.name}-test"]
+    shutil.copytree(folders, probe[2])
 
-    compare.main([*argv, "--seeds", "2", "--jobs", "1"])
+    compare.main([*argv, *probe, "--seeds", "5-6", "--jobs", "1"])
 
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("R@1", "R@10", folders.name))
+    names = ("R@1", "R@10", folders.name, "probe, class token", "probe, untrained patch mean")
+    assert all(name in printed for name in names)
     first, *others = Study(tmp_path / "runs.jsonl").found.values()
     assert first["scores"] == {} and all(run["scores"] for run in others)
 
@@ -162,6 +210,20 @@ def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
     shuffled.main([])
 
     assert superclip.classification_loss(logits, CAPTIONS, weights) == expected
+
+
+def test_a_head_can_say_yes_or_no_to_each_word(model):
+    """The words are 1, 2 and 3. A logit x says yes with probability sigmoid(x)."""
+    logits = torch.randn(3, 6)
+    expected = 0.0
+    for caption, row in zip(CAPTIONS.tolist(), logits.sigmoid().tolist()):
+        for word in (1, 2, 3):
+            expected -= math.log(row[word] if word in caption else 1 - row[word]) / 3
+
+    yes_no.main([])
+
+    loss = superclip.classification_loss(logits, CAPTIONS, torch.rand(6))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind, caption", [("colours", "red pink"), ("shapes", "star heart")])
@@ -217,6 +279,21 @@ def test_products_with_equal_titles_or_pictures_are_on_one_side():
         sides = [{row[name] for row in part} for part in parts]
         assert all(sides)
         assert sum(map(len, sides)) == len(set.union(*sides))
+
+
+def test_a_split_has_pictures_to_fit_a_probe_on_and_others_to_test_it_on(tmp_path):
+    """Of 600 products each third one is a watch. Fit has training pictures."""
+    rows = []
+    for i in range(600):
+        row = {"image": f"{i}.jpg", "caption": f"title {i}", "content": b"%d" % i}
+        rows.append({**row, "type": "Watches" if i % 3 == 0 else "Heels"})
+    trained, _, classified = shop.split(rows, seed=0)
+
+    shop.write_split(rows, 0, tmp_path / "0")
+
+    for kind, part in (("fit", trained), ("type", classified)):
+        watches = {row["image"] for row in part if row["type"] == "Watches"}
+        assert {path.name for path in (tmp_path / "0" / kind / "watch").iterdir()} == watches
 
 
 def test_the_page_is_what_the_published_runs_say(capsys):
