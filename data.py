@@ -80,15 +80,13 @@ def process_pool(n):
 
 def expand_braces(pattern):
     """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar". A pattern without braces stays as it
-    is, and so does the path of what is there."""
+    is."""
     match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
-    if not match or os.path.exists(pattern):
+    if not match:
         yield pattern
         return
     low, high = match.groups()
-    numbers = range(int(low), int(high) + 1)
-    check(numbers, f"there are no numbers in {match[0]}")
-    for i in numbers:
+    for i in range(int(low), int(high) + 1):
         yield from expand_braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
 
 
@@ -111,8 +109,8 @@ SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 def is_validation(shard):
     """Return whether the first split that the name of a shard holds is not train."""
-    split = SPLIT.search(Path(shard).name.lower())
-    return split is not None and split[0] != "train"
+    splits = SPLIT.findall(Path(shard).name.lower())
+    return splits[:1] not in ([], ["train"])
 
 
 def by_split(shards):
@@ -319,9 +317,7 @@ class Shards:
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except BadSample:  # it has none
-            raise
-        except Exception:  # of what JSON may hold
+        except Exception:  # there is none, or JSON holds something else
             raise BadSample(f"{source} is missing, or not UTF-8 text or a list of it") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
@@ -360,12 +356,6 @@ def is_hidden(name):
     """Return whether a file or folder is one that people do not see: .ipynb_checkpoints, or the
     __MACOSX of a zip that was made on a Mac."""
     return name.startswith((".", "__"))
-
-
-def folders_in(folder):
-    """Return the folders in a folder, in order, but no hidden ones."""
-    folders = [path for path in Path(folder).iterdir() if path.is_dir()]
-    return sorted(path for path in folders if not is_hidden(path.name))
 
 
 def images_below(folder):
@@ -527,7 +517,7 @@ class Pairs(Shards, Dataset):
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
         length = min(self.tokenizer.context_length, round_up(captions))
         batch = {
-            "images": images.permute(0, 3, 1, 2),  # channels last, which convolutions like
+            "images": images.permute(0, 3, 1, 2),  # channels last: fast to cut into patches
             "tokens": self.tokenizer.pad(captions, length),
             "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # the whole captions
         }

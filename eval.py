@@ -79,9 +79,11 @@ class ClassFolders(Dataset):
         self.size = size
         self.classes = []  # names
         self.samples = []  # (file, number of its class)
-        for c, path in enumerate(data.folders_in(folder)):
-            self.classes.append(path.name)
-            self.samples += [(file, c) for file in data.images_below(path)]
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_dir() and not data.is_hidden(path.name):
+                c = len(self.classes)
+                self.classes.append(path.name)
+                self.samples += [(file, c) for file in data.images_below(path)]
         check(self.samples, f"{folder} has no folders with images in it, one for each class")
 
     def __len__(self):
