@@ -1,29 +1,29 @@
-"""The built-in world: scenes that are drawn offline in seconds and written as real tar shards, so
-that the first `python train.py` takes the same path as a run on CC3M.
+"""Draw the built-in data: scenes with captions, written as real tar shards. So the first
+`python train.py` takes the same path as a run on CC3M, without a download.
 
     python scenes.py --out scenes
 
-A scene has a *setting*, which is a cloth of some colour and pattern with a border around it (there
-are 256), and on it lie one or two *objects*, each of some colour and shape. It has two captions.
-The short one is like alt text on the web, which mentions a thing or two, and the long one names
-everything.
+A scene has a *setting*, a cloth of some colour and pattern with a border around it. There are 256
+settings. On the cloth lie one or two *objects*, each with a colour and a shape. A scene has two
+captions. The short one is like alt text on the web, which mentions a thing or two. The long one
+names everything.
 
-This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting
-with another, so CLIP can tell most captions apart by the setting alone and needs the objects only
-now and then. The word head, however, asks for the objects in every picture. Captions off the web
-may be like that: among 32 of them, "kitchen" may find the picture of a kitchen, whatever stands on
-its table. What this world leaves out are photographs, thousands of words, captions that are wrong,
-and objects that hide each other.
+This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting,
+so CLIP can tell most captions apart by the setting alone, and seldom needs the objects. The word
+head asks for the objects in every picture. Captions from the web may be similar: among 32 of them
+the word "kitchen" may find the picture of a kitchen, whatever stands on its table. This world has
+no photographs, no vocabulary of thousands of words, no wrong captions, and no objects that hide
+each other.
 
 Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
-them has learnt "red" and "star" as two words.
+them has learned "red" and "star" as two words.
 
 The drawing makes things easy for a vision transformer that has two minutes to learn. Objects lie
 in a 3 x 3 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way.
-Every cloth is darker than every object, and a white line surrounds each object, so that a star has
-the same edge in all colours.
+Every cloth is darker than every object. A white line surrounds each object, so that a star has the
+same edge in all colours.
 
-Lengths and positions are in 0..1 of the picture's side, with x to the right and y down.
+Lengths and positions are shares of the picture's side. x runs to the right and y down.
 """
 
 import functools
@@ -39,9 +39,9 @@ from cli import cores, make_parser, new_folder, number, run_command
 from data import add_sample, process_pool, progress
 from tokenizer import words_to_tiktoken
 
-SIZE = 72  # pixels: side of a picture
+SIZE = 72  # the side of a picture in pixels
 
-# The options of a bare `python train.py`, which were chosen together.
+# The options of `python train.py` without arguments. They were chosen together.
 OPTIONS = {
     "train_data": ["scenes/train-*.tar"],
     "val_data": ["scenes/val-*.tar"],
@@ -59,7 +59,7 @@ OPTIONS = {
     "workers": 0,  # the scenes are small, and the model keeps the cores busy
 }
 
-# No two colours share a name, so that a word tells whether it means a cloth, a border or an object.
+# No colour of a cloth, a border or an object shares its name with another, so each word is clear.
 CLOTHS = {
     "black": (10, 10, 12), "gray": (72, 74, 80), "navy": (16, 24, 88), "maroon": (88, 14, 34),
     "brown": (84, 52, 24), "olive": (62, 70, 18), "teal": (0, 72, 74), "indigo": (52, 6, 92),
@@ -79,7 +79,7 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 COMBINATIONS = list(itertools.product(COLOURS, SHAPES))
-# 8 of the 64 combinations: each colour once, and each shape once.
+# 8 of the 64 combinations. Each colour and each shape occurs once in them.
 HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)]
 SEEN = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
 
@@ -89,8 +89,8 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 
 
 def make_scene(rng, combinations, count=None):
-    """A scene as a plain dict, ready for JSON. rng: a random.Random; combinations: list of the
-    (colour, shape) that its objects may have; count: the number of objects, which by default is
+    """Return a random scene as a plain dict, ready for JSON. rng: a random.Random; combinations:
+    list of the (colour, shape) that its objects may have; count: the number of objects, by default
     two in a quarter of the scenes and one in the others."""
     first = rng.choice(combinations)
     looks = [first]  # the colour and shape of each object
@@ -100,7 +100,7 @@ def make_scene(rng, combinations, count=None):
         # The objects differ in colour and in shape, so that each word belongs to one of them.
         others = [look for look in combinations if look[0] != first[0] and look[1] != first[1]]
         looks.append(rng.choice(others))
-    cells = rng.sample(range(9), len(looks))  # one object a cell, so that none overlap
+    cells = rng.sample(range(9), len(looks))  # one object in a cell, so that none overlap
     objects = []
     for (colour, shape), cell in zip(looks, cells):
         row, column = divmod(cell, 3)
@@ -110,7 +110,7 @@ def make_scene(rng, combinations, count=None):
 
 
 def make_object(rng, colour, shape, row, column):
-    """An object in a cell of the 3 x 3 grid, which it all but fills."""
+    """Return an object that almost fills its cell of the 3 x 3 grid."""
     radius = rng.uniform(0.145, 0.155)
     x = (2 * column + 1) / 6  # the centre
     y = (2 * row + 1) / 6
@@ -123,13 +123,13 @@ def make_object(rng, colour, shape, row, column):
 
 
 def with_article(name):
-    """Returns "a red star" for "red star", and "an orange star" for "orange star"."""
+    """Return "a red star" for "red star", and "an orange star" for "orange star"."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def describe(scene, rng):
-    """A scene -> its captions (short, long): alt text that mentions a thing or two, and a caption
-    that leaves nothing out."""
+    """Return the captions of a scene, (short, long): alt text that mentions a thing or two, and a
+    caption that leaves nothing out. rng: a random.Random, which chooses their form."""
     cloth, pattern, border = scene["cloth"], scene["pattern"], scene["border"]
     ground = f"{pattern} {cloth} with {border}"
     names = [with_article(f"{o['colour']} {o['shape']}") for o in scene["objects"]]
@@ -143,8 +143,8 @@ def describe(scene, rng):
         f"something {first['colour']} on {cloth}",
         f"a {picture} of {names[0]}",
     ]
-    # With start and end these have 16 tokens at most. One more would double the text tower's work,
-    # because batches are padded to a multiple of 16.
+    # With start and end these have at most 16 tokens. One more would double the work of the text
+    # tower, because batches are padded to a multiple of 16.
     long = [
         f"{things} on {ground}.",
         f"{ground} and {things}",
@@ -158,8 +158,8 @@ def describe(scene, rng):
 
 
 def ngon(n, *radii):
-    """n corners around the origin as (x, y), the first one at the top. Their radii are taken in
-    turn, so that two radii make a star."""
+    """Return n corners (x, y) around the origin, the first one at the top. The corners take the
+    radii in turn, so that two radii make a star."""
     corners = []
     for i in range(n):
         radius = radii[i % len(radii)]
@@ -171,14 +171,14 @@ def ngon(n, *radii):
 
 
 def heart(t):
-    """The point (x, y) of a heart's outline at angle t."""
+    """Return the point (x, y) of a heart's outline at angle t."""
     y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
     return math.sin(t) ** 3, -y / 17 - 0.15
 
 
 ARM = 0.32  # half the width of the cross's bars
 HOLE = 0.45  # radius of the ring's hole
-OUTLINES = {  # corners in -1..1
+OUTLINES = {  # corners, from -1 to 1
     "circle": ngon(48, 1),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
@@ -193,8 +193,8 @@ OUTLINES = {  # corners in -1..1
 
 @functools.lru_cache(maxsize=len(SETTINGS))
 def draw_setting(cloth, pattern, border, side):
-    """The cloth with its border, as a picture of side x side pixels. The pattern is in a lighter
-    shade, on a grid of a sixth of the side."""
+    """Return a picture of the cloth with its border, side x side pixels. The pattern has a lighter
+    shade and lies on a grid of 6 x 6 cells."""
     image = Image.new("RGB", (side, side), CLOTHS[cloth])
     pen = ImageDraw.Draw(image)
     light = tuple(v + 22 for v in CLOTHS[cloth])
@@ -213,8 +213,8 @@ def draw_setting(cloth, pattern, border, side):
 
 
 def draw(scene, size=SIZE):
-    """The scene as an RGB picture of size x size pixels. It is drawn four times as large and then
-    averaged, which smooths its edges."""
+    """Return an RGB picture of the scene, size x size pixels. It is drawn four times as large and
+    then averaged, which makes its edges smooth."""
     side = 4 * size
     image = draw_setting(scene["cloth"], scene["pattern"], scene["border"], side).copy()
     for thing in scene["objects"]:
@@ -225,8 +225,8 @@ def draw(scene, size=SIZE):
 
 
 def draw_object(thing, width, height, line):
-    """The object's colour with its white outline, so many pixels wide, and the mask of its shape:
-    two pictures of width x height pixels."""
+    """Return two pictures of width x height pixels: the colour of an object with a white outline,
+    and the mask of its shape. line: the width of the outline in pixels."""
     sheet = Image.new("RGB", (width, height), COLOURS[thing["colour"]])
     mask = Image.new("1", (width, height))
     pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
@@ -240,15 +240,15 @@ def draw_object(thing, width, height, line):
             down = (1 + scale * y) / 2
             points.append((across * width, down * height))
         cut.polygon(points, fill=int(scale == 1))
-        # Half of the line lies outside the mask, so about one pixel is left after averaging.
+        # Half of the line lies outside the mask, so about one pixel is left after the averaging.
         pen.line(points + points[:2], fill="white", width=line, joint="curve")
     return sheet, mask
 
 
 def jpeg(picture):
-    """A picture as the bytes of a JPEG file."""
+    """Return a picture as the bytes of a JPEG file."""
     buffer = io.BytesIO()
-    # Full chroma (subsampling 0), because lines are one or two pixels wide.
+    # Keep the colour of every pixel (subsampling 0), because lines are one or two pixels wide.
     picture.save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
@@ -256,30 +256,31 @@ def jpeg(picture):
 # -----------------------------------------------------------------------------
 # Files
 
-# What captions and prompts contain beside the names above.
+# The words of captions and prompts that are not among the names above
 WORDS = "a an the of in on with and photo picture something , .".split()
 
 
 def vocabulary():
-    """The text of a .tiktoken file in which every word of the captions is one token."""
+    """Return the text of a .tiktoken file in which every word of the captions is one token."""
     names = {*CLOTHS, *PATTERNS, *BORDERS, *COLOURS, *SHAPES}
     return words_to_tiktoken(sorted(names | {*WORDS}))
 
 
 def generator(what, seed):
-    """The random numbers of one picture, by a text that names it. Each has its own, so that it is
-    the same whichever process draws it. With another seed all pictures are others."""
+    """Return the random.Random of one picture. what: a text that names the picture. Each picture
+    has its own generator, so that it looks the same whichever process draws it. A different seed
+    draws different pictures."""
     return random.Random(what if seed == 0 else f"{what} of world {seed}")
 
 
 def make_samples(split, numbers, seed=0):
-    """Yield (number, scene, short caption, long caption) of each sample."""
+    """Yield (number, scene, short caption, long caption) for each sample."""
     combinations = SEEN if split == "train" else COMBINATIONS
     seen = set()
     for i in numbers:
         rng = generator(f"{split} {i}", seed)
         scene = make_scene(rng, combinations)
-        # In validation each long caption describes one picture only, so that R@1 can be 100 %.
+        # Among validation pairs each long caption fits one picture only, so that R@1 can be 100 %.
         while split == "val" and facts(scene) in seen:
             scene = make_scene(rng, combinations)
         seen.add(facts(scene))
@@ -288,14 +289,14 @@ def make_samples(split, numbers, seed=0):
 
 
 def facts(scene):
-    """What a long caption says of the scene, in one order: two scenes with equal facts fit the same
-    captions."""
+    """Return what a long caption says of a scene, in a fixed order. Two scenes with equal facts fit
+    the same captions."""
     objects = sorted(f"{o['colour']} {o['shape']}" for o in scene["objects"])
     return scene["cloth"], scene["pattern"], scene["border"], *objects
 
 
 def write_shard(task, folder, seed):
-    """Write one tar. task: its name, its split, and the numbers of its samples."""
+    """Write one shard into a folder. task: its name, its split, and the numbers of its samples."""
     name, split, numbers = task
     with tarfile.open(folder / name, "w") as tar:
         for i, scene, short, long in make_samples(split, numbers, seed):
@@ -304,7 +305,8 @@ def write_shard(task, folder, seed):
 
 
 def write_class(folder, kind, name, looks, n, seed):
-    """A folder with n pictures of single objects that have one of these looks, in turn."""
+    """Write a folder with n pictures of single objects, for one class. The objects take these looks
+    in turn; kind: what is classified, such as colour."""
     folder = folder / "zeroshot" / kind / name
     folder.mkdir(parents=True)
     for i in range(n):
@@ -314,10 +316,10 @@ def write_class(folder, kind, name, looks, n, seed):
 
 
 def write_classes(folder, n, seed):
-    """Folders of n single objects for zero-shot classification, or a quarter of that in each of the
-    64 of colour_shape. In held_out, only the combinations that training never shows have pictures.
-    The 56 other folders are empty, because a name alone is a class that a picture can be mistaken
-    for."""
+    """Write the folders for zero-shot classification: n single objects for each class, but a
+    quarter of n for each of the 64 classes of colour_shape. In held_out only the combinations that
+    training never shows have pictures. The 56 other folders are empty. Their names are classes that
+    a picture can be mistaken for."""
     write = functools.partial(write_class, folder, seed=seed)
     for colour in COLOURS:
         write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], n)
@@ -330,7 +332,7 @@ def write_classes(folder, n, seed):
 
 def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
     """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
-    samples; pictures: of a class; seed: each draws a world of its own."""
+    pairs; pictures: number for each class; seed: a different seed draws different scenes."""
     tasks = [("val-00000.tar", "val", range(val))]
     for k, start in enumerate(range(0, train, 1000)):
         numbers = range(start, min(start + 1000, train))
@@ -343,14 +345,14 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
             classes = pool.submit(write_classes, folder, pictures, seed)
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
-            classes.result()  # raises what went wrong in there
+            classes.result()  # raises what write_classes has raised
 
 
 def main(argv):
     parser = make_parser("Draw scenes as shards.")
     add = parser.add_argument
     add("--out", default="scenes", help="folder to make (default scenes)")
-    add("--seed", type=number(int, 0), default=0, help="of the drawing (default 0)")
+    add("--seed", type=number(int, 0), default=0, help="seed of the drawing (default 0)")
     args = parser.parse_args(argv)
     make_scenes(args.out, seed=args.seed)
     print(f"wrote {args.out}")
