@@ -1,4 +1,4 @@
-"""docs/demo.html: what the page computes in JavaScript is what PyTorch computes."""
+"""docs/demo.py and its page: what the page computes in JavaScript is what PyTorch computes."""
 
 import base64
 import json
@@ -6,56 +6,86 @@ import random
 import re
 
 import torch
-from children import ROOT
+from material import run
+from oracle import make_random_model
 
 import eval as evaluation
 import scenes
-from superclip import SuperCLIP, SuperCLIPConfig
+from checkpoint import write_checkpoint
+from docs import demo
+from scripts.words import word_maps
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 
-PAGE = ROOT / "docs" / "demo.html"
+TOKENIZER = Tokenizer(scenes.vocabulary(), 16)
+# The tiny model, but narrow, because the browser computes in JavaScript
+NARROW = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2, embed_dim=32)
 NAMES = [" ".join(look) for look in scenes.COMBINATIONS]
+SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vocab_size)
 
 
-def model_in(page):
-    """The SuperCLIP that a page carries. Weights are int8 * scale, with a scale for each row."""
-    [text] = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page)
-    content = json.loads(text)["models"][1]
-    model = SuperCLIP(SuperCLIPConfig(**content["config"])).eval()
-    for name, packed in content["weights"].items():
-        int8, scale = (bytearray(base64.b64decode(packed[key])) for key in ("int8", "scale"))
-        scale = torch.frombuffer(scale, dtype=torch.float32)[:, None]
-        rows = torch.frombuffer(int8, dtype=torch.int8).view(len(scale), -1) * scale
-        parameter = model.get_parameter(name)
-        parameter.data = rows.view(parameter.shape)
-    return model
+def models_in(page):
+    """The models that a page carries. Weights are int8 * scale, with a scale for each row."""
+    [text] = re.findall(f"{demo.BEGIN}(.*?){demo.END}", page.read_text("utf-8"))
+    models = []
+    for content in json.loads(text)["models"]:
+        model = SuperCLIP(SuperCLIPConfig(**content["config"])).eval()
+        for name, parameter in model.named_parameters():
+            packed = content["weights"].pop(name)
+            int8, scale = (bytearray(base64.b64decode(packed[key])) for key in ("int8", "scale"))
+            scale = torch.frombuffer(scale, dtype=torch.float32)[:, None]
+            rows = torch.frombuffer(int8, dtype=torch.int8).view(len(scale), -1) * scale
+            parameter.data = rows.view(parameter.shape)
+        assert not content["weights"]
+        models.append(model)
+    return models
+
+
+def write_page(folder):
+    """The page of two models with random weights."""
+    header = {"arguments": dict(seed=3, learning_rate=1e-4, batch_size=8)}
+    for name, weight in (("clip.pt", 0), ("superclip.pt", 1)):
+        model = make_random_model(**SHAPE, cls_weight=weight)
+        write_checkpoint(folder / name, model, TOKENIZER.vocab, header=header, step=100)
+    page = folder / "demo.html"
+    assert not run(demo.main, folder / "clip.pt", folder / "superclip.pt", "--out", page)
+    return page
 
 
 def assert_near(numbers, tensor):
     torch.testing.assert_close(torch.tensor(numbers), tensor, rtol=0, atol=1e-3)
 
 
+def test_the_models_of_the_page_are_of_this_version():
+    clip, superclip = models_in(demo.PAGE)
+
+    assert clip.head is None
+    assert superclip.head is not None
+
+
 @torch.no_grad()
-def test_the_browser_draws_and_answers_as_python_does(browser):
+def test_the_browser_draws_and_answers_as_python_does(browser, tmp_path):
     """And a reader can guess and compose a scene, without an error of JavaScript."""
-    model = model_in(PAGE.read_text())
+    page = write_page(tmp_path)
+    _, model = models_in(page)
     scene = scenes.make_scene(random.Random(0), [("red", "star"), ("blue", "ring")])
-    browser.get(PAGE.as_uri())
+    browser.get(page.as_uri())
 
     script = "return [answer(models[1], arguments[0]).best, [...draw(arguments[0]).data]]"
     best, pixels = browser.execute_script(script, scene)
-    script = "return [...models[1].classLogits(models[1].visualTokens(arguments[0]))]"
-    logits = browser.execute_script(script, pixels)
+    logits = browser.execute_script("return [...models[1].classLogits(arguments[0])]", pixels)
+    script = "wordMaps(models[1], arguments[0], [520], () => false).then(arguments[1])"
+    maps = browser.execute_async_script(script, pixels)
 
     drawn = torch.tensor([*scenes.draw(scene).convert("RGBA").tobytes()])
     assert (torch.tensor(pixels).double() - drawn).abs().mean() <= 2  # of 255
     image = torch.tensor(pixels, dtype=torch.uint8).view(1, 72, 72, 4)[..., :3].movedim(3, 1)
-    tokenizer = Tokenizer(scenes.vocabulary())
-    texts = evaluation.zeroshot_classifier(model, tokenizer, NAMES, ["a photo of a {}"])
+    texts = evaluation.zeroshot_classifier(model, TOKENIZER, NAMES, ["a photo of a {}"])
     similarity = model.logit_scale.exp() * model.encode_image(image) @ texts.T
     found = {one["text"]: one["p"] for one in best}
     assert_near([found[name] for name in NAMES], similarity.softmax(dim=1)[0])
     assert_near(logits, model.class_logits(image)[0])
+    assert_near(maps, word_maps(model, image[0], [520], window=2)[1])
 
     for button in browser.find_elements("css selector", "#choose button"):
         button.click()

@@ -1,0 +1,70 @@
+"""Put two models into demo.html, a page in which CLIP and SuperCLIP answer side by side:
+
+    python -m docs.demo out_clip/last.pt out/last.pt
+
+Those in the page had batches of 8 and the rates that the study chose for them:
+
+    run="python train.py --batch_size 8 --epochs 1.6" &&
+        $run --learning_rate 1.25e-4 --cls_weight 0 --out_dir out_clip_8 &&
+        $run --learning_rate 2.5e-4 --out_dir out_8
+
+The page is written by hand. It needs no network and no library, and carries the weights as int8,
+with a scale for each row, in one JSON object, in which this command replaces the models.
+"""
+
+import base64
+import json
+from pathlib import Path
+
+import torch
+
+from checkpoint import load, read_checkpoint
+from cli import make_parser, output_file, run_command
+
+PAGE = Path(__file__).with_suffix(".html")
+BEGIN, END = '<script type="application/json" id="numbers">', "</script>"
+
+
+def base64_text(tensor):
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def quantise(tensor):
+    """tensor -> {shape, int8, scale}, both as base64 text: about int8 * scale, with a scale for
+    each row (all that one index of the first dimension has)."""
+    rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    scale = rows.abs().amax(dim=1) / 127
+    int8 = (rows / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    return {"shape": [*tensor.shape], "int8": base64_text(int8), "scale": base64_text(scale)}
+
+
+def model_facts(checkpoint):
+    """What the page needs of a last.pt: its weights, and options of its run."""
+    content = read_checkpoint(checkpoint)
+    options = content["header"]["arguments"]
+    model, _, _ = load(checkpoint)
+    facts = {name: options[name] for name in ("seed", "learning_rate", "batch_size")}
+    return {
+        "config": vars(model.config),
+        "weights": {name: quantise(p) for name, p in model.named_parameters()},
+        "options": {**facts, "samples": content["step"] * options["batch_size"]},
+    }
+
+
+def main(argv):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("clip", help="last.pt of a run on the built-in scenes with --cls_weight 0")
+    add("superclip", help="last.pt of the same run with the word head")
+    add("--out", type=output_file(".html"), default=PAGE, help=f"page to write (default {PAGE})")
+    args = parser.parse_args(argv)
+    start, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    numbers, _, end = rest.partition(END)
+    content = json.loads(numbers)
+    content["models"] = [model_facts(args.clip), model_facts(args.superclip)]
+    args.out.write_text(start + BEGIN + json.dumps(content) + END + end, "utf-8")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
