@@ -1,0 +1,200 @@
+"""Draw the pictures of the pages, all of them or those that are named:
+
+    python -m docs.figures
+    python -m docs.figures label found
+
+first.png shows the first four validation scenes, which nobody has chosen, and the five words that
+assets/tiny.pt finds most probable in each. A word is red if the caption has it. A colour or a shape
+has a frame: without this part of the picture the word is least probable. In found.png a bar is a
+mean over seeds, and a dot is one seed. The tutorial names the commands that draw curve.png and
+words.png. SVG files are drawn by hand.
+"""
+
+import random
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+from matplotlib import pyplot as plt
+from matplotlib.patheffects import withStroke
+
+import data
+import eval as evaluation
+import scenes
+import superclip
+from cli import check, make_parser, run_command
+from scripts import words
+from scripts.pictures import contact_sheet
+from study import plan
+from tokenizer import Tokenizer
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+INK, GREY, BLUE, RED, AMBER = "#1f2937", "#7d8694", "#2463a8", "#d1495b", "#f0a500"
+
+
+# -----------------------------------------------------------------------------
+# first.png
+
+
+def draw_frames(axis, model, image, said):
+    """Frame the windows of patches without which colours and shapes are least probable. said: what
+    top_words returns for the image."""
+    grid = model.visual.grid
+    window = words.default_window(model)
+    falls, _ = words.word_maps(model, image, [i for _, _, i in said], window)
+    places = defaultdict(list)  # row and column of a window -> the words that are seen there
+    for (word, _, _), fall in zip(said, falls):
+        if word in {*scenes.COLOURS, *scenes.SHAPES}:
+            places[divmod(int(fall.argmax()), grid - window + 1)].append(word)
+    white_edge = [withStroke(linewidth=4, foreground="white")]
+    for (row, column), seen in places.items():
+        look = dict(fill=False, ec=INK, lw=2, path_effects=white_edge)
+        axis.add_patch(plt.Rectangle((column, row), window, window, **look))
+        x, side = column - 0.2, "right"
+        if column < grid / 2:
+            x, side = column + window + 0.2, "left"
+        look = dict(ha=side, va="center", color=INK, path_effects=white_edge)
+        axis.text(x, row + window / 2, "\n".join(seen), **look)
+
+
+def draw_first():
+    model, tokenizer, _ = evaluation.load(ASSETS / "tiny.pt")
+    grid = model.visual.grid
+    _, axes = plt.subplots(2, 4, figsize=(10, 4.4), height_ratios=(2, 1), layout="constrained")
+    for i, scene, _, caption in scenes.make_samples("val", range(4)):
+        picture, bars = axes[:, i]
+        image = data.load_image(scenes.draw(scene), model.config.image_size)
+        [said] = evaluation.top_words(model, tokenizer, image[None], 5)
+        picture.imshow(scenes.draw(scene, 384), extent=(0, grid, grid, 0))
+        picture.set_title(textwrap.fill(caption, 26), fontsize=10, loc="left")
+        picture.axis("off")
+        draw_frames(picture, model, image, said)
+        true = tokenizer.encode(caption)
+        colours = [RED if i in true else GREY for _, _, i in said]
+        bars.barh([word for word, _, _ in said], [p for _, p, _ in said], color=colours, height=0.6)
+        bars.invert_yaxis()
+        bars.set(xlim=(0, 0.25), xticks=[], frame_on=False)
+        bars.tick_params(length=0)
+    plt.savefig(ASSETS / "first.png", dpi=130)
+
+
+# -----------------------------------------------------------------------------
+# scenes.png and label.png
+
+
+def tutorial_scenes():
+    """Return the tutorial's 256 scenes and their long captions."""
+    rng = random.Random(0)
+    drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
+    return drawn, [scenes.describe(scene, rng)[1] for scene in drawn]
+
+
+def draw_scenes():
+    drawn, captions = tutorial_scenes()
+    images = [data.load_image(scenes.draw(scene, 240), 240) for scene in drawn[:8]]
+    contact_sheet(images, captions[:8], ASSETS / "scenes.png")
+
+
+def draw_label():
+    _, captions = tutorial_scenes()
+    tokenizer = Tokenizer(scenes.vocabulary())
+    tokens = tokenizer(captions, 16)
+    counts = superclip.multi_hot(tokens, tokenizer.vocab_size).sum(dim=0)
+    weights = superclip.idf(len(captions), counts)
+    [shares] = superclip.caption_label(tokens[:1], weights)
+    ids = list(dict.fromkeys(tokenizer.encode(captions[0])))[::-1]  # the first word at the top
+    panels = (
+        ("n, of 256 captions", counts, GREY, "{:.0f}"),
+        ("IDF, ln(257 / (n + 1))", weights, BLUE, "{:.2f}"),
+        ("share of the label", shares, RED, "{:.2f}"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4.4), sharey=True, layout="constrained")
+    figure.suptitle(f"“{captions[0]}”")
+    for axis, (title, values, colour, form) in zip(axes, panels):
+        bars = axis.barh([tokenizer.decode([i]) for i in ids], values[ids].tolist(), color=colour)
+        axis.bar_label(bars, fmt=form, padding=4)
+        axis.set(title=title, xticks=[])
+        axis.margins(x=0.2)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    plt.savefig(ASSETS / "label.png", dpi=130)
+
+
+# -----------------------------------------------------------------------------
+# found.png
+
+# A model: the colour of its bars, and their place in a group
+ARMS = {"CLIP": (INK, -0.29), "control": (GREY, 0), "SuperCLIP": (RED, 0.29)}
+# A panel: its title, the name of its scale, chance in percent, and {group of bars: row, score}
+PANELS = (
+    ("Mixed captions, by length of the run", "colour + shape right (%)", 1.6, {
+        "24,000\npairs": ("mixed, 24,000", "colour_shape"),
+        "32,000\npairs": ("mixed, 32,000", "colour_shape"),
+        "48,000\npairs": ("mixed, 48,000", "colour_shape"),
+    }),
+    ("After 32,000 pairs", "", 1.6, {
+        "short\ncaptions": ("short, 32,000", "colour_shape"),
+        "mixed\ncaptions": ("mixed, 32,000", "colour_shape"),
+        "long\ncaptions": ("long, 32,000", "colour_shape"),
+        "mixed,\nbatch 8": ("batch 8", "colour_shape"),
+    }),
+    ("Photographs", "type of product right (%)", 10, {
+        "zero-shot": ("photographs, 6 epochs", "type"),
+        "linear\nprobe": ("photographs, 6 epochs, again", "probe, class token"),
+    }),
+)  # fmt: skip
+
+
+def scores_of(row, score):
+    """Return {model: its scores, one for each seed} for the models of a row that were run."""
+    arms = {model: f"{model}, {row}" for model in ARMS if f"{model}, {row}" in plan.ARMS}
+    found = {model: [*plan.values_of(arm, score).values()] for model, arm in arms.items()}
+    return {model: values for model, values in found.items() if values}
+
+
+def draw_group(axis, place, row, score):
+    for model, values in scores_of(row, score).items():
+        colour, shift = ARMS[model]
+        x = place + shift
+        axis.bar(x, mean(values), 0.27, color=colour, label=model)
+        axis.plot([x] * len(values), values, "o", ms=3, color="white", mec=INK, mew=0.5)
+        axis.text(x, 4, f"{mean(values):.0f}", ha="center", color="white", weight="bold")
+    if score.startswith("probe"):  # the untrained tower is the same for all models
+        [values, *_] = scores_of(row, score.replace("probe,", "probe, untrained")).values()
+        ends = (place - 0.45, place + 0.45)
+        axis.hlines(mean(values), *ends, color=AMBER, lw=2, ls=":", label="untrained tower")
+
+
+def draw_found():
+    look = dict(figsize=(11, 4), width_ratios=(3, 4, 2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, sharey=True, **look)
+    legend = {}  # what stands in it, by name
+    for axis, (title, scale, chance, rows) in zip(axes, PANELS):
+        groups = {name: row for name, row in rows.items() if scores_of(*row)}
+        for place, row in enumerate(groups.values()):
+            draw_group(axis, place, *row)
+        axis.axhline(chance, color=INK, lw=1, ls=":", label="chance")
+        axis.set(title=title, ylabel=scale, ylim=(0, 102))
+        axis.set_xticks(range(len(groups)), groups)
+        axis.spines[["top", "right"]].set_visible(False)
+        handles, names = axis.get_legend_handles_labels()
+        legend.update(zip(names, handles))
+    figure.legend(legend.values(), legend, loc="outside upper center", ncols=5, frameon=False)
+    plt.savefig(ASSETS / "found.png", dpi=130)
+
+
+FIGURES = {"first": draw_first, "scenes": draw_scenes, "label": draw_label, "found": draw_found}
+
+
+def main(argv):
+    parser = make_parser(__doc__)
+    known = ", ".join(FIGURES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"among {known} (default: all)")
+    args = parser.parse_args(argv)
+    for name in args.names or FIGURES:
+        check(name in FIGURES, f"there is no picture {name}. Choose among {known}.")
+        FIGURES[name]()
+
+
+if __name__ == "__main__":
+    run_command(main)
