@@ -151,6 +151,8 @@ def check_my_forward(my_forward, config, images, tokens):
     for name, loss in losses.items():
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise Mistake(f"my_forward: {name} has no gradient, so it trains nothing.")
-        if not loss.isfinite().all():
+        if loss.ndim > 0:
+            raise Mistake(f"my_forward: {name} should be a scalar. Take its mean or its sum.")
+        if not loss.isfinite():
             raise Mistake(f"my_forward: {name} is {loss}, which would spoil all weights.")
         print(f"{name} is {loss:.3f} before training")
