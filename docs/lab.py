@@ -39,21 +39,21 @@ def compare(name, found, expected, mistakes, inputs=()):
     if found is None:
         raise Mistake(f"Fill in {name} first.")
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
-        raise Mistake(f"{name} should give a tensor of shape {tuple(expected.shape)}.")
+        raise Mistake(f"{name} should return a tensor of shape {tuple(expected.shape)}.")
     if not near(found, expected):
         finite = dict(nan=0.0, posinf=0.0, neginf=0.0)  # a NaN must not hide another mistake
         for sentence, result in mistakes.items():
             if near(found.nan_to_num(**finite), result.nan_to_num(**finite)):
                 raise Mistake(f"{name}: {sentence}")
-        raise Mistake(f"{name}: for other numbers it is\n{found}\nand should be\n{expected}")
+        raise Mistake(f"{name}: for other numbers it is\n{found}\nIt should be\n{expected}")
     if inputs and not found.requires_grad:
-        raise Mistake(f"{name} has no gradient. Do you detach it, or compute it under no_grad?")
+        raise Mistake(f"{name} has no gradient. Look for detach() or no_grad() in it.")
     for x in inputs:
         options = dict(retain_graph=True, materialize_grads=True)
         [gradient] = torch.autograd.grad(found, x, **options)
         [right] = torch.autograd.grad(expected, x, **options)
         if not near(gradient, right, tolerance=1e-3):
-            text = "has the right value, but a wrong gradient. Do you detach something?"
+            text = "has the right value, but a wrong gradient. Look for detach() in it."
             raise Mistake(f"{name} {text}")
     print(f"{name} is right")
 
@@ -63,18 +63,18 @@ def check_contrastive_loss(contrastive_loss):
     right = superclip.contrastive_loss(u, v, SCALE)
     rows = F.cross_entropy(SCALE * u @ v.T, torch.arange(len(u)))
     mistakes = {
-        "your loss is that of the rows alone. The captions must pick, too.": rows,
-        "your loss is the sum of both, and should be their mean.": 2 * right,
-        "the scale is missing.": superclip.contrastive_loss(u, v, 1.0),
+        "your loss has the rows only. The captions must pick, too.": rows,
+        "your loss is the sum of both cross-entropies. It should be their mean.": 2 * right,
+        "the scale is missing. Multiply the cosines by it.": superclip.contrastive_loss(u, v, 1.0),
     }
     compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes, [u, v])
 
 
 def check_idf(idf):
     mistakes = {
-        "padding is no word, and should weigh 0.": (11 / (COUNTS + 1)).log(),
-        "rare words should weigh more, not less.": -WEIGHTS,
-        "add 1 to N, and to n.": superclip.idf(9, COUNTS - 1),
+        "padding is no word. It should weigh 0.": (11 / (COUNTS + 1)).log(),
+        "rare words weigh less. They should weigh more.": -WEIGHTS,
+        "add 1 to N and to n.": superclip.idf(9, COUNTS - 1),
     }
     compare("idf", idf(10, COUNTS.clone()), WEIGHTS, mistakes)
 
@@ -83,7 +83,7 @@ def check_label(label):
     right = superclip.caption_label(TOKENS, WEIGHTS)
     every_occurrence = F.one_hot(TOKENS, 9).sum(dim=1) * WEIGHTS
     mistakes = {
-        "a word that occurs twice counts once.": F.normalize(every_occurrence, p=1),
+        "count a word once, even if it occurs twice.": F.normalize(every_occurrence, p=1),
         "divide the weights of a caption by their sum.": superclip.multi_hot(TOKENS, 9) * WEIGHTS,
     }
     compare("label", label(TOKENS.clone(), WEIGHTS.clone()), right, mistakes)
@@ -94,9 +94,9 @@ def check_classification_loss(classification_loss):
     right = superclip.classification_loss(logits, TOKENS, WEIGHTS)
     twice = superclip.classification_loss(logits.softmax(dim=1), TOKENS, WEIGHTS)
     mistakes = {
-        "sum over the vocabulary, and take the mean over the captions alone.": right / 9,
-        "your loss is the sum over the captions, and should be their mean.": 3 * right,
-        "cross_entropy takes logits, and has a softmax of its own.": twice,
+        "take the sum over the vocabulary, and the mean over the captions only.": right / 9,
+        "your loss is the sum over the captions. It should be their mean.": 3 * right,
+        "cross_entropy takes logits. It computes the softmax itself.": twice,
     }
     loss = classification_loss(logits, TOKENS.clone(), WEIGHTS.clone())
     compare("classification_loss", loss, right, mistakes, [logits])
@@ -132,7 +132,7 @@ def check_forward(forward, config, images, tokens):
         return superclip.classification_loss(logits, second, counter.token_weights())
 
     mistakes = {
-        "count the captions.": word_loss(),
+        "count the captions. model.count_tokens does it.": word_loss(),
         "count the captions of a batch before you weigh its words.": word_loss(first),
         "count each batch once.": word_loss(first, first, second, second),
     }
@@ -154,5 +154,5 @@ def check_my_forward(my_forward, config, images, tokens):
         if loss.ndim > 0:
             raise Mistake(f"my_forward: {name} should be a scalar. Take its mean or its sum.")
         if not loss.isfinite():
-            raise Mistake(f"my_forward: {name} is {loss}, which would spoil all weights.")
+            raise Mistake(f"my_forward: {name} is {loss}. It would spoil all weights.")
         print(f"{name} is {loss:.3f} before training")
