@@ -2,14 +2,15 @@
 
     python -m docs.demo out_clip/last.pt out/last.pt
 
-Those in the page had batches of 8 and the rates that the study chose for them:
+The two models in the page were trained in batches of 8, each at the learning rate that the study
+chose for it:
 
     run="python train.py --batch_size 8 --epochs 1.6" &&
         $run --learning_rate 1.25e-4 --cls_weight 0 --out_dir out_clip_8 &&
         $run --learning_rate 2.5e-4 --out_dir out_8
 
-The page is written by hand. It needs no network and no library, and carries the weights as int8,
-with a scale for each row, in one JSON object, in which this command replaces the models.
+The page is written by hand, and needs no network and no library. One JSON object in it has the
+weights, as int8 with a scale for each row. This command replaces the models in that object.
 """
 
 import base64
@@ -30,8 +31,8 @@ def base64_text(tensor):
 
 
 def quantise(tensor):
-    """tensor -> {shape, int8, scale}, both as base64 text: about int8 * scale, with a scale for
-    each row (all that one index of the first dimension has)."""
+    """Return a tensor as a dict of its shape, and of int8 and scale as base64 text. The tensor is
+    about int8 * scale. There is a scale for each row, which is an index of the first dimension."""
     rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
     scale = rows.abs().amax(dim=1) / 127
     int8 = (rows / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8)
@@ -39,7 +40,8 @@ def quantise(tensor):
 
 
 def model_facts(checkpoint):
-    """What the page needs of a last.pt: its weights, and options of its run."""
+    """Return what the page needs to know of a model: its configuration, its weights, and how it was
+    trained. checkpoint: the last.pt of its run."""
     content = read_checkpoint(checkpoint)
     options = content["header"]["arguments"]
     model, _, _ = load(checkpoint)

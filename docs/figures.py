@@ -4,10 +4,10 @@
     python -m docs.figures label found
 
 first.png shows the first four validation scenes, which nobody has chosen, and the five words that
-assets/tiny.pt finds most probable in each. A word is red if the caption has it. A colour or a shape
-has a frame: without this part of the picture the word is least probable. In found.png a bar is a
-mean over seeds, and a dot is one seed. The tutorial names the commands that draw curve.png and
-words.png. SVG files are drawn by hand.
+assets/tiny.pt finds most probable in each. A word is red if the caption has it. The frame of a word
+is the part of the picture without which the word is least probable. In found.png a bar is the mean
+over the seeds, and a dot is one seed. The tutorial has the commands that draw curve.png and
+words.png. The SVG files are drawn by hand.
 """
 
 import random
@@ -38,12 +38,12 @@ INK, GREY, BLUE, RED, AMBER = "#1f2937", "#7d8694", "#2463a8", "#d1495b", "#f0a5
 
 
 def draw_frames(axis, model, image, said):
-    """Frame the windows of patches without which colours and shapes are least probable. said: what
-    top_words returns for the image."""
+    """Frame the places of colours and shapes. The frame of a word is the window of patches without
+    which the word is least probable. said: what top_words returns for the image."""
     grid = model.visual.grid
     window = words.default_window(model)
     falls, _ = words.word_maps(model, image, [i for _, _, i in said], window)
-    places = defaultdict(list)  # row and column of a window -> the words that are seen there
+    places = defaultdict(list)  # row and column of a window -> the words in its frame
     for (word, _, _), fall in zip(said, falls):
         if word in {*scenes.COLOURS, *scenes.SHAPES}:
             places[divmod(int(fall.argmax()), grid - window + 1)].append(word)
@@ -168,7 +168,7 @@ def draw_group(axis, place, row, score):
 def draw_found():
     look = dict(figsize=(11, 4), width_ratios=(3, 4, 2), layout="constrained")
     figure, axes = plt.subplots(1, 3, sharey=True, **look)
-    legend = {}  # what stands in it, by name
+    legend = {}  # name -> what the legend shows beside it
     for axis, (title, scale, chance, rows) in zip(axes, PANELS):
         groups = {name: row for name, row in rows.items() if scores_of(*row)}
         for place, row in enumerate(groups.values()):

@@ -1,9 +1,10 @@
-"""The checks of lab.ipynb. Each takes a function that a student has written, and asks it about
-other numbers than those of the notebook. It prints that all is right, or raises Mistake with a
-sentence that says what is not.
+"""Check the functions that a student writes in lab.ipynb.
 
-The project's own functions say what is right: first the value, then the gradients. If the value
-differs, it is compared with those that the usual mistakes lead to.
+Each check calls a function with numbers that the notebook does not show. It prints that the result
+is right, or raises Mistake with a sentence that says what is wrong.
+
+The project's own function gives the right result. A check first compares the values, and then the
+gradients. If the value is wrong, the check compares it with the results of the usual mistakes.
 """
 
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 
 import superclip
 
-# Embeddings of five pairs, and a scale
+# The embeddings of five images and of their captions, and a scale
 U, V = F.normalize(torch.arange(30.0).sin().view(2, 5, 3), dim=2)
 SCALE = 5.0
-# Ten captions have been counted. Of nine tokens 7 and 8 are start and end, and no caption had 5, 6.
+# The counts after ten captions, in a vocabulary of nine tokens. Token 0 is padding, tokens 7 and 8
+# are start and end, and no caption had token 5 or 6.
 COUNTS = torch.tensor([0, 9, 5, 2, 1, 0, 0, 10, 10])
 WEIGHTS = superclip.idf(10, COUNTS)
 TOKENS = torch.tensor([[7, 1, 3, 3, 4, 8], [7, 2, 4, 8, 0, 0], [7, 8, 0, 0, 0, 0]])
@@ -22,26 +24,29 @@ LOGITS = torch.arange(27.0).sin().view(3, 9)
 
 
 class Mistake(AssertionError):
-    """A sentence for the student, which Jupyter shows without a trace."""
+    """A sentence that tells the student what is wrong. Jupyter shows it without a trace."""
 
     def _render_traceback_(self):
         return [f"Not yet. {self}"]
 
 
 def near(a, b, tolerance=1e-5):
-    """Are they equal, up to rounding? A NaN is equal to nothing."""
+    """Return whether two tensors are equal, up to rounding. A NaN is equal to nothing."""
     return (a - b).abs().max() <= tolerance * b.abs().max() + 1e-6
 
 
 def compare(name, found, expected, mistakes, inputs=()):
-    """mistakes: a dict of sentence -> the result that this mistake leads to; inputs: tensors whose
-    gradients are compared, too."""
+    """Print that the result of a student's function is right, or raise Mistake.
+
+    found: the student's result; expected: the project's result; mistakes: a dict of sentence -> the
+    result that this mistake leads to; inputs: tensors whose gradients are compared, too.
+    """
     if found is None:
         raise Mistake(f"Fill in {name} first.")
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         raise Mistake(f"{name} should return a tensor of shape {tuple(expected.shape)}.")
     if not near(found, expected):
-        finite = dict(nan=0.0, posinf=0.0, neginf=0.0)  # a NaN must not hide another mistake
+        finite = dict(nan=0.0, posinf=0.0, neginf=0.0)  # so that a NaN hides no other mistake
         for sentence, result in mistakes.items():
             if near(found.nan_to_num(**finite), result.nan_to_num(**finite)):
                 raise Mistake(f"{name}: {sentence}")
@@ -103,7 +108,8 @@ def check_classification_loss(classification_loss):
 
 
 def check_names(name, found, count):
-    """Has a student's forward returned a dict with both losses, and so many in all?"""
+    """Raise Mistake unless a student's forward has returned a dict with both losses. found: what it
+    has returned; count: the number of losses that the dict should have."""
     if found is None:
         raise Mistake(f"Fill in {name} first.")
     is_right = isinstance(found, dict) and found.keys() >= {"contrastive_loss", "word_loss"}
@@ -113,9 +119,9 @@ def check_names(name, found, count):
 
 
 def check_forward(forward, config, images, tokens):
-    """Gives `forward` two batches, because only the second has captions before it."""
+    """Check `forward` on its second batch, because no captions come before the first one."""
     model = superclip.SuperCLIP(config).train()
-    first, second = tokens[:64].split(32)  # whose words the head should say
+    first, second = tokens[:64].split(32)  # the head should say the words of these
     texts = tokens[32:64].flip(0)
     forward(model, images[:32], texts, first)
     found = forward(model, images[32:64], texts, second)
@@ -125,7 +131,7 @@ def check_forward(forward, config, images, tokens):
     logits = model.head(model.visual(images[32:64]))
 
     def word_loss(*batches):
-        """The word loss of the second batch if these have been counted."""
+        """Return the word loss of the second batch after these batches have been counted."""
         counter = superclip.SuperCLIP(config)
         for batch in batches:
             counter.count_tokens(batch)
