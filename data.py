@@ -1,14 +1,17 @@
-"""The path from tar shards of image-caption pairs to batches, from top to bottom:
+"""Turn tar shards of image-caption pairs into batches. The file follows this path:
 
     caption --> tokenizer.py ---------------------------.
-    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> batches on the GPU
+    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> batches
                            ^ batch_indices(seed, step)
 
-A shard is a tar as img2dataset and the hub copies of CC3M, CC12M and DataComp have them. Members of
-one sample share their name up to the first dot: .jpg|.jpeg|.png|.webp is the image, .txt the
-caption, .json optional metadata. Shards are not streamed: one pass over the tar headers makes an
-index, after which any sample is two or three reads away. So the shuffle is global, the length is
-exact, batches are as large on each process, and a run can be resumed from one integer, its step.
+A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC3M, CC12M and
+DataComp. Members of one sample share their name up to the first dot. The rest of the name tells
+what a member is: .jpg, .jpeg, .png or .webp is the image, .txt is the caption, and .json is
+optional metadata.
+
+Shards are not streamed. One pass over the tar headers makes an index, and then two or three reads
+fetch any sample. So the shuffle is global, the length is exact, batches have the same size on each
+process, and a run can be resumed from one integer, its step.
 """
 
 import glob
@@ -40,33 +43,35 @@ from tqdm import tqdm
 
 from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 
-# A progress bar for whatever takes more than a second, on a terminal. All bars share one line,
-# because a notebook cannot step back up from a second one.
+# The progress bar of all work that takes more than a second. It is shown on a terminal only. All
+# bars share one line, because a notebook cannot move back up from a second line.
 progress = partial(tqdm, delay=1, leave=False, disable=None, position=0)
 
 
 def ignore_signals(worker=None):
-    """Leave signals to the first process: Ctrl-C, a scheduler and a closed terminal reach them
-    all. worker: the number of a loading process, which torch gives."""
+    """Ignore the signals that end a command. Ctrl-C, a scheduler and a closed terminal send them to
+    all processes of a command, but only the first process acts on them. worker: the number of a
+    loading process, which torch passes."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent():
-    """Wait until the first process has ended, and end this one."""
+    """Wait until the first process has ended, and then end this one."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def start_in_pool():
     ignore_signals()
-    # A pool whose first process was killed would wait for tasks for ever.
+    # Without this thread the pool would wait for tasks for ever if the first process were killed.
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager
 def process_pool(n):
-    """A pool of n processes. If the block fails, or a signal ends it, they begin no other task."""
+    """Yield a pool of n processes. If the block fails, or a signal ends it, the processes begin no
+    further task."""
     with ProcessPoolExecutor(n, initializer=start_in_pool) as pool:
         try:
             yield pool
@@ -79,7 +84,7 @@ def process_pool(n):
 
 
 def expand_braces(pattern):
-    """Yields a00.tar, a01.tar, a02.tar for "a{00..02}.tar". A pattern without braces stays as it
+    """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". A pattern without braces stays as it
     is."""
     match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
     if not match:
@@ -91,8 +96,9 @@ def expand_braces(pattern):
 
 
 def expand(patterns):
-    """--train_data -> sorted list of shards, from paths, folders, globs and braces. Each number in
-    braces must match, so that a missing download is noticed. Raises InputError."""
+    """Return a sorted list of shards. patterns: paths, folders, globs and braces, as --train_data
+    takes them. Raise InputError if a pattern matches nothing. Each number in braces must match, so
+    that a missing download is noticed."""
     shards = set()
     for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
         if os.path.isdir(pattern):
@@ -103,19 +109,19 @@ def expand(patterns):
     return sorted(shards)
 
 
-# The name of a split between hyphens, underscores, dots and digits, as in cc3m-validation-0000.tar.
+# SPLIT finds the name of a split that no other letters touch, as in cc3m-validation-0000.tar.
 SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
 def is_validation(shard):
-    """Return whether the first split that the name of a shard holds is not train."""
+    """Return whether a shard is for validation. The first split in its name decides."""
     splits = SPLIT.findall(Path(shard).name.lower())
     return splits[:1] not in ([], ["train"])
 
 
 def by_split(shards):
-    """list of shards -> (training shards, validation shards), by their names. If all are named as
-    validation shards, they are returned as the first list."""
+    """Return two lists of shards, for training and for validation, by the names of the shards. If
+    all names are those of validation shards, return all shards as the first list."""
     training = [shard for shard in shards if not is_validation(shard)]
     validation = [shard for shard in shards if is_validation(shard)]
     return (training, validation) if training else (validation, [])
@@ -124,22 +130,25 @@ def by_split(shards):
 # -----------------------------------------------------------------------------
 # Index: where every sample lies in the shards
 
-# Columns of an index row: shard number, then block and size in bytes of image, text and json.
+# The columns of an index row: the number of the shard, and then the first block and the size in
+# bytes of image, text and json. IMAGE, TEXT and JSON are the columns of the blocks.
 IMAGE, TEXT, JSON = 1, 3, 5
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
-BLOCK = 512  # bytes; a tar is made of such blocks, and 32 bits count the blocks of a terabyte
+BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a terabyte
 
 
 def split_name(name):
-    """A member's name -> (key of its sample, extension). The extension starts at the first dot."""
+    """Return the key of the sample to which a member belongs, and the extension, which begins at
+    the first dot. name: the name of the member, with its folders."""
     folder, slash, name = name.rpartition("/")
     stem, dot, extension = name.partition(".")
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
 def read_headers(path, number):
-    """A shard and its number -> (index rows, an int32 array (n, 7); list of (name, reason) of the
-    samples and parts that are not used). A damaged shard is used up to the damage."""
+    """Return the index rows of a shard, an int32 array (n, 7), and a list of (name, reason) for the
+    samples and members that are not used. A damaged shard is used up to the damage. Raise
+    InputError if the file cannot be read. path: the shard; number: its place among all shards."""
     rows = {}  # key -> index row
     unused = {}  # key -> reason
     try:
@@ -152,51 +161,53 @@ def read_headers(path, number):
                 elif column and key and member.isfile():
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
-                elif not member.isdir():  # metadata, links, a.b.jpg
+                elif not member.isdir():  # metadata, a link, or a name like a.b.jpg
                     unused[f"*{extension}"] = f"no part of a sample: {member.name}"
             # tarfile stops in silence at a header that it cannot read.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK).strip(b"\0"):
-                unused[""] = "damaged, and not used from there on"
+                unused[""] = "damaged, and not used beyond the damage"
     except tarfile.TarError as error:
         unused[""] = f"damaged, compressed, or no tar: {error}"
-    except OSError as error:  # this trouble may pass, and what is returned is cached
+    except OSError as error:
+        # Raise, and do not return: the result is cached, but a read error is often temporary.
         raise InputError(f"{path}: {error}") from error
     for key, row in list(rows.items()):
         if row[IMAGE + 1] == 0:
             unused[key] = "no image, or an empty one"
             del rows[key]
-    # A NumPy array: torch would send it to the main process as an open file, and there may be more
-    # shards than a process may open files.
+    # Return a NumPy array. torch would send a tensor to the main process as an open file, and there
+    # may be more shards than a process may open files.
     index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
     return index, [(f"{path}:{key}".rstrip(":"), reason) for key, reason in unused.items()]
 
 
 def build_index(shards):
-    """list of shards -> (int32 tensor (N, 7), list of (name, reason) of what is not used).
+    """Return the index, an int32 tensor (N, 7), and a list of (name, reason) for the samples and
+    members that are not used.
 
-    The index takes 28 bytes a sample, in one tensor that all loading processes share, where Python
-    objects would be copied to each of them. It is cached under a name that changes with the path,
-    the size or the mtime of a shard.
+    The index takes 28 bytes for each sample. It is one tensor, which all loading processes share.
+    Python objects would be copied to each of them. The index is cached in a file whose name changes
+    with the path, the size or the modification time of a shard.
     """
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
-    # Count up when read_headers changes, so that old caches are ignored.
+    # Increase this number when read_headers changes, so that old caches are ignored.
     name = f"index-12-{digest}"
     try:
         return torch.load(cache_folder() / name, weights_only=True)
-    except Exception:  # It is not there, or damaged, for which torch has half a dozen kinds.
+    except Exception:  # there is no cache, or it is damaged, for which torch has many kinds
         pass
     index = []
     unused = []
-    with process_pool(min(len(shards), cores(), 61)) as pool:  # Windows allows no more
+    with process_pool(min(len(shards), cores(), 61)) as pool:  # Windows allows 61
         results = pool.map(read_headers, shards, range(len(shards)))
         for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
             index.append(rows)
             unused += reasons
     index = torch.from_numpy(np.concatenate(index))
-    # A cache that cannot be written is no reason to stop. Two commands may write it at once, since
-    # each writes a file of its own and renames it.
+    # Go on without a cache if it cannot be written. Two commands may write it at the same time,
+    # because write_file fills a temporary file and then renames it.
     with suppress(OSError, RuntimeError):
         path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,15 +216,15 @@ def build_index(shards):
 
 
 def add_member(tar, name, content):
-    """Adds bytes as a member of a tar that is open for writing."""
+    """Add a member to a tar that is open for writing. content: the bytes of the member."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
 
 
 def add_sample(tar, key, suffix, image, caption, fields):
-    """Adds a sample to a shard that is open for writing. suffix: of its image, such as .jpg; image:
-    the bytes of that file; fields: a dict for .json."""
+    """Add a sample to a shard that is open for writing. suffix: the suffix of the image file, such
+    as .jpg; image: the bytes of that file; caption: a text; fields: a dict for .json."""
     text = caption.encode("utf-8", "replace")
     metadata = json.dumps(fields).encode()
     add_member(tar, key + suffix, image)
@@ -229,22 +240,23 @@ MAX_CAPTION = 20_000  # characters; a batch is as wide as its longest caption
 
 
 class BadSample(Exception):
-    """This sample cannot be used. The message says why."""
+    """Say that a sample cannot be used, and why."""
 
 
-@lru_cache(100)  # shards that stay open: macOS allows a process 256 files
+@lru_cache(100)  # shards that stay open; macOS allows a process 256 files
 def open_shard(path, process):
-    """A shard, open for reading. Each process has files of its own, because a forked one would
-    share the place in the file where the next read begins."""
+    """Return a shard, open for reading. process: the id of the calling process, so that the cache
+    never returns a file that another process has opened. A forked process would share the place in
+    the file where the next read begins."""
     return open(path, "rb")
 
 
 class Shards:
-    """The samples in tar shards. A sample is a number, from 0 to len - 1.
+    """Read the samples in tar shards. A sample is a number, from 0 to len - 1.
 
-    paths: of the shards. sources: of captions, each txt or json.FIELD. unused: list of (name,
-    reason) of what is not used. Raises InputError if no sample is left, or if a source has no
-    captions.
+    paths: the shards; sources: where their captions are, each txt or json.FIELD. The attribute
+    `unused` is a list of (name, reason) for the samples and members that are not used. Raise
+    InputError if no sample is left, or if the first samples have no caption in a source.
     """
 
     def __init__(self, paths, sources=("txt",)):
@@ -264,12 +276,14 @@ class Shards:
 
     @cached_property
     def fingerprint(self):
-        """A short text that changes with the sizes in the shards and the sources of captions."""
+        """Return a short text that tells data sets apart. It depends on the sizes in the shards and
+        on the sources of captions."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
     def read_at(self, number, block, size):
-        """Returns `size` bytes of a shard from a block on. Raises BadSample."""
+        """Return `size` bytes of a shard. number: its place in paths; block: where the bytes begin.
+        Raise BadSample if the shard ends too early."""
         file = open_shard(self.paths[number], os.getpid())
         file.seek(block * BLOCK)
         content = file.read(size)
@@ -278,7 +292,8 @@ class Shards:
         return content
 
     def read(self, i, column):
-        """Returns the bytes of one member: IMAGE, TEXT or JSON. Raises BadSample."""
+        """Return the bytes of one member of sample i. column: IMAGE, TEXT or JSON. Raise BadSample
+        if the member is missing or empty."""
         row = self.index[i].tolist()
         block, size = row[column], row[column + 1]
         if size == 0:
@@ -286,9 +301,9 @@ class Shards:
         return self.read_at(row[0], block, size)
 
     def name(self, i):
-        """Returns SHARD:KEY. The key is read from the tar header, which is the block before the
-        image, to save memory. The header may shorten one that is long or not ASCII, and the key is
-        "?" if the shard has changed or is gone."""
+        """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read
+        from the tar header, the block before the image. The header may shorten a key that is long
+        or not ASCII. If the shard has changed or is gone, the key is "?"."""
         number, block, *_ = self.index[i].tolist()
         try:
             header = self.read_at(number, block - 1, BLOCK)
@@ -298,17 +313,20 @@ class Shards:
         return f"{self.paths[number]}:{key}"
 
     def place(self, i):
-        """Returns where the image of a sample lies: the path of its shard, and a byte there."""
+        """Return where the image of sample i lies: the path of its shard, and the number of its
+        first byte there."""
         number, block, *_ = self.index[i].tolist()
         return self.paths[number], block * BLOCK
 
     def image(self, i, size, rng=None, crop_area=1.0):
-        """Returns pixels (3, size, size), as `load_image` does. Raises BadSample."""
+        """Return the pixels (3, size, size) of sample i, as `load_image` makes them. Raise
+        BadSample if the image cannot be used."""
         return load_image(self.read(i, IMAGE), size, rng, crop_area)
 
     def texts(self, i, source):
-        """Returns all texts that a sample has in a source, txt or json.FIELD, as a list of strings.
-        A field holds a string or a list of strings. Raises BadSample."""
+        """Return all texts that sample i has in a source, as a list of strings. source: txt or
+        json.FIELD; a field holds a string or a list of strings. Raise BadSample if there is no
+        text, or if one is too long."""
         try:
             if source == "txt":
                 value = self.read(i, TEXT).decode("utf-8-sig")
@@ -318,22 +336,22 @@ class Shards:
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
         except Exception:  # there is none, or JSON holds something else
-            raise BadSample(f"{source} is missing, or not UTF-8 text or a list of it") from None
+            raise BadSample(f"{source} is missing, or neither text nor a list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts
 
     def captions(self, i):
-        """Returns all texts that a sample has in the sources, each source once. Raises
-        BadSample."""
+        """Return all texts that sample i has in its sources. A source that is named twice is read
+        once. Raise BadSample if a source has no text."""
         texts = []
         for source in dict.fromkeys(self.sources):
             texts += self.texts(i, source)
         return texts
 
     def check_source(self, source):
-        """Raises InputError if none of the first hundred samples has a caption in a source, which
-        is what a typo looks like."""
+        """Raise InputError if none of the first hundred samples has a caption in a source. The
+        usual reason is a typo in the name of the source."""
         for i in range(min(100, len(self))):
             with suppress(BadSample):
                 self.texts(i, source)
@@ -344,22 +362,25 @@ class Shards:
 # -----------------------------------------------------------------------------
 # Images
 
-Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many: decompression bombs
-# The formats of web images. Pillow knows stranger ones, and some of them start other programs.
+# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
+# that fills the memory.
+Image.MAX_IMAGE_PIXELS = 50_000_000
+# These formats are those of web images. Pillow reads more, and for some it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-# Pillow warns of odd metadata, and torch of a read-only array, to which nobody writes.
+# Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
 warnings.filterwarnings("ignore", module="PIL|data$")
 
 
 def is_hidden(name):
-    """Return whether a file or folder is one that people do not see: .ipynb_checkpoints, or the
-    __MACOSX of a zip that was made on a Mac."""
+    """Return whether this is the name of a file or folder that programs hide from people. Examples
+    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
     return name.startswith((".", "__"))
 
 
 def images_below(folder):
-    """Return the image files in a folder and in all folders below it, but no hidden ones."""
+    """Return a sorted list of the image files in a folder and in all folders below it, without
+    hidden ones."""
     found = []
     for path in sorted(Path(folder).rglob("*.*")):
         names = path.relative_to(folder).parts
@@ -369,16 +390,17 @@ def images_below(folder):
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):
-    """Returns the part of an image to look at, as x, y, width, height in pixels.
+    """Return the part of an image to look at, as x, y, width and height in pixels.
 
-    With a crop_area of 1 that is the largest central square. Otherwise it is open_clip's only
-    augmentation, a random rectangle that covers a share of the area from crop_area to 1, or, where
-    none fits, the central 4:3. It is not mirrored, because captions say "left".
+    With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
+    rectangle, whose share of the area is between crop_area and 1. If none of ten rectangles fits,
+    it is the centre, cut to 4:3. The random crop is open_clip's only augmentation, and also ours.
+    Images are not mirrored, because captions say "left".
     """
     w = h = min(width, height)
     if crop_area < 1:
-        # As torchvision's RandomResizedCrop does it, but with random numbers of our own, so that a
-        # crop does not depend on which process makes it.
+        # Draw as torchvision's RandomResizedCrop does, but from `rng`, so that a crop does not
+        # depend on which process makes it.
         for _ in range(10):
             area = width * height * rng.uniform(crop_area, 1.0)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -386,19 +408,19 @@ def crop_box(width, height, rng=None, crop_area=1.0):
             h = round(math.sqrt(area / ratio))
             if w <= width and h <= height:
                 return rng.randint(0, width - w), rng.randint(0, height - h), w, h
-        # No such rectangle has fitted. As much of the image's centre as fits into 4:3:
+        # None of the ten rectangles fits. Take as much of the centre as 4:3 allows.
         w = min(width, round(height * 4 / 3))
         h = min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
 def upright_rgb(image, box=None):
-    """PIL image -> the part of it in the box (x0, y0, x1, y1), or all, as an RGB image: turned as
-    its EXIF data says, with transparent parts white."""
+    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
+    box (x0, y0, x1, y1): the part of it to return, by default all."""
     image = image.crop(box)
-    with suppress(Exception):  # damaged EXIF data is no reason to lose the picture
+    with suppress(Exception):  # keep a picture whose EXIF data is damaged
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8 instead of scaling
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
@@ -407,12 +429,13 @@ def upright_rgb(image, box=None):
 
 
 def load_image(source, size, rng=None, crop_area=1.0):
-    """Bytes of an image file, or a PIL image -> uint8 tensor (3, size, size), cropped (crop_box)
-    and resized, bicubic with antialiasing. Raises BadSample.
+    """Return an image as a uint8 tensor (3, size, size), cropped by `crop_box` and resized, bicubic
+    with antialiasing. source: the bytes of an image file, or an image of Pillow; rng, crop_area:
+    those of `crop_box`. Raise BadSample if the image cannot be decoded.
 
-    Three things make it fast: a JPEG is decoded at a fraction of its size where the crop allows it
-    (`draft`), pixels stay uint8 to the end, and the three values of a pixel stay side by side, as
-    the decoder wrote them ("channels last").
+    Three things make loading fast. `draft` lets the decoder shrink a JPEG if the crop is larger
+    than needed. Pixels stay uint8 to the end. The three values of a pixel stay side by side in
+    memory, as the decoder wrote them ("channels last").
     """
     try:
         image = source
@@ -423,12 +446,14 @@ def load_image(source, size, rng=None, crop_area=1.0):
         scale = max(size / w, size / h)
         if isinstance(source, bytes) and scale <= 0.5:  # draft makes it 2, 4 or 8 times smaller
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        k = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8; draft rounds the size up
+        # draft rounds sizes up, so round the factor to a power of two.
+        k = 2 ** round(math.log2(width / image.width))
         image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
-    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
+    except Exception as error:  # Pillow raises many kinds, some with an address in memory
         raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
-    # With a batch axis in front, torch sees that this is channels last. torchvision's resize gives
-    # the same bits, but with its pil_to_tensor an image of 256 to 512 pixels takes 7 to 9 % longer.
+    # Put a batch axis in front, so that torch sees that the image is channels last. torchvision's
+    # resize gives the same bits. But with pil_to_tensor, an image of 256 to 512 pixels takes 7
+    # to 9 % longer.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
@@ -438,17 +463,22 @@ def load_image(source, size, rng=None, crop_area=1.0):
 
 
 def rng_of_visit(seed, visit):
-    """Returns the random generator of a visit. Visits count the pairs that a run draws: in batches
-    of 32, the first batch has visits 0 to 31, and the second begins with 32. The generator chooses
-    a pair's captions, crop and patches, and another pair if this one is bad."""
+    """Return the random generator of a visit. It chooses the captions, the crop and the patches of
+    a pair, and another pair if this one is bad.
+
+    Visits count the pairs that a run draws. In batches of 32, the first batch has visits 0 to 31,
+    and the second one begins with visit 32.
+    """
     return random.Random(seed << 40 | visit)
 
 
 class Pairs(Shards, Dataset):
-    """What a run draws from tar shards: image-caption pairs, ready to train on.
+    """Draw image-caption pairs from tar shards, ready to train on. The index of a pair is (visit,
+    sample): see rng_of_visit.
 
-    sources, label_sources: where captions and labels are drawn from, one text each time; a source
-    that is named twice is drawn twice as often. Index it with (visit, sample): see rng_of_visit.
+    sources, label_sources: where captions and labels are drawn from, one text each time; patches:
+    the number of patches in an image; patch_dropout: the share of them that is left out at random.
+    A source that is named twice is drawn twice as often.
     """
 
     def __init__(
@@ -471,13 +501,14 @@ class Pairs(Shards, Dataset):
         self.crop_area = crop_area
         self.patches = patches
         self.patch_dropout = patch_dropout
-        self.named = set()  # numbers of bad samples
+        self.named = set()  # the bad samples that were printed
         for source in self.label_sources:
             self.check_source(source)
 
     def sample_pair(self, i, rng):
-        """A sample -> (image, ids of the caption, ids of the label caption, the patches to keep or
-        None). Raises BadSample."""
+        """Return the image of sample i, the ids of its caption, the ids of its label caption, and
+        the list of the patches to keep, or None for all. rng: the generator that draws them. Raise
+        BadSample if the sample cannot be used."""
         caption = rng.choice(self.texts(i, rng.choice(self.sources)))
         ids = self.tokenizer.encode(caption)
         label_ids = ids
@@ -492,10 +523,11 @@ class Pairs(Shards, Dataset):
         return image, ids, label_ids, keep
 
     def __getitem__(self, item):
-        """(visit, sample) -> what `sample_pair` returns.
+        """Return what `sample_pair` returns. item: (visit, sample).
 
-        Another sample, at random, replaces a bad one, so that batches have the same size on every
-        process. Each process names a bad one once, and a hundred at most."""
+        A random other sample replaces a bad one, so that batches have the same size on every
+        process. Each process prints a bad sample once, and a hundred bad samples at most. Raise
+        InputError after a hundred in a row."""
         visit, sample = item
         rng = rng_of_visit(self.seed, visit)
         for _ in range(100):
@@ -507,19 +539,20 @@ class Pairs(Shards, Dataset):
                 self.named.add(sample)
                 tqdm.write(reason, sys.stderr)
             sample = rng.randrange(len(self))
-        raise InputError(f"a hundred bad samples in a row, such as this {reason}")
+        raise InputError(f"a hundred samples in a row cannot be used. The last one: {reason}")
 
     def collate(self, items):
-        """list of B items -> dict of images (B, 3, S, S) uint8, tokens (B, T), label_tokens (B,
-        T') and, with patch dropout, keep (B, K): the arguments of SuperCLIP.forward."""
+        """Return a batch of B items, each from `sample_pair`, as a dict of the arguments of
+        SuperCLIP.forward: images (B, 3, S, S), uint8; tokens (B, T); label_tokens (B, T'); and with
+        patch dropout keep (B, K)."""
         images, captions, labels, keep = zip(*items)
-        # default_collate stacks like torch.stack, and in a worker straight into shared memory
+        # default_collate stacks as torch.stack does, but in a worker it writes to shared memory.
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
         length = min(self.tokenizer.context_length, round_up(captions))
         batch = {
             "images": images.permute(0, 3, 1, 2),  # channels last: fast to cut into patches
             "tokens": self.tokenizer.pad(captions, length),
-            "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # the whole captions
+            "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # whole captions
         }
         if self.patch_dropout > 0:
             batch["keep"] = torch.tensor(keep)
@@ -527,23 +560,24 @@ class Pairs(Shards, Dataset):
 
 
 def round_up(captions):
-    """Returns the length of the longest of these lists of ids, with start and end, as a multiple of
-    16. Few distinct lengths mean few recompilations, and trimmed padding costs nothing."""
+    """Return the length of the longest caption, a list of ids, with start and end, rounded up to a
+    multiple of 16. With few different lengths the towers are rarely compiled again. More padding
+    would cost time."""
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """Returns a random permutation of the n samples."""
+    """Return a random permutation of the n samples, a tensor (n,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Returns the global batch of a step, as a list of batch_size pairs (visit, sample). A pure
-    function, so that a run can start at any step.
+    """Return the global batch of a step, as a list of batch_size pairs (visit, sample). The result
+    depends on the arguments alone, so a run can start at any step.
 
-    Every epoch is another permutation of the n samples, cut into n // batch_size batches. What is
-    left over is not used in that epoch.
+    Every epoch is another permutation of the n samples, cut into n // batch_size batches. The
+    samples that are left over are not used in that epoch.
     """
     epoch, batch = divmod(step, n // batch_size)
     order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
@@ -555,23 +589,23 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def make_loader(dataset, workers, **options):
-    """A DataLoader. workers: its processes, by default this process's share of the cores, at most
-    16."""
+    """Return a DataLoader. workers: the number of its processes, by default the cores divided among
+    the GPUs, at most 16; options: other arguments of DataLoader."""
     if workers is None:
-        # More than 16 would only take shared memory, because each keeps two batches ready.
+        # More than 16 would only take shared memory, because each keeps two batches ready there.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0 and sys.platform == "linux":
-        # Forked processes share the index and start at once. Python 3.14 would not fork them.
+        # Fork the processes, so that they share the index and start at once. By default Python 3.14
+        # does not fork.
         options["multiprocessing_context"] = "fork"
     return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
 def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):
-    """Returns an iterator over what one process needs for each step from `start` to `stop`, as
-    `collate` makes it.
+    """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
 
-    local: the slice of the global batch that this process loads; pin: keep batches where a GPU can
-    copy them from while it computes.
+    local: the slice of the global batch that this process loads; pin: whether batches lie in pinned
+    memory, from which a GPU can copy while it computes.
     """
     n = len(pairs)
     steps = range(start, stop)
