@@ -4,17 +4,16 @@
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
-A checkpoint carries its configuration and its vocabulary, so it is all that these commands need to
-know of a model. Every score is printed with its chance level, the number of images that it is a
-mean of, and a 95 % interval; --json FILE keeps all of that. train.py validates with the same
-functions, in float32 like these commands (a GPU may round convolutions to TF32), so that a
-checkpoint has one score.
+A checkpoint carries its configuration and its vocabulary, so these commands need no other file to
+build the model. Every score is printed with its chance level, its 95 % interval, and n, the number
+of images over which it is a mean. The option --json FILE writes all numbers to a file. train.py
+validates with the same functions. Both compute in float32, so a checkpoint has one score.
 
 The file reads from top to bottom: images and texts become features, and features become scores.
-Then come the head's words and the commands.
+Then come the words of the head, and the commands.
 
-Axes: B images of a batch, N images, M captions, Q questions, A answers, C classes, D width, E
-embedding, F features of a probe.
+Axes: B images of a batch, N images in all, M captions, Q questions, A answers, C classes, D width,
+E embedding, F features of a probe.
 """
 
 import math
@@ -41,7 +40,8 @@ from cli import (
 from superclip import SuperCLIP, contrastive_loss
 from tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 
-# A few templates like those of CLIP's authors. A class is the mean of its prompts' features.
+# Templates of prompts, in the style of those by CLIP's authors. The feature of a class is the mean
+# over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
@@ -53,18 +53,18 @@ def device_of(model):
     return model.logit_scale.device
 
 
-# In the datasets below an image that cannot be read is None, so that one broken file does not end
+# In the datasets below, None replaces an image that cannot be read. So one broken file does not end
 # the evaluation of thousands.
 UNREADABLE = (data.BadSample, OSError)
 
 
 def skip(name, error):
-    """Says that an image is left out, and why. Returns None, which then stands for it."""
+    """Print that an image is left out, and why. Return None, which replaces the image."""
     tqdm.write(f"skipped {name}: {error}")
 
 
 def read_image(path, size):
-    """Returns an image file as a uint8 tensor (3, size, size), or None."""
+    """Return an image file as a uint8 tensor (3, size, size), or None if it cannot be read."""
     try:
         return data.load_image(Path(path).read_bytes(), size)
     except UNREADABLE as error:
@@ -72,8 +72,8 @@ def read_image(path, size):
 
 
 class ClassFolders(Dataset):
-    """A folder with a folder of images per class: (image, number of its class). A folder without
-    images still is a class that others can be mistaken for."""
+    """Read a folder that holds a folder of images for each class. An item is (image, number of its
+    class). A folder without images is a class, too: images can be mistaken for it."""
 
     def __init__(self, folder, size):
         self.size = size
@@ -95,7 +95,7 @@ class ClassFolders(Dataset):
 
 
 class ShardImages(Dataset):
-    """The images of data.Shards in order. The label of each is the list of all its captions."""
+    """Read the images of data.Shards in order. An item is (image, list of all its captions)."""
 
     def __init__(self, shards, size):
         self.shards = shards
@@ -112,18 +112,20 @@ class ShardImages(Dataset):
 
 
 def collate(samples):
-    """list of (image, label) -> the images that can be read, stacked (B, 3, S, S), or None if there
-    are none, and the list of their B labels."""
+    """Return the images that can be read, stacked (B, 3, S, S), and the list of their B labels. If
+    there are none, return None and an empty list. samples: a list of (image, label), in which image
+    is None if it cannot be read."""
     samples = [(image, label) for image, label in samples if image is not None]
     if not samples:
         return None, []
     images, labels = zip(*samples)
-    # One tensor for all: each tensor on its way out of a worker holds a file open.
+    # Stack the images, because each tensor on its way out of a loading process keeps a file open.
     return torch.stack(images), list(labels)
 
 
 def batches(dataset, batch_size, workers, description):
-    """Yield (images (B, 3, S, S) uint8, list of B labels) of the images that can be read."""
+    """Yield the images that can be read, in batches (B, 3, S, S), uint8, each with the list of its
+    B labels."""
     loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
     for images, labels in data.progress(loader, description, unit="batch"):
         if labels:
@@ -132,7 +134,7 @@ def batches(dataset, batch_size, workers, description):
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts, batch_size=256):
-    """list of M strings -> features (M, E)."""
+    """Return the features (M, E) of texts, a list of M strings."""
     features = []
     for i in data.progress(range(0, len(texts), batch_size), "encoding texts"):
         tokens = trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
@@ -142,8 +144,9 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
 
 @torch.no_grad()
 def encode_images(encode, dataset, device, batch_size, workers):
-    """Returns features of all images of the dataset (N, ...), and the list of their N labels.
-    encode: what makes features of images (B, 3, S, S) on the device, such as model.encode_image."""
+    """Return features (N, ...) of all images in a dataset that can be read, and a list of their N
+    labels. encode: a function that turns images (B, 3, S, S) into features, such as
+    model.encode_image."""
     features = []
     labels = []
     for images, labels_of_batch in batches(dataset, batch_size, workers, "encoding"):
@@ -154,8 +157,8 @@ def encode_images(encode, dataset, device, batch_size, workers):
 
 
 def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
-    """Returns image features (N, E) of data.Shards, text features (M, E) of all their captions, and
-    owner (M,), the number of each caption's image."""
+    """Return the image features (N, E) of data.Shards, the text features (M, E) of all their
+    captions, and owner (M,), which holds the number of each caption's image."""
     dataset = ShardImages(shards, model.config.image_size)
     device = device_of(model)
     images, captions = encode_images(model.encode_image, dataset, device, batch_size, workers)
@@ -173,11 +176,15 @@ def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
 
 
 def score(hits, chance):
-    """hits: n numbers in 0..1. Returns a dict of value, chance, n and the 95 % interval. That is
-    Wilson's, which stays inside 0..1 and is right near its ends, too."""
+    """Return a score, the mean of hits, as a dict of value, chance, n and interval. hits (n,):
+    numbers between 0 and 1; chance: the value that a guess would have.
+
+    The interval is Wilson's 95 % interval. It never leaves the range of hits, and it is right near
+    the ends of this range, too.
+    """
     n = len(hits)
     p = float(hits.double().mean())
-    z = 1.96  # standard deviations to each side that 95 % of a normal distribution lie within
+    z = 1.96  # 95 % of a normal distribution lie within 1.96 standard deviations of its mean
     shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -186,20 +193,23 @@ def score(hits, chance):
 
 
 def format_score(name, s):
-    """Returns a score as a line of text."""
+    """Return a line of text that shows a score. s: a dict from `score`."""
     low, high = s["interval"]
     text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
     return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
 def ranked_hits(questions, question_label, answers, answer_label, k):
-    """features (Q, E) and (A, E), labels (Q,) and (A,), where equal labels are right answers -> (Q,
-    k) booleans: is the best answer right, the second best ... Works in chunks, so that the matrix
-    (Q, A) never exists.
+    """Return booleans (Q, k). The first column says whether the best answer to each question is
+    right, the second column says it of the second best answer, and so on. The search works in
+    chunks, so that the matrix (Q, A) never exists.
 
-    Of equal answers topk takes any. That is fair: where two images have the same caption, one of
-    them finds its own, and a model that has collapsed finds the same answers to all questions, and
-    so scores chance.
+    questions (Q, E), answers (A, E): features; question_label (Q,), answer_label (A,): an answer is
+    right if it has the label of the question.
+
+    If several answers have the same similarity, topk takes any of them. That is fair. If two images
+    have the same caption, one of them finds its own. A model that has collapsed finds the same
+    answers to all questions, and so it scores chance.
     """
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
@@ -211,28 +221,38 @@ def ranked_hits(questions, question_label, answers, answer_label, k):
 
 
 def recall(found, k):
-    """found (Q, ...) of `ranked_hits` -> R@k of each question (Q,): 1 if a right answer is among
-    the first k, else 0."""
+    """Return R@k of each question (Q,): 1 if a right answer is among the first k, else 0. found
+    (Q, ...): from `ranked_hits`."""
     return found[:, :k].any(dim=1).double()
 
 
 def recall_by_chance(right, n, k):
-    """R@k of k answers that are drawn at random from n, of which `right` (Q,) are right. The draws
-    miss one after the other, with probability (n - right) / n, (n - right - 1) / (n - 1) ...
+    """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
+    which `right` (Q,) are right.
+
+    The first draw misses with probability (n - right) / n. If it misses, the second one misses with
+    probability (n - right - 1) / (n - 1), and so on. R@k is 1 minus the product of these
+    probabilities.
     """
     drawn = torch.arange(min(k, n))[:, None]
     return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
 
 
 def mean_by_image(hits, image):
-    """hits (Q,) of questions, image (Q,): their images -> the mean of each image (N,). The captions
-    of one image are not independent, so an interval must not count each of them."""
+    """Return the mean of hits over the questions of each image (N,). hits (Q,): a number for each
+    question; image (Q,): the number of its image. The captions of one image are not independent, so
+    an interval must count images and not captions."""
     return torch.bincount(image, weights=hits) / torch.bincount(image)
 
 
 def recall_scores(questions, question_image, answers, answer_image, ks):
-    """R@k of a search for answers of the question's image, as a dict of scores. Arguments as in
-    `ranked_hits`. Each image counts once, with the mean of its questions."""
+    """Return R@k of a search as a dict of scores, one for each k in ks. An answer is right if it
+    belongs to the same image as the question. Each image counts once, with the mean of its
+    questions.
+
+    questions (Q, E), answers (A, E): features; question_image (Q,), answer_image (A,): the numbers
+    of their images.
+    """
     found = ranked_hits(questions, question_image, answers, answer_image, max(ks))
     right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
     question_image = question_image.cpu()
@@ -245,8 +265,9 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 
 
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
-    """R@k from image to text and from text to image, as a dict of dicts of scores.
-    image_features (N, E), text_features (M, E), owner (M,): the number of each text's image."""
+    """Return R@k from image to text and from text to image. The result is a dict with a dict of
+    scores for each direction. image_features (N, E); text_features (M, E); owner (M,): the number
+    of each text's image."""
     numbers = torch.arange(len(image_features), device=owner.device)
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, owner, ks),
@@ -256,9 +277,9 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, owner, group):
-    """CLIP's contrastive loss in random groups of `group` pairs, as a mean over the groups. With
-    groups as large as the batches of a run, it is comparable to that run's softmax loss.
-    Features and owner as in `retrieval`; an image is paired with its first caption."""
+    """Return CLIP's contrastive loss, a mean over random groups of `group` pairs. If groups are as
+    large as the batches of a run, the value can be compared with the softmax loss of that run. The
+    other arguments are those of `retrieval`. An image is paired with its first caption."""
     N = len(image_features)
     first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
@@ -271,14 +292,14 @@ def loss_in_groups(model, image_features, text_features, owner, group):
 
 
 def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
-    """Scores retrieval among the pairs of data.Shards, and the loss in groups of `group`. Prints
-    and returns the scores, a dict. mean_r1, R@1 as the mean of both ways, is what the best model is
-    chosen by."""
+    """Score retrieval among the pairs of data.Shards, and compute the contrastive loss in groups of
+    `group` pairs. Print the scores, and return them as a dict. Its mean_r1 is the mean of R@1 over
+    both directions. train.py chooses its best model by mean_r1."""
     images, texts, owner = encode_shards(model, tokenizer, shards, batch_size, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
         for name, value in scores.items():
-            # tqdm's, because a plain print would be glued to the bar of a training
+            # Print with tqdm, because print would write into the line of train.py's progress bar.
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), value))
     group = min(group, len(images))
     loss = loss_in_groups(model, images, texts, owner, group)
@@ -293,7 +314,8 @@ def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
-    """One feature per class, (C, E): the normalised mean of its prompts' features."""
+    """Return a feature for each class, (C, E): the normalised mean of the features of its prompts.
+    classes: their names."""
     prompts = []
     for name in classes:
         prompts += [template.replace("{}", name) for template in templates]
@@ -302,17 +324,20 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
 
 
 def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=128, workers=0):
-    """Top-1 and top-5 accuracy, and top-1 of each class, for a folder with a folder of images per
-    class. Each image picks one of all C classes, so top-k is R@k.
+    """Classify the images in a folder that holds a folder of images for each class. Return a dict
+    of scores: top1; top5 if there are more than five classes; and per_class, a list with the name
+    and the top-1 score of each class that has images.
 
-    names: of the classes, by default those of the folders; templates: of prompts, by default those
-    of TEMPLATES that the vocabulary has the words for.
+    Each image picks one of all C classes, so top-k is R@k.
+
+    names: the names of the classes, by default those of the folders; templates: for the prompts, by
+    default the TEMPLATES whose words the vocabulary has.
     """
     dataset = ClassFolders(folder, model.config.image_size)
     C = len(dataset.classes)
     if names is None:
         names = [name.replace("_", " ") for name in dataset.classes]
-    check(len(names) == C, f"{folder} has {C} folders, and there are {len(names)} names")
+    check(len(names) == C, f"{folder} has {C} folders, but there are {len(names)} names")
     if templates is None:
         templates = usable_templates(tokenizer, TEMPLATES)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
@@ -325,7 +350,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
         result["top5"] = score(recall(found, 5), 5 / C)
-    # A list, not a dict, because two names of ImageNet's classes occur twice.
+    # per_class is a list and not a dict, because two names of ImageNet's classes occur twice.
     result["per_class"] = []
     for c in labels.unique().tolist():
         part = score(hits[labels == c], 1 / C)
@@ -334,8 +359,8 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
 
 
 def frozen_features(model, dataset, batch_size, workers):
-    """What linear probes learn from: class token and mean of the patch tokens, side by side (N,
-    2D), and the labels (N,)."""
+    """Return what linear probes learn from: features (N, 2D), the class token and the mean of the
+    patch tokens side by side, and labels (N,)."""
 
     def encode(images):
         tokens = model.visual(images)
@@ -346,8 +371,9 @@ def frozen_features(model, dataset, batch_size, workers):
 
 
 def fit_linear(x, y, classes, penalty):
-    """Multinomial logistic regression by L-BFGS: features x (N, F), labels y (N,) -> nn.Linear. The
-    problem is convex, so it has one minimum and needs no learning rate."""
+    """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, F):
+    features; y (N,): labels; penalty: the factor of the sum of squared weights. The problem is
+    convex, so it has one minimum and needs no learning rate."""
     layer = torch.nn.Linear(x.shape[1], classes)
     for p in layer.parameters():
         torch.nn.init.zeros_(p)
@@ -364,11 +390,12 @@ def fit_linear(x, y, classes, penalty):
 
 
 def probe(train, test, classes):
-    """Linear probe; train, test: (features (N, F), labels (N,)). A fifth of the training images
-    chooses the penalty, and then all of them are fitted. Returns the score on test."""
+    """Fit a linear probe to `train`, and return its score on `test`. Both are pairs of features
+    (N, F) and labels (N,). A fifth of the training images chooses the penalty of a probe that
+    learns from the others. Then the probe learns from all training images."""
     x, y = train
     x_test, y_test = test
-    # Standardised, so that one penalty means the same for all features.
+    # Standardise the features, so that one penalty means the same for all of them.
     mean = x.mean(dim=0)
     std = x.std(dim=0).clamp_min(1e-6)
     x = (x - mean) / std
@@ -394,12 +421,12 @@ def probe(train, test, classes):
 
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
-    """images (B, 3, S, S) -> for each image the k words that the head finds most probable, as a
-    list of (word, probability, id), most probable first. Probabilities are a softmax over all
-    tokens.
+    """Return the k words that the head finds most probable in each of the images (B, 3, S, S). They
+    are a list of (word, probability, id) for each image, with the most probable word first. The
+    probabilities are a softmax over all tokens.
 
-    Words that more than a fifth of the captions have, such as "the", and parts of words are taken
-    only if there are too few others.
+    Some words are returned only if there are too few others: parts of words, and words such as
+    "the", which more than a fifth of the captions contain.
     """
     probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
@@ -407,14 +434,16 @@ def top_words(model, tokenizer, images, k=8):
     for p in probabilities:
         ids = p.topk(min(8 * k, len(p))).indices.tolist()
         words = [(token_text(tokenizer, i), p[i].item(), i) for i in ids]
-        words = [word for word in words if has_letters(word[0])]  # no punctuation
-        words.sort(key=lambda word: is_common[word[2]] or word[0].endswith("-"))  # these come last
+        words = [word for word in words if has_letters(word[0])]  # without punctuation
+        # Move common words and parts of words to the end.
+        words.sort(key=lambda word: is_common[word[2]] or word[0].endswith("-"))
         result.append(sorted(words[:k], key=lambda word: -word[1]))
     return result
 
 
 def print_words(model, tokenizer, shards):
-    """Says what the head, if there is one, finds in the first two pictures of data.Shards."""
+    """Print the words that the head finds in the first two pictures of data.Shards. If the model
+    has no head, print nothing."""
     if model.head is None:
         return
     dataset = ShardImages(shards, model.config.image_size)
@@ -429,8 +458,9 @@ def print_words(model, tokenizer, shards):
 
 
 def read_list(path):
-    """Returns the lines of a file, or None if path is None. Two names stand for lists of open_clip
-    instead: imagenet for the names of ImageNet's classes, and openai for CLIP's templates."""
+    """Return the lines of a file as a list, or None if path is None. Two paths are no files, but
+    stand for lists of open_clip: imagenet for the names of ImageNet's classes, and openai for
+    CLIP's templates."""
     if path is None:
         return None
     if path == "imagenet":
@@ -442,13 +472,13 @@ def read_list(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-# Each command prints its scores and returns them for --json.
+# Each command prints its scores, and returns them for --json.
 
 
 def command_zeroshot(model, tokenizer, args):
     names = read_list(args.classes)
     templates = read_list(args.templates) or TEMPLATES
-    check(all("{}" in t for t in templates), f"{args.templates}: no {{}} in a line")
+    check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
     templates = usable_templates(tokenizer, templates)
     print(len(templates), "templates whose words are in the vocabulary:")
     for template in templates:
@@ -460,7 +490,7 @@ def command_zeroshot(model, tokenizer, args):
     per_class = result["per_class"]
     unknown = unknown_words(tokenizer, [c["name"] for c in per_class])
     if unknown:
-        print("not in the vocabulary:", ", ".join(unknown))
+        print("words of class names that the vocabulary lacks:", ", ".join(unknown))
     if len(per_class) <= 30:
         for c in per_class:
             print(format_score(f"  {c['name']}", c))
@@ -470,7 +500,7 @@ def command_zeroshot(model, tokenizer, args):
 def command_retrieval(model, tokenizer, args):
     shards = data.expand(args.data)
     _, validation = data.by_split(shards)
-    check(not validation, "these shards are of training and of validation: name one of the two")
+    check(not validation, "--data names shards for training and for validation. Name one kind.")
     _, captions = validation_of(args.checkpoint, shards)
     pairs = data.Shards(shards, args.captions or captions)
     result = score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
@@ -480,10 +510,10 @@ def command_retrieval(model, tokenizer, args):
 
 def command_probe(model, _, args):
     same = Path(args.train).resolve() == Path(args.test).resolve()
-    check(not same, "--train and --test are the same folder: a probe is tested on other images")
+    check(not same, "--train and --test are the same folder. Name other images to test on.")
     train = ClassFolders(args.train, model.config.image_size)
     test = ClassFolders(args.test, model.config.image_size)
-    check(train.classes == test.classes, f"{args.train} and {args.test} have different classes")
+    check(train.classes == test.classes, f"{args.train} and {args.test} hold different classes")
     torch.manual_seed(0)
     untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights
     sizes = (args.batch_size, args.workers)
@@ -508,23 +538,31 @@ def main(argv):
         sub.set_defaults(function=function)
         add_options(sub, "checkpoint", "device")
         add = sub.add_argument
-        add("--batch_size", type=number(int, 1), default=128, help="images a batch (default 128)")
+        add("--batch_size", type=number(int, 1), default=128, help="images per batch (default 128)")
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
-        add("--json", type=output_file(".json"), metavar="FILE", help="write the numbers to FILE")
+        add("--json", type=output_file(".json"), metavar="FILE", help="write all numbers to FILE")
         return add
 
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, metavar="DIR", help="a folder with a folder of images per class")
-    add("--classes", help="file of names, a line for each folder in sorted order; or imagenet")
-    add("--templates", help="file of templates, one a line, {} for the name; or openai: CLIP's 80")
+    add("--images", required=True, metavar="DIR", help="folder with one folder of images per class")
+    add(
+        "--classes",
+        help="file with a class name on each line, in the sorted order of the folders; or imagenet "
+        "for the names of ImageNet's classes (default: the names of the folders)",
+    )
+    add(
+        "--templates",
+        help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
+        "templates (default: four similar ones)",
+    )
     text = "find captions by image and images by caption"
     add = command("retrieval", command_retrieval, text)
-    add("--data", nargs="+", required=True, help="tar shards: paths, folders, globs or braces")
-    text = "txt or json.FIELD, one or more (default: those that the run validated on, else txt)"
+    add("--data", nargs="+", required=True, help="tar files, folders, globs or {0000..0575}")
+    text = "where captions are: txt or json.FIELD, one or more (default: as in the run, else txt)"
     add("--captions", nargs="+", metavar="SOURCE", help=text)
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
-    add("--train", required=True, metavar="DIR", help="a folder with a folder of images per class")
-    add("--test", required=True, metavar="DIR", help="the same classes, other images")
+    add("--train", required=True, metavar="DIR", help="folder with one folder of images per class")
+    add("--test", required=True, metavar="DIR", help="folder with the same classes, other images")
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     write_json(args.json, args.function(model, tokenizer, args))
