@@ -1,7 +1,8 @@
-"""A file becomes a model, a model a file, and a run that was interrupted goes on.
+"""Turn a file into a model, write a model to a file, and go on with a run that was interrupted.
 
-A checkpoint is a dict of weights, configuration and vocabulary, so it is all that a command needs
-to know of a model. train.py keeps in last.pt what else it needs to go on.
+A checkpoint is a dict of weights, configuration and vocabulary, so a command needs no other file to
+build the model. In last.pt train.py also keeps the optimizer and the loss scaler, so that the run
+can go on.
 """
 
 import os
@@ -17,51 +18,55 @@ from cli import InputError, check, write_file
 from superclip import SuperCLIP, SuperCLIPConfig
 from tokenizer import Tokenizer
 
-# weights_only, because any other pickle can run code as it is loaded, and weights come from
+# weights_only refuses pickles that run code when they are loaded. Weights often come from
 # strangers.
 read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
 
 def read_file(path, read=read_pickle):
-    """Returns what a file of weights holds. Raises InputError."""
+    """Return what a file of weights holds. read: the function that reads it. Raise InputError if
+    the file is missing or cannot be read."""
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
-    except Exception as error:  # torch and safetensors raise a dozen kinds
-        reason = "is damaged, or is refused because it holds code: then save its state_dict"
+    except Exception as error:  # torch and safetensors raise many kinds
+        reason = "is damaged, or refused because it holds code. Its state_dict alone is accepted."
         raise InputError(f"{path} {reason}") from error
 
 
 def read_checkpoint(path):
-    """Returns what a file of train.py or scripts/convert.py holds: a dict with model (tensors by
-    name), config (a dict), vocab (a text) and whatever else train.py keeps there. Raises
-    InputError."""
+    """Return what a file of train.py or scripts/convert.py holds, as a dict. It has the entries
+    model, a dict of tensors by name; config, a dict; and vocab, a text. train.py adds others. Raise
+    InputError if the file is not such a checkpoint."""
     content = read_file(path)
     is_ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
-    check(is_ours, f"{path} is not a checkpoint of this project: see scripts.convert")
+    check(is_ours, f"{path} is not a checkpoint of this project. See scripts.convert.")
     return content
 
 
 def restore(path, weights, config, vocab):
-    """The parts of a checkpoint -> model, tokenizer. Raises InputError if they do not fit."""
+    """Return the model and the tokenizer of a checkpoint, built from its parts. path: its file, for
+    messages. Raise InputError if the parts do not fit each other."""
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
         model.load_state_dict(weights)
         tokenizer = Tokenizer(vocab, model.config.context_length)
-    except Exception as error:  # an unknown field, a tensor that is missing ...
+    except Exception as error:  # such as an unknown field or a missing tensor
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} holds no model of this version: {reason}") from error
     V, n = model.config.vocab_size, tokenizer.vocab_size
-    sizes = f"{path} is for {V:,} tokens, and its vocabulary has {n:,}"
-    check(V == n, f"{sizes}: scripts.convert takes another --vocab")
+    sizes = f"{path} holds a model for {V:,} tokens, but a vocabulary of {n:,}"
+    check(V == n, f"{sizes}. Give scripts.convert another --vocab.")
     return model, tokenizer
 
 
 def load(checkpoint, device="cpu"):
-    """Read a checkpoint for inference. Returns model, tokenizer and preprocess. Raises InputError.
+    """Read a checkpoint for inference. Return model, tokenizer and preprocess. The last turns an
+    image of Pillow, or the bytes of an image file, into pixels. Raise InputError if the file is not
+    a checkpoint.
 
-    The model is in eval mode and its parameters need no gradient, so a loop over photographs keeps
-    no graph: `model.encode_image(preprocess(pil_image)[None])`.
+    The model is in eval mode, and its parameters need no gradient, so a loop over photographs keeps
+    no graph. An example is `model.encode_image(preprocess(image)[None])`.
     """
     content = read_checkpoint(checkpoint)
     parts = (content["model"], content["config"], content["vocab"])
@@ -72,14 +77,15 @@ def load(checkpoint, device="cpu"):
 
 
 def validation_of(checkpoint, shards=None, option="--data"):
-    """Returns the --val_data of the run that wrote a checkpoint, unless other shards are given, and
-    the sources of the run's captions. option: of the command, to name others. Raises InputError if
-    the run had none."""
+    """Return shards with validation pairs, and the sources of their captions. The shards are those
+    given, or by default the --val_data of the run that wrote the checkpoint. The sources are those
+    of that run. option: the option of the command that names other pictures, for the message. Raise
+    InputError if no shards are given and the run had none."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
     shards = shards or arguments.get("val_data")
     if shards in (None, ["none"]):
-        raise InputError(f"{checkpoint} names no validation shards: name pictures with {option}")
+        raise InputError(f"{checkpoint} names no validation shards. Name pictures with {option}.")
     captions = arguments.get("val_captions") or arguments.get("captions") or ["txt"]
     return shards, captions
 
@@ -88,9 +94,10 @@ DIVERGED = "try a lower --learning_rate or another --dtype"
 
 
 def write_checkpoint(path, model, vocab, **more):
-    """Write what read_checkpoint reads. Raises InputError if weights are not finite, so that they
-    never replace good ones."""
-    state = {name: value.cpu() for name, value in model.state_dict().items()}  # loads anywhere
+    """Write a checkpoint, which read_checkpoint reads. more: other entries of its dict. Raise
+    InputError if weights are not finite, so that they never replace good ones."""
+    # Tensors of a CPU load on every machine.
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
     is_finite = all(value.isfinite().all() for value in state.values())
     check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
     content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
@@ -98,40 +105,42 @@ def write_checkpoint(path, model, vocab, **more):
 
 
 # -----------------------------------------------------------------------------
-# A run goes on
+# The folder of a run, and --resume
 
 
 def new_or_saved_last(resume):
-    """Return the folder of a run that names none. It is a new one, the first of out, out_2, out_3
-    ... that is free, or with `resume` the one of these whose last.pt was saved last."""
+    """Return the folder of a run without --out_dir. It is a new folder, the first of out, out_2,
+    out_3 ... that is free. With `resume` it is the one of these folders whose last.pt was saved
+    last."""
     saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
     if resume and saved:
         return max(saved, key=os.path.getmtime).parent
     for number in count(1):
         folder = Path("out" if number == 1 else f"out_{number}")
-        # mkdir looks and makes in one step, so of two runs that start at once each gets a folder.
+        # mkdir checks and creates in one step, so two runs that start at once get two folders.
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
 
 
 def claim_folder(out_dir, resume):
-    """Return the folder of a run as a string, and make it if it is not there. out_dir: --out_dir,
-    or None. Raises InputError if the folder holds a run that is not to be resumed."""
+    """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
+    or None. Raise InputError if the folder holds a run that is not to be resumed."""
     if out_dir is None:
         return str(new_or_saved_last(resume))
     folder = Path(out_dir)
-    # Without any checkpoint --resume starts a run, so that a scheduler can always give it.
+    # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
     if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
-        raise InputError(f"{folder} holds a run: use --resume (with last.pt) or another --out_dir")
+        raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    for temporary in folder.glob(".*.tmp"):  # of a run that was killed as it saved
+    for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
         temporary.unlink()
     return out_dir
 
 
-# What --resume may change: the folder, the length, rates, the machine, logging. Shards and their
-# vocabulary may have moved, so what counts is the sizes in the shards, and the vocabulary's text.
+# The options that may change with --resume: the folder, the length, the learning rate, the machine,
+# logging. Shards and vocabulary are here because their files may have moved. `resume` compares the
+# sizes in the shards and the text of the vocabulary instead.
 MAY_CHANGE = {
     "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
     "device", "dtype", "compile", "log_every", "eval_every",
@@ -140,8 +149,9 @@ MAY_CHANGE = {
 
 
 def resume(out_dir, header, model, tokenizer, optimizer, scaler):
-    """Takes up the run in a folder. Returns its step and its best mean R@1, or zeros if there is no
-    last.pt. Raises InputError if it was another run than the one of this header."""
+    """Load the state of the run in a folder into model, optimizer and scaler. Return the step from
+    which it goes on, and its best mean R@1. Both are 0 if there is no last.pt. header: what
+    header_of returns for the run that goes on. Raise InputError if last.pt is from another run."""
     path = Path(out_dir, "last.pt")
     if not path.exists():
         return 0, 0.0
@@ -151,20 +161,21 @@ def resume(out_dir, header, model, tokenizer, optimizer, scaler):
     for name, value in header["arguments"].items():
         was = before["arguments"].get(name)
         fits = name in MAY_CHANGE or was == value
-        check(fits, f"--resume: --{name} was {was} before, and is {value} now")
+        check(fits, f"--{name} was {was} before, and is {value} now. --resume cannot change it.")
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     same_data = same_data and saved["vocab"] == tokenizer.vocab
     names = "--train_data, --val_data or --vocab"
-    check(same_data, f"--resume: {names} is not what {path} was trained with")
-    check(step <= header["steps"], f"--resume: step {step} is past --steps {header['steps']}")
+    check(same_data, f"{names} is not what {path} was trained with. --resume cannot change it.")
+    check(step <= header["steps"], f"step {step} of last.pt is past --steps {header['steps']}")
     model.load_state_dict(saved["model"])
-    # The groups are ours, and not the file's, so that a given --learning_rate counts. The moments
-    # are numbered in their order.
+    # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers the
+    # moments in the order of the parameters in these groups.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-    if saved["scaler"]:  # it is empty without float16
+    if saved["scaler"]:  # the state is empty without float16
         scaler.load_state_dict(saved["scaler"])
-    # last.pt is saved before the validation of its step, and best.pt after it.
+    # Read the best score from best.pt. The one in last.pt may be older, because last.pt is saved
+    # before the validation of its step.
     best = Path(out_dir, "best.pt")
     newest = read_checkpoint(best) if best.exists() else saved
     return step, newest["best_r1"]
