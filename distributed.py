@@ -1,6 +1,6 @@
-"""Several processes that train one model.
+"""Let several processes train one model.
 
-torchrun starts them, one for each GPU, and each runs the whole of train.py. They meet in
+torchrun starts the processes, one for each GPU, and each of them runs all of train.py. They meet in
 `join_processes`, and from then on they can exchange tensors.
 """
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from cli import pick_device
 
-# torchrun tells each process its number, and how many there are. Schedulers set variables of these
-# names, too, so they count under torchrun alone.
+# torchrun tells each process its number and the number of processes in environment variables.
+# Schedulers set variables with the same names, so read them only if torchrun started this process.
 torchrun = os.environ if dist.is_torchelastic_launched() else {}
 RANK = int(torchrun.get("RANK", 0))
 WORLD = int(torchrun.get("WORLD_SIZE", 1))
@@ -22,31 +22,32 @@ LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 
 
 def join_processes():
-    """Lets the processes that torchrun has started find each other."""
+    """Let the processes that torchrun has started find each other."""
     backend = "gloo"
     if torch.cuda.is_available():
-        # CPU tensors travel by gloo, so that processes can agree on something without waiting for
-        # their GPUs.
+        # Send CPU tensors by gloo, so that processes can compare values without waiting for their
+        # GPUs.
         backend = "cpu:gloo,cuda:nccl"
-    # Two hours, because all others wait while rank 0 validates.
+    # Wait up to two hours for another process, because all others wait while process 0 validates.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def device_of_process(name):
-    """Returns --device, which in several processes is the GPU of this one, as a torch.device."""
+    """Return --device as a torch.device. With several processes on GPUs, each gets another GPU."""
     if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{LOCAL_RANK}"
     device = pick_device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and memory_gb are of the current one
-        # Compiled code is for one number of threads, and autograd's threads count one each. With
-        # another number here they would compile it again.
+        torch.cuda.set_device(device)  # pinned memory and memory_gb use the current device
+        # Code is compiled for one number of threads. The threads of autograd run with one thread
+        # each, so with another number here they would compile the code again.
         torch.set_num_threads(1)
     return device
 
 
 def average(tensor):
-    """The mean over all processes, in place. With one process, the tensor itself."""
+    """Return the mean of a tensor over all processes, computed in place. With one process, return
+    the tensor unchanged."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -54,13 +55,14 @@ def average(tensor):
 
 
 def wait_for_all():
-    """Returns when all processes have come here."""
+    """Wait until all processes have called this function."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
 
 
 def from_all(value):
-    """Return what each process gives here, as a list in the order of the ranks."""
+    """Return a list of the values that all processes pass to this function, in the order of the
+    ranks."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -70,7 +72,7 @@ def from_all(value):
 
 @contextmanager
 def one_first():
-    """One process of each machine goes through the block, and then the others do."""
+    """Let one process of each machine go through the block first, and then the others."""
     if LOCAL_RANK > 0:
         wait_for_all()
     yield
