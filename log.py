@@ -1,5 +1,6 @@
-"""The log of a run, log.jsonl: a line of JSON for each start, for the losses of some steps, and for
-each validation. train.py writes it, and scripts.curves and the study read it."""
+"""Write the log of a run, log.jsonl, and read it. Each line is a row in JSON: a header at each
+start of the run, the losses of a step, or a validation. train.py writes the log, and scripts.curves
+and the study read it."""
 
 import json
 import subprocess
@@ -15,17 +16,17 @@ from distributed import RANK, WORLD
 
 
 def commit():
-    """Which commit this code is of, or "" if git does not know."""
+    """Return the git commit of this code, or "" outside a git repository."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     try:
         return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # there is no git
+    except FileNotFoundError:  # git is not installed
         return ""
 
 
 def header_of(args, steps, model, pairs, val_pairs, dtype, device):
-    """Prints what this run is, and returns the header of its log, without which no number in the
-    rows that follow means anything."""
+    """Return the header of the log, and print it without command, options and configuration. It
+    says under which conditions the numbers in the other rows were measured."""
     device_name = f"{device.type} ({cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
@@ -55,8 +56,8 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
 
 
 def write_row(out_dir, row):
-    """Adds a row to log.jsonl: a header at each start, the losses of a step, which it also prints,
-    or a validation. A resumed run may log a step twice: the later row counts."""
+    """Add a row to log.jsonl: a header, the losses of a step, or a validation. Print the losses,
+    too. Only process 0 writes. A resumed run may log a step twice. Then the later row counts."""
     if RANK > 0:
         return
     with open(Path(out_dir, "log.jsonl"), "a") as file:
@@ -68,14 +69,14 @@ def write_row(out_dir, row):
 
 
 def read_log(path):
-    """A log.jsonl -> the last header in it, and the list of rows that count.
+    """Return the last header in a log.jsonl, and a list of the other rows that count.
 
-    A run that is resumed adds a header, with the step from which it goes on. What the attempt
-    before it has logged beyond that is no part of the run, and a validation may come again: then
-    the later one counts. A row that a full disk has torn is left out. Raises InputError.
+    A run that is resumed adds a header with the step from which it goes on. Earlier rows beyond
+    that step do not count. A validation at that step may come twice, and then the later one counts.
+    A row that a full disk has cut off is left out. Raise InputError if the file is not a log.
     """
     header = None
-    rows = {}  # by step and kind
+    rows = {}  # (step, has it losses?) -> row
     try:
         for line in Path(path).read_text("utf-8").splitlines():
             try:
@@ -88,15 +89,16 @@ def read_log(path):
             else:
                 rows[row["step"], "loss" in row] = row
     except (ValueError, LookupError, TypeError) as error:
-        # not its repr, which may hold the whole file
+        # Do not print the repr of the error, which may hold the whole file.
         raise InputError(f"{path} is not a log of train.py: {error}") from error
     check(header, f"{path} has no header, so it is not a log of train.py")
     return header, list(rows.values())
 
 
 def short_names(folders):
-    """Folders, such as those of --zeroshot_data -> {folder: its name}. Where several have one name,
-    the folders above are put before it until it is unique."""
+    """Return a dict {folder: short name} of folders, such as those of --zeroshot_data. The short
+    name is the last part of the path. If several folders share it, the parts before it are added
+    until it is unique."""
     names = {}
     for folder in folders:
         parts = Path(folder).parts
