@@ -25,7 +25,6 @@ from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
-torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions on a GPU
 gc.freeze()  # a search for garbage skips the half a million objects that were imported
 
 
