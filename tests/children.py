@@ -1,8 +1,9 @@
-"""Processes that do what `python train.py` or another command does, and to which something happens
-at a firm moment.
+"""Start processes that run train.py or another command, and let something happen to them at a
+chosen moment.
 
-They are forked from a server that has imported torch once, so that none takes seconds to start. A
-test adds preparations: what is to happen, and before which call of which function.
+The processes are forked from a server that has imported torch once, so none of them takes seconds
+to start. A test gives them preparations, functions that run before the command. A preparation from
+`before` says what is to happen, and before which call of which function.
 """
 
 import importlib
@@ -24,20 +25,21 @@ from cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# What the server imports. Nothing may import distributed.py, where each process reads its rank.
+# The server imports these modules. None of them may import distributed.py, because each process
+# must read its rank there by itself.
 PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
 
 
 class Children:
-    """The processes of a test. Whatever the test does, they end with it."""
+    """Start the processes of a test. They end with the test, whatever it does."""
 
     def __init__(self, folder):
         self.folder = folder
         self.started = []
 
     def start(self, module, options, *preparations):
-        """Starts `python -m MODULE` with these options, after the preparations, which are functions
-        that can be pickled. What it prints goes to process.output, a file."""
+        """Start `python -m MODULE` with these options, after the preparations, which are functions
+        that can be pickled. Return the process. It prints to the file process.output."""
         output = self.folder / f"output-{len(self.started)}.txt"
         argv = [module, *map(str, options)]
         process = CONTEXT.Process(target=run, args=(argv, output, preparations))
@@ -47,8 +49,8 @@ class Children:
         return process
 
     def train_two(self, first, second):
-        """Starts rank 0 and rank 1 of one run, as torchrun does. first, second: their options, and
-        whatever else start takes. Returns both processes."""
+        """Start process 0 and process 1 of one run, as torchrun does, and return both. first,
+        second: for each a list with its options, followed by its preparations."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -65,26 +67,27 @@ class Children:
 
 
 def finish(process):
-    """Waits for a process. Returns its exit code, and what it has printed."""
+    """Wait for a process. Return its exit code, and the text that it has printed."""
     process.join(60)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode, process.output.read_text()
 
 
-# ---- in the process
+# ---- what runs in the process
 
 
 def run(argv, output, preparations):
-    os.setpgid(0, 0)  # so that a signal to its group reaches its loading processes, and no others
+    # A signal to the group of this process then reaches its loading processes, and no others.
+    os.setpgid(0, 0)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of its own children
+    multiprocessing.set_start_method("fork", force=True)  # for loading processes
     superclip.PRESETS["tiny"] = TINY
     for prepare in preparations:
         prepare()
-    # the objects of the server were for other files
+    # The server's objects write to other files.
     sys.__stdout__ = sys.stdout = open(1, "w", closefd=False)
     sys.__stderr__ = sys.stderr = open(2, "w", buffering=1, closefd=False)
     sys.argv = argv
@@ -92,7 +95,7 @@ def run(argv, output, preparations):
 
 
 def become_rank(rank, port):
-    """What torchrun tells a process of two."""
+    """Set the variables by which torchrun tells one of two processes its rank."""
     os.environ.update(
         TORCHELASTIC_RUN_ID="a run",
         RANK=str(rank),
@@ -108,7 +111,8 @@ def become_rank(rank, port):
 
 
 def before(function, number, act):
-    """At its number-th call, a function such as "os.fsync" first does something else."""
+    """Return a preparation. It lets act() happen before a call of a function. function: its name,
+    such as "os.fsync"; number: the number of that call, from 1 on."""
     return partial(hook, function, number, act)
 
 
@@ -127,19 +131,21 @@ def hook(function, number, act):
 
 
 def in_step(number, act):
-    """A training step calls the model once. (A validation calls its towers.)"""
+    """Return a preparation that lets act() happen in a training step. number: the number of the
+    step, from 1 on. A step calls the model once. A validation calls only its towers."""
     return before("superclip.SuperCLIP.forward", number, act)
 
 
 def receive(number):
-    """The process and all that it has started get a signal. Another process sends it, as a terminal
-    or a scheduler does, because a loading process tells its parent from others."""
+    """Return a function that sends a signal to the process and to all processes that it has
+    started. Another process sends it, as a terminal or a scheduler does, because a loading process
+    treats a signal from its parent differently."""
     return partial(subprocess.run, ["sh", "-c", f"kill -{number:d} -$PPID"])
 
 
 def compile_wide_towers():
-    """The model is WIDE. torch.compile makes no code for the machine, which would need a C++
-    compiler, and prints a line for each graph."""
+    """Make the model WIDE, and let torch.compile print a line for each graph. No code is made
+    for the machine, because that would need a C++ compiler."""
     superclip.PRESETS["tiny"] = WIDE
     torch.compile = partial(torch.compile, backend=compile_cheaply)
 

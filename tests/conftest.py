@@ -1,10 +1,16 @@
-"""What all tests share: one thread, a fixed seed, a cache of their own.
+"""Prepare what all tests share: one thread, a fixed seed, a temporary cache, and fixtures.
 
-This folder proves what superclip.py, train.py, data.py and eval.py promise. Read it in the order of
-the method: test_loss, test_model, test_authors; one step, test_step; the data, test_tokenizer,
-test_index, test_images, test_data; a model and its scores, test_checkpoint and test_eval; then
-whole runs, from test_run to test_processes, and test_gpu. commands/ and pages/ hold the tests of
-scripts/, study/, the README and docs/.
+The files in this folder test the promises of superclip.py, train.py, data.py and eval.py. They can
+be read in this order:
+
+    test_loss, test_model, test_authors                     the method
+    test_step                                               one step
+    test_tokenizer, test_index, test_images, test_data      the data
+    test_checkpoint, test_eval                              a model and its scores
+    test_defaults, test_run, test_log, test_finetune        whole runs
+    test_resume, test_signals, test_processes, test_gpu     runs that end early, processes, a GPU
+
+commands/ tests scripts/ and study/. pages/ tests the README and docs/.
 """
 
 import gc
@@ -25,13 +31,13 @@ from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
-gc.freeze()  # a search for garbage skips the half a million objects that were imported
+gc.freeze()  # garbage collection then skips the half a million objects that were imported
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The index cache of shards goes to a temporary folder, never into the user's home. At the end,
-    loading processes of runs that have failed are killed, because they ignore other signals."""
+    """Put the index cache of shards into a temporary folder, never into the user's home. At the end
+    kill the loading processes of runs that have failed, because they ignore other signals."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     for process in multiprocessing.active_children():
@@ -40,8 +46,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed_and_signals():
-    """A command leaves its signal handlers behind. And a resumed run must find the order of samples
-    by itself, as in a new process."""
+    """Set the seed, and remove what a command leaves behind. That is its signal handlers, and the
+    cached order of samples: a resumed run must compute the order by itself, as in a new process."""
     torch.manual_seed(0)
     data.epoch_order.cache_clear()
     yield
@@ -52,13 +58,13 @@ def seed_and_signals():
 
 @pytest.fixture(autouse=True)
 def smallest(monkeypatch):
-    """In all tests the tiny model is smaller still: one block in each tower, 16 patches."""
+    """Make the tiny model smaller in all tests: one block in each tower, and 16 patches."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """A folder with training, validation and bad shards."""
+    """Return a folder with training, validation and bad shards."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder)
     return folder
@@ -66,7 +72,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(shards, tmp_path_factory):
-    """The folder of a short run that nothing has interrupted. No test may write into it."""
+    """Return the folder of a short run that nothing has interrupted. No test may write into it."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
@@ -76,7 +82,7 @@ def whole_run(shards, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scenes_folder(tmp_path_factory):
-    """Built-in scenes, but few of each kind. No test may write into it."""
+    """Return a folder with built-in scenes, a few of each kind. No test may write into it."""
     folder = tmp_path_factory.mktemp("world") / "scenes"
     scenes.make_scenes(folder, train=40, val=12, pictures=4)
     return folder
@@ -84,7 +90,7 @@ def scenes_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(cache):
-    """The server from which processes are forked. It imports torch and the project once."""
+    """Start the server from which processes are forked. It imports torch and the project once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         multiprocessing.set_forkserver_preload(PRELOAD)
@@ -93,14 +99,15 @@ def server(cache):
 
 @pytest.fixture(scope="session", autouse=True)
 def early_server(request):
-    """If any test needs the server, it imports torch while the first tests run."""
+    """Start the server at the beginning if any test needs it, so that it imports torch while the
+    first tests run."""
     if any("server" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("server")
 
 
 @pytest.fixture
 def children(server, tmp_path):
-    """Starts processes (children.py), and ends them after the test."""
+    """Return an object that starts processes (children.py). End them after the test."""
     children = Children(tmp_path)
     yield children
     children.end()
@@ -108,13 +115,13 @@ def children(server, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint of a small model with random weights."""
+    """Return a checkpoint of a small model with random weights."""
     return write_checkpoint(tmp_path / "model.pt", small_model())
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """A folder for each of three colours, with four pictures in each."""
+    """Return a folder that holds a folder for each of three colours, with four pictures in each."""
     for c, name in enumerate(("red", "green", "blue")):
         folder = tmp_path / "classes" / name
         folder.mkdir(parents=True)
@@ -125,7 +132,8 @@ def folders(tmp_path):
 
 @pytest.fixture(scope="session")  # it takes two seconds to start
 def chromium():
-    """A headless Chromium. Without it, its driver or the package selenium the test is skipped."""
+    """Return a headless Chromium. Skip the test if Chromium, its driver or the package selenium is
+    missing."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
         pytest.skip("needs Debian's packages chromium and chromium-driver")
@@ -141,7 +149,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def browser(chromium):
-    """Chromium without what other tests have left."""
+    """Return Chromium, cleared of the page and the messages of other tests."""
     chromium.get("about:blank")
     chromium.implicitly_wait(0)
     chromium.get_log("browser")

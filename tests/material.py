@@ -1,4 +1,4 @@
-"""What several test files are made of: small pictures, shards and models, commands, short runs."""
+"""Make what several test files need: small pictures, shards and models, commands, short runs."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tokenizer import Tokenizer, words_to_tiktoken
 
 
 def cases(names, table):
-    """A test for each row of a table, a dict of what the case is and the values of these names."""
+    """Make a test for each row of a table. table: a dict {name of the case: values of `names`}."""
     return pytest.mark.parametrize(names, table.values(), ids=table)
 
 
@@ -30,21 +30,21 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), 
 
 
 def encoded(image, format="JPEG", **options):
-    """A PIL image as the bytes of a file."""
+    """Return an image of Pillow as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def png(colour, seed=0):
-    """A noisy square of one of COLOURS, as the bytes of a PNG file."""
+    """Return a noisy square in one of the COLOURS, as the bytes of a PNG file."""
     noise = np.random.default_rng(seed).integers(-30, 30, (20, 20, 3))
     pixels = (COLOURS[colour] + noise).clip(0, 255).astype(np.uint8)
     return encoded(Image.fromarray(pixels), "PNG")
 
 
 def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
-    """A smooth random picture, so that JPEG and resizing change it little."""
+    """Return a random picture that is smooth, so that JPEG and resizing change it little."""
     pixels = np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.BICUBIC).convert(mode)
 
@@ -53,7 +53,7 @@ def photo(seed=0, size=(40, 30), mode="RGB", detail=6):
 
 
 def write_tar(path, members):
-    """members: dict of name -> content as bytes."""
+    """Write a tar, and return its path. members: a dict {name: content as bytes}."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             data.add_member(tar, name, content)
@@ -61,7 +61,7 @@ def write_tar(path, members):
 
 
 def write_shard(path, samples):
-    """samples: a list of {extension: bytes}."""
+    """Write a shard, and return its path. samples: a list of dicts {extension: bytes}."""
     members = {}
     for i, sample in enumerate(samples):
         for extension, content in sample.items():
@@ -70,7 +70,8 @@ def write_shard(path, samples):
 
 
 def write_captions(path, *captions):
-    """A shard with a pair for each caption: a red square, each another one."""
+    """Write a shard with a pair for each caption, and return its path. The pictures are red squares
+    with different noise."""
     pairs = [{"png": png("red", i), "txt": text.encode()} for i, text in enumerate(captions)]
     return write_shard(path, pairs)
 
@@ -82,18 +83,19 @@ TOKENIZER = Tokenizer(words_to_tiktoken(WORDS))
 TINY = dict(
     image_size=16,
     patch_size=4,  # so there are 16 patches
-    vision_width=64,  # one head a tower
+    vision_width=64,  # so each tower has one head
     vision_layers=1,
     text_width=64,
     text_layers=1,
     embed_dim=16,
 )
-# The gradients of a tower are more than the first megabyte that DistributedDataParallel sends.
+# DistributedDataParallel sends a first megabyte of gradients. Those of a wide tower are more.
 WIDE = {**TINY, "vision_width": 192, "text_width": 192}
 
 
 def small_model(**changes):
-    """A model with random weights, ready for inference."""
+    """Return a model with random weights, ready for inference. changes: fields of SuperCLIPConfig
+    with other values than in TINY."""
     torch.manual_seed(0)
     config = {**TINY, "vocab_size": TOKENIZER.vocab_size, **changes}
     return SuperCLIP(SuperCLIPConfig(**config)).eval()
@@ -105,7 +107,7 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
 
 
 def features_of(checkpoint, files):
-    """The features (N, E) of image files, by the slow way: one after the other."""
+    """Return the features (N, E) of image files. They are computed slowly, one after the other."""
     model, _, preprocess = checkpoints.load(checkpoint)
     images = [preprocess(Path(file).read_bytes()) for file in files]
     return torch.cat([model.encode_image(image[None]) for image in images])
@@ -115,24 +117,24 @@ def features_of(checkpoint, files):
 
 
 def run(main, *argv):
-    """Run a command as a user does, but in this process. Returns its exit code."""
+    """Run a command as a user does, but in this process. Return its exit code."""
     try:
         return main([str(a) for a in argv])
-    except SystemExit as ended:  # from argparse
+    except SystemExit as ended:  # argparse raises it
         return ended.code
     except Exception as error:
         sentence = sentence_about(error)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        # The traceback keeps a failed loader alive in a cycle of references. If it is freed late,
-        # torch waits ten seconds for the loading processes.
+        # The traceback keeps a failed loader alive in a cycle of references. If the loader is freed
+        # late, torch waits ten seconds for the loading processes.
         traceback.clear_frames(error.__traceback__)
         return 2
 
 
 def error_of(capsys, main, *argv):
-    """The sentence with which a command ends if the user has made a mistake."""
+    """Run a command with a user's mistake in it. Return the line that names the mistake."""
     capsys.readouterr()
     assert run(main, *argv) == 2, argv
     errors = capsys.readouterr().err.strip()
@@ -141,7 +143,7 @@ def error_of(capsys, main, *argv):
 
 
 def result_of(capsys, main, path, *argv):
-    """What a command writes with --json, and what it prints."""
+    """Run a command. Return what it writes to the file of --json, and what it prints."""
     capsys.readouterr()
     assert not run(main, *argv, "--json", path)
     return json.loads(path.read_text()), capsys.readouterr().out
@@ -151,7 +153,8 @@ def result_of(capsys, main, path, *argv):
 
 
 def sample(i):
-    """A noisy square of one colour. Every seventh caption is long: 32 columns of tokens, not 16."""
+    """Return sample i: a noisy square of one colour, with captions. Every seventh caption is long,
+    and makes a batch with 32 columns of tokens instead of 16."""
     name = list(COLOURS)[i % 4]
     caption = f"a {name} square"
     if i % 7 == 0:
@@ -166,9 +169,10 @@ def write_vocabulary(folder):
 
 
 def write_shards(folder):
-    """Writes shards of both sides, a shard with bad samples, and their vocabulary."""
+    """Write two shards for training and one for validation, a shard with bad samples, and their
+    vocabulary."""
     write_shard(folder / "train-0.tar", map(sample, range(40)))
-    write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70: no multiple of a batch
+    write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70 in all, no multiple of 16
     write_shard(folder / "val-0.tar", map(sample, range(70, 90)))
     bad = [sample(i) for i in range(40)]
     del bad[3]["txt"]
@@ -178,12 +182,13 @@ def write_shards(folder):
 
 
 def short_run(shards, out, *more):
-    """The options of twelve steps of 16 pairs. Every second step is logged, every fourth validated.
-    more: options that come last, and so win."""
+    """Return the options of a run of twelve steps with 16 pairs each. Every second step is logged,
+    and every fourth step is followed by a validation. more: options that come last, and
+    replace the same options before them."""
     options = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --out_dir {out}"
     options += " --batch_size 16 --steps 12 --learning_rate 1e-3 --workers 0"
     options += " --device cpu --dtype float32 --log_every 2 --eval_every 4"
-    if "--init_from" not in more:  # else the checkpoint sets the model
+    if "--init_from" not in more:  # --init_from sets the model
         options += " --model tiny"
     return [*options.split(), *map(str, more)]
 
@@ -193,13 +198,14 @@ def checkpoint_of(out, name="last.pt"):
 
 
 def all_rows(out):
-    """All that a run has logged, in order."""
+    """Return a list of all rows that a run has logged, in order."""
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 def rows_of(out, kind):
-    """The rows of steps ("loss") or validations ("zeroshot"), in the order of their steps, without
-    what may differ between equal runs. A resumed run may log a step twice: the later row counts."""
+    """Return the rows that have the entry `kind`, in the order of their steps: "loss" for steps,
+    "zeroshot" for validations. Entries that may differ between equal runs are left out. A resumed
+    run may log a step twice. Then the later row counts."""
     rows = {}
     for row in all_rows(out):
         if kind in row:
@@ -213,7 +219,8 @@ def steps_of(rows):
 
 
 def assert_ends_like(out, whole_run):
-    """A run ends with the bits of another one, and its log has the same rows."""
+    """Assert that a run has ended with the same bits as another run, and with the same rows in its
+    log."""
     for name in ("last.pt", "best.pt"):
         ours = checkpoint_of(out, name)
         theirs = checkpoint_of(whole_run, name)

@@ -1,4 +1,4 @@
-"""A model beside open_clip's with the same weights, for tests that compare the two."""
+"""Make models, and open_clip's models with the same weights, for tests that compare the two."""
 
 import open_clip.model
 import torch
@@ -22,8 +22,8 @@ SMALL = dict(
 
 @torch.no_grad()
 def make_random_model(**changes):
-    """A model with random biases and norms, too. At their initial zeros and ones, a bias in the
-    wrong place would change nothing."""
+    """Return a model in which biases and norms are random, too. With their initial zeros and ones,
+    a bias in the wrong place would change nothing."""
     model = SuperCLIP(SuperCLIPConfig(**{**SMALL, **changes})).eval()
     for name, p in model.named_parameters():
         if p.ndim == 1 and "class_embedding" not in name:
@@ -32,7 +32,7 @@ def make_random_model(**changes):
 
 
 def make_pairs(model, B=4, T=10):
-    """Random images (B, 3, S, S) and captions (B, T) that start and end as captions do."""
+    """Return random images (B, 3, S, S), and random captions (B, T) with start and end tokens."""
     V = model.config.vocab_size
     S = model.config.image_size
     tokens = torch.randint(1, V - 2, (B, T))
@@ -42,13 +42,14 @@ def make_pairs(model, B=4, T=10):
 
 
 def assert_near(ours, theirs):
-    """No element differs by more than 1e-5 of the largest one."""
+    """Assert that no element differs by more than 1e-5 of the largest element."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def open_clip_of(model, custom_text=False):
-    """open_clip's CLIP with the same weights, in one of its two layouts."""
+    """Return open_clip's CLIP with the same weights. It has two layouts. custom_text: whether to
+    use the one in which the text tower is a separate module."""
     state = open_clip_state(model)
     kind = open_clip.model.CLIP
     if custom_text:
@@ -61,8 +62,9 @@ def open_clip_of(model, custom_text=False):
 
 @torch.no_grad()
 def assert_same_towers(model, other, T=10):
-    """Image and text features of our model equal those of open_clip's, before and after they are
-    normalised. Ours gets trimmed captions, open_clip's the same ones padded to the context."""
+    """Assert that image and text features of our model equal those of open_clip's model, before and
+    after normalisation. Our model gets trimmed captions. open_clip's model gets the same captions,
+    padded to its context length."""
     images, tokens = make_pairs(model, T=T)
     padded = F.pad(tokens, (0, other.context_length - T))
     for normalize in (False, True):

@@ -1,9 +1,11 @@
-"""The authors' code and this one: the same outputs, losses and gradients from the same weights.
+"""Test that the authors' code and this code compute the same outputs, losses and gradients from the
+same weights.
 
-official_tiny.pt holds what the code of the paper's authors computes: the weights of a small model,
-and of three training steps the batch, features, logits and losses, and of the first step the norm
-of every parameter's gradient. It was made from their repository at commit fb59c6d, by a script that
-`git show b568bd9:tests/make_official.py` prints.
+official_tiny.pt holds what the code of the paper's authors computes. It has the weights of a small
+model. For each of three training steps it has the batch, the features, the logits and the losses.
+For the first step it also has the norm of each parameter's gradient. The file was made from the
+authors' repository at commit fb59c6d. `git show b568bd9:tests/make_official.py` prints the script
+that made it.
 """
 
 from pathlib import Path
@@ -19,8 +21,8 @@ OFFICIAL = torch.load(Path(__file__).with_name("official_tiny.pt"), weights_only
 
 
 def load(path, state):
-    """A model with weights in the authors' layout, which go through a file. Its 300 tokens are too
-    few for a vocabulary of ours, so there is none."""
+    """Return a model with weights in the authors' layout, which are written to a file and read. The
+    model has 300 tokens, too few for a vocabulary of this project, so it has no vocabulary."""
     torch.save({"epoch": 1, "state_dict": state}, path)
     weights, config, _ = read_weights(path)
     model = SuperCLIP(SuperCLIPConfig(**config))
@@ -30,14 +32,16 @@ def load(path, state):
 
 @pytest.fixture
 def model(tmp_path):
-    """Before its first step. torch's DistributedDataParallel writes "module." before each name."""
+    """Return the model before its first step. torch's DistributedDataParallel has put "module."
+    before each name in the authors' files."""
     state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
     return load(tmp_path / "official.pt", state)
 
 
 def test_three_training_steps_equal_the_authors(model):
-    """Their word loss counts padding, too. The one without it is stored beside it. Weights stay as
-    they are in the three steps, but each one counts the tokens of its captions."""
+    """The authors' word loss also counts padding. Their loss without padding is stored as
+    class_loss_masked. The three steps do not change the weights, but each step counts the tokens of
+    its captions."""
     for step in OFFICIAL["steps"]:
         out = model(step["image"], step["text"])
 
@@ -50,7 +54,8 @@ def test_three_training_steps_equal_the_authors(model):
 
 
 def test_the_gradients_of_the_first_step_equal_the_authors(model):
-    """The norm of every parameter's. In this step their loss counts no padding."""
+    """The test compares the norm of each parameter's gradient. In the first step the authors' loss
+    counts no padding."""
     step = OFFICIAL["steps"][0]
     assert_near(step["class_loss"], step["class_loss_masked"])
 
@@ -62,8 +67,8 @@ def test_the_gradients_of_the_first_step_equal_the_authors(model):
 
 
 def test_the_authors_counters_become_integer_counts(tmp_path):
-    """They add up shares of captions over steps of 16,384. Here: two steps, a token in 75 % of the
-    captions of each, and a token in 33 captions."""
+    """The authors add up shares of captions over steps of 16,384 captions. In this test there are
+    two steps. Token 7 is in 75 % of the captions of each step, and token 8 is in 33 captions."""
     state = dict(OFFICIAL["state_dict"])
     state["num_samples"] = torch.full((1, 1), 2.0, dtype=torch.float64)
     state["cap_fq"] = torch.zeros(1, 300, dtype=torch.float64)

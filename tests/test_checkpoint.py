@@ -1,4 +1,5 @@
-"""A file becomes a model, and a model a file. What does not fit is refused, and so is code."""
+"""Test that a model is written to a file and read again. Files whose parts do not fit each other
+are refused, and so are files that hold code."""
 
 import os
 
@@ -14,7 +15,7 @@ from tokenizer import words_to_tiktoken
 MODEL = small_model()
 WEIGHTS = MODEL.state_dict()
 CONFIG = vars(MODEL.config)
-MISFITS = {  # what is wrong -> entries of the file, and what the message must name
+MISFITS = {  # case -> entries of the file, and what the message must name
     "a tensor is missing": ({"model": {}}, "visual.proj"),
     "plain CLIP with a head": ({"config": {**CONFIG, "cls_weight": 0.0}}, "head."),
     "heads that do not divide": ({"config": {**CONFIG, "text_heads": 7}}, "text_heads"),
@@ -48,7 +49,7 @@ def test_what_is_written_is_loaded_ready_for_inference(tmp_path):
 
 
 class Evil:
-    """What runs a command when it is unpickled."""
+    """Run a command when unpickled."""
 
     def __init__(self, path):
         self.path = path

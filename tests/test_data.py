@@ -1,5 +1,5 @@
-"""From pairs to batches: the order, what is drawn of a pair, what replaces a bad one, and that a
-batch is the same however it was loaded."""
+"""Test the way from pairs to batches: the order of pairs, what is drawn for a pair, and what
+replaces a bad one. A batch does not depend on how it was loaded."""
 
 import json
 from collections import Counter
@@ -17,7 +17,8 @@ from tokenizer import Tokenizer, words_to_tiktoken
 WORDS = "a red green blue dog cat runs sits on the grass".split()
 TOKENIZER = Tokenizer(words_to_tiktoken(WORDS), context_length=32)
 JPEG = encoded(photo())
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than cores
+# torch warns if there are more workers than cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 # ---- the order
 
@@ -33,7 +34,7 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
 
 
 def test_every_epoch_is_another_permutation():
-    """Of 103 samples in batches of 10, three are left out of an epoch."""
+    """In batches of 10, an epoch of 103 samples leaves out three."""
     batches = [batch_indices(103, 10, 7, step) for step in range(20)]
 
     visits, samples = zip(*chain.from_iterable(batches))
@@ -44,20 +45,20 @@ def test_every_epoch_is_another_permutation():
     assert first != second
 
 
-# ---- what is drawn of a pair
+# ---- what is drawn for a pair
 
 
 @pytest.fixture
 def captioned(tmp_path):
-    """A shard with one picture, which has several captions."""
+    """Return a shard with one picture, which has several captions."""
     fields = {"both": ["a red dog", "a blue cat"], "odd": "a \ud800 dog"}
     sample = {"jpg": JPEG, "json": json.dumps(fields).encode(), "txt": b"a dog"}
     return write_shard(tmp_path / "0.tar", [sample])
 
 
 def test_captions_and_labels_are_drawn_from_their_sources(captioned):
-    """One that is named twice is drawn twice as often, within three standard deviations. Half of a
-    surrogate pair becomes a question mark, or it could not be written to a file."""
+    """A source that is named twice is drawn twice as often, within three standard deviations. Half
+    of a surrogate pair becomes a question mark, because it cannot be written to a file."""
     pairs = Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"], ["json.both"])
 
     _, captions, labels, _ = zip(*(pairs[visit, 0] for visit in range(400)))
@@ -69,7 +70,7 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
-    """The caption, the crop, and which 12 of 16 patches are kept."""
+    """A caption is drawn, a crop, and the 12 of 16 patches that are kept."""
 
     def draws(seed):
         pairs = Pairs([captioned], TOKENIZER, 8, ["json.both"], None, seed, 0.5, 16, 0.25)
@@ -81,7 +82,7 @@ def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
 
     torch.testing.assert_close(draws(seed=0), first, rtol=0, atol=0)
     assert kept_otherwise != kept
-    assert labels == captions  # without sources of their own
+    assert labels == captions  # they have the same sources
     assert len(torch.stack(images).unique(dim=0)) > 15
     assert len({*map(tuple, captions)}) == 2
     assert {len({*keep}) for keep in kept} == {12}
@@ -97,7 +98,7 @@ BAD = {  # case -> image, caption, JSON with the caption
     "half of a JSON": (JPEG, b"", b"{"),
     "truncated JPEG": (JPEG[:-200], b"a", b""),
     "no format of the web": (encoded(photo(), "PPM"), b"a", b""),
-    "bomb": (GIF[:6] + b"\xff" * 4 + GIF[10:], b"a", b""),  # 65,535 pixels wide and high, it says
+    "bomb": (GIF[:6] + b"\xff" * 4 + GIF[10:], b"a", b""),  # claims 65,535 pixels on each side
 }
 
 
@@ -121,7 +122,7 @@ LONG = "a dog sits on the red grass " * 6 + "a dog runs on the"  # 47 tokens
 
 @pytest.fixture
 def odd_pairs(tmp_path):
-    """Fourteen pairs: one is bad, and one has a long caption."""
+    """Return fourteen pairs, of which one is bad and another has a long caption."""
     odd = [{"jpg": JPEG, "txt": LONG.encode()}, {"jpg": b"bad", "txt": b"a"}]
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
@@ -130,8 +131,8 @@ def odd_pairs(tmp_path):
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
 def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
-    """Whatever the workers, and wherever a run begins. A process loads the last 8 pairs of each
-    batch of 12."""
+    """This holds for any number of workers, and for a run that begins at any step. Here a process
+    loads the last 8 pairs of each batch of 12."""
     local = slice(4, 12)
 
     loaded = [*data.load_batches(odd_pairs, 12, local, start, 6, workers)]
@@ -144,8 +145,8 @@ def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
 
 
 def test_images_are_bytes_captions_are_cut_to_the_context_and_labels_are_not(odd_pairs):
-    """Of a caption of 47 tokens, 32 with start and end are left, and all for the label. Lengths
-    are multiples of 16, so that few of them are compiled."""
+    """A caption of 47 tokens is cut to 32, with start and end, but its label keeps all of them.
+    Lengths are multiples of 16, so that few different lengths are compiled."""
     ids = TOKENIZER.encode(LONG)
 
     batch = odd_pairs.collate([odd_pairs[0, 0], odd_pairs[1, 5]])

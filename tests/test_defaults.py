@@ -1,6 +1,6 @@
-"""What a run uses if no option says otherwise: its options, its schedule, what suits the device.
+"""Test the defaults of a run: its options, its schedule, and the dtype for its device.
 
---help states these rules, and here they are worked out by hand."""
+--help states the rules. The expected values were worked out from them by hand."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ import torch
 import cli
 import train
 
-# Model, crop_area, batch_size, epochs and learning_rate. Published runs have those of the first
-# line. Eight times as many scenes in a batch take 8**0.5 times as many epochs. What is given wins.
+# Options -> model, crop_area, batch_size, epochs and learning_rate. Published runs have the values
+# in the first row. On the scenes, a batch that is 8 times as large makes the run 8**0.5 times as
+# long, in epochs. An option that is given replaces its default.
 DEFAULTS = {
     "--train_data=a.tar": ("ViT-B-16", 0.9, 256, 30, 5e-4),
     "--train_data=a.tar --init_from=model.pt": (None, 0.9, 256, 30, 5e-5),
@@ -45,7 +46,7 @@ def test_plain_clip_differs_from_superclip_in_its_loss_alone():
 
 
 def test_the_learning_rate_rises_and_falls():
-    """Four steps of warm-up, and then half a cosine to the twelfth."""
+    """The warm-up has four steps. Then the rate falls along half a cosine until step 12."""
     rate = [8 * train.learning_rate_factor(step, 4, 12) for step in range(13)]
 
     assert rate[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]  # a quarter more each step, up to the peak
@@ -54,8 +55,8 @@ def test_the_learning_rate_rises_and_falls():
     assert train.learning_rate_factor(0, 0, 12) == 1.0  # without warm-up
 
 
-# Options, and the steps in all, of warm-up, and between validations, for 70 pairs, of which an
-# epoch makes four batches of 16.
+# Options -> three numbers of steps: the length of the run, the length of its warm-up, and the
+# distance between validations. An epoch of 70 pairs has four batches of 16.
 LENGTHS = {
     "--epochs=2.5": (10, 5, 4),
     "--epochs=0.1": (1, 0, 1),

@@ -1,5 +1,5 @@
-"""Scores against slow and obvious ways to compute them, chance against its formula, and what the
-commands of eval.py say of a model."""
+"""Test scores against slow and obvious ways to compute them, chance against its formula, and what
+the commands of eval.py print."""
 
 import json
 import math
@@ -29,7 +29,7 @@ NAMES = ("red", "green", "blue")
 
 
 class Colours:
-    """A model that knows three colours, and nothing else."""
+    """Act as a model that knows three colours, and nothing else."""
 
     logit_scale = torch.tensor(1.0)
     config = SimpleNamespace(image_size=16)
@@ -47,7 +47,8 @@ class Colours:
 
 @pytest.mark.parametrize("hits, low, high", [(0, 0, 0.161), (10, 0.299, 0.701), (20, 0.839, 1)])
 def test_an_interval_is_wilsons(hits, low, high):
-    """Of 20 images. The textbook's, p ± 1.96 standard errors, has no width at the ends."""
+    """The score is a mean over 20 images. The usual interval, p ± 1.96 standard errors, would have
+    no width at 0 and at 1."""
     scored = evaluation.score(torch.arange(20) < hits, chance=0.1)
 
     assert scored["interval"] == pytest.approx([low, high], abs=5e-4)
@@ -61,23 +62,24 @@ def values(result, way, *ks):
 
 
 def test_retrieval_by_hand():
-    """Three images with two captions each. Of the first, captions 0 and 1 are 1st and 6th; of the
-    second, 2 and 3 are 3rd and 6th; of the third, 4 and 5 are 6th and 3rd."""
+    """Three images have two captions each. A row of `scores` holds the similarities of an image to
+    the six captions. The first image finds its captions at ranks 1 and 6, the second at ranks 3 and
+    6, and the third at ranks 6 and 3."""
     scores = [[9, 1, 5, 4, 3, 2], [8, 7, 6, 1, 5, 2], [5, 6, 3, 2, 1, 4]]
     owner = torch.tensor([0, 0, 1, 1, 2, 2])
 
     result = evaluation.retrieval(torch.tensor(scores).float(), torch.eye(6), owner, (1, 2, 3, 4))
 
     assert values(result, "image_to_text", 1, 2, 3, 4) == pytest.approx([1 / 3, 1 / 3, 1, 1])
-    # Captions 0..5 find their image at rank 1, 3, 1, 3, 3, 1 (by column).
+    # By column, the captions find their images at ranks 1, 3, 1, 3, 3 and 1.
     assert values(result, "text_to_image", 1, 2, 3) == pytest.approx([1 / 2, 1 / 2, 1])
-    # The captions of an image stand or fall together, so that an interval counts images: Wilson's
-    # for 1.5 hits of 3. Six captions would give 0.19 to 0.81.
+    # The captions of an image are not independent, so the interval counts images. It is Wilson's
+    # for 1.5 hits of 3. With 3 hits of 6 captions it would be narrower, 0.19 to 0.81.
     assert result["text_to_image"]["R@1"]["n"] == 3
     assert result["text_to_image"]["R@1"]["interval"] == pytest.approx([0.125, 0.875], abs=1e-3)
 
 
-OWNER = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])  # four images, each with its captions
+OWNER = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])  # the images of 11 captions
 
 
 def test_chance_is_that_of_answers_drawn_at_random():
@@ -92,7 +94,8 @@ def test_chance_is_that_of_answers_drawn_at_random():
 
 
 def test_a_model_that_has_collapsed_scores_chance():
-    """If ties were hits it would score 100 %, and if they were misses, 0 %."""
+    """If ties counted as hits, the model would score 100 %. If they counted as misses, it would
+    score 0 %."""
     equal = torch.full((11, 7), 0.3)
 
     result = evaluation.retrieval(equal[:4], equal, OWNER, (1,))
@@ -102,7 +105,8 @@ def test_a_model_that_has_collapsed_scores_chance():
 
 
 def test_a_search_goes_through_the_scores_in_chunks():
-    """More scores than fit in one chunk, and no chunk divides them. Each feature finds itself."""
+    """The scores do not fit into one chunk, and the last chunk is smaller than the others. Each
+    feature finds itself."""
     features = F.normalize(torch.randn(5000, 8), dim=1)
     numbers = torch.arange(5000)
 
@@ -112,8 +116,9 @@ def test_a_search_goes_through_the_scores_in_chunks():
 
 
 def test_the_loss_of_a_validation_is_clips_in_groups():
-    """Each image equals its first caption, and the second one says the contrary. So in its group of
-    three a logit is the scale, e, and two are 0. Of seven pairs one is left over."""
+    """Each image equals its first caption, and its second caption is the opposite. So in a group of
+    three pairs, one logit is the scale, e, and two logits are 0. One of the seven pairs is left
+    over."""
     images = torch.eye(7)
     captions = torch.stack([images, -images], dim=1).flatten(0, 1)
     owner = torch.arange(7).repeat_interleave(2)
@@ -124,8 +129,8 @@ def test_the_loss_of_a_validation_is_clips_in_groups():
 
 
 def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, capsys):
-    """All captions of all sources count, and an image that cannot be read shifts nothing. Colours
-    are perfect features."""
+    """All captions of all sources count, and an image that cannot be read does not shift the
+    others. The features are perfect, because the model knows the colours."""
     samples = [{"png": b"no image", "txt": b"red", "json": b'{"c": "red"}'}]
     for name in NAMES:
         fields = json.dumps({"c": [name, f"a {name} thing"]}).encode()
@@ -156,8 +161,8 @@ def test_the_classifier_of_published_prompts_is_that_of_open_clip():
 
 
 def test_zeroshot_by_hand(folders, capsys):
-    """A red picture lies among the blue ones, as a .jfif, and one of the green cannot be read. A
-    folder without images is a class that others can be mistaken for."""
+    """A red picture lies among the blue ones, as a .jfif, and a green picture cannot be read. A
+    folder without images is a class, too: images can be mistaken for it."""
     (folders / "red" / "0.png").rename(folders / "blue" / "9.jfif")
     (folders / "green" / "0.png").write_bytes(b"no image")
     for name in ("grey", "ring", "thing"):
@@ -175,7 +180,8 @@ def test_zeroshot_by_hand(folders, capsys):
 
 
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
-    """Jupyter's folders, and macOS's file beside a picture and folder in a zip."""
+    """Jupyter makes such folders. macOS makes such a file beside a picture, and such a folder in a
+    zip."""
     for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "__MACOSX"):
         (folders / name).mkdir()
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
@@ -191,7 +197,8 @@ def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
 
 
 def test_a_probe_finds_what_is_there_at_any_scale():
-    """One picture in twenty is of class 1. With the largest penalty none would be found."""
+    """One picture in twenty belongs to class 1. With the largest penalty the probe would find none
+    of them."""
     y = (torch.arange(400) % 20 == 0).long()
     scales = 10 ** torch.linspace(-3, 3, 20)
     x = (torch.randn(400, 20) + 2 * y[:, None]) * scales + 5
@@ -202,7 +209,9 @@ def test_a_probe_finds_what_is_there_at_any_scale():
 
 
 def test_the_labels_of_the_test_choose_nothing():
-    """Of noise, where a penalty may do well by chance: what is right is wrong with other labels."""
+    """The features are noise, so a penalty may do well by chance. If the labels of the test do not
+    choose it, the guesses stay the same when these labels are swapped, and right guesses become
+    wrong."""
     x, y = torch.randn(400, 20), torch.arange(400) % 2
     shown = x[:200], y[:200]
 
@@ -215,7 +224,8 @@ def test_the_labels_of_the_test_choose_nothing():
 
 
 def scores_of(capsys, folder, command, *argv):
-    """What a command of eval.py writes to --json, and what it prints: each score once."""
+    """Run a command of eval.py. Return what it writes to the file of --json, and what it prints.
+    Assert that it prints each score once."""
     path = folder / "scores.json"
     argv = [command, "--checkpoint", folder / "model.pt", "--workers", 0, *argv]
     result, printed = result_of(capsys, evaluation.main, path, *argv)
@@ -233,11 +243,11 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp
 
     assert result["class token"]["value"] == pytest.approx(1 / 3)
     assert result["patch mean"]["value"] == 1
-    assert result["untrained class token"]["value"] > 1 / 3  # another tower, which sees patches
+    assert result["untrained class token"]["value"] > 1 / 3  # this tower sees patches
 
 
 def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp_path, capsys):
-    vocab = words_to_tiktoken(["red", "green", "blue", "a", "picture", "of"])  # not "photo"
+    vocab = words_to_tiktoken(["red", "green", "blue", "a", "picture", "of"])  # without "photo"
     model = small_model(vocab_size=Tokenizer(vocab).vocab_size)
     write_checkpoint(tmp_path / "model.pt", model, vocab)
     names = tmp_path / "names.txt"
@@ -252,7 +262,7 @@ def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp
 
 
 def test_retrieval_takes_other_captions_than_the_run_if_it_is_told_so(tmp_path, capsys):
-    """This shard has none of those that the run was validated on."""
+    """The shard has no captions in the source with which the run was validated."""
     shard = write_captions(tmp_path / "0.tar", *NAMES)
     header = {"arguments": {"val_captions": ["json.c"]}}
     write_checkpoint(tmp_path / "model.pt", small_model(), header=header)

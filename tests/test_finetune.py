@@ -1,4 +1,5 @@
-"""Fine-tuning: --init_from takes weights, vocabulary and model from a checkpoint, and goes on."""
+"""Test fine-tuning: a run with --init_from begins with the weights, the vocabulary and the model of
+a checkpoint."""
 
 import pytest
 import torch
@@ -6,12 +7,13 @@ from material import checkpoint_of, rows_of, short_run, small_model, write_check
 
 import train
 
-COUNTS = {"token_counts", "num_captions"}  # what a run adds to whatever its rate is
+COUNTS = {"token_counts", "num_captions"}  # a run adds to them at any learning rate
 
 
 @pytest.fixture
 def tune(whole_run, shards, tmp_path):
-    """tune(*options): fine-tune the model of the whole run. Returns the new last.pt."""
+    """Return a function tune(*options). It fine-tunes the model of the whole run, and returns the
+    new last.pt."""
 
     start = short_run(shards, tmp_path / "out", "--init_from", whole_run / "best.pt")
 
@@ -23,13 +25,13 @@ def tune(whole_run, shards, tmp_path):
 
 
 def equal_names(model, other):
-    """The names of the tensors that are equal in both, dicts by name."""
+    """Return the names of the tensors that are equal in two dicts {name: tensor}."""
     return {name for name in model.keys() & other if torch.equal(model[name], other[name])}
 
 
 def test_with_a_rate_of_0_the_weights_stay(whole_run, tune, tmp_path):
-    """Those of the head, too, which has the rate of the rest. The first score is that of the
-    checkpoint, before any training."""
+    """The weights of the head stay, too, because it is not new and has the same learning rate. The
+    first score is that of the checkpoint, before any training."""
     before = checkpoint_of(whole_run, "best.pt")
 
     after = tune("--learning_rate", 0)["model"]
@@ -38,11 +40,11 @@ def test_with_a_rate_of_0_the_weights_stay(whole_run, tune, tmp_path):
     assert equal_names(after, before["model"]) == before["model"].keys() - COUNTS
     assert after["num_captions"] == before["model"]["num_captions"] + 12 * 16
     assert [row["mean_r1"] for row in rows] == [before["best_r1"]] * 4
-    assert checkpoint_of(tmp_path / "out", "best.pt")["step"] == 12  # of equal ones the last
+    assert checkpoint_of(tmp_path / "out", "best.pt")["step"] == 12  # the last of equal scores
 
 
 def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
-    """The commands at the end are about last.pt."""
+    """The commands that the run prints at its end use last.pt."""
     tune("--learning_rate", 1, "--steps", 2)
 
     before, after = (row["mean_r1"] for row in rows_of(tmp_path / "out", "zeroshot"))
@@ -51,13 +53,13 @@ def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
     assert "last.pt --out words.png" in capsys.readouterr().out
 
 
-# what --cls_weight says, and which weight the run then has, if that of the file is 0.3, or 0
+# (--cls_weight or None, the weight in the file) -> the weight of the run
 WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0.5, (0.5, 0): 0.5}
 
 
 @pytest.mark.parametrize("typed, of_file", WEIGHTS)
 def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path, typed, of_file):
-    """Without a head it gets one. The log says which weight was used."""
+    """A model without a head gets one with weight 1. The log says which weight was used."""
     write_checkpoint(tmp_path / "start.pt", small_model(cls_weight=of_file))
     options = [] if typed is None else ["--cls_weight", typed]
 
@@ -71,8 +73,9 @@ def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path
 
 
 def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):
-    """It has nothing to lose. What is there stays, at a rate of 0. Adam's first step is as long as
-    the rate, and the biases of a norm start at 0."""
+    """A new head has nothing to lose. The other weights stay as they are, because --learning_rate
+    is 0. Adam's first step is as long as the learning rate, and the biases of a norm start at
+    0."""
     clip = small_model(cls_weight=0)
     write_checkpoint(tmp_path / "clip.pt", clip)
     start = "--init_from", tmp_path / "clip.pt", "--learning_rate", 0, "--steps", 1

@@ -1,4 +1,4 @@
-"""What a GPU computes is what a CPU computes. Skipped where there is none."""
+"""Test that a GPU computes the same as a CPU. Without a GPU the tests are skipped."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def gradients_of(options, device, dtype="float32"):
-    """The gradients of train.py's first step on a device, brought to the CPU."""
+    """Return the gradients of train.py's first step on a device, moved to the CPU."""
     torch.compiler.reset()
     model = model_of(*options, device=device)
-    torch.backends.cuda.enable_flash_sdp(True)  # which build_model switches off for a CPU
+    torch.backends.cuda.enable_flash_sdp(True)
     autocast, _ = train.precision(torch.device(device), dtype)
     scaler = torch.amp.GradScaler(device, 1024, enabled=dtype == "float16")
     batch = {name: x.to(device) for name, x in make_batch(keep=KEEP).items()}

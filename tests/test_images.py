@@ -1,5 +1,5 @@
-"""From the bytes of a file to pixels: every kind of picture is cropped and resized as Pillow and
-torchvision do it."""
+"""Test the way from the bytes of a file to pixels. Every kind of picture is cropped and resized as
+Pillow and torchvision do it."""
 
 import io
 import random
@@ -18,8 +18,9 @@ from data import load_image
 
 
 def assert_looks_like(pixels, picture, box, most=1):
-    """Crop and antialiased bicubic resize by Pillow give as good as the same. most: difference, as
-    a mean over pixels, of 255."""
+    """Assert that pixels are nearly those of Pillow's crop and antialiased bicubic resize. box: the
+    crop, as x, y, width and height; most: how much they may differ, as a mean over pixels with
+    values up to 255."""
     x, y, w, h = box
     resized = picture.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, (x, y, x + w, y + h))
     assert np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(resized, int)).mean() < most
@@ -30,8 +31,8 @@ def assert_looks_like(pixels, picture, box, most=1):
 GREY = photo(5, mode="L")
 WIDE = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256)  # 16 bits
 TURNED = Image.Exif()
-TURNED[0x0112] = 6  # by a quarter
-PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on white
+TURNED[0x0112] = 6  # turned by a quarter
+PICTURES = {  # case -> a file, and its picture, or None if Pillow reads the right one
     "CMYK JPEG": (encoded(photo(5, mode="CMYK")), None),
     "turned JPEG": (encoded(photo(3, (48, 32)), quality=95, exif=TURNED), None),
     "RGBA PNG": (encoded(Image.merge("RGBA", (*photo(5).split(), GREY)), "PNG"), None),
@@ -41,14 +42,15 @@ PICTURES = {  # case -> file, and its picture if it is not what Pillow reads, on
 
 
 def as_seen(image):
-    """A picture as a viewer shows it on a white page."""
+    """Return a picture as a viewer shows it on a white page."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 @cases("content, picture", PICTURES)
 def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
-    """The largest square in the centre. An image of Pillow is as good as its file."""
+    """The crop is the largest square in the centre. An image of Pillow gives the same pixels as its
+    file."""
     picture = as_seen(picture or Image.open(io.BytesIO(content)))
 
     pixels = load_image(content, 24)
@@ -63,7 +65,7 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
 
 @pytest.mark.parametrize("width, height", [(400, 300), (60, 40), (30, 90)])
 def test_random_crops_have_torchvisions_sizes(width, height):
-    """Also where none fits, as in a long picture."""
+    """The sizes are the same also if no random crop fits, as in a long picture."""
     numbers = SimpleNamespace(
         uniform=lambda low, high: torch.empty(1).uniform_(low, high).item(),
         randint=lambda low, high: torch.randint(low, high + 1, (1,)).item(),
@@ -79,9 +81,9 @@ def test_random_crops_have_torchvisions_sizes(width, height):
 
 
 def test_a_random_crop_may_lie_anywhere():
-    """From one edge to the other, in a picture of 8 x 6 pixels."""
-    columns = defaultdict(set)  # width of a crop -> where it begins
-    rows = defaultdict(set)  # its height -> where it begins
+    """In a picture of 8 x 6 pixels, crops begin at every pixel at which they fit."""
+    columns = defaultdict(set)  # width of a crop -> columns in which such crops begin
+    rows = defaultdict(set)  # height of a crop -> rows in which such crops begin
     for seed in range(3000):
         x, y, w, h = data.crop_box(8, 6, random.Random(seed), 0.3)
         columns[w].add(x)
@@ -94,7 +96,7 @@ def test_a_random_crop_may_lie_anywhere():
 def test_what_is_not_random_is_in_the_centre():
     assert data.crop_box(60, 40) == (10, 0, 40, 40)
     assert data.crop_box(30, 90) == (0, 30, 30, 30)
-    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 40)  # no random one fits
+    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 40)  # none fits
 
 
 # ---- JPEG files that are decoded at a fraction of their size
@@ -102,7 +104,8 @@ def test_what_is_not_random_is_in_the_centre():
 
 @pytest.mark.parametrize("side", [48, 96, 193, 400])
 def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail(side):
-    """Of one more than 192, the last eighth is padding. An image of Pillow is decoded in full."""
+    """A side of 193 pixels cannot be divided by 8, so most of the last decoded pixel is padding. An
+    image of Pillow is decoded in full, so its pixels differ."""
     picture = photo(side, (side, side), detail=12)
     content = encoded(picture, quality=95)
 
@@ -113,7 +116,7 @@ def test_a_jpeg_decoded_at_a_fraction_keeps_its_detail(side):
 
 
 def test_a_jpeg_decoded_at_a_fraction_is_never_cropped_past_its_edge():
-    """There it would be black."""
+    """Beyond the edge of a white picture there would be black pixels."""
     for seed in range(60):
         white = Image.new("RGB", random.Random(seed).choices(range(60, 400), k=2), "white")
 

@@ -1,5 +1,5 @@
-"""Shards and their index: a pattern names shards, every sample in them is found, and damage is
-named."""
+"""Test shards and their index. A pattern names shards, the index finds every sample in them, and
+damage is named."""
 
 import gzip
 import os
@@ -15,7 +15,8 @@ from data import Shards
 
 
 def test_paths_folders_globs_and_braces_name_shards(tmp_path):
-    """In a folder with an odd name, in which other files lie, too. A shard counts once."""
+    """The folder has an odd name, and holds other files, too. A shard that is named twice counts
+    once."""
     folder = tmp_path / "my, dätä [1]"
     folder.mkdir()
     shards = [f"{folder}/a b-{i:02d}.tar" for i in range(3)]
@@ -29,7 +30,7 @@ def test_paths_folders_globs_and_braces_name_shards(tmp_path):
 
 VALIDATION = ["val-0.tar", "cc3m-validation-0000.tar", "VALID_1.tar", "test.tar", "0val0.tar"]
 TRAINING = ["cc3m-train-0.tar", "00000.tar", "evaluation.tar", "latest-0.tar", "trainval.tar"]
-# The first name of a split counts: the others say of what a data set is a part.
+# The first split in a name counts. A later one belongs to the name of the data set.
 VALIDATION += ["val_test-shop-0000.tar", "test-val2017-0.tar"]
 TRAINING += ["train_test-shop-0000.tar", "train-val2017-0.tar"]
 
@@ -55,22 +56,22 @@ LONG = "some folder/b.c/" + 90 * "n"  # a header holds 100 bytes of a name
 COLUMNS = {".txt": data.TEXT, ".JPG": data.IMAGE, ".json": data.JSON}
 NO_SAMPLE = {
     "__MACOSX/._a.jpg": b"x",
-    "a.mask.png": b"x",  # an extension begins at the first dot: not an image of sample a
+    "a.mask.png": b"x",  # no image of sample a: its extension is .mask.png
     "README": b"x",
     "no image.txt": b"x",
 }
 
 
 def members_of(key):
-    """The members of a sample. Each holds its own name."""
+    """Return the members of a sample as a dict {name: content}. The content is the name."""
     return {key + extension: (key + extension).encode() for extension in COLUMNS}
 
 
 @cases("format", FORMATS)
 def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
-    """Shards one after the other, and members of a sample in any order. What is no part of a sample
-    is named once for each extension."""
-    monkeypatch.setattr(tarfile.TarFile, "format", format)  # in which tarfile writes
+    """The samples of the second shard follow those of the first. The members of a sample may have
+    any order. Members that belong to no sample are named once for each extension."""
+    monkeypatch.setattr(tarfile.TarFile, "format", format)  # of new tars
     members = members_of("a") | members_of(LONG) | members_of("größe")
     first = write_tar(tmp_path / "0.tar", members | NO_SAMPLE)
     second = write_tar(tmp_path / "1.tar", members_of("z"))
@@ -86,7 +87,7 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
 
 
 def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
-    """It is a hole in the file, and takes no space on the disk."""
+    """The large member is a hole in the file, so it takes no space on the disk."""
     path = write_captions(tmp_path / "0.tar", "red")
     with tarfile.open(path, "r:") as tar:
         tar.getmembers()
@@ -108,12 +109,13 @@ def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
 
 
 def overwrite(tar, member):
-    """A tar in which two blocks are no longer what they were: a header, and the first data."""
+    """Return a tar in which two blocks are overwritten: the header of a member, and its first
+    data."""
     start = tar.index(member)
     return tar[:start] + 1024 * b"?" + tar[start + 1024 :]
 
 
-# case -> (damage to a shard of three samples, and the captions that are left)
+# case -> a function that damages a shard of three samples, and the captions that are left
 DAMAGE = {
     "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], "red green ?"),
     "a damaged header": (lambda tar: overwrite(tar, b"0001.png"), "red"),
@@ -134,7 +136,7 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     for i in range(len(shards)):
         try:
             captions += shards.captions(i)
-        except data.BadSample:  # its caption lies behind the end
+        except data.BadSample:  # its caption lies behind the end of the file
             captions.append("?")
     assert captions == [*left.split(), "grey"]
     assert [name for name, _ in shards.unused] == [str(damaged)]
@@ -144,12 +146,12 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
 
 
 def indexed(*paths):
-    """The number of samples in the index of these shards."""
+    """Return the number of samples in the index of these shards."""
     return len(data.build_index([*paths])[0])
 
 
-CHANGES = {  # bytes and nanoseconds that a shard of 2 samples gets more, and what is found then
-    "neither": (0, 0, 5),  # from the cache: all that the shard holds now is zeros
+CHANGES = {  # case -> bytes and nanoseconds that a shard grows by, and how many samples are found
+    "neither": (0, 0, 5),  # the cached number, although the shard holds nothing but zeros now
     "another time": (0, 1, 3),
     "another size": (512, 0, 3),
 }
@@ -166,7 +168,7 @@ def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expecte
     os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns + later))
 
     assert indexed(path, other) == expected
-    assert indexed(other) == 3  # other shards have an index of their own
+    assert indexed(other) == 3  # other shards have another index
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):

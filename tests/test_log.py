@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: the rows of its log."""
+"""Test what a run writes while it goes on: the rows of its log."""
 
 import time
 
@@ -10,7 +10,7 @@ import train
 
 
 def test_a_validation_is_in_groups_as_large_as_a_batch(whole_run):
-    """Its mean R@1, which chooses best.pt, is that of both ways."""
+    """The mean_r1 of a row is the mean of R@1 over both directions. It chooses best.pt."""
     for row in rows_of(whole_run, "validation"):
         there, back = (scores["R@1"]["value"] for scores in row["validation"].values())
         assert row["mean_r1"] == pytest.approx((there + back) / 2)
@@ -18,7 +18,7 @@ def test_a_validation_is_in_groups_as_large_as_a_batch(whole_run):
 
 
 def test_speed_and_data_wait_are_those_of_the_clock(shards, tmp_path, monkeypatch):
-    """The run waits for pictures that take 5 ms each, and so for most of its time."""
+    """Each picture takes 5 ms to load, so the run spends most of its time waiting for pictures."""
     load_image = data.load_image
     took = []
 

@@ -1,5 +1,6 @@
-"""The losses: counts, weights and labels by hand, and open_clip's losses. test_authors.py compares
-the loss of the words with the authors', and test_pages.py with the formula in the README."""
+"""Test the losses. Counts, weights and labels are worked out by hand, and contrastive losses equal
+open_clip's. test_authors.py compares the word loss with the authors' loss, and test_pages.py
+compares it with the formula in the README."""
 
 import math
 
@@ -16,8 +17,8 @@ START = 10
 END = 11
 CAPTIONS = torch.tensor(
     [
-        [START, 3, 5, 3, END, PAD],  # 3 twice
-        [START, 5, 7, 7, 2, END],  # 7 twice; shares 5 with the first; no padding
+        [START, 3, 5, 3, END, PAD],  # token 3 twice
+        [START, 5, 7, 7, 2, END],  # token 7 twice, token 5 as in the first caption, no padding
         [START, END, PAD, PAD, PAD, PAD],  # empty
     ]
 )
@@ -28,8 +29,8 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_training_counts_each_token_of_a_caption_once_and_padding_never():
-    """Exactly, even where float32 stops, and in a model that was turned into bfloat16 and back. An
-    evaluation counts nothing."""
+    """The counts are exact even where float32 stops counting, and in a model that was turned into
+    bfloat16 and back. An evaluation counts nothing."""
     model = small_model(vocab_size=V).to(torch.bfloat16).float()
     model.token_counts += 2**24
 
@@ -44,8 +45,8 @@ def test_a_training_counts_each_token_of_a_caption_once_and_padding_never():
 
 
 def test_the_weight_of_a_word_by_hand():
-    """log((3 + 1) / (n + 1)) for a word that was in n of 3 captions. Padding, which is first, and
-    start and end, which are last, weigh nothing, however rare they are."""
+    """The weight is `log((3 + 1) / (n + 1))` for a word that was in n of 3 captions. Padding, which
+    is first, and start and end, which are last, have weight 0, however rare they are."""
     weights = idf(torch.tensor(3), torch.tensor([0, 0, 1, 2, 3, 0, 0]))
 
     expected = [0, math.log(4), math.log(2), math.log(4 / 3), 0, 0, 0]
@@ -53,14 +54,14 @@ def test_the_weight_of_a_word_by_hand():
 
 
 def test_the_label_of_a_caption_by_hand():
-    """It is a set: 3 is in the first caption twice, and has one share. Shares add up to 1, even if
-    the weights of common words do not."""
+    """The label is a set: token 3 occurs twice in the first caption, but has one share. The shares
+    of a caption add up to 1, even if the weights of its words do not."""
     weights = torch.tensor([0, 0, 4, 1, 0, 3, 0, 1, 0, 0, 0, 0]) / 16
     logits = torch.zeros(3, V, requires_grad=True)
 
     classification_loss(logits, CAPTIONS, weights).backward()
 
-    # the gradient is what the head says, 1/V of each word, minus the label
+    # The gradient is the prediction of the head, 1/V for each word, minus the label.
     is_labelled = torch.tensor([[1.0], [1.0], [0.0]])
     assert (is_labelled / V - 3 * logits.grad).round(decimals=6).tolist() == [
         [0, 0, 0, 0.25, 0, 0.75, 0, 0, 0, 0, 0, 0],
@@ -69,7 +70,7 @@ def test_the_label_of_a_caption_by_hand():
     ]
 
 
-# ---- the loss of the words
+# ---- the word loss
 
 
 def test_logits_of_16_bits_are_summed_in_float32():
@@ -81,7 +82,7 @@ def test_logits_of_16_bits_are_summed_in_float32():
 
 
 def test_the_words_are_those_of_the_label_caption():
-    """They are more than the context holds, and the captions themselves have none."""
+    """The label captions are longer than the context. The captions themselves have no words."""
     model = small_model(vocab_size=V, context_length=4).train()
     tokens = CAPTIONS[[2, 2, 2], :4]
 
@@ -95,14 +96,15 @@ def test_the_words_are_those_of_the_label_caption():
 
 # ---- the losses that compare pairs
 
-LOSSES = {  # ours, open_clip's, and the bias if there is one
+LOSSES = {  # case -> our loss, open_clip's loss, and a list of the bias if there is one
     "softmax": (contrastive_loss, open_clip.loss.ClipLoss(), []),
     "sigmoid": (sigmoid_loss, open_clip.loss.SigLipLoss(), [-3.0]),
 }
 
 
 def make_inputs(scale, bias):
-    """Features of 24 images and texts, the scale, and the bias if there is one, with gradients."""
+    """Return the features of 24 images and of their texts, the scale, and the bias if there is one.
+    All of them require gradients."""
     images, texts = F.normalize(torch.randn(2, 24, 32), dim=-1)
     inputs = [images, texts, torch.tensor(scale), *map(torch.tensor, bias)]
     return [x.requires_grad_() for x in inputs]
@@ -111,7 +113,7 @@ def make_inputs(scale, bias):
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @cases("ours, theirs, bias", LOSSES)
 def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
-    """Value, and gradients of features, scale and bias."""
+    """The value is equal, and so are the gradients of features, scale and bias."""
     inputs = make_inputs(scale, bias)
 
     loss, expected = ours(*inputs), theirs(*inputs)
@@ -123,7 +125,7 @@ def test_the_loss_equals_open_clips(ours, theirs, bias, scale):
 
 @cases("ours, _, bias", LOSSES)
 def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
-    """Near 100, the largest logit, numbers of 16 bits are half a unit apart."""
+    """Near 100, the largest logit, the numbers of bfloat16 are 0.5 apart."""
     inputs = make_inputs(100.0, bias)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +135,7 @@ def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
 
 
 def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
-    """So that most answers are no."""
+    """With these values most answers are "no" at first."""
     model = small_model(loss="sigmoid")
 
     assert model.logit_scale.exp().item() == pytest.approx(10)

@@ -1,4 +1,4 @@
-"""The model: the two towers against open_clip's, the word head, plain CLIP, the presets, and that
+"""Test the model: the two towers against open_clip's, the word head, plain CLIP, and the presets.
 superclip.py needs nothing but torch."""
 
 import runpy
@@ -36,7 +36,8 @@ def test_the_towers_equal_open_clips(quick_gelu, T):
 
 
 def test_a_new_model_starts_with_open_clips_scale_and_spread():
-    """The standard deviation of each tensor. Two draws of 128 numbers differ by a tenth."""
+    """The test compares the standard deviation of each tensor. For two draws of 128 numbers it
+    differs by about a tenth."""
     config = SuperCLIPConfig(**SMALL)
 
     ours = open_clip_state(SuperCLIP(config))
@@ -60,7 +61,7 @@ def test_kept_patches_equal_open_clips_patch_dropout():
 
 
 def test_uint8_images_are_normalised_by_the_configuration():
-    """By default as CLIP's."""
+    """By default the mean and the standard deviation are CLIP's."""
     mean = (0.5, 0.4, 0.3)
     std = (0.1, 0.2, 0.3)
     model = make_random_model(image_mean=mean, image_std=std)
@@ -75,7 +76,7 @@ def test_uint8_images_are_normalised_by_the_configuration():
 
 
 def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32():
-    """bfloat16 would be off by up to 0.4 %."""
+    """In bfloat16 the length could be wrong by 0.4 %."""
     model = make_random_model()
     seen = set()
     for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
@@ -93,7 +94,7 @@ def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32()
 
 
 def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
-    """Logits against the formula: linear(layer_norm(mean of the kept patches))."""
+    """The formula of the logits is `linear(layer_norm(mean))`, with the mean over kept patches."""
     model = make_random_model()
     images, _ = make_pairs(model)
     keep = torch.tensor([[3, 1, 9]]).expand(4, 3)
@@ -121,7 +122,7 @@ def test_with_cls_weight_0_the_model_is_clip():
 
 
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
-    """The study pairs the two by their seeds, and rests on it."""
+    """The study compares runs of both models with the same seed, so they must begin alike."""
     clip = small_model(cls_weight=0).state_dict()  # small_model seeds torch
     superclip = small_model().state_dict()
 
@@ -132,7 +133,7 @@ def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
 
 
 def test_an_evaluation_is_the_matter_of_one_process(monkeypatch):
-    """Rank 0 validates alone, so it must not wait for the features of the others."""
+    """Process 0 validates alone, so it must not wait for the features of the others."""
     model = make_random_model().eval()
     images, tokens = make_pairs(model)
     expected = model(images, tokens)
@@ -156,14 +157,15 @@ def test_a_preset_is_open_clips_model_of_that_name(name):
 
 # ---- superclip.py can be copied alone into another project
 
-# The other packages of requirements.txt, and what they bring
+# The other packages of requirements.txt, and packages that arrive with them
 PACKAGES = ["PIL", "regex", "tiktoken", "torchvision", "tqdm"]
 
 
 def test_superclip_py_needs_nothing_but_torch(monkeypatch):
-    """It makes a step where no other package and no other file of the project can be imported."""
+    """superclip.py makes a step although no other package and no other file of the project can be
+    imported."""
     for name in (*PACKAGES, *(path.stem for path in ROOT.glob("*.py"))):
-        monkeypatch.setitem(sys.modules, name, None)  # to import it fails
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
 
     code = runpy.run_path(ROOT / "superclip.py")
 

@@ -1,6 +1,7 @@
-"""Two processes of one run do what one does.
+"""Test that two processes of one run do what one process does.
 
-Each is told by its environment that torchrun has started it. test_step.py compares gradients."""
+The environment tells each process that torchrun has started it. test_step.py compares the
+gradients."""
 
 import os
 import shutil
@@ -16,8 +17,8 @@ from superclip import PRESETS
 
 
 def test_two_processes_do_what_one_does(children, shards, tmp_path):
-    """The same weights, counts and losses. Bad samples are replaced in the process that meets them.
-    The rate is low, because Adam makes much of the smallest difference."""
+    """Weights, counts and losses are the same. A bad sample is replaced in the process that loads
+    it. The learning rate is low, because Adam amplifies the smallest difference."""
     pairs = ["--train_data", shards / "bad-0.tar"]
     options = [*pairs, "--patch_dropout", 0.5, "--learning_rate", 1e-5, "--steps", 6]
     train.main(short_run(shards, tmp_path / "one", *options))
@@ -29,14 +30,14 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path):
     other_code, other_printed = finish(second)
     assert (code, other_code) == (0, 0), printed
     assert "loss" in printed
-    assert "loss" not in other_printed  # one speaks for both
+    assert "loss" not in other_printed  # process 0 prints for both
     ours = checkpoint_of(tmp_path / "one")["model"]
     theirs = checkpoint_of(tmp_path / "two")["model"]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     row, other_row = (rows_of(tmp_path / name, "loss")[-1] for name in ("one", "two"))
     assert other_row == pytest.approx(row, rel=1e-5)
     logged = steps_of(row for row in all_rows(tmp_path / "two") if "loss" in row)
-    assert logged == [2, 4, 6]  # each once
+    assert logged == [2, 4, 6]  # each step once
 
 
 def losses_of(out):
@@ -45,8 +46,8 @@ def losses_of(out):
 
 @pytest.mark.parametrize("size", [8, 4], ids=["plain", "micro"])
 def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch, size):
-    """DistributedDataParallel splits the graphs of the towers, to send gradients while others are
-    computed. The captions have several lengths."""
+    """DistributedDataParallel splits the graphs of the towers, so that it can send some gradients
+    while others are computed. The captions have several lengths."""
     monkeypatch.setitem(PRESETS, "tiny", WIDE)
     options = "--steps", 5, "--log_every", 1, "--learning_rate", 1e-5, "--val_data", "none"
     train.main(short_run(shards, tmp_path / "one", *options))
@@ -57,13 +58,13 @@ def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, mon
 
     code, printed = finish(first)
     assert (code, finish(second)[0]) == (0, 0), printed
-    assert printed.count("compiled a graph") > 3  # two towers and a head, if nothing were split
+    assert printed.count("compiled a graph") > 3  # 3 would be whole towers and a head
     losses = losses_of(tmp_path / "two")
     assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
     assert len(losses) == 5
 
 
-DIFFERENCES = {  # options of both processes, and more options of the second one
+DIFFERENCES = {  # case -> options of both processes, and more options of the second one
     "other data": ("", "--train_data {shards}/bad-0.tar"),
     "no last.pt": ("--resume --steps 14", ""),
 }
@@ -71,7 +72,8 @@ DIFFERENCES = {  # options of both processes, and more options of the second one
 
 @cases("both, second", DIFFERENCES)
 def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_path, both, second):
-    """They are on machines without a shared folder, so only the first has the run in `out`."""
+    """Their folders differ, as on machines without a shared disk. So only the first process has the
+    run in its `out`."""
     folders = tmp_path / "0", tmp_path / "1"
     for folder in folders:
         folder.mkdir()
@@ -92,7 +94,7 @@ def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_p
 def test_a_mistake_that_one_of_them_meets_is_not_followed_by_a_trace_of_the_other(
     children, shards, tmp_path
 ):
-    """The first one looks for the shards, and the other one waits for it."""
+    """The first process looks for the shards, and the other one waits for the first."""
     options = short_run(shards, tmp_path / "out", "--train_data", "nowhere.tar")
 
     first, second = children.train_two([options], [options])

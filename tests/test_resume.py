@@ -1,5 +1,5 @@
-"""Whatever ends a run, --resume goes on from its last save and ends with the bits of a run that
-nothing has interrupted. What is in a folder is never written over."""
+"""Test --resume. Whatever has ended a run, --resume goes on from its last save, and ends with the
+bits of a run that nothing has interrupted. A run in a folder is never overwritten by another."""
 
 import shutil
 import signal
@@ -29,8 +29,8 @@ def copied_run(whole_run, tmp_path):
 # ---- killed
 
 killed = receive(signal.SIGKILL)
-# The moments of a kill, and the step from which the run then goes on. os.replace gives a file its
-# name: last.pt at step 4, best.pt at 4, last.pt at 8 ...
+# Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
+# file its name. Its calls are for last.pt and best.pt in turn, at steps 4, 8 and 12.
 MOMENTS = {
     "before anything is saved": (in_step(3, killed), 0),
     "as last.pt is written": (before("os.replace", 3, killed), 4),
@@ -59,7 +59,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, tmp_path):
-    """Even if its shards and their vocabulary have moved."""
+    """A run goes on even if its shards and their vocabulary have moved."""
     moved = shutil.copytree(shards, tmp_path / "moved")
     more = "--steps 16 --learning_rate 1e-4 --micro_batch_size 4 --workers 1 --dtype bfloat16"
 
@@ -73,8 +73,8 @@ def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, 
 
 
 def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):
-    """It asks best.pt for the score, because last.pt is saved before its step is validated. The
-    commands at the end are about best.pt."""
+    """The run reads the score to beat from best.pt, because last.pt is saved before its step is
+    validated. The commands that the run prints at its end use best.pt."""
     best = copied_run / "best.pt"
     for path, score in ((best, 1.0), (copied_run / "last.pt", 0.0)):
         torch.save({**torch.load(path), "best_r1": score}, path)
@@ -106,7 +106,7 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 # ---- the folder
 
 
-FILES = {  # which file is there, which file of a run it is, and whether --resume is given
+FILES = {  # case -> a name in the folder, the file of a run that has this name, --resume or nothing
     "a run, not resumed": ("last.pt", "last.pt", []),
     "best.pt, not resumed": ("best.pt", "best.pt", []),
     "best.pt alone": ("best.pt", "best.pt", ["--resume"]),

@@ -1,5 +1,5 @@
-"""A run from its first step to its last: it learns, is validated, and keeps its best model. What
-was saved before a failure stays."""
+"""Test a run from its first step to its last. It learns, is validated, and keeps its best model. A
+checkpoint that was saved before a failure stays."""
 
 import errno
 import importlib
@@ -44,7 +44,7 @@ WAYS = {
 
 @cases("options", WAYS)
 def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
-    """Each has other losses."""
+    """Each way has other losses than a run without the option."""
     train.main(short_run(shards, tmp_path, "--val_data", "none", *options.split()))
 
     first, *_, last = rows_of(tmp_path, "loss")
@@ -53,15 +53,15 @@ def test_other_ways_to_train_learn_too(whole_run, shards, tmp_path, options):
 
 
 def test_weight_decay_is_that_of_the_option(shards, tmp_path):
-    """At a rate of 1e-3 it takes all of a matrix, and leaves Adam's first step, which is as long as
-    the rate."""
+    """With a learning rate of 1e-3 the decay removes a matrix completely. Adam's first step is
+    left, which is as long as the learning rate."""
     train.main(short_run(shards, tmp_path, "--steps", 1, "--weight_decay", 1000))
 
     assert checkpoint_of(tmp_path)["model"]["visual.proj"].abs().max() < 1.01e-3
 
 
 def test_a_seed_is_of_weights_and_order(shards, tmp_path):
-    """And of captions, crops and dropped patches (test_data.py)."""
+    """A seed also chooses captions, crops and dropped patches, which test_data.py tests."""
     for seed in (0, 1):
         options = "--steps", 1, "--learning_rate", 0, "--seed", seed
         train.main(short_run(shards, tmp_path / str(seed), *options))
@@ -77,7 +77,7 @@ def test_a_seed_is_of_weights_and_order(shards, tmp_path):
 def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find_the_other(
     shards, tmp_path, monkeypatch, capsys
 ):
-    """Its name could be a pattern."""
+    """The name of the folder could be a pattern."""
     folder = tmp_path / "a[1]"
     folder.mkdir()
     for name in ("train-0.tar", "train-1.tar", "val-0.tar", "vocab.tiktoken"):
@@ -96,7 +96,7 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find
 
 @pytest.mark.parametrize("file", ["vocab.tiktoken", "best.pt"])
 def test_a_run_says_which_vocabulary_it_has(shards, whole_run, tmp_path, capsys, file):
-    """The one beside the shards, or that of the checkpoint with which it begins."""
+    """The vocabulary is the one beside the shards, or the one in the checkpoint of --init_from."""
     start = ["--init_from", whole_run / "best.pt"] if file == "best.pt" else []
 
     train.main(short_run(shards, tmp_path, *start, "--steps", 1))
@@ -108,7 +108,7 @@ def test_a_run_says_which_vocabulary_it_has(shards, whole_run, tmp_path, capsys,
 
 
 def test_shards_that_val_data_names_are_not_trained_on(shards, tmp_path):
-    """Also under another path: one of them is a link."""
+    """A link to a shard of --val_data is not trained on, either."""
     for name in ("train-0.tar", "train-1.tar"):
         shutil.copy(shards / name, tmp_path)
     (tmp_path / "link.tar").symlink_to(tmp_path / "train-1.tar")
@@ -123,7 +123,7 @@ def test_shards_that_val_data_names_are_not_trained_on(shards, tmp_path):
 
 
 def test_the_vocabulary_lies_beside_the_first_training_shard(shards, tmp_path):
-    """That is where scripts.vocab writes it. The validation shards come first by their name."""
+    """scripts.vocab writes the file there. By their names the validation shards come first."""
     for name, folder in (("val-0.tar", "a"), ("train-0.tar", "b")):
         (tmp_path / folder).mkdir()
         shutil.copy(shards / name, tmp_path / folder)
@@ -136,7 +136,7 @@ def test_the_vocabulary_lies_beside_the_first_training_shard(shards, tmp_path):
 
 
 def test_image_size_sets_the_size_of_the_model(shards, tmp_path):
-    """And so the number of patches: TINY's are 4 pixels wide."""
+    """The number of patches follows from the size. The patches of TINY are 4 pixels wide."""
     train.main(short_run(shards, tmp_path, "--image_size", 24, "--steps", 1))
 
     assert len(checkpoint_of(tmp_path)["model"]["visual.positional_embedding"]) == 1 + 6 * 6
@@ -195,7 +195,7 @@ def test_one_checkpoint_has_one_score(shards, tmp_path, capsys, option):
 
 
 def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
-    """And then the last model is the best."""
+    """Without validation pairs the last model is the best."""
     options = "--val_data", "none", "--zeroshot_data", folders
     train.main(short_run(shards, tmp_path, *options))
 
@@ -206,7 +206,7 @@ def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, fold
 
 
 def run_commands_in(printed):
-    """Run the commands that are lines of a text. Returns how many they are."""
+    """Run the commands that are lines of a text. Return how many they are."""
     commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python")]
     for _, _, module, *options in commands:
         importlib.import_module(module).main(options)
@@ -216,7 +216,7 @@ def run_commands_in(printed):
 def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
     scenes_folder, tmp_path, monkeypatch, capsys
 ):
-    """Each validation says what the head sees in two pictures, after a caption of each."""
+    """Each validation prints the captions of two pictures, and what the head says about them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "make_scenes", partial(shutil.copytree, scenes_folder))
 
@@ -224,17 +224,17 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
 
     printed = capsys.readouterr().out
     assert len(re.findall('^"', printed, re.M)) == 2 * 2
-    assert rows_of(tmp_path / "out", "validation")[-1]["val_group"] == 12  # fewer than a batch
+    assert rows_of(tmp_path / "out", "validation")[-1]["val_group"] == 12  # less than a batch
     assert run_commands_in(printed) == 3
 
 
-# ---- failures: a sentence says why it ends, and what was saved before stays
+# ---- failures: a message says why a run ends, and what was saved before stays
 
 
 @pytest.fixture
 def in_step(monkeypatch):
-    """in_step(number, act): the step of this number starts with act()."""
-    monkeypatch.setattr(SuperCLIP, "forward", SuperCLIP.forward)  # which comes back after the test
+    """Return a function in_step(number, act). It lets the step of this number begin with act()."""
+    monkeypatch.setattr(SuperCLIP, "forward", SuperCLIP.forward)  # to restore it after the test
     return partial(hook, "superclip.SuperCLIP.forward")
 
 

@@ -1,5 +1,6 @@
-"""A signal ends a command at once, with a line, and 128 + its number as the exit code, so that
-`train && next` does not go on. A run then goes on from its last save."""
+"""Test that a signal ends a command at once. The command prints one line, and its exit code is 128
+plus the number of the signal, so that `train && next` stops, too. With --resume a run then goes on
+from its last save."""
 
 import os
 import signal
@@ -14,8 +15,8 @@ import train
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_in_one_line(children, shards, whole_run, tmp_path, number):
-    """It reaches loading processes, too, which say nothing. Resumed, the run ends with the bits of
-    one that nothing has interrupted."""
+    """The signal reaches loading processes, too, which print nothing. The resumed run ends with the
+    bits of a run that nothing has interrupted."""
     options = short_run(shards, tmp_path, "--workers", 1)
 
     code, printed = finish(children.start("train", options, in_step(6, receive(number))))
@@ -38,9 +39,9 @@ def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
     assert checkpoint_of(tmp_path)["step"] == 12
 
 
-# ---- a command that is no run yet
+# ---- a command that does not train
 
-POOLS = {  # a command, and what it calls while its processes work
+POOLS = {  # case -> a command, and a function that it calls while its processes work
     "it draws": ("scenes", "scenes.progress"),
     "it indexes": ("scripts.vocab", "data.progress"),
 }
@@ -49,7 +50,8 @@ POOLS = {  # a command, and what it calls while its processes work
 @cases("command, function", POOLS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_a_command_leaves_nothing_behind(children, tmp_path, command, function, number):
-    """No process, and no half of a folder. Its processes do not get the signal."""
+    """No process is left, and no unfinished folder. Only the command gets the signal, and not the
+    processes that it has started."""
     options = ["--out", tmp_path / "scenes"]
     if command == "scripts.vocab":
         options = [write_captions(tmp_path / "0.tar", "a red thing")]

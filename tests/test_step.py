@@ -1,5 +1,5 @@
-"""One step: the same gradients plain, in micro-batches, on two processes, scaled and compiled, and
-the update that follows. It is a step on eight small pairs."""
+"""Test one step on eight small pairs. Its gradients are the same plain, in micro-batches, on two
+processes, scaled and compiled. Then test the update."""
 
 import math
 from contextlib import nullcontext
@@ -28,8 +28,8 @@ NOT_SCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class ForkedSuperCLIP(SuperCLIP):
-    """What a fork may do: a second head, whose term looks at each pair alone. (docs/fork.md has a
-    term that compares pairs, and test_pages.py tests it.)"""
+    """Add a second head, as a fork may do. Its term looks at each pair alone. docs/fork.md has a
+    term that compares pairs, and test_pages.py tests that term."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -45,7 +45,7 @@ class ForkedSuperCLIP(SuperCLIP):
 
 
 def make_model_without_zeros(kind=SuperCLIP, **changes):
-    """A model in training, in which no zeros are left that could hide a wrong gradient."""
+    """Return a model in training mode, without zeros that could hide a wrong gradient."""
     torch.manual_seed(0)
     model = kind(SuperCLIPConfig(**{**TINY, "vocab_size": V, **changes})).train()
     with torch.no_grad():
@@ -55,14 +55,14 @@ def make_model_without_zeros(kind=SuperCLIP, **changes):
 
 
 def model_of(*options, device="cpu"):
-    """The model that a run with these options starts with."""
+    """Return the model with which a run with these options begins."""
     args = train.make_parser().parse_args(["--model=tiny", *options])
     model, _ = train.build_model(args, None, V, torch.device(device))
     return model
 
 
 def make_captions(T, generator):
-    """N captions (N, T), each one token shorter than the one before it."""
+    """Return captions (N, T), each one token shorter than the one before it."""
     captions = torch.randint(1, V - 2, (N, T), generator=generator)
     captions[:, 0] = V - 2
     for i in range(N):
@@ -72,7 +72,8 @@ def make_captions(T, generator):
 
 
 def make_batch(local=slice(None), keep=None):
-    """The pairs of `local` as a batch, trimmed to its longest captions, as the loader does it."""
+    """Return the pairs of `local` as a batch, trimmed to its longest captions, as the loader does
+    it."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens = trim(make_captions(12, generator)[local])
@@ -84,8 +85,8 @@ def make_batch(local=slice(None), keep=None):
 
 
 def losses_and_gradients(model, batch, autocast=FLOAT32, scaler=NOT_SCALED):
-    """A step as train.py makes it. Returns a dict of losses, and a dict of the gradients of what is
-    trained."""
+    """Make a step as train.py does. Return a dict of losses, and a dict of the gradients of all
+    parameters that are trained."""
     ddp_model = train.distribute(model) if dist.is_initialized() else model
     with autocast:
         losses = ddp_model(**batch)
@@ -96,8 +97,9 @@ def losses_and_gradients(model, batch, autocast=FLOAT32, scaler=NOT_SCALED):
 
 
 def assert_same_gradients(gradients, expected, tolerance=1e-5):
-    """No element differs by more than this share of the largest one. As that says little of small
-    gradients in 16 bits, the direction of each is compared, too. (That of a zero fits nothing.)"""
+    """Assert that no element differs by more than `tolerance` times the largest element. That says
+    little about small gradients in 16 bits, so the directions of the gradients are compared, too. A
+    gradient that is zero has no direction, and fails."""
     assert gradients.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
@@ -108,8 +110,8 @@ def assert_same_gradients(gradients, expected, tolerance=1e-5):
 
 # ---- the same gradients in micro-batches and on two processes
 
-# Arguments of make_model_without_zeros. A term of your own needs a line here: if its weight is a
-# field of the configuration, {"my_weight": 0.3}.
+# Case -> arguments of make_model_without_zeros. If you add a term to the loss, add a line here. If
+# the weight of the term is a field of the configuration, its arguments are {"my_weight": 0.3}.
 CONFIGS = {
     "plain CLIP": {"cls_weight": 0},
     "words": {"cls_weight": 0.7},
@@ -117,15 +119,16 @@ CONFIGS = {
     "a fork's terms": {"kind": ForkedSuperCLIP},
 }
 WAYS = ("all patches", "some patches", "frozen image", "frozen text", "bfloat16")
-ONCE = ("plain CLIP", "sigmoid")  # what the other ways do to these, they do to "words", too
+# These are tested in the first way only: the other ways do to them what they do to "words".
+ONCE = ("plain CLIP", "sigmoid")
 CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way == WAYS[0]]
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
-SIZES = {"plain": N, "micro": 2}  # pairs of a micro-batch
+SIZES = {"plain": N, "micro": 2}  # pairs in a micro-batch
 
 
 def first_step(config, way, size=N, rank=0, processes=1):
-    """A step by one of so many processes. Returns its losses, gradients, and the model's buffers,
-    in which the tokens are counted."""
+    """Make the step of one process. rank: its number; processes: how many there are. Return its
+    losses, its gradients, and the buffers of the model, in which the tokens are counted."""
     model = make_model_without_zeros(**CONFIGS[config])
     model.visual.requires_grad_(way != "frozen image")
     model.text.requires_grad_(way != "frozen text")
@@ -139,7 +142,8 @@ def first_step(config, way, size=N, rank=0, processes=1):
 
 
 def assert_same_step(step, expected, way):
-    """bfloat16 has 8 bits, and rounds each micro-batch's gradients."""
+    """Assert that losses, gradients and counts of two steps are equal. The tolerance for bfloat16
+    is larger, because it has 8 bits, and the gradients of each micro-batch are rounded."""
     tolerance = 0.02 if way == "bfloat16" else 1e-5
     losses, gradients, buffers = step
     expected_losses, expected_gradients, expected_buffers = expected
@@ -157,7 +161,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config, way):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_term_is_a_part_of_the_loss(config):
-    """A term that was put into the dict and not added to the loss would train nothing."""
+    """A term that is in the dict, but was not added to the loss, would train nothing."""
     losses = make_model_without_zeros(**CONFIGS[config])(**make_batch())
     terms = [value for name, value in losses.items() if name.endswith("_loss")]
 
@@ -167,7 +171,8 @@ def test_each_term_is_a_part_of_the_loss(config):
 
 
 def run_process(rank, folder):
-    """One of two processes: keeps what it finds in each case, by config, way and size."""
+    """Run one of two processes. Save what first_step returns in it, as a dict {(config, way, size):
+    result}."""
     torch.set_num_threads(1)
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
@@ -180,7 +185,8 @@ def run_process(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(server, tmp_path_factory):
-    """What each of two processes has found, on its half of the batch."""
+    """Return a list of what run_process has saved in each of two processes. Each computes with its
+    half of the batch."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(run_process, (folder,), 2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
@@ -189,7 +195,8 @@ def two_processes(server, tmp_path_factory):
 @every_case
 @pytest.mark.parametrize("size", SIZES)
 def test_two_processes_have_the_gradients_of_one(config, way, size, two_processes):
-    """And the same token counts. The loss is the mean of theirs."""
+    """The token counts are the same, too. The loss of one process is the mean of the losses of
+    two."""
     first, second = (found[config, way, size] for found in two_processes)
     mean_losses = {name: (loss + second[0][name]) / 2 for name, loss in first[0].items()}
 
@@ -200,7 +207,8 @@ def test_two_processes_have_the_gradients_of_one(config, way, size, two_processe
 
 
 def test_each_process_contrasts_its_own_pairs_alone(two_processes):
-    """All rows in each would have the same mean, and cost twice the work."""
+    """If each process scored all rows, the mean would be the same, but the work would be twice as
+    much."""
     first, second = (found["words", "all patches", "plain"][0] for found in two_processes)
 
     assert abs(first["contrastive_loss"] - second["contrastive_loss"]) > 0.01
@@ -208,7 +216,7 @@ def test_each_process_contrasts_its_own_pairs_alone(two_processes):
 
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=SIZES)
 def test_weighted_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeypatch, options):
-    """Those of a fork, too."""
+    """The terms of a fork are in both, too."""
     monkeypatch.setattr(train, "SuperCLIP", ForkedSuperCLIP)
 
     train.main(short_run(shards, tmp_path, "--steps", 2, "--cls_weight", 0.5, *options))
@@ -219,7 +227,7 @@ def test_weighted_terms_are_in_the_loss_and_in_the_log(shards, tmp_path, monkeyp
 
 
 def test_micro_batches_go_through_the_towers_one_after_the_other():
-    """Two pairs at a time, forward and backward, or no memory would be saved."""
+    """Two pairs at a time go forward, and later backward. Otherwise no memory would be saved."""
     model = make_model_without_zeros()
     events = []
 
@@ -248,7 +256,7 @@ def test_both_towers_and_the_word_head_are_compiled(monkeypatch):
 
 
 def test_compiled_equals_eager(monkeypatch):
-    """By torch's compiler up to the code for the machine, which would need a C++ compiler."""
+    """torch's compiler does all but the code for the machine, which would need a C++ compiler."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = model_of("--compile")
@@ -263,7 +271,7 @@ def test_compiled_equals_eager(monkeypatch):
 
 
 def updated(model, scaler=NOT_SCALED, factor=1.0):
-    """The model after a step, its optimizer, and the norm of the gradient."""
+    """Make a step and its update. Return the model, its optimizer, and the norm of the gradient."""
     optimizer = train.make_optimizer(model, 1e-4, 0.0)
     losses_and_gradients(model, make_batch(), scaler=scaler)
     norm = train.update(model, optimizer, scaler, factor)
@@ -281,7 +289,8 @@ def test_weight_decay_is_for_matrices_alone():
 
 
 def test_an_update_clips_the_gradient_to_length_1():
-    """Without the loss scale of float16. Adam's first moment is a tenth of the gradient."""
+    """The loss scale of float16 is removed first. Adam's first moment is a tenth of the
+    gradient."""
     _, gradients = losses_and_gradients(make_model_without_zeros(), make_batch())
     scaler = torch.amp.GradScaler("cpu", 1024)
 
@@ -293,7 +302,7 @@ def test_an_update_clips_the_gradient_to_length_1():
 
 
 def test_each_parameter_has_the_factor_of_the_peak_rate():
-    """Adam's first step is as long as the rate, here a quarter of the peak."""
+    """Adam's first step is as long as the learning rate, which is a quarter of the peak here."""
     before = dict(make_model_without_zeros().named_parameters())
 
     model, _, _ = updated(make_model_without_zeros(), factor=0.25)

@@ -1,5 +1,5 @@
-"""The tokenizer: its ids are open_clip's, text for text, and with a vocabulary of words every word
-is one token."""
+"""Test the tokenizer. Its ids equal open_clip's for each text. With a vocabulary of words, each
+known word is one token."""
 
 import functools
 import random
@@ -21,7 +21,7 @@ from tokenizer import (
 
 CLIP = Tokenizer.from_file(default_bpe())
 ORACLE = SimpleTokenizer()
-ORACLE.clean_fn = functools.cache(ORACLE.clean_fn)  # slow, and called twice for most texts
+ORACLE.clean_fn = functools.cache(ORACLE.clean_fn)  # it is slow, and most texts are cleaned twice
 
 # ---- CLIP's vocabulary
 
@@ -39,7 +39,8 @@ SPACE = [" "] * 12 + ["\n", "\r\n", "\t", "  ", "\u00a0", "\u3000"]
 
 
 def random_texts(n):
-    """n texts of one to twelve pieces, glued with all kinds of white space."""
+    """Return n texts. Each is made of one to twelve pieces, with all kinds of white space between
+    them."""
     rng = random.Random(0)
     texts = []
     for _ in range(n):
@@ -80,14 +81,15 @@ WORDS = Tokenizer(words_to_tiktoken(KNOWN))
 
 
 def test_a_known_word_is_one_token():
-    """Whatever its case. Bytes come first, alone and with a space, and start and end last."""
+    """Upper and lower case do not matter. In the vocabulary, bytes come first, without and with a
+    space. Start and end come last."""
     ids = WORDS.encode("Women’s RED T-Shirt 犬カ犬 !!")
 
     assert ids == [512 + i for i in (4, 0, 3, 5, 8, 5, 6)]  # their places in KNOWN
     assert (WORDS.start, WORDS.end, WORDS.vocab_size) == (524, 525, 526)
 
 
-# Words that end in a word which the vocabulary knows, or in its bytes
+# Some of these words end in a word that the vocabulary knows, or in some of its bytes.
 @pytest.mark.parametrize("word", ["pumpkin", "bred", "собаки", "q", "é", "in-on", "👧"])
 def test_an_unknown_word_is_spelled_in_bytes(word):
     ids = WORDS.encode(f"red {word} in")
@@ -124,7 +126,7 @@ def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
 
 
 def test_of_templates_with_unknown_words_the_name_is_left():
-    """The vocabulary of the scenes knows all of our own templates."""
+    """The vocabulary of the scenes has all words of the TEMPLATES in eval.py."""
     of_scenes = Tokenizer(scenes.vocabulary())
 
     assert usable_templates(WORDS, ["an etching of {}"]) == ["{}"]
