@@ -14,7 +14,6 @@ def gradients_of(options, device, dtype="float32"):
     """Return the gradients of train.py's first step on a device, moved to the CPU."""
     torch.compiler.reset()
     model = model_of(*options, device=device)
-    torch.backends.cuda.enable_flash_sdp(True)
     autocast, _ = train.precision(torch.device(device), dtype)
     scaler = torch.amp.GradScaler(device, 1024, enabled=dtype == "float16")
     batch = {name: x.to(device) for name, x in make_batch(keep=KEEP).items()}
