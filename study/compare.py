@@ -20,10 +20,10 @@ With --probe each scored run also fits a linear classifier on its frozen image t
 probe`). The two folders are named as the command that trains would name them: by default they are
 in the world. No score of a probe takes part in the choice of a rate.
 
-Finished runs are lines of out_study/runs.jsonl. A run is known by its command, rate, seed, probe
-and code, which is the text of train.py and of the .py files beside it, of the module if there is
-one, and of scenes.py. So a comparison that was stopped goes on, and runs of other code are never
-reported. Give a file of data another name when it changes. A run that diverges scores 0.
+Finished runs are lines of out_study/runs.jsonl. A run is known by its command, learning rate, seed,
+probe and code. The code is the text of train.py and of the .py files beside it, of the module if
+there is one, and of scenes.py. So a comparison that was stopped goes on, and runs of other code are
+never reported. Give a file of data another name when it changes. A run that diverges scores 0.
 """
 
 import argparse
@@ -64,7 +64,7 @@ QUANTILES = (
 
 
 def hash_of(files):
-    """A hash of what is in some files. Line ends are alike, whatever git has made of them."""
+    """Return a hash of the text of some files. Kinds of line ends do not matter to it."""
     text = "\0".join(file.read_text("utf-8") for file in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -84,20 +84,26 @@ class Command(NamedTuple):
     def text(self):
         return shlex.join([*self.program, *self.options])
 
-    def key(self):
-        """What a finished run is known by."""
-        return (self.text(), self.rate, self.seed, self.code(), *self.probe)
+    def facts(self):
+        """Return what a finished run is known by."""
+        return {
+            "command": self.text(),
+            "rate": self.rate,
+            "seed": self.seed,
+            "code": self.code(),
+            "probe": [*self.probe],
+        }
 
     def code(self):
-        """A hash of train.py with the files beside it, of the module, and of what draws worlds."""
+        """Return a hash of train.py with the files beside it, of the module, and of scenes.py."""
         if self.program[0] == "-m":
             module = Path(self.program[1].replace(".", "/") + ".py")
             return hash_of({*Path().glob("*.py"), module, DRAWING})
         return hash_of({*Path(self.program[0]).parent.glob("*.py"), DRAWING})
 
     def folder(self):
-        """Where it runs: in its world, which is drawn if it is not there, or here if it names its
-        data."""
+        """Return the folder where the command runs: here if it names its data, else its world. The
+        world is drawn if it is not there."""
         if "--train_data" in self.text():
             return Path()
         world = OUT / f"world-{self.seed}-{hash_of([DRAWING])}"
@@ -106,7 +112,8 @@ class Command(NamedTuple):
         return world
 
     def words(self, out_dir):
-        """What Python is called with. A run validates before its first step and after its last."""
+        """Return what Python is called with. A run validates before its first step and after its
+        last one."""
         program = self.program
         if program[0] != "-m":
             program = [str(Path(program[0]).resolve())]
@@ -117,11 +124,11 @@ class Command(NamedTuple):
 
     def probe_words(self, out_dir):
         """Return what Python is called with to probe the last weights of the run."""
+        fit, test = self.with_seed(self.probe)
         project = ROOT
         if self.program[0] != "-m":
             project = Path(self.program[0]).resolve().parent
-        fit, test = self.with_seed(self.probe)
-        words = [str(project / "eval.py"), "probe", "--checkpoint", f"{out_dir}/last.pt"]
+        words = [f"{project}/eval.py", "probe", "--checkpoint", f"{out_dir}/last.pt"]
         words += ["--train", fit, "--test", test, "--workers", "0"]
         return [*words, "--json", f"{out_dir}/probe.json"]
 
@@ -130,8 +137,8 @@ class Command(NamedTuple):
 
 
 def read_command(text, common=""):
-    """A command line, and the options that it shares with another one -> a Command. Its learning
-    rate is that of its options, or the default of this project's train.py."""
+    """Return the Command of a command line. common: options that it shares with another one. Its
+    learning rate is the one that it names, or the default of this project's train.py."""
     words = shlex.split(f"{text} {common}")
     n = 2 if words[0] == "-m" else 1
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -152,7 +159,7 @@ STARTED = []  # processes
 
 
 def call(words, folder):
-    """Run a Python command with one thread, in a folder. Returns its exit code, and the last line
+    """Run a Python command with one thread, in a folder. Return its exit code, and the last line
     that it has printed."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -164,38 +171,37 @@ def call(words, folder):
 
 
 def train_and_score(command):
-    """Run a command. Returns a run: a dict of what was run, scores, seconds of training, and what
-    the log says of the machine. A run that has diverged has no scores."""
-    key = {"command": command.text(), "rate": command.rate, "seed": command.seed}
-    key["code"] = command.code()
-    key["probe"] = [*command.probe]
+    """Run a command. Return a run, a dict: what was run, scores, seconds of training, and what the
+    log says of the machine. A run that has diverged has no scores."""
+    facts = command.facts()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve()) as out_dir:
         exit_code, last_line = call(command.words(out_dir), command.folder())
         seconds = round(time.perf_counter() - start, 1)
         has_diverged = exit_code != 0 and DIVERGED in last_line
-        check(exit_code == 0 or has_diverged, f"{key}: exit code {exit_code}: {last_line}")
+        check(exit_code == 0 or has_diverged, f"{facts}: exit code {exit_code}: {last_line}")
         header, rows = read_log(f"{out_dir}/log.jsonl")
         scores = {}
         if not has_diverged:
             scores = scores_of(rows[-1])  # a run ends with a validation
             if command.probe:
                 scores |= probe_scores(command, out_dir)
-    facts = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
-    return {**key, "scores": scores, "seconds": seconds, **facts}
+    machine = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
+    return {**facts, "scores": scores, "seconds": seconds, **machine}
 
 
 def probe_scores(command, out_dir):
     """Fit and test a linear probe on the last weights of a run. Return its scores by name, those of
     an untrained tower included."""
     exit_code, last_line = call(command.probe_words(out_dir), command.folder())
-    check(exit_code == 0, f"the probe of {command.text()}: {last_line}")
+    check(exit_code == 0, f"probe of {command.text()}: {last_line}")
     found = json.loads(Path(out_dir, "probe.json").read_text())
     return {PROBE + name: score for name, score in found.items()}
 
 
 def scores_of(row):
-    """The scores of a validation, a row of a log, by name. R@k is the mean of both ways."""
+    """Return the scores of a validation, which is a row of a log, by name. R@k is the mean of both
+    ways."""
     names = short_names(row["zeroshot"])
     scores = {names[folder]: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
@@ -207,6 +213,13 @@ def scores_of(row):
 
 # -----------------------------------------------------------------------------
 # Many runs
+
+
+def key_of(facts):
+    """Return what a run is found by. facts: those of a command, or a run, which may have no probe
+    if it is an old one."""
+    names = ("command", "rate", "seed", "code")
+    return (*(facts[name] for name in names), *facts.get("probe", ()))
 
 
 class Study:
@@ -221,13 +234,12 @@ class Study:
             self.add(json.loads(line))
 
     def add(self, run):
-        key = (run["command"], run["rate"], run["seed"], run["code"], *run.get("probe", ()))
-        self.found[key] = run
+        self.found[key_of(run)] = run
 
     def runs(self, commands, jobs):
-        """The runs of commands, in their order. Those that are missing are run first, so many at a
-        time, and each is kept as it ends."""
-        keys = [command.key() for command in commands]
+        """Return the runs of commands, in their order. First run the missing ones, `jobs` at a
+        time, and keep each one as it ends."""
+        keys = [key_of(command.facts()) for command in commands]
         todo = [command for command, key in zip(commands, keys) if key not in self.found]
         for command in todo:  # before two runs draw the same
             command.folder()
@@ -237,7 +249,7 @@ class Study:
                 self.add(run)
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
-                what = f"{run['command']}, rate {run['rate']:.3g}, seed {run['seed']}"
+                what = f"{run['command']}, rate {run['rate']}, seed {run['seed']}"
                 print(f"{n} of {len(todo)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
         finally:  # after a failure, Ctrl-C or a kill
             pool.terminate()  # what has not begun
@@ -256,35 +268,24 @@ def value_of(run, name):
     scores = run["scores"]
     if not scores:
         return 0.0
-    check(name in scores, f"{run['command']}, seed {run['seed']}, has no score {name}")
+    check(name in scores, f"a run of {run['command']} has no score {name}")
     return 100 * scores[name]["value"]
 
 
 def goal(run, name=None):
     """Return the score that a learning rate is judged by: the one with this name, or the mean of
     all but those of a probe."""
-    names = [name]
-    if name is None:
-        names = [name for name in run["scores"] if not name.startswith(PROBE)]
-    return mean([value_of(run, name) for name in names] or [0.0])
+    if name is not None:
+        return value_of(run, name)
+    values = [value_of(run, name) for name in run["scores"] if not name.startswith(PROBE)]
+    return mean(values or [0.0])
 
 
 def choose(goals, default):
-    """{rate: what it is judged by} -> the default rate if it is within a point of the best one,
-    else the lowest one that is."""
+    """Return the default rate if its score is within a point of the best one, else the lowest rate
+    whose score is. goals: {rate: score}."""
     good = [rate for rate, value in goals.items() if value >= max(goals.values()) - 1]
     return default if default in good else min(good)
-
-
-def rates_beyond(goals):
-    """{rate: what it is judged by} -> a list of the rate beyond the best one if that is the lowest
-    or the highest one, else an empty list."""
-    best = max(goals, key=goals.get)
-    if best == min(goals):
-        return [best / 2]
-    if best == max(goals):
-        return [best * 2]
-    return []
 
 
 def text_of(goals):
@@ -292,8 +293,8 @@ def text_of(goals):
 
 
 def interval(differences, quantile=None, overlap=0.0):
-    """The mean of some differences, one for each seed, and half of its interval. quantile: that of
-    Student's t, by default for 95 %; overlap: what adds to 1/n where seeds share data."""
+    """Return the mean of some differences, one for each seed, and half of its interval. quantile:
+    that of Student's t, by default for 95 %; overlap: what is added to 1/n if seeds share data."""
     n = len(differences)
     if quantile is None:
         quantile = QUANTILES[n - 2]
@@ -318,7 +319,12 @@ def best_rate(study, command, seeds, score, jobs):
         for task, run in zip(tasks, study.runs(tasks, jobs)):
             found.setdefault(task.rate, []).append(goal(run, score))
         goals = {rate: mean(values) for rate, values in found.items()}
-        rates = rates_beyond(goals)
+        best = max(goals, key=goals.get)
+        rates = []
+        if best == min(goals):
+            rates = [best / 2]
+        elif best == max(goals):
+            rates = [best * 2]
     print(f"{command.text()}, rates tried: {text_of(goals)}")
     return command.at(choose(goals, command.rate))
 
@@ -338,10 +344,7 @@ def print_scores(a, b):
 def seeds(text):
     """A type for argparse: "15-29" -> range(15, 30)."""
     first, _, last = text.partition("-")
-    numbers = range(int(first), int(last) + 1)
-    if not 2 <= len(numbers) <= len(QUANTILES) + 1:
-        raise argparse.ArgumentTypeError(f"{text} are not 2 to {len(QUANTILES) + 1} seeds")
-    return numbers
+    return range(int(first), int(last) + 1)
 
 
 def read_options(argv):
@@ -352,8 +355,7 @@ def read_options(argv):
     add("--common", default="", metavar="OPTIONS", help="options of both commands")
     which = dict(type=seeds, metavar="FIRST-LAST")
     add("--seeds", default=range(5, 10), help="seeds that are scored (default 5-9)", **which)
-    text = "seeds that choose a learning rate for each command without --learning_rate (if the "
-    text += "option has no value: 0-4)"
+    text = "seeds that choose the learning rate of a command that names none (without a value: 0-4)"
     add("--rates", nargs="?", default=(), const=range(5), help=text, **which)
     text = "score that chooses the rates, such as colour_shape (default: the mean of all)"
     add("--by", metavar="SCORE", help=text)
@@ -362,8 +364,8 @@ def read_options(argv):
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
     add("--jobs", type=number(int, 1), default=default_jobs(), help=text)
     args = parser.parse_args(argv)
-    both = {*args.seeds} & {*args.rates}
-    check(not both, f"seed {min(both, default=0)} is in --seeds and in --rates")
+    check(2 <= len(args.seeds) <= 20, "--seeds: give 2 to 20 seeds")
+    check(not {*args.seeds} & {*args.rates}, "--seeds and --rates have a seed in common")
     return args
 
 

@@ -1,12 +1,13 @@
 """Photographs for the study, a shop's products with their titles: python -m study.shop DIR
 
-DIR holds the hub data set ashraq/fashion-product-images-small, its pictures as images/ID.jpg, and a
-table pairs.csv with the columns image (ID.jpg), caption (productDisplayName) and type
-(articleType). What is made for seed 15 goes to out_study/shop/15: 24,000 pairs to train on with a
-vocabulary of their words, 2,000 pairs to validate on, and two folders, `fit` and `type`, that have
-a folder with 200 pictures for each type of product. A linear probe is fitted on `fit`, whose
-pictures are training pictures. `type` is for zero-shot classification and for the test of the
-probe.
+DIR holds the hub data set ashraq/fashion-product-images-small: its pictures as images/ID.jpg, and a
+table pairs.csv. The columns of the table are image (ID.jpg), caption (productDisplayName) and type
+(articleType).
+
+The splits of seed 15 go to out_study/shop/15. There are 24,000 pairs to train on with a vocabulary
+of their words, and 2,000 pairs to validate on. Two folders have 200 pictures for each type of
+product. Those in `fit` are training pictures, on which a linear probe is fitted. Those in `type`
+are for zero-shot classification and for the test of the probe.
 
 Hashes of the seed decide where a product is, so everyone gets the same splits. Products with equal
 titles are on one side, and no picture is on two. The titles of the validation pairs are unique, so
