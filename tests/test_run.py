@@ -194,6 +194,14 @@ def test_one_checkpoint_has_one_score(shards, tmp_path, capsys, option):
     assert result["validation"] == rows_of(tmp_path, "validation")[-1]["validation"]
 
 
+def test_a_validation_is_in_groups_as_large_as_a_batch(whole_run):
+    """The mean_r1 of a row is the mean of R@1 over both directions. It chooses best.pt."""
+    for row in rows_of(whole_run, "validation"):
+        there, back = (scores["R@1"]["value"] for scores in row["validation"].values())
+        assert row["mean_r1"] == pytest.approx((there + back) / 2)
+        assert row["val_group"] == 16
+
+
 def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
     """Without validation pairs the last model is the best."""
     options = "--val_data", "none", "--zeroshot_data", folders
