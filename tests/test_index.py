@@ -87,21 +87,19 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
 
 
 def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
-    """The large member is a hole in the file, so it takes no space on the disk."""
-    path = write_captions(tmp_path / "0.tar", "red")
-    with tarfile.open(path, "r:") as tar:
-        tar.getmembers()
-        end = tar.offset  # where the next header belongs
+    """Most of the member is a hole in the file, which takes no space on the disk."""
+    path = tmp_path / "0.tar"
     header = tarfile.TarInfo("large.png")
     header.size = 2**31
-    with open(path, "r+b") as file:
-        file.seek(end)
+    sample = Path(write_captions(tmp_path / "1.tar", "red")).read_bytes()
+    with open(path, "wb") as file:
         file.write(header.tobuf())
-        file.truncate(end + 512 + 2**31 + 1024)
+        file.seek(512 + 2**31)
+        file.write(sample)
 
     shards = Shards([path])
 
-    assert shards.captions(0) == ["red"] and len(shards) == 1
+    assert [shards.captions(i) for i in range(len(shards))] == [["red"]]
     assert [name for name, _ in shards.unused] == [f"{path}:large"]
 
 
