@@ -119,14 +119,20 @@ def test_the_code_in_the_readme_is_the_method():
         torch.testing.assert_close(names[name], expected[name])
 
 
-def test_the_lines_of_inference_run(monkeypatch, capsys):
-    """They print numbers without a graph, and words."""
-    page = (ROOT / "docs" / "data.md").read_text()
+COSINES = r"tensor\(\[\[(.+),(.+)\]\]\)\n"
+WORDS = r"\[\[\(.+\)\]\]\n"
+
+
+@pytest.mark.parametrize("page, lines", [("README.md", COSINES), ("docs/data.md", COSINES + WORDS)])
+def test_the_lines_of_inference_run(page, lines, monkeypatch, capsys):
+    """They print two cosines without a graph, the first of which is larger, and perhaps words."""
+    text = (ROOT / page).read_text()
     monkeypatch.chdir(ROOT)
 
-    exec(re.search(r"```python\n(from PIL.+?)```", page, re.DOTALL)[1], {})
+    exec(re.search(r"```python\n(from PIL.+?)```", text, re.DOTALL)[1], {})
 
-    assert re.fullmatch(r"tensor\(\[\[.+,.+\]\]\)\n\[\[\(.+\)\]\]\n", capsys.readouterr().out)
+    red_heart, green_star = re.fullmatch(lines, capsys.readouterr().out).groups()
+    assert float(red_heart) > float(green_star)
 
 
 # Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
