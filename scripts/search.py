@@ -13,7 +13,8 @@ Compare only scores of the same text, because some texts score higher than other
 --features keeps the features of the images searched, so that the next search of the same folders
 encodes only those that are new or have changed. Other programs can read the file by numpy.load: its
 names (N,) are absolute paths, or SHARD:KEY, and its features (N, E) are float32, of length 1. Its
-stamps (N,) say when the images were changed, and checkpoint is the SHA-256 of the checkpoint.
+stamps (N,) say when a file or shard was changed, and at which byte of the shard the image lies.
+checkpoint is the SHA-256 of the checkpoint.
 
 Axes: N images, E embedding, S pixels a side.
 """
@@ -49,19 +50,20 @@ from tokenizer import unknown_words
 # -----------------------------------------------------------------------------
 # Images
 
-# An image to search. stamp: when its file or shard was changed; sample: its number in the shards,
-# or None if it is a file.
+# An image to search. stamp: a string that tells versions of an image apart; sample: its number in
+# the shards, or None if it is a file.
 Entry = namedtuple("Entry", "name stamp sample")
 
 
 def find_entries(files, shards):
     """Image files, and data.Shards or None -> list of entries, with or without captions."""
-    entries = [Entry(os.path.abspath(x), os.stat(x).st_mtime_ns, None) for x in files]
+    entries = [Entry(os.path.abspath(x), str(os.stat(x).st_mtime_ns), None) for x in files]
     if shards is not None:
-        stamps = {path: os.stat(path).st_mtime_ns for path in shards.paths}
+        times = {path: os.stat(path).st_mtime_ns for path in shards.paths}
         for i in range(len(shards)):
-            path, _ = shards.place(i)
-            entries.append(Entry(shards.name(i), stamps[path], i))
+            path, offset = shards.place(i)
+            # A tar header cuts long names, so two images of a shard may have the same name.
+            entries.append(Entry(shards.name(i), f"{times[path]} {offset}", i))
     return entries
 
 
@@ -159,6 +161,10 @@ class Search:
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
         return {"like": self.about(number)["name"], "found": self.best(scores, k)}
 
+    def first(self, k):
+        """The number of all images, and the first k of them, which have no score."""
+        return {"count": len(self.numbers), "found": [self.about(i) for i in self.numbers[:k]]}
+
     def best(self, scores, k):
         order = scores.argsort(descending=True, stable=True)[:k].tolist()
         order = [i for i in order if scores[i] > -math.inf]
@@ -198,6 +204,9 @@ def main(argv):
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "name a text to look for, or open a page (--serve)")
+    server = None
+    if args.serve:
+        server = serve.make_server(args.port)  # first, because encoding may take an hour
     files = image_files(args.images)
     shards = None
     captions = []
@@ -221,7 +230,7 @@ def main(argv):
             print(f"{found['score']:8.3f}  {found['name']}  {found['caption']}".rstrip())
     write_json(args.json, results)
     if args.serve:
-        serve.run(args.port, search, args.k)
+        serve.run(server, search, args.k)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,21 @@ from cli import InputError, check
 
 PAGE = Path(__file__).with_suffix(".html")
 SIDE = 224  # of a picture in pixels
+FIRST = 24  # pictures that the page opens with
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
 
 
-def run(port, search, k):
-    """Answer until Ctrl-C. port: 0 is any that is free; k: pictures to find."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+def make_server(port):
+    """Take a port, 0 for any that is free. Raises InputError."""
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        reason = f"--port {port} cannot be used ({error.strerror})"
+        raise InputError(f"{reason}: name another port, or 0 for any that is free") from None
+
+
+def run(server, search, k):
+    """Answer until Ctrl-C. server: from make_server; k: pictures to find."""
     server.search = search
     server.k = k
     server.token = secrets.token_urlsafe(16)
@@ -68,15 +77,19 @@ class Handler(BaseHTTPRequestHandler):
         if name == "":
             return "text/html", PAGE.read_bytes()
         if name == "picture":
-            image = search.image(int(options["number"]), SIDE)
+            number = int(options["number"])
+            check(number >= 0, "there is no such picture")  # Python would take -1 as the last one
+            image = search.image(number, SIDE)
             check(image is not None, "it cannot be read any more")
             jpeg = io.BytesIO()
             to_pil_image(image).save(jpeg, "JPEG")
             return "image/jpeg", jpeg.getvalue()
         if "like" in options:
             result = search.by_image(int(options["like"]), self.server.k)
-        else:
+        elif "text" in options:
             result = search.by_text(options["text"], self.server.k)
+        else:
+            result = search.first(FIRST)
         return "application/json", json.dumps(result).encode()
 
     def handle(self):

@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import socket
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from children import Children
 from material import (
+    error_of,
     features_of,
     photo,
     png,
@@ -19,6 +21,7 @@ from material import (
     small_model,
     write_checkpoint,
     write_shard,
+    write_tar,
 )
 from PIL import Image
 
@@ -92,7 +95,34 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     assert encoded == {"red/0.png": False, "a.tar:0000": False, **new}
 
 
+def test_two_images_with_one_name_in_their_headers_have_their_own_features(tmp_path, checkpoint):
+    """A tar header has a ? for each letter that is not ASCII. The names were 日本 and 東京."""
+    files = [tmp_path / "日本.png", tmp_path / "東京.png"]
+    for i, file in enumerate(files):
+        photo(i).save(file)
+    shard = write_tar(tmp_path / "a.tar", {file.name: file.read_bytes() for file in files})
+    kept = tmp_path / "x.npz"
+
+    for _ in range(2):  # the second search reads what the first has kept
+        argv = ["--checkpoint", checkpoint, "--data", shard, "--features", kept, TEXTS[0]]
+        assert not run(search.main, *argv)
+
+    expected = features_of(checkpoint, files)
+    np.testing.assert_allclose(np.load(kept)["features"], expected, atol=1e-5)
+
+
 # ---- the page
+
+
+def test_a_port_that_is_taken_is_named_before_images_are_encoded(folders, checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        _, port = other.getsockname()
+        argv = ["--checkpoint", checkpoint, "--images", ".", "--features", "x.npz"]
+        error = error_of(capsys, search.main, *argv, "--serve", "--port", port)
+
+    assert f"--port {port}" in error
+    assert not Path("x.npz").exists()
+
 
 HOSTILE = "<img src=x onerror=alert()>.png"
 
@@ -121,6 +151,7 @@ ANSWERS = {  # path and host of a request -> the status of the answer
     (PICTURE, "127.0.0.1:1"): 200,  # the port of ssh -L may be another
     (PICTURE, "127.0.0.1.evil.example"): 404,  # a website that gives its name the address 127.0.0.1
     ("/TOKEN/picture?number=../model.pt", "localhost"): 404,
+    ("/TOKEN/picture?number=-1", "localhost"): 404,
     ("/TOKEN/photos/01.png", "localhost"): 404,
     ("/picture?number=0", "localhost"): 404,
 }
@@ -135,9 +166,11 @@ def test_nothing_but_numbers_of_pictures_is_served_and_only_to_this_machine(addr
 
 
 def test_a_reader_searches_and_asks_for_more_like_a_picture(browser, address):
-    """Which is not found again. Names and texts are only text."""
+    """Which is not found again. The page opens with all twenty. Names and texts are only text."""
     browser.implicitly_wait(30)  # for what an answer brings
     browser.get(address)
+    browser.find_element("xpath", "//h2[text()='20 pictures']")
+    assert len(browser.find_elements("css selector", "#results img")) == 20
 
     browser.find_element("id", "field").send_keys(HOSTILE + "\ue007")  # Enter
     browser.find_element("xpath", "//h2[starts-with(text(), '“')]")
