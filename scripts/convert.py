@@ -7,12 +7,14 @@
     python -m scripts.convert out/best.pt folder --to transformers
 
 A file, .pt or .safetensors, may be of the authors' SuperCLIP, of OpenAI's CLIP (a state dict), or
-of open_clip. The shapes of its tensors tell most of the configuration. The rest is assumed, and the
-command says so: heads 64 wide, CLIP's mean and standard deviation of pixels, and plain GELU unless
-the file is OpenAI's. If that is wrong, name a model of open_clip before the file, as in
-ViT-B-32-quickgelu/weights.pt. A file without a word head becomes plain CLIP, and train.py
---init_from gives it a new head. For images of another size, let open_clip interpolate the positions
-(create_model(..., force_image_size=160)), and convert what it has made.
+of open_clip. The shapes of its tensors tell most of the configuration. The rest is in a config.json
+or open_clip_config.json beside the file. Without one it is assumed, and the command says so: heads
+64 wide, CLIP's mean and standard deviation of pixels, and plain GELU unless the file is OpenAI's.
+If that is wrong, name a model of open_clip before the file, as in ViT-B-32-quickgelu/weights.pt.
+Models of open_clip with parts that this project lacks are refused. A file without a word head
+becomes plain CLIP, and train.py --init_from gives it a new head. For images of another size, let
+open_clip interpolate the positions (create_model(..., force_image_size=160)), and convert what it
+has made.
 
 What --to writes lacks the word head. open_clip.create_model_from_pretrained("local-dir:/PATH") and
 transformers' CLIPModel.from_pretrained("PATH") load it. The vocabulary is in the folder, too:
@@ -26,6 +28,7 @@ import torch
 
 import checkpoint
 from cli import InputError, check, make_parser, new_folder, optional, run_command
+from superclip import SuperCLIPConfig
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def read_shapes(path, weights):
         raise InputError(f"{path} does not fit: it has no tensor {error}") from None
     blocks = [name for name in weights if name.endswith(".ln_1.weight")]
     return {
-        # The class token has a position, too. If the others make no square, eval.restore says so.
+        # The class token has a position, too. If the others make no square, restore says so.
         "image_size": patch_size * int((positions - 1) ** 0.5),
         "patch_size": patch_size,
         "vision_width": vision_width,
@@ -117,17 +120,104 @@ def read_shapes(path, weights):
 
 
 # -----------------------------------------------------------------------------
-# Weights in. Each function returns weights, a dict of name -> tensor, in our names; the
+# What shapes do not tell: heads, GELU, and the statistics of pixels. Each function returns a dict
+
+
+def check_parts(config):
+    """config: a model's in open_clip, a dict. Raises InputError if the model has parts that this
+    project lacks, such as another pooling. They show as fields that open_clip_config never
+    writes."""
+    ours = open_clip_config(SuperCLIPConfig())
+    # These two fields tell the names of tensors and the first value of the scale.
+    lacking = config.keys() - ours.keys() - {"custom_text", "init_logit_scale"}
+    for tower in ("vision_cfg", "text_cfg"):
+        lacking |= config[tower].keys() - ours[tower].keys()
+    if isinstance(config["vision_cfg"].get("layers"), list):
+        lacking.add("a ResNet")
+    names = ", ".join(sorted(lacking))
+    check(not lacking, f"it has parts that this project lacks ({names})")
+
+
+def build_open_clip(name, source, **options):
+    """name: what the user calls a model; source, options: of open_clip.create_model. Returns that
+    model, and what it tells. Raises InputError."""
+    open_clip = optional("open_clip", "open_clip_torch")
+    try:
+        config = open_clip.get_model_config(source)
+        check(config, "it is no file, and none of open_clip.list_models()")
+        check_parts(config)
+        other = open_clip.create_model(source, **options)
+    except Exception as error:  # open_clip and the network raise a dozen kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be converted: {reason}") from error
+    image_block = other.visual.transformer.resblocks[0]
+    text_block = getattr(other, "text", other).transformer.resblocks[0]
+    facts = {
+        "vision_heads": image_block.attn.num_heads,
+        "text_heads": text_block.attn.num_heads,
+        "quick_gelu": type(image_block.mlp.gelu).__name__ == "QuickGELU",
+        "image_mean": tuple(other.visual.preprocess_cfg["mean"]),
+        "image_std": tuple(other.visual.preprocess_cfg["std"]),
+    }
+    return other, facts
+
+
+def transformers_facts(folder):
+    """What the configuration in a folder of transformers tells. Raises InputError."""
+    transformers = optional("transformers")
+    path = folder / "config.json"
+    kind = json.loads(path.read_text("utf-8")).get("model_type")
+    check(kind == "clip", f"{path} is of a model of the type {kind}, and not of a CLIP")
+    config = transformers.CLIPConfig.from_pretrained(folder)
+    try:
+        images = transformers.CLIPImageProcessor.from_pretrained(folder)
+    except OSError:  # CLIPModel.save_pretrained writes none
+        images = transformers.CLIPImageProcessor()
+        print(f"assumed, as {folder} has no image processor: CLIP's mean and std of pixels")
+    return {
+        "vision_heads": config.vision_config.num_attention_heads,
+        "text_heads": config.text_config.num_attention_heads,
+        "quick_gelu": config.vision_config.hidden_act == "quick_gelu",
+        "image_mean": tuple(images.image_mean),
+        "image_std": tuple(images.image_std),
+    }
+
+
+def facts_beside(path):
+    """What a configuration beside a file of weights tells, or {} if there is none. Raises
+    InputError."""
+    folder = path.parent
+    if (folder / "open_clip_config.json").exists():
+        source = f"local-dir:{folder.resolve()}"
+        # On the device "meta" tensors have no content, so this takes no time.
+        _, facts = build_open_clip(folder, source, load_weights=False, device="meta")
+        return facts
+    if (folder / "config.json").exists():
+        return transformers_facts(folder)
+    return {}
+
+
+# -----------------------------------------------------------------------------
+# Weights in. Both functions return weights, a dict of name -> tensor, in our names; the
 # configuration, a dict; and the text of the vocabulary, or None
 
 
+# The file of weights in a folder of open_clip or transformers: the first that is there.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
 def read_weights(path):
-    """Of a file, or a folder of transformers or open_clip. Raises InputError."""
+    """Of a file, with a configuration or a vocabulary beside it, or of a folder with such a file.
+    Raises InputError."""
     if path.is_dir():
-        is_open_clip = Path(path, "open_clip_config.json").exists()
-        weights, config, _ = (read_open_clip if is_open_clip else read_transformers)(path)
-        vocab = path / "model.tiktoken"
-        return weights, config, Tokenizer.from_file(vocab).vocab if vocab.exists() else None
+        files = [path / name for name in WEIGHTS if (path / name).exists()]
+        check(files, f"{path} holds no weights: none of {', '.join(WEIGHTS)}")
+        path = files[0]
     read = checkpoint.read_pickle
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
@@ -142,56 +232,28 @@ def read_weights(path):
     scalars = {"input_resolution", "context_length", "vocab_size"}
     is_openai = scalars <= weights.keys()
     weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
-    print("assumed: heads 64 wide, CLIP's mean and std of pixels, ", end="")
-    print("quick GELU, as it is OpenAI's" if is_openai else "plain GELU")
-    return weights, {**read_shapes(path, weights), "quick_gelu": is_openai}, None
+    facts = facts_beside(path)
+    if not facts:
+        facts = {"quick_gelu": is_openai}
+        print("assumed: heads 64 wide, CLIP's mean and std of pixels, ", end="")
+        print("quick GELU, as it is OpenAI's" if is_openai else "plain GELU")
+    vocab = path.with_name("model.tiktoken")  # which we write
+    vocab = Tokenizer.from_file(vocab).vocab if vocab.exists() else None
+    return weights, {**read_shapes(path, weights), **facts}, vocab
 
 
-def read_open_clip(name):
-    """Of a folder, or of MODEL/TAG, which open_clip downloads; the tag may be a file. Raises
-    InputError."""
-    model, _, weights = str(name).partition("/")
-    check(Path(name).is_dir() or weights, f"there is no file {name}")
+def read_published(name):
+    """Of MODEL/TAG, which open_clip downloads; the tag may be a file. Raises InputError."""
+    model, _, tag = name.partition("/")
+    check(tag, f"there is no file {name}")
+    other, facts = build_open_clip(name, model, pretrained=tag, require_pretrained=True)
+    # The tag knows better than the model's name: ViT-B-32/openai has quick GELU.
     open_clip = optional("open_clip", "open_clip_torch")
-    tag = {}
-    try:
-        if Path(name).is_dir():
-            other = open_clip.create_model(f"local-dir:{Path(name).resolve()}")
-        else:
-            # The tag knows better than the model's name: ViT-B-32/openai has quick GELU.
-            tag = open_clip.get_pretrained_cfg(model, weights) or {}
-            other = open_clip.create_model(model, weights, require_pretrained=True)
-        image_block = other.visual.transformer.resblocks[0]
-        text_block = getattr(other, "text", other).transformer.resblocks[0]
-        is_quick = type(image_block.mlp.gelu).__name__ == "QuickGELU"
-        facts = {
-            "vision_heads": image_block.attn.num_heads,
-            "text_heads": text_block.attn.num_heads,
-            "quick_gelu": tag.get("quick_gelu", False) if tag else is_quick,
-            "image_mean": tuple(other.visual.preprocess_cfg["mean"]),
-            "image_std": tuple(other.visual.preprocess_cfg["std"]),
-        }
-    except Exception as error:  # of open_clip, the network, or a model that is no CLIP
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"open_clip has no CLIP {name} for us: {reason}") from error
+    published = open_clip.get_pretrained_cfg(model, tag)
+    if published:
+        facts["quick_gelu"] = published.get("quick_gelu", False)
     weights = rename(other.state_dict())
-    return weights, read_shapes(name, weights) | facts, None
-
-
-def read_transformers(folder):
-    """Of a folder that CLIPModel has saved."""
-    transformers = optional("transformers")
-    other = transformers.CLIPModel.from_pretrained(folder)
-    images = transformers.CLIPImageProcessor.from_pretrained(folder)
-    weights = rename(other.state_dict())
-    facts = {
-        "vision_heads": other.config.vision_config.num_attention_heads,
-        "text_heads": other.config.text_config.num_attention_heads,
-        "quick_gelu": other.config.vision_config.hidden_act == "quick_gelu",
-        "image_mean": tuple(images.image_mean),
-        "image_std": tuple(images.image_std),
-    }
-    return weights, read_shapes(folder, weights) | facts, None
+    return weights, {**read_shapes(name, weights), **facts}, None
 
 
 # -----------------------------------------------------------------------------
@@ -321,7 +383,7 @@ def main(argv):
     if path.exists():
         weights, config, vocab = read_weights(path)
     else:
-        weights, config, vocab = read_open_clip(args.input)
+        weights, config, vocab = read_published(args.input)
     if args.vocab is not None or vocab is None:
         vocab = Tokenizer.from_file(args.vocab or "clip").vocab
     model, tokenizer = checkpoint.restore(args.input, weights, config, vocab)

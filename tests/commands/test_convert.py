@@ -95,9 +95,47 @@ def test_a_model_of_open_clip_has_our_shapes(name):
     model.load_state_dict(state, strict=True)  # which compares all names and shapes
 
 
-def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+def test_a_tag_that_does_not_exist_is_named(tmp_path, capsys):
     name = "ViT-B-32/no_such_tag"
+
     assert name in error_of(capsys, main, name, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "tower, part, value",
+    [
+        ("vision_cfg", "pool_type", "avg"),
+        ("text_cfg", "no_causal_mask", True),
+    ],
+)
+def test_a_part_that_we_lack_is_named_though_all_tensors_would_fit(
+    tower, part, value, tmp_path, capsys
+):
+    ours = make_random_model(**V)
+    torch.save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
+    config = open_clip_config(ours.config)
+    config[tower][part] = value
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "other.json")
+
+    assert part in error_of(capsys, main, f"other/{tmp_path}/here.pt", tmp_path / "x.pt")
+
+
+def test_a_resnet_is_named_before_anything_is_downloaded(tmp_path, capsys):
+    assert "ResNet" in error_of(capsys, main, "RN50/openai", tmp_path / "x.pt")
+
+
+def test_a_folder_without_weights_is_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+
+    assert "empty" in error_of(capsys, main, tmp_path / "empty", tmp_path / "x.pt")
+
+
+def test_another_kind_of_model_of_transformers_is_named(tmp_path, capsys):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+
+    assert "siglip" in error_of(capsys, main, tmp_path, tmp_path / "x.pt")
 
 
 # ---- weights out, which come back
@@ -138,3 +176,33 @@ def test_transformers_has_the_same_features(quick_gelu, tmp_path):
     assert_near(model.encode_image(images), out.image_embeds)
     assert_near(model.encode_text(tokens), out.text_embeds)
     assert_same_but_for_the_head(load(tmp_path / "again.pt")[0], model)
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_a_file_is_read_with_the_configuration_beside_it(layout, tmp_path):
+    """No tensor tells the number of heads, the GELU and the statistics of pixels. The file holds
+    other weights than the folder."""
+    facts = {"quick_gelu": True, **V, **HEADS, **STATS}
+    path = write_checkpoint(tmp_path / "a.pt", make_random_model(**facts), VOCAB)
+    assert not run(main, path, tmp_path / "folder", "--to", layout)
+    tuned = make_random_model(**facts)
+    torch.save(open_clip_of(tuned).state_dict(), tmp_path / "folder" / "tuned.pt")
+
+    assert not run(main, tmp_path / "folder" / "tuned.pt", tmp_path / "again.pt")
+
+    assert_same_but_for_the_head(load(tmp_path / "again.pt")[0], tuned)
+
+
+def test_a_folder_without_image_processor_has_clips_statistics_and_this_is_said(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a.pt", make_random_model(**V, **STATS), VOCAB)
+    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
+    for file in tmp_path.glob("folder/*processor_config.json"):
+        file.unlink()
+    capsys.readouterr()
+
+    assert not run(main, tmp_path / "folder", tmp_path / "again.pt")
+
+    assert "mean" in capsys.readouterr().out.partition("wrote")[0]
+    again, _, _ = load(tmp_path / "again.pt")
+    assert again.config.image_mean == SuperCLIPConfig.image_mean
+    assert again.config.image_std == SuperCLIPConfig.image_std
