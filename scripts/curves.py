@@ -4,13 +4,15 @@
     python -m scripts.curves out_a/log.jsonl out_b/log.jsonl --out curves.png
 
 There is a panel for each term of the loss, in training and in validation, and one for each score,
-with its chance as a dotted line. In each of them a run has a line.
+with its chance as a dotted line. In each of them a run has a line. The legend has the name of its
+folder, or that of the file if the file is not called log.jsonl.
 """
 
 import math
+from pathlib import Path
 from statistics import mean
 
-from cli import make_parser, optional, output_file, run_command
+from cli import check, make_parser, optional, output_file, run_command
 from log import read_log, short_names
 
 COLUMNS = 4
@@ -29,6 +31,16 @@ def values_of(row):
     return {title: (x, y) if y is None else (100 * x, 100 * y) for title, (x, y) in values.items()}
 
 
+def names_of_runs(logs):
+    """Paths of logs -> {path: the name of its run}."""
+    runs = {}
+    for log in logs:
+        path = Path(log).absolute()
+        runs[log] = str(path.parent if path.name == "log.jsonl" else path.with_suffix(""))
+    names = short_names(runs.values())
+    return {log: names[run] for log, run in runs.items()}
+
+
 def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of each run")
@@ -40,6 +52,7 @@ def main(argv):
         for row in rows:
             for title, value in values_of(row).items():
                 panels.setdefault(title, {}).setdefault(log, []).append((row["step"], *value))
+    check(panels, f"there is no loss and no score yet in {', '.join(args.logs)}")
 
     plt = optional("matplotlib.pyplot", "matplotlib")
     rows = math.ceil(len(panels) / COLUMNS)
@@ -47,6 +60,7 @@ def main(argv):
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    names = names_of_runs(args.logs)
     # losses first, and those of training before those of validation
     titles = sorted(panels, key=lambda title: (title.endswith("(%)"), title.startswith("val_")))
     for axis, title in zip(axes.flat, titles):
@@ -54,7 +68,7 @@ def main(argv):
         for i, log in enumerate(args.logs):
             if log in panels[title]:  # plain CLIP has no word loss
                 steps, values, chances = zip(*panels[title][log])
-                axis.plot(steps, values, color=f"C{i}", label=log.removesuffix("/log.jsonl"))
+                axis.plot(steps, values, color=f"C{i}", label=names[log])
                 if chances[0] is not None:
                     axis.axhline(chances[0], color="grey", ls=":")
                     axis.set_ylim(0, 100)

@@ -1,8 +1,9 @@
 """scripts/curves.py: what it draws of a log."""
 
 import json
+from pathlib import Path
 
-from material import run
+from material import error_of, run
 from matplotlib import pyplot as plt
 
 from scripts import curves
@@ -14,16 +15,20 @@ VALIDATION = {"step": 20, "mean_r1": 0.25, "validation": WAYS, "zeroshot": {"x/h
 TRAINING = {"step": 20, "loss": 0, "contrastive_loss": 2.5}
 
 
+def write_log(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
 def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     """Losses come first, with that of a fork. The first run was killed after step 20 and went on
     from step 10, so what it had logged there does not count."""
     killed = {**TRAINING, "contrastive_loss": 9}
     first = [BEGIN, killed, {**BEGIN, "step": 10}, VALIDATION, TRAINING]
     second = [BEGIN, {**TRAINING, "my_loss": -1}]
-    for name, rows in (("a.jsonl", first), ("b.jsonl", second)):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    logs = write_log(tmp_path / "a" / "log.jsonl", first), write_log(tmp_path / "B.jsonl", second)
 
-    logs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     assert not run(curves.main, *logs, "--out", tmp_path / "curves.png")
 
     axes = plt.gcf().axes
@@ -32,4 +37,21 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
         found[axis.get_title()] = [[*line.get_ydata()] for line in axis.get_lines()]
     assert [*found] == ["contrastive loss", "my loss", "zero-shot held out (%)", "R@1 (%)"]
     assert [*found.values()] == [[[2.5], [2.5]], [[-1]], [[70], [10, 10]], [[25], [3, 3]]]
+    [legend] = plt.gcf().legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "B"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_is_called_by_its_folder_or_by_its_file():
+    """And by as much of the path as tells it from the others."""
+    logs = {"log.jsonl": Path.cwd().name, "CLIP.jsonl": "CLIP", "a/out/log.jsonl": "a/out"}
+    logs["b/out/log.jsonl"] = "b/out"
+
+    assert curves.names_of_runs(logs) == logs
+
+
+def test_a_log_without_rows_is_named(tmp_path, capsys):
+    """The run has ended before its first validation."""
+    log = write_log(tmp_path / "log.jsonl", [BEGIN])
+
+    assert str(log) in error_of(capsys, curves.main, log, "--out", tmp_path / "curves.png")
