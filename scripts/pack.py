@@ -39,13 +39,17 @@ SHARD_SIZE = 1000  # samples
 def read_rows(path):
     """Yield (line number, dict of columns). Raises InputError at what cannot be read, because after
     a quotation mark that is not closed all that follows may be lost."""
+    is_json = "json" in path.suffix.lower()
     line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if "json" in path.suffix.lower():
+            if is_json:
                 for line, text in enumerate(file, start=1):
                     if text.strip():
-                        yield line, dict(json.loads(text))
+                        row = json.loads(text)
+                        if not isinstance(row, dict):
+                            raise ValueError("this is no object")
+                        yield line, row
                 return
             header = file.readline()
             file.seek(0)
@@ -53,9 +57,11 @@ def read_rows(path):
             for row in reader:
                 line = reader.line_num
                 yield line, row
-    except (ValueError, TypeError, csv.Error) as error:  # UTF-8 and JSON raise a ValueError
-        reason = f"{error} (is it UTF-8? is a quotation mark open?)"
-        raise InputError(f"{path}, after line {line}: {reason}") from None
+    except (ValueError, csv.Error) as error:  # UTF-8 and JSON raise a ValueError
+        advice = "Is it UTF-8? Is a quotation mark open?"
+        if is_json:
+            advice = "A JSON file must have a line for each image, with an object on it (JSONL)."
+        raise InputError(f"{path}, near line {line}: {error}. {advice}") from None
 
 
 def read_list(args):

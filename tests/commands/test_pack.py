@@ -83,15 +83,17 @@ def test_every_kind_of_list_is_read(photos, name):
 
 
 @pytest.mark.parametrize(
-    "content, named",
+    "name, content, named",
     [
-        (b'image,caption\na.jpg,cat\nb.jpg,"big dog\nc.jpg,cat\nd.jpg,cat', "line 2"),
-        (b"image,caption\na.jpg,caf\xe9", "UTF-8"),
-        (b"image,caption\nnone.jpg,a dog", "none.jpg"),  # and no other row can be used
+        ("l.csv", b'image,caption\na.jpg,cat\nb.jpg,"big dog\nc.jpg,cat\nd.jpg,cat', "line 2"),
+        ("l.csv", b"image,caption\na.jpg,caf\xe9", "UTF-8"),
+        ("l.csv", b"image,caption\nnone.jpg,a dog", "none.jpg"),  # and no other row can be used
+        ("l.json", b'[{"image": "a.jpg", "caption": "cat"}]', "JSONL"),
+        ("l.json", b'[\n{"image": "a.jpg", "caption": "cat"}\n]', "JSONL"),
     ],
 )
-def test_a_list_that_would_lose_something_is_an_error(photos, capsys, content, named):
-    path = photos.with_name("l.csv")
+def test_a_list_that_would_lose_something_is_an_error(photos, capsys, name, content, named):
+    path = photos.with_name(name)
     path.write_bytes(content)
 
     assert named in error_of(capsys, pack.main, "--csv", path, "--out", path.with_name("out"))
