@@ -144,7 +144,7 @@ def build_open_clip(name, source, **options):
     open_clip = optional("open_clip", "open_clip_torch")
     try:
         config = open_clip.get_model_config(source)
-        check(config, "it is no file, and none of open_clip.list_models()")
+        check(config, "it is none of open_clip.list_models()")
         check_parts(config)
         other = open_clip.create_model(source, **options)
     except Exception as error:  # open_clip and the network raise a dozen kinds
@@ -245,7 +245,8 @@ def read_weights(path):
 def read_published(name):
     """Of MODEL/TAG, which open_clip downloads; the tag may be a file. Raises InputError."""
     model, _, tag = name.partition("/")
-    check(tag, f"there is no file {name}")
+    # No tag of open_clip has a dot in it, so such a name means a file.
+    check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
     other, facts = build_open_clip(name, model, pretrained=tag, require_pretrained=True)
     # The tag knows better than the model's name: ViT-B-32/openai has quick GELU.
     open_clip = optional("open_clip", "open_clip_torch")

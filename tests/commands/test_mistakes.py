@@ -34,6 +34,7 @@ scripts.words MODEL                                       | --image
 scripts.search MODEL "a text"                             | --images
 scripts.curves empty.jsonl --out x.png                    | empty.jsonl
 scripts.convert list.pt x.pt                              | list.pt
+scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --out x                       | --image_column
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 scenes --out classes                              | classes
