@@ -217,11 +217,13 @@ def main(argv):
         n, n_val = make_shards(args, samples, bad, folder)
         reason = min(bad)[2] if bad else "it has none"
         check(n + n_val > 0, f"none of the rows of {args.csv} can be used: {reason}")
-        path = folder / "bad_rows.csv"
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
+        if bad:
+            path = folder / "bad_rows.csv"
+            with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
-    print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
+    if bad:
+        print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
 
 
 if __name__ == "__main__":

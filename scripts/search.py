@@ -32,6 +32,7 @@ from torch.utils.data import Dataset, Subset
 
 import data
 import eval as evaluation
+from checkpoint import load, validation_of
 from cli import (
     InputError,
     check,
@@ -212,10 +213,10 @@ def main(argv):
     captions = []
     if args.data or not args.images:
         options = "--images or --data"
-        paths, captions = evaluation.validation_of(args.checkpoint, args.data, options)
+        paths, captions = validation_of(args.checkpoint, args.data, options)
         shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
 
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     images = Images(find_entries(files, shards), shards, model.config.image_size)
     features = find_features(model, images, args.workers, args.features, sha256)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import scenes
+from checkpoint import load, validation_of
 from cli import InputError, check, make_parser, pick_device, run_command
 from scripts.pictures import contact_sheet, image_files, picture_file
 
@@ -33,7 +34,7 @@ def find_pictures(args, tokenizer, size):
             yield str(file), file.stem, evaluation.read_image(file, size)
         return
     try:
-        paths, captions = evaluation.validation_of(args.checkpoint, option="--image")
+        paths, captions = validation_of(args.checkpoint, option="--image")
     except InputError:
         if tokenizer.vocab != scenes.vocabulary():
             raise
@@ -122,7 +123,7 @@ def main(argv):
     add("--image", nargs="+", default=[], help="images, or folders of images")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     args = parser.parse_args(argv)
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     window = default_window(model)
 
