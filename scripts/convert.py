@@ -123,43 +123,29 @@ def read_shapes(path, weights):
 # What shapes do not tell: heads, GELU, and the statistics of pixels. Each function returns a dict
 
 
-def check_parts(config):
-    """config: a model's in open_clip, a dict. Raises InputError if the model has parts that this
-    project lacks, such as another pooling. They show as fields that open_clip_config never
-    writes."""
+def open_clip_facts(name, model, images):
+    """Return the facts in a configuration of open_clip. name: for the message; model: the dict that
+    describes both towers; images: the dict of a tag, or of what is done to images, or {}. Raises
+    InputError if the model has parts that this project lacks, such as another pooling. Such a part
+    shows as a field that open_clip_config never writes."""
     ours = open_clip_config(SuperCLIPConfig())
-    # These two fields tell the names of tensors and the first value of the scale.
-    lacking = config.keys() - ours.keys() - {"custom_text", "init_logit_scale"}
-    for tower in ("vision_cfg", "text_cfg"):
-        lacking |= config[tower].keys() - ours[tower].keys()
-    if isinstance(config["vision_cfg"].get("layers"), list):
+    vision = model["vision_cfg"]
+    text = model["text_cfg"]
+    # Two more fields do no harm. They tell the names of tensors, and where the scale starts.
+    lacking = model.keys() - ours.keys() - {"custom_text", "init_logit_scale"}
+    lacking |= vision.keys() - ours["vision_cfg"].keys()
+    lacking |= text.keys() - ours["text_cfg"].keys()
+    if isinstance(vision.get("layers"), list):
         lacking.add("a ResNet")
-    names = ", ".join(sorted(lacking))
-    check(not lacking, f"it has parts that this project lacks ({names})")
-
-
-def build_open_clip(name, source, **options):
-    """name: what the user calls a model; source, options: of open_clip.create_model. Returns that
-    model, and what it tells. Raises InputError."""
-    open_clip = optional("open_clip", "open_clip_torch")
-    try:
-        config = open_clip.get_model_config(source)
-        check(config, "it is none of open_clip.list_models()")
-        check_parts(config)
-        other = open_clip.create_model(source, **options)
-    except Exception as error:  # open_clip and the network raise a dozen kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} cannot be converted: {reason}") from error
-    image_block = other.visual.transformer.resblocks[0]
-    text_block = getattr(other, "text", other).transformer.resblocks[0]
-    facts = {
-        "vision_heads": image_block.attn.num_heads,
-        "text_heads": text_block.attn.num_heads,
-        "quick_gelu": type(image_block.mlp.gelu).__name__ == "QuickGELU",
-        "image_mean": tuple(other.visual.preprocess_cfg["mean"]),
-        "image_std": tuple(other.visual.preprocess_cfg["std"]),
+    check(not lacking, f"{name} has parts that this project lacks: {', '.join(sorted(lacking))}")
+    return {
+        "vision_heads": vision["width"] // vision.get("head_width", 64),
+        "text_heads": text.get("heads", 8),
+        # A tag counts more than the model, because ViT-B-32/openai has quick GELU.
+        "quick_gelu": images.get("quick_gelu", model.get("quick_gelu", False)),
+        "image_mean": tuple(images.get("mean", SuperCLIPConfig.image_mean)),
+        "image_std": tuple(images.get("std", SuperCLIPConfig.image_std)),
     }
-    return other, facts
 
 
 def transformers_facts(folder):
@@ -187,11 +173,10 @@ def facts_beside(path):
     """What a configuration beside a file of weights tells, or {} if there is none. Raises
     InputError."""
     folder = path.parent
-    if (folder / "open_clip_config.json").exists():
-        source = f"local-dir:{folder.resolve()}"
-        # On the device "meta" tensors have no content, so this takes no time.
-        _, facts = build_open_clip(folder, source, load_weights=False, device="meta")
-        return facts
+    beside = folder / "open_clip_config.json"
+    if beside.exists():
+        content = json.loads(beside.read_text("utf-8"))
+        return open_clip_facts(beside, content["model_cfg"], content.get("preprocess_cfg", {}))
     if (folder / "config.json").exists():
         return transformers_facts(folder)
     return {}
@@ -222,12 +207,10 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
     content = checkpoint.read_file(path, read)
-    if isinstance(content, dict):
-        if content.keys() >= {"model", "config", "vocab"}:
-            return content["model"], content["config"], content["vocab"]
-        content = content.get("state_dict", content)
     check(isinstance(content, dict), f"{path} holds no tensors by name: save a state_dict")
-    weights = rename(content)
+    if content.keys() >= {"model", "config", "vocab"}:
+        return content["model"], content["config"], content["vocab"]
+    weights = rename(content.get("state_dict", content))
     # Three scalars are in OpenAI's files, and only in them.
     scalars = {"input_resolution", "context_length", "vocab_size"}
     is_openai = scalars <= weights.keys()
@@ -235,8 +218,8 @@ def read_weights(path):
     facts = facts_beside(path)
     if not facts:
         facts = {"quick_gelu": is_openai}
-        print("assumed: heads 64 wide, CLIP's mean and std of pixels, ", end="")
-        print("quick GELU, as it is OpenAI's" if is_openai else "plain GELU")
+        gelu = "quick GELU, because it is OpenAI's" if is_openai else "plain GELU"
+        print(f"assumed: heads 64 wide, CLIP's mean and std of pixels, {gelu}")
     vocab = path.with_name("model.tiktoken")  # which we write
     vocab = Tokenizer.from_file(vocab).vocab if vocab.exists() else None
     return weights, {**read_shapes(path, weights), **facts}, vocab
@@ -247,12 +230,15 @@ def read_published(name):
     model, _, tag = name.partition("/")
     # No tag of open_clip has a dot in it, so such a name means a file.
     check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
-    other, facts = build_open_clip(name, model, pretrained=tag, require_pretrained=True)
-    # The tag knows better than the model's name: ViT-B-32/openai has quick GELU.
     open_clip = optional("open_clip", "open_clip_torch")
-    published = open_clip.get_pretrained_cfg(model, tag)
-    if published:
-        facts["quick_gelu"] = published.get("quick_gelu", False)
+    check(model in open_clip.list_models(), f"there is no file {name}, and no model {model}")
+    published = open_clip.get_pretrained_cfg(model, tag) or {}
+    facts = open_clip_facts(name, open_clip.get_model_config(model), published)
+    try:
+        other = open_clip.create_model(model, tag, require_pretrained=True)
+    except Exception as error:  # open_clip and the network raise a dozen kinds.
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"open_clip cannot load {name}: {reason}") from error
     weights = rename(other.state_dict())
     return weights, {**read_shapes(name, weights), **facts}, None
 
@@ -338,7 +324,7 @@ def transformers_config(c):
         "eos_token_id": c.vocab_size - 1,
     }
     towers = {"vision_config": {**vision, **shared}, "text_config": {**text, **shared}}
-    return {"model_type": "clip", "projection_dim": c.embed_dim, **towers}
+    return {"projection_dim": c.embed_dim, **towers}
 
 
 def write_open_clip(model, folder):
@@ -357,9 +343,13 @@ def write_transformers(model, folder):
     other = transformers.CLIPModel(transformers.CLIPConfig(**transformers_config(c)))
     other.load_state_dict(transformers_state(model))
     other.save_pretrained(folder)
-    size = {"size": {"shortest_edge": c.image_size}, "crop_size": c.image_size}
-    images = {"image_mean": c.image_mean, "image_std": c.image_std}
-    transformers.CLIPImageProcessor(**size, **images).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": c.image_size},
+        crop_size=c.image_size,
+        image_mean=c.image_mean,
+        image_std=c.image_std,
+    )
+    images.save_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -385,7 +375,7 @@ def main(argv):
         weights, config, vocab = read_weights(path)
     else:
         weights, config, vocab = read_published(args.input)
-    if args.vocab is not None or vocab is None:
+    if args.vocab or vocab is None:
         vocab = Tokenizer.from_file(args.vocab or "clip").vocab
     model, tokenizer = checkpoint.restore(args.input, weights, config, vocab)
     if args.to:

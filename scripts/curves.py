@@ -24,21 +24,18 @@ def values_of(row):
     values = {name: (x, None) for name, x in row.items() if name.endswith("_loss")}  # of forks, too
     scores = row.get("zeroshot", {})
     for folder, name in short_names(scores).items():
-        values[f"zero-shot {name} (%)"] = scores[folder]["value"], scores[folder]["chance"]
+        score = scores[folder]
+        values[f"zero-shot {name} (%)"] = 100 * score["value"], 100 * score["chance"]
     if "mean_r1" in row:
         chance = mean(way["R@1"]["chance"] for way in row["validation"].values())
-        values["R@1 (%)"] = row["mean_r1"], chance
-    return {title: (x, y) if y is None else (100 * x, 100 * y) for title, (x, y) in values.items()}
+        values["R@1 (%)"] = 100 * row["mean_r1"], 100 * chance
+    return values
 
 
-def names_of_runs(logs):
-    """Paths of logs -> {path: the name of its run}."""
-    runs = {}
-    for log in logs:
-        path = Path(log).absolute()
-        runs[log] = str(path.parent if path.name == "log.jsonl" else path.with_suffix(""))
-    names = short_names(runs.values())
-    return {log: names[run] for log, run in runs.items()}
+def name_of_run(log):
+    """Return the folder of a log.jsonl, or the name of another file without its suffix."""
+    path = Path(log)
+    return str(path.parent) if path.name == "log.jsonl" else path.stem
 
 
 def main(argv):
@@ -60,7 +57,6 @@ def main(argv):
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    names = names_of_runs(args.logs)
     # losses first, and those of training before those of validation
     titles = sorted(panels, key=lambda title: (title.endswith("(%)"), title.startswith("val_")))
     for axis, title in zip(axes.flat, titles):
@@ -68,7 +64,7 @@ def main(argv):
         for i, log in enumerate(args.logs):
             if log in panels[title]:  # plain CLIP has no word loss
                 steps, values, chances = zip(*panels[title][log])
-                axis.plot(steps, values, color=f"C{i}", label=names[log])
+                axis.plot(steps, values, color=f"C{i}", label=name_of_run(log))
                 if chances[0] is not None:
                     axis.axhline(chances[0], color="grey", ls=":")
                     axis.set_ylim(0, 100)

@@ -39,11 +39,10 @@ SHARD_SIZE = 1000  # samples
 def read_rows(path):
     """Yield (line number, dict of columns). Raises InputError at what cannot be read, because after
     a quotation mark that is not closed all that follows may be lost."""
-    is_json = "json" in path.suffix.lower()
     line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if is_json:
+            if "json" in path.suffix.lower():
                 for line, text in enumerate(file, start=1):
                     if text.strip():
                         row = json.loads(text)
@@ -58,9 +57,7 @@ def read_rows(path):
                 line = reader.line_num
                 yield line, row
     except (ValueError, csv.Error) as error:  # UTF-8 and JSON raise a ValueError
-        advice = "Is it UTF-8? Is a quotation mark open?"
-        if is_json:
-            advice = "A JSON file must have a line for each image, with an object on it (JSONL)."
+        advice = "Is it UTF-8? Is a quotation mark open? JSON needs a line for each image (JSONL)."
         raise InputError(f"{path}, near line {line}: {error}. {advice}") from None
 
 
@@ -221,9 +218,8 @@ def main(argv):
             path = folder / "bad_rows.csv"
             with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
+            print(f"{len(bad):,} rows cannot be used: see {args.out / path.name}")
     print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
-    if bad:
-        print(f"rows that cannot be used: {len(bad):,}, listed in {args.out / 'bad_rows.csv'}")
 
 
 if __name__ == "__main__":

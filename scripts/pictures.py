@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
-from cli import InputError, check, output_file, write_file
+from cli import check, output_file, write_file
 from data import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
@@ -16,20 +16,15 @@ LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which i
 picture_file = output_file(".png")  # a type for argparse
 
 
-def image_files(paths, out=None):
-    """Returns the list of image files among `paths` and below the folders among them, each real
-    file once. out: the picture to draw, which must not be one of them. Raises InputError."""
-    files = {}  # real path -> path
+def image_files(paths):
+    """Returns the list of image files among `paths` and below the folders among them. Raises
+    InputError."""
+    files = []
     for path in map(Path, paths):
-        found = [path]
-        if not path.is_file():
-            found = images_below(path)
+        found = [path] if path.is_file() else images_below(path)
         check(found, f"there is no image file or folder of images {path}")
-        for file in found:
-            files.setdefault(file.resolve(), file)
-    if out and out.resolve() in files:
-        raise InputError(f"--out would overwrite the image {out}")
-    return list(files.values())
+        files += found
+    return files
 
 
 def contact_sheet(images, captions, path, columns=4):

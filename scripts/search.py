@@ -42,7 +42,6 @@ from cli import (
     pick_device,
     run_command,
     write_file,
-    write_json,
 )
 from scripts import serve
 from scripts.pictures import image_files
@@ -60,11 +59,10 @@ def find_entries(files, shards):
     """Image files, and data.Shards or None -> list of entries, with or without captions."""
     entries = [Entry(os.path.abspath(x), str(os.stat(x).st_mtime_ns), None) for x in files]
     if shards is not None:
-        times = {path: os.stat(path).st_mtime_ns for path in shards.paths}
         for i in range(len(shards)):
             path, offset = shards.place(i)
             # A tar header cuts long names, so two images of a shard may have the same name.
-            entries.append(Entry(shards.name(i), f"{times[path]} {offset}", i))
+            entries.append(Entry(shards.name(i), f"{os.stat(path).st_mtime_ns} {offset}", i))
     return entries
 
 
@@ -198,22 +196,19 @@ def main(argv):
     add("--images", action="append", default=[], help="folder or image; may be repeated")
     add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
     add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
-    add("--json", type=output_file(".json"), help="file to write the results to")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
     add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
     add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "name a text to look for, or open a page (--serve)")
-    server = None
-    if args.serve:
-        server = serve.make_server(args.port)  # first, because encoding may take an hour
+    # first, because encoding may take an hour
+    server = serve.make_server(args.port) if args.serve else None
     files = image_files(args.images)
     shards = None
     captions = []
     if args.data or not args.images:
-        options = "--images or --data"
-        paths, captions = validation_of(args.checkpoint, args.data, options)
+        paths, captions = validation_of(args.checkpoint, args.data, "--images or --data")
         shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
 
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
@@ -222,14 +217,13 @@ def main(argv):
     features = find_features(model, images, args.workers, args.features, sha256)
     print(f"{len(features):,} images; scores are cosine similarities")
     search = Search(model, tokenizer, images, features, [*captions, "txt"])
-    results = [search.by_text(text, args.k) for text in args.texts]
-    for result in results:
+    for text in args.texts:
+        result = search.by_text(text, args.k)
         print("\n" + result["text"])
         if result["unknown"]:
             print("not in the vocabulary:", ", ".join(result["unknown"]))
         for found in result["found"]:
             print(f"{found['score']:8.3f}  {found['name']}  {found['caption']}".rstrip())
-    write_json(args.json, results)
     if args.serve:
         serve.run(server, search, args.k)
 

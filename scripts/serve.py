@@ -7,7 +7,6 @@ can reach it under a name of its own), and its address has a random part, which 
 machine do not know. A request names a picture by its number, never by a path.
 """
 
-import io
 import json
 import re
 import secrets
@@ -17,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.io import encode_jpeg
 
 from cli import InputError, check
 
@@ -32,8 +31,8 @@ def make_server(port):
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        reason = f"--port {port} cannot be used ({error.strerror})"
-        raise InputError(f"{reason}: name another port, or 0 for any that is free") from None
+        reason = f"--port {port} cannot be used ({error.strerror}): use another, or 0 for any"
+        raise InputError(reason) from None
 
 
 def run(server, search, k):
@@ -81,9 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             check(number >= 0, "there is no such picture")  # Python would take -1 as the last one
             image = search.image(number, SIDE)
             check(image is not None, "it cannot be read any more")
-            jpeg = io.BytesIO()
-            to_pil_image(image).save(jpeg, "JPEG")
-            return "image/jpeg", jpeg.getvalue()
+            return "image/jpeg", encode_jpeg(image).numpy().tobytes()
         if "like" in options:
             result = search.by_image(int(options["like"]), self.server.k)
         elif "text" in options:

@@ -27,18 +27,18 @@ def report(lengths, repeats, unused, context_length):
     """lengths: list of tokens in each caption; repeats: in how many samples each caption is;
     unused: list of (name, reason)."""
     lengths = sorted(lengths)
-    if lengths:
-        too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
-        print(f"tokens per caption: {lengths[len(lengths) // 2]} in the middle, {lengths[-1]} most")
-        print(f"longer than {context_length} tokens: {too_long:,}; labels use all of it")
-        # The contrastive loss pushes an image away from its caption's twin, which fits as well.
-        twins = sum(count for count in repeats.values() if count > 1)
-        print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
+    too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
+    print(f"tokens per caption: {lengths[len(lengths) // 2]} in the middle, {lengths[-1]} most")
+    print(f"longer than {context_length} tokens: {too_long:,}; labels use all of it")
+    # The contrastive loss pushes an image away from its caption's twin, which fits as well.
+    twins = sum(count for count in repeats.values() if count > 1)
+    print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
     print(f"not used: {len(unused):,}")
-    reasons = [reason.partition(":")[0] for _, reason in unused]
-    example = {reason: name for reason, (name, _) in zip(reasons, unused)}
-    for reason, count in Counter(reasons).most_common():
-        print(f"{count:9,}  {reason}, such as {example[reason]}")
+    names = {}  # reason -> list of names
+    for name, reason in unused:
+        names.setdefault(reason.partition(":")[0], []).append(name)
+    for reason, alike in names.items():
+        print(f"{len(alike):9,}  {reason}, such as {alike[0]}")
 
 
 def print_sample(name, texts, tokenizer, weights):

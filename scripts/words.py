@@ -30,7 +30,7 @@ def find_pictures(args, tokenizer, size):
     scenes. Each is its name, a short title, and its pixels (3, S, S), or None if it cannot be read.
     Raises InputError."""
     if args.image:
-        for file in image_files(args.image, args.out):
+        for file in image_files(args.image):
             yield str(file), file.stem, evaluation.read_image(file, size)
         return
     try:
@@ -46,8 +46,8 @@ def find_pictures(args, tokenizer, size):
     step = max(1, len(shards) // SHOWN)
     for i in range(0, len(shards), step)[:SHOWN]:
         image, texts = images[i]
-        title = texts[0] if texts else ""
-        yield f'{shards.name(i)} "{title}"', title, image
+        if image is not None:
+            yield f'{shards.name(i)} "{texts[0]}"', texts[0], image
 
 
 # -----------------------------------------------------------------------------
