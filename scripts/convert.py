@@ -1,24 +1,28 @@
-"""Convert weights: what others have trained into a checkpoint of this project, and back.
+"""Convert weights that others have trained into a checkpoint of this project, and back:
 
     python -m scripts.convert superclip_b16.pt superclip.pt        a file of weights
     python -m scripts.convert ViT-B-32/laion2b_s34b_b79k clip.pt   a model and a tag of open_clip
-    python -m scripts.convert folder clip.pt                       of transformers or open_clip
+    python -m scripts.convert folder clip.pt                       from transformers or open_clip
     python -m scripts.convert out/best.pt folder --to open_clip
     python -m scripts.convert out/best.pt folder --to transformers
 
-A file, .pt or .safetensors, may be of the authors' SuperCLIP, of OpenAI's CLIP (a state dict), or
-of open_clip. The shapes of its tensors tell most of the configuration. The rest is in a config.json
-or open_clip_config.json beside the file. Without one it is assumed, and the command says so: heads
-64 wide, CLIP's mean and standard deviation of pixels, and plain GELU unless the file is OpenAI's.
-If that is wrong, name a model of open_clip before the file, as in ViT-B-32-quickgelu/weights.pt.
-Models of open_clip with parts that this project lacks are refused. A file without a word head
-becomes plain CLIP, and train.py --init_from gives it a new head. For images of another size, let
-open_clip interpolate the positions (create_model(..., force_image_size=160)), and convert what it
-has made.
+A file ends in .pt, .bin or .safetensors. It comes from the authors of SuperCLIP, from OpenAI (a
+state dict of CLIP), from open_clip or from transformers.
 
-What --to writes lacks the word head. open_clip.create_model_from_pretrained("local-dir:/PATH") and
-transformers' CLIPModel.from_pretrained("PATH") load it. The vocabulary is in the folder, too:
-Tokenizer.from_file("PATH/model.tiktoken", context_length).
+- *Configuration.* The shapes of the tensors tell most of it. The rest is in a config.json or
+  open_clip_config.json beside the file. Without one the command assumes heads that are 64 wide,
+  CLIP's mean and standard deviation of pixels, and plain GELU, or quick GELU in OpenAI's files. It
+  prints what it assumes. If that is wrong, write a model of open_clip before the file, as in
+  ViT-B-32-quickgelu/weights.pt.
+- *Parts.* The command refuses models with parts that this project lacks, and names these parts.
+- *Word head.* Weights without a word head become plain CLIP. train.py --init_from adds a new head.
+- *Image size.* For another one, let open_clip interpolate the positions by
+  create_model(..., force_image_size=160), save its state dict, and convert that file.
+
+--to writes a folder without the word head. open_clip loads it by
+create_model_from_pretrained("local-dir:/PATH"), and transformers by
+CLIPModel.from_pretrained("PATH"). The folder also holds the vocabulary, which
+Tokenizer.from_file("PATH/model.tiktoken", context_length) reads.
 """
 
 import json
@@ -34,10 +38,10 @@ from tokenizer import Tokenizer
 # -----------------------------------------------------------------------------
 # Names and shapes
 
-# open_clip has the text tower at the top level or, in newer files, under "text." as we do.
+# open_clip has the text tower at the top level. In newer files it is under "text.", as in ours.
 TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_proj")
-# Parts of our names and what transformers' CLIPModel has in their place. The order matters, in both
-# directions: a part may contain a later one.
+# Parts of our names, and the parts that transformers' CLIPModel has in their place. The order
+# matters in both directions, because a part may contain a later one.
 NAMES = {
     "text.text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
@@ -59,7 +63,7 @@ NAMES = {
 
 
 def our_name(name):
-    """The name of a tensor in any layout -> its name in this project."""
+    """Return the name that a tensor has in this project. name: its name in any layout."""
     # The authors call the word head "text_decoder".
     name = name.replace("text_decoder.ln_mlp.", "head.ln.")
     name = name.replace("text_decoder.text_projection.", "head.linear.")
@@ -69,22 +73,24 @@ def our_name(name):
 
 
 def rename(content):
-    """The tensors of a file in any layout but our own -> those of this project, by name."""
+    """Return the tensors of this project, as a dict of name -> tensor. content: the dict in a file
+    of any layout but our own."""
     weights = {}
     for name, tensor in content.items():
-        # An optimizer numbers its tensors, and DistributedDataParallel adds "module.".
+        # DistributedDataParallel adds "module." to names. An optimizer has numbers for names.
         name = str(name).removeprefix("module.")
         if not torch.is_tensor(tensor) or name.endswith(("attn_mask", "position_ids")):
             continue
         if name in ("text_projection.weight", "visual_projection.weight"):
-            tensor = tensor.T  # transformers has the projections transposed
+            tensor = tensor.T  # transformers stores the projections transposed.
         weights[our_name(name)] = tensor
-    # transformers has query, key and value apart.
+    # Join query, key and value, which are separate tensors in transformers.
     for name in [name for name in weights if ".q_proj." in name]:
         parts = [weights.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    # The authors' counters add up, over steps, the *share* of captions that have the token. Times
-    # their batch of 16,384 (paper, section 4), that is the number of captions, which we count.
+    # Turn the authors' counters into numbers of captions, which we count. Theirs are sums over
+    # steps: in each step they add the *share* of captions that have the token. Their batch has
+    # 16,384 captions (paper, section 4).
     for theirs, ours in (("cap_fq", "token_counts"), ("num_samples", "num_captions")):
         if theirs in weights:
             counts = weights.pop(theirs).squeeze() * 16384
@@ -93,7 +99,8 @@ def rename(content):
 
 
 def read_shapes(path, weights):
-    """Returns what the names and shapes of our tensors tell of the configuration, a dict."""
+    """Return the fields of the configuration that the names and shapes of tensors tell, as a dict.
+    path: for the message; weights: with our names. Raises InputError if a tensor is missing."""
     try:
         vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
         positions, _ = weights["visual.positional_embedding"].shape
@@ -104,7 +111,7 @@ def read_shapes(path, weights):
         raise InputError(f"{path} does not fit: it has no tensor {error}") from None
     blocks = [name for name in weights if name.endswith(".ln_1.weight")]
     return {
-        # The class token has a position, too. If the others make no square, restore says so.
+        # The class token has a position, too. If the others make no square, restore will say so.
         "image_size": patch_size * int((positions - 1) ** 0.5),
         "patch_size": patch_size,
         "vision_width": vision_width,
@@ -120,7 +127,7 @@ def read_shapes(path, weights):
 
 
 # -----------------------------------------------------------------------------
-# What shapes do not tell: heads, GELU, and the statistics of pixels. Each function returns a dict
+# Facts, a dict of the fields that shapes do not tell: heads, GELU, mean and std of pixels
 
 
 def open_clip_facts(name, model, images):
@@ -149,15 +156,15 @@ def open_clip_facts(name, model, images):
 
 
 def transformers_facts(folder):
-    """What the configuration in a folder of transformers tells. Raises InputError."""
+    """Return the facts in a folder of transformers. Raises InputError if its model is no CLIP."""
     transformers = optional("transformers")
     path = folder / "config.json"
     kind = json.loads(path.read_text("utf-8")).get("model_type")
-    check(kind == "clip", f"{path} is of a model of the type {kind}, and not of a CLIP")
+    check(kind == "clip", f"{path} describes a model of the type {kind}, which is not a CLIP")
     config = transformers.CLIPConfig.from_pretrained(folder)
     try:
         images = transformers.CLIPImageProcessor.from_pretrained(folder)
-    except OSError:  # CLIPModel.save_pretrained writes none
+    except OSError:  # CLIPModel.save_pretrained writes none.
         images = transformers.CLIPImageProcessor()
         print(f"assumed, as {folder} has no image processor: CLIP's mean and std of pixels")
     return {
@@ -170,8 +177,8 @@ def transformers_facts(folder):
 
 
 def facts_beside(path):
-    """What a configuration beside a file of weights tells, or {} if there is none. Raises
-    InputError."""
+    """Return the facts in the configuration beside a file of weights, or {} if there is none.
+    Raises InputError."""
     folder = path.parent
     beside = folder / "open_clip_config.json"
     if beside.exists():
@@ -183,11 +190,10 @@ def facts_beside(path):
 
 
 # -----------------------------------------------------------------------------
-# Weights in. Both functions return weights, a dict of name -> tensor, in our names; the
-# configuration, a dict; and the text of the vocabulary, or None
+# Weights in. Both functions return three values: a dict of our names -> tensors, the configuration
+# as a dict, and the text of the vocabulary, or None if there is none
 
-
-# The file of weights in a folder of open_clip or transformers: the first that is there.
+# The names of weights in a folder of open_clip or transformers. The first that is there is read.
 WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -197,8 +203,8 @@ WEIGHTS = (
 
 
 def read_weights(path):
-    """Of a file, with a configuration or a vocabulary beside it, or of a folder with such a file.
-    Raises InputError."""
+    """Read a file of weights, and the configuration and vocabulary beside it. path: the file, or
+    the folder that holds it. Raises InputError."""
     if path.is_dir():
         files = [path / name for name in WEIGHTS if (path / name).exists()]
         check(files, f"{path} holds no weights: none of {', '.join(WEIGHTS)}")
@@ -211,7 +217,7 @@ def read_weights(path):
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))
-    # Three scalars are in OpenAI's files, and only in them.
+    # Only OpenAI's files hold these three scalars.
     scalars = {"input_resolution", "context_length", "vocab_size"}
     is_openai = scalars <= weights.keys()
     weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
@@ -220,15 +226,16 @@ def read_weights(path):
         facts = {"quick_gelu": is_openai}
         gelu = "quick GELU, because it is OpenAI's" if is_openai else "plain GELU"
         print(f"assumed: heads 64 wide, CLIP's mean and std of pixels, {gelu}")
-    vocab = path.with_name("model.tiktoken")  # which we write
+    vocab = path.with_name("model.tiktoken")  # --to writes it.
     vocab = Tokenizer.from_file(vocab).vocab if vocab.exists() else None
     return weights, {**read_shapes(path, weights), **facts}, vocab
 
 
 def read_published(name):
-    """Of MODEL/TAG, which open_clip downloads; the tag may be a file. Raises InputError."""
+    """Read the weights that open_clip downloads. name: MODEL/TAG, where the tag may be a file.
+    Raises InputError."""
     model, _, tag = name.partition("/")
-    # No tag of open_clip has a dot in it, so such a name means a file.
+    # A tag with a dot means a file, because no tag of open_clip has one.
     check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
     open_clip = optional("open_clip", "open_clip_torch")
     check(model in open_clip.list_models(), f"there is no file {name}, and no model {model}")
@@ -246,11 +253,11 @@ def read_published(name):
 # -----------------------------------------------------------------------------
 # Weights out
 
-ONLY_OURS = ("head.", "token_counts", "num_captions")  # no other library knows a word head
+ONLY_OURS = ("head.", "token_counts", "num_captions")  # Other libraries have no word head.
 
 
 def open_clip_state(model):
-    """The weights of the towers under open_clip's names."""
+    """Return the weights of the towers under open_clip's names."""
     state = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith(ONLY_OURS):
@@ -259,11 +266,11 @@ def open_clip_state(model):
 
 
 def open_clip_config(c):
-    """c: a SuperCLIPConfig -> the dict from which open_clip builds the same towers."""
+    """Return the dict from which open_clip builds the same towers. c: a SuperCLIPConfig."""
     return {
         "embed_dim": c.embed_dim,
         "quick_gelu": c.quick_gelu,
-        # a number makes open_clip build a logit_bias
+        # A number makes open_clip build a logit_bias.
         "init_logit_bias": -10.0 if c.loss == "sigmoid" else None,
         "vision_cfg": {
             "image_size": c.image_size,
@@ -283,8 +290,8 @@ def open_clip_config(c):
 
 
 def transformers_state(model):
-    """The weights of the towers under the names of transformers' CLIPModel. It has no logit_bias,
-    without which the logits of a model of the sigmoid loss are all too high."""
+    """Return the weights of the towers under the names of transformers' CLIPModel. It has no
+    logit_bias, so after training with the sigmoid loss all its logits are too high."""
     state = {}
     for name, tensor in model.state_dict().items():
         if name.startswith((*ONLY_OURS, "logit_bias")):
@@ -302,7 +309,7 @@ def transformers_state(model):
 
 
 def transformers_config(c):
-    """c: a SuperCLIPConfig -> the dict from which transformers builds the same towers."""
+    """Return the dict from which transformers builds the same towers. c: a SuperCLIPConfig."""
     shared = {"projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu"}
     vision = {
         "image_size": c.image_size,
@@ -319,7 +326,7 @@ def transformers_config(c):
         "intermediate_size": 4 * c.text_width,
         "num_hidden_layers": c.text_layers,
         "num_attention_heads": c.text_heads,
-        # CLIPModel reads the feature of a text at its first end token, wherever that id is.
+        # Tell CLIPModel which token ends a text, because it reads the feature there.
         "bos_token_id": c.vocab_size - 2,
         "eos_token_id": c.vocab_size - 1,
     }
@@ -328,7 +335,7 @@ def transformers_config(c):
 
 
 def write_open_clip(model, folder):
-    """In the layout of open_clip's models on the hub."""
+    """Write a model into a folder, in the layout of open_clip's models on the hub."""
     c = model.config
     save_file = optional("safetensors.torch", "safetensors").save_file
     save_file(open_clip_state(model), folder / "model.safetensors", {"format": "pt"})
@@ -338,6 +345,7 @@ def write_open_clip(model, folder):
 
 
 def write_transformers(model, folder):
+    """Write a model into a folder, as transformers saves a CLIPModel and its image processor."""
     transformers = optional("transformers")
     c = model.config
     other = transformers.CLIPModel(transformers.CLIPConfig(**transformers_config(c)))
@@ -359,13 +367,13 @@ def write_transformers(model, folder):
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    # a text, because Windows would turn the / of a name around
-    text = ".pt or .safetensors file, a folder, or MODEL/TAG of open_clip"
+    # IN stays a string, because on Windows a Path would turn the / of a name around.
+    text = "file of weights, folder of open_clip or transformers, or MODEL/TAG of open_clip"
     add("input", metavar="IN", help=text)
     add("output", metavar="OUT", type=Path, help="new .pt file, or with --to a new folder")
-    text = "this layout, without the word head"
+    text = "write for this library, without the word head"
     add("--to", choices=["open_clip", "transformers"], help=text)
-    add("--vocab", metavar="FILE", help="vocabulary, or clip (default: IN's or clip)")
+    add("--vocab", metavar="FILE", help="vocabulary, or clip (default: that of IN, else clip)")
     args = parser.parse_args(argv)
     out = args.output
     check(not out.exists(), f"{out} is there already: OUT must be new")

@@ -1,11 +1,11 @@
-"""Draw how runs went, from their logs:
+"""Draw the losses and scores of one or several runs, from their logs:
 
     python -m scripts.curves out/log.jsonl --out curves.png
     python -m scripts.curves out_a/log.jsonl out_b/log.jsonl --out curves.png
 
-There is a panel for each term of the loss, in training and in validation, and one for each score,
-with its chance as a dotted line. In each of them a run has a line. The legend has the name of its
-folder, or that of the file if the file is not called log.jsonl.
+Each term of the loss and each score has a panel, in which every run is a line. A dotted line is the
+chance level of a score. The legend calls a run by its folder. If the log is not called log.jsonl,
+the legend calls the run by the name of the file.
 """
 
 import math
@@ -19,9 +19,10 @@ COLUMNS = 4
 
 
 def values_of(row):
-    """A row of a log -> {title: (value, chance)}. A loss has no chance, and scores are in percent,
-    R@1 as the mean of both ways."""
-    values = {name: (x, None) for name, x in row.items() if name.endswith("_loss")}  # of forks, too
+    """Return what a row of a log adds to the panels, as a dict of title -> (value, chance). Losses
+    are all values whose names end in _loss, so terms of a fork are among them. The chance of a loss
+    is None. Scores are in percent. R@1 is the mean of both directions."""
+    values = {name: (x, None) for name, x in row.items() if name.endswith("_loss")}
     scores = row.get("zeroshot", {})
     for folder, name in short_names(scores).items():
         score = scores[folder]
@@ -40,7 +41,7 @@ def name_of_run(log):
 
 def main(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of each run")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of a run")
     parser.add_argument("--out", type=output_file(".png"), required=True, help="picture to draw")
     args = parser.parse_args(argv)
     panels = {}  # title -> run -> list of (step, value, chance)
@@ -57,12 +58,12 @@ def main(argv):
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    # losses first, and those of training before those of validation
+    # Draw losses first, and losses of training before those of validation.
     titles = sorted(panels, key=lambda title: (title.endswith("(%)"), title.startswith("val_")))
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title.replace("_", " "), fontsize="medium")
         for i, log in enumerate(args.logs):
-            if log in panels[title]:  # plain CLIP has no word loss
+            if log in panels[title]:  # Plain CLIP has no word loss.
                 steps, values, chances = zip(*panels[title][log])
                 axis.plot(steps, values, color=f"C{i}", label=name_of_run(log))
                 if chances[0] is not None:

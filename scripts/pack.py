@@ -2,15 +2,17 @@
 
     python -m scripts.pack --csv pairs.csv --images photos/ --out shards/
 
-The list is a CSV, TSV or JSONL file in UTF-8 with the columns image and caption, or others that
---image_column and --caption_column name. All rows of one image become one sample: .txt holds its
-first caption, and .json holds all `captions`, the image's name, size and hash, and the other
-columns of the list, so that a column `long` serves as --label_captions json.long. Where the rows of
-an image differ in a column, its field is a list. Large images are made smaller; --size 0 keeps
-their size. Rows that cannot be used are listed in bad_rows.csv, with the reason.
+The list is a CSV, TSV or JSONL file in UTF-8. Its columns are called image and caption, or
+--image_column and --caption_column name them. The command makes large images smaller, unless you
+give --size 0. It writes the rows that cannot be used to bad_rows.csv, with the reason.
+
+All rows of one image become one sample. The .txt of a sample holds the first caption. The .json
+holds all captions in the field `captions`. It also holds the name, size and hash of the image, and
+the other columns of the list. For example, train.py finds a column `long` by --label_captions
+json.long. If the rows of an image differ in a column, the field is a list.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
-are never on both sides, and an image keeps its side when the list grows or is packed in parts.
+are never on both sides. An image keeps its side when the list grows, or is packed in parts.
 """
 
 import csv
@@ -28,7 +30,7 @@ from PIL import Image
 import data
 from cli import InputError, check, cores, make_parser, new_folder, number, run_command
 
-# Formats that shards hold. MPO is a JPEG with a second picture behind it, as some phones make it.
+# The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 SHARD_SIZE = 1000  # samples
 
@@ -37,8 +39,9 @@ SHARD_SIZE = 1000  # samples
 
 
 def read_rows(path):
-    """Yield (line number, dict of columns). Raises InputError at what cannot be read, because after
-    a quotation mark that is not closed all that follows may be lost."""
+    """Yield the rows of a list, each as (line number, dict of columns). Raises InputError if a line
+    cannot be read. Leaving that line out would not do, because a quotation mark that is not closed
+    may swallow all rows that follow."""
     line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -56,31 +59,29 @@ def read_rows(path):
             for row in reader:
                 line = reader.line_num
                 yield line, row
-    except (ValueError, csv.Error) as error:  # UTF-8 and JSON raise a ValueError
+    except (ValueError, csv.Error) as error:  # Wrong UTF-8 and wrong JSON raise a ValueError.
         advice = "Is it UTF-8? Is a quotation mark open? JSON needs a line for each image (JSONL)."
         raise InputError(f"{path}, near line {line}: {error}. {advice}") from None
 
 
 def read_list(args):
-    """Read the list. Returns (samples, bad).
-
-    samples: dict of image -> list of its rows, each (line number, captions, dict of the other
-    columns). bad: list of (line number, image, reason).
-    """
+    """Read the list. Return two values. The first is a dict of image -> list of its rows, each
+    (line number, captions, dict of the other columns). The second is a list of rows that cannot be
+    used, each (line number, image, reason)."""
     samples = {}
     bad = []
     for line, row in read_rows(args.csv):
         image = str(row.pop(args.image_column, None) or "").strip()
-        texts = row.pop(args.caption_column, None)  # one text, or a list of them in JSON
+        texts = row.pop(args.caption_column, None)  # one text, or in JSON a list of texts
         texts = texts if isinstance(texts, list) else [texts]
         captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
         if None in row:
-            bad.append((line, image, "more fields than columns: is the caption in quotes?"))
+            bad.append((line, image, "more fields than columns: put the caption into quotes"))
         elif not image or not captions:
             reason = "no image or no caption: see --image_column and --caption_column"
             bad.append((line, image, reason))
         else:
-            name = os.path.normpath(image)  # two spellings are one image
+            name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image.
             samples.setdefault(name, []).append((line, captions, row))
     return samples, bad
 
@@ -90,8 +91,8 @@ def read_list(args):
 
 
 def merge(rows):
-    """The rows of one image -> fields of .json: the captions and the other columns. Where the rows
-    differ in a column, its field is a list."""
+    """Return the fields of a sample's .json, which are the captions and the other columns. rows:
+    all rows of one image. If they differ in a column, the field is a list."""
     captions = {}
     columns = {}  # name -> list of the different values
     for _, texts, row in rows:
@@ -105,21 +106,23 @@ def merge(rows):
 
 
 def smaller(image, size):
-    """A PIL image -> the bytes of a JPEG with a short side of at most `size` pixels, and its width
-    and height."""
-    image.draft("RGB", (2 * size, 2 * size))  # leaves enough for a sharp resize
-    image = data.upright_rgb(image)  # the new file has no EXIF data
+    """Return the bytes of a JPEG, and its width and height. Its short side has at most `size`
+    pixels. image: a PIL image that may be larger."""
+    image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
+    image = data.upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=90, comment=b"")  # nor the old comment
+    image.save(jpeg, "JPEG", quality=90, comment=b"")  # without the comment of the old file
     return jpeg.getvalue(), image.size
 
 
 def encode(item, args):
-    """(image, its rows) -> (split, suffix, bytes, fields of .json), or the reason why not, as a
-    string. A file that is small enough stays as it is, because encoding it again would lose
-    quality, unless shards do not hold its format."""
+    """Return what goes into a shard, as (split, suffix, bytes of the image, fields of .json). If
+    the image cannot be used, return the reason as a string. item: (image, its rows).
+
+    A file keeps its bytes if it is small enough and shards hold its format. Encoding it again would
+    lose quality."""
     name, rows = item
     size = args.size or 10**9
     try:
@@ -128,12 +131,12 @@ def encode(item, args):
         image = Image.open(io.BytesIO(content), formats=data.FORMATS)
         suffix = KEPT.get(image.format)
         if suffix is not None and min(image.size) <= size:
-            image.load()  # it can be decoded
+            image.load()  # Decode it, only to see that it can be decoded.
             width, height = image.size
         else:
             suffix = ".jpg"
             content, (width, height) = smaller(image, size)
-    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
+    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory.
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
     facts = {"image": name, "width": width, "height": height, "sha256": sha256}
@@ -145,7 +148,7 @@ def encode(item, args):
 
 
 class ShardWriter:
-    """Writes the samples of a split into shards of SHARD_SIZE samples."""
+    """Write the samples of a split into shards of SHARD_SIZE samples."""
 
     def __init__(self, folder, split):
         self.folder = folder
@@ -154,7 +157,8 @@ class ShardWriter:
         self.tar = None
 
     def add(self, suffix, content, fields):
-        """suffix: of the image; content: its bytes; fields: of .json."""
+        """Write one sample. suffix, content: of the image file, content as bytes; fields: of
+        .json."""
         shard, place = divmod(self.n, SHARD_SIZE)
         if place == 0:
             self.close()
@@ -169,11 +173,11 @@ class ShardWriter:
 
 
 def make_shards(args, samples, bad, folder):
-    """Write the samples into the folder. What cannot be used goes to `bad`. Returns the numbers of
-    training and of validation pairs."""
+    """Write the samples into shards in the folder, and add the rows of images that cannot be used
+    to the list `bad`. Return the number of training pairs and the number of validation pairs."""
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     items = list(samples.items())
-    n = 256  # at a time, so that no more are in memory
+    n = 256  # Encode so many images at a time, so that no more are in memory.
     with ThreadPool(cores()) as pool:
         for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]
@@ -197,15 +201,16 @@ def main(argv):
     add = parser.add_argument
     # fmt: off
     add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
-    add("--out", type=Path, required=True, help="folder to make for the shards")
-    add("--images", type=Path, help="folder of the images (default: that of the list)")
+    add("--out", type=Path, required=True, help="new folder for the shards")
+    add("--images", type=Path, help="folder with the images (default: the folder of the list)")
     add("--image_column", default="image", metavar="COLUMN",
-        help="column of file names (default image)")
+        help="column with file names (default image)")
     add("--caption_column", default="caption", metavar="COLUMN",
-        help="column of captions (default caption)")
+        help="column with captions (default caption)")
     add("--size", type=number(int, 0), default=256,
-        help="pixels of a short side, at most; 0: as it is (default 256)")
-    add("--val", type=number(float, 0, 0.99), default=0.05, help="share to validate (default 0.05)")
+        help="largest short side in pixels; 0 keeps every size (default 256)")
+    add("--val", type=number(float, 0, 0.99), default=0.05,
+        help="share of images for validation (default 0.05)")
     # fmt: on
     args = parser.parse_args(argv)
     args.images = args.images or args.csv.parent
@@ -219,7 +224,7 @@ def main(argv):
             with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
             print(f"{len(bad):,} rows cannot be used: see {args.out / path.name}")
-    print(f"{n:,} pairs to train on, {n_val:,} pairs to validate")
+    print(f"{n:,} pairs to train on, {n_val:,} pairs to validate on")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What commands about pictures share: which image files there are, and a sheet of images with
-captions."""
+"""Find image files, and draw a sheet of images with captions, for the commands about pictures."""
 
 import math
 import textwrap
@@ -12,13 +11,13 @@ from cli import check, output_file, write_file
 from data import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
-LETTER = 8  # pixels, about: the width of a letter of Pillow's own font, which is 15 pixels high
+LETTER = 8  # pixels: about the width of a letter in Pillow's own font, which is 15 pixels high
 picture_file = output_file(".png")  # a type for argparse
 
 
 def image_files(paths):
-    """Returns the list of image files among `paths` and below the folders among them. Raises
-    InputError."""
+    """Return a list of image files. paths: files, and folders that are searched with all folders
+    below them. Raises InputError if a path leads to no image."""
     files = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else images_below(path)
@@ -28,8 +27,8 @@ def image_files(paths):
 
 
 def contact_sheet(images, captions, path, columns=4):
-    """Draw images with a caption of up to five lines below each. images: list of uint8 tensors (3,
-    S, S); captions: as many strings; path: the PNG file to write."""
+    """Draw images into a PNG file, with a caption of up to five lines below each. images: list of
+    uint8 tensors (3, S, S); captions: list of as many strings; path: the file to write."""
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
     wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]

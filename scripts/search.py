@@ -5,16 +5,20 @@
     python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz --serve
 
-The first command prints the best images for each text with their scores. --serve opens a page to
-search with, by text or by one of the images: see scripts/serve.py. Without --images and --data, the
-validation pictures of the run are searched. A score is the cosine similarity of two features.
-Compare only scores of the same text, because some texts score higher than others everywhere.
+The command prints the best images for each text, with their scores. Without --images and --data it
+searches the validation pictures of the run. With --serve you search on a page, by text or by one of
+the images (see scripts/serve.py).
 
---features keeps the features of the images searched, so that the next search of the same folders
-encodes only those that are new or have changed. Other programs can read the file by numpy.load: its
-names (N,) are absolute paths, or SHARD:KEY, and its features (N, E) are float32, of length 1. Its
-stamps (N,) say when a file or shard was changed, and at which byte of the shard the image lies.
-checkpoint is the SHA-256 of the checkpoint.
+A score is the cosine similarity of two features. Compare only scores of the same text, because some
+texts have higher scores than others with every image.
+
+--features keeps the features of all images in a file. The next search then encodes only images that
+are new or have changed. Other programs can read the file by numpy.load. It holds four arrays:
+
+- names (N,): absolute paths of image files, or SHARD:KEY for an image in a shard
+- features (N, E): float32, each of length 1
+- stamps (N,): when the file or shard was changed, and at which byte of the shard the image begins
+- checkpoint: the SHA-256 of the checkpoint, a string
 
 Axes: N images, E embedding, S pixels a side.
 """
@@ -50,24 +54,26 @@ from tokenizer import unknown_words
 # -----------------------------------------------------------------------------
 # Images
 
-# An image to search. stamp: a string that tells versions of an image apart; sample: its number in
-# the shards, or None if it is a file.
+# An image to search. stamp: a string that changes when the image does; sample: its number in the
+# shards, or None if it is a file.
 Entry = namedtuple("Entry", "name stamp sample")
 
 
 def find_entries(files, shards):
-    """Image files, and data.Shards or None -> list of entries, with or without captions."""
+    """Return the list of all images to search. files: paths; shards: data.Shards, or None."""
     entries = [Entry(os.path.abspath(x), str(os.stat(x).st_mtime_ns), None) for x in files]
     if shards is not None:
         for i in range(len(shards)):
             path, offset = shards.place(i)
-            # A tar header cuts long names, so two images of a shard may have the same name.
+            # Add the offset, because a tar header cuts long names. Two images of a shard may have
+            # the same one.
             entries.append(Entry(shards.name(i), f"{os.stat(path).st_mtime_ns} {offset}", i))
     return entries
 
 
 class Images(Dataset):
-    """The images of entries, for evaluation.batches: (uint8 tensor (3, S, S) or None, number)."""
+    """The images of a list of entries, for evaluation.batches. An item is (uint8 tensor (3, S, S),
+    its number), with None in place of the tensor if the image cannot be read."""
 
     def __init__(self, entries, shards, size):
         self.entries = entries
@@ -92,23 +98,27 @@ class Images(Dataset):
 
 
 def read_features(path, sha256):
-    """The file of --features -> dict {(name, stamp): feature (E,)}. Raises InputError unless the
-    checkpoint with this SHA-256 has made it, because features of two models do not compare."""
+    """Return the features in a file of --features, as a dict of (name, stamp) -> feature (E,).
+    Raises InputError if another checkpoint than the one with this SHA-256 has made them, because
+    features of two models cannot be compared."""
     try:
         with np.load(path) as content:
             made_by = content["checkpoint"].item()
             versions = zip(content["names"].tolist(), content["stamps"].tolist())
             features = dict(zip(versions, torch.from_numpy(content["features"])))
-    except Exception as error:  # NumPy and zipfile raise a dozen kinds
-        raise InputError(f"{path} is damaged, or no file of --features: name another") from error
-    check(made_by == sha256, f"{path} is of another checkpoint: name another file or delete it")
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds.
+        raise InputError(f"{path} is damaged, or no file of --features: use another") from error
+    check(made_by == sha256, f"{path} belongs to another checkpoint: use another file or delete it")
     return features
 
 
 def find_features(model, images, workers, path, sha256):
-    """Images -> dict {number: feature (E,)} of all that can be read; the others are named. What the
-    file `path` has comes from there, and all are kept there, unless it is None; sha256: that of the
-    checkpoint. Raises InputError."""
+    """Return the features of all images that can be read, as a dict of number -> feature (E,). The
+    others are named.
+
+    images: Images; path: the file of --features, or None; sha256: of the checkpoint. Features that
+    the file has are not computed again. Then the file is written anew. Raises InputError.
+    """
     known = {}
     if path and path.exists():
         known = read_features(path, sha256)
@@ -136,8 +146,11 @@ def find_features(model, images, workers, path, sha256):
 
 class Search:
     """A model, and the images to search with it. features: what find_features returns; captions:
-    sources, of which the first that an image has is shown. The result of a search is a dict: the
-    text, or the name of the image that others are like, and what was found, a list of dicts."""
+    sources of captions. An image is shown with the caption from the first source that it has.
+
+    A search returns a dict. `found` is a list of dicts, one for each image that was found. `text`
+    or `like` is the query: a text, or the name of an image.
+    """
 
     def __init__(self, model, tokenizer, images, features, captions):
         self.model = model
@@ -148,29 +161,33 @@ class Search:
         self.captions = captions
 
     def by_text(self, text, k):
-        """The k images that fit a text best, and the words of the text that the model lacks."""
+        """Find the k images that fit a text best. `unknown` in the result is the list of words of
+        the text that the model's vocabulary lacks."""
         [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
         unknown = unknown_words(self.tokenizer, [text])
         return {"text": text, "unknown": unknown, "found": self.best(self.features @ feature, k)}
 
     def by_image(self, number, k):
-        """The k images that are most like one of them."""
+        """Find the k images that are most like one of them, which has this number."""
         scores = self.features @ self.features[self.numbers.index(number)]
-        # An image would find itself and its copies, which are of no use to anybody.
+        # Leave out the image itself and its copies, because nobody searches for them.
         scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
         return {"like": self.about(number)["name"], "found": self.best(scores, k)}
 
     def first(self, k):
-        """The number of all images, and the first k of them, which have no score."""
+        """Return the number of all images as `count`, and the first k images, without scores, as
+        `found`."""
         return {"count": len(self.numbers), "found": [self.about(i) for i in self.numbers[:k]]}
 
     def best(self, scores, k):
+        """Return what is known of the k images with the highest scores (N,)."""
         order = scores.argsort(descending=True, stable=True)[:k].tolist()
         order = [i for i in order if scores[i] > -math.inf]
         return [{"score": scores[i].item(), **self.about(self.numbers[i])} for i in order]
 
     def about(self, number):
-        """What is known of an image: its name, and its caption, or "" if it has none."""
+        """Return what is known of an image, as a dict: its number, its name, and its caption, which
+        is "" if it has none."""
         name, _, sample = self.images.entries[number]
         caption = ""
         if sample is not None:
@@ -181,7 +198,7 @@ class Search:
         return {"number": number, "name": name, "caption": caption}
 
     def image(self, number, size):
-        """An image as a uint8 tensor (3, size, size), or None."""
+        """Return an image as a uint8 tensor (3, size, size), or None if it cannot be read."""
         return Images(self.images.entries, self.images.shards, size)[number][0]
 
 
@@ -192,24 +209,24 @@ class Search:
 def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="what to look for")
-    add("--images", action="append", default=[], help="folder or image; may be repeated")
-    add("--data", action="append", default=[], help="tar shards, or a folder; may be repeated")
-    add("--k", type=number(int, 1), default=12, help="images to find for each (default 12)")
+    add("texts", nargs="*", metavar="TEXT", help="texts to look for")
+    add("--images", action="append", default=[], help="image, or folder of images; may be repeated")
+    add("--data", action="append", default=[], help="tar shards, or their folder; may be repeated")
+    add("--k", type=number(int, 1), default=12, help="images to find for each text (default 12)")
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
-    add("--serve", action="store_true", help="serve a page to search with, to this machine alone")
-    add("--port", type=number(int, 0, 65535), default=8000, help="its port (default 8000; 0: any)")
+    add("--serve", action="store_true", help="serve a page to search with, on this machine alone")
+    add("--port", type=number(int, 0, 65535), default=8000, help="its port; 0: any (default 8000)")
     args = parser.parse_intermixed_args(argv)
-    check(args.texts or args.serve, "name a text to look for, or open a page (--serve)")
-    # first, because encoding may take an hour
+    check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")
+    # Take the port first, because encoding may take an hour, and the port may be in use.
     server = serve.make_server(args.port) if args.serve else None
     files = image_files(args.images)
     shards = None
     captions = []
     if args.data or not args.images:
         paths, captions = validation_of(args.checkpoint, args.data, "--images or --data")
-        shards = data.Shards(data.expand(paths), sources=())  # a caption may be missing
+        shards = data.Shards(data.expand(paths), sources=())  # Captions may be missing.
 
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()

@@ -1,10 +1,15 @@
-"""The page of `python -m scripts.search --serve`: serve.html, which asks this process for results,
-and then for each picture.
+"""Serve the page of `python -m scripts.search --serve`. The page is serve.html. It asks this
+process for results, and then for each picture.
 
-It is for this machine alone, or for one that is connected to it by `ssh -L`. Three things keep
-others out: it listens on 127.0.0.1, it answers only to a host of this machine (so that no website
-can reach it under a name of its own), and its address has a random part, which other users of this
-machine do not know. A request names a picture by its number, never by a path.
+Only this machine can use the page, or a machine that is connected to it by `ssh -L`. Three things
+keep others out:
+
+- The server listens on 127.0.0.1.
+- It answers only requests to localhost or 127.0.0.1. A website that gives its own name the address
+  127.0.0.1 gets no answer.
+- The address of the page has a random part, which other users of this machine do not know.
+
+A request names a picture by its number, never by a path.
 """
 
 import json
@@ -21,13 +26,14 @@ from torchvision.io import encode_jpeg
 from cli import InputError, check
 
 PAGE = Path(__file__).with_suffix(".html")
-SIDE = 224  # of a picture in pixels
+SIDE = 224  # pixels: side of a picture
 FIRST = 24  # pictures that the page opens with
-HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L has its own
+HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # any port, because ssh -L may use another
 
 
 def make_server(port):
-    """Take a port, 0 for any that is free. Raises InputError."""
+    """Return a server that listens on a port. port: 0 stands for any free one. Raises
+    InputError."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
@@ -36,12 +42,13 @@ def make_server(port):
 
 
 def run(server, search, k):
-    """Answer until Ctrl-C. server: from make_server; k: pictures to find."""
+    """Answer requests until Ctrl-C. server: from make_server; search: a Search of scripts.search;
+    k: number of pictures to find."""
     server.search = search
     server.k = k
     server.token = secrets.token_urlsafe(16)
-    # A browser opens connections that it may never use, so each has a thread. But they search one
-    # after the other, because not every device lets two threads use a model.
+    # Each connection has a thread, because a browser opens connections that it may never use. The
+    # lock lets one thread search at a time, because not every device lets two use a model.
     server.lock = threading.Lock()
     address = f"http://127.0.0.1:{server.server_port}/{server.token}/"
     print(f"\nopen {address} in a browser; Ctrl-C ends it")
@@ -50,7 +57,7 @@ def run(server, search, k):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request of a browser, in a thread of its own."""
+    """Answer one request of a browser. Each handler runs in a separate thread."""
 
     def do_GET(self):
         path, _, query = self.path.partition("?")
@@ -70,14 +77,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def answer(self, name, options):
-        """The content of an address: its type, and its bytes. Raises InputError, LookupError or
-        ValueError if there is none."""
+        """Return the content of an address: its type, and its bytes. name: the last part of the
+        path; options: the query, a dict. Raises InputError, LookupError or ValueError if the
+        address has no content."""
         search = self.server.search
         if name == "":
             return "text/html", PAGE.read_bytes()
         if name == "picture":
             number = int(options["number"])
-            check(number >= 0, "there is no such picture")  # Python would take -1 as the last one
+            check(number >= 0, "there is no such picture")  # Python reads -1 as the last one.
             image = search.image(number, SIDE)
             check(image is not None, "it cannot be read any more")
             return "image/jpeg", encode_jpeg(image).numpy().tobytes()
@@ -90,8 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(result).encode()
 
     def handle(self):
-        with suppress(ConnectionError):  # a browser that has moved on does not wait for answers
+        with suppress(ConnectionError):  # A browser that leaves the page does not wait for answers.
             super().handle()
 
     def log_message(self, *_):
-        """Print nothing, because a request may hold anything."""
+        """Print nothing, because a request may contain any text."""

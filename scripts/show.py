@@ -2,9 +2,10 @@
 
     python -m scripts.show SHARDS --picture grid.png
 
-Prints counts, caption lengths, repeated captions, what is not used and why, and some samples with
-their label: the shares that the word head is asked to predict, by the IDF over the captions of
-these shards.
+The command counts samples, tokens in captions, and captions that occur more than once. It names
+what cannot be used, and why. Then it prints some samples. Below the captions of a sample stands its
+label, which holds the shares of words that the word head should predict. The IDF of a word comes
+from the captions of these shards.
 """
 
 from collections import Counter
@@ -24,15 +25,17 @@ SIDE = 240  # pixels of an image in the picture
 
 
 def report(lengths, repeats, unused, context_length):
-    """lengths: list of tokens in each caption; repeats: in how many samples each caption is;
-    unused: list of (name, reason)."""
+    """Print what is known of the captions and of what is not used. lengths: the number of tokens
+    in each caption; repeats: a Counter, in how many samples each caption is; unused: list of (name,
+    reason); context_length: tokens that the text tower sees."""
     lengths = sorted(lengths)
     too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
-    print(f"tokens per caption: {lengths[len(lengths) // 2]} in the middle, {lengths[-1]} most")
-    print(f"longer than {context_length} tokens: {too_long:,}; labels use all of it")
-    # The contrastive loss pushes an image away from its caption's twin, which fits as well.
+    print(f"tokens per caption: {lengths[len(lengths) // 2]} (median), {lengths[-1]} at most")
+    print(f"longer than {context_length} tokens: {too_long:,} (labels use the whole caption)")
+    # Count captions that other samples have, too. The contrastive loss pushes an image away from
+    # the same caption of another image, although that caption fits as well.
     twins = sum(count for count in repeats.values() if count > 1)
-    print(f"captions with a twin: {twins:,} ({twins / repeats.total():.1%})")
+    print(f"repeated captions: {twins:,} ({twins / repeats.total():.1%})")
     print(f"not used: {len(unused):,}")
     names = {}  # reason -> list of names
     for name, reason in unused:
@@ -42,7 +45,8 @@ def report(lengths, repeats, unused, context_length):
 
 
 def print_sample(name, texts, tokenizer, weights):
-    """The captions of a sample, and the label of the first one. weights (V,): from idf."""
+    """Print the captions of a sample, and the label of the first one. name: of the sample; texts:
+    its captions; weights (V,): the IDF of every token."""
     print("\n  ".join([f"\n{name}", *texts]))
     ids = tokenizer.encode(texts[0])
     [label] = caption_label(torch.tensor([ids]), weights)
@@ -65,7 +69,7 @@ def main(argv):
 
     unused = list(shards.unused)
     lengths = []
-    token_counts = Counter()  # which counts ten times as fast as a tensor
+    token_counts = Counter()  # It counts ten times as fast as a tensor.
     repeats = Counter()
     for i in data.progress(range(len(shards)), "reading captions", unit="sample"):
         try:
@@ -77,7 +81,7 @@ def main(argv):
             ids = tokenizer.encode(text)
             lengths.append(len(ids))
             token_counts.update(set(ids))
-        # Equal captions of one sample count once, because they are no false negatives.
+        # Count equal captions of one sample once, because they all belong to the same image.
         repeats.update({clean(text) for text in texts})
 
     samples = []
@@ -88,7 +92,7 @@ def main(argv):
         except UNREADABLE as error:
             unused.append((shards.name(i), str(error)))
     print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
-    unused = list(dict.fromkeys(unused))  # a bad caption may have been read twice
+    unused = list(dict.fromkeys(unused))  # A bad caption may have been read twice.
     report(lengths, repeats, unused, tokenizer.context_length)
     counts = torch.tensor([token_counts[i] for i in range(tokenizer.vocab_size)])
     weights = idf(len(lengths), counts)

@@ -1,13 +1,14 @@
-"""Which words the head sees in an image, and where:
+"""Print which words the word head sees in an image, and draw where it sees them:
 
     python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
 
-The first command prints the most probable words of each image. Words of many captions, such as
-"the", make room for others. With --out it also draws a map for each word, which is red where the
-word becomes less probable if these patches are left out. Without images, as in the second command,
-a few validation pictures of the run are shown. (The checkpoint assets/tiny.pt comes without its
-data, so scenes are drawn on the spot.)
+The command prints the most probable words of each image, without words of many captions, such as
+"the". With --out it also draws a map for each word. Red marks patches without which the word
+becomes less probable.
+
+Without --image, as in the second line, the command takes a few validation pictures of the run. The
+checkpoint assets/tiny.pt comes without its validation pictures, so the command draws new scenes.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
@@ -26,9 +27,9 @@ SHOWN = 6  # validation pictures
 
 
 def find_pictures(args, tokenizer, size):
-    """Yield the pictures to look at: those of --image, or validation pictures of the run, or
-    scenes. Each is its name, a short title, and its pixels (3, S, S), or None if it cannot be read.
-    Raises InputError."""
+    """Yield the pictures of --image, or validation pictures of the run, or new scenes. Each is
+    (name, short title, pixels (3, S, S)), with None in place of pixels if it cannot be read. size:
+    pixels a side. Raises InputError."""
     if args.image:
         for file in image_files(args.image):
             yield str(file), file.stem, evaluation.read_image(file, size)
@@ -51,30 +52,31 @@ def find_pictures(args, tokenizer, size):
 
 
 # -----------------------------------------------------------------------------
-# Maps: where is a word?
+# Maps that show where the head sees a word
 
 
 def default_window(model):
-    """Patches a side that word_maps leaves out: about a quarter of the image's side. In the tiny
-    model that is as much as an object takes."""
+    """Return the side of the window that word_maps leaves out, in patches. It is about a quarter of
+    the image's side. In the tiny model an object is about as large."""
     return max(1, round(model.visual.grid / 4))
 
 
 @torch.no_grad()
 def word_maps(model, image, ids, window, batch_size=64):
-    """Where an image (3, S, S) shows each of K tokens (a list of ids).
+    """Compute where an image shows each of K tokens, by leaving out patches.
 
-    Returns falls (K, W): by how much the word's log-probability falls, in nats, when one of the W
-    windows of window x window patches is left out; and maps (K, grid, grid): for each patch the
-    mean over its windows.
+    image (3, S, S); ids: list of K tokens; window: the side of a square of patches, which has W
+    places in the image; batch_size: windows at a time. Return falls (K, W) and maps (K, G, G). A
+    fall says by how much a token's log-probability falls without a window, in nats. A map has for
+    each patch the mean over the windows that contain it.
 
-    Why by leaving out? The head is all but linear on the mean of the patch tokens, so its logit
-    splits into one part per token. But attention has mixed the patches, and those parts light up
-    the background as much as the object. A window that is left out is simply missing.
+    Why not a faster way? The head is almost linear in the mean of the patch tokens, so its logit is
+    a sum with one term for each patch. But these terms are as large in the background as on the
+    object, because attention has mixed the patches.
     """
     grid = model.visual.grid
-    # Row i of a band matrix: the patches of the i-th window along one side. A square is the product
-    # of two sides, and kron multiplies every row with every row.
+    # Row i of this band matrix has ones at the patches of the i-th window along one side. A square
+    # is the product of two sides, and kron multiplies every row with every row.
     side = torch.ones(grid - window + 1, grid).triu().tril(window - 1)
     inside = torch.kron(side, side)  # (W, P): 1 for the patches of a window
     outside = [(row == 0).nonzero().flatten() for row in inside]
@@ -95,16 +97,16 @@ def word_maps(model, image, ids, window, batch_size=64):
 # The sheet of maps
 
 CELL = 168  # pixels: side of an image
-MAX_IMAGES = 24  # a sheet of a large folder would not fit into memory
+MAX_IMAGES = 24  # A sheet of a large folder would not fit into memory.
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
 
 
 def word_cells(image, maps):
-    """image (3, S, S), maps (K, G, G) of its words -> tensors (1 + K, 3, CELL, CELL): the image,
-    and pale copies of it under the colours of the maps."""
+    """Return a row of the sheet (1 + K, 3, CELL, CELL), which is the image, and for each word a
+    pale copy of it under the colours of the map. image (3, S, S); maps (K, G, G)."""
     photo = F.interpolate(image[None].float(), (CELL, CELL), mode="bilinear")
     pale = 0.7 * 255 + 0.3 * photo.mean(dim=1, keepdim=True)  # (1, 1, CELL, CELL)
-    # Patches stay squares, because a smooth map would show detail that nobody has measured.
+    # Draw patches as squares, because a smooth map would show detail that nobody has measured.
     strength = maps[:, None] / maps.abs().max()  # (K, 1, G, G) in -1..1
     strength = F.interpolate(strength, (CELL, CELL), mode="nearest")
     opacity = 0.86 * strength.abs()
@@ -128,8 +130,8 @@ def main(argv):
     window = default_window(model)
 
     n = 0  # images that can be read
-    cells = []  # of the sheet, and what stands below them
-    titles = []
+    cells = []  # images of the sheet
+    titles = []  # texts below them
     for name, title, image in find_pictures(args, tokenizer, model.config.image_size):
         if image is None:
             continue
@@ -144,7 +146,7 @@ def main(argv):
     if args.out:
         rows = min(n, MAX_IMAGES)
         contact_sheet(cells, titles, args.out, len(cells) // rows)
-        print(f"wrote {args.out}: {rows} of {n} images, each with a scale of its own. Red: a word")
+        print(f"wrote {args.out}: {rows} of {n} images, each with a separate scale. Red: the word")
         print(f"is less probable without {window} x {window} patches here. Blue: more probable.")
 
 

@@ -24,7 +24,7 @@ def test_samples_captions_twins_labels_and_what_cannot_be_used(tmp_path, capsys)
 
     printed = capsys.readouterr().out
     assert "8 samples in 1 shards, 7 captions" in printed
-    assert "captions with a twin: 2 (28.6%)" in printed
+    assert "repeated captions: 2 (28.6%)" in printed
     assert "not used: 4\n" in printed
     for key in ("0006", "0007", "0008", "*.v2.png"):
         assert f"such as {dogs}:{key}\n" in printed
