@@ -95,47 +95,18 @@ def test_a_model_of_open_clip_has_our_shapes(name):
     model.load_state_dict(state, strict=True)  # which compares all names and shapes
 
 
-def test_a_tag_that_does_not_exist_is_named(tmp_path, capsys):
-    name = "ViT-B-32/no_such_tag"
-
-    assert name in error_of(capsys, main, name, tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize(
-    "tower, part, value",
-    [
-        ("vision_cfg", "pool_type", "avg"),
-        ("text_cfg", "no_causal_mask", True),
-    ],
-)
-def test_a_part_that_we_lack_is_named_though_all_tensors_would_fit(
-    tower, part, value, tmp_path, capsys
-):
+def test_parts_that_we_lack_are_named_though_all_tensors_would_fit(tmp_path, capsys):
     ours = make_random_model(**V)
     torch.save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
     config = open_clip_config(ours.config)
-    config[tower][part] = value
+    config["vision_cfg"]["pool_type"] = "avg"
+    config["text_cfg"]["no_causal_mask"] = True
     (tmp_path / "other.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "other.json")
 
-    assert part in error_of(capsys, main, f"other/{tmp_path}/here.pt", tmp_path / "x.pt")
+    error = error_of(capsys, main, f"other/{tmp_path}/here.pt", tmp_path / "x.pt")
 
-
-def test_a_resnet_is_named_before_anything_is_downloaded(tmp_path, capsys):
-    assert "ResNet" in error_of(capsys, main, "RN50/openai", tmp_path / "x.pt")
-
-
-def test_a_folder_without_weights_is_named(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-
-    assert "empty" in error_of(capsys, main, tmp_path / "empty", tmp_path / "x.pt")
-
-
-def test_another_kind_of_model_of_transformers_is_named(tmp_path, capsys):
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-
-    assert "siglip" in error_of(capsys, main, tmp_path, tmp_path / "x.pt")
+    assert "no_causal_mask, pool_type" in error
 
 
 # ---- weights out, which come back

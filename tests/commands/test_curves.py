@@ -2,7 +2,7 @@
 
 import json
 
-from material import error_of, run
+from material import run
 from matplotlib import pyplot as plt
 
 from scripts import curves
@@ -39,10 +39,3 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     [legend] = plt.gcf().legends
     assert [text.get_text() for text in legend.get_texts()] == [str(tmp_path / "a"), "B"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_a_log_without_rows_is_named(tmp_path, capsys):
-    """The run has ended before its first validation."""
-    log = write_log(tmp_path / "log.jsonl", [BEGIN])
-
-    assert str(log) in error_of(capsys, curves.main, log, "--out", tmp_path / "curves.png")

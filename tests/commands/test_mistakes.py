@@ -33,7 +33,12 @@ scripts.words --checkpoint clip.pt --image photo.png      | clip.pt
 scripts.words MODEL                                       | --image
 scripts.search MODEL "a text"                             | --images
 scripts.curves empty.jsonl --out x.png                    | empty.jsonl
+scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert list.pt x.pt                              | list.pt
+scripts.convert hollow x.pt                               | hollow
+scripts.convert other x.pt                                | siglip
+scripts.convert RN50/openai x.pt                          | ResNet
+scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --out x                       | --image_column
 scripts.vocab pairs.tar --captions json.caption           | json.caption
@@ -50,7 +55,7 @@ SHORT = {
 def world(tmp_path_factory):
     """A folder with all files that the table names."""
     world = tmp_path_factory.mktemp("world")
-    for name in ("hollow/empty", "sides", "classes"):
+    for name in ("hollow/empty", "sides", "other", "classes"):
         (world / name).mkdir(parents=True)
     picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
@@ -60,11 +65,14 @@ def world(tmp_path_factory):
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "empty.jsonl").touch()
+    (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step has ended
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save([torch.ones(2)], world / "list.pt")
+    torch.save({}, world / "other" / "pytorch_model.bin")
+    (world / "other" / "config.json").write_text('{"model_type": "siglip"}')
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
