@@ -202,7 +202,8 @@ class VisionTransformer(nn.Module):
         that are already normalised; keep (B, K): indices of the patches to look at, by default
         all."""
         if images.dtype == torch.uint8:
-            images = (images / 255 - self.mean) / self.std
+            # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
         # One linear layer for each patch is what conv1 does, and its backward pass is faster.
         pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
         pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
