@@ -8,7 +8,7 @@ be read in this order:
     test_tokenizer, test_index, test_images, test_data      the data
     test_checkpoint, test_eval                              a model and its scores
     test_defaults, test_run, test_finetune                  whole runs
-    test_resume, test_signals, test_processes, test_gpu     runs that end early, processes, a GPU
+    test_resume, test_signals, test_processes               runs that end early, processes
 
 commands/ tests scripts/ and study/. pages/ tests the README and docs/.
 """
