@@ -16,17 +16,7 @@ import superclip
 import train
 from checkpoint import DIVERGED
 from cli import InputError
-from study import (
-    compare,
-    fast_tower,
-    mean_patches,
-    no_idf,
-    plan,
-    shop,
-    shuffled,
-    some_words,
-    yes_no,
-)
+from study import compare, no_idf, plan, shop, shuffled, some_words, yes_no
 from study.compare import Study, read_command
 from tokenizer import Tokenizer
 
@@ -166,13 +156,8 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
 def model(monkeypatch):
     """A small model. What a module replaces comes back after the test, and it trains nothing."""
     monkeypatch.setattr(train, "main", lambda argv: argv)
-    for owner, name in (
-        (superclip, "classification_loss"),
-        (superclip, "idf"),
-        (superclip.SuperCLIP, "image_features"),
-        (train, "make_optimizer"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+    for name in ("classification_loss", "idf"):
+        monkeypatch.setattr(superclip, name, getattr(superclip, name))
     return small_model(vocab_size=6)
 
 
@@ -223,27 +208,6 @@ def test_a_head_that_hears_some_words_is_asked_for_no_others(model, kind, captio
     some_words.main(["--hears", kind])
 
     assert superclip.classification_loss(logits, whole, weights) == expected
-
-
-def test_a_feature_can_be_the_mean_of_the_patches(model):
-    images = torch.rand(2, 3, 16, 16)
-    patches = model.visual(images)[:, 1:] @ model.visual.proj
-
-    mean_patches.main([])
-
-    torch.testing.assert_close(model.encode_image(images, normalize=False), patches.mean(dim=1))
-
-
-def test_a_fast_image_tower_has_twice_the_rate(model):
-    usual = train.make_optimizer(model, 1e-3, 0.2)
-    expected = {p: group["peak"] for group in usual.param_groups for p in group["params"]}
-    for p in model.visual.parameters():
-        expected[p] *= 2
-
-    fast_tower.main([])
-
-    groups = train.make_optimizer(model, 1e-3, 0.2).param_groups
-    assert {p: group["peak"] for group in groups for p in group["params"]} == expected
 
 
 # ---- the published study
