@@ -93,19 +93,3 @@ def read_log(path):
         raise InputError(f"{path} is not a log of train.py: {error}") from error
     check(header, f"{path} has no header, so it is not a log of train.py")
     return header, list(rows.values())
-
-
-def short_names(folders):
-    """Return a dict {folder: short name} of folders, such as those of --zeroshot_data. The short
-    name is the last part of the path. If several folders share it, the parts before it are added
-    until it is unique."""
-    names = {}
-    for folder in folders:
-        parts = Path(folder).parts
-        names[folder] = folder
-        for n in range(1, len(parts) + 1):
-            alike = [other for other in folders if Path(other).parts[-n:] == parts[-n:]]
-            if len(alike) == 1:
-                names[folder] = "/".join(parts[-n:])
-                break
-    return names

@@ -45,7 +45,7 @@ import torch
 import train
 from checkpoint import DIVERGED
 from cli import check, cores, make_parser, number, run_command
-from log import read_log, short_names
+from log import read_log
 from scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,8 +202,7 @@ def probe_scores(command, out_dir):
 def scores_of(row):
     """Return the scores of a validation, which is a row of a log, by name. R@k is the mean of both
     ways."""
-    names = short_names(row["zeroshot"])
-    scores = {names[folder]: score for folder, score in row["zeroshot"].items()}
+    scores = {Path(folder).name: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
     for name, score in ways.get("image_to_text", {}).items():
         value = mean(way[name]["value"] for way in ways.values())
