@@ -73,16 +73,13 @@ def read_log(path):
 
     A run that is resumed adds a header with the step from which it goes on. Earlier rows beyond
     that step do not count. A validation at that step may come twice, and then the later one counts.
-    A row that a full disk has cut off is left out. Raise InputError if the file is not a log.
+    Raise InputError if the file is not a log.
     """
     header = None
     rows = {}  # (step, has it losses?) -> row
     try:
         for line in Path(path).read_text("utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
+            row = json.loads(line)
             if "header" in row:
                 header = row["header"]
                 rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
