@@ -1,7 +1,6 @@
-"""Draw the pictures of the pages, all of them or those that are named:
+"""Draw the pictures of the pages:
 
     python -m docs.figures
-    python -m docs.figures label found
 
 first.png shows the first four validation scenes, which nobody has chosen, and the five words that
 assets/tiny.pt finds most probable in each. A word is red if the caption has it. The frame of a word
@@ -22,12 +21,10 @@ from matplotlib.patheffects import withStroke
 import data
 import eval as evaluation
 import scenes
-import superclip
-from cli import check, make_parser, run_command
+from cli import make_parser, run_command
 from scripts import words
 from scripts.pictures import contact_sheet
 from study import plan
-from tokenizer import Tokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 INK, GREY, BLUE, RED, AMBER = "#1f2937", "#7d8694", "#2463a8", "#d1495b", "#f0a500"
@@ -80,43 +77,16 @@ def draw_first():
 
 
 # -----------------------------------------------------------------------------
-# scenes.png and label.png
-
-
-def tutorial_scenes():
-    """Return the tutorial's 256 scenes and their long captions."""
-    rng = random.Random(0)
-    drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
-    return drawn, [scenes.describe(scene, rng)[1] for scene in drawn]
+# scenes.png
 
 
 def draw_scenes():
-    drawn, captions = tutorial_scenes()
+    """Draw the first eight of the tutorial's scenes with their long captions."""
+    rng = random.Random(0)
+    drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
+    captions = [scenes.describe(scene, rng)[1] for scene in drawn]
     images = [data.load_image(scenes.draw(scene, 240), 240) for scene in drawn[:8]]
     contact_sheet(images, captions[:8], ASSETS / "scenes.png")
-
-
-def draw_label():
-    _, captions = tutorial_scenes()
-    tokenizer = Tokenizer(scenes.vocabulary())
-    tokens = tokenizer(captions, 16)
-    counts = superclip.multi_hot(tokens, tokenizer.vocab_size).sum(dim=0)
-    weights = superclip.idf(len(captions), counts)
-    [shares] = superclip.caption_label(tokens[:1], weights)
-    ids = list(dict.fromkeys(tokenizer.encode(captions[0])))[::-1]  # the first word at the top
-    panels = (
-        ("n, of 256 captions", counts, GREY, "{:.0f}"),
-        ("IDF, ln(257 / (n + 1))", weights, BLUE, "{:.2f}"),
-        ("share of the label", shares, RED, "{:.2f}"),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4.4), sharey=True, layout="constrained")
-    figure.suptitle(f"“{captions[0]}”")
-    for axis, (title, values, colour, form) in zip(axes, panels):
-        bars = axis.barh([tokenizer.decode([i]) for i in ids], values[ids].tolist(), color=colour)
-        axis.bar_label(bars, fmt=form, padding=4)
-        axis.set(title=title, xticks=[], xmargin=0.2)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    plt.savefig(ASSETS / "label.png", dpi=130)
 
 
 # -----------------------------------------------------------------------------
@@ -183,17 +153,11 @@ def draw_found():
     plt.savefig(ASSETS / "found.png", dpi=130)
 
 
-FIGURES = {"first": draw_first, "scenes": draw_scenes, "label": draw_label, "found": draw_found}
-
-
 def main(argv):
-    parser = make_parser(__doc__)
-    known = ", ".join(FIGURES)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"among {known} (default: all)")
-    args = parser.parse_args(argv)
-    for name in args.names or FIGURES:
-        check(name in FIGURES, f"there is no picture {name}. Choose among {known}.")
-        FIGURES[name]()
+    make_parser(__doc__).parse_args(argv)
+    draw_first()
+    draw_scenes()
+    draw_found()
 
 
 if __name__ == "__main__":
