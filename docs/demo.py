@@ -30,12 +30,18 @@ def base64_text(tensor):
     return base64.b64encode(tensor.numpy().tobytes()).decode()
 
 
-def quantise(tensor):
-    """Return a tensor as a dict of its shape, and of int8 and scale as base64 text. The tensor is
-    about int8 * scale. There is a scale for each row, which is an index of the first dimension."""
+def int8_rows(tensor):
+    """Return int8 (R, C) and scale (R,), so that a tensor is about int8 * scale. There is a scale
+    for each of its R rows. A row is an index of the first dimension."""
     rows = tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
     scale = rows.abs().amax(dim=1) / 127
     int8 = (rows / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    return int8, scale
+
+
+def quantise(tensor):
+    """Return a tensor as a dict of its shape, and of int8 and scale as base64 text."""
+    int8, scale = int8_rows(tensor)
     return {"shape": [*tensor.shape], "int8": base64_text(int8), "scale": base64_text(scale)}
 
 
