@@ -2,17 +2,13 @@
 2 and one line that names the option or the file."""
 
 import importlib
-import multiprocessing
 import shlex
-import signal
-from unittest.mock import Mock
 
 import pytest
 import torch
 from children import ROOT
-from material import cases, error_of, png, run, small_model, write_checkpoint, write_shard
+from material import error_of, png, run, small_model, write_checkpoint, write_shard
 
-from cli import InputError, run_command
 from tokenizer import words_to_tiktoken
 
 # A command with its arguments, and what the message must name
@@ -98,23 +94,3 @@ for path in sorted(ROOT.glob("scripts/*.py")):
 def test_every_command_has_help(name, capsys):
     assert not run(importlib.import_module(name).main, "--help")
     assert "options:" in capsys.readouterr().out
-
-
-ENDS = {  # a command, its exit code, and what it says
-    "well": (lambda argv: None, 0, ""),
-    "a mistake": (Mock(side_effect=InputError("--steps")), 2, "error: --steps\n"),
-    "Ctrl-C": (lambda argv: signal.raise_signal(signal.SIGINT), 130, "signal\n"),
-    "a mistake of ours": (Mock(side_effect=ValueError("ours")), 1, "Traceback"),
-}
-
-
-@cases("main, code, said", ENDS)
-def test_a_command_ends(main, code, said, capfd):
-    process = multiprocessing.get_context("fork").Process(target=run_command, args=(main,))
-    process.start()
-    process.join()
-
-    error = capfd.readouterr().err
-    assert process.exitcode == code
-    assert said in error
-    assert ("Traceback" in error) == (code == 1)
