@@ -17,7 +17,6 @@ train --train_data nowhere.tar                            | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken          | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
-train TRAIN --captions json.caption                       | json.caption
 train TRAIN --image_size 21                               | patch_size
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
@@ -28,12 +27,9 @@ eval retrieval MODEL --data sides                         | validation
 scripts.words --checkpoint clip.pt --image photo.png      | clip.pt
 scripts.words MODEL                                       | --image
 scripts.search MODEL "a text"                             | --images
-scripts.curves empty.jsonl --out x.png                    | empty.jsonl
 scripts.curves new.jsonl --out x.png                      | new.jsonl
-scripts.convert list.pt x.pt                              | list.pt
 scripts.convert hollow x.pt                               | hollow
-scripts.convert other x.pt                                | siglip
-scripts.convert RN50/openai x.pt                          | ResNet
+scripts.convert other x.pt                                | visual.conv1
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --out x                       | --image_column
@@ -60,14 +56,12 @@ def world(tmp_path_factory):
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
-    (world / "empty.jsonl").touch()
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step has ended
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
-    torch.save([torch.ones(2)], world / "list.pt")
-    torch.save({}, world / "other" / "pytorch_model.bin")
+    torch.save({}, world / "other" / "pytorch_model.bin")  # a SigLIP has other names
     (world / "other" / "config.json").write_text('{"model_type": "siglip"}')
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
