@@ -94,19 +94,6 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find
     assert str(folder / "val-0.tar") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["vocab.tiktoken", "best.pt"])
-def test_a_run_says_which_vocabulary_it_has(shards, whole_run, tmp_path, capsys, file):
-    """The vocabulary is the one beside the shards, or the one in the checkpoint of --init_from."""
-    start = ["--init_from", whole_run / "best.pt"] if file == "best.pt" else []
-
-    train.main(short_run(shards, tmp_path, *start, "--steps", 1))
-
-    printed = capsys.readouterr().out.splitlines()
-    [line] = [line for line in printed if line.startswith("vocabulary")]
-    assert file in line
-    assert f" {checkpoint_of(tmp_path)['config']['vocab_size']} " in line
-
-
 def test_shards_that_val_data_names_are_not_trained_on(shards, tmp_path):
     """A link to a shard of --val_data is not trained on, either."""
     for name in ("train-0.tar", "train-1.tar"):
