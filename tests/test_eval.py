@@ -11,15 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from material import (
-    TOKENIZER,
-    png,
-    result_of,
-    small_model,
-    write_captions,
-    write_checkpoint,
-    write_shard,
-)
+from material import TOKENIZER, png, result_of, small_model, write_checkpoint, write_shard
 
 import data
 import eval as evaluation
@@ -259,14 +251,3 @@ def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp
     assert result["templates"] == ["a picture of a {}.", "a {}."]
     assert "a picture of a {}.\n" in printed and "photo" not in printed
     assert "crimson" in printed
-
-
-def test_retrieval_takes_other_captions_than_the_run_if_it_is_told_so(tmp_path, capsys):
-    """The shard has no captions in the source with which the run was validated."""
-    shard = write_captions(tmp_path / "0.tar", *NAMES)
-    header = {"arguments": {"val_captions": ["json.c"]}}
-    write_checkpoint(tmp_path / "model.pt", small_model(), header=header)
-
-    told, _ = scores_of(capsys, tmp_path, "retrieval", "--data", shard, "--captions", "txt")
-
-    assert told["validation"]["image_to_text"]["R@1"]["n"] == 3

@@ -167,12 +167,3 @@ def test_an_index_is_cached_until_a_shard_changes(tmp_path, size, later, expecte
 
     assert indexed(path, other) == expected
     assert indexed(other) == 3  # other shards have another index
-
-
-def test_a_damaged_cache_is_made_anew(tmp_path):
-    path = write_captions(tmp_path / "0.tar", "red", "green")
-    assert indexed(path) == 2
-    for cache in data.cache_folder().glob("index-*"):
-        cache.write_bytes(b"damaged")
-
-    assert indexed(path) == 2

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from material import TINY, rows_of, short_run
-from torch import nn
 from torch.nn.utils import get_total_norm
 
 import train
@@ -221,15 +220,6 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 
 
 # ---- the same gradients by other ways to compute them
-
-
-def test_both_towers_and_the_word_head_are_compiled(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(part))
-
-    model = model_of("--compile")
-
-    assert compiled == [model.visual, model.text, model.head]
 
 
 def test_compiled_equals_eager(monkeypatch):

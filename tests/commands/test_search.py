@@ -63,19 +63,6 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     np.testing.assert_allclose(kept["features"], features, atol=1e-5)
 
 
-def test_without_images_the_validation_pictures_of_the_run_are_searched(tmp_path, capsys):
-    """With the captions of the run: those of json.long, where txt says something else."""
-    sample = {"png": png("red"), "txt": b"short", "json": b'{"long": "a red ring"}'}
-    shard = write_shard(tmp_path / "val.tar", [sample])
-    options = {"val_data": [shard], "val_captions": ["json.long"], "captions": ["txt"]}
-    header = {"arguments": options}
-    write_checkpoint(tmp_path / "a.pt", small_model(), header=header)
-
-    assert not run(search.main, "--checkpoint", tmp_path / "a.pt", "red")
-
-    assert f"{shard}:0000  a red ring" in capsys.readouterr().out
-
-
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     """Features of zero tell which are as they were."""
     write_shard("a.tar", [{"png": png("red")}])
