@@ -6,8 +6,8 @@
     python -m scripts.search ... --features photos.npz --serve
 
 The command prints the best images for each text, with their scores. Without --images and --data it
-searches the validation pictures of the run. With --serve you search on a page, by text or by one of
-the images (see scripts/serve.py).
+searches the validation pictures of the run. With --serve you search on a page (see
+scripts/serve.py).
 
 A score is the cosine similarity of two features. Compare only scores of the same text, because some
 texts have higher scores than others with every image.
@@ -24,7 +24,6 @@ Axes: N images, E embedding, S pixels a side.
 """
 
 import hashlib
-import math
 import os
 from collections import namedtuple
 from contextlib import suppress
@@ -146,11 +145,7 @@ def find_features(model, images, workers, path, sha256):
 
 class Search:
     """A model, and the images to search with it. features: what find_features returns; captions:
-    sources of captions. An image is shown with the caption from the first source that it has.
-
-    A search returns a dict. `found` is a list of dicts, one for each image that was found. `text`
-    or `like` is the query: a text, or the name of an image.
-    """
+    sources of captions. An image is shown with the caption from the first source that it has."""
 
     def __init__(self, model, tokenizer, images, features, captions):
         self.model = model
@@ -161,29 +156,19 @@ class Search:
         self.captions = captions
 
     def by_text(self, text, k):
-        """Find the k images that fit a text best. `unknown` in the result is the list of words of
-        the text that the model's vocabulary lacks."""
+        """Return the k images that fit a text best, with the highest scores first, as `found`.
+        `unknown` is the list of words of the text that the model's vocabulary lacks."""
         [feature] = evaluation.encode_texts(self.model, self.tokenizer, [text]).cpu()
+        scores = self.features @ feature  # (N,)
+        order = scores.argsort(descending=True, stable=True)[:k].tolist()
+        found = [{"score": scores[i].item(), **self.about(self.numbers[i])} for i in order]
         unknown = unknown_words(self.tokenizer, [text])
-        return {"text": text, "unknown": unknown, "found": self.best(self.features @ feature, k)}
-
-    def by_image(self, number, k):
-        """Find the k images that are most like one of them, which has this number."""
-        scores = self.features @ self.features[self.numbers.index(number)]
-        # Leave out the image itself and its copies, because nobody searches for them.
-        scores = scores.masked_fill(scores > 1 - 1e-5, -math.inf)
-        return {"like": self.about(number)["name"], "found": self.best(scores, k)}
+        return {"text": text, "unknown": unknown, "found": found}
 
     def first(self, k):
         """Return the number of all images as `count`, and the first k images, without scores, as
         `found`."""
         return {"count": len(self.numbers), "found": [self.about(i) for i in self.numbers[:k]]}
-
-    def best(self, scores, k):
-        """Return what is known of the k images with the highest scores (N,)."""
-        order = scores.argsort(descending=True, stable=True)[:k].tolist()
-        order = [i for i in order if scores[i] > -math.inf]
-        return [{"score": scores[i].item(), **self.about(self.numbers[i])} for i in order]
 
     def about(self, number):
         """Return what is known of an image, as a dict: its number, its name, and its caption, which

@@ -89,9 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             image = search.image(number, SIDE)
             check(image is not None, "it cannot be read any more")
             return "image/jpeg", encode_jpeg(image).numpy().tobytes()
-        if "like" in options:
-            result = search.by_image(int(options["like"]), self.server.k)
-        elif "text" in options:
+        if "text" in options:
             result = search.by_text(options["text"], self.server.k)
         else:
             result = search.first(FIRST)

@@ -155,8 +155,8 @@ def test_nothing_but_numbers_of_pictures_is_served_and_only_to_this_machine(addr
         assert connection.getresponse().status == status, path
 
 
-def test_a_reader_searches_and_asks_for_more_like_a_picture(browser, address):
-    """Which is not found again. The page opens with all twenty. Names and texts are only text."""
+def test_a_reader_searches_on_the_page(browser, address):
+    """The page opens with all twenty pictures. Names and texts are only text."""
     browser.implicitly_wait(30)  # for what an answer brings
     browser.get(address)
     browser.find_element("xpath", "//h2[text()='20 pictures']")
@@ -164,14 +164,9 @@ def test_a_reader_searches_and_asks_for_more_like_a_picture(browser, address):
 
     browser.find_element("id", "field").send_keys(HOSTILE + "\ue007")  # Enter
     browser.find_element("xpath", "//h2[starts-with(text(), '“')]")
-    images = browser.find_elements("css selector", "#results img")
-    found = [image.get_attribute("src") for image in images]
-    assert "onerror" in browser.find_element("id", "status").text
-    browser.find_elements("css selector", "#results a")[3].click()
-    browser.find_element("xpath", "//h2[starts-with(text(), 'Like ')]")
-    images = browser.find_elements("css selector", "#results img")
 
-    assert {image.get_attribute("src") for image in images} == {*found} - {found[3]}
+    assert "onerror" in browser.find_element("id", "status").text
     assert any(HOSTILE in text for text in browser.find_element("id", "results").text.split("\n"))
+    assert len(browser.find_elements("css selector", "#results img")) == 20
     assert browser.execute_script("return document.querySelector('[onerror]')") is None
     assert browser.get_log("browser") == []
