@@ -36,16 +36,7 @@ from torch.utils.data import Dataset, Subset
 import data
 import eval as evaluation
 from checkpoint import load, validation_of
-from cli import (
-    InputError,
-    check,
-    make_parser,
-    number,
-    output_file,
-    pick_device,
-    run_command,
-    write_file,
-)
+from cli import check, make_parser, number, output_file, pick_device, run_command, write_file
 from scripts import serve
 from scripts.pictures import image_files
 from tokenizer import unknown_words
@@ -100,15 +91,11 @@ def read_features(path, sha256):
     """Return the features in a file of --features, as a dict of (name, stamp) -> feature (E,).
     Raises InputError if another checkpoint than the one with this SHA-256 has made them, because
     features of two models cannot be compared."""
-    try:
-        with np.load(path) as content:
-            made_by = content["checkpoint"].item()
-            versions = zip(content["names"].tolist(), content["stamps"].tolist())
-            features = dict(zip(versions, torch.from_numpy(content["features"])))
-    except Exception as error:  # NumPy and zipfile raise a dozen kinds.
-        raise InputError(f"{path} is damaged, or no file of --features: use another") from error
-    check(made_by == sha256, f"{path} belongs to another checkpoint: use another file or delete it")
-    return features
+    other = f"{path} belongs to another checkpoint: use another file or delete it"
+    with np.load(path) as content:
+        check(content["checkpoint"].item() == sha256, other)
+        versions = zip(content["names"].tolist(), content["stamps"].tolist())
+        return dict(zip(versions, torch.from_numpy(content["features"])))
 
 
 def find_features(model, images, workers, path, sha256):
