@@ -3,8 +3,8 @@
 Each check calls a function with numbers that the notebook does not show. It prints that the result
 is right, or raises Mistake with a sentence that says what is wrong.
 
-The project's own function gives the right result. A check first compares the values, and then the
-gradients. If the value is wrong, the check compares it with the results of the usual mistakes.
+The project's own function gives the right result. If the value is wrong, a check compares it with
+the results of the usual mistakes.
 """
 
 import torch
@@ -30,16 +30,16 @@ class Mistake(AssertionError):
         return [f"Not yet. {self}"]
 
 
-def near(a, b, tolerance=1e-5):
+def near(a, b):
     """Return whether two tensors are equal, up to rounding. A NaN is equal to nothing."""
-    return (a - b).abs().max() <= tolerance * b.abs().max() + 1e-6
+    return (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-6
 
 
-def compare(name, found, expected, mistakes, inputs=()):
+def compare(name, found, expected, mistakes):
     """Print that the result of a student's function is right, or raise Mistake.
 
     found: the student's result; expected: the project's result; mistakes: a dict of sentence -> the
-    result that this mistake leads to; inputs: tensors whose gradients are compared, too.
+    result that this mistake leads to.
     """
     if found is None:
         raise Mistake(f"Fill in {name} first.")
@@ -51,15 +51,8 @@ def compare(name, found, expected, mistakes, inputs=()):
             if near(found.nan_to_num(**finite), result.nan_to_num(**finite)):
                 raise Mistake(f"{name}: {sentence}")
         raise Mistake(f"{name}: for other numbers it is\n{found}\nIt should be\n{expected}")
-    if inputs and not found.requires_grad:
+    if expected.requires_grad and not found.requires_grad:
         raise Mistake(f"{name} has no gradient. Look for detach() or no_grad() in it.")
-    for x in inputs:
-        options = dict(retain_graph=True, materialize_grads=True)
-        [gradient] = torch.autograd.grad(found, x, **options)
-        [right] = torch.autograd.grad(expected, x, **options)
-        if not near(gradient, right, tolerance=1e-3):
-            text = "has the right value, but a wrong gradient. Look for detach() in it."
-            raise Mistake(f"{name} {text}")
     print(f"{name} is right")
 
 
@@ -72,7 +65,7 @@ def check_contrastive_loss(contrastive_loss):
         "your loss is the sum of both cross-entropies. It should be their mean.": 2 * right,
         "the scale is missing. Multiply the cosines by it.": superclip.contrastive_loss(u, v, 1.0),
     }
-    compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes, [u, v])
+    compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes)
 
 
 def check_idf(idf):
@@ -104,7 +97,7 @@ def check_classification_loss(classification_loss):
         "cross_entropy takes logits. It computes the softmax itself.": twice,
     }
     loss = classification_loss(logits, TOKENS.clone(), WEIGHTS.clone())
-    compare("classification_loss", loss, right, mistakes, [logits])
+    compare("classification_loss", loss, right, mistakes)
 
 
 def check_names(name, found, count):
@@ -142,12 +135,11 @@ def check_forward(forward, config, images, tokens):
         "count the captions of a batch before you weigh its words.": word_loss(first),
         "count each batch once.": word_loss(first, first, second, second),
     }
-    parameters = [*model.parameters()]
-    compare("word_loss", found["word_loss"], word_loss(first, second), mistakes, parameters)
+    compare("word_loss", found["word_loss"], word_loss(first, second), mistakes)
     logarithm = "model.logit_scale is a logarithm. The scale is its exp()."
     mistakes = {logarithm: superclip.contrastive_loss(u, v, model.logit_scale)}
     right = superclip.contrastive_loss(u, v, model.logit_scale.exp())
-    compare("contrastive_loss", found["contrastive_loss"], right, mistakes, parameters)
+    compare("contrastive_loss", found["contrastive_loss"], right, mistakes)
 
 
 def check_my_forward(my_forward, config, images, tokens):
@@ -159,6 +151,4 @@ def check_my_forward(my_forward, config, images, tokens):
             raise Mistake(f"my_forward: {name} has no gradient, so it trains nothing.")
         if loss.ndim > 0:
             raise Mistake(f"my_forward: {name} should be a scalar. Take its mean or its sum.")
-        if not loss.isfinite():
-            raise Mistake(f"my_forward: {name} is {loss}. It would spoil all weights.")
         print(f"{name} is {loss:.3f} before training")

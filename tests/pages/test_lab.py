@@ -72,7 +72,7 @@ def count_twice(model, images, tokens, label_tokens):
 WRONG = """
 contrastive_loss    | u, v, s    | None | Fill in
 contrastive_loss    | u, v, s    | of_rows(u, v, s) | rows only
-contrastive_loss    | u, v, s    | contrastive_loss(u.detach(), v, s) | gradient
+contrastive_loss    | u, v, s    | contrastive_loss(u, v, s).detach() | no gradient
 contrastive_loss    | u, v, s    | 1.23 * contrastive_loss(u, v, s) | should be
 idf                 | N, n       | ((N + 1) / (n + 1)).log() | padding
 idf                 | N, n       | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | should be
