@@ -7,8 +7,8 @@ The list is a CSV, TSV or JSONL file in UTF-8. Its columns are called image and 
 give --size 0. It writes the rows that cannot be used to bad_rows.csv, with the reason.
 
 All rows of one image become one sample. The .txt of a sample holds the first caption. The .json
-holds all captions in the field `captions`. It also holds the name, size and hash of the image, and
-the other columns of the list. For example, train.py finds a column `long` by --label_captions
+holds all captions in the field `captions`. It also holds the name and hash of the image, and the
+other columns of the list. For example, train.py finds a column `long` by --label_captions
 json.long. If the rows of an image differ in a column, the field is a list.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
@@ -106,15 +106,15 @@ def merge(rows):
 
 
 def smaller(image, size):
-    """Return the bytes of a JPEG, and its width and height. Its short side has at most `size`
-    pixels. image: a PIL image that may be larger."""
+    """Return the bytes of a JPEG whose short side has at most `size` pixels. image: a PIL image
+    that may be larger."""
     image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
     image = data.upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90, comment=b"")  # without the comment of the old file
-    return jpeg.getvalue(), image.size
+    return jpeg.getvalue()
 
 
 def encode(item, args):
@@ -132,15 +132,13 @@ def encode(item, args):
         suffix = KEPT.get(image.format)
         if suffix is not None and min(image.size) <= size:
             image.load()  # Decode it, only to see that it can be decoded.
-            width, height = image.size
         else:
             suffix = ".jpg"
-            content, (width, height) = smaller(image, size)
+            content = smaller(image, size)
     except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory.
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
-    facts = {"image": name, "width": width, "height": height, "sha256": sha256}
-    return split, suffix, content, merge(rows) | facts
+    return split, suffix, content, {**merge(rows), "image": name, "sha256": sha256}
 
 
 # -----------------------------------------------------------------------------
