@@ -130,8 +130,8 @@ def folders(tmp_path):
     return tmp_path / "classes"
 
 
-@pytest.fixture(scope="session")  # it takes two seconds to start
-def chromium():
+@pytest.fixture
+def browser():
     """Return a headless Chromium. Skip the test if Chromium, its driver or the package selenium is
     missing."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -142,15 +142,6 @@ def chromium():
     options.binary_location = program
     for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
         yield browser
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    """Return Chromium, cleared of the page and the messages of other tests."""
-    chromium.get("about:blank")
-    chromium.implicitly_wait(0)
-    chromium.get_log("browser")
-    return chromium
