@@ -136,22 +136,20 @@ def address(server, tmp_path_factory):
     children.end()
 
 
-PICTURE = "/TOKEN/picture?number=0"
-ANSWERS = {  # path and host of a request -> the status of the answer
-    (PICTURE, "127.0.0.1:1"): 200,  # the port of ssh -L may be another
-    (PICTURE, "127.0.0.1.evil.example"): 404,  # a website that gives its name the address 127.0.0.1
-    ("/TOKEN/picture?number=../model.pt", "localhost"): 404,
-    ("/TOKEN/picture?number=-1", "localhost"): 404,
-    ("/TOKEN/photos/01.png", "localhost"): 404,
-    ("/picture?number=0", "localhost"): 404,
+ANSWERS = {  # path of a request -> the status of the answer
+    "/TOKEN/picture?number=0": 200,
+    "/TOKEN/picture?number=../model.pt": 404,
+    "/TOKEN/picture?number=-1": 404,
+    "/TOKEN/photos/01.png": 404,
+    "/picture?number=0": 404,
 }
 
 
-def test_nothing_but_numbers_of_pictures_is_served_and_only_to_this_machine(address):
+def test_nothing_but_numbers_of_pictures_is_served_below_a_secret_path(address):
     _, netloc, token, *_ = urlsplit(address)
-    for (path, host), status in ANSWERS.items():
+    for path, status in ANSWERS.items():
         connection = http.client.HTTPConnection(netloc, timeout=30)
-        connection.request("GET", path.replace("/TOKEN/", token), headers={"Host": host})
+        connection.request("GET", path.replace("/TOKEN/", token))
         assert connection.getresponse().status == status, path
 
 
