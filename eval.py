@@ -16,6 +16,7 @@ Axes: B images of a batch, N images in all, M captions, Q questions, A answers, 
 E embedding, F features of a probe.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from cli import (
     output_file,
     pick_device,
     run_command,
-    write_json,
 )
 from superclip import SuperCLIP, contrastive_loss
 from tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
@@ -565,7 +565,9 @@ def main(argv):
     add("--test", required=True, metavar="DIR", help="folder with the same classes, other images")
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
-    write_json(args.json, args.function(model, tokenizer, args))
+    result = args.function(model, tokenizer, args)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
