@@ -1,11 +1,9 @@
-"""Test the defaults of a run: its options, its schedule, and the dtype for its device.
+"""Test the defaults of a run: its options and its schedule.
 
 --help states the rules. The expected values were worked out from them by hand."""
 
 import pytest
-import torch
 
-import cli
 import train
 
 # Options -> model, crop_area, batch_size, epochs and learning_rate. Published runs have the values
@@ -37,14 +35,6 @@ def test_a_run_of_so_many_steps_prints_no_epochs(capsys):
     assert "'steps': 5" in printed and "epochs" not in printed
 
 
-def test_plain_clip_differs_from_superclip_in_its_loss_alone():
-    superclip = vars(train.parse([]))
-
-    clip = vars(train.parse(["--cls_weight=0"]))
-
-    assert {**superclip, "cls_weight": 0} == clip
-
-
 def test_the_learning_rate_rises_and_falls():
     """The warm-up has four steps. Then the rate falls along half a cosine until step 12."""
     rate = [8 * train.learning_rate_factor(step, 4, 12) for step in range(13)]
@@ -72,12 +62,3 @@ def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected)
     args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
 
     assert train.lengths(args, 70) == expected
-
-
-@pytest.mark.parametrize(
-    "capability, dtype", [((6, 1), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")]
-)
-def test_the_dtype_of_a_gpu_is_the_fastest_that_it_has_units_for(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-
-    assert cli.pick_dtype(torch.device("cuda", 0)) == dtype
