@@ -10,14 +10,7 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
 import scenes
 from eval import TEMPLATES
-from tokenizer import (
-    BYTES,
-    Tokenizer,
-    tokenizer_for,
-    unknown_words,
-    usable_templates,
-    words_to_tiktoken,
-)
+from tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
 
 CLIP = Tokenizer.from_file(default_bpe())
 ORACLE = SimpleTokenizer()
@@ -98,21 +91,6 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
     spelled[-1] += 256  # the last byte has the space
     assert ids == [*WORDS.encode("red"), *spelled, *WORDS.encode("in")]
     assert WORDS.decode(ids) == f"red {word} in"
-
-
-# ---- where the vocabulary comes from
-
-
-def test_the_shards_vocabulary_lies_beside_them_unless_another_is_given(tmp_path):
-    shards = [str(tmp_path / "0.tar")]
-    assert tokenizer_for(shards).vocab_size == 49408
-
-    (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken(["red"]))
-    (tmp_path / "other.tiktoken").write_text(words_to_tiktoken(["red", "blue"]))
-
-    assert tokenizer_for(shards).vocab_size == 515
-    assert tokenizer_for(shards, tmp_path / "other.tiktoken").vocab_size == 516
-    assert tokenizer_for(shards, "clip").vocab_size == 49408
 
 
 # ---- which words a vocabulary lacks
