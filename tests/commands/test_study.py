@@ -16,7 +16,7 @@ import superclip
 import train
 from checkpoint import DIVERGED
 from cli import InputError
-from study import compare, no_idf, plan, shop, shuffled, some_words, yes_no
+from study import compare, no_idf, plan, shuffled, some_words, yes_no
 from study.compare import Study, read_command
 from tokenizer import Tokenizer
 
@@ -211,23 +211,6 @@ def test_a_head_that_hears_some_words_is_asked_for_no_others(model, kind, captio
 
 
 # ---- the published study
-
-
-def test_products_with_equal_titles_or_pictures_are_on_one_side():
-    """Of 400, those from 101 to 399 but one have a twin with their title, and 40 pictures are there
-    twice."""
-    rows = []
-    for i in range(400):
-        row = {"image": f"{i}.jpg", "caption": f"title {min(i, 500 - i)}"}
-        rows.append({**row, "content": b"%d" % (i % 360)})
-
-    parts = shop.split(rows, seed=0)
-
-    assert parts == shop.split(rows, seed=0) != shop.split(rows, seed=1)
-    for name in ("caption", "content"):
-        sides = [{row[name] for row in part} for part in parts]
-        assert all(sides)
-        assert sum(map(len, sides)) == len(set.union(*sides))
 
 
 def test_the_tables_of_the_page_are_what_plan_writes():
