@@ -60,11 +60,9 @@ def main(argv):
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
-    text = "vocabulary file, or clip (default: vocab.tiktoken beside the shards, else clip)"
-    add("--vocab", metavar="FILE", help=text)
     args = parser.parse_args(argv)
     paths = training_shards(args.shards)
-    tokenizer = tokenizer_for(paths, args.vocab)
+    tokenizer = tokenizer_for(paths)
     shards = data.Shards(paths, args.captions)
 
     unused = list(shards.unused)
