@@ -112,12 +112,11 @@ PANELS = (
         "linear\nprobe": ("photographs, 6 epochs, again", "probe, class token"),
     }),
 )  # fmt: skip
-NOT_RUN = "control, photographs, 6 epochs"
 
 
 def scores_of(row, score):
     """Return {model: its scores, one for each seed} for the models of a row that were run."""
-    arms = {model: f"{model}, {row}" for model in ARMS if f"{model}, {row}" != NOT_RUN}
+    arms = {model: f"{model}, {row}" for model in ARMS if f"{model}, {row}" in plan.ARMS}
     found = {model: [*plan.values_of(arm, score).values()] for model, arm in arms.items()}
     return {model: values for model, values in found.items() if values}
 

@@ -304,10 +304,6 @@ def interval(differences, quantile=None, overlap=0.0):
 # The command
 
 
-def default_jobs():
-    return 1 if torch.cuda.is_available() else cores()
-
-
 def best_rate(study, command, seeds, score, jobs):
     """Return the command at the learning rate that these seeds choose by a score, or by the mean of
     all scores if that is None."""
@@ -360,8 +356,9 @@ def read_options(argv):
     add("--by", metavar="SCORE", help=text)
     text = "linear probe of the image tower: folders with a folder of images per class"
     add("--probe", nargs=2, default=(), metavar=("FIT", "TEST"), help=text)
+    jobs = 1 if torch.cuda.is_available() else cores()
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
-    add("--jobs", type=number(int, 1), default=default_jobs(), help=text)
+    add("--jobs", type=number(int, 1), default=jobs, help=text)
     args = parser.parse_args(argv)
     check(2 <= len(args.seeds) <= 20, "--seeds: give 2 to 20 seeds")
     check(not {*args.seeds} & {*args.rates}, "--seeds and --rates have a seed in common")
