@@ -163,11 +163,6 @@ def sample(i):
     return {"png": png(name, i), "txt": caption.encode(), "json": json.dumps(texts).encode()}
 
 
-def write_vocabulary(folder):
-    words = "a red green blue grey square thing and nothing else on it".split()
-    (folder / "vocab.tiktoken").write_text(words_to_tiktoken(words))
-
-
 def write_shards(folder):
     """Write two shards for training and one for validation, a shard with bad samples, and their
     vocabulary."""
@@ -178,7 +173,8 @@ def write_shards(folder):
     del bad[3]["txt"]
     bad[11]["png"] = b"no image"
     write_shard(folder / "bad-0.tar", bad)
-    write_vocabulary(folder)
+    words = "a red green blue grey square thing and nothing else on it".split()
+    (folder / "vocab.tiktoken").write_text(words_to_tiktoken(words))
 
 
 def short_run(shards, out, *more):

@@ -23,16 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 # ---- the order
 
 
-def test_the_order_is_a_pure_function_of_seed_and_step():
-    forwards = [batch_indices(103, 10, 7, step) for step in (0, 1, 15)]
-
-    data.epoch_order.cache_clear()
-    backwards = [batch_indices(103, 10, 7, step) for step in (15, 1, 0)]
-
-    assert forwards == backwards[::-1]
-    assert forwards[0] != batch_indices(103, 10, 8, 0)
-
-
 def test_every_epoch_is_another_permutation():
     """In batches of 10, an epoch of 103 samples leaves out three."""
     batches = [batch_indices(103, 10, 7, step) for step in range(20)]

@@ -40,13 +40,7 @@ def test_the_name_of_a_shard_tells_its_side():
     val = [f"train/{name}" for name in VALIDATION]
 
     assert data.by_split(train + val) == (train, val)
-
-
-def test_shards_are_split_by_their_sides_if_there_are_both():
-    train, val = "a/train-0.tar", "a/val-0.tar"
-
-    assert data.by_split([val, train, "a/0.tar"]) == ([train, "a/0.tar"], [val])
-    assert data.by_split([val]) == ([val], [])
+    assert data.by_split(val) == (val, [])  # so that there is something to train on
 
 
 # ---- what the index finds
