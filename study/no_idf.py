@@ -1,6 +1,6 @@
-"""All words of a caption weigh the same: python -m study.no_idf [options of train.py]
+"""Give all words of a caption the same weight: python -m study.no_idf [options of train.py]
 
-In the paper that takes the mean score from 47.1 to 44.8 (Table 10).
+In the paper, this lowers the mean score from 47.1 to 44.8 (Table 10).
 """
 
 import torch

@@ -1,7 +1,9 @@
-"""The head gets the words of another pair: python -m study.shuffled [options of train.py]
+"""Train the control, whose head must predict the words of another pair:
 
-This is the control. The head can learn which words are frequent, and nothing of the picture, so a
-gain that remains is not due to the words. The other pair is the next one of the (micro-)batch.
+    python -m study.shuffled [options of train.py]
+
+The head can learn which words are frequent, but nothing about the picture. So if the control gains
+over CLIP, the right words are not the reason. The other pair is the next one of the micro-batch.
 """
 
 import superclip

@@ -1,7 +1,9 @@
-"""A head that hears colours alone, or shapes: python -m study.some_words --hears colours [options]
+"""Train the word head on colour words only, or on shape words only:
 
-The two heads are alike in everything but the words. So if one model names colours better and the
-other one shapes, it is the words that decide. A caption without any of the words adds no loss.
+    python -m study.some_words --hears colours [options of train.py]
+
+The two heads differ only in their words. So if one model is better at colours and the other one at
+shapes, the words have decided that. A caption without any of the words adds 0 to the loss.
 """
 
 import torch
