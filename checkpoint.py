@@ -108,10 +108,10 @@ def write_checkpoint(path, model, vocab, **more):
 # The folder of a run, and --resume
 
 
-def new_or_saved_last(resume):
-    """Return the folder of a run without --out_dir. It is a new folder, the first of out, out_2,
-    out_3 ... that is free. With `resume` it is the one of these folders whose last.pt was saved
-    last."""
+def make_or_find_folder(resume):
+    """Make and return the first of the folders out, out_2, out_3 ... that is free, for a run
+    without --out_dir. With `resume`, return the one of them whose last.pt was saved last, if there
+    is any."""
     saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
     if resume and saved:
         return max(saved, key=os.path.getmtime).parent
@@ -126,16 +126,14 @@ def new_or_saved_last(resume):
 def claim_folder(out_dir, resume):
     """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
     or None. Raise InputError if the folder holds a run that is not to be resumed."""
-    if out_dir is None:
-        return str(new_or_saved_last(resume))
-    folder = Path(out_dir)
+    folder = make_or_find_folder(resume) if out_dir is None else Path(out_dir)
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
     if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
         raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
         temporary.unlink()
-    return out_dir
+    return str(folder)
 
 
 # The options that may change with --resume: the folder, the length, the learning rate, the machine,

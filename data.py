@@ -70,13 +70,14 @@ def start_in_pool():
 
 @contextmanager
 def process_pool(n):
-    """Yield a pool of n processes. If the block fails, or a signal ends it, the processes begin no
-    further task."""
+    """Yield a pool of n processes. If the block fails, or a signal ends it, end them at once."""
     with ProcessPoolExecutor(n, initializer=start_in_pool) as pool:
         try:
             yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 # -----------------------------------------------------------------------------
@@ -115,8 +116,8 @@ SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 def is_validation(shard):
     """Return whether a shard is for validation. The first split in its name decides."""
-    splits = SPLIT.findall(Path(shard).name.lower())
-    return splits[:1] not in ([], ["train"])
+    split = SPLIT.search(Path(shard).name.lower())
+    return split is not None and split[0] != "train"
 
 
 def by_split(shards):
@@ -174,7 +175,7 @@ def read_headers(path, number):
         raise InputError(f"{path}: {error}") from error
     for key, row in list(rows.items()):
         if row[IMAGE + 1] == 0:
-            unused[key] = "no image, or an empty one"
+            unused.setdefault(key, "no image, or an empty one")
             del rows[key]
     # Return a NumPy array. torch would send a tensor to the main process as an open file, and there
     # may be more shards than a process may open files.
@@ -193,7 +194,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Increase this number when read_headers changes, so that old caches are ignored.
-    name = f"index-12-{digest}"
+    name = f"index-13-{digest}"
     try:
         return torch.load(cache_folder() / name, weights_only=True)
     except Exception:  # there is no cache, or it is damaged, for which torch has many kinds
@@ -292,13 +293,10 @@ class Shards:
         return content
 
     def read(self, i, column):
-        """Return the bytes of one member of sample i. column: IMAGE, TEXT or JSON. Raise BadSample
-        if the member is missing or empty."""
+        """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
+        JSON. Raise BadSample if the shard ends too early."""
         row = self.index[i].tolist()
-        block, size = row[column], row[column + 1]
-        if size == 0:
-            raise BadSample("its .txt or .json is missing or empty")
-        return self.read_at(row[0], block, size)
+        return self.read_at(row[0], row[column], row[column + 1])
 
     def name(self, i):
         """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read

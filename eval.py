@@ -200,9 +200,8 @@ def format_score(name, s):
 
 
 def ranked_hits(questions, question_label, answers, answer_label, k):
-    """Return booleans (Q, k). The first column says whether the best answer to each question is
-    right, the second column says it of the second best answer, and so on. The search works in
-    chunks, so that the matrix (Q, A) never exists.
+    """Return booleans (Q, k). Column j says whether answer j, in the order of similarity, is right.
+    The search works in chunks, so that the matrix (Q, A) never exists.
 
     questions (Q, E), answers (A, E): features; question_label (Q,), answer_label (A,): an answer is
     right if it has the label of the question.

@@ -65,7 +65,8 @@ class SuperCLIPConfig:
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
         if self.image_size % self.patch_size != 0:
-            raise ValueError("patch_size must divide image_size")
+            sizes = f"patch_size {self.patch_size} must divide image_size {self.image_size}"
+            raise ValueError(sizes)
         if self.vision_width % self.vision_heads != 0:
             raise ValueError("vision_heads must divide vision_width")
         if self.text_width % self.text_heads != 0:
@@ -128,7 +129,8 @@ class Attention(nn.Module):
         if x.device.type == "cpu":
             # torch's attention on a CPU is five times slower in bfloat16 than in float32.
             q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):  # it would cast them back; CUDA's is unchanged
+        # Autocast of the CPU would cast them back. CUDA's autocast stays as it is.
+        with torch.autocast("cpu", enabled=False):
             # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(qkv.dtype)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))

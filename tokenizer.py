@@ -73,8 +73,9 @@ def clip_vocabulary():
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
         return merges_to_tiktoken(gzip.decompress(content).decode())
     except Exception as error:  # the disk and the network raise many kinds
-        reason = "CLIP's vocabulary can neither be read nor downloaded"
-        raise InputError(f"{reason}. Install open_clip_torch, or give --vocab.") from error
+        reason = "CLIP's vocabulary can neither be read nor downloaded."
+        advice = "Install open_clip_torch, or make a vocabulary with scripts.vocab."
+        raise InputError(f"{reason} {advice}") from error
 
 
 def read_ranks(vocab):

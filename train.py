@@ -125,12 +125,14 @@ def open_data(args, tokenizer, model):
     """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
     the latter if there are none."""
     shards, val_shards = data.by_split(data.expand(args.train_data))
+    if val_shards:
+        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
+    elif args.val_data is None and len(shards) > 1:
+        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
     if args.val_data is None:
         args.val_data = val_shards or ["none"]  # scripts.words and search read it
     val_pairs = None
-    if args.val_data == ["none"]:
-        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
-    else:
+    if args.val_data != ["none"]:
         val_shards = data.expand(args.val_data)
         held_out = {os.path.realpath(shard) for shard in val_shards}
         shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
@@ -148,6 +150,8 @@ def open_data(args, tokenizer, model):
         patch_dropout=args.patch_dropout,
     )
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
+        evaluation.ClassFolders(folder, model.config.image_size)
     return pairs, val_pairs
 
 
@@ -283,8 +287,8 @@ def train(args):
     print(f"out_dir: {args.out_dir}")
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
-    seen = from_all((header["data_fingerprint"], start))
-    check(len({*seen}) == 1, "the processes see different data, or a different last.pt")
+    facts = from_all((header["data_fingerprint"], start))
+    check(len({*facts}) == 1, "the processes see different data, or a different last.pt")
     last = Path(args.out_dir, "last.pt")
     best = Path(args.out_dir, "best.pt")
     write_row(args.out_dir, {"header": header, "step": start})
@@ -363,8 +367,11 @@ def train(args):
         print("training. Try a lower --learning_rate.")
         best = last
     print("\nWhat the model has learned:")
-    print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT")
-    print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png")
+    pictures = "" if val_pairs else " --images PICTURES"
+    print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT{pictures}")
+    if model.head is not None:
+        pictures = "" if val_pairs else " --image PICTURES"
+        print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png{pictures}")
     print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
 
 

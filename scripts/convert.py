@@ -100,7 +100,7 @@ def rename(content):
 
 def read_shapes(path, weights):
     """Return the fields of the configuration that the names and shapes of tensors tell, as a dict.
-    path: for the message; weights: with our names. Raises InputError if a tensor is missing."""
+    path: for the message; weights: with our names. Raise InputError if a tensor is missing."""
     try:
         vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
         positions, _ = weights["visual.positional_embedding"].shape
@@ -132,9 +132,9 @@ def read_shapes(path, weights):
 
 def open_clip_facts(name, model, images):
     """Return the facts in a configuration of open_clip. name: for the message; model: the dict that
-    describes both towers; images: the dict of a tag, or of what is done to images, or {}. Raises
-    InputError if the model has parts that this project lacks, such as another pooling. Such a part
-    shows as a field that open_clip_config never writes."""
+    describes both towers; images: open_clip's facts about a tag, or its preprocess_cfg, or {}.
+    Raise InputError if the model has parts that this project lacks, such as another pooling. Such a
+    part shows as a field that open_clip_config never writes."""
     ours = open_clip_config(SuperCLIPConfig())
     vision = model["vision_cfg"]
     text = model["text_cfg"]
@@ -174,13 +174,14 @@ def transformers_facts(folder):
 
 def facts_beside(path):
     """Return the facts in the configuration beside a file of weights, or {} if there is none.
-    Raises InputError."""
+    Raise InputError if it cannot be read."""
     folder = path.parent
     beside = folder / "open_clip_config.json"
     if beside.exists():
         content = json.loads(beside.read_text("utf-8"))
         return open_clip_facts(beside, content["model_cfg"], content.get("preprocess_cfg", {}))
-    if (folder / "config.json").exists():
+    beside = folder / "config.json"
+    if beside.exists() and "vision_config" in json.loads(beside.read_text("utf-8")):
         return transformers_facts(folder)
     return {}
 
@@ -200,7 +201,7 @@ WEIGHTS = (
 
 def read_weights(path):
     """Read a file of weights, and the configuration and vocabulary beside it. path: the file, or
-    the folder that holds it. Raises InputError."""
+    the folder that holds it. Raise InputError if it cannot be read."""
     if path.is_dir():
         files = [path / name for name in WEIGHTS if (path / name).exists()]
         check(files, f"{path} holds no weights: none of {', '.join(WEIGHTS)}")
@@ -228,7 +229,7 @@ def read_weights(path):
 
 def read_published(name):
     """Read the weights that open_clip downloads. name: MODEL/TAG, where the tag may be a file.
-    Raises InputError."""
+    Raise InputError if it cannot be read."""
     model, _, tag = name.partition("/")
     # A tag with a dot means a file, because no tag of open_clip has one.
     check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")

@@ -39,7 +39,7 @@ SHARD_SIZE = 1000  # samples
 
 
 def read_rows(path):
-    """Yield the rows of a list, each as (line number, dict of columns). Raises InputError if a line
+    """Yield the rows of a list, each as (line number, dict of columns). Raise InputError if a line
     cannot be read. Leaving that line out would not do, because a quotation mark that is not closed
     may swallow all rows that follow."""
     line = 1
@@ -155,8 +155,8 @@ class ShardWriter:
         self.tar = None
 
     def add(self, suffix, content, fields):
-        """Write one sample. suffix, content: of the image file, content as bytes; fields: of
-        .json."""
+        """Write one sample. suffix, content: the name ending and the bytes of the image file;
+        fields: the dict for .json."""
         shard, place = divmod(self.n, SHARD_SIZE)
         if place == 0:
             self.close()

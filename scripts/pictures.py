@@ -17,7 +17,7 @@ picture_file = output_file(".png")  # a type for argparse
 
 def image_files(paths):
     """Return a list of image files. paths: files, and folders that are searched with all folders
-    below them. Raises InputError if a path leads to no image."""
+    below them. Raise InputError if a path leads to no image."""
     files = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else images_below(path)

@@ -89,7 +89,7 @@ class Images(Dataset):
 
 def read_features(path, sha256):
     """Return the features in a file of --features, as a dict of (name, stamp) -> feature (E,).
-    Raises InputError if another checkpoint than the one with this SHA-256 has made them, because
+    Raise InputError if another checkpoint than the one with this SHA-256 has made them, because
     features of two models cannot be compared."""
     other = f"{path} belongs to another checkpoint: use another file or delete it"
     with np.load(path) as content:
@@ -99,11 +99,12 @@ def read_features(path, sha256):
 
 
 def find_features(model, images, workers, path, sha256):
-    """Return the features of all images that can be read, as a dict of number -> feature (E,). The
-    others are named.
+    """Return the features of all images that can be read, as a dict of number -> feature (E,).
+    Print the names of the others.
 
-    images: Images; path: the file of --features, or None; sha256: of the checkpoint. Features that
-    the file has are not computed again. Then the file is written anew. Raises InputError.
+    images: Images; path: the file of --features, or None; sha256: the hash of the checkpoint.
+    Features that the file has are not computed again. Then the file is written anew, with the
+    features of these images only. Raise InputError if no image can be read.
     """
     known = {}
     if path and path.exists():

@@ -29,7 +29,7 @@ FIRST = 24  # pictures that the page opens with
 
 
 def make_server(port):
-    """Return a server that listens on a port. port: 0 stands for any free one. Raises
+    """Return a server that listens on a port. port: 0 stands for any free one. Raise
     InputError."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, name, options):
         """Return the content of an address: its type, and its bytes. name: the last part of the
-        path; options: the query, a dict. Raises InputError, LookupError or ValueError if the
+        path; options: the query, a dict. Raise InputError, LookupError or ValueError if the
         address has no content."""
         search = self.server.search
         if name == "":

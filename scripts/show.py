@@ -25,9 +25,9 @@ SIDE = 240  # pixels of an image in the picture
 
 
 def report(lengths, repeats, unused, context_length):
-    """Print what is known of the captions and of what is not used. lengths: the number of tokens
-    in each caption; repeats: a Counter, in how many samples each caption is; unused: list of (name,
-    reason); context_length: tokens that the text tower sees."""
+    """Print statistics of the captions, and what is not used and why. lengths: the number of tokens
+    in each caption; repeats: a Counter of the samples that have each caption; unused: list of
+    (name, reason); context_length: tokens that the text tower reads."""
     lengths = sorted(lengths)
     too_long = sum(length + 2 > context_length for length in lengths)  # with start and end
     print(f"tokens per caption: {lengths[len(lengths) // 2]} (median), {lengths[-1]} at most")

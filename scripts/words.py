@@ -29,7 +29,7 @@ SHOWN = 6  # validation pictures
 def find_pictures(args, tokenizer, size):
     """Yield the pictures of --image, or validation pictures of the run, or new scenes. Each is
     (name, short title, pixels (3, S, S)), with None in place of pixels if it cannot be read. size:
-    pixels a side. Raises InputError."""
+    pixels a side. Raise InputError if --image leads to no image."""
     if args.image:
         for file in image_files(args.image):
             yield str(file), file.stem, evaluation.read_image(file, size)

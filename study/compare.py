@@ -13,12 +13,13 @@ Differences are paired by seed, and their intervals include the draw of the data
 
 With --rates other seeds choose the learning rate of each command that names none. They try half,
 once and twice the default rate. While the best rate is the lowest or the highest one, they try one
-rate beyond it. The default rate is taken if its score is within a point of the best one, else the
-lowest rate that is. The score is the mean of all scores, or the one that --by names.
+rate beyond it. A rate is good if its score is within a point of the best one. The default rate is
+taken if it is good, otherwise the lowest good rate. The score is the mean of all scores, or the one
+that --by names.
 
 With --probe each scored run also fits a linear classifier on its frozen image tower (`eval.py
-probe`). The two folders are named as the command that trains would name them: by default they are
-in the world. No score of a probe takes part in the choice of a rate.
+probe`). Paths of the two folders are relative to the folder in which the run trains. No score of
+a probe takes part in the choice of a rate.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, learning rate, seed,
 probe and code. The code is the text of train.py and of the .py files beside it, of the module if
@@ -50,8 +51,8 @@ from scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # worlds and runs
-DRAWING = Path("scenes.py")  # what draws worlds
-FACTORS = (1, 0.5, 2)  # of the default rate. It comes first, because the first of equal ones wins.
+DRAWING = Path("scenes.py")  # the file that draws worlds
+FACTORS = (1, 0.5, 2)  # times the default rate, which comes first: of equal rates the first wins
 PROBE = "probe, "  # how the names of a probe's scores begin
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
 QUANTILES = (
@@ -85,7 +86,7 @@ class Command(NamedTuple):
         return shlex.join([*self.program, *self.options])
 
     def facts(self):
-        """Return what a finished run is known by."""
+        """Return the facts that identify a run."""
         return {
             "command": self.text(),
             "rate": self.rate,
@@ -112,7 +113,7 @@ class Command(NamedTuple):
         return world
 
     def words(self, out_dir):
-        """Return what Python is called with. A run validates before its first step and after its
+        """Return the arguments of Python. A run validates before its first step and after its
         last one."""
         program = self.program
         if program[0] != "-m":
@@ -123,7 +124,7 @@ class Command(NamedTuple):
         return [*program, *usual, *options, *last, "--out_dir", out_dir]
 
     def probe_words(self, out_dir):
-        """Return what Python is called with to probe the last weights of the run."""
+        """Return the arguments of Python that probe the last weights of the run."""
         fit, test = self.with_seed(self.probe)
         project = ROOT
         if self.program[0] != "-m":
@@ -215,8 +216,7 @@ def scores_of(row):
 
 
 def key_of(facts):
-    """Return what a run is found by. facts: those of a command, or a run, which may have no probe
-    if it is an old one."""
+    """Return the key of a run. facts: of a command, or of a run. Old runs have no entry `probe`."""
     names = ("command", "rate", "seed", "code")
     return (*(facts[name] for name in names), *facts.get("probe", ()))
 
@@ -228,7 +228,7 @@ class Study:
         self.path = path
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        self.found = {}  # of equal ones the newest
+        self.found = {}  # if two runs have one key, the newer counts
         for line in open(path):
             self.add(json.loads(line))
 
@@ -240,7 +240,7 @@ class Study:
         time, and keep each one as it ends."""
         keys = [key_of(command.facts()) for command in commands]
         todo = [command for command, key in zip(commands, keys) if key not in self.found]
-        for command in todo:  # before two runs draw the same
+        for command in todo:  # draw each world now, because two runs could draw it at once
             command.folder()
         pool = ThreadPool(jobs)
         try:
@@ -250,8 +250,8 @@ class Study:
                     file.write(json.dumps(run) + "\n")
                 what = f"{run['command']}, rate {run['rate']}, seed {run['seed']}"
                 print(f"{n} of {len(todo)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
-        finally:  # after a failure, Ctrl-C or a kill
-            pool.terminate()  # what has not begun
+        finally:  # stop what is left, also after a failure or a signal
+            pool.terminate()  # runs that have not begun
             for process in STARTED:  # nothing happens to those that have ended
                 process.terminate()
             pool.join()
@@ -337,7 +337,7 @@ def print_scores(a, b):
 
 
 def seeds(text):
-    """A type for argparse: "15-29" -> range(15, 30)."""
+    """Return range(15, 30) for "15-29". A type for argparse."""
     first, _, last = text.partition("-")
     return range(int(first), int(last) + 1)
 

@@ -1,4 +1,6 @@
-"""Photographs for the study, a shop's products with their titles: python -m study.shop DIR
+"""Make shards of photographs for the study, a shop's products with their titles:
+
+    python -m study.shop DIR
 
 DIR holds the hub data set ashraq/fashion-product-images-small: its pictures as images/ID.jpg, and a
 table pairs.csv. The columns of the table are image (ID.jpg), caption (productDisplayName) and type
@@ -38,8 +40,8 @@ def hashed(text):
 
 
 def split(rows, seed):
-    """Products with the content of their pictures -> those to train on, to validate on, and to
-    classify, each in the order of this seed."""
+    """Return three lists of products, in the order of this seed: to train on, to validate on, and
+    to classify."""
     titles = Counter(row["caption"] for row in rows)
     trained = {title for title in titles if hashed(f"side {seed} {title}") % 100 < 60}
     rows = sorted(rows, key=lambda row: hashed(f"{seed} {row['image']}"))

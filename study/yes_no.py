@@ -1,4 +1,4 @@
-"""The word head says yes or no to each word: python -m study.yes_no [options of train.py]
+"""Train a word head that says yes or no to each word: python -m study.yes_no [options of train.py]
 
 SuperCLIP's word loss is one softmax over the vocabulary, so that words compete. Here each word has
 a binary cross-entropy, as in classification with several labels. The sum over hundreds of words is

@@ -6,7 +6,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from material import cases, write_captions, write_tar
+from material import cases, png, write_captions, write_tar
 
 import data
 from data import Shards
@@ -85,16 +85,18 @@ def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
     path = tmp_path / "0.tar"
     header = tarfile.TarInfo("large.png")
     header.size = 2**31
-    sample = Path(write_captions(tmp_path / "1.tar", "red")).read_bytes()
+    members = {"large.txt": b"a", "0.png": png("red"), "0.txt": b"red"}
+    others = Path(write_tar(tmp_path / "1.tar", members)).read_bytes()
     with open(path, "wb") as file:
         file.write(header.tobuf())
         file.seek(512 + 2**31)
-        file.write(sample)
+        file.write(others)
 
     shards = Shards([path])
 
     assert [shards.captions(i) for i in range(len(shards))] == [["red"]]
-    assert [name for name, _ in shards.unused] == [f"{path}:large"]
+    [(name, reason)] = shards.unused
+    assert name == f"{path}:large" and "2 GiB" in reason
 
 
 # ---- damage

@@ -159,7 +159,10 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
     assert sorted(folders) == ["out", *(f"out_{number}" for number in range(2, 9))]
 
 
-@pytest.mark.parametrize("options", ["--batch_size 1000", "--captions json.caption"])
+MISTAKES = ["--batch_size 1000", "--captions json.caption", "--zeroshot_data nowhere"]
+
+
+@pytest.mark.parametrize("options", MISTAKES)
 def test_a_mistake_leaves_no_folder(shards, tmp_path, capsys, options):
     error_of(capsys, train.main, *short_run(shards, tmp_path / "out", *options.split()))
 

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 import scenes
-from cli import new_folder
 from tokenizer import Tokenizer
 
 SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val", range(300))]
@@ -41,10 +40,14 @@ def test_a_picture_has_the_colour_of_its_class_and_held_out_has_all_names(scenes
     assert sorted(sizes) == 56 * [0] + 8 * [4]
 
 
-def test_two_that_draw_at_once_both_go_on_with_the_folder_of_the_first(tmp_path):
-    with new_folder(tmp_path / "scenes") as mine:
-        (mine / "second").touch()
-        with new_folder(tmp_path / "scenes") as theirs:
-            (theirs / "first").touch()
+def test_scenes_that_another_run_has_drawn_meanwhile_are_used(tmp_path, monkeypatch):
+    def progress(shards, *_, **__):
+        (tmp_path / "scenes").mkdir()
+        (tmp_path / "scenes" / "theirs").touch()
+        return shards
 
-    assert [path.name for path in tmp_path.rglob("*")] == ["scenes", "first"]
+    monkeypatch.setattr(scenes, "progress", progress)
+
+    scenes.make_scenes(tmp_path / "scenes", train=2, val=1, pictures=4)
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["scenes", "theirs"]

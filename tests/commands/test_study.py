@@ -255,7 +255,7 @@ def published(arm, values):
     runs = []
     for seed, value in enumerate(values, 15):
         run = run_of(command.at(5e-4, seed), **{"colour_shape": value, "R@1": value})
-        runs.append({**run, "commit": "later"})
+        runs.append({**run, "commit": plan.SECOND_ROUND})
     return runs
 
 
