@@ -65,8 +65,7 @@ class SuperCLIPConfig:
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
         if self.image_size % self.patch_size != 0:
-            sizes = f"patch_size {self.patch_size} must divide image_size {self.image_size}"
-            raise ValueError(sizes)
+            raise ValueError(f"patch_size must divide image_size, which is {self.image_size}")
         if self.vision_width % self.vision_heads != 0:
             raise ValueError("vision_heads must divide vision_width")
         if self.text_width % self.text_heads != 0:

@@ -163,6 +163,8 @@ class NotRun(Exception):
 def runs_of(arm):
     """Return all runs of an arm: of seeds that have chosen its rate, and of those that are scored.
     Equal commands of the two rounds differ by their commits."""
+    if arm not in ARMS:
+        return []
     command = compare.read_command(ARMS[arm]).text()
     commit = FIRST_ROUND if arm in FIRST_ARMS else SECOND_ROUND
     runs = [run for run in RUNS if run["command"] == command]
@@ -240,10 +242,11 @@ def pair(score, row):
 
 
 def three(score, row):
-    """Return the cells of `pair`, the mean of the control, and SuperCLIP minus the control."""
-    if row == "photographs, 6 epochs":
-        return [*pair(score, row), "not run", "not run"]
+    """Return the cells of `pair`, the mean of the control, and SuperCLIP minus the control. A
+    control that was not run has words in place of numbers."""
     control = f"control, {row}"
+    if not values_of(control, score):
+        return [*pair(score, row), "not run", "not run"]
     gain = difference(score, f"SuperCLIP, {row}", control)
     return [*pair(score, row), *means(score, control), gain]
 
