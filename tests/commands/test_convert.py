@@ -1,5 +1,5 @@
-"""scripts/convert.py: weights of other layouts become a checkpoint, and a checkpoint becomes what
-open_clip and transformers load."""
+"""Test scripts/convert.py. It turns weights of other layouts into a checkpoint, and a checkpoint
+into files that open_clip and transformers load."""
 
 import json
 
@@ -18,12 +18,12 @@ from tokenizer import Tokenizer, words_to_tiktoken
 VOCAB = words_to_tiktoken(["dog"])
 V = {"vocab_size": Tokenizer(VOCAB).vocab_size}
 STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
-HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
+HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two heads
 
 
 @pytest.fixture
 def converted(tmp_path):
-    """A function that converts weights, or what a name stands for, and loads the result."""
+    """Return a function that converts weights, or the weights with a name, and loads the result."""
     (tmp_path / "own.tiktoken").write_text(VOCAB)
 
     def convert(weights):
@@ -37,7 +37,7 @@ def converted(tmp_path):
 
 
 def assert_same_but_for_the_head(again, model):
-    """Configuration and weights, where `again` is plain CLIP."""
+    """Check that configuration and weights are equal, except that `again` is plain CLIP."""
     assert again.config == SuperCLIPConfig(**{**vars(model.config), "cls_weight": 0})
     weights = dict(again.state_dict())
     expected = {name: x for name, x in model.state_dict().items() if name in weights}
@@ -45,7 +45,7 @@ def assert_same_but_for_the_head(again, model):
 
 
 def test_weights_of_open_clip_become_plain_clip(converted):
-    """From the layout with the text tower under "text.". Such files hold constants, too."""
+    """The names of the text tower begin with "text.". Such files also hold a constant, the mask."""
     ours = make_random_model(**V)
     state = open_clip_of(ours, custom_text=True).state_dict()
     state["text.attn_mask"] = torch.zeros(16, 16)
@@ -64,7 +64,8 @@ def test_openais_file_has_quick_gelu(converted):
 def test_a_name_of_open_clip_has_the_weights_and_what_its_tag_says(
     tmp_path, converted, monkeypatch
 ):
-    """The name says plain GELU, and open_clip's mean and std. But the tag knows better."""
+    """The configuration with this name has plain GELU and the mean and std of open_clip. The values
+    of the tag replace them."""
     ours = make_random_model(quick_gelu=True, **HEADS, **STATS, **V)
     torch.save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
     config = open_clip_config(ours.config) | {"quick_gelu": False}
@@ -91,7 +92,7 @@ def test_parts_that_we_lack_are_named_though_all_tensors_would_fit(tmp_path, cap
     assert "no_causal_mask, pool_type" in error
 
 
-# ---- weights out, which come back
+# ---- a checkpoint in another layout, and back
 
 
 @torch.no_grad()
@@ -116,8 +117,9 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_transformers_has_the_same_features(quick_gelu, tmp_path):
-    """Also of a text that goes on after its end. The projections are square, so that no shape tells
-    whether they were transposed. A file of weights is read with the configuration beside it."""
+    """The features are equal, also those of a text that goes on after its end token. The
+    projections are square, so that their shape does not tell whether they were transposed. A file
+    of weights is read with the configuration beside it."""
     model = make_random_model(embed_dim=128, quick_gelu=quick_gelu, **V, **HEADS, **STATS)
     path = write_checkpoint(tmp_path / "a.pt", model, VOCAB)
     images, tokens = make_pairs(model)

@@ -1,4 +1,4 @@
-"""scripts/curves.py: what it draws of a log."""
+"""Test which curves scripts/curves.py draws from logs."""
 
 import json
 
@@ -21,8 +21,9 @@ def write_log(path, rows):
 
 
 def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
-    """Losses come first, with that of a fork. The first run was killed after step 20 and went on
-    from step 10, so what it had logged there does not count."""
+    """The panels of losses come first, also the panel of a loss that a fork adds. The first run was
+    killed after step 20 and went on from step 10. So the first row that it logged at step 20 does
+    not count."""
     killed = {**TRAINING, "contrastive_loss": 9}
     first = [BEGIN, killed, {**BEGIN, "step": 10}, VALIDATION, TRAINING]
     second = [BEGIN, {**TRAINING, "my_loss": -1}]
@@ -31,7 +32,7 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     assert not run(curves.main, *logs, "--out", tmp_path / "curves.png")
 
     axes = plt.gcf().axes
-    found = {}  # title -> what each line has
+    found = {}  # {title of a panel: the values of each line}
     for axis in axes:
         found[axis.get_title()] = [[*line.get_ydata()] for line in axis.get_lines()]
     assert [*found] == ["contrastive loss", "my loss", "zero-shot held out (%)", "R@1 (%)"]

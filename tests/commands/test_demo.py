@@ -1,4 +1,4 @@
-"""docs/demo.py and its page: what the page computes in JavaScript is what PyTorch computes."""
+"""Test docs/demo.py and its page. The page computes in JavaScript what PyTorch computes."""
 
 import random
 
@@ -15,7 +15,7 @@ from superclip import PRESETS
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(scenes.vocabulary(), 16)
-# The tiny model, but narrow, because the browser computes in JavaScript
+# The model is narrower than the tiny model, because the browser computes in JavaScript.
 NARROW = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2, embed_dim=32)
 NAMES = [" ".join(look) for look in scenes.COMBINATIONS]
 SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vocab_size)
@@ -23,8 +23,8 @@ SHAPE = PRESETS["tiny"] | NARROW | dict(vision_layers=2, vocab_size=TOKENIZER.vo
 
 @torch.no_grad()
 def write_page(folder):
-    """The page of two models with random weights, and the second model. Its weights are rounded, so
-    that the page keeps them exactly."""
+    """Return the page of two models with random weights, and the second model. The weights are
+    rounded, so that the page keeps them exactly."""
     header = {"arguments": dict(seed=3, learning_rate=1e-4, batch_size=8)}
     for name, weight in (("clip.pt", 0), ("superclip.pt", 1)):
         model = make_random_model(**SHAPE, cls_weight=weight)
@@ -43,7 +43,7 @@ def assert_near(numbers, tensor):
 
 @torch.no_grad()
 def test_the_browser_draws_and_answers_as_python_does(browser, tmp_path):
-    """And a reader can guess and compose a scene, without an error of JavaScript."""
+    """A reader can also guess and compose a scene, and the browser logs no error."""
     page, model = write_page(tmp_path)
     scene = scenes.make_scene(random.Random(0), [("red", "star"), ("blue", "ring")])
     browser.get(page.as_uri())
@@ -55,7 +55,7 @@ def test_the_browser_draws_and_answers_as_python_does(browser, tmp_path):
     maps = browser.execute_async_script(script, pixels)
 
     drawn = torch.tensor([*scenes.draw(scene).convert("RGBA").tobytes()])
-    assert (torch.tensor(pixels).double() - drawn).abs().mean() <= 2  # of 255
+    assert (torch.tensor(pixels).double() - drawn).abs().mean() <= 2  # out of 255 levels
     image = torch.tensor(pixels, dtype=torch.uint8).view(1, 72, 72, 4)[..., :3].movedim(3, 1)
     texts = evaluation.zeroshot_classifier(model, TOKENIZER, NAMES, ["a photo of a {}"])
     similarity = model.logit_scale.exp() * model.encode_image(image) @ texts.T

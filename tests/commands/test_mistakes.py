@@ -1,5 +1,5 @@
-"""Mistakes of users, in one table for all commands, and their --help. A mistake ends with exit code
-2 and one line that names the option or the file."""
+"""Test mistakes of users, in one table for all commands, and --help. A command with a mistake ends
+with exit code 2 and one line that names the option or the file."""
 
 import importlib
 import shlex
@@ -11,7 +11,7 @@ from material import error_of, png, run, small_model, write_checkpoint, write_sh
 
 from tokenizer import words_to_tiktoken
 
-# A command with its arguments, and what the message must name
+# Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
 train --train_data nowhere.tar                            | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken          | html.tar
@@ -45,7 +45,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with all files that the table names."""
+    """Return a folder with all files that TABLE names."""
     world = tmp_path_factory.mktemp("world")
     for name in ("hollow/empty", "sides", "other", "classes"):
         (world / name).mkdir(parents=True)
@@ -56,12 +56,12 @@ def world(tmp_path_factory):
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
-    (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step has ended
+    (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
-    torch.save({}, world / "other" / "pytorch_model.bin")  # a SigLIP has other names
+    torch.save({}, world / "other" / "pytorch_model.bin")  # no weight has a name that CLIP needs
     (world / "other" / "config.json").write_text('{"model_type": "siglip"}')
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world

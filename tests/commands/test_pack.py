@@ -1,4 +1,5 @@
-"""scripts/pack.py: a list of images and captions becomes shards, and no row is lost in silence."""
+"""Test scripts/pack.py. It turns a list of images and captions into shards, and reports every row
+that it leaves out."""
 
 import csv
 import hashlib
@@ -21,7 +22,8 @@ def run(path, *options):
 
 
 def samples(out, split="*"):
-    """What training reads: dict of image -> (fields of .json, text of .txt, bytes of the image)."""
+    """Return the samples as training reads them. The result is a dict {image: (fields of .json,
+    text of .txt, bytes of the image)}."""
     shards = data.Shards(data.expand([f"{out}/{split}-*.tar"]))
     found = {}
     for i in range(len(shards)):
@@ -34,7 +36,7 @@ def samples(out, split="*"):
 
 @pytest.fixture
 def photos(tmp_path):
-    """The list of twelve photographs that lie beside it."""
+    """Return the path of a list of twelve photographs. They lie beside the list."""
     rows = []
     for i in range(12):
         photo(i, (60 + i, 40)).save(tmp_path / f"é {i}.jpg")
@@ -56,7 +58,7 @@ def test_rows_of_one_image_become_one_sample(tmp_path):
     assert fields["sha256"] == hashlib.sha256(content).hexdigest()
 
 
-LISTS = {  # a list, and the caption in it
+LISTS = {  # {name: (content of the list, the caption in it)}
     "commas.csv": (
         '\ufeffwhat,alt,caption\né 1.jpg,"two\n""lines"", x; y",?',
         'two\n"lines", x; y',
@@ -87,7 +89,7 @@ def test_every_kind_of_list_is_read(photos, name):
     [
         ("l.csv", b'image,caption\na.jpg,cat\nb.jpg,"big dog\nc.jpg,cat\nd.jpg,cat', "line 2"),
         ("l.csv", b"image,caption\na.jpg,caf\xe9", "UTF-8"),
-        ("l.csv", b"image,caption\nnone.jpg,a dog", "none.jpg"),  # and no other row can be used
+        ("l.csv", b"image,caption\nnone.jpg,a dog", "none.jpg"),  # no row can be used
         ("l.json", b'[{"image": "a.jpg", "caption": "cat"}]', "JSONL"),
         ("l.json", b'[\n{"image": "a.jpg", "caption": "cat"}\n]', "JSONL"),
     ],
@@ -116,7 +118,7 @@ def test_rows_that_cannot_be_used_are_listed(photos):
 
 
 def test_a_large_image_becomes_smaller_and_upright_and_another_one_stays(tmp_path):
-    """Without its metadata. A file is not encoded again without need."""
+    """The smaller image has no metadata. An image that is small enough is not encoded again."""
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by 90 degrees
     photo(0, (300, 200)).save(tmp_path / "large.jpg", exif=turned, comment=b"private")

@@ -1,4 +1,4 @@
-"""The built-in world: it is the same everywhere, and its parts fit each other."""
+"""Test the built-in world. It is the same on every machine, and its parts fit each other."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val"
 
 
 def test_seed_0_is_the_same_world_on_all_machines_and_another_seed_is_not():
-    """Its captions and places, up to the last digit. Every number of the README is one of it."""
+    """The captions and places are equal up to the last digit, because the numbers in the README
+    depend on them."""
     fields = [{"short": short, "long": long, "scene": scene} for _, scene, short, long in SAMPLES]
 
     content = json.dumps(fields).encode()

@@ -1,4 +1,5 @@
-"""scripts/search.py against the slow way to search, the file that keeps features, and the page."""
+"""Test scripts/search.py. We compare it with a slow search, and test its file of features and its
+page."""
 
 import http.client
 import os
@@ -32,7 +33,8 @@ TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is long
 
 @pytest.fixture
 def folders(folders, monkeypatch):
-    """The usual folders, with pictures that differ enough for a model with random weights."""
+    """Return the folders of conftest.py, with pictures that a model with random weights can tell
+    apart."""
     for i, file in enumerate(sorted(folders.rglob("*.png"))):
         photo(i).save(file)
     monkeypatch.chdir(folders)
@@ -40,7 +42,8 @@ def folders(folders, monkeypatch):
 
 
 def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
-    """Also from a file of features, which other programs can read."""
+    """The second search takes the features from a file and prints the same. Other programs can read
+    this file."""
     argv = ["--checkpoint", checkpoint, "--images", ".", *TEXTS, "--k", 7, "--features", "x.npz"]
 
     printed = []
@@ -64,7 +67,7 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
 
 
 def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
-    """Features of zero tell which are as they were."""
+    """We set all kept features to zero. Features that are still zero were not computed again."""
     write_shard("a.tar", [{"png": png("red")}])
     argv = ["--checkpoint", checkpoint, "--features", "x.npz", TEXTS[0]]
     argv += ["--images", "red", "--data", "a.tar"]
@@ -93,7 +96,7 @@ def test_two_images_with_one_name_in_their_headers_have_their_own_features(tmp_p
     shard = write_tar(tmp_path / "a.tar", {file.name: file.read_bytes() for file in files})
     kept = tmp_path / "x.npz"
 
-    for _ in range(2):  # the second search reads what the first has kept
+    for _ in range(2):  # the second search reads the features of the first
         argv = ["--checkpoint", checkpoint, "--data", shard, "--features", kept, TEXTS[0]]
         assert not run(search.main, *argv)
 
@@ -119,7 +122,7 @@ HOSTILE = "<img src=x onerror=alert()>.png"
 
 @pytest.fixture(scope="module")
 def address(server, tmp_path_factory):
-    """The address of a page of twenty pictures, one of them with a hostile name."""
+    """Return the address of a page of twenty pictures, one of them with a hostile name."""
     world = tmp_path_factory.mktemp("world")
     (world / "photos").mkdir()
     for i in range(20):
@@ -136,7 +139,7 @@ def address(server, tmp_path_factory):
     children.end()
 
 
-ANSWERS = {  # path of a request -> the status of the answer
+ANSWERS = {  # {path of a request: status of the answer}
     "/TOKEN/picture?number=0": 200,
     "/TOKEN/picture?number=../model.pt": 404,
     "/TOKEN/picture?number=-1": 404,
@@ -154,8 +157,8 @@ def test_nothing_but_numbers_of_pictures_is_served_below_a_secret_path(address):
 
 
 def test_a_reader_searches_on_the_page(browser, address):
-    """The page opens with all twenty pictures. Names and texts are only text."""
-    browser.implicitly_wait(30)  # for what an answer brings
+    """The page opens with all twenty pictures. It shows HTML in a name or a query as text."""
+    browser.implicitly_wait(30)  # wait for elements that come with an answer
     browser.get(address)
     browser.find_element("xpath", "//h2[text()='20 pictures']")
     assert len(browser.find_elements("css selector", "#results img")) == 20

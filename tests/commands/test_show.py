@@ -1,4 +1,4 @@
-"""scripts/show.py: what shards hold, told before training."""
+"""Test scripts/show.py, which prints what shards hold."""
 
 from material import png, run, write_shard
 from PIL import Image
@@ -10,10 +10,11 @@ PNG = png("red")
 
 
 def test_samples_captions_twins_labels_and_what_cannot_be_used(tmp_path, capsys):
-    """Eight samples with seven captions, two of which are the same words. Four parts of the shard
-    are no sample, or cannot be used: an image that cannot be read, no image, no caption, and a name
-    with a second dot. Of "a red dog 3": of seven captions, "3" is in one, "red" in six, "a" and
-    "dog" in all. So their weights are log(8 / 2) = 1.386, log(8 / 7) = 0.134 and 0."""
+    """The shard holds eight samples with seven captions, two of which have the same words. Four
+    parts of the shard are not used. They are an image that cannot be read, a caption without an
+    image, an image without a caption, and a name with a second dot. We also check the label of "a
+    red dog 3". The word "3" is in one of seven captions, "red" in six, "a" and "dog" in all. So
+    their weights are log(8 / 2) = 1.386, log(8 / 7) = 0.134 and 0."""
     (tmp_path / "vocab.tiktoken").write_text(words_to_tiktoken("a red dog cat 1 2 3".split()))
     captions = [f"a red dog {i}" for i in range(5)] + ["A red dog 1"]
     samples = [{"png": PNG, "txt": caption.encode()} for caption in captions]

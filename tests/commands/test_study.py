@@ -1,5 +1,5 @@
-"""Test the study. No scored seed has chosen a rate, finished runs are kept and never taken for runs
-of other code, and the page says what the runs say."""
+"""Test the study. No scored seed chooses a learning rate. Finished runs are kept, and are not used
+for other code. The tables on the page agree with the runs."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from tokenizer import Tokenizer
 
 
 def run_of(command, **values):
-    """The run of a command, with these scores in percent."""
+    """Return the run of a command. values: its scores in percent."""
     key = {"command": command.text(), "rate": command.rate, "seed": command.seed}
     scores = {name: {"value": value / 100, "chance": 0.1} for name, value in values.items()}
     key |= {"code": command.code(), "probe": [*command.probe]}
@@ -30,20 +30,21 @@ def run_of(command, **values):
 
 
 def test_an_interval_is_students():
-    """The differences 1, 2, 3 have a standard deviation of 1, and t is 4.303."""
+    """The differences 1, 2, 3 have a standard deviation of 1. Student's t is 4.303."""
     assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.303 / 3**0.5), rel=1e-3)
 
 
 def test_the_default_rate_is_taken_if_it_is_about_as_good_as_the_best():
-    """Within a point. Else the lowest rate is taken that is. The default is 4."""
+    """A rate is good if its score is within one point of the best. The default rate, which is 4, is
+    taken if it is good. Otherwise the lowest good rate is taken."""
     assert compare.choose({2: 90.9, 4: 90.0, 8: 89.0}, 4) == 4
     assert compare.choose({2: 90.1, 4: 89.0, 8: 91.0}, 4) == 2
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Runs are made up. The best rate is 2e-4, and one of half as much or twice as much scores ten
-    points less. Returns the list of what was run."""
+    """Return the list of commands that were run. Their scores are made up. The best learning rate
+    is 2e-4, and a rate of half or twice as much scores ten points less."""
     done = []
 
     def train_and_score(command):
@@ -57,8 +58,8 @@ def pretend(monkeypatch, tmp_path):
 
 
 def test_seeds_that_choose_a_rate_are_not_scored_and_no_run_is_made_twice(pretend):
-    """The best rate is the lowest one at first, so one beyond it is tried, 1.25e-4. The command
-    that names its rate keeps it. Only scored runs are made again for a probe."""
+    """At first the best rate is the lowest one. So a rate below it is tried, 1.25e-4. The command
+    that names its learning rate keeps it. Only scored runs are made again for a probe."""
     argv = ["--a", "train.py --learning_rate 1e-4", "--b", "train.py"]
     argv += ["--rates", "0-1", "--by", "colour_shape", "--seeds", "15-17"]
 
@@ -124,8 +125,8 @@ def test_other_text_is_other_code(monkeypatch, tmp_path):
 def test_a_comparison_trains_both_variants_and_prints_every_score(
     shards, folders, children, monkeypatch, tmp_path, capsys
 ):
-    """The processes are forked, because each would take seconds to import torch. The first one
-    diverges, so that it scores 0 and is not probed."""
+    """We fork the processes, because each new one would take seconds to import torch. The first run
+    is reported as diverged, so it has no scores and is not probed."""
 
     def call(words, folder):
         process = children.start(Path(words[0]).stem, words[1:])
@@ -154,14 +155,15 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
 
 @pytest.fixture
 def model(monkeypatch):
-    """A small model. What a module replaces comes back after the test, and it trains nothing."""
+    """Return a small model. train.main trains nothing here. After the test, the functions that a
+    module has replaced are restored."""
     monkeypatch.setattr(train, "main", lambda argv: argv)
     for name in ("classification_loss", "idf"):
         monkeypatch.setattr(superclip, name, getattr(superclip, name))
     return small_model(vocab_size=6)
 
 
-# Three captions of the words 1, 2 and 3. Two of the six tokens are start and end.
+# The three captions consist of the words 1, 2 and 3. The tokens 4 and 5 are start and end.
 CAPTIONS = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
 
 
@@ -183,7 +185,8 @@ def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
 
 
 def test_a_head_can_say_yes_or_no_to_each_word(model):
-    """The words are 1, 2 and 3. A logit x says yes with probability sigmoid(x)."""
+    """The words are 1, 2 and 3. A logit x means that the head says yes with probability
+    sigmoid(x)."""
     logits = torch.randn(3, 6)
     expected = 0.0
     for caption, row in zip(CAPTIONS.tolist(), logits.sigmoid().tolist()):
@@ -235,8 +238,8 @@ def test_the_cost_on_the_page_is_that_of_speed_md():
 
 @pytest.mark.parametrize("arm", plan.ARMS)
 def test_an_arm_has_all_its_seeds_and_the_rate_that_the_rule_chooses(arm):
-    """Or it has not been run. All runs of an arm have one commit, and those that are scored have
-    one rate."""
+    """An arm may also have no runs yet. All runs of an arm have the same commit, and its scored
+    runs have the same learning rate."""
     runs = plan.runs_of(arm)
     scored = [run for run in runs if run["seed"] >= plan.FIRST_SCORED]
 
@@ -249,8 +252,8 @@ def test_an_arm_has_all_its_seeds_and_the_rate_that_the_rule_chooses(arm):
 
 
 def published(arm, values):
-    """Return runs of an arm in the second round, of seeds from 15 on: each has one of these values,
-    in percent, for both of its scores."""
+    """Return runs of an arm in the second round, one for each of the values. The seeds begin with
+    15. Both scores of a run have its value, in percent."""
     command = read_command(plan.ARMS[arm])
     runs = []
     for seed, value in enumerate(values, 15):
@@ -259,7 +262,7 @@ def published(arm, values):
     return runs
 
 
-ANSWERS = {  # the lead of SuperCLIP -> the answer to a planned claim, and to an exploratory one
+ANSWERS = {  # {lead of SuperCLIP: answers to a planned and an exploratory claim}
     10: ("yes", "seen"),
     2.8: ("not clear", "seen"),
     1: ("not clear", "not clear"),
@@ -270,7 +273,7 @@ ANSWERS = {  # the lead of SuperCLIP -> the answer to a planned claim, and to an
 @pytest.mark.parametrize("lead", ANSWERS)
 def test_a_claim_is_answered_by_the_rule(lead, monkeypatch):
     """The ten differences are lead - 3 and lead + 3 in turn, so their standard error is 1. The
-    quantile is 2.26 at 95 %, and 3.11 after the correction for four questions."""
+    quantile of Student's t is 2.26 at 95 %, and 3.11 after the correction for four questions."""
     runs = published("CLIP, long, 32,000", 10 * [50])
     runs += published("control, long, 32,000", 10 * [50])
     runs += published("SuperCLIP, long, 32,000", 5 * [50 + lead - 3, 50 + lead + 3])

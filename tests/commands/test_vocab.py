@@ -1,4 +1,4 @@
-"""scripts/vocab.py: a vocabulary of the words in the captions of shards."""
+"""Test scripts/vocab.py, which makes a vocabulary of the words in the captions of shards."""
 
 from material import png, run, write_captions, write_shard
 
@@ -7,8 +7,9 @@ from tokenizer import tokenizer_for
 
 
 def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
-    """517 = 512 for the bytes, three words, start and end. A letter is a byte, which has a token
-    already, and a caption that is not UTF-8 is left out. So are dog's and !!, two of twelve."""
+    """The 517 tokens are 512 for the bytes, three words, start and end. The word "a" is not among
+    the three, because it is a byte, which has a token already. The caption that is not UTF-8 is
+    left out. The vocabulary lacks dog's and !!, two of the twelve words in the other captions."""
     picture = png("red")
     captions = [b"a red dog's", b"the red dog!!", b"the Red dog", b"a dog", b"\xff"]
     train = write_shard(tmp_path / "train-0.tar", [{"png": picture, "txt": c} for c in captions])
@@ -16,7 +17,7 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
 
     assert not run(vocab.main, train, val, "--size", 517)
 
-    tokenizer = tokenizer_for([train])  # it lies beside the shards
+    tokenizer = tokenizer_for([train])  # the file lies beside the shards
     words = [tokenizer.decode([i]) for i in range(512, tokenizer.start)]
     assert words == ["red", "dog", "the"]
     printed = capsys.readouterr().out

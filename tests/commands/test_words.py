@@ -1,4 +1,5 @@
-"""The head's words by hand, and where they are seen by the slow formula."""
+"""Test the words that the head gives an image, and the maps that show where it sees them. We
+compute both again in a slow way."""
 
 import itertools
 
@@ -11,12 +12,13 @@ from scripts import words
 
 @torch.no_grad()
 def test_top_words_are_the_softmax_of_the_head_without_what_says_nothing():
-    """The head says padding, start, end, "the" and a part of a word loudest. But the first three
-    are no words, "the" was in every caption, and parts come last."""
+    """The head gives its highest logits to padding, start, end, "the" and a part of a word. The
+    first three are no words. top_words moves "the", which was in every caption, and parts of words
+    to the end."""
     model = small_model()
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     the, red, green = TOKENIZER.encode("the red green")
-    part = TOKENIZER.encode("xy")[0]  # x-
+    part = TOKENIZER.encode("xy")[0]  # an x that begins a longer word
     model.head.linear.bias[[0, TOKENIZER.start, TOKENIZER.end, the, part]] += 9.0
     model.head.linear.bias[red] += 8.0
     model.head.linear.bias[green] += 7.0
@@ -32,7 +34,7 @@ def test_top_words_are_the_softmax_of_the_head_without_what_says_nothing():
 
 @torch.no_grad()
 def test_word_maps_are_those_of_the_slow_loop():
-    """One window after the other is left out, on a grid of 4 x 4 patches."""
+    """The slow loop leaves out one window after the other, on a grid of 4 x 4 patches."""
     model = small_model()
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     ids = TOKENIZER.encode("red ring a")

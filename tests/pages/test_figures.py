@@ -1,4 +1,4 @@
-"""docs/figures.py draws the pictures of the pages."""
+"""Test that docs/figures.py draws the pictures of the pages."""
 
 import re
 import shutil

@@ -1,5 +1,5 @@
-"""The lab can be worked through with the project's functions, and its checks know what is wrong
-with others."""
+"""Test the lab. A reader can work through it with the project's functions, and its checks say what
+is wrong with other functions."""
 
 import json
 
@@ -38,8 +38,8 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the lab has defined when it was worked through, with the project's functions
-    in place of the stubs. Its models are smaller, and see a few pairs."""
+    """Return the names that the lab has defined at its end, with the project's functions in place
+    of the stubs. Its models are smaller here, and see only a few pairs."""
     names = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
@@ -68,7 +68,8 @@ def count_twice(model, images, tokens, label_tokens):
     return forward(model, images, tokens, label_tokens)
 
 
-# name of a function, its arguments, what a wrong one returns, and what the sentence names
+# Each line holds the name of a function, its arguments, what a wrong function returns, and a part
+# of the message.
 WRONG = """
 contrastive_loss    | u, v, s    | None | Fill in
 contrastive_loss    | u, v, s    | of_rows(u, v, s) | rows only

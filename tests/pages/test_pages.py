@@ -1,4 +1,5 @@
-"""What the README and the pages of docs/ show can be run, and what they name is there."""
+"""Test the README and the pages of docs/. Their commands and code run, and the files and headings
+that they link exist."""
 
 import argparse
 import importlib
@@ -37,16 +38,17 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
         assert not heading or heading in anchors_of(target), link
 
 
-# ---- commands: each is understood by its own parser
+# ---- commands
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-# python train.py ..., python -m scripts.pack ..., torchrun --nproc_per_node 8 train.py ...
+# COMMAND matches python train.py ..., python -m scripts.pack ..., and
+# torchrun --nproc_per_node 8 train.py ...
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d) (?:(\w+)\.py|-m (\w+\.\w+))\s*(.*)")
 
 
 def shell_lines(text):
-    """The command lines of a page: of its blocks, and of `code` in its sentences. What follows &&
-    is a line of its own."""
+    """Return the command lines in the blocks of a page, and in `code` in its sentences. A command
+    that follows && is a separate line."""
     lines = []
     for language, block in FENCE.findall(text):
         if language != "python":
@@ -61,7 +63,7 @@ COMMANDS = [match for match in map(COMMAND.match, sorted(LINES)) if match and ma
 
 
 class Parsed(Exception):
-    """A parser has accepted the arguments."""
+    """Stop a command, because its parser has accepted the arguments."""
 
 
 @pytest.mark.parametrize("match", COMMANDS, ids=lambda match: match[0])
@@ -71,7 +73,7 @@ def test_a_command_understands_its_arguments(match, tmp_path, monkeypatch):
     argv = shlex.split(arguments, comments=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(superclip, "classification_loss", None)  # study.shuffled replaces it
-    for word in argv:  # the folders in which a command would write
+    for word in argv:  # make the folders in which a command would write
         Path(word).parent.mkdir(parents=True, exist_ok=True)
     for name in ("parse_args", "parse_intermixed_args"):
         parse = getattr(argparse.ArgumentParser, name)
@@ -90,7 +92,7 @@ def test_a_command_understands_its_arguments(match, tmp_path, monkeypatch):
 
 
 def test_the_code_in_the_readme_is_the_method():
-    """The five lines that make CLIP SuperCLIP, against SuperCLIP.forward."""
+    """The lines in the README that turn CLIP into SuperCLIP compute what SuperCLIP.forward does."""
     model = small_model().train()
     captions = TOKENIZER(["a red ring", "the red thing", "grey"], 8)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
@@ -125,7 +127,8 @@ WORDS = r"\[\[\(.+\)\]\]\n"
 
 @pytest.mark.parametrize("page, lines", [("README.md", COSINES), ("docs/data.md", COSINES + WORDS)])
 def test_the_lines_of_inference_run(page, lines, monkeypatch, capsys):
-    """They print two cosines without a graph, the first of which is larger, and perhaps words."""
+    """The lines print two cosines without a graph, and the first one is larger. Those of
+    docs/data.md print words, too."""
     text = (ROOT / page).read_text()
     monkeypatch.chdir(ROOT)
 
@@ -135,15 +138,16 @@ def test_the_lines_of_inference_run(page, lines, monkeypatch, capsys):
     assert float(red_heart) > float(green_star)
 
 
-# Python blocks of the tutorial, each with the text block that follows at once, perhaps folded up
+# BLOCKS are the Python blocks of the tutorial, each with the text block that follows at once. The
+# text block may be folded up.
 OUTPUT = r"(?:<details>[^\n]*\n\n)?```text\n(.*?)```"
 BLOCKS = re.findall(rf"```python\n(.*?)```\n(?:{OUTPUT})?", TUTORIAL, re.DOTALL)
 DECIMAL = re.compile(r"[-+]?\d+\.\d+")
 
 
 def assert_same(printed, expected):
-    """Two texts are equal, up to white space and to the last digit of numbers with a decimal point.
-    The floating point of two CPUs may differ in that digit."""
+    """Check that two texts are equal, up to white space and to the last digit of numbers with a
+    decimal point. The floating point of two CPUs may differ in that digit."""
     assert DECIMAL.sub("#", printed).split() == DECIMAL.sub("#", expected).split()
     for ours, theirs in zip(DECIMAL.findall(printed), DECIMAL.findall(expected)):
         digits = len(theirs.partition(".")[2])
@@ -152,9 +156,9 @@ def assert_same(printed, expected):
 
 
 def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
-    """The tutorial computes everything by hand. Its blocks share their names, as they share one
-    session on the page."""
-    monkeypatch.undo()  # conftest.py's smaller model
+    """The blocks of the tutorial share their names, because a reader runs all of them in one
+    session."""
+    monkeypatch.undo()  # remove the smaller model of conftest.py
     names = {}
     for code, expected in BLOCKS:
         exec(code, names)
@@ -166,7 +170,7 @@ IS_FORK = "uniformity_loss" in (ROOT / "superclip.py").read_text()
 
 @pytest.mark.skipif(IS_FORK, reason="the diff is applied already")
 def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
-    """Two processes would take six seconds more, most of them to start."""
+    """We leave out the test with two processes. It would take six seconds more, mostly to start."""
     page = (ROOT / "docs" / "fork.md").read_text()
     folder = tmp_path / "fork"
     left_out = "__pycache__ .* out* scenes shards* photos assets docs study".split()
