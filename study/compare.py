@@ -180,7 +180,8 @@ def train_and_score(command):
         exit_code, last_line = call(command.words(out_dir), command.folder())
         seconds = round(time.perf_counter() - start, 1)
         has_diverged = exit_code != 0 and DIVERGED in last_line
-        check(exit_code == 0 or has_diverged, f"{facts}: exit code {exit_code}: {last_line}")
+        what = f"{command.text()}, seed {command.seed}"
+        check(exit_code == 0 or has_diverged, f"{what}: exit code {exit_code}: {last_line}")
         header, rows = read_log(f"{out_dir}/log.jsonl")
         scores = {}
         if not has_diverged:
