@@ -104,26 +104,29 @@ def find_features(model, images, workers, path, sha256):
 
     images: Images; path: the file of --features, or None; sha256: the hash of the checkpoint.
     Features that the file has are not computed again. Then the file is written anew, with the
-    features of these images only. Raise InputError if no image can be read.
+    features of these images only. If the user stops the command, the file has those that are done.
+    Raise InputError if no image can be read.
     """
     known = {}
     if path and path.exists():
         known = read_features(path, sha256)
     versions = [(entry.name, entry.stamp) for entry in images.entries]
     missing = [i for i, version in enumerate(versions) if version not in known]
-    for batch, numbers in evaluation.batches(Subset(images, missing), 128, workers, "encoding"):
-        features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
-        known.update(zip([versions[i] for i in numbers], features))
-    found = {i: known[version] for i, version in enumerate(versions) if version in known}
+    try:
+        for batch, numbers in evaluation.batches(Subset(images, missing), 128, workers, "encoding"):
+            features = model.encode_image(batch.to(evaluation.device_of(model))).cpu()
+            known.update(zip([versions[i] for i in numbers], features))
+    finally:  # Keep what is encoded, even after Ctrl-C.
+        found = {i: known[version] for i, version in enumerate(versions) if version in known}
+        if path and found:
+            content = {
+                "names": [versions[i][0] for i in found],
+                "stamps": [versions[i][1] for i in found],
+                "features": torch.stack([*found.values()]).numpy(),
+                "checkpoint": sha256,
+            }
+            write_file(path, lambda file: np.savez(file, **content))
     check(found, "none of the images can be read")
-    if path:
-        content = {
-            "names": [versions[i][0] for i in found],
-            "stamps": [versions[i][1] for i in found],
-            "features": torch.stack([*found.values()]).numpy(),
-            "checkpoint": sha256,
-        }
-        write_file(path, lambda file: np.savez(file, **content))
     return found
 
 
@@ -192,6 +195,8 @@ def main(argv):
     add("--port", type=number(int, 0, 65535), default=8000, help="its port; 0: any (default 8000)")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")
+    for text in args.texts:  # --images photos/*.jpg, say, takes one file
+        check(not os.path.isfile(text), f"{text} is a file. Name its folder, or repeat --images")
     # Take the port first, because encoding may take an hour, and the port may be in use.
     server = serve.make_server(args.port) if args.serve else None
     files = image_files(args.images)

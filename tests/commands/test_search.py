@@ -26,6 +26,7 @@ from material import (
 from PIL import Image
 
 import eval as evaluation
+import superclip
 from scripts import search
 
 TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is longer than the context
@@ -86,6 +87,26 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     encoded = dict(zip(names, kept["features"].any(axis=1).tolist()))
     new = {"red/1.png": True, "red/9.png": True}
     assert encoded == {"red/0.png": False, "a.tar:0000": False, **new}
+
+
+def test_features_are_kept_when_the_user_stops_the_command(tmp_path, checkpoint, monkeypatch):
+    """Ctrl-C comes with the second batch. A batch has 128 images."""
+    shard = write_shard(tmp_path / "a.tar", [{"png": png("red")}] * 130)
+    encode_image = superclip.SuperCLIP.encode_image
+
+    def stopped(model, images):
+        if len(images) < 128:
+            raise KeyboardInterrupt
+        return encode_image(model, images)
+
+    monkeypatch.setattr(superclip.SuperCLIP, "encode_image", stopped)
+    kept = tmp_path / "x.npz"
+    argv = f"--checkpoint {checkpoint} --data {shard} --features {kept} red"
+
+    with pytest.raises(KeyboardInterrupt):
+        search.main(argv.split())
+
+    assert np.load(kept)["features"].shape[0] == 128
 
 
 def test_two_images_with_one_name_in_their_headers_have_their_own_features(tmp_path, checkpoint):
