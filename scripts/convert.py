@@ -173,8 +173,7 @@ def transformers_facts(folder):
 
 
 def facts_beside(path):
-    """Return the facts in the configuration beside a file of weights, or {} if there is none.
-    Raise InputError if it cannot be read."""
+    """Return the facts in the configuration beside a file of weights, or {} if there is none."""
     folder = path.parent
     beside = folder / "open_clip_config.json"
     if beside.exists():
@@ -210,6 +209,7 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
     content = checkpoint.read_file(path, read)
+    check(isinstance(content, dict), f"{path} holds no dict of weights")
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))
@@ -374,6 +374,7 @@ def main(argv):
     out = args.output
     check(not out.exists(), f"{out} is there already: OUT must be new")
     check(args.to or out.suffix == ".pt", f"OUT must end in .pt, which {out} does not")
+    check(args.to or out.parent.is_dir(), f"there is no folder {out.parent}")
     path = Path(args.input)
     if path.exists():
         weights, config, vocab = read_weights(path)

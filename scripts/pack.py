@@ -55,7 +55,8 @@ def read_rows(path):
                 return
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
+            look = dict(delimiter=max(",;\t", key=header.count), skipinitialspace=True, strict=True)
+            reader = csv.DictReader(file, **look)
             for row in reader:
                 line = reader.line_num
                 yield line, row
