@@ -32,7 +32,6 @@ import itertools
 import math
 import random
 import tarfile
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -257,7 +256,8 @@ def jpeg(picture):
 # -----------------------------------------------------------------------------
 # Files
 
-# The words of captions and prompts that are not among the names above
+# The words of captions and prompts that are not among the names above. No text uses "in", but
+# without it all later ids would change, and so would every run.
 WORDS = "a an the of in on with and photo picture something , .".split()
 
 
@@ -339,19 +339,14 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
         numbers = range(start, min(start + 1000, train))
         tasks.append((f"train-{k:05d}.tar", "train", numbers))
     print(f"drawing {train:,} scenes to train on into {out_dir}")
-    try:
-        with new_folder(out_dir) as folder:
-            (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
-            write = functools.partial(write_shard, folder=folder, seed=seed)
-            with process_pool(min(len(tasks), cores())) as pool:
-                classes = pool.submit(write_classes, folder, pictures, seed)
-                shards = pool.map(write, tasks)
-                list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
-                classes.result()  # raises what write_classes has raised
-    except OSError:
-        # If two first runs draw at once, the second one uses what the first one has drawn.
-        if not Path(out_dir).is_dir():
-            raise
+    with new_folder(out_dir) as folder:
+        (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
+        write = functools.partial(write_shard, folder=folder, seed=seed)
+        with process_pool(min(len(tasks), cores())) as pool:
+            classes = pool.submit(write_classes, folder, pictures, seed)
+            shards = pool.map(write, tasks)
+            list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
+            classes.result()  # raises what write_classes has raised
 
 
 def main(argv):

@@ -39,16 +39,3 @@ def test_a_picture_has_the_colour_of_its_class_and_held_out_has_all_names(scenes
 
     sizes = [len([*path.iterdir()]) for path in scenes_folder.glob("zeroshot/held_out/*")]
     assert sorted(sizes) == 56 * [0] + 8 * [4]
-
-
-def test_scenes_that_another_run_has_drawn_meanwhile_are_used(tmp_path, monkeypatch):
-    def progress(shards, *_, **__):
-        (tmp_path / "scenes").mkdir()
-        (tmp_path / "scenes" / "theirs").touch()
-        return shards
-
-    monkeypatch.setattr(scenes, "progress", progress)
-
-    scenes.make_scenes(tmp_path / "scenes", train=2, val=1, pictures=4)
-
-    assert [path.name for path in tmp_path.rglob("*")] == ["scenes", "theirs"]
