@@ -1,6 +1,6 @@
 """Test scripts/vocab.py, which makes a vocabulary of the words in the captions of shards."""
 
-from material import png, run, write_captions, write_shard
+from material import png, run, write_shard
 
 from scripts import vocab
 from tokenizer import tokenizer_for
@@ -22,14 +22,3 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     assert words == ["red", "dog", "the"]
     printed = capsys.readouterr().out
     assert val in printed and f"{10 / 12:.1%}" in printed
-
-
-def test_with_shards_of_two_folders_it_says_which_one_has_the_vocabulary(tmp_path, capsys):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        write_captions(tmp_path / name / "0.tar", "a dog")
-
-    assert not run(vocab.main, tmp_path / "b", tmp_path / "a")
-
-    assert (tmp_path / "a" / "vocab.tiktoken").exists()
-    assert f"--vocab {tmp_path}/a/vocab.tiktoken" in capsys.readouterr().out
