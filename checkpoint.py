@@ -30,7 +30,9 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise many kinds
-        reason = "is damaged, or refused because it holds code. Its state_dict alone is accepted."
+        reason = (
+            "is damaged, or refused because it holds code. Give scripts.convert its state_dict."
+        )
         raise InputError(f"{path} {reason}") from error
 
 

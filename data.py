@@ -334,7 +334,7 @@ class Shards:
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
         except Exception:  # there is none, or JSON holds something else
-            raise BadSample(f"{source} is missing, or neither text nor a list of texts") from None
+            raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
         return texts

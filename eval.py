@@ -179,8 +179,8 @@ def score(hits, chance):
     """Return a score, the mean of hits, as a dict of value, chance, n and interval. hits (n,):
     numbers between 0 and 1; chance: the value that a guess would have.
 
-    The interval is Wilson's 95 % interval. It never leaves the range of hits, and it is right near
-    the ends of this range, too.
+    The interval is Wilson's 95 % interval. It stays between 0 and 1, and remains valid for scores
+    near 0 or 1.
     """
     n = len(hits)
     p = float(hits.double().mean())

@@ -65,7 +65,7 @@ class SuperCLIPConfig:
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
         if self.image_size % self.patch_size != 0:
-            raise ValueError(f"patch_size must divide image_size, which is {self.image_size}")
+            raise ValueError(f"image_size must be a multiple of {self.patch_size}")
         if self.vision_width % self.vision_heads != 0:
             raise ValueError("vision_heads must divide vision_width")
         if self.text_width % self.text_heads != 0:
@@ -381,7 +381,7 @@ class Gather(torch.autograd.Function):
 
 def in_micro_batches(encode_pairs, size, *batch):
     """Return what encode_pairs(*batch) returns, but with the memory of `size` pairs (GradCache,
-    arXiv 2101.06983).
+    arXiv 2101.06983). `size` must divide the batch, because the terms of all parts count equally.
 
     The loss needs the features of all pairs at once, but the towers do not. checkpoint keeps only
     the inputs and the outputs of a micro-batch. The backward pass computes one micro-batch after

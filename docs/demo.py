@@ -1,13 +1,13 @@
 """Put two models into demo.html, a page in which CLIP and SuperCLIP answer side by side:
 
-    python -m docs.demo out_clip/last.pt out/last.pt
+    python -m docs.demo out_clip_8/last.pt out_8/last.pt
 
 The two models in the page were trained in batches of 8, each at the learning rate that the study
 chose for it:
 
-    run="python train.py --batch_size 8 --epochs 1.6" &&
-        $run --learning_rate 1.25e-4 --cls_weight 0 --out_dir out_clip_8 &&
-        $run --learning_rate 2.5e-4 --out_dir out_8
+    python train.py --batch_size 8 --epochs 1.6 --learning_rate 1.25e-4 --cls_weight 0 \\
+        --out_dir out_clip_8
+    python train.py --batch_size 8 --epochs 1.6 --learning_rate 2.5e-4 --out_dir out_8
 
 The page is written by hand, and needs no network and no library. One JSON object in it has the
 weights, as int8 with a scale for each row. This command replaces the models in that object.

@@ -6,9 +6,8 @@ An arm is a command at a learning rate that was chosen for it. Seeds 0 to 4, or 
 rate. They try half, once and twice the default rate (at batch 8 a quarter of each). While the best
 rate is the lowest or the highest one, they try one rate beyond it. A rate is good if its score is
 within a point of the best one. The default rate is taken if it is good, otherwise the lowest good
-rate. Colour + shape is the score
-that chooses, or with photographs the type. Seeds 15 and up are scored. No seed is left out, and
-none is added.
+rate. The score that chooses is colour + shape, or the type for photographs. Seeds 15 and up are
+scored. No seed is left out, and none is added.
 
 There are two rounds of runs. The first round has commit a9a4f28, and answers questions 1 to 6. The
 second round has commit d7f258b, and answers questions 7 to 10. Scores of the two rounds differ
