@@ -436,7 +436,8 @@ def make_parser():
         "time, and give the same gradients (default: all pairs of a process)")
     add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate, reached after half of the steps, at step 3000 at the latest "
-        "(default 5e-4; at batch 8 take 2.5e-4, or 1.25e-4 with --cls_weight 0)")
+        "(default 5e-4, or 5e-5 with --init_from; at batch 8 take 2.5e-4, or 1.25e-4 with "
+        "--cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, which only matrices have (default 0.2)")
     add("--seed", type=number(int, 0, 2**31), default=0,
