@@ -1,8 +1,7 @@
 """Train a word head that says yes or no to each word: python -m study.yes_no [options of train.py]
 
 SuperCLIP's word loss is one softmax over the vocabulary, so that words compete. Here each word has
-a binary cross-entropy, as in classification with several labels. The sum over hundreds of words is
-large, so --cls_weight should be small.
+a binary cross-entropy, as in classification with several labels.
 """
 
 import torch.nn.functional as F
