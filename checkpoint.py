@@ -30,9 +30,7 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise many kinds
-        reason = (
-            "is damaged, or refused because it holds code. Give scripts.convert its state_dict."
-        )
+        reason = "is damaged, or holds code, which is refused. Convert its state_dict instead."
         raise InputError(f"{path} {reason}") from error
 
 

@@ -209,7 +209,6 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
     content = checkpoint.read_file(path, read)
-    check(isinstance(content, dict), f"{path} holds no dict of weights")
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))
@@ -373,8 +372,8 @@ def main(argv):
     args = parser.parse_args(argv)
     out = args.output
     check(not out.exists(), f"{out} is there already: OUT must be new")
-    check(args.to or out.suffix == ".pt", f"OUT must end in .pt, which {out} does not")
-    check(args.to or out.parent.is_dir(), f"there is no folder {out.parent}")
+    is_file = out.suffix == ".pt" and out.parent.is_dir()
+    check(args.to or is_file, f"{out} must end in .pt, in an existing folder")
     path = Path(args.input)
     if path.exists():
         weights, config, vocab = read_weights(path)

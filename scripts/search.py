@@ -98,6 +98,14 @@ def read_features(path, sha256):
         return dict(zip(versions, torch.from_numpy(content["features"])))
 
 
+def write_features(path, sha256, features):
+    """Write a file for `read_features`, which returns the dict `features`."""
+    names, stamps = zip(*features)
+    vectors = torch.stack([*features.values()]).numpy()
+    content = {"names": names, "stamps": stamps, "features": vectors, "checkpoint": sha256}
+    write_file(path, lambda file: np.savez(file, **content))
+
+
 def find_features(model, images, workers, path, sha256):
     """Return the features of all images that can be read, as a dict of number -> feature (E,).
     Print the names of the others.
@@ -119,13 +127,7 @@ def find_features(model, images, workers, path, sha256):
     finally:  # Keep what is encoded, even after Ctrl-C.
         found = {i: known[version] for i, version in enumerate(versions) if version in known}
         if path and found:
-            content = {
-                "names": [versions[i][0] for i in found],
-                "stamps": [versions[i][1] for i in found],
-                "features": torch.stack([*found.values()]).numpy(),
-                "checkpoint": sha256,
-            }
-            write_file(path, lambda file: np.savez(file, **content))
+            write_features(path, sha256, {versions[i]: found[i] for i in found})
     check(found, "none of the images can be read")
     return found
 

@@ -17,7 +17,7 @@ train --train_data nowhere.tar                            | nowhere.tar
 train --train_data html.tar --vocab red.tiktoken          | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
-train TRAIN --image_size 21                               | image_size
+train TRAIN --image_size 21                               | patch_size
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
 train TRAIN --train_data bad.tar --workers 1              | bad.tar

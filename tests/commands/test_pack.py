@@ -64,6 +64,7 @@ LISTS = {  # {name: (content of the list, the caption in it)}
         'two\n"lines", x; y',
     ),
     "semicolons.csv": ("what;alt;caption\né 1.jpg;a, b;?", "a, b"),
+    "spaces.csv": ('what, alt, caption\né 1.jpg, "a dog, red", ?', "a dog, red"),
     "tabs.tsv": ("what\talt\tcaption\né 1.jpg\tbig dog\t?", "big dog"),
     "objects.jsonl": ('{"what": "é 1.jpg", "alt": "a dog", "caption": "?"}\n', "a dog"),
 }
