@@ -69,8 +69,7 @@ def load(checkpoint, device="cpu"):
     no graph. An example is `model.encode_image(preprocess(image)[None])`.
     """
     content = read_checkpoint(checkpoint)
-    parts = (content["model"], content["config"], content["vocab"])
-    model, tokenizer = restore(checkpoint, *parts)
+    model, tokenizer = restore(checkpoint, content["model"], content["config"], content["vocab"])
     preprocess = partial(data.load_image, size=model.config.image_size)
     model.requires_grad_(False).to(device).eval()
     return model, tokenizer, preprocess

@@ -1,8 +1,7 @@
 """Turn tar shards of image-caption pairs into batches. The file follows this path:
 
-    caption --> tokenizer.py ---------------------------.
-    shards --> index --> Pairs (decode, crop, resize) ---+--> collate --> batches
-                           ^ batch_indices(seed, step)
+    shards --> index --> Pairs (read, tokenize, decode, crop, resize) --> collate --> batches
+                           ^ batch_indices(n, batch_size, seed, step)
 
 A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC3M, CC12M and
 DataComp. Members of one sample share their name up to the first dot. The rest of the name tells
@@ -226,11 +225,9 @@ def add_member(tar, name, content):
 def add_sample(tar, key, suffix, image, caption, fields):
     """Add a sample to a shard that is open for writing. suffix: the suffix of the image file, such
     as .jpg; image: the bytes of that file; caption: a text; fields: a dict for .json."""
-    text = caption.encode("utf-8", "replace")
-    metadata = json.dumps(fields).encode()
     add_member(tar, key + suffix, image)
-    add_member(tar, key + ".txt", text)
-    add_member(tar, key + ".json", metadata)
+    add_member(tar, key + ".txt", caption.encode("utf-8", "replace"))
+    add_member(tar, key + ".json", json.dumps(fields).encode())
 
 
 # -----------------------------------------------------------------------------
@@ -590,7 +587,7 @@ def make_loader(dataset, workers, **options):
     """Return a DataLoader. workers: the number of its processes, by default the cores divided among
     the GPUs, at most 16; options: other arguments of DataLoader."""
     if workers is None:
-        # More than 16 would only take shared memory, because each keeps two batches ready there.
+        # Take 16 at most, because each keeps two batches ready in shared memory.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0 and sys.platform == "linux":
         # Fork the processes, so that they share the index and start at once. By default Python 3.14

@@ -13,7 +13,7 @@ The file reads from top to bottom: images and texts become features, and feature
 Then come the words of the head, and the commands.
 
 Axes: B images of a batch, N images in all, M captions, Q questions, A answers, C classes, D width,
-E embedding, F features of a probe.
+E embedding.
 """
 
 import json
@@ -370,7 +370,7 @@ def frozen_features(model, dataset, batch_size, workers):
 
 
 def fit_linear(x, y, classes, penalty):
-    """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, F):
+    """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, D):
     features; y (N,): labels; penalty: the factor of the sum of squared weights. The problem is
     convex, so it has one minimum and needs no learning rate."""
     layer = torch.nn.Linear(x.shape[1], classes)
@@ -390,7 +390,7 @@ def fit_linear(x, y, classes, penalty):
 
 def probe(train, test, classes):
     """Fit a linear probe to `train`, and return its score on `test`. Both are pairs of features
-    (N, F) and labels (N,). A fifth of the training images chooses the penalty of a probe that
+    (N, D) and labels (N,). A fifth of the training images chooses the penalty of a probe that
     learns from the others. Then the probe learns from all training images."""
     x, y = train
     x_test, y_test = test
@@ -402,9 +402,9 @@ def probe(train, test, classes):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
-    def hits(penalty, x, y, x_test, y_test):
-        guesses = fit_linear(x, y, classes, penalty)(x_test).argmax(dim=1)
-        return (guesses == y_test).double()
+    def hits(penalty, x_fit, y_fit, x_new, y_new):
+        guesses = fit_linear(x_fit, y_fit, classes, penalty)(x_new).argmax(dim=1)
+        return (guesses == y_new).double()
 
     def accuracy(penalty):
         return hits(penalty, x[rest], y[rest], x[val], y[val]).mean()

@@ -8,9 +8,9 @@ settings. On the cloth lie one or two *objects*, each with a colour and a shape.
 captions. The short one is like alt text on the web, which mentions a thing or two. The long one
 names everything.
 
-This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting,
-so CLIP can tell most captions apart by the setting alone, and seldom needs the objects. The word
-head asks for the objects in every picture. Captions from the web may be similar: among 32 of them
+This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting.
+So CLIP can find most captions that name the setting without looking at the objects. The word head
+asks for the objects in every picture. Captions from the web may be similar: among 32 of them
 the word "kitchen" may find the picture of a kitchen, whatever stands on its table. This world has
 no photographs, no vocabulary of thousands of words, no wrong captions, and no objects that hide
 each other.
@@ -42,7 +42,7 @@ from tokenizer import words_to_tiktoken
 SIZE = 72  # the side of a picture in pixels
 
 # The options of `python train.py` without arguments. They were chosen together.
-OPTIONS = {
+SCENE_OPTIONS = {
     "train_data": ["scenes/train-*.tar"],
     "val_data": ["scenes/val-*.tar"],
     "zeroshot_data": [

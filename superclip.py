@@ -184,7 +184,7 @@ class VisionTransformer(nn.Module):
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size  # patches per side
-        # A convolution by name and initialisation, so that published weights load.
+        # This is a convolution only by its name and initialisation, so that published weights load.
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
@@ -205,7 +205,7 @@ class VisionTransformer(nn.Module):
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # One linear layer for each patch is what conv1 does, and its backward pass is faster.
+        # conv1 applies one linear layer to every patch. Written so, its backward pass is faster.
         pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
         pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
         x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
@@ -275,11 +275,11 @@ class WordHead(nn.Module):
 # The losses: free functions of tensors
 
 
-def contrastive_loss(image_features, text_features, logit_scale, local=slice(None)):
+def contrastive_loss(image_features, text_features, scale, local=slice(None)):
     """Return CLIP's loss, a scalar: each image must pick its caption out of the batch, and each
     caption its image.
 
-    image_features, text_features (N, E): the global batch, normalised to length 1; logit_scale: the
+    image_features, text_features (N, E): the global batch, normalised to length 1; scale: the
     inverse temperature, a scalar; local: the slice of the N pairs that this process scores, by
     default all. The loss begins near ln N, because an untrained model gives each candidate 1/N.
     """
@@ -288,13 +288,13 @@ def contrastive_loss(image_features, text_features, logit_scale, local=slice(Non
     images, texts = image_features.float(), text_features.float()
     target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
     with torch.autocast(images.device.type, enabled=False):
-        per_image = logit_scale * images[local] @ texts.T  # (B, N)
+        per_image = scale * images[local] @ texts.T  # (B, N)
         # per_image.T would not do, because it covers only the images of this process.
-        per_text = logit_scale * texts[local] @ images.T  # (B, N)
+        per_text = scale * texts[local] @ images.T  # (B, N)
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
-def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=slice(None)):
+def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(None)):
     """Return SigLIP's loss (arXiv 2303.15343), a scalar: does this image belong to this caption,
     yes or no?
 
@@ -303,7 +303,7 @@ def sigmoid_loss(image_features, text_features, logit_scale, logit_bias, local=s
     """
     images, texts = image_features.float(), text_features.float()
     with torch.autocast(images.device.type, enabled=False):
-        logits = logit_scale * images[local] @ texts.T + logit_bias  # (B, N)
+        logits = scale * images[local] @ texts.T + logit_bias  # (B, N)
     answers = torch.eye(len(texts), device=logits.device)[local]  # (B, N): 1 for the right pair
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
@@ -467,12 +467,12 @@ class SuperCLIP(nn.Module):
         )
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_images, all_texts, ours = self.gather(image_features, text_features)
+        all_images, all_texts, local = self.gather(image_features, text_features)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
-            contrastive = contrastive_loss(all_images, all_texts, scale, ours)
+            contrastive = contrastive_loss(all_images, all_texts, scale, local)
         else:
-            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, ours)
+            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, local)
 
         # Add a term of your own here, if it compares pairs. If it needs one pair at a time, add it
         # in encode_pairs, as a mean over the pairs. Put it into `terms` under a name that ends in
@@ -491,9 +491,9 @@ class SuperCLIP(nn.Module):
         B = len(image_features)
         if not (self.training and dist.is_initialized()):
             return image_features, text_features, slice(0, B)
-        first = dist.get_rank() * B
-        ours = slice(first, first + B)
-        return Gather.apply(image_features), Gather.apply(text_features), ours
+        start = dist.get_rank() * B
+        local = slice(start, start + B)
+        return Gather.apply(image_features), Gather.apply(text_features), local
 
     def count_tokens(self, label_tokens):
         """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""

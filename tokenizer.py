@@ -131,7 +131,7 @@ def clean(text):
 
 class Tokenizer:
     """Encode texts as ids by byte-pair encoding, and decode them. With CLIP's vocabulary the ids
-    equal open_clip's.
+    equal open_clip's, except for texts that `clean` does not repair.
 
     We write CLIP's end-of-word mark as a space byte after the word. Then CLIP's ids are tiktoken's
     ranks, and a word that the vocabulary has as a whole becomes one token. In a vocabulary of whole

@@ -7,13 +7,13 @@
 The file reads from top to bottom: the parts of a step, the parts of a run, the run, and the
 options. Read superclip.py first.
 
-A checkpoint holds weights, token counts, optimizer and loss scaler. Everything else that a step
-needs follows from the options and the number of the step: the batch, its crops, the patches that
-are kept, the learning rate. So no state of a random generator is saved. On a CPU, a run that was
-killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
-CUDA kernels add numbers in no fixed order.
+last.pt holds weights, token counts, optimizer and loss scaler. Everything else that a step needs
+follows from the options and the number of the step: the batch, its crops, the patches that are
+kept, the learning rate. So no state of a random generator is saved. On a CPU, a run that was killed
+and resumed ends with the same bits as a run that was not. On a GPU it may not, because some CUDA
+kernels add numbers in no fixed order.
 
-Axes: N pairs of all processes, B pairs of this process.
+Axes: N pairs of all processes, B pairs of this process, M pairs of a micro-batch.
 """
 
 import argparse
@@ -50,8 +50,7 @@ from distributed import (
     wait_for_all,
 )
 from log import header_of, write_row
-from scenes import OPTIONS as SCENES
-from scenes import make_scenes
+from scenes import SCENE_OPTIONS, make_scenes
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 from tokenizer import tokenizer_for
 
@@ -194,8 +193,7 @@ def distribute(model):
     """Return the model in torch's wrapper that averages gradients over the processes."""
     # Keep gradients in the buckets that are sent, which avoids a second copy of them. Do not send
     # buffers, because all processes count the same tokens.
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-    return DistributedDataParallel(model, **options)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, such as a new word head
@@ -243,7 +241,7 @@ def validate(args, model, tokenizer, pairs, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if pairs is not None:
-            # Its contrastive loss is computed in groups as large as a batch of the training.
+            # Compute the contrastive loss in groups as large as a batch of the training.
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
             evaluation.print_words(model, tokenizer, pairs)
@@ -270,7 +268,7 @@ def train(args):
 
     # ---- The tokenizer, the model, the data and the optimizer
     with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENES["train_data"] and not Path("scenes").exists():
+        if args.train_data == SCENE_OPTIONS["train_data"] and not Path("scenes").exists():
             make_scenes("scenes")
         source, tokenizer = read_start(args)
         model, new = build_model(args, source, tokenizer.vocab_size, device)
@@ -288,8 +286,8 @@ def train(args):
     print(f"out_dir: {args.out_dir}")
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
-    facts = from_all((header["data_fingerprint"], start))
-    check(len({*facts}) == 1, "the processes see different data, or a different last.pt")
+    states = from_all((header["data_fingerprint"], start))
+    check(len({*states}) == 1, "the processes see different data, or a different last.pt")
     last = Path(args.out_dir, "last.pt")
     best = Path(args.out_dir, "best.pt")
     write_row(args.out_dir, {"header": header, "step": start})
@@ -304,7 +302,7 @@ def train(args):
     saved_time = time.monotonic()
     images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
     has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
-    todo = range(start, steps + 1)
+    todo = range(start, steps + 1)  # the round after the last step only saves and validates
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         eval_due = step % eval_every == 0 or step == steps
 
@@ -371,7 +369,6 @@ def train(args):
     pictures = "" if val_pairs else " --images PICTURES"
     print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT{pictures}")
     if model.head is not None:
-        pictures = "" if val_pairs else " --image PICTURES"
         print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png{pictures}")
     print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
 
@@ -470,7 +467,7 @@ def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.train_data is None:
-        parser.set_defaults(**SCENES)
+        parser.set_defaults(**SCENE_OPTIONS)
         # A batch four times as large makes half as many steps. By trial this was a good compromise
         # between the same number of samples and the same number of steps.
         ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)

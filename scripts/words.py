@@ -1,13 +1,13 @@
 """Print which words the word head sees in an image, and draw where it sees them:
 
-    python -m scripts.words --checkpoint out/best.pt --image FILE_OR_FOLDER ... --out words.png
+    python -m scripts.words --checkpoint out/best.pt --images FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
 
 The command prints the most probable words of each image, without words of many captions, such as
 "the". With --out it also draws a map for each word. Red marks patches without which the word
 becomes less probable.
 
-Without --image, as in the second line, the command takes a few validation pictures of the run. The
+Without --images, as in the second line, the command takes a few validation pictures of the run. The
 checkpoint assets/tiny.pt comes without its validation pictures, so the command draws new scenes.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
@@ -27,15 +27,15 @@ SHOWN = 6  # validation pictures
 
 
 def find_pictures(args, tokenizer, size):
-    """Yield the pictures of --image, or validation pictures of the run, or new scenes. Each is
+    """Yield the pictures of --images, or validation pictures of the run, or new scenes. Each is
     (name, short title, pixels (3, S, S)), with None in place of pixels if it cannot be read. size:
-    pixels a side. Raise InputError if --image leads to no image."""
-    if args.image:
-        for file in image_files(args.image):
+    pixels a side. Raise InputError if --images leads to no image."""
+    if args.images:
+        for file in image_files(args.images):
             yield str(file), file.stem, evaluation.read_image(file, size)
         return
     try:
-        paths, captions = validation_of(args.checkpoint, option="--image")
+        paths, captions = validation_of(args.checkpoint, option="--images")
     except InputError:
         if tokenizer.vocab != scenes.vocabulary():
             raise
@@ -122,7 +122,7 @@ def word_cells(image, maps):
 def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
-    add("--image", nargs="+", default=[], help="images, or folders of images")
+    add("--images", nargs="+", default=[], help="images, or folders of images")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))

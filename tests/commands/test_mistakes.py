@@ -14,7 +14,7 @@ from tokenizer import words_to_tiktoken
 # Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
 train --train_data nowhere.tar                            | nowhere.tar
-train --train_data html.tar --vocab red.tiktoken          | html.tar
+train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --image_size 21                               | patch_size
@@ -24,8 +24,8 @@ train TRAIN --train_data bad.tar --workers 1              | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
 eval retrieval MODEL --data sides                         | validation
-scripts.words --checkpoint clip.pt --image photo.png      | clip.pt
-scripts.words MODEL                                       | --image
+scripts.words --checkpoint clip.pt --images photo.png     | clip.pt
+scripts.words MODEL                                       | --images
 scripts.search MODEL "a text"                             | --images
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
@@ -78,7 +78,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert named in error_of(capsys, main, *argv)
 
 
-COMMANDS = ["train", "eval", "study.compare", "study.plan"]
+COMMANDS = "train eval scenes study.compare study.plan study.shop docs.demo docs.figures".split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")
