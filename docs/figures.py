@@ -4,9 +4,9 @@
 
 first.png shows the first four validation scenes, which nobody has chosen, and the five words that
 assets/tiny.pt finds most probable in each. A word is red if the caption has it. The frame of a word
-is the part of the picture without which the word is least probable. In found.png a bar is the mean
-over the seeds, and a dot is one seed. The tutorial has the commands that draw curve.png and
-words.png. The SVG files are drawn by hand.
+is the part of the picture without which the word is least probable. scenes.png shows the first
+eight scenes of the tutorial. In found.png a bar is the mean over the seeds, and a dot is one seed.
+The tutorial has the commands that draw curve.png and words.png. The SVG files are drawn by hand.
 """
 
 import random
@@ -27,7 +27,7 @@ from scripts.pictures import contact_sheet
 from study import plan
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-INK, GREY, BLUE, RED, AMBER = "#1f2937", "#7d8694", "#2463a8", "#d1495b", "#f0a500"
+INK, GREY, RED, AMBER = "#1f2937", "#7d8694", "#d1495b", "#f0a500"
 
 
 # -----------------------------------------------------------------------------

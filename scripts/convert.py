@@ -231,7 +231,8 @@ def read_published(name):
     Raise InputError if it cannot be read."""
     model, _, tag = name.partition("/")
     # A tag with a dot means a file, because no tag of open_clip has one.
-    check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
+    check(tag, f"there is no file {name}. A model of open_clip has a tag, as in ViT-B-32/openai.")
+    check("." not in tag or Path(tag).exists(), f"there is no file {name}")
     open_clip = optional("open_clip", "open_clip_torch")
     check(model in open_clip.list_models(), f"there is no file {name}, and no model {model}")
     published = open_clip.get_pretrained_cfg(model, tag) or {}

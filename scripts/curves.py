@@ -64,12 +64,13 @@ def main(argv):
         for i, log in enumerate(args.logs):
             if log in panels[title]:  # Plain CLIP has no word loss.
                 steps, values, chances = zip(*panels[title][log])
-                axis.plot(steps, values, color=f"C{i}", label=name_of_run(log))
+                axis.plot(steps, values, color=f"C{i}")
                 if chances[0] is not None:
                     axis.axhline(chances[0], color="grey", ls=":")
                     axis.set_ylim(0, 100)
-    legend = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside upper left", ncols=COLUMNS, frameon=False)
+    lines = [plt.Line2D([], [], color=f"C{i}") for i in range(len(args.logs))]
+    names = [name_of_run(log) for log in args.logs]
+    figure.legend(lines, names, loc="outside upper left", ncols=COLUMNS, frameon=False)
     figure.supxlabel("steps (dotted: chance)", fontsize="medium")
     figure.savefig(args.out, dpi=150)
     print(f"wrote {args.out}")

@@ -188,6 +188,7 @@ def train_and_score(command):
             scores = scores_of(rows[-1])  # a run ends with a validation
             if command.probe:
                 scores |= probe_scores(command, out_dir)
+            check(scores, f"{what}: there is no score. Add --val_data or --zeroshot_data.")
     machine = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
     return {**facts, "scores": scores, "seconds": seconds, **machine}
 

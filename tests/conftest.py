@@ -10,7 +10,8 @@ be read in this order:
     test_defaults, test_run, test_finetune                  whole runs
     test_resume, test_signals, test_processes               runs that end early, processes
 
-commands/ tests scripts/ and study/. pages/ tests the README and docs/.
+commands/ tests scripts/, study/ and scenes.py, and mistakes of users. pages/ tests the README and
+docs/.
 """
 
 import gc

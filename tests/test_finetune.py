@@ -14,7 +14,6 @@ COUNTS = {"token_counts", "num_captions"}  # a run adds to them at any learning 
 def tune(whole_run, shards, tmp_path):
     """Return a function tune(*options). It fine-tunes the model of the whole run, and returns the
     new last.pt."""
-
     start = short_run(shards, tmp_path / "out", "--init_from", whole_run / "best.pt")
 
     def tune(*options):

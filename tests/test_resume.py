@@ -7,15 +7,7 @@ import signal
 import pytest
 import torch
 from children import before, finish, in_step, receive
-from material import (
-    all_rows,
-    assert_ends_like,
-    cases,
-    checkpoint_of,
-    error_of,
-    short_run,
-    steps_of,
-)
+from material import all_rows, assert_ends_like, cases, checkpoint_of, error_of, short_run, steps_of
 
 import train
 
@@ -103,7 +95,6 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 
 
 # ---- the folder
-
 
 FILES = {  # case -> a name in the folder, the file of a run that has this name, --resume or nothing
     "a run, not resumed": ("last.pt", "last.pt", []),

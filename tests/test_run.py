@@ -16,15 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import hook
-from material import (
-    cases,
-    checkpoint_of,
-    error_of,
-    result_of,
-    rows_of,
-    short_run,
-    steps_of,
-)
+from material import cases, checkpoint_of, error_of, result_of, rows_of, short_run, steps_of
 
 import eval as evaluation
 import train
@@ -87,7 +79,7 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find
     options = f"--train_data {folder} --out_dir out --model tiny --batch_size 16 --steps 1"
     train.main([*options.split(), "--workers=0", "--device=cpu"])
 
-    [row] = rows_of("out", "validation")[-1:]
+    row = rows_of("out", "validation")[-1]
     assert checkpoint_of("out")["header"]["pairs"] == 70
     assert row["validation"]["image_to_text"]["R@1"]["n"] == 20
     assert run_commands_in(capsys.readouterr().out) == 3
@@ -104,7 +96,7 @@ def test_shards_that_val_data_names_are_not_trained_on(shards, tmp_path):
     out = tmp_path / "out"
     train.main(short_run(shards, out, *data, "--vocab", shards / "vocab.tiktoken", "--steps", 1))
 
-    [row] = rows_of(out, "validation")[-1:]
+    row = rows_of(out, "validation")[-1]
     assert checkpoint_of(out)["header"]["pairs"] == 40
     assert row["validation"]["image_to_text"]["R@1"]["n"] == 30
 
