@@ -108,7 +108,7 @@ PANELS = (
         "mixed,\nbatch 8": ("mixed, 32,000, batch 8", "colour_shape"),
     }),
     ("Photographs", "type of product right (%)", 10, {
-        "zero-shot": ("photographs, 6 epochs", "type"),
+        "zero-shot": ("photographs, 6 epochs, again", "type"),
         "linear\nprobe": ("photographs, 6 epochs, again", "probe, class token"),
     }),
 )  # fmt: skip
