@@ -141,7 +141,7 @@ CLAIMS = (
     ("loses less in small batches", "colour_shape", "mixed, 32,000, batch 8 - 32"),
 )
 # The time of a step, from docs/speed.md
-COST = "time of a step", "1", "1.03", "no interval", "not timed", "no interval", "seen"
+COST = "time of a step", "1", "1.03", "no interval", "not timed", "no interval", "not clear"
 NAMES = {
     "colour_shape": "colour + shape",
     "colour - shape": "colours - shapes",
