@@ -205,7 +205,7 @@ class VisionTransformer(nn.Module):
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # conv1 applies one linear layer to every patch. Written so, its backward pass is faster.
+        # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
         pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
         pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
         x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)

@@ -115,10 +115,8 @@ PANELS = (
 
 
 def scores_of(row, score):
-    """Return {model: its scores, one for each seed} for the models of a row that were run."""
-    arms = {model: f"{model}, {row}" for model in ARMS if f"{model}, {row}" in plan.ARMS}
-    found = {model: [*plan.values_of(arm, score).values()] for model, arm in arms.items()}
-    return {model: values for model, values in found.items() if values}
+    """Return {model: its scores, one for each seed}."""
+    return {model: [*plan.values_of(f"{model}, {row}", score).values()] for model in ARMS}
 
 
 def draw_group(axis, place, row, score):
@@ -139,12 +137,11 @@ def draw_found():
     figure, axes = plt.subplots(1, 3, sharey=True, **look)
     legend = {}  # name -> what the legend shows beside it
     for axis, (title, scale, chance, rows) in zip(axes, PANELS):
-        groups = {name: row for name, row in rows.items() if scores_of(*row)}
-        for place, row in enumerate(groups.values()):
+        for place, row in enumerate(rows.values()):
             draw_group(axis, place, *row)
         axis.axhline(chance, color=INK, lw=1, ls=":", label="chance")
         axis.set(title=title, ylabel=scale, ylim=(0, 102))
-        axis.set_xticks(range(len(groups)), groups)
+        axis.set_xticks(range(len(rows)), rows)
         axis.spines[["top", "right"]].set_visible(False)
         handles, names = axis.get_legend_handles_labels()
         legend.update(zip(names, handles))

@@ -55,8 +55,8 @@ def read_rows(path):
                 return
             header = file.readline()
             file.seek(0)
-            form = dict(delimiter=max(",;\t", key=header.count), skipinitialspace=True, strict=True)
-            reader = csv.DictReader(file, **form)
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in reader:
                 line = reader.line_num
                 yield line, row

@@ -50,9 +50,8 @@ Entry = namedtuple("Entry", "name stamp sample")
 
 
 def find_entries(files, shards):
-    """Return the list of all images to search. files: their paths, absolute; shards:
-    data.Shards, or None."""
-    entries = [Entry(x, str(os.stat(x).st_mtime_ns), None) for x in files]
+    """Return the list of all images to search. files: paths; shards: data.Shards, or None."""
+    entries = [Entry(os.path.abspath(x), str(os.stat(x).st_mtime_ns), None) for x in files]
     if shards is not None:
         for i in range(len(shards)):
             path, offset = shards.place(i)
@@ -202,7 +201,7 @@ def main(argv):
         check(not os.path.isfile(text), f"{text} is a file. Name its folder, or repeat its option")
     # Take the port first, because encoding may take an hour, and the port may be in use.
     server = serve.make_server(args.port) if args.serve else None
-    files = dict.fromkeys(map(os.path.abspath, image_files(args.images)))  # each once
+    files = image_files(args.images)
     shards = None
     captions = []
     if args.data or not args.images:
