@@ -40,7 +40,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
+from common.cli import STOP_SIGNALS, InputError, cache_folder, check, cores, write_file
 
 # The progress bar of all work that takes more than a second. It is shown on a terminal only. All
 # bars share one line, because a notebook cannot move back up from a second line.

@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
-from checkpoint import load, validation_of
-from cli import (
+from common.checkpoint import load, validation_of
+from common.cli import (
     add_options,
     check,
     make_parser,
@@ -37,8 +37,8 @@ from cli import (
     pick_device,
     run_command,
 )
+from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 from superclip import SuperCLIP, contrastive_loss
-from tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 
 # Templates of prompts, in the style of those by CLIP's authors. The feature of a class is the mean
 # over its prompts.

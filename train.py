@@ -34,12 +34,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import cli
 import data
 import eval as evaluation
-from checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
-from cli import InputError, check, number, pick_dtype, run_command
-from distributed import (
+from common import cli
+from common.checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
+from common.cli import InputError, check, number, pick_dtype, run_command
+from common.distributed import (
     RANK,
     WORLD,
     average,
@@ -49,10 +49,10 @@ from distributed import (
     one_first,
     wait_for_all,
 )
-from log import header_of, write_row
-from scenes import SCENE_OPTIONS, make_scenes
+from common.log import header_of, write_row
+from common.scenes import SCENE_OPTIONS, make_scenes
+from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
-from tokenizer import tokenizer_for
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
 

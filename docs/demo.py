@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load, read_checkpoint
-from cli import make_parser, output_file, run_command
+from common.checkpoint import load, read_checkpoint
+from common.cli import make_parser, output_file, run_command
 
 PAGE = Path(__file__).with_suffix(".html")
 BEGIN, END = '<script type="application/json" id="numbers">', "</script>"

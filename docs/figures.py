@@ -20,8 +20,8 @@ from matplotlib.patheffects import withStroke
 
 import data
 import eval as evaluation
-import scenes
-from cli import make_parser, run_command
+from common import scenes
+from common.cli import make_parser, run_command
 from scripts import words
 from scripts.pictures import contact_sheet
 from study import plan

@@ -30,10 +30,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from cli import InputError, check, make_parser, new_folder, optional, run_command
+from common import checkpoint
+from common.cli import InputError, check, make_parser, new_folder, optional, run_command
+from common.tokenizer import Tokenizer
 from superclip import SuperCLIPConfig
-from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # Names and shapes

@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 from statistics import mean
 
-from cli import check, make_parser, optional, output_file, run_command
-from log import read_log
+from common.cli import check, make_parser, optional, output_file, run_command
+from common.log import read_log
 
 COLUMNS = 4
 

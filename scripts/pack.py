@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image
 
 import data
-from cli import InputError, check, cores, make_parser, new_folder, number, run_command
+from common.cli import InputError, check, cores, make_parser, new_folder, number, run_command
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
-from cli import check, output_file, write_file
+from common.cli import check, output_file, write_file
 from data import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next

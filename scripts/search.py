@@ -35,11 +35,11 @@ from torch.utils.data import Dataset, Subset
 
 import data
 import eval as evaluation
-from checkpoint import load, validation_of
-from cli import check, make_parser, number, output_file, pick_device, run_command, write_file
+from common.checkpoint import load, validation_of
+from common.cli import check, make_parser, number, output_file, pick_device, run_command, write_file
+from common.tokenizer import unknown_words
 from scripts import serve
 from scripts.pictures import image_files
-from tokenizer import unknown_words
 
 # -----------------------------------------------------------------------------
 # Images

@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 
 from torchvision.io import encode_jpeg
 
-from cli import InputError, check
+from common.cli import InputError, check
 
 PAGE = Path(__file__).with_suffix(".html")
 SIDE = 224  # pixels: side of a picture

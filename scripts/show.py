@@ -13,12 +13,12 @@ from collections import Counter
 import torch
 
 import data
-from cli import make_parser, run_command
+from common.cli import make_parser, run_command
+from common.tokenizer import clean, token_text, tokenizer_for
 from eval import UNREADABLE
 from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import caption_label, idf
-from tokenizer import clean, token_text, tokenizer_for
 
 SAMPLES = 8  # to print and draw
 SIDE = 240  # pixels of an image in the picture

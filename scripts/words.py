@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
-import scenes
-from checkpoint import load, validation_of
-from cli import InputError, check, make_parser, pick_device, run_command
+from common import scenes
+from common.checkpoint import load, validation_of
+from common.cli import InputError, check, make_parser, pick_device, run_command
 from scripts.pictures import contact_sheet, image_files, picture_file
 
 SHOWN = 6  # validation pictures

@@ -22,8 +22,8 @@ probe`). Paths of the two folders are relative to the folder in which the run tr
 a probe takes part in the choice of a rate.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, learning rate, seed,
-probe and code. The code is the text of train.py and of the .py files beside it, of the module if
-there is one, and of scenes.py. So a comparison that was stopped goes on, and runs of other code are
+probe and code. The code is the text of train.py, of the .py files beside it and in common/, and of
+the module if there is one. So a comparison that was stopped goes on, and runs of other code are
 never reported. Give a file of data another name when it changes. A run that diverges scores 0.
 """
 
@@ -44,14 +44,14 @@ from typing import NamedTuple
 import torch
 
 import train
-from checkpoint import DIVERGED
-from cli import check, cores, make_parser, number, run_command
-from log import read_log
-from scenes import make_scenes
+from common.checkpoint import DIVERGED
+from common.cli import check, cores, make_parser, number, run_command
+from common.log import read_log
+from common.scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # worlds and runs
-DRAWING = Path("scenes.py")  # the file that draws worlds
+DRAWING = Path("common/scenes.py")  # the file that draws worlds
 FACTORS = (1, 0.5, 2)  # times the default rate, which comes first: of equal rates the first wins
 PROBE = "probe, "  # how the names of a probe's scores begin
 # 95 % of the means of 2, 3, 4 ... differences lie within so many standard errors (Student's t).
@@ -96,11 +96,15 @@ class Command(NamedTuple):
         }
 
     def code(self):
-        """Return a hash of train.py with the files beside it, of the module, and of scenes.py."""
+        """Return a hash of train.py with the files beside it and in common/, of the module, and of
+        the file that draws worlds."""
+        project = Path()
+        files = {DRAWING}
         if self.program[0] == "-m":
-            module = Path(self.program[1].replace(".", "/") + ".py")
-            return hash_of({*Path().glob("*.py"), module, DRAWING})
-        return hash_of({*Path(self.program[0]).parent.glob("*.py"), DRAWING})
+            files.add(Path(self.program[1].replace(".", "/") + ".py"))
+        else:
+            project = Path(self.program[0]).parent
+        return hash_of(files | {*project.glob("*.py"), *project.glob("common/*.py")})
 
     def folder(self):
         """Return the folder where the command runs: here if it names its data, else its world. The

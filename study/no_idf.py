@@ -7,7 +7,7 @@ import torch
 
 import superclip
 import train
-from cli import run_command
+from common.cli import run_command
 
 
 def equal_weights(num_captions, token_counts):

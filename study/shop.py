@@ -21,7 +21,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from cli import make_parser, new_folder, run_command
+from common.cli import make_parser, new_folder, run_command
 from scripts import vocab
 from scripts.pack import ShardWriter
 

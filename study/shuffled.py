@@ -8,7 +8,7 @@ over CLIP, the right words are not the reason. The other pair is the next one of
 
 import superclip
 import train
-from cli import run_command
+from common.cli import run_command
 
 own_words = superclip.classification_loss
 

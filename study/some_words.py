@@ -8,11 +8,11 @@ shapes, the words have decided that. A caption without any of the words adds 0 t
 
 import torch
 
-import scenes
 import superclip
 import train
-from cli import make_parser, run_command
-from tokenizer import Tokenizer
+from common import scenes
+from common.cli import make_parser, run_command
+from common.tokenizer import Tokenizer
 
 WORDS = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES}
 all_words = superclip.classification_loss

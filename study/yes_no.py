@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import superclip
 import train
-from cli import run_command
+from common.cli import run_command
 
 
 def yes_or_no(logits, label_tokens, token_weights):

@@ -21,12 +21,12 @@ import torch
 from material import TINY, WIDE
 
 import superclip
-from cli import run_command
+from common.cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports these modules. None of them may import distributed.py, because each process
-# must read its rank there by itself.
+# The server imports these modules. None of them may import common/distributed.py, because each
+# process must read its rank there by itself.
 PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
 
 

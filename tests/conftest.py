@@ -10,8 +10,8 @@ be read in this order:
     test_defaults, test_run, test_finetune                  whole runs
     test_resume, test_signals, test_processes               runs that end early, processes
 
-commands/ tests scripts/, study/ and scenes.py, and mistakes of users. pages/ tests the README and
-docs/.
+commands/ tests scripts/, study/ and the drawn scenes, and mistakes of users. pages/ tests the
+README and docs/.
 """
 
 import gc
@@ -26,8 +26,8 @@ from children import PRELOAD, ROOT, Children
 from material import TINY, png, short_run, small_model, write_checkpoint, write_shards
 
 import data
-import scenes
 import train
+from common import scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint as checkpoints
 import data
-from cli import sentence_about
+from common import checkpoint as checkpoints
+from common.cli import sentence_about
+from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
-from tokenizer import Tokenizer, words_to_tiktoken
 
 
 def cases(names, table):

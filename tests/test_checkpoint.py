@@ -7,10 +7,10 @@ import pytest
 import torch
 from material import TOKENIZER, cases, small_model, write_checkpoint
 
-from checkpoint import load
-from cli import InputError
+from common.checkpoint import load
+from common.cli import InputError
+from common.tokenizer import words_to_tiktoken
 from scripts.convert import read_weights
-from tokenizer import words_to_tiktoken
 
 MODEL = small_model()
 WEIGHTS = MODEL.state_dict()

@@ -10,9 +10,9 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, batch_indices
 from superclip import PAD
-from tokenizer import Tokenizer, words_to_tiktoken
 
 WORDS = "a red green blue dog cat runs sits on the grass".split()
 TOKENIZER = Tokenizer(words_to_tiktoken(WORDS), context_length=32)

@@ -15,7 +15,7 @@ from material import TOKENIZER, png, result_of, small_model, write_checkpoint, w
 
 import data
 import eval as evaluation
-from tokenizer import Tokenizer, words_to_tiktoken
+from common.tokenizer import Tokenizer, words_to_tiktoken
 
 NAMES = ("red", "green", "blue")
 

@@ -42,7 +42,7 @@ def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
 # ---- a command that does not train
 
 POOLS = {  # case -> a command, and a function that it calls while its processes work
-    "it draws": ("scenes", "scenes.progress"),
+    "it draws": ("common.scenes", "common.scenes.progress"),
     "it indexes": ("scripts.vocab", "data.progress"),
 }
 

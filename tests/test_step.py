@@ -15,8 +15,8 @@ from material import TINY, rows_of, short_run
 from torch.nn.utils import get_total_norm
 
 import train
+from common.tokenizer import trim
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
-from tokenizer import trim
 
 N = 8  # pairs of all processes
 V = 40  # vocabulary

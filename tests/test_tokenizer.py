@@ -8,9 +8,9 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
-import scenes
+from common import scenes
+from common.tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
 from eval import TEMPLATES
-from tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
 
 CLIP = Tokenizer.from_file(default_bpe())
 ORACLE = SimpleTokenizer()

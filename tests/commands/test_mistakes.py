@@ -9,7 +9,7 @@ import torch
 from children import ROOT
 from material import error_of, png, run, small_model, write_checkpoint, write_shard
 
-from tokenizer import words_to_tiktoken
+from common.tokenizer import words_to_tiktoken
 
 # Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
@@ -34,7 +34,7 @@ scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --out x                       | --image_column
 scripts.vocab pairs.tar --captions json.caption           | json.caption
-scenes --out classes                              | classes
+common.scenes --out classes                       | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {
@@ -78,7 +78,8 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert named in error_of(capsys, main, *argv)
 
 
-COMMANDS = "train eval scenes study.compare study.plan study.shop docs.demo docs.figures".split()
+COMMANDS = "train eval common.scenes study.compare study.plan study.shop docs.demo docs.figures"
+COMMANDS = COMMANDS.split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")

@@ -7,8 +7,8 @@ import re
 import numpy as np
 from PIL import Image
 
-import scenes
-from tokenizer import Tokenizer
+from common import scenes
+from common.tokenizer import Tokenizer
 
 SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val", range(300))]
 

@@ -3,8 +3,8 @@
 from material import png, run, write_shard
 from PIL import Image
 
+from common.tokenizer import words_to_tiktoken
 from scripts import show
-from tokenizer import words_to_tiktoken
 
 PNG = png("red")
 

@@ -11,14 +11,14 @@ import torch
 from children import ROOT, finish
 from material import small_model
 
-import scenes
 import superclip
 import train
-from checkpoint import DIVERGED
-from cli import InputError
+from common import scenes
+from common.checkpoint import DIVERGED
+from common.cli import InputError
+from common.tokenizer import Tokenizer
 from study import compare, no_idf, plan, shuffled, some_words, yes_no
 from study.compare import Study, read_command
-from tokenizer import Tokenizer
 
 
 def run_of(command, **values):
@@ -108,7 +108,8 @@ def test_a_run_has_its_seed_in_its_options_and_its_key_has_not():
 
 def test_other_text_is_other_code(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    files = [Path(x) for x in ("train.py", "model.py", "scenes.py", "study/mine.py")]
+    names = ("train.py", "model.py", "common/scenes.py", "common/log.py", "study/mine.py")
+    files = [Path(name) for name in names]
     command = read_command("-m study.mine")
     for file in files:
         file.parent.mkdir(exist_ok=True)
@@ -119,7 +120,7 @@ def test_other_text_is_other_code(monkeypatch, tmp_path):
         file.write_text("x = 2\n")
         codes.add(command.code())
 
-    assert len(codes) == 5
+    assert len(codes) == 6
 
 
 def test_a_comparison_trains_both_variants_and_prints_every_score(

@@ -2,8 +2,8 @@
 
 from material import png, run, write_shard
 
+from common.tokenizer import tokenizer_for
 from scripts import vocab
-from tokenizer import tokenizer_for
 
 
 def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):

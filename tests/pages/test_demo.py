@@ -7,12 +7,12 @@ from material import run
 from oracle import make_random_model
 
 import eval as evaluation
-import scenes
-from checkpoint import write_checkpoint
+from common import scenes
+from common.checkpoint import write_checkpoint
+from common.tokenizer import Tokenizer
 from docs import demo
 from scripts.words import word_maps
 from superclip import PRESETS
-from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(scenes.vocabulary(), 16)
 # The model is narrower than the tiny model, because the browser computes in JavaScript.

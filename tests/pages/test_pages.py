@@ -170,7 +170,8 @@ def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
     """We leave out the test with two processes. It would take six seconds more, mostly to start."""
     page = (ROOT / "docs" / "fork.md").read_text()
     folder = tmp_path / "fork"
-    shutil.copytree(ROOT / "tests", folder / "tests")
+    for name in ("common", "tests"):
+        shutil.copytree(ROOT / name, folder / name)
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, folder)
     diff = re.search("```diff\n(.*?)```", page, re.DOTALL)[1]

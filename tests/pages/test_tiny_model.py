@@ -7,7 +7,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
-import scenes
+from common import scenes
 from scripts import words
 
 TINY = ROOT / "assets" / "tiny.pt"

@@ -19,7 +19,7 @@ import regex
 import tiktoken.load
 import torch
 
-from cli import InputError, check
+from common.cli import InputError, check
 from superclip import PAD
 
 # -----------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import data
-from cli import InputError, check, write_file
+from common.cli import InputError, check, write_file
+from common.tokenizer import Tokenizer
 from superclip import SuperCLIP, SuperCLIPConfig
-from tokenizer import Tokenizer
 
 # weights_only refuses pickles that run code when they are loaded. Weights often come from
 # strangers.

@@ -1,7 +1,7 @@
 """Draw the built-in data: scenes with captions, written as real tar shards. So the first
 `python train.py` takes the same path as a run on CC3M, without a download.
 
-    python scenes.py --out scenes
+    python -m common.scenes --out scenes
 
 A scene has a *setting*, a cloth of some colour and pattern with a border around it. There are 256
 settings. On the cloth lie one or two *objects*, each with a colour and a shape. A scene has two
@@ -35,9 +35,9 @@ import tarfile
 
 from PIL import Image, ImageDraw
 
-from cli import cores, make_parser, new_folder, number, run_command
+from common.cli import cores, make_parser, new_folder, number, run_command
+from common.tokenizer import words_to_tiktoken
 from data import add_sample, process_pool, progress
-from tokenizer import words_to_tiktoken
 
 SIZE = 72  # the side of a picture in pixels
 

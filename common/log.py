@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import InputError, check, cores
-from distributed import RANK, WORLD
+from common.cli import InputError, check, cores
+from common.distributed import RANK, WORLD
 
 
 def commit():

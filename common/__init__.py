@@ -1,0 +1,1 @@
+"""What superclip.py, train.py, data.py and eval.py share with scripts/, study/ and docs/."""
