@@ -34,9 +34,12 @@ from common.cli import (
     number,
     optional,
     output_file,
-    pick_device,
+    progress,
     run_command,
 )
+from common.images import images_below, is_hidden
+from common.machine import pick_device
+from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 from superclip import SuperCLIP, contrastive_loss
 
@@ -80,10 +83,10 @@ class ClassFolders(Dataset):
         self.classes = []  # names
         self.samples = []  # (file, number of its class)
         for path in sorted(Path(folder).iterdir()):
-            if path.is_dir() and not data.is_hidden(path.name):
+            if path.is_dir() and not is_hidden(path.name):
                 c = len(self.classes)
                 self.classes.append(path.name)
-                self.samples += [(file, c) for file in data.images_below(path)]
+                self.samples += [(file, c) for file in images_below(path)]
         check(self.samples, f"{folder} has no folders with images in it, one for each class")
 
     def __len__(self):
@@ -127,7 +130,7 @@ def batches(dataset, batch_size, workers, description):
     """Yield the images that can be read, in batches (B, 3, S, S), uint8, each with the list of its
     B labels."""
     loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
-    for images, labels in data.progress(loader, description, unit="batch"):
+    for images, labels in progress(loader, description, unit="batch"):
         if labels:
             yield images, labels
 
@@ -136,7 +139,7 @@ def batches(dataset, batch_size, workers, description):
 def encode_texts(model, tokenizer, texts, batch_size=256):
     """Return the features (M, E) of texts, a list of M strings."""
     features = []
-    for i in data.progress(range(0, len(texts), batch_size), "encoding texts"):
+    for i in progress(range(0, len(texts), batch_size), "encoding texts"):
         tokens = trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
@@ -212,7 +215,7 @@ def ranked_hits(questions, question_label, answers, answer_label, k):
     """
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
-    for i in data.progress(range(0, len(questions), chunk), "searching"):
+    for i in progress(range(0, len(questions), chunk), "searching"):
         similarity = questions[i : i + chunk] @ answers.T
         best = similarity.topk(min(k, len(answers))).indices
         found.append((answer_label[best] == question_label[i : i + chunk, None]).cpu())
@@ -410,7 +413,7 @@ def probe(train, test, classes):
         return hits(penalty, x[rest], y[rest], x[val], y[val]).mean()
 
     penalties = [10.0**exponent for exponent in range(-6, 1)]
-    penalty = max(data.progress(penalties, "choosing the penalty"), key=accuracy)
+    penalty = max(progress(penalties, "choosing the penalty"), key=accuracy)
     return score(hits(penalty, x, y, x_test, y_test), 1 / classes)
 
 
@@ -497,8 +500,8 @@ def command_zeroshot(model, tokenizer, args):
 
 
 def command_retrieval(model, tokenizer, args):
-    shards = data.expand(args.data)
-    _, validation = data.by_split(shards)
+    shards = find_shards(args.data)
+    _, validation = by_split(shards)
     check(not validation, "--data names shards for training and for validation. Name one kind.")
     _, captions = validation_of(args.checkpoint, shards)
     pairs = data.Shards(shards, args.captions or captions)

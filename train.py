@@ -38,7 +38,7 @@ import data
 import eval as evaluation
 from common import cli
 from common.checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
-from common.cli import InputError, check, number, pick_dtype, run_command
+from common.cli import InputError, check, number, run_command
 from common.distributed import (
     RANK,
     WORLD,
@@ -50,7 +50,9 @@ from common.distributed import (
     wait_for_all,
 )
 from common.log import header_of, write_row
+from common.machine import pick_dtype
 from common.scenes import SCENE_OPTIONS, make_scenes
+from common.shards import by_split, find_shards
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
@@ -116,14 +118,14 @@ def read_start(args):
         model, tokenizer, _ = load(args.init_from)
         print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
         return model, tokenizer
-    shards, _ = data.by_split(data.expand(args.train_data))
+    shards, _ = by_split(find_shards(args.train_data))
     return None, tokenizer_for(shards, args.vocab)
 
 
 def open_data(args, tokenizer, model):
     """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
     the latter if there are none."""
-    shards, val_shards = data.by_split(data.expand(args.train_data))
+    shards, val_shards = by_split(find_shards(args.train_data))
     if val_shards:
         print(f"{len(val_shards):,} of the shards are not trained on, by their names")
     elif args.val_data is None and len(shards) > 1:
@@ -132,7 +134,7 @@ def open_data(args, tokenizer, model):
         args.val_data = val_shards or ["none"]  # scripts.words and search read it
     val_pairs = None
     if args.val_data != ["none"]:
-        val_shards = data.expand(args.val_data)
+        val_shards = find_shards(args.val_data)
         held_out = {os.path.realpath(shard) for shard in val_shards}
         shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
         check(shards, "--val_data names all shards, so none is left to train on")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import data
-from common.cli import InputError, check, write_file
+from common.cli import InputError, check
+from common.files import write_file
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIP, SuperCLIPConfig
 

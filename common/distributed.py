@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.cli import pick_device
+from common.machine import pick_device
 
 # torchrun tells each process its number and the number of processes in environment variables.
 # Schedulers set variables with the same names, so read them only if torchrun started this process.

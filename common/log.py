@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, check, cores
+from common.cli import InputError, check
 from common.distributed import RANK, WORLD
+from common.machine import cores
 
 
 def commit():

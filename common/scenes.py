@@ -35,9 +35,11 @@ import tarfile
 
 from PIL import Image, ImageDraw
 
-from common.cli import cores, make_parser, new_folder, number, run_command
+from common.cli import make_parser, number, progress, run_command
+from common.files import new_folder
+from common.machine import cores, process_pool
+from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
-from data import add_sample, process_pool, progress
 
 SIZE = 72  # the side of a picture in pixels
 

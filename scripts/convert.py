@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
-from common.cli import InputError, check, make_parser, new_folder, optional, run_command
+from common.cli import InputError, check, make_parser, optional, run_command
+from common.files import new_folder
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIPConfig
 

@@ -27,8 +27,11 @@ from pathlib import Path
 
 from PIL import Image
 
-import data
-from common.cli import InputError, check, cores, make_parser, new_folder, number, run_command
+from common.cli import InputError, check, make_parser, number, progress, run_command
+from common.files import new_folder
+from common.images import FORMATS, upright_rgb
+from common.machine import cores
+from common.shards import add_sample
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -110,7 +113,7 @@ def smaller(image, size):
     """Return the bytes of a JPEG whose short side has at most `size` pixels. image: a PIL image
     that may be larger."""
     image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
-    image = data.upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
+    image = upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     jpeg = io.BytesIO()
@@ -129,7 +132,7 @@ def encode(item, args):
     try:
         content = Path(args.images, name).read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        image = Image.open(io.BytesIO(content), formats=data.FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         suffix = KEPT.get(image.format)
         if suffix is not None and min(image.size) <= size:
             image.load()  # Decode it, only to see that it can be decoded.
@@ -163,7 +166,7 @@ class ShardWriter:
             self.close()
             self.tar = tarfile.open(self.folder / f"{self.split}-{shard:05d}.tar", "w")
         key = f"{shard:05d}{place:05d}"
-        data.add_sample(self.tar, key, suffix, content, fields["captions"][0], fields)
+        add_sample(self.tar, key, suffix, content, fields["captions"][0], fields)
         self.n += 1
 
     def close(self):
@@ -178,7 +181,7 @@ def make_shards(args, samples, bad, folder):
     items = list(samples.items())
     n = 256  # Encode so many images at a time, so that no more are in memory.
     with ThreadPool(cores()) as pool:
-        for i in data.progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
+        for i in progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]
             for (image, rows), result in zip(part, pool.map(partial(encode, args=args), part)):
                 if isinstance(result, str):

@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
-from common.cli import check, output_file, write_file
-from data import images_below
+from common.cli import check, output_file
+from common.files import write_file
+from common.images import images_below
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels: about the width of a letter in Pillow's own font, which is 15 pixels high

@@ -36,7 +36,10 @@ from torch.utils.data import Dataset, Subset
 import data
 import eval as evaluation
 from common.checkpoint import load, validation_of
-from common.cli import check, make_parser, number, output_file, pick_device, run_command, write_file
+from common.cli import check, make_parser, number, output_file, run_command
+from common.files import write_file
+from common.machine import pick_device
+from common.shards import find_shards
 from common.tokenizer import unknown_words
 from scripts import serve
 from scripts.pictures import image_files
@@ -206,7 +209,7 @@ def main(argv):
     captions = []
     if args.data or not args.images:
         paths, captions = validation_of(args.checkpoint, args.data, "--images or --data")
-        shards = data.Shards(data.expand(paths), sources=())  # Captions may be missing.
+        shards = data.Shards(find_shards(paths), sources=())  # Captions may be missing.
 
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()

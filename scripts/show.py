@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 import data
-from common.cli import make_parser, run_command
+from common.cli import make_parser, progress, run_command
 from common.tokenizer import clean, token_text, tokenizer_for
 from eval import UNREADABLE
 from scripts.pictures import contact_sheet, picture_file
@@ -69,7 +69,7 @@ def main(argv):
     lengths = []
     token_counts = Counter()  # It counts ten times as fast as a tensor.
     repeats = Counter()
-    for i in data.progress(range(len(shards)), "reading captions", unit="sample"):
+    for i in progress(range(len(shards)), "reading captions", unit="sample"):
         try:
             texts = shards.captions(i)
         except UNREADABLE as error:

@@ -20,7 +20,9 @@ import data
 import eval as evaluation
 from common import scenes
 from common.checkpoint import load, validation_of
-from common.cli import InputError, check, make_parser, pick_device, run_command
+from common.cli import InputError, check, make_parser, run_command
+from common.machine import pick_device
+from common.shards import find_shards
 from scripts.pictures import contact_sheet, image_files, picture_file
 
 SHOWN = 6  # validation pictures
@@ -42,7 +44,7 @@ def find_pictures(args, tokenizer, size):
         for _, scene, _, caption in scenes.make_samples("val", range(4)):
             yield caption, caption, data.load_image(scenes.draw(scene), size)
         return
-    shards = data.Shards(data.expand(paths), captions)
+    shards = data.Shards(find_shards(paths), captions)
     images = evaluation.ShardImages(shards, size)
     step = max(1, len(shards) // SHOWN)
     for i in range(0, len(shards), step)[:SHOWN]:

@@ -45,8 +45,9 @@ import torch
 
 import train
 from common.checkpoint import DIVERGED
-from common.cli import check, cores, make_parser, number, run_command
+from common.cli import check, make_parser, number, run_command
 from common.log import read_log
+from common.machine import cores
 from common.scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,7 +41,8 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from common.cli import check, make_parser, run_command, write_file
+from common.cli import check, make_parser, run_command
+from common.files import write_file
 from study import compare
 
 PAGE = Path(__file__).with_name("results.md")

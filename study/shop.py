@@ -21,7 +21,8 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from common.cli import make_parser, new_folder, run_command
+from common.cli import make_parser, run_command
+from common.files import new_folder
 from scripts import vocab
 from scripts.pack import ShardWriter
 

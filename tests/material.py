@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 from common import checkpoint as checkpoints
 from common.cli import sentence_about
+from common.shards import add_member
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -56,7 +56,7 @@ def write_tar(path, members):
     """Write a tar, and return its path. members: a dict {name: content as bytes}."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
-            data.add_member(tar, name, content)
+            add_member(tar, name, content)
     return str(path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from material import cases, png, write_captions, write_tar
 
 import data
+from common.shards import IMAGE, JSON, TEXT, build_index, by_split, find_shards
 from data import Shards
 
 # ---- which shards a pattern names
@@ -23,9 +24,9 @@ def test_paths_folders_globs_and_braces_name_shards(tmp_path):
     for name in (*shards, "a.tar.part"):
         (folder / name).touch()
 
-    assert data.expand([folder]) == shards
-    assert data.expand([f"{tmp_path}/my*/*.tar"]) == shards
-    assert data.expand([shards[2], f"{folder}/./a b-{{00..02}}.tar"]) == shards
+    assert find_shards([folder]) == shards
+    assert find_shards([f"{tmp_path}/my*/*.tar"]) == shards
+    assert find_shards([shards[2], f"{folder}/./a b-{{00..02}}.tar"]) == shards
 
 
 VALIDATION = ["val-0.tar", "cc3m-validation-0000.tar", "VALID_1.tar", "test.tar", "0val0.tar"]
@@ -39,15 +40,15 @@ def test_the_name_of_a_shard_tells_its_side():
     train = [f"val/{name}" for name in TRAINING]
     val = [f"train/{name}" for name in VALIDATION]
 
-    assert data.by_split(train + val) == (train, val)
-    assert data.by_split(val) == (val, [])  # so that there is something to train on
+    assert by_split(train + val) == (train, val)
+    assert by_split(val) == (val, [])  # so that there is something to train on
 
 
 # ---- what the index finds
 
 FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
 LONG = "some folder/b.c/" + 90 * "n"  # a header holds 100 bytes of a name
-COLUMNS = {".txt": data.TEXT, ".JPG": data.IMAGE, ".json": data.JSON}
+COLUMNS = {".txt": TEXT, ".JPG": IMAGE, ".json": JSON}
 NO_SAMPLE = {
     "__MACOSX/._a.jpg": b"x",
     "a.mask.png": b"x",  # no image of sample a: its extension is .mask.png
@@ -141,7 +142,7 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
 
 def indexed(*paths):
     """Return the number of samples in the index of these shards."""
-    return len(data.build_index([*paths])[0])
+    return len(build_index([*paths])[0])
 
 
 CHANGES = {  # case -> bytes and nanoseconds that a shard grows by, and how many samples are found

@@ -43,7 +43,7 @@ def test_nohup_lets_a_run_outlive_its_terminal(children, shards, tmp_path):
 
 POOLS = {  # case -> a command, and a function that it calls while its processes work
     "it draws": ("common.scenes", "common.scenes.progress"),
-    "it indexes": ("scripts.vocab", "data.progress"),
+    "it indexes": ("scripts.vocab", "common.shards.progress"),
 }
 
 

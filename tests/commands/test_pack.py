@@ -11,6 +11,7 @@ from material import error_of, photo
 from PIL import Image
 
 import data
+from common.shards import IMAGE, JSON, find_shards
 from scripts import pack
 
 
@@ -24,12 +25,12 @@ def run(path, *options):
 def samples(out, split="*"):
     """Return the samples as training reads them. The result is a dict {image: (fields of .json,
     text of .txt, bytes of the image)}."""
-    shards = data.Shards(data.expand([f"{out}/{split}-*.tar"]))
+    shards = data.Shards(find_shards([f"{out}/{split}-*.tar"]))
     found = {}
     for i in range(len(shards)):
-        fields = json.loads(shards.read(i, data.JSON))
+        fields = json.loads(shards.read(i, JSON))
         [text] = shards.captions(i)
-        found[fields["image"]] = fields, text, shards.read(i, data.IMAGE)
+        found[fields["image"]] = fields, text, shards.read(i, IMAGE)
     assert len(found) == len(shards)
     return found
 

@@ -1,0 +1,174 @@
+"""The tar files that hold pairs: which of them a pattern names, where each sample lies in them, and
+how to write a sample. data.py reads the samples, and says what a shard looks like."""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import tarfile
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import regex
+import torch
+
+from common.cli import InputError, check, progress
+from common.files import cache_folder, write_file
+from common.machine import cores, process_pool
+
+# -----------------------------------------------------------------------------
+# Which shards does a pattern name?
+
+
+def expand_braces(pattern):
+    """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". A pattern without braces stays as it
+    is."""
+    match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
+    if not match:
+        yield pattern
+        return
+    low, high = match.groups()
+    for i in range(int(low), int(high) + 1):
+        yield from expand_braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
+
+
+def find_shards(patterns):
+    """Return a sorted list of shards. patterns: paths, folders, globs and braces, as --train_data
+    takes them. Raise InputError if a pattern matches nothing. Each number in braces must match, so
+    that a missing download is noticed."""
+    shards = set()
+    for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
+        if os.path.isdir(pattern):
+            pattern = f"{glob.escape(pattern)}/*.tar"
+        found = glob.glob(glob.escape(pattern)) or glob.glob(pattern)  # a name may hold brackets
+        check(found, f"no shards match {pattern}")
+        shards.update(map(os.path.abspath, found))
+    return sorted(shards)
+
+
+# SPLIT finds the name of a split that no other letters touch, as in cc3m-validation-0000.tar.
+SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
+
+
+def is_validation(shard):
+    """Return whether a shard is for validation. The first split in its name decides."""
+    split = SPLIT.search(Path(shard).name.lower())
+    return split is not None and split[0] != "train"
+
+
+def by_split(shards):
+    """Return two lists of shards, for training and for validation, by the names of the shards. If
+    all names are those of validation shards, return all shards as the first list."""
+    training = [shard for shard in shards if not is_validation(shard)]
+    validation = [shard for shard in shards if is_validation(shard)]
+    return (training, validation) if training else (validation, [])
+
+
+# -----------------------------------------------------------------------------
+# Index: where every sample lies in the shards
+
+# The columns of an index row: the number of the shard, and then the first block and the size in
+# bytes of image, text and json. IMAGE, TEXT and JSON are the columns of the blocks.
+IMAGE, TEXT, JSON = 1, 3, 5
+COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
+BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a terabyte
+
+
+def split_name(name):
+    """Return the key of the sample to which a member belongs, and the extension, which begins at
+    the first dot. name: the name of the member, with its folders."""
+    folder, slash, name = name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    return folder + slash + stem if stem else "", dot + extension.lower()
+
+
+def read_headers(path, number):
+    """Return the index rows of a shard, an int32 array (n, 7), and a list of (name, reason) for the
+    samples and members that are not used. A damaged shard is used up to the damage. Raise
+    InputError if the file cannot be read. path: the shard; number: its place among all shards."""
+    rows = {}  # key -> index row
+    unused = {}  # key -> reason
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, extension = split_name(member.name)
+                column = COLUMN.get(extension)
+                if member.size >= 2**31:  # an index row holds 32-bit numbers
+                    unused[key] = "2 GiB or more"
+                elif column and key and member.isfile():
+                    row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                    row[column : column + 2] = member.offset_data // BLOCK, member.size
+                elif not member.isdir():  # metadata, a link, or a name like a.b.jpg
+                    unused[f"*{extension}"] = f"no part of a sample: {member.name}"
+            # tarfile stops in silence at a header that it cannot read.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(BLOCK).strip(b"\0"):
+                unused[""] = "damaged, and not used beyond the damage"
+    except tarfile.TarError as error:
+        unused[""] = f"damaged, compressed, or no tar: {error}"
+    except OSError as error:
+        # Raise, and do not return: the result is cached, but a read error is often temporary.
+        raise InputError(f"{path}: {error}") from error
+    for key, row in list(rows.items()):
+        if row[IMAGE + 1] == 0:
+            unused.setdefault(key, "no image, or an empty one")
+            del rows[key]
+    # Return a NumPy array. torch would send a tensor to the main process as an open file, and there
+    # may be more shards than a process may open files.
+    index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
+    return index, [(f"{path}:{key}".rstrip(":"), reason) for key, reason in unused.items()]
+
+
+def build_index(shards):
+    """Return the index, an int32 tensor (N, 7), and a list of (name, reason) for the samples and
+    members that are not used.
+
+    The index takes 28 bytes for each sample. It is one tensor, which all loading processes share.
+    Python objects would be copied to each of them. The index is cached in a file whose name changes
+    with the path, the size or the modification time of a shard.
+    """
+    stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
+    digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
+    # Increase this number when read_headers changes, so that old caches are ignored.
+    name = f"index-13-{digest}"
+    try:
+        return torch.load(cache_folder() / name, weights_only=True)
+    except Exception:  # there is no cache, or it is damaged, for which torch has many kinds
+        pass
+    index = []
+    unused = []
+    with process_pool(min(len(shards), cores(), 61)) as pool:  # Windows allows 61
+        results = pool.map(read_headers, shards, range(len(shards)))
+        for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
+            index.append(rows)
+            unused += reasons
+    index = torch.from_numpy(np.concatenate(index))
+    # Go on without a cache if it cannot be written. Two commands may write it at the same time,
+    # because write_file fills a temporary file and then renames it.
+    with suppress(OSError, RuntimeError):
+        path = cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file: torch.save((index, unused), file))
+    return index, unused
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def add_member(tar, name, content):
+    """Add a member to a tar that is open for writing. content: the bytes of the member."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def add_sample(tar, key, suffix, image, caption, fields):
+    """Add a sample to a shard that is open for writing. suffix: the suffix of the image file, such
+    as .jpg; image: the bytes of that file; caption: a text; fields: a dict for .json."""
+    add_member(tar, key + suffix, image)
+    add_member(tar, key + ".txt", caption.encode("utf-8", "replace"))
+    add_member(tar, key + ".json", json.dumps(fields).encode())
