@@ -13,9 +13,10 @@ batch. Rare words count more than common ones.
                                                       >-> contrastive loss ---------'
     caption -> text transformer -> end token -> proj -'
 
-The file reads from top to bottom: the configuration, the transformer that both towers share, the
-two towers, the word head, the losses, and the model that joins them. The method is the model's
-`forward`. After this file read train.py, then tokenizer.py, data.py and eval.py.
+After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
+model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
+that they share. At the end is what the method does not need: SigLIP's loss, several processes, and
+batches that would not fit into memory. After this file read train.py, data.py and eval.py.
 
 Axes: B pairs of this process, N pairs of all processes, P patches (K of them are kept), T tokens,
 D width, H heads, E embedding, V vocabulary, S pixels on each side of an image.
@@ -88,6 +89,302 @@ PRESETS = {
     "ViT-L-16": LARGE,
     "ViT-L-14": dict(patch_size=14, **LARGE),
 }  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# What SuperCLIP adds to CLIP: a head that must predict the words of the caption
+
+
+class WordHead(nn.Module):
+    """Predict the words of the caption: mean of the patch tokens -> LayerNorm -> one logit for each
+    token of the vocabulary. This is all that SuperCLIP adds to CLIP.
+
+    The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we.
+    The less the patches of an image agree, the shorter their mean is. Without the norm such an
+    image would get weak logits, whatever it shows.
+    """
+
+    def __init__(self, width, vocab_size):
+        super().__init__()
+        self.ln = LayerNorm(width)
+        self.linear = nn.Linear(width, vocab_size)
+        nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits begin with variance 1
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, image_tokens):
+        """Return logits (B, V). image_tokens (B, 1 + K, D): what the image tower returns."""
+        patches = image_tokens[:, 1:].mean(dim=1)  # (B, D), without the class token
+        return self.linear(self.ln(patches))  # (B, V)
+
+
+def idf(num_captions, token_counts):
+    """Return the weight of each token (V,): log((num_captions + 1) / (token_counts + 1)).
+
+    So rare words count more (paper, section 3.2). Formula and growing counts are those of the
+    authors' code. Start, end and padding are no words, and their weight is 0.
+    num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
+    """
+    weights = ((num_captions + 1) / (token_counts + 1)).log()
+    # Assign to slices. Assigning at an index would make the CPU wait for the GPU.
+    weights[PAD : PAD + 1] = 0.0
+    weights[-2:] = 0.0  # start and end of text
+    return weights
+
+
+def multi_hot(label_tokens, vocab_size):
+    """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
+    others. label_tokens (B, T): the ids of the captions."""
+    absent = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
+    return absent.scatter(1, label_tokens, 1.0)
+
+
+def caption_label(label_tokens, token_weights):
+    """Return what the head should predict, (B, V): the share of each word in its caption.
+
+    The shares are proportional to token_weights (V,), and their sum is 1. If no word of a caption
+    (label_tokens, (B, T)) has weight, all its shares are 0.
+    """
+    words = multi_hot(label_tokens, len(token_weights))  # (B, V)
+    return F.normalize(words * token_weights, p=1, dim=1)
+
+
+def classification_loss(logits, label_tokens, token_weights):
+    """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
+    the words of the caption (paper, equations 2 to 4).
+
+    logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
+    `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2.
+    """
+    label = caption_label(label_tokens, token_weights)  # (B, V)
+    return F.cross_entropy(logits.float(), label)
+
+
+# -----------------------------------------------------------------------------
+# What CLIP has: images and captions that must find each other
+
+
+def contrastive_loss(image_features, text_features, scale, local=slice(None)):
+    """Return CLIP's loss, a scalar: each image must pick its caption out of the batch, and each
+    caption its image.
+
+    image_features, text_features (N, E): the global batch, normalised to length 1; scale: the
+    inverse temperature, a scalar; local: the slice of the N pairs that this process scores, by
+    default all. The loss begins near ln N, because an untrained model gives each candidate 1/N.
+    """
+    # Compute in float32 even under autocast: near 100, the largest logit, the numbers of bfloat16
+    # are 0.5 apart.
+    images, texts = image_features.float(), text_features.float()
+    target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
+    with torch.autocast(images.device.type, enabled=False):
+        per_image = scale * images[local] @ texts.T  # (B, N)
+        # per_image.T would not do, because it covers only the images of this process.
+        per_text = scale * texts[local] @ images.T  # (B, N)
+    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class SuperCLIP(nn.Module):
+    """Join both towers, the word head, and the counts that give its words their weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config)
+        self.text = TextTransformer(config)
+        self.head = None
+        if config.cls_weight:
+            self.head = WordHead(config.vision_width, config.vocab_size)
+            # How many captions contained each token, and how many captions there were. Integers,
+            # because float32 stops counting at 2**24.
+            self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
+            self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
+        # The parameter is the logarithm of the scale, so that the scale stays positive.
+        if config.loss == "softmax":
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_bias = None
+        else:
+            # With SigLIP's 10 and -10 most answers are "no" at first. That is right, because only
+            # one of the N captions belongs to an image.
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.micro_batch_size = None  # pairs that go through the towers at once; None: all
+
+    def encode_pairs(self, images, tokens, label_tokens, keep=None):
+        """Compute what each pair says by itself, without the others: the first half of `forward`.
+
+        The arguments are those of `forward`. Return image and text features (B, E), normalised to
+        length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
+        """
+        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
+        image_features = self.project_image(image_tokens)  # (B, E)
+        text_features = self.encode_text(tokens)  # (B, E)
+        terms = {}
+        if self.head is not None:
+            logits = self.head(image_tokens)  # (B, V)
+            weights = idf(self.num_captions, self.token_counts)  # (V,): rare words count more
+            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
+        return image_features, text_features, terms
+
+    def forward(self, images, tokens, label_tokens=None, keep=None):
+        """Compute the loss of a batch. This is the whole method.
+
+        images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
+        captions whose words are to be predicted, by default the tokens; keep (B, K): indices of the
+        patches to look at, by default all.
+
+        Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
+        image_features and text_features (B, E). The loss of several processes is the mean of
+        theirs. Only in training are captions counted. So in a model that has counted none, no word
+        has a weight, and its classification_loss is 0.
+        """
+        if label_tokens is None:
+            label_tokens = tokens
+        if self.training:
+            self.count_tokens(label_tokens)
+
+        # Each pair by itself: two features, and the loss of the head that predicts its words
+        image_features, text_features, terms = in_micro_batches(
+            self.encode_pairs, self.micro_batch_size, images, tokens, label_tokens, keep
+        )
+
+        # The pairs of all processes: each image must pick its caption, and each caption its image
+        all_images, all_texts, local = image_features, text_features, slice(None)
+        if self.training and dist.is_initialized():  # process 0 evaluates alone
+            all_images, all_texts, local = gather(image_features, text_features)
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            contrastive = contrastive_loss(all_images, all_texts, scale, local)
+        else:
+            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, local)
+
+        # Add a term of your own here, if it compares pairs. If it needs one pair at a time, add it
+        # in encode_pairs, as a mean over the pairs. Put it into `terms` under a name that ends in
+        # _loss, and add it to the loss. docs/fork.md shows how, and how to test it.
+        terms = {"contrastive_loss": contrastive, **terms}
+        loss = contrastive
+        if self.head is not None:
+            loss = loss + self.config.cls_weight * terms["classification_loss"]
+        features = {"image_features": image_features, "text_features": text_features}
+        return {"loss": loss, **terms, **features}
+
+    def count_tokens(self, label_tokens):
+        """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
+        if self.head is None:  # plain CLIP has no counts
+            return
+        counts = multi_hot(label_tokens, len(self.token_counts)).sum(dim=0)
+        # Do not count padding: how much there is depends on which captions share a batch.
+        counts[PAD : PAD + 1] = 0
+        # Send the number of captions with the counts, so that one all_reduce serves both.
+        counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        self.token_counts += counts[:-1]
+        self.num_captions += counts[-1]
+
+    def encode_image(self, images, normalize=True):
+        """Return features (B, E) of images (B, 3, S, S), uint8 or already normalised floats. If
+        `normalize`, each has length 1."""
+        return self.project_image(self.visual(images), normalize)
+
+    def project_image(self, image_tokens, normalize=True):
+        """Return features (B, E), which are read at the class token of image_tokens (B, 1 + K, D).
+        If `normalize`, each has length 1."""
+        features = image_tokens[:, 0] @ self.visual.proj
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def encode_text(self, tokens, normalize=True):
+        """Return features (B, E) of captions, tokens (B, T) from a Tokenizer. If `normalize`, each
+        has length 1."""
+        features = self.text(tokens)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def class_logits(self, images, keep=None):
+        """Return a logit for each token of the vocabulary (B, V): which words would a caption of
+        these images (B, 3, S, S) use? keep (B, K): indices of the patches to look at, by default
+        all. Raise ValueError if the model is plain CLIP, which has no word head."""
+        if self.head is None:
+            raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
+        return self.head(self.visual(images, keep))
+
+
+# -----------------------------------------------------------------------------
+# The towers
+
+
+class VisionTransformer(nn.Module):
+    """Turn an image into one token for each patch, and a class token for the whole image."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
+        self.patch_size = config.patch_size
+        self.grid = config.image_size // config.patch_size  # patches per side
+        # This is a convolution only by its name and initialisation, so that published weights load.
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
+        self.ln_pre = LayerNorm(width)
+        gelu = quick_gelu if config.quick_gelu else F.gelu
+        self.transformer = Transformer(width, layers, heads, gelu, causal=False)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        mean = torch.tensor(config.image_mean).view(3, 1, 1)
+        std = torch.tensor(config.image_std).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images, keep=None):
+        """Return tokens (B, 1 + K, D), the class token first. images (B, 3, S, S): uint8, or floats
+        that are already normalised; keep (B, K): indices of the patches to look at, by default
+        all."""
+        if images.dtype == torch.uint8:
+            # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+        # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
+        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
+        pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
+        x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
+        x = x + self.positional_embedding[1:]
+        if keep is not None:  # the other patches never enter the transformer, which saves time
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
+        class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
+        x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
+        return self.ln_post(self.transformer(self.ln_pre(x)))
+
+
+class TextTransformer(nn.Module):
+    """Turn a caption into one feature. It is read at the end token, because that is the first token
+    that has seen the whole text."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, layers, heads = config.text_width, config.text_layers, config.text_heads
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        gelu = quick_gelu if config.quick_gelu else F.gelu
+        self.transformer = Transformer(width, layers, heads, gelu, causal=True)
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        # CLIP's choice for its text tower: the deeper the tower, the smaller are the weights whose
+        # output is added to the tokens (out_proj, c_proj). Its image tower has torch's defaults.
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, tokens):
+        """Return features (B, E). tokens (B, T): T is at most context_length. Tokens after the end
+        token change nothing, because attention is causal, so captions may be trimmed after it."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, T, D)
+        x = self.transformer(x)
+        # argmax finds the end token, which has the largest id. Of two it finds the first.
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # (B, D)
+        return self.ln_final(x) @ self.text_projection
 
 
 # -----------------------------------------------------------------------------
@@ -173,125 +470,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The towers
-
-
-class VisionTransformer(nn.Module):
-    """Turn an image into one token for each patch, and a class token for the whole image."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
-        self.patch_size = config.patch_size
-        self.grid = config.image_size // config.patch_size  # patches per side
-        # This is a convolution only by its name and initialisation, so that published weights load.
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
-        self.ln_pre = LayerNorm(width)
-        gelu = quick_gelu if config.quick_gelu else F.gelu
-        self.transformer = Transformer(width, layers, heads, gelu, causal=False)
-        self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        mean = torch.tensor(config.image_mean).view(3, 1, 1)
-        std = torch.tensor(config.image_std).view(3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, images, keep=None):
-        """Return tokens (B, 1 + K, D), the class token first. images (B, 3, S, S): uint8, or floats
-        that are already normalised; keep (B, K): indices of the patches to look at, by default
-        all."""
-        if images.dtype == torch.uint8:
-            # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
-            images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
-        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
-        pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
-        x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
-        x = x + self.positional_embedding[1:]
-        if keep is not None:  # the other patches never enter the transformer, which saves time
-            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
-        class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
-        x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
-        return self.ln_post(self.transformer(self.ln_pre(x)))
-
-
-class TextTransformer(nn.Module):
-    """Turn a caption into one feature. It is read at the end token, because that is the first token
-    that has seen the whole text."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, layers, heads = config.text_width, config.text_layers, config.text_heads
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        gelu = quick_gelu if config.quick_gelu else F.gelu
-        self.transformer = Transformer(width, layers, heads, gelu, causal=True)
-        self.ln_final = LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        # CLIP's choice for its text tower: the deeper the tower, the smaller are the weights whose
-        # output is added to the tokens (out_proj, c_proj). Its image tower has torch's defaults.
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-
-    def forward(self, tokens):
-        """Return features (B, E). tokens (B, T): T is at most context_length. Tokens after the end
-        token change nothing, because attention is causal, so captions may be trimmed after it."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, T, D)
-        x = self.transformer(x)
-        # argmax finds the end token, which has the largest id. Of two it finds the first.
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # (B, D)
-        return self.ln_final(x) @ self.text_projection
-
-
-class WordHead(nn.Module):
-    """Predict the words of the caption: mean of the patch tokens -> LayerNorm -> one logit for each
-    token of the vocabulary. This is all that SuperCLIP adds to CLIP.
-
-    The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we.
-    The less the patches of an image agree, the shorter their mean is. Without the norm such an
-    image would get weak logits, whatever it shows.
-    """
-
-    def __init__(self, width, vocab_size):
-        super().__init__()
-        self.ln = LayerNorm(width)
-        self.linear = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits begin with variance 1
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, image_tokens):
-        """Return logits (B, V). image_tokens (B, 1 + K, D): what the image tower returns."""
-        patches = image_tokens[:, 1:].mean(dim=1)  # (B, D), without the class token
-        return self.linear(self.ln(patches))  # (B, V)
-
-
-# -----------------------------------------------------------------------------
-# The losses: free functions of tensors
-
-
-def contrastive_loss(image_features, text_features, scale, local=slice(None)):
-    """Return CLIP's loss, a scalar: each image must pick its caption out of the batch, and each
-    caption its image.
-
-    image_features, text_features (N, E): the global batch, normalised to length 1; scale: the
-    inverse temperature, a scalar; local: the slice of the N pairs that this process scores, by
-    default all. The loss begins near ln N, because an untrained model gives each candidate 1/N.
-    """
-    # Compute in float32 even under autocast: near 100, the largest logit, the numbers of bfloat16
-    # are 0.5 apart.
-    images, texts = image_features.float(), text_features.float()
-    target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
-    with torch.autocast(images.device.type, enabled=False):
-        per_image = scale * images[local] @ texts.T  # (B, N)
-        # per_image.T would not do, because it covers only the images of this process.
-        per_text = scale * texts[local] @ images.T  # (B, N)
-    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+# SigLIP's loss in place of CLIP's
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(None)):
@@ -306,48 +485,6 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(N
         logits = scale * images[local] @ texts.T + logit_bias  # (B, N)
     answers = torch.eye(len(texts), device=logits.device)[local]  # (B, N): 1 for the right pair
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
-
-
-def multi_hot(label_tokens, vocab_size):
-    """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
-    others. label_tokens (B, T): the ids of the captions."""
-    absent = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
-    return absent.scatter(1, label_tokens, 1.0)
-
-
-def idf(num_captions, token_counts):
-    """Return the weight of each token (V,): log((num_captions + 1) / (token_counts + 1)).
-
-    So rare words count more (paper, section 3.2). Formula and growing counts are those of the
-    authors' code. Start, end and padding are no words, and their weight is 0.
-    num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
-    """
-    weights = ((num_captions + 1) / (token_counts + 1)).log()
-    # Assign to slices. Assigning at an index would make the CPU wait for the GPU.
-    weights[PAD : PAD + 1] = 0.0
-    weights[-2:] = 0.0  # start and end of text
-    return weights
-
-
-def caption_label(label_tokens, token_weights):
-    """Return what the head should predict, (B, V): the share of each word in its caption.
-
-    The shares are proportional to token_weights (V,), and their sum is 1. If no word of a caption
-    (label_tokens, (B, T)) has weight, all its shares are 0.
-    """
-    words = multi_hot(label_tokens, len(token_weights))  # (B, V)
-    return F.normalize(words * token_weights, p=1, dim=1)
-
-
-def classification_loss(logits, label_tokens, token_weights):
-    """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
-    the words of the caption (paper, equations 2 to 4).
-
-    logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
-    `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2.
-    """
-    label = caption_label(label_tokens, token_weights)  # (B, V)
-    return F.cross_entropy(logits.float(), label)
 
 
 # -----------------------------------------------------------------------------
@@ -379,14 +516,25 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather(image_features, text_features):
+    """Return the features of all processes, (N, E) each, and the slice of them that belongs to this
+    process, which scores its own pairs against all."""
+    B = len(image_features)
+    start = dist.get_rank() * B
+    local = slice(start, start + B)
+    return Gather.apply(image_features), Gather.apply(text_features), local
+
+
 def in_micro_batches(encode_pairs, size, *batch):
     """Return what encode_pairs(*batch) returns, but with the memory of `size` pairs (GradCache,
     arXiv 2101.06983). `size` must divide the batch, because the terms of all parts count equally.
+    What is None in the batch is left out.
 
     The loss needs the features of all pairs at once, but the towers do not. checkpoint keeps only
     the inputs and the outputs of a micro-batch. The backward pass computes one micro-batch after
     the other again, which takes a third more time.
     """
+    batch = [x for x in batch if x is not None]
     if size is None or size >= len(batch[0]):
         return encode_pairs(*batch)
     parts = zip(*(x.split(size) for x in batch))
@@ -395,145 +543,3 @@ def in_micro_batches(encode_pairs, size, *batch):
     image_features, text_features, terms = zip(*parts)
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
-
-
-# -----------------------------------------------------------------------------
-# The model
-
-
-class SuperCLIP(nn.Module):
-    """Join both towers, the word head, and the counts that give its words their weights."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.visual = VisionTransformer(config)
-        self.text = TextTransformer(config)
-        self.head = None
-        if config.cls_weight:
-            self.head = WordHead(config.vision_width, config.vocab_size)
-            # How many captions contained each token, and how many captions there were. Integers,
-            # because float32 stops counting at 2**24.
-            self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
-            self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
-        # The parameter is the logarithm of the scale, so that the scale stays positive.
-        if config.loss == "softmax":
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-            self.logit_bias = None
-        else:
-            # With SigLIP's 10 and -10 most answers are "no" at first. That is right, because only
-            # one of the N captions belongs to an image.
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        self.micro_batch_size = None  # pairs that go through the towers at once; None: all
-
-    def encode_pairs(self, images, tokens, label_tokens, keep=None):
-        """Compute what each pair says by itself, without the others: the first half of `forward`.
-
-        The arguments are those of `forward`. Return image and text features (B, E), normalised to
-        length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
-        """
-        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
-        image_features = self.image_features(image_tokens)  # (B, E)
-        text_features = self.encode_text(tokens)  # (B, E)
-        terms = {}
-        if self.head is not None:
-            logits = self.head(image_tokens)  # (B, V)
-            weights = self.token_weights()  # (V,): rare words count more
-            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
-        return image_features, text_features, terms
-
-    def forward(self, images, tokens, label_tokens=None, keep=None):
-        """Compute the loss of a batch. This is the whole method.
-
-        images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
-        captions whose words are to be predicted, by default the tokens; keep (B, K): indices of the
-        patches to look at, by default all.
-
-        Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
-        image_features and text_features (B, E). The loss of several processes is the mean of
-        theirs. Only in training are captions counted. So in a model that has counted none, no word
-        has a weight, and its classification_loss is 0.
-        """
-        if label_tokens is None:
-            label_tokens = tokens
-        if self.training:
-            self.count_tokens(label_tokens)
-
-        # Each pair by itself: two features, and the loss of the head that predicts its words
-        batch = [x for x in (images, tokens, label_tokens, keep) if x is not None]
-        image_features, text_features, terms = in_micro_batches(
-            self.encode_pairs, self.micro_batch_size, *batch
-        )
-
-        # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_images, all_texts, local = self.gather(image_features, text_features)
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            contrastive = contrastive_loss(all_images, all_texts, scale, local)
-        else:
-            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, local)
-
-        # Add a term of your own here, if it compares pairs. If it needs one pair at a time, add it
-        # in encode_pairs, as a mean over the pairs. Put it into `terms` under a name that ends in
-        # _loss, and add it to the loss. docs/fork.md shows how, and how to test it.
-        terms = {"contrastive_loss": contrastive, **terms}
-        loss = terms["contrastive_loss"]
-        if self.head is not None:
-            loss = loss + self.config.cls_weight * terms["classification_loss"]
-        features = {"image_features": image_features, "text_features": text_features}
-        return {"loss": loss, **terms, **features}
-
-    def gather(self, image_features, text_features):
-        """Return the features of all processes, (N, E) each, and the slice of them that belongs to
-        this process, which scores its own pairs against all. In an evaluation, and with one
-        process, these are the features (B, E) that it was given."""
-        B = len(image_features)
-        if not (self.training and dist.is_initialized()):
-            return image_features, text_features, slice(0, B)
-        start = dist.get_rank() * B
-        local = slice(start, start + B)
-        return Gather.apply(image_features), Gather.apply(text_features), local
-
-    def count_tokens(self, label_tokens):
-        """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
-        if self.head is None:  # plain CLIP has no counts
-            return
-        counts = multi_hot(label_tokens, len(self.token_counts)).sum(dim=0)
-        # Do not count padding: how much there is depends on which captions share a batch.
-        counts[PAD : PAD + 1] = 0
-        # Send the number of captions with the counts, so that one all_reduce serves both.
-        counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-        self.token_counts += counts[:-1]
-        self.num_captions += counts[-1]
-
-    def token_weights(self):
-        """Return the weight of each token (V,), by the captions counted so far."""
-        return idf(self.num_captions, self.token_counts)
-
-    def encode_image(self, images, normalize=True):
-        """Return features (B, E) of images (B, 3, S, S), uint8 or already normalised floats. If
-        `normalize`, each has length 1."""
-        return self.image_features(self.visual(images), normalize)
-
-    def image_features(self, image_tokens, normalize=True):
-        """Return features (B, E), which are read at the class token of image_tokens (B, 1 + K, D).
-        If `normalize`, each has length 1."""
-        features = image_tokens[:, 0] @ self.visual.proj
-        return F.normalize(features.float(), dim=-1) if normalize else features
-
-    def encode_text(self, tokens, normalize=True):
-        """Return features (B, E) of captions, tokens (B, T) from a Tokenizer. If `normalize`, each
-        has length 1."""
-        features = self.text(tokens)
-        return F.normalize(features.float(), dim=-1) if normalize else features
-
-    def class_logits(self, images, keep=None):
-        """Return a logit for each token of the vocabulary (B, V): which words would a caption of
-        these images (B, 3, S, S) use? keep (B, K): indices of the patches to look at, by default
-        all. Raise ValueError if the model is plain CLIP, which has no word head."""
-        if self.head is None:
-            raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
-        return self.head(self.visual(images, keep))

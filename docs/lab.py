@@ -128,7 +128,8 @@ def check_forward(forward, config, images, tokens):
         counter = superclip.SuperCLIP(config)
         for batch in batches:
             counter.count_tokens(batch)
-        return superclip.classification_loss(logits, second, counter.token_weights())
+        weights = superclip.idf(counter.num_captions, counter.token_counts)
+        return superclip.classification_loss(logits, second, weights)
 
     mistakes = {
         "count the captions. model.count_tokens does it.": word_loss(),

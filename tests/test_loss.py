@@ -89,7 +89,8 @@ def test_the_words_are_those_of_the_label_caption():
     out = model(IMAGES, tokens, CAPTIONS)
 
     logits = model.class_logits(IMAGES)
-    expected = classification_loss(logits, CAPTIONS, model.token_weights())
+    weights = idf(model.num_captions, model.token_counts)
+    expected = classification_loss(logits, CAPTIONS, weights)
     assert model.token_counts[5] == 2
     assert out["classification_loss"] == expected
 

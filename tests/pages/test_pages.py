@@ -100,7 +100,7 @@ def test_the_code_in_the_readme_is_the_method():
 
     def multi_hot(captions):  # without padding, start and end, which are no words
         present = superclip.multi_hot(captions, TOKENIZER.vocab_size)
-        return present * (model.token_weights() > 0)
+        return present * (superclip.idf(model.num_captions, model.token_counts) > 0)
 
     names = {
         "image_tokens": model.visual(images),
