@@ -4,8 +4,8 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The file reads from top to bottom: the parts of a step, the parts of a run, the run, and the
-options. Read superclip.py first.
+The most important comes first: the run with its loop, then the parts of a step, the parts of the
+set-up, and the options. Read superclip.py before this file.
 
 last.pt holds weights, token counts, optimizer and loss scaler. Everything else that a step needs
 follows from the options and the number of the step: the batch, its crops, the patches that are
@@ -37,26 +37,85 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from common import cli
-from common.checkpoint import DIVERGED, claim_folder, load, resume, write_checkpoint
 from common.cli import InputError, check, number, run_command
-from common.distributed import (
-    RANK,
-    WORLD,
-    average,
-    device_of_process,
-    from_all,
-    join_processes,
-    one_first,
-    wait_for_all,
-)
-from common.log import header_of, write_row
+from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
 from common.machine import pick_dtype
+from common.run import RunFolder, header_of, open_pairs, read_start
 from common.scenes import SCENE_OPTIONS, make_scenes
-from common.shards import by_split, find_shards
-from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
+
+# -----------------------------------------------------------------------------
+# The run
+
+
+def train(args):
+    """Train from the first step, or from the last.pt of --resume."""
+    N = args.batch_size
+    B = N // WORLD
+    device = device_of_process(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = args.dtype or pick_dtype(device)
+    autocast, scaler = precision(device, dtype)
+    model, tokenizer, pairs, val_pairs, optimizer = set_up(args, device)
+    steps, warmup_steps, eval_every = lengths(args, len(pairs))
+    header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
+    run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
+    ddp_model = distribute(model) if WORLD > 1 else model
+    local = slice(RANK * B, (RANK + 1) * B)  # the part of a batch that this process trains on
+    batches = data.load_batches(pairs, N, local, run.start, steps, args.workers, on_gpu)
+
+    images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
+    has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
+    todo = range(run.start, steps + 1)  # the round after the last step only saves and validates
+    for step in tqdm(todo, total=steps, initial=run.start, unit="step", disable=has_no_bar):
+        # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
+        eval_due = step % eval_every == 0 or step == steps
+        if eval_due or time.monotonic() > run.saved_time + 600:
+            run.save_last(step)
+        if eval_due and RANK == 0:  # the other processes wait in the next step
+            run.log_validation(validate(args, model, tokenizer, val_pairs, step))
+        if step == steps:
+            break
+
+        # 2. The losses and their gradient
+        began = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - began
+        batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
+        with autocast:
+            losses = ddp_model(**batch)
+        # Scale the loss, because small gradients would underflow to 0 in float16.
+        scaler.scale(losses["loss"]).backward()
+
+        # 3. The update
+        factor = learning_rate_factor(step, warmup_steps, steps)
+        grad_norm = update(model, optimizer, scaler, factor)
+
+        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU
+        done = step + 1
+        log_due = done % args.log_every == 0 or done == steps
+        if log_due:
+            losses = mean_losses(losses)
+        images += N
+        seconds += time.perf_counter() - began
+        if log_due:
+            row = {
+                "step": done,
+                **losses,
+                "logit_scale": model.logit_scale.exp().item(),
+                # 0 if float16's gradients have overflowed, because JSON has no infinity and no NaN
+                "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
+                "learning_rate": args.learning_rate * factor,
+                "images_per_second": round(images / seconds, 1),
+                "data_wait": round(waited / seconds, 3),
+                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
+            }
+            run.log(row)
+            images, seconds, waited = 0, 0.0, 0.0
+    run.print_commands(val_pairs is not None)
+
 
 # -----------------------------------------------------------------------------
 # The parts of a step
@@ -104,56 +163,52 @@ def mean_losses(losses):
     CPU wait for the GPU."""
     names = [name for name in losses if name.endswith("loss")]
     values = torch.stack([losses[name].detach() for name in names])
-    return dict(zip(names, average(values).tolist()))
+    if WORLD > 1:
+        dist.all_reduce(values)
+        values /= WORLD
+    return dict(zip(names, values.tolist()))
+
+
+def validate(args, model, tokenizer, pairs, step):
+    """Score retrieval among the validation pairs, if there are any, and zero-shot classification.
+    Print the scores, and return the row of the log."""
+    tqdm.write(f"\nvalidation after step {step}")
+    row = {"step": step, "zeroshot": {}}
+    model.eval()
+    # Do not use the compiled towers: shapes and dtypes differ from those of training.
+    with torch.compiler.set_stance("force_eager"):
+        if pairs is not None:
+            # Compute the contrastive loss in groups as large as a batch of the training.
+            group = args.batch_size
+            row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
+            evaluation.print_words(model, tokenizer, pairs)
+        for folder in args.zeroshot_data:
+            top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
+            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
+            row["zeroshot"][folder] = top1
+    model.train()
+    return row
 
 
 # -----------------------------------------------------------------------------
-# The parts of a run
+# The parts of the set-up
 
 
-def read_start(args):
-    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
-    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
-    if args.init_from is not None:
-        model, tokenizer, _ = load(args.init_from)
-        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
-        return model, tokenizer
-    shards, _ = by_split(find_shards(args.train_data))
-    return None, tokenizer_for(shards, args.vocab)
-
-
-def open_data(args, tokenizer, model):
-    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
-    the latter if there are none."""
-    shards, val_shards = by_split(find_shards(args.train_data))
-    if val_shards:
-        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
-    elif args.val_data is None and len(shards) > 1:
-        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
-    if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # scripts.words and search read it
-    val_pairs = None
-    if args.val_data != ["none"]:
-        val_shards = find_shards(args.val_data)
-        held_out = {os.path.realpath(shard) for shard in val_shards}
-        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
-        check(shards, "--val_data names all shards, so none is left to train on")
-        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
-    pairs = data.Pairs(
-        shards,
-        tokenizer,
-        model.config.image_size,
-        args.captions,
-        args.label_captions,
-        seed=args.seed,
-        crop_area=args.crop_area,
-        patches=model.visual.grid**2,
-        patch_dropout=args.patch_dropout,
-    )
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
-        evaluation.ClassFolders(folder, model.config.image_size)
-    return pairs, val_pairs
+def set_up(args, device):
+    """Return what a run trains: the model and its tokenizer, training pairs (data.Pairs),
+    validation pairs (data.Shards, or None), and the optimizer."""
+    with one_first():  # the first process draws and indexes, and the others find that done
+        if args.train_data == SCENE_OPTIONS["train_data"] and not Path("scenes").exists():
+            make_scenes("scenes")
+        source, tokenizer = read_start(args)
+        model, new = build_model(args, source, tokenizer.vocab_size, device)
+        args.cls_weight = model.config.cls_weight  # --init_from may have set it
+        tokenizer.context_length = model.config.context_length
+        pairs, val_pairs = open_pairs(args, tokenizer, model)
+        for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
+            evaluation.ClassFolders(folder, model.config.image_size)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
+    return model, tokenizer, pairs, val_pairs, optimizer
 
 
 def build_model(args, source, vocab_size, device):
@@ -228,151 +283,6 @@ def lengths(args, n):
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
-
-
-# -----------------------------------------------------------------------------
-# The run
-
-
-def validate(args, model, tokenizer, pairs, step):
-    """Score retrieval among the validation pairs, if there are any, and zero-shot classification.
-    Print the scores, and return the row of the log."""
-    tqdm.write(f"\nvalidation after step {step}")
-    row = {"step": step, "zeroshot": {}}
-    model.eval()
-    # Do not use the compiled towers: shapes and dtypes differ from those of training.
-    with torch.compiler.set_stance("force_eager"):
-        if pairs is not None:
-            # Compute the contrastive loss in groups as large as a batch of the training.
-            group = args.batch_size
-            row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
-            evaluation.print_words(model, tokenizer, pairs)
-        for folder in args.zeroshot_data:
-            top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
-            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
-            row["zeroshot"][folder] = top1
-    model.train()
-    return row
-
-
-def train(args):
-    """Train from the first step, or from the last.pt of --resume."""
-
-    # ---- The device, and the batch: N pairs in all processes, B in this one
-    device = device_of_process(args.device)
-    dtype = args.dtype or pick_dtype(device)
-    autocast, scaler = precision(device, dtype)
-    N = args.batch_size
-    B = N // WORLD
-    M = args.micro_batch_size or max(1, B)
-    is_whole = N % (WORLD * M) == 0
-    check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
-
-    # ---- The tokenizer, the model, the data and the optimizer
-    with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENE_OPTIONS["train_data"] and not Path("scenes").exists():
-            make_scenes("scenes")
-        source, tokenizer = read_start(args)
-        model, new = build_model(args, source, tokenizer.vocab_size, device)
-        del source  # free the memory of these weights, which the run does not need any more
-        args.cls_weight = model.config.cls_weight  # --init_from may have set it
-        tokenizer.context_length = model.config.context_length
-        pairs, val_pairs = open_data(args, tokenizer, model)
-    steps, warmup_steps, eval_every = lengths(args, len(pairs))
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
-    ddp_model = distribute(model) if WORLD > 1 else model
-
-    # ---- The folder of the run, and where the run stands
-    folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
-    args.out_dir = from_all(folder)[0]  # process 0 chooses the folder
-    print(f"out_dir: {args.out_dir}")
-    header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
-    start, best_r1 = resume(args.out_dir, header, model, tokenizer, optimizer, scaler)
-    states = from_all((header["data_fingerprint"], start))
-    check(len({*states}) == 1, "the processes see different data, or a different last.pt")
-    last = Path(args.out_dir, "last.pt")
-    best = Path(args.out_dir, "best.pt")
-    write_row(args.out_dir, {"header": header, "step": start})
-    local = slice(RANK * B, (RANK + 1) * B)
-    on_gpu = device.type == "cuda"
-    batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
-
-    def save(path, step, **more):
-        facts = {"header": header, "step": step, "best_r1": best_r1}
-        write_checkpoint(path, model, tokenizer.vocab, **facts, **more)
-
-    saved_time = time.monotonic()
-    images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
-    has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
-    todo = range(start, steps + 1)  # the round after the last step only saves and validates
-    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
-        eval_due = step % eval_every == 0 or step == steps
-
-        # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
-        save_due = eval_due or time.monotonic() > saved_time + 600
-        if RANK == 0 and save_due and step > start:
-            save(last, step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            saved_time = time.monotonic()
-
-        # 2. Validate, in process 0. The others wait for it in the next step.
-        if RANK == 0 and eval_due:
-            row = validate(args, model, tokenizer, val_pairs, step)
-            write_row(args.out_dir, row)
-            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the last model is best
-            if mean_r1 >= best_r1:
-                best_r1 = mean_r1
-                if step > 0:  # the weights before training only set the score to beat
-                    save(best, step)
-        if step == steps:
-            break
-
-        # 3. The losses and their gradient
-        began = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - began
-        batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
-        with autocast:
-            losses = ddp_model(**batch)
-        # Scale the loss, because small gradients would underflow to 0 in float16.
-        scaler.scale(losses["loss"]).backward()
-
-        # 4. The update
-        factor = learning_rate_factor(step, warmup_steps, steps)
-        grad_norm = update(model, optimizer, scaler, factor)
-
-        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU
-        done = step + 1
-        log_due = done % args.log_every == 0 or done == steps
-        if log_due:
-            losses = mean_losses(losses)
-        images += N
-        seconds += time.perf_counter() - began
-        if log_due:
-            check(math.isfinite(losses["loss"]), f"the loss is not finite: {DIVERGED}")
-            row = {
-                "step": done,
-                **losses,
-                "logit_scale": model.logit_scale.exp().item(),
-                # 0 if float16's gradients have overflowed, because JSON has no infinity and no NaN
-                "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
-                "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(images / seconds, 1),
-                "data_wait": round(waited / seconds, 3),
-                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
-            }
-            write_row(args.out_dir, row)
-            images, seconds, waited = 0, 0.0, 0.0
-
-    if not best.exists():
-        print("best.pt was not written, because no validation was as good as the one before")
-        print("training. Try a lower --learning_rate.")
-        best = last
-    print("\nWhat the model has learned:")
-    pictures = "" if val_pairs else " --images PICTURES"
-    print(f"  python -m scripts.search --checkpoint {best.as_posix()} TEXT{pictures}")
-    if model.head is not None:
-        print(f"  python -m scripts.words --checkpoint {best.as_posix()} --out words.png{pictures}")
-    print(f"  python -m scripts.curves {args.out_dir}/log.jsonl --out curves.png")
 
 
 # -----------------------------------------------------------------------------
@@ -483,6 +393,9 @@ def parse(argv):
         for name in ("model", "image_size", "vocab", "loss"):
             of_file = getattr(args, name) is None
             check(of_file, f"--init_from sets --{name}. Leave this option out.")
+    M = args.micro_batch_size or max(1, args.batch_size // WORLD)
+    is_whole = args.batch_size % (WORLD * M) == 0
+    check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
     return args
 
@@ -491,12 +404,8 @@ def main(argv):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     args = parse(argv)
-    if WORLD > 1:
-        join_processes()
-    train(args)
-    if WORLD > 1:
-        wait_for_all()  # process 0 may still validate
-        dist.destroy_process_group()
+    with joined_processes():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
-"""Turn a file into a model, write a model to a file, and go on with a run that was interrupted.
+"""Turn a file into a model, and write a model to a file.
 
 A checkpoint is a dict of weights, configuration and vocabulary, so a command needs no other file to
 build the model. In last.pt train.py also keeps the optimizer and the loss scaler, so that the run
 can go on.
 """
 
-import os
-from contextlib import suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
 
 import data
 from common.cli import InputError, check
-from common.files import write_file
+from common.machine import write_file
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -102,78 +99,3 @@ def write_checkpoint(path, model, vocab, **more):
     check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
     content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
     write_file(path, lambda file: torch.save(content, file))
-
-
-# -----------------------------------------------------------------------------
-# The folder of a run, and --resume
-
-
-def make_or_find_folder(resume):
-    """Make and return the first of the folders out, out_2, out_3 ... that is free, for a run
-    without --out_dir. With `resume`, return the one of them whose last.pt was saved last, if there
-    is any."""
-    saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
-    if resume and saved:
-        return max(saved, key=os.path.getmtime).parent
-    for number in count(1):
-        folder = Path("out" if number == 1 else f"out_{number}")
-        # mkdir checks and creates in one step, so two runs that start at once get two folders.
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
-def claim_folder(out_dir, resume):
-    """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
-    or None. Raise InputError if the folder holds a run that is not to be resumed."""
-    folder = make_or_find_folder(resume) if out_dir is None else Path(out_dir)
-    # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
-    if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
-        raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
-        temporary.unlink()
-    return str(folder)
-
-
-# The options that may change with --resume: the folder, the length, the learning rate, the machine,
-# logging. Shards and vocabulary are here because their files may have moved. `resume` compares the
-# sizes in the shards and the text of the vocabulary instead.
-MAY_CHANGE = {
-    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
-    "device", "dtype", "compile", "log_every", "eval_every",
-    "train_data", "val_data", "zeroshot_data", "vocab",
-}  # fmt: skip
-
-
-def resume(out_dir, header, model, tokenizer, optimizer, scaler):
-    """Load the state of the run in a folder into model, optimizer and scaler. Return the step from
-    which it goes on, and its best mean R@1. Both are 0 if there is no last.pt. header: what
-    header_of returns for the run that goes on. Raise InputError if last.pt is from another run."""
-    path = Path(out_dir, "last.pt")
-    if not path.exists():
-        return 0, 0.0
-    saved = read_checkpoint(path)
-    check("optimizer" in saved, f"{path} is not the last.pt of a run")
-    before, step = saved["header"], saved["step"]
-    for name, value in header["arguments"].items():
-        was = before["arguments"].get(name)
-        fits = name in MAY_CHANGE or was == value
-        check(fits, f"--{name} was {was} before, and is {value} now. --resume cannot change it.")
-    same_data = before["data_fingerprint"] == header["data_fingerprint"]
-    same_data = same_data and saved["vocab"] == tokenizer.vocab
-    names = "--train_data, --val_data or --vocab"
-    check(same_data, f"{names} is not what {path} was trained with. --resume cannot change it.")
-    check(step <= header["steps"], f"step {step} of last.pt is past --steps {header['steps']}")
-    model.load_state_dict(saved["model"])
-    # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers the
-    # moments in the order of the parameters in these groups.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-    if saved["scaler"]:  # the state is empty without float16
-        scaler.load_state_dict(saved["scaler"])
-    # Read the best score from best.pt. The one in last.pt may be older, because last.pt is saved
-    # before the validation of its step.
-    best = Path(out_dir, "best.pt")
-    newest = read_checkpoint(best) if best.exists() else saved
-    return step, newest["best_r1"]

@@ -1,7 +1,7 @@
 """Let several processes train one model.
 
 torchrun starts the processes, one for each GPU, and each of them runs all of train.py. They meet in
-`join_processes`, and from then on they can exchange tensors.
+`joined_processes`, and from then on they can exchange tensors.
 """
 
 import os
@@ -21,15 +21,22 @@ WORLD = int(torchrun.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 
 
-def join_processes():
-    """Let the processes that torchrun has started find each other."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        # Send CPU tensors by gloo, so that processes can compare values without waiting for their
-        # GPUs.
-        backend = "cpu:gloo,cuda:nccl"
-    # Wait up to two hours for another process, because all others wait while process 0 validates.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+@contextmanager
+def joined_processes():
+    """Let the processes that torchrun has started exchange tensors in the block, and wait for each
+    other at its end. With one process, do nothing."""
+    if WORLD > 1:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            # Send CPU tensors by gloo, so that processes can compare values without waiting for
+            # their GPUs.
+            backend = "cpu:gloo,cuda:nccl"
+        # Wait for two hours at most, because all others wait while process 0 validates.
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    yield
+    if WORLD > 1:
+        wait_for_all()  # process 0 may still validate
+        dist.destroy_process_group()
 
 
 def device_of_process(name):
@@ -43,15 +50,6 @@ def device_of_process(name):
         # each, so with another number here they would compile the code again.
         torch.set_num_threads(1)
     return device
-
-
-def average(tensor):
-    """Return the mean of a tensor over all processes, computed in place. With one process, return
-    the tensor unchanged."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
 
 
 def wait_for_all():

@@ -36,8 +36,7 @@ import tarfile
 from PIL import Image, ImageDraw
 
 from common.cli import make_parser, number, progress, run_command
-from common.files import new_folder
-from common.machine import cores, process_pool
+from common.machine import cores, new_folder, process_pool
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 

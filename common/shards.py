@@ -16,8 +16,7 @@ import regex
 import torch
 
 from common.cli import InputError, check, progress
-from common.files import cache_folder, write_file
-from common.machine import cores, process_pool
+from common.machine import cache_folder, cores, process_pool, write_file
 
 # -----------------------------------------------------------------------------
 # Which shards does a pattern name?

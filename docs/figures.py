@@ -22,8 +22,8 @@ import data
 import eval as evaluation
 from common import scenes
 from common.cli import make_parser, run_command
+from common.images import contact_sheet
 from scripts import words
-from scripts.pictures import contact_sheet
 from study import plan
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -32,7 +32,7 @@ import torch
 
 from common import checkpoint
 from common.cli import InputError, check, make_parser, optional, run_command
-from common.files import new_folder
+from common.machine import new_folder
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIPConfig
 

@@ -28,9 +28,8 @@ from pathlib import Path
 from PIL import Image
 
 from common.cli import InputError, check, make_parser, number, progress, run_command
-from common.files import new_folder
 from common.images import FORMATS, upright_rgb
-from common.machine import cores
+from common.machine import cores, new_folder
 from common.shards import add_sample
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.

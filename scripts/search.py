@@ -37,12 +37,11 @@ import data
 import eval as evaluation
 from common.checkpoint import load, validation_of
 from common.cli import check, make_parser, number, output_file, run_command
-from common.files import write_file
-from common.machine import pick_device
+from common.images import image_files
+from common.machine import pick_device, write_file
 from common.shards import find_shards
 from common.tokenizer import unknown_words
 from scripts import serve
-from scripts.pictures import image_files
 
 # -----------------------------------------------------------------------------
 # Images

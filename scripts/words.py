@@ -21,9 +21,9 @@ import eval as evaluation
 from common import scenes
 from common.checkpoint import load, validation_of
 from common.cli import InputError, check, make_parser, run_command
+from common.images import contact_sheet, image_files, picture_file
 from common.machine import pick_device
 from common.shards import find_shards
-from scripts.pictures import contact_sheet, image_files, picture_file
 
 SHOWN = 6  # validation pictures
 

@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.cli import check, make_parser, run_command
-from common.files import write_file
+from common.machine import write_file
 from study import compare
 
 PAGE = Path(__file__).with_name("results.md")

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.cli import make_parser, run_command
-from common.files import new_folder
+from common.machine import new_folder
 from scripts import vocab
 from scripts.pack import ShardWriter
 

@@ -1,0 +1,285 @@
+"""What a run reads, and the folder that it writes: log.jsonl, last.pt and best.pt.
+
+Each line of the log is a row in JSON: a header at each start of the run, the losses of a step, or a
+validation. train.py writes it, and scripts.curves and the study read it.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from common.checkpoint import DIVERGED, load, read_checkpoint, write_checkpoint
+from common.cli import InputError, check
+from common.distributed import RANK, WORLD, from_all
+from common.machine import cores
+from common.shards import by_split, find_shards
+from common.tokenizer import tokenizer_for
+
+# -----------------------------------------------------------------------------
+# What a run reads
+
+
+def read_start(args):
+    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
+    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
+    if args.init_from is not None:
+        model, tokenizer, _ = load(args.init_from)
+        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
+        return model, tokenizer
+    shards, _ = by_split(find_shards(args.train_data))
+    return None, tokenizer_for(shards, args.vocab)
+
+
+def open_pairs(args, tokenizer, model):
+    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
+    the latter if there are none."""
+    shards, val_shards = by_split(find_shards(args.train_data))
+    if val_shards:
+        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
+    elif args.val_data is None and len(shards) > 1:
+        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
+    if args.val_data is None:
+        args.val_data = val_shards or ["none"]  # scripts.words and search read it
+    val_pairs = None
+    if args.val_data != ["none"]:
+        val_shards = find_shards(args.val_data)
+        held_out = {os.path.realpath(shard) for shard in val_shards}
+        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
+        check(shards, "--val_data names all shards, so none is left to train on")
+        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
+    pairs = data.Pairs(
+        shards,
+        tokenizer,
+        model.config.image_size,
+        args.captions,
+        args.label_captions,
+        seed=args.seed,
+        crop_area=args.crop_area,
+        patches=model.visual.grid**2,
+        patch_dropout=args.patch_dropout,
+    )
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    return pairs, val_pairs
+
+
+# -----------------------------------------------------------------------------
+# Its folder
+
+# The options that may change with --resume: the folder, the length, the learning rate, the machine,
+# logging. Shards and vocabulary are here because their files may have moved. `resume` compares the
+# sizes in the shards and the text of the vocabulary instead.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
+    "device", "dtype", "compile", "log_every", "eval_every",
+    "train_data", "val_data", "zeroshot_data", "vocab",
+}  # fmt: skip
+
+
+def make_or_find_folder(resume):
+    """Make and return the first of the folders out, out_2, out_3 ... that is free, for a run
+    without --out_dir. With `resume`, return the one of them whose last.pt was saved last, if there
+    is any."""
+    saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
+    if resume and saved:
+        return max(saved, key=os.path.getmtime).parent
+    for number in count(1):
+        folder = Path("out" if number == 1 else f"out_{number}")
+        # mkdir checks and creates in one step, so two runs that start at once get two folders.
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def claim_folder(out_dir, resume):
+    """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
+    or None. Raise InputError if the folder holds a run that is not to be resumed."""
+    folder = make_or_find_folder(resume) if out_dir is None else Path(out_dir)
+    # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
+    if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
+        raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
+        temporary.unlink()
+    return str(folder)
+
+
+def commit():
+    """Return the git commit of this code, or "" outside a git repository."""
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        return ""
+
+
+def header_of(args, steps, model, pairs, val_pairs, dtype, device):
+    """Return the header of the log. It says under which conditions the numbers in the other rows
+    were measured."""
+    device_name = f"{device.type} ({cores()} cores)"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    fingerprint = pairs.fingerprint
+    if val_pairs is not None:
+        fingerprint += f"-{val_pairs.fingerprint}"
+    return {
+        "pairs": len(pairs),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "batch_size": args.batch_size,
+        "processes": WORLD,
+        "device": device_name,
+        "dtype": dtype,
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "data_fingerprint": fingerprint,
+        "command": sys.argv,
+        "arguments": vars(args),
+        "config": vars(model.config),
+    }
+
+
+class RunFolder:
+    """The folder of a run, and where the run stands in it. Only process 0 writes.
+
+    The attribute `start` is the step from which the run goes on, 0 for a new run.
+    """
+
+    def __init__(self, args, header, model, tokenizer, optimizer, scaler):
+        """Take the folder of --out_dir, or make a new one. With --resume, load the state in last.pt
+        into model, optimizer and scaler. header: from header_of. Raise InputError if the folder
+        holds another run, or if the processes see different data."""
+        folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
+        args.out_dir = from_all(folder)[0]  # process 0 chooses the folder
+        self.last = Path(args.out_dir, "last.pt")
+        self.best = Path(args.out_dir, "best.pt")
+        self.header = header
+        self.model = model
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.start = 0
+        self.best_r1 = 0.0
+        self.saved_time = time.monotonic()
+        print(f"out_dir: {args.out_dir}")
+        facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        if self.last.exists():
+            self.resume()
+        states = from_all((header["data_fingerprint"], self.start))
+        check(len({*states}) == 1, "the processes see different data, or a different last.pt")
+        self.log({"header": header, "step": self.start})
+
+    def resume(self):
+        """Load last.pt. Raise InputError if it is from another run."""
+        saved = read_checkpoint(self.last)
+        check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
+        before, now = saved["header"], self.header
+        for name, value in now["arguments"].items():
+            was = before["arguments"].get(name)
+            is_allowed = name in MAY_CHANGE or was == value
+            change = f"--{name} was {was} before, and is {value} now."
+            check(is_allowed, f"{change} --resume cannot change it.")
+        same_data = before["data_fingerprint"] == now["data_fingerprint"]
+        same_data = same_data and saved["vocab"] == self.tokenizer.vocab
+        names = "--train_data, --val_data or --vocab"
+        advice = f"is not what {self.last} was trained with. --resume cannot change it."
+        check(same_data, f"{names} {advice}")
+        self.start = saved["step"]
+        is_past = f"step {self.start} of last.pt is past --steps {now['steps']}"
+        check(self.start <= now["steps"], is_past)
+        self.model.load_state_dict(saved["model"])
+        # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
+        # the moments in the order of the parameters in these groups.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        if saved["scaler"]:  # the state is empty without float16
+            self.scaler.load_state_dict(saved["scaler"])
+        # Read the best score from best.pt. The one in last.pt may be older, because last.pt is
+        # saved before the validation of its step.
+        newest = read_checkpoint(self.best) if self.best.exists() else saved
+        self.best_r1 = newest["best_r1"]
+
+    def log(self, row):
+        """Add a row to log.jsonl: a header, the losses of a step, or a validation. Print the
+        losses, too. A resumed run may log a step twice. Then the later row counts. Raise InputError
+        if the loss is not finite."""
+        check(math.isfinite(row.get("loss", 0.0)), f"the loss is not finite: {DIVERGED}")
+        if RANK > 0:
+            return
+        with open(self.last.with_name("log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "loss" in row:
+            terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+            tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
+
+    def save(self, path, step, **more):
+        facts = {"header": self.header, "step": step, "best_r1": self.best_r1}
+        write_checkpoint(path, self.model, self.tokenizer.vocab, **facts, **more)
+
+    def save_last(self, step):
+        """Write last.pt, from which --resume goes on, unless it is there already."""
+        if RANK == 0 and step > self.start:
+            states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            self.save(self.last, step, **states)
+            self.saved_time = time.monotonic()
+
+    def log_validation(self, row):
+        """Log a validation, and write best.pt if it is the best so far. Without validation pairs
+        the last model is the best."""
+        self.log(row)
+        mean_r1 = row.get("mean_r1", 0.0)
+        if mean_r1 >= self.best_r1:
+            self.best_r1 = mean_r1
+            if row["step"] > 0:  # the weights before training only set the score to beat
+                self.save(self.best, row["step"])
+
+    def print_commands(self, has_val_pairs):
+        """Print the commands that show what the model has learned."""
+        path = self.best
+        if not path.exists():
+            print("best.pt was not written, because no validation was as good as the one before")
+            print("training. Try a lower --learning_rate.")
+            path = self.last
+        print("\nWhat the model has learned:")
+        pictures = "" if has_val_pairs else " --images PICTURES"
+        checkpoint = f"--checkpoint {path.as_posix()}"
+        print(f"  python -m scripts.search {checkpoint} TEXT{pictures}")
+        if self.model.head is not None:
+            print(f"  python -m scripts.words {checkpoint} --out words.png{pictures}")
+        print(f"  python -m scripts.curves {path.parent.as_posix()}/log.jsonl --out curves.png")
+
+
+def read_log(path):
+    """Return the last header in a log.jsonl, and a list of the other rows that count.
+
+    A run that is resumed adds a header with the step from which it goes on. Earlier rows beyond
+    that step do not count. A validation at that step may come twice, and then the later one counts.
+    Raise InputError if the file is not a log.
+    """
+    header = None
+    rows = {}  # (step, has it losses?) -> row
+    try:
+        for line in Path(path).read_text("utf-8").splitlines():
+            row = json.loads(line)
+            if "header" in row:
+                header = row["header"]
+                rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
+            else:
+                rows[row["step"], "loss" in row] = row
+    except (ValueError, LookupError, TypeError) as error:
+        # Do not print the repr of the error, which may hold the whole file.
+        raise InputError(f"{path} is not a log of train.py: {error}") from error
+    check(header, f"{path} has no header, so it is not a log of train.py")
+    return header, list(rows.values())
