@@ -545,26 +545,23 @@ def main(argv):
         add("--json", type=output_file(".json"), metavar="FILE", help="write all numbers to FILE")
         return add
 
+    # fmt: off
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, metavar="DIR", help="folder with one folder of images per class")
-    add(
-        "--classes",
+    add("--classes", metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
-        "for the names of ImageNet's classes (default: the names of the folders)",
-    )
-    add(
-        "--templates",
+        "for the names of ImageNet's classes (default: the names of the folders)")
+    add("--templates", metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
-        "templates (default: four similar ones)",
-    )
-    text = "find captions by image and images by caption"
-    add = command("retrieval", command_retrieval, text)
+        "templates (default: four similar ones)")
+    add = command("retrieval", command_retrieval, "find captions by image and images by caption")
     add("--data", nargs="+", required=True, help="tar files, folders, globs or {0000..0575}")
-    text = "where captions are: txt or json.FIELD, one or more (default: as in the run, else txt)"
-    add("--captions", nargs="+", metavar="SOURCE", help=text)
+    add("--captions", nargs="+", metavar="SOURCE",
+        help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     add = command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, metavar="DIR", help="folder with one folder of images per class")
     add("--test", required=True, metavar="DIR", help="folder with the same classes, other images")
+    # fmt: on
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)

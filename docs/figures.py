@@ -30,10 +30,6 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 INK, GREY, RED, AMBER = "#1f2937", "#7d8694", "#d1495b", "#f0a500"
 
 
-# -----------------------------------------------------------------------------
-# first.png
-
-
 def draw_frames(axis, model, image, said):
     """Frame the places of colours and shapes. The frame of a word is the window of patches without
     which the word is least probable. said: what top_words returns for the image."""
@@ -76,10 +72,6 @@ def draw_first():
     plt.savefig(ASSETS / "first.png", dpi=130)
 
 
-# -----------------------------------------------------------------------------
-# scenes.png
-
-
 def draw_scenes():
     """Draw the first eight of the tutorial's scenes with their long captions."""
     rng = random.Random(0)
@@ -88,9 +80,6 @@ def draw_scenes():
     images = [data.load_image(scenes.draw(scene, 240), 240) for scene in drawn[:8]]
     contact_sheet(images, captions[:8], ASSETS / "scenes.png")
 
-
-# -----------------------------------------------------------------------------
-# found.png
 
 # A model: the colour of its bars, and their place in a group
 ARMS = {"CLIP": (INK, -0.29), "control": (GREY, 0), "SuperCLIP": (RED, 0.29)}

@@ -357,10 +357,6 @@ def write_transformers(model, folder):
     images.save_pretrained(folder)
 
 
-# -----------------------------------------------------------------------------
-# The command
-
-
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument

@@ -193,10 +193,6 @@ def make_shards(args, samples, bad, folder):
     return writers["train"].n, writers["val"].n
 
 
-# -----------------------------------------------------------------------------
-# The command
-
-
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument

@@ -182,10 +182,6 @@ class Search:
         return Images(self.images.entries, self.images.shards, size)[number][0]
 
 
-# -----------------------------------------------------------------------------
-# The command
-
-
 def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument

@@ -117,10 +117,6 @@ def word_cells(image, maps):
     return torch.cat([photo, cells]).clamp(0, 255).byte()
 
 
-# -----------------------------------------------------------------------------
-# The command
-
-
 def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
