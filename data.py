@@ -117,8 +117,7 @@ class Shards:
         return f"{self.paths[number]}:{key}"
 
     def place(self, i):
-        """Return where the image of sample i lies: the path of its shard, and the number of its
-        first byte there."""
+        """Return where the image of sample i lies: the path of its shard, and its first byte."""
         number, block, *_ = self.index[i].tolist()
         return self.paths[number], block * BLOCK
 
@@ -325,8 +324,7 @@ class Pairs(Shards, Dataset):
 
 def round_up(captions):
     """Return the length of the longest caption, a list of ids, with start and end, rounded up to a
-    multiple of 16. With few different lengths the towers are rarely compiled again. More padding
-    would cost time."""
+    multiple of 16: few lengths, so the towers are rarely compiled again, and little padding."""
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 
@@ -359,8 +357,7 @@ def make_loader(dataset, workers, **options):
         # Take 16 at most, because each keeps two batches ready in shared memory.
         workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0 and sys.platform == "linux":
-        # Fork the processes, so that they share the index and start at once. By default Python 3.14
-        # does not fork.
+        # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"
     return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 

@@ -43,8 +43,7 @@ from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 from superclip import SuperCLIP, contrastive_loss
 
-# Templates of prompts, in the style of those by CLIP's authors. The feature of a class is the mean
-# over its prompts.
+# Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
@@ -127,8 +126,7 @@ def collate(samples):
 
 
 def batches(dataset, batch_size, workers, description):
-    """Yield the images that can be read, in batches (B, 3, S, S), uint8, each with the list of its
-    B labels."""
+    """Yield the images that can be read, as uint8 (B, 3, S, S), and the list of their B labels."""
     loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
     for images, labels in progress(loader, description, unit="batch"):
         if labels:

@@ -171,8 +171,7 @@ def contrastive_loss(image_features, text_features, scale, local=slice(None)):
     inverse temperature, a scalar; local: the slice of the N pairs that this process scores, by
     default all. The loss begins near ln N, because an untrained model gives each candidate 1/N.
     """
-    # Compute in float32 even under autocast: near 100, the largest logit, the numbers of bfloat16
-    # are 0.5 apart.
+    # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     images, texts = image_features.float(), text_features.float()
     target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
     with torch.autocast(images.device.type, enabled=False):
@@ -296,8 +295,7 @@ class SuperCLIP(nn.Module):
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, tokens, normalize=True):
-        """Return features (B, E) of captions, tokens (B, T) from a Tokenizer. If `normalize`, each
-        has length 1."""
+        """Return features (B, E) of captions, tokens (B, T). If `normalize`, each has length 1."""
         features = self.text(tokens)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
@@ -392,8 +390,7 @@ class TextTransformer(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Normalise each token. Return the dtype of the input, because CUDA's autocast would return
-    float32."""
+    """Normalise each token. Return the input's dtype; CUDA's autocast would return float32."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)

@@ -130,8 +130,7 @@ def precision(device, dtype):
 
 def learning_rate_factor(step, warmup_steps, steps):
     """Return the learning rate of a step as a share of its peak. The share rises on a line to 1,
-    and then falls to 0 along a cosine. It depends on the step alone, so a resumed run needs no
-    scheduler."""
+    and then falls to 0 along a cosine. A resumed run needs no state of it, only the step."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
@@ -159,8 +158,7 @@ def update(model, optimizer, scaler, factor):
 
 
 def mean_losses(losses):
-    """Return the losses as a dict of floats, averaged over all processes. Reading them makes the
-    CPU wait for the GPU."""
+    """Return the losses as floats, averaged over all processes. The CPU waits for the GPU."""
     names = [name for name in losses if name.endswith("loss")]
     values = torch.stack([losses[name].detach() for name in names])
     if WORLD > 1:

@@ -28,8 +28,7 @@ def joined_processes():
     if WORLD > 1:
         backend = "gloo"
         if torch.cuda.is_available():
-            # Send CPU tensors by gloo, so that processes can compare values without waiting for
-            # their GPUs.
+            # Send CPU tensors by gloo, so that comparing values does not wait for the GPUs.
             backend = "cpu:gloo,cuda:nccl"
         # Wait for two hours at most, because all others wait while process 0 validates.
         dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -59,8 +58,7 @@ def wait_for_all():
 
 
 def from_all(value):
-    """Return a list of the values that all processes pass to this function, in the order of the
-    ranks."""
+    """Return a list of the values that all processes pass to this function, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

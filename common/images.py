@@ -26,8 +26,7 @@ def is_hidden(name):
 
 
 def images_below(folder):
-    """Return a sorted list of the image files in a folder and in all folders below it, without
-    hidden ones."""
+    """Return a sorted list of the image files in and below a folder, without hidden ones."""
     found = []
     for path in sorted(Path(folder).rglob("*.*")):
         names = path.relative_to(folder).parts

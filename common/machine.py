@@ -19,8 +19,7 @@ from common.cli import STOP_SIGNALS, InputError, check
 
 def write_file(path, write):
     """Write a file whole or not at all. `write(file)` fills a temporary file, which is flushed to
-    the disk and then renamed to `path`. After an OSError, an older file at `path` is still
-    there."""
+    the disk and then renamed to `path`. An OSError leaves an older file at `path` there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -61,8 +60,7 @@ def cache_folder():
 
 def cores():
     """Return the number of cores on which this process may run. A scheduler may allow fewer than
-    the machine has. A limit on computing time, such as docker's --cpus, is not taken into
-    account."""
+    the machine has. A limit on computing time, such as docker's --cpus, does not count."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

@@ -87,8 +87,7 @@ MAY_CHANGE = {
 
 def make_or_find_folder(resume):
     """Make and return the first of the folders out, out_2, out_3 ... that is free, for a run
-    without --out_dir. With `resume`, return the one of them whose last.pt was saved last, if there
-    is any."""
+    without --out_dir. With `resume`, return the one whose last.pt was saved last, if any."""
     saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
     if resume and saved:
         return max(saved, key=os.path.getmtime).parent
@@ -123,8 +122,7 @@ def commit():
 
 
 def header_of(args, steps, model, pairs, val_pairs, dtype, device):
-    """Return the header of the log. It says under which conditions the numbers in the other rows
-    were measured."""
+    """Return the header of the log: the conditions under which the other rows were measured."""
     device_name = f"{device.type} ({cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)

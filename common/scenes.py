@@ -291,8 +291,7 @@ def make_samples(split, numbers, seed=0):
 
 
 def facts(scene):
-    """Return what a long caption says of a scene, in a fixed order. Two scenes with equal facts fit
-    the same captions."""
+    """Return what a long caption says of a scene, in a fixed order. It tells scenes apart."""
     objects = sorted(f"{o['colour']} {o['shape']}" for o in scene["objects"])
     return scene["cloth"], scene["pattern"], scene["border"], *objects
 

@@ -23,8 +23,7 @@ from common.machine import cache_folder, cores, process_pool, write_file
 
 
 def expand_braces(pattern):
-    """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". A pattern without braces stays as it
-    is."""
+    """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". Without braces, yield the pattern."""
     match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
     if not match:
         yield pattern

@@ -93,8 +93,7 @@ def read_ranks(vocab):
 # Captions -> words
 
 START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
-# CLIP splits a caption into English suffixes such as 's, runs of letters, single digits, and runs
-# of other characters.
+# CLIP splits a caption into suffixes such as 's, runs of letters, single digits, and other runs.
 OTHER = r"[^\s\p{L}\p{N}]+"
 CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
 # With a vocabulary of whole words, a word consists of letters and digits, with hyphens and

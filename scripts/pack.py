@@ -109,8 +109,7 @@ def merge(rows):
 
 
 def smaller(image, size):
-    """Return the bytes of a JPEG whose short side has at most `size` pixels. image: a PIL image
-    that may be larger."""
+    """Return the bytes of a JPEG whose short side has at most `size` pixels. image: of Pillow."""
     image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
     image = upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
     scale = min(1, size / min(image.size))
@@ -124,8 +123,7 @@ def encode(item, args):
     """Return what goes into a shard, as (split, suffix, bytes of the image, fields of .json). If
     the image cannot be used, return the reason as a string. item: (image, its rows).
 
-    A file keeps its bytes if it is small enough and shards hold its format. Encoding it again would
-    lose quality."""
+    A small file in a format of shards keeps its bytes. Encoding it again would lose quality."""
     name, rows = item
     size = args.size or 10**9
     try:

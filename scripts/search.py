@@ -57,8 +57,7 @@ def find_entries(files, shards):
     if shards is not None:
         for i in range(len(shards)):
             path, offset = shards.place(i)
-            # Add the offset, because a tar header cuts long names. Two images of a shard may have
-            # the same one.
+            # Add the offset, because a tar header cuts long names, so two images may share one.
             entries.append(Entry(shards.name(i), f"{os.stat(path).st_mtime_ns} {offset}", i))
     return entries
 
@@ -161,13 +160,11 @@ class Search:
         return {"text": text, "unknown": unknown, "found": found}
 
     def first(self, k):
-        """Return the number of all images as `count`, and the first k images, without scores, as
-        `found`."""
+        """Return the number of images as `count`, and the first k, without scores, as `found`."""
         return {"count": len(self.numbers), "found": [self.about(i) for i in self.numbers[:k]]}
 
     def about(self, number):
-        """Return what is known of an image, as a dict: its number, its name, and its caption, which
-        is "" if it has none."""
+        """Return a dict about an image: its number, its name, and its caption, "" for none."""
         name, _, sample = self.images.entries[number]
         caption = ""
         if sample is not None:

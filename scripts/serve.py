@@ -29,8 +29,7 @@ FIRST = 24  # pictures that the page opens with
 
 
 def make_server(port):
-    """Return a server that listens on a port. port: 0 stands for any free one. Raise
-    InputError."""
+    """Return a server that listens on a port; 0 is any free one. Raise InputError."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:

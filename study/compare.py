@@ -118,8 +118,7 @@ class Command(NamedTuple):
         return world
 
     def words(self, out_dir):
-        """Return the arguments of Python. A run validates before its first step and after its
-        last one."""
+        """Return the arguments of Python. A run validates before its first step and at its end."""
         program = self.program
         if program[0] != "-m":
             program = [str(Path(program[0]).resolve())]
@@ -165,8 +164,7 @@ STARTED = []  # processes
 
 
 def call(words, folder):
-    """Run a Python command with one thread, in a folder. Return its exit code, and the last line
-    that it has printed."""
+    """Run a Python command with one thread, in a folder. Return its exit code and its last line."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command = [sys.executable, *words]
@@ -208,8 +206,7 @@ def probe_scores(command, out_dir):
 
 
 def scores_of(row):
-    """Return the scores of a validation, which is a row of a log, by name. R@k is the mean of both
-    ways."""
+    """Return the scores of a validation, a row of a log, by name. R@k is the mean of both ways."""
     scores = {Path(folder).name: score for folder, score in row["zeroshot"].items()}
     ways = row.get("validation", {})
     for name, score in ways.get("image_to_text", {}).items():

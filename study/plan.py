@@ -193,8 +193,7 @@ def interval_of(score, arm, baseline, questions=None):
 
 
 def rates_of(arm):
-    """Return the learning rate of an arm, or None if it is not scored, and {rate: mean score} of
-    those that were tried."""
+    """Return the learning rate of an arm, or None if it has no scores, and {tried rate: score}."""
     score = "type" if "photographs" in arm else "colour_shape"
     chosen = None
     tried = {}

@@ -100,8 +100,7 @@ def server(cache):
 
 @pytest.fixture(scope="session", autouse=True)
 def early_server(request):
-    """Start the server at the beginning if any test needs it, so that it imports torch while the
-    first tests run."""
+    """Start the server early if any test needs it. It imports torch while the first tests run."""
     if any("server" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("server")
 
@@ -133,8 +132,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def browser():
-    """Return a headless Chromium. Skip the test if Chromium, its driver or the package selenium is
-    missing."""
+    """Return a headless Chromium. Skip the test without Chromium, its driver or selenium."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
         pytest.skip("needs Debian's packages chromium and chromium-driver")

@@ -70,8 +70,7 @@ def write_shard(path, samples):
 
 
 def write_captions(path, *captions):
-    """Write a shard with a pair for each caption, and return its path. The pictures are red squares
-    with different noise."""
+    """Write a shard with a pair for each caption, a noisy red square. Return its path."""
     pairs = [{"png": png("red", i), "txt": text.encode()} for i, text in enumerate(captions)]
     return write_shard(path, pairs)
 
@@ -164,8 +163,7 @@ def sample(i):
 
 
 def write_shards(folder):
-    """Write two shards for training and one for validation, a shard with bad samples, and their
-    vocabulary."""
+    """Write shards: two to train on, one to validate on, one with bad samples; and a vocabulary."""
     write_shard(folder / "train-0.tar", map(sample, range(40)))
     write_shard(folder / "train-1.tar", map(sample, range(40, 70)))  # 70 in all, no multiple of 16
     write_shard(folder / "val-0.tar", map(sample, range(70, 90)))
@@ -215,8 +213,7 @@ def steps_of(rows):
 
 
 def assert_ends_like(out, whole_run):
-    """Assert that a run has ended with the same bits as another run, and with the same rows in its
-    log."""
+    """Assert that a run has ended with the bits of another run, and with the rows of its log."""
     for name in ("last.pt", "best.pt"):
         ours = checkpoint_of(out, name)
         theirs = checkpoint_of(whole_run, name)

@@ -54,8 +54,7 @@ def test_three_training_steps_equal_the_authors(model):
 
 
 def test_the_gradients_of_the_first_step_equal_the_authors(model):
-    """The test compares the norm of each parameter's gradient. In the first step the authors' loss
-    counts no padding."""
+    """The test compares norms. In the first step the authors' loss counts no padding."""
     step = OFFICIAL["steps"][0]
     assert_near(step["class_loss"], step["class_loss_masked"])
 

@@ -86,8 +86,7 @@ def test_chance_is_that_of_answers_drawn_at_random():
 
 
 def test_a_model_that_has_collapsed_scores_chance():
-    """If ties counted as hits, the model would score 100 %. If they counted as misses, it would
-    score 0 %."""
+    """If ties counted as hits, the model would score 100 %, and if as misses, 0 %."""
     equal = torch.full((11, 7), 0.3)
 
     result = evaluation.retrieval(equal[:4], equal, OWNER, (1,))
@@ -97,8 +96,7 @@ def test_a_model_that_has_collapsed_scores_chance():
 
 
 def test_a_search_goes_through_the_scores_in_chunks():
-    """The scores do not fit into one chunk, and the last chunk is smaller than the others. Each
-    feature finds itself."""
+    """The scores need several chunks, and the last one is smaller. Each feature finds itself."""
     features = F.normalize(torch.randn(5000, 8), dim=1)
     numbers = torch.arange(5000)
 
@@ -172,8 +170,7 @@ def test_zeroshot_by_hand(folders, capsys):
 
 
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
-    """Jupyter makes such folders. macOS makes such a file beside a picture, and such a folder in a
-    zip."""
+    """Jupyter makes such folders. macOS makes such a file beside a picture, and one in a zip."""
     for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "__MACOSX"):
         (folders / name).mkdir()
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
@@ -189,8 +186,7 @@ def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
 
 
 def test_a_probe_finds_what_is_there_at_any_scale():
-    """One picture in twenty belongs to class 1. With the largest penalty the probe would find none
-    of them."""
+    """One picture in twenty is of class 1. With the largest penalty the probe would find none."""
     y = (torch.arange(400) % 20 == 0).long()
     scales = 10 ** torch.linspace(-3, 3, 20)
     x = (torch.randn(400, 20) + 2 * y[:, None]) * scales + 5

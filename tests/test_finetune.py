@@ -1,5 +1,4 @@
-"""Test fine-tuning: a run with --init_from begins with the weights, the vocabulary and the model of
-a checkpoint."""
+"""Test fine-tuning: a run with --init_from begins with the model and vocabulary of a checkpoint."""
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ COUNTS = {"token_counts", "num_captions"}  # a run adds to them at any learning 
 
 @pytest.fixture
 def tune(whole_run, shards, tmp_path):
-    """Return a function tune(*options). It fine-tunes the model of the whole run, and returns the
-    new last.pt."""
+    """Return tune(*options), which fine-tunes the model of the whole run, and returns last.pt."""
     start = short_run(shards, tmp_path / "out", "--init_from", whole_run / "best.pt")
 
     def tune(*options):

@@ -49,8 +49,7 @@ def as_seen(image):
 
 @cases("content, picture", PICTURES)
 def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
-    """The crop is the largest square in the centre. An image of Pillow gives the same pixels as its
-    file."""
+    """The crop is the largest square in the centre. An image of Pillow gives the same pixels."""
     picture = as_seen(picture or Image.open(io.BytesIO(content)))
 
     pixels = load_image(content, 24)

@@ -1,5 +1,4 @@
-"""Test shards and their index. A pattern names shards, the index finds every sample in them, and
-damage is named."""
+"""Test shards: patterns name them, the index finds every sample in them, and damage is named."""
 
 import gzip
 import os
@@ -16,8 +15,7 @@ from data import Shards
 
 
 def test_paths_folders_globs_and_braces_name_shards(tmp_path):
-    """The folder has an odd name, and holds other files, too. A shard that is named twice counts
-    once."""
+    """The folder has an odd name, and other files, too. A shard that is named twice counts once."""
     folder = tmp_path / "my, dätä [1]"
     folder.mkdir()
     shards = [f"{folder}/a b-{i:02d}.tar" for i in range(3)]
@@ -104,8 +102,7 @@ def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
 
 
 def overwrite(tar, member):
-    """Return a tar in which two blocks are overwritten: the header of a member, and its first
-    data."""
+    """Return a tar in which the header of a member and its first data are overwritten."""
     start = tar.index(member)
     return tar[:start] + 1024 * b"?" + tar[start + 1024 :]
 

@@ -162,8 +162,7 @@ PACKAGES = ["PIL", "regex", "tiktoken", "torchvision", "tqdm"]
 
 
 def test_superclip_py_needs_nothing_but_torch(monkeypatch):
-    """superclip.py makes a step although no other package and no other file of the project can be
-    imported."""
+    """superclip.py makes a step although nothing else of the project can be imported."""
     for name in (*PACKAGES, "common", *(path.stem for path in ROOT.glob("*.py"))):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
 

@@ -1,7 +1,6 @@
 """Test that two processes of one run do what one process does.
 
-The environment tells each process that torchrun has started it. test_step.py compares the
-gradients."""
+The environment says that torchrun has started them. test_step.py compares the gradients."""
 
 import os
 import shutil
@@ -72,8 +71,7 @@ DIFFERENCES = {  # case -> options of both processes, and more options of the se
 
 @cases("both, second", DIFFERENCES)
 def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_path, both, second):
-    """Their folders differ, as on machines without a shared disk. So only the first process has the
-    run in its `out`."""
+    """Their folders differ, as without a shared disk. Only the first one has the run in `out`."""
     folders = tmp_path / "0", tmp_path / "1"
     for folder in folders:
         folder.mkdir()

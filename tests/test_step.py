@@ -54,8 +54,7 @@ def make_captions(T, generator):
 
 
 def make_batch(local=slice(None), keep=None):
-    """Return the pairs of `local` as a batch, trimmed to its longest captions, as the loader does
-    it."""
+    """Return the pairs of `local` as a batch, trimmed to its longest captions, as if loaded."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokens = trim(make_captions(12, generator)[local])
@@ -67,8 +66,7 @@ def make_batch(local=slice(None), keep=None):
 
 
 def losses_and_gradients(model, batch, autocast=FLOAT32, scaler=NOT_SCALED):
-    """Make a step as train.py does. Return a dict of losses, and a dict of the gradients of all
-    parameters."""
+    """Make a step as train.py does. Return a dict of losses, and a dict of all gradients."""
     ddp_model = train.distribute(model) if dist.is_initialized() else model
     with autocast:
         losses = ddp_model(**batch)
@@ -164,8 +162,7 @@ def run_process(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(server, tmp_path_factory):
-    """Return a list of what run_process has saved in each of two processes. Each computes with its
-    half of the batch."""
+    """Return what run_process has saved in each of two processes, which halve the batch."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(run_process, (folder,), 2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
@@ -174,8 +171,7 @@ def two_processes(server, tmp_path_factory):
 @every_case
 @pytest.mark.parametrize("size", SIZES)
 def test_two_processes_have_the_gradients_of_one(config, way, size, two_processes):
-    """The token counts are the same, too. The loss of one process is the mean of the losses of
-    two."""
+    """So are the token counts. The loss of one process is the mean of the losses of two."""
     first, second = (found[config, way, size] for found in two_processes)
     mean_losses = {name: (loss + second[0][name]) / 2 for name, loss in first[0].items()}
 
@@ -186,8 +182,7 @@ def test_two_processes_have_the_gradients_of_one(config, way, size, two_processe
 
 
 def test_each_process_contrasts_its_own_pairs_alone(two_processes):
-    """If each process scored all rows, the mean would be the same, but the work would be twice as
-    much."""
+    """If each process scored all rows, the mean would be the same, but the work would double."""
     first, second = (found["words", "all patches", "plain"][0] for found in two_processes)
 
     assert abs(first["contrastive_loss"] - second["contrastive_loss"]) > 0.01
@@ -256,8 +251,7 @@ def test_weight_decay_is_for_matrices_alone():
 
 
 def test_an_update_clips_the_gradient_to_length_1():
-    """The loss scale of float16 is removed first. Adam's first moment is a tenth of the
-    gradient."""
+    """float16's loss scale is removed first. Adam's first moment is a tenth of the gradient."""
     _, gradients = losses_and_gradients(make_model_without_zeros(), make_batch())
     scaler = torch.amp.GradScaler("cpu", 1024)
 

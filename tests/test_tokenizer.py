@@ -32,8 +32,7 @@ SPACE = [" "] * 12 + ["\n", "\r\n", "\t", "  ", "\u00a0", "\u3000"]
 
 
 def random_texts(n):
-    """Return n texts. Each is made of one to twelve pieces, with all kinds of white space between
-    them."""
+    """Return n texts of one to twelve pieces, with all kinds of white space between them."""
     rng = random.Random(0)
     texts = []
     for _ in range(n):

@@ -22,8 +22,7 @@ def write_log(path, rows):
 
 def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     """The panels of losses come first, also the panel of a loss that a fork adds. The first run was
-    killed after step 20 and went on from step 10. So the first row that it logged at step 20 does
-    not count."""
+    killed after step 20 and went on from step 10. So its first row at step 20 does not count."""
     killed = {**TRAINING, "contrastive_loss": 9}
     first = [BEGIN, killed, {**BEGIN, "step": 10}, VALIDATION, TRAINING]
     second = [BEGIN, {**TRAINING, "my_loss": -1}]

@@ -1,5 +1,4 @@
-"""Test scripts/pack.py. It turns a list of images and captions into shards, and reports every row
-that it leaves out."""
+"""Test scripts/pack.py. It turns a list into shards, and reports every row that it leaves out."""
 
 import csv
 import hashlib

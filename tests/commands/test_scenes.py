@@ -14,8 +14,7 @@ SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val"
 
 
 def test_seed_0_is_the_same_world_on_all_machines_and_another_seed_is_not():
-    """The captions and places are equal up to the last digit, because the numbers in the README
-    depend on them."""
+    """Captions and places are equal to the last digit: the numbers in the README need them."""
     fields = [{"short": short, "long": long, "scene": scene} for _, scene, short, long in SAMPLES]
 
     content = json.dumps(fields).encode()

@@ -1,5 +1,4 @@
-"""Test scripts/search.py. We compare it with a slow search, and test its file of features and its
-page."""
+"""Test scripts/search.py: a slow search finds the same. Test its file of features and its page."""
 
 import http.client
 import os
@@ -34,8 +33,7 @@ TEXTS = ["a photo of the red square", "blue thing " * 200]  # the second is long
 
 @pytest.fixture
 def folders(folders, monkeypatch):
-    """Return the folders of conftest.py, with pictures that a model with random weights can tell
-    apart."""
+    """Return the folders of conftest.py, with pictures that random weights can tell apart."""
     for i, file in enumerate(sorted(folders.rglob("*.png"))):
         photo(i).save(file)
     monkeypatch.chdir(folders)
@@ -43,8 +41,7 @@ def folders(folders, monkeypatch):
 
 
 def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
-    """The second search takes the features from a file and prints the same. Other programs can read
-    this file."""
+    """The second search takes the features from a file, which other programs can read."""
     argv = ["--checkpoint", checkpoint, "--images", ".", *TEXTS, "--k", 7, "--features", "x.npz"]
 
     printed = []

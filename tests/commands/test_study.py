@@ -187,8 +187,7 @@ def test_a_shuffled_head_is_asked_for_the_words_of_another_pair(model):
 
 
 def test_a_head_can_say_yes_or_no_to_each_word(model):
-    """The words are 1, 2 and 3. A logit x means that the head says yes with probability
-    sigmoid(x)."""
+    """The words are 1, 2 and 3. At a logit x the head says yes with probability sigmoid(x)."""
     logits = torch.randn(3, 6)
     expected = 0.0
     for caption, row in zip(CAPTIONS.tolist(), logits.sigmoid().tolist()):

@@ -1,5 +1,4 @@
-"""Test the README and the pages of docs/. Their commands and code run, and the files and headings
-that they link exist."""
+"""Test the README and the pages of docs/: commands and code run, and what they link exists."""
 
 import argparse
 import importlib
@@ -125,8 +124,7 @@ PRINTED = r"tensor\(\[\[(.+),(.+)\]\]\)\n\[\[\(.+\)\]\]\n"
 
 
 def test_the_lines_of_inference_run(monkeypatch, capsys):
-    """The lines print two cosines without a graph, and the first one is larger. Then they print
-    words."""
+    """They print two cosines without a graph, the first one larger, and then words."""
     monkeypatch.chdir(ROOT)
 
     exec(re.search(r"```python\n(from PIL.+?)```", README, re.DOTALL)[1], {})
@@ -153,8 +151,7 @@ def assert_same(printed, expected):
 
 
 def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
-    """The blocks of the tutorial share their names, because a reader runs all of them in one
-    session."""
+    """The blocks share their names, because a reader runs all of them in one session."""
     monkeypatch.undo()  # remove the smaller model of conftest.py
     names = {}
     for code, expected in BLOCKS:
