@@ -130,7 +130,7 @@ def precision(device, dtype):
 
 def learning_rate_factor(step, warmup_steps, steps):
     """Return the learning rate of a step as a share of its peak. The share rises on a line to 1,
-    and then falls to 0 along a cosine. A resumed run needs no state of it, only the step."""
+    and then falls to 0 along a cosine. It depends on the step alone, so there is no scheduler."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)

@@ -1,1 +1,1 @@
-"""What superclip.py, train.py, data.py and eval.py share with scripts/, study/ and docs/."""
+"""What train.py, data.py and eval.py need beside the method, and share with the other folders."""
