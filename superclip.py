@@ -244,7 +244,8 @@ class SuperCLIP(nn.Module):
         if self.training:
             self.count_tokens(label_tokens)
 
-        # Each pair by itself: two features, and the loss of the head that predicts its words
+        # Each pair by itself: two features, and the loss of the head that predicts its words.
+        # Micro-batches only save memory. Without them this is self.encode_pairs(images, ...).
         image_features, text_features, terms = in_micro_batches(
             self.encode_pairs, self.micro_batch_size, images, tokens, label_tokens, keep
         )
