@@ -16,8 +16,7 @@ from common.machine import write_file
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIP, SuperCLIPConfig
 
-# weights_only refuses pickles that run code when they are loaded. Weights often come from
-# strangers.
+# Weights often come from strangers, so weights_only refuses pickles that would run code.
 read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
 

@@ -63,8 +63,7 @@ def merges_to_tiktoken(text):
 
 def clip_vocabulary():
     """Return the text of a .tiktoken file with CLIP's vocabulary. It is read from an installed
-    open_clip_torch or from tiktoken's cache, or downloaded. Raise InputError if all of that
-    fails."""
+    open_clip_torch or from tiktoken's cache, or downloaded. Raise InputError if all fails."""
     spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
     try:
         if spec and spec.origin:
@@ -97,8 +96,7 @@ START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every voc
 OTHER = r"[^\s\p{L}\p{N}]+"
 CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
 # With a vocabulary of whole words, a word consists of letters and digits, with hyphens and
-# apostrophes between them, as in "t-shirt" and "women's". In scripts without spaces each character
-# is a word.
+# apostrophes between them, as in "women's". In scripts without spaces each character is a word.
 ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
 PART = rf"(?:(?!{ALONE})[\p{{L}}\p{{M}}\p{{N}}])+"
 WORD = regex.compile(rf"{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")

@@ -107,8 +107,7 @@ def test_a_search_goes_through_the_scores_in_chunks():
 
 def test_the_loss_of_a_validation_is_clips_in_groups():
     """Each image equals its first caption, and its second caption is the opposite. So in a group of
-    three pairs, one logit is the scale, e, and two logits are 0. One of the seven pairs is left
-    over."""
+    three pairs, one logit is the scale, e, and two logits are 0. One pair of seven is left."""
     images = torch.eye(7)
     captions = torch.stack([images, -images], dim=1).flatten(0, 1)
     owner = torch.arange(7).repeat_interleave(2)
@@ -198,8 +197,7 @@ def test_a_probe_finds_what_is_there_at_any_scale():
 
 def test_the_labels_of_the_test_choose_nothing():
     """The features are noise, so a penalty may do well by chance. If the labels of the test do not
-    choose it, the guesses stay the same when these labels are swapped, and right guesses become
-    wrong."""
+    choose it, the guesses stay when these labels are swapped, and right ones become wrong."""
     x, y = torch.randn(400, 20), torch.arange(400) % 2
     shown = x[:200], y[:200]
 

@@ -148,8 +148,7 @@ def test_each_term_is_a_part_of_the_loss(config):
 
 
 def run_process(rank, folder):
-    """Run one of two processes. Save what first_step returns in it, as a dict {(config, way, size):
-    result}."""
+    """Run one of two processes. Save {(config, way, size): what first_step returns in it}."""
     torch.set_num_threads(1)
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
