@@ -135,7 +135,7 @@ def multi_hot(label_tokens, vocab_size):
     """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
     others. label_tokens (B, T): the ids of the captions."""
     absent = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
-    return absent.scatter(1, label_tokens, 1.0)
+    return absent.scatter_(1, label_tokens, 1.0)
 
 
 def caption_label(label_tokens, token_weights):
