@@ -73,7 +73,7 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        return torch.ones(1, device=name).device  # a GPU too old for this torch fails to compute it
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device: cannot use {name} ({error})") from None
 
