@@ -292,8 +292,8 @@ def make_parser():
     parser = cli.make_parser(__doc__, "captions", "device")
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
     parser.epilog = """With the built-in scenes, the defaults of data, captions, crop, model, batch
-        size, loading processes and length are different. So is the default learning rate with
-        --init_from. A run prints its options when it starts."""
+        size, loading processes, compilation and length are different. So is the default learning
+        rate with --init_from. A run prints its options when it starts."""
     add = parser.add_argument
     count = number(int, 1)
     not_negative = number(float, 0)

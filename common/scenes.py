@@ -58,6 +58,7 @@ SCENE_OPTIONS = {
     "model": "tiny",
     "batch_size": 32,
     "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
 }
 
 # No colour of a cloth, a border or an object shares its name with another, so each word is clear.
