@@ -209,6 +209,19 @@ def set_up(args, device):
     return model, tokenizer, pairs, val_pairs, optimizer
 
 
+def can_compile(device):
+    """Return whether torch.compile works on a device. If it does not, say why. Many containers lack
+    what it needs, and a run would end only after it has indexed and validated."""
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # each missing part has another kind
+        reason = str(error).partition("\n")[0]
+        print(f"torch.compile does not work here, so training takes longer. {reason}")
+        print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
+        return False
+
+
 def build_model(args, source, vocab_size, device):
     """Return the model on its device, and the names of the parameters that keep their random
     weights, because the source lacks them. source: the model of --init_from, or None."""
@@ -234,8 +247,9 @@ def build_model(args, source, vocab_size, device):
         new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
 
     if args.compile is None:
-        args.compile = device.type == "cuda" and sys.platform == "linux"
+        args.compile = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
     if args.compile:
+        print("The first steps compile the model, which can take minutes.")
         for part in (model.visual, model.text, model.head):
             # Compile part by part. Otherwise longer captions would recompile the image tower, too.
             if part is not None:
@@ -354,7 +368,7 @@ def make_parser():
         help="dtype in which steps are computed (default: bfloat16 if the GPU or CPU has units for "
         "it, float16 on older GPUs, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA under Linux)")
+        help="compile towers and word head (default: on CUDA under Linux, if torch can)")
     # the run
     add("--out_dir", metavar="DIR",
         help="folder for checkpoints and log.jsonl (default: a new one, out, out_2, out_3 ...; "

@@ -228,6 +228,13 @@ def test_compiled_equals_eager(monkeypatch):
     torch.testing.assert_close(found, losses_and_gradients(model_of("--no-compile"), batch))
 
 
+def test_a_machine_that_cannot_compile_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", None)
+
+    assert not train.can_compile(torch.device("cpu"))
+    assert "'NoneType' object is not callable" in capsys.readouterr().out
+
+
 # ---- the update
 
 
