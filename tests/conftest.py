@@ -63,6 +63,22 @@ def smallest(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
 
+@pytest.fixture(scope="session", params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request):
+    """Return each device of this machine, with the settings of a run. `pytest -k cuda` runs only
+    the tests on a GPU."""
+    train.device_of_process(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def device_of_two(device):
+    """Return each device that two processes can use. NCCL wants a GPU for each."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return device
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """Return a folder with training, validation and bad shards."""

@@ -49,13 +49,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 # ---- what --resume may change
 
 
-def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, tmp_path):
+def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, tmp_path, device):
     """A run goes on even if its shards and their vocabulary have moved."""
     before = checkpoint_of(copied_run)["model"]
     moved = shutil.copytree(shards, tmp_path / "moved")
     more = "--steps 16 --learning_rate 0 --micro_batch_size 4 --workers 1 --dtype bfloat16"
 
-    train.main(short_run(moved, copied_run, "--resume", *more.split()))
+    train.main(short_run(moved, copied_run, "--resume", *more.split(), "--device", device))
 
     saved = checkpoint_of(copied_run)
     assert saved["step"] == 16
