@@ -9,8 +9,8 @@ build the model. Every score is printed with its chance level, its 95 % interval
 of images over which it is a mean. The option --json FILE writes all numbers to a file. train.py
 validates with the same functions. Both compute in float32, so a checkpoint has one score.
 
-The file reads from top to bottom: images and texts become features, and features become scores.
-Then come the words of the head, and the commands.
+The file reads from top to bottom: a checkpoint becomes a model, images and texts become features,
+and features become scores. Then come the words of the head, and the commands.
 
 Axes: B images of a batch, N images in all, M captions, Q questions, A answers, C classes, D width,
 E embedding.
@@ -18,6 +18,7 @@ E embedding.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
-from common.checkpoint import load, validation_of
+from common.checkpoint import read_model, validation_of
 from common.cli import (
     add_options,
     check,
@@ -45,6 +46,24 @@ from superclip import SuperCLIP, contrastive_loss
 
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint -> model
+
+
+def load(checkpoint, device="cpu"):
+    """Read a checkpoint for inference. Return model, tokenizer and preprocess. The last turns an
+    image of Pillow, or the bytes of an image file, into pixels. Raise InputError if the file is not
+    a checkpoint.
+
+    The model is in eval mode, and its parameters need no gradient, so a loop over photographs keeps
+    no graph. An example is `model.encode_image(preprocess(image)[None])`.
+    """
+    model, tokenizer = read_model(checkpoint)
+    preprocess = partial(data.load_image, size=model.config.image_size)
+    model.requires_grad_(False).to(device).eval()
+    return model, tokenizer, preprocess
 
 
 # -----------------------------------------------------------------------------

@@ -37,11 +37,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from common import cli
+from common.checkpoint import read_model
 from common.cli import InputError, check, number, run_command
 from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
 from common.machine import pick_dtype
-from common.run import RunFolder, header_of, open_pairs, read_start
+from common.run_folder import RunFolder, header_of
 from common.scenes import SCENE_OPTIONS, make_scenes
+from common.shards import by_split, find_shards, shards_of_run
+from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
@@ -62,14 +65,15 @@ def train(args):
     steps, warmup_steps, eval_every = lengths(args, len(pairs))
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
+    start = run.resume()  # loads last.pt if there is one; 0 for a new run
     ddp_model = distribute(model) if WORLD > 1 else model
     local = slice(RANK * B, (RANK + 1) * B)  # the part of a batch that this process trains on
-    batches = data.load_batches(pairs, N, local, run.start, steps, args.workers, on_gpu)
+    batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
     images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
     has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
-    todo = range(run.start, steps + 1)  # the round after the last step only saves and validates
-    for step in tqdm(todo, total=steps, initial=run.start, unit="step", disable=has_no_bar):
+    todo = range(start, steps + 1)  # the round after the last step only saves and validates
+    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
         eval_due = step % eval_every == 0 or step == steps
         if eval_due or time.monotonic() > run.saved_time + 600:
@@ -220,6 +224,41 @@ def can_compile(device):
         print(f"torch.compile does not work here, so training takes longer. {reason}")
         print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
         return False
+
+
+def read_start(args):
+    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
+    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
+    if args.init_from is not None:
+        model, tokenizer = read_model(args.init_from)
+        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
+        return model, tokenizer
+    shards, _ = by_split(find_shards(args.train_data))
+    return None, tokenizer_for(shards, args.vocab)
+
+
+def open_pairs(args, tokenizer, model):
+    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
+    the latter if there are none."""
+    shards, val_shards = shards_of_run(args.train_data, args.val_data)
+    if args.val_data is None:
+        args.val_data = val_shards or ["none"]  # scripts.words and search read it
+    val_pairs = None
+    if val_shards:
+        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
+    pairs = data.Pairs(
+        shards,
+        tokenizer,
+        model.config.image_size,
+        args.captions,
+        args.label_captions,
+        seed=args.seed,
+        crop_area=args.crop_area,
+        patches=model.visual.grid**2,
+        patch_dropout=args.patch_dropout,
+    )
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    return pairs, val_pairs
 
 
 def build_model(args, source, vocab_size, device):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import data
 from common.cli import InputError, check
 from common.machine import write_file
 from common.tokenizer import Tokenizer
@@ -57,19 +56,10 @@ def restore(path, weights, config, vocab):
     return model, tokenizer
 
 
-def load(checkpoint, device="cpu"):
-    """Read a checkpoint for inference. Return model, tokenizer and preprocess. The last turns an
-    image of Pillow, or the bytes of an image file, into pixels. Raise InputError if the file is not
-    a checkpoint.
-
-    The model is in eval mode, and its parameters need no gradient, so a loop over photographs keeps
-    no graph. An example is `model.encode_image(preprocess(image)[None])`.
-    """
-    content = read_checkpoint(checkpoint)
-    model, tokenizer = restore(checkpoint, content["model"], content["config"], content["vocab"])
-    preprocess = partial(data.load_image, size=model.config.image_size)
-    model.requires_grad_(False).to(device).eval()
-    return model, tokenizer, preprocess
+def read_model(path):
+    """Return the model and the tokenizer of a checkpoint. Raise InputError if the file is none."""
+    content = read_checkpoint(path)
+    return restore(path, content["model"], content["config"], content["vocab"])
 
 
 def validation_of(checkpoint, shards=None, option="--data"):

@@ -65,6 +65,29 @@ def by_split(shards):
     return (training, validation) if training else (validation, [])
 
 
+def shards_of_run(train_data, val_data):
+    """Return two lists of shards, to train on and to validate on. Print what a user may not expect.
+    Raise InputError if none is left to train on.
+
+    train_data, val_data: the options of train.py. If val_data is None, names decide. If it is
+    ["none"], the second list is empty.
+    """
+    shards, val_shards = by_split(find_shards(train_data))
+    if val_shards:
+        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
+    elif val_data is None and len(shards) > 1:
+        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
+    if val_data is None:
+        return shards, val_shards
+    if val_data == ["none"]:
+        return shards, []
+    val_shards = find_shards(val_data)
+    held_out = {os.path.realpath(shard) for shard in val_shards}
+    shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
+    check(shards, "--val_data names all shards, so none is left to train on")
+    return shards, val_shards
+
+
 # -----------------------------------------------------------------------------
 # Index: where every sample lies in the shards
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import load, read_checkpoint
+from common.checkpoint import read_checkpoint
 from common.cli import make_parser, output_file, run_command
+from eval import load
 
 PAGE = Path(__file__).with_suffix(".html")
 BEGIN, END = '<script type="application/json" id="numbers">', "</script>"

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.cli import check, make_parser, optional, output_file, run_command
-from common.run import read_log
+from common.run_folder import read_log
 
 COLUMNS = 4
 

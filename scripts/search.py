@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, Subset
 
 import data
 import eval as evaluation
-from common.checkpoint import load, validation_of
+from common.checkpoint import validation_of
 from common.cli import check, make_parser, number, output_file, run_command
 from common.images import image_files
 from common.machine import pick_device, write_file
@@ -203,7 +203,7 @@ def main(argv):
         paths, captions = validation_of(args.checkpoint, args.data, "--images or --data")
         shards = data.Shards(find_shards(paths), sources=())  # Captions may be missing.
 
-    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     images = Images(find_entries(files, shards), shards, model.config.image_size)
     features = find_features(model, images, args.workers, args.features, sha256)

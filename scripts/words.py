@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 from common import scenes
-from common.checkpoint import load, validation_of
+from common.checkpoint import validation_of
 from common.cli import InputError, check, make_parser, run_command
 from common.images import contact_sheet, image_files, picture_file
 from common.machine import pick_device
@@ -123,7 +123,7 @@ def main(argv):
     add("--images", nargs="+", default=[], help="images, or folders of images")
     add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
     args = parser.parse_args(argv)
-    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
+    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     window = default_window(model)
 

@@ -47,7 +47,7 @@ import train
 from common.checkpoint import DIVERGED
 from common.cli import check, make_parser, number, run_command
 from common.machine import cores
-from common.run import read_log
+from common.run_folder import read_log
 from common.scenes import make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent

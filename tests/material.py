@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 from common import checkpoint as checkpoints
 from common.cli import sentence_about
 from common.shards import add_member
@@ -107,7 +108,7 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
 
 def features_of(checkpoint, files):
     """Return the features (N, E) of image files. They are computed slowly, one after the other."""
-    model, _, preprocess = checkpoints.load(checkpoint)
+    model, _, preprocess = evaluation.load(checkpoint)
     images = [preprocess(Path(file).read_bytes()) for file in files]
     return torch.cat([model.encode_image(image[None]) for image in images])
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from material import TOKENIZER, cases, small_model, write_checkpoint
 
-from common.checkpoint import load
 from common.cli import InputError
 from common.tokenizer import words_to_tiktoken
+from eval import load
 from scripts.convert import read_weights
 
 MODEL = small_model()

@@ -20,7 +20,7 @@ from material import cases, checkpoint_of, error_of, result_of, rows_of, short_r
 
 import eval as evaluation
 import train
-from common.run import claim_folder
+from common.run_folder import claim_folder
 from superclip import SuperCLIP
 
 WAYS = {

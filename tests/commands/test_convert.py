@@ -10,8 +10,8 @@ from material import error_of, run, write_checkpoint
 from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
 from transformers import CLIPModel
 
-from common.checkpoint import load
 from common.tokenizer import Tokenizer, words_to_tiktoken
+from eval import load
 from scripts.convert import main, open_clip_config
 from superclip import SuperCLIPConfig
 

@@ -1,4 +1,4 @@
-"""What a run reads, and the folder that it writes: log.jsonl, last.pt and best.pt.
+"""The folder of a run: log.jsonl, last.pt and best.pt.
 
 Each line of the log is a row in JSON: a header at each start of the run, the losses of a step, or a
 validation. train.py writes it, and scripts.curves and the study read it.
@@ -17,67 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-from common.checkpoint import DIVERGED, load, read_checkpoint, write_checkpoint
+from common.checkpoint import DIVERGED, read_checkpoint, write_checkpoint
 from common.cli import InputError, check
 from common.distributed import RANK, WORLD, from_all
 from common.machine import cores
-from common.shards import by_split, find_shards
-from common.tokenizer import tokenizer_for
-
-# -----------------------------------------------------------------------------
-# What a run reads
-
-
-def read_start(args):
-    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
-    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
-    if args.init_from is not None:
-        model, tokenizer, _ = load(args.init_from)
-        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
-        return model, tokenizer
-    shards, _ = by_split(find_shards(args.train_data))
-    return None, tokenizer_for(shards, args.vocab)
-
-
-def open_pairs(args, tokenizer, model):
-    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
-    the latter if there are none."""
-    shards, val_shards = by_split(find_shards(args.train_data))
-    if val_shards:
-        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
-    elif args.val_data is None and len(shards) > 1:
-        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
-    if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # scripts.words and search read it
-    val_pairs = None
-    if args.val_data != ["none"]:
-        val_shards = find_shards(args.val_data)
-        held_out = {os.path.realpath(shard) for shard in val_shards}
-        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
-        check(shards, "--val_data names all shards, so none is left to train on")
-        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
-    pairs = data.Pairs(
-        shards,
-        tokenizer,
-        model.config.image_size,
-        args.captions,
-        args.label_captions,
-        seed=args.seed,
-        crop_area=args.crop_area,
-        patches=model.visual.grid**2,
-        patch_dropout=args.patch_dropout,
-    )
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    return pairs, val_pairs
-
-
-# -----------------------------------------------------------------------------
-# Its folder
 
 # The options that may change with --resume: the folder, the length, the learning rate, the machine,
-# logging. Shards and vocabulary are here because their files may have moved. `resume` compares the
-# sizes in the shards and the text of the vocabulary instead.
+# logging. Shards and vocabulary are here because their files may have moved. `load_last` compares
+# the sizes in the shards and the text of the vocabulary instead.
 MAY_CHANGE = {
     "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
     "device", "dtype", "compile", "log_every", "eval_every",
@@ -148,15 +95,11 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
 
 
 class RunFolder:
-    """The folder of a run, and where the run stands in it. Only process 0 writes.
-
-    The attribute `start` is the step from which the run goes on, 0 for a new run.
-    """
+    """The folder of a run, and the best score so far. Only process 0 writes."""
 
     def __init__(self, args, header, model, tokenizer, optimizer, scaler):
-        """Take the folder of --out_dir, or make a new one. With --resume, load the state in last.pt
-        into model, optimizer and scaler. header: from header_of. Raise InputError if the folder
-        holds another run, or if the processes see different data."""
+        """Take the folder of --out_dir, or make a new one. header: from header_of. Raise InputError
+        if the folder holds another run that is not to be resumed."""
         folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
         args.out_dir = from_all(folder)[0]  # process 0 chooses the folder
         self.last = Path(args.out_dir, "last.pt")
@@ -166,20 +109,25 @@ class RunFolder:
         self.tokenizer = tokenizer
         self.optimizer = optimizer
         self.scaler = scaler
-        self.start = 0
+        self.start = 0  # the step from which the run goes on
         self.best_r1 = 0.0
         self.saved_time = time.monotonic()
         print(f"out_dir: {args.out_dir}")
         facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
-        if self.last.exists():
-            self.resume()
-        states = from_all((header["data_fingerprint"], self.start))
-        check(len({*states}) == 1, "the processes see different data, or a different last.pt")
-        self.log({"header": header, "step": self.start})
 
     def resume(self):
-        """Load last.pt. Raise InputError if it is from another run."""
+        """Load last.pt, if there is one, into model, optimizer and scaler. Return the step from
+        which the run goes on, 0 for a new run. Raise InputError if last.pt is from another run, or
+        if the processes see different data."""
+        if self.last.exists():
+            self.load_last()
+        states = from_all((self.header["data_fingerprint"], self.start))
+        check(len({*states}) == 1, "the processes see different data, or a different last.pt")
+        self.log({"header": self.header, "step": self.start})
+        return self.start
+
+    def load_last(self):
         saved = read_checkpoint(self.last)
         check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
         before, now = saved["header"], self.header
