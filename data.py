@@ -50,7 +50,8 @@ class BadSample(Exception):
     """Say that a sample cannot be used, and why."""
 
 
-@lru_cache(100)  # shards that stay open; macOS allows a process 256 files
+# So many shards stay open. CC3M has 576, and macOS allows a process 256 files.
+@lru_cache(600 if sys.platform == "linux" else 100)
 def open_shard(path, process):
     """Return a shard, open for reading. process: the id of the calling process, so that the cache
     never returns a file that another process has opened. A forked process would share the place in

@@ -24,7 +24,12 @@ LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 @contextmanager
 def joined_processes():
     """Let the processes that torchrun has started exchange tensors in the block, and wait for each
-    other at its end. With one process, do nothing."""
+    other at its end. With one process, do nothing. If a scheduler has started several without
+    torchrun, print what to do, because each of them is a run of its own."""
+    tasks = {os.environ.get(name, "1") for name in ("SLURM_NTASKS", "WORLD_SIZE")} - {"1"}
+    if tasks and not torchrun:
+        n = max(tasks)
+        print(f"{n} processes would train {n} models. To train one, start this with torchrun.")
     if WORLD > 1:
         backend = "gloo"
         if torch.cuda.is_available():

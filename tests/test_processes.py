@@ -12,6 +12,7 @@ from children import compile_wide_towers, finish
 from material import WIDE, all_rows, cases, checkpoint_of, rows_of, short_run, steps_of
 
 import train
+from common.distributed import joined_processes
 from superclip import PRESETS
 
 
@@ -88,6 +89,14 @@ def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_p
     assert (code, other_code) == (2, 2), printed + other_printed
     assert "processes" in printed
     assert "Traceback" not in printed + other_printed
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "WORLD_SIZE"])
+def test_processes_that_a_scheduler_starts_without_torchrun_are_warned(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "8")
+
+    with joined_processes():
+        assert "8 processes" in capsys.readouterr().out
 
 
 def test_a_mistake_that_one_of_them_meets_is_not_followed_by_a_trace_of_the_other(
