@@ -42,7 +42,7 @@ from common.cli import InputError, check, number, run_command
 from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
 from common.machine import pick_dtype
 from common.run_folder import RunFolder, header_of
-from common.scenes import SCENE_OPTIONS, make_scenes
+from common.scenes import SCENE_OPTIONS, find_or_make_scenes
 from common.shards import by_split, find_shards, shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
@@ -200,8 +200,8 @@ def set_up(args, device):
     """Return what a run trains: the model and its tokenizer, training pairs (data.Pairs),
     validation pairs (data.Shards, or None), and the optimizer."""
     with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENE_OPTIONS["train_data"] and not Path("scenes").exists():
-            make_scenes("scenes")
+        if args.train_data == SCENE_OPTIONS["train_data"]:
+            find_or_make_scenes("scenes")
         source, tokenizer = read_start(args)
         model, new = build_model(args, source, tokenizer.vocab_size, device)
         args.cls_weight = model.config.cls_weight  # --init_from may have set it

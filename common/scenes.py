@@ -32,6 +32,7 @@ import itertools
 import math
 import random
 import tarfile
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -348,6 +349,18 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
             shards = pool.map(write, tasks)
             list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
             classes.result()  # raises what write_classes has raised
+
+
+def find_or_make_scenes(out_dir, seed=0):
+    """Draw a data set into `out_dir`, unless it is there. If two processes draw it at once, the
+    second one uses what the first one has drawn."""
+    if Path(out_dir).exists():
+        return
+    try:
+        make_scenes(out_dir, seed=seed)
+    except OSError:
+        if not Path(out_dir).exists():
+            raise
 
 
 def main(argv):

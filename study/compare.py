@@ -48,7 +48,7 @@ from common.checkpoint import DIVERGED
 from common.cli import check, make_parser, number, run_command
 from common.machine import cores
 from common.run_folder import read_log
-from common.scenes import make_scenes
+from common.scenes import find_or_make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # worlds and runs
@@ -113,8 +113,7 @@ class Command(NamedTuple):
         if "--train_data" in self.text():
             return Path()
         world = OUT / f"world-{self.seed}-{hash_of([DRAWING])}"
-        if not (world / "scenes").exists():
-            make_scenes(world / "scenes", seed=self.seed)
+        find_or_make_scenes(world / "scenes", seed=self.seed)
         return world
 
     def words(self, out_dir):

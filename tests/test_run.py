@@ -210,7 +210,7 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
 ):
     """Each validation prints the captions of two pictures, and what the head says about them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "make_scenes", partial(shutil.copytree, scenes_folder))
+    monkeypatch.setattr(train, "find_or_make_scenes", partial(shutil.copytree, scenes_folder))
 
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 

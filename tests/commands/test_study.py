@@ -52,7 +52,7 @@ def pretend(monkeypatch, tmp_path):
         return run_of(command, colour_shape=70 - 10 * abs(math.log2(command.rate / 2e-4)))
 
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    monkeypatch.setattr(compare, "make_scenes", lambda folder, seed: folder.mkdir(parents=True))
+    monkeypatch.setattr(compare, "find_or_make_scenes", lambda folder, seed: None)
     monkeypatch.setattr(compare, "train_and_score", train_and_score)
     return done
 
