@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from dataclasses import fields
-from pathlib import Path
 
 # Let a waiting thread sleep after a thousand rounds. GNU's OpenMP would let it spin for so long
 # that beside another busy program a run would hardly advance. torch reads this at its import.
@@ -41,7 +40,7 @@ from common.checkpoint import read_model
 from common.cli import InputError, check, number, run_command
 from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
 from common.machine import pick_dtype
-from common.run_folder import RunFolder, header_of
+from common.run_folder import RunFolder, header_of, names_of
 from common.scenes import SCENE_OPTIONS, find_or_make_scenes
 from common.shards import by_split, find_shards, shards_of_run
 from common.tokenizer import tokenizer_for
@@ -184,9 +183,9 @@ def validate(args, model, tokenizer, pairs, step):
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
             evaluation.print_words(model, tokenizer, pairs)
-        for folder in args.zeroshot_data:
+        for folder, name in names_of(args.zeroshot_data).items():
             top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
-            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
+            tqdm.write(evaluation.format_score(f"zero-shot {name}", top1))
             row["zeroshot"][folder] = top1
     model.train()
     return row

@@ -229,3 +229,10 @@ def read_log(path):
         raise InputError(f"{path} is not a log of train.py: {error}") from error
     check(header, f"{path} has no header, so it is not a log of train.py")
     return header, list(rows.values())
+
+
+def names_of(folders):
+    """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
+    path, or the whole path if two folders share their last part."""
+    last = [Path(folder).name for folder in folders]
+    return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from common import scenes
 from common.checkpoint import read_checkpoint
-from common.cli import make_parser, output_file, run_command
+from common.cli import check, make_parser, output_file, run_command
 from eval import load
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -46,12 +47,17 @@ def quantise(tensor):
     return {"shape": [*tensor.shape], "int8": base64_text(int8), "scale": base64_text(scale)}
 
 
-def model_facts(checkpoint):
+def model_facts(checkpoint, has_head):
     """Return what the page needs to know of a model: its configuration, its weights, and how it was
-    trained. checkpoint: the last.pt of its run."""
+    trained. checkpoint: the last.pt of its run; has_head: whether it must have a word head. Raise
+    InputError if the page cannot use it."""
     content = read_checkpoint(checkpoint)
-    options = content["header"]["arguments"]
     model, _, _ = load(checkpoint)
+    found = content["vocab"], model.config.image_size, model.head is not None
+    is_right = "step" in content and found == (scenes.vocabulary(), scenes.SIZE, has_head)
+    kind = "with" if has_head else "without"
+    check(is_right, f"{checkpoint} must be of a run on the built-in scenes {kind} a word head")
+    options = content["header"]["arguments"]
     facts = {name: options[name] for name in ("seed", "learning_rate", "batch_size")}
     return {
         "config": vars(model.config),
@@ -70,7 +76,7 @@ def main(argv):
     start, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     numbers, _, end = rest.partition(END)
     content = json.loads(numbers)
-    content["models"] = [model_facts(args.clip), model_facts(args.superclip)]
+    content["models"] = [model_facts(args.clip, False), model_facts(args.superclip, True)]
     args.out.write_text(start + BEGIN + json.dumps(content) + END + end, "utf-8")
     print(f"wrote {args.out}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.cli import check, make_parser, optional, output_file, run_command
-from common.run_folder import read_log
+from common.run_folder import names_of, read_log
 
 COLUMNS = 4
 
@@ -23,9 +23,10 @@ def values_of(row):
     are all values whose names end in _loss, so terms of a fork are among them. The chance of a loss
     is None. Scores are in percent. R@1 is the mean of both directions."""
     values = {name: (x, None) for name, x in row.items() if name.endswith("_loss")}
-    for folder, score in row.get("zeroshot", {}).items():
-        title = f"zero-shot {Path(folder).name} (%)"
-        values[title] = 100 * score["value"], 100 * score["chance"]
+    zeroshot = row.get("zeroshot", {})
+    for folder, name in names_of(zeroshot).items():
+        score = zeroshot[folder]
+        values[f"zero-shot {name} (%)"] = 100 * score["value"], 100 * score["chance"]
     if "mean_r1" in row:
         chance = mean(way["R@1"]["chance"] for way in row["validation"].values())
         values["R@1 (%)"] = 100 * row["mean_r1"], 100 * chance

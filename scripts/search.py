@@ -36,7 +36,7 @@ from torch.utils.data import Dataset, Subset
 import data
 import eval as evaluation
 from common.checkpoint import validation_of
-from common.cli import check, make_parser, number, output_file, run_command
+from common.cli import InputError, check, make_parser, number, output_file, run_command
 from common.images import image_files
 from common.machine import pick_device, write_file
 from common.shards import find_shards
@@ -53,7 +53,11 @@ Entry = namedtuple("Entry", "name stamp sample")
 
 def find_entries(files, shards):
     """Return the list of all images to search. files: paths; shards: data.Shards, or None."""
-    entries = [Entry(os.path.abspath(x), str(os.stat(x).st_mtime_ns), None) for x in files]
+    entries = []
+    for file in files:
+        # Of a broken link take the time of the link. Reading it will say what is wrong.
+        changed = os.stat(file, follow_symlinks=os.path.exists(file)).st_mtime_ns
+        entries.append(Entry(os.path.abspath(file), str(changed), None))
     if shards is not None:
         for i in range(len(shards)):
             path, offset = shards.place(i)
@@ -91,12 +95,17 @@ class Images(Dataset):
 def read_features(path, sha256):
     """Return the features in a file of --features, as a dict of (name, stamp) -> feature (E,).
     Raise InputError if another checkpoint than the one with this SHA-256 has made them, because
-    features of two models cannot be compared."""
-    other = f"{path} belongs to another checkpoint: use another file or delete it"
-    with np.load(path) as content:
-        check(content["checkpoint"].item() == sha256, other)
-        versions = zip(content["names"].tolist(), content["stamps"].tolist())
-        return dict(zip(versions, torch.from_numpy(content["features"])))
+    features of two models cannot be compared, or if the file holds something else."""
+    other = f"{path} belongs to another checkpoint or program: use another file or delete it"
+    try:
+        with np.load(path) as content:
+            checkpoint = content["checkpoint"].item()
+            versions = zip(content["names"].tolist(), content["stamps"].tolist())
+            features = dict(zip(versions, torch.from_numpy(content["features"])))
+    except Exception as error:  # NumPy and zipfile raise many kinds
+        raise InputError(other) from error
+    check(checkpoint == sha256, other)
+    return features
 
 
 def write_features(path, sha256, features):

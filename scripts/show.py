@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 import data
-from common.cli import make_parser, progress, run_command
+from common.cli import check, make_parser, progress, run_command
 from common.images import contact_sheet, picture_file
 from common.tokenizer import clean, token_text, tokenizer_for
 from eval import UNREADABLE
@@ -81,6 +81,8 @@ def main(argv):
             token_counts.update(set(ids))
         # Count equal captions of one sample once, because they all belong to the same image.
         repeats.update({clean(text) for text in texts})
+
+    check(lengths, f"no sample has a caption in each of: {' '.join(args.captions)}")
 
     samples = []
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()

@@ -47,7 +47,7 @@ import train
 from common.checkpoint import DIVERGED
 from common.cli import check, make_parser, number, run_command
 from common.machine import cores
-from common.run_folder import read_log
+from common.run_folder import names_of, read_log
 from common.scenes import find_or_make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +206,7 @@ def probe_scores(command, out_dir):
 
 def scores_of(row):
     """Return the scores of a validation, a row of a log, by name. R@k is the mean of both ways."""
-    scores = {Path(folder).name: score for folder, score in row["zeroshot"].items()}
+    scores = {name: row["zeroshot"][folder] for folder, name in names_of(row["zeroshot"]).items()}
     ways = row.get("validation", {})
     for name, score in ways.get("image_to_text", {}).items():
         value = mean(way[name]["value"] for way in ways.values())

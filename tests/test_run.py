@@ -20,7 +20,7 @@ from material import cases, checkpoint_of, error_of, result_of, rows_of, short_r
 
 import eval as evaluation
 import train
-from common.run_folder import claim_folder
+from common.run_folder import claim_folder, names_of
 from superclip import SuperCLIP
 
 WAYS = {
@@ -195,6 +195,10 @@ def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, fold
     assert steps_of(rows) == [0, 4, 8, 12]
     assert [row["zeroshot"][str(folders)]["n"] for row in rows] == [12] * 4
     assert checkpoint_of(tmp_path, "best.pt")["step"] == 12
+
+
+def test_scores_of_two_folders_with_one_name_are_shown_by_their_paths():
+    assert names_of(["a/x", "b/x", "b/y"]) == {"a/x": "a/x", "b/x": "b/x", "b/y": "y"}
 
 
 def run_commands_in(printed):

@@ -10,7 +10,8 @@ from scripts import curves
 BEGIN = {"header": {"steps": 30}, "step": 0}
 WAYS = {"there": {"R@1": {"chance": 0.02}}, "back": {"R@1": {"chance": 0.04}}}
 SCORE = {"value": 0.7, "chance": 0.1, "n": 10, "interval": [0.35, 0.9]}
-VALIDATION = {"step": 20, "mean_r1": 0.25, "validation": WAYS, "zeroshot": {"x/held_out": SCORE}}
+ZEROSHOT = {"x/held_out": SCORE, "a/b": SCORE, "c/b": SCORE}
+VALIDATION = {"step": 20, "mean_r1": 0.25, "validation": WAYS, "zeroshot": ZEROSHOT}
 TRAINING = {"step": 20, "loss": 0, "contrastive_loss": 2.5}
 
 
@@ -21,8 +22,9 @@ def write_log(path, rows):
 
 
 def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
-    """The panels of losses come first, also the panel of a loss that a fork adds. The first run was
-    killed after step 20 and went on from step 10. So its first row at step 20 does not count."""
+    """The panels of losses come first, also the panel of a loss that a fork adds. Folders with the
+    same last name have their paths as titles. The first run was killed after step 20 and went on
+    from step 10. So its first row at step 20 does not count."""
     killed = {**TRAINING, "contrastive_loss": 9}
     first = [BEGIN, killed, {**BEGIN, "step": 10}, VALIDATION, TRAINING]
     second = [BEGIN, {**TRAINING, "my_loss": -1}]
@@ -34,8 +36,10 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     found = {}  # {title of a panel: the values of each line}
     for axis in axes:
         found[axis.get_title()] = [[*line.get_ydata()] for line in axis.get_lines()]
-    assert [*found] == ["contrastive loss", "my loss", "zero-shot held out (%)", "R@1 (%)"]
-    assert [*found.values()] == [[[2.5], [2.5]], [[-1]], [[70], [10, 10]], [[25], [3, 3]]]
+    names = [f"zero-shot {name} (%)" for name in ("held out", "a/b", "c/b")]
+    assert [*found] == ["contrastive loss", "my loss", *names, "R@1 (%)"]
+    scores = 3 * [[[70], [10, 10]]]
+    assert [*found.values()] == [[[2.5], [2.5]], [[-1]], *scores, [[25], [3, 3]]]
     [legend] = plt.gcf().legends
     assert [text.get_text() for text in legend.get_texts()] == [str(tmp_path / "a"), "B"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -27,6 +27,7 @@ eval retrieval MODEL --data sides                         | validation
 scripts.words --checkpoint clip.pt --images photo.png     | clip.pt
 scripts.words MODEL                                       | --images
 scripts.search MODEL "a text"                             | --images
+scripts.search MODEL red --images photo.png --features other.npz | other.npz
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
@@ -34,7 +35,10 @@ scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --out x                       | --image_column
 scripts.vocab pairs.tar --captions json.caption           | json.caption
-common.scenes --out classes                       | classes
+scripts.vocab mixed.tar --captions txt json.long          | txt json.long
+scripts.show mixed.tar --captions txt json.long           | txt json.long
+docs.demo clip.pt model.pt                                | clip.pt
+common.scenes --out classes                               | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {
@@ -53,7 +57,9 @@ def world(tmp_path_factory):
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])
+    write_shard(world / "mixed.tar", [pair, {"png": picture, "json": b'{"long": "red"}'}])
     (world / "photo.png").write_bytes(picture)
+    (world / "other.npz").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged

@@ -106,6 +106,16 @@ def test_features_are_kept_when_the_user_stops_the_command(tmp_path, checkpoint,
     assert np.load(kept)["features"].shape[0] == 128
 
 
+def test_a_broken_link_in_a_folder_is_named_and_left_out(folders, checkpoint, capsys):
+    Path("red/0.jpg").symlink_to("nowhere.jpg")
+
+    argv = ["--checkpoint", checkpoint, "--images", "red", "--workers", 0]
+    assert not run(search.main, *argv, TEXTS[0])
+
+    printed = capsys.readouterr().out
+    assert "red/0.jpg" in printed and "4 images" in printed
+
+
 def test_two_images_with_one_name_in_their_headers_have_their_own_features(tmp_path, checkpoint):
     """A tar header has a ? for each letter that is not ASCII. The names were 日本 and 東京."""
     files = [tmp_path / "日本.png", tmp_path / "東京.png"]
