@@ -39,7 +39,7 @@ from common import cli
 from common.checkpoint import read_model
 from common.cli import InputError, check, number, run_command
 from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
-from common.machine import pick_dtype
+from common.machine import can_compile, pick_dtype
 from common.run_folder import RunFolder, header_of, names_of
 from common.scenes import SCENE_OPTIONS, find_or_make_scenes
 from common.shards import by_split, find_shards, shards_of_run
@@ -212,19 +212,6 @@ def set_up(args, device):
     return model, tokenizer, pairs, val_pairs, optimizer
 
 
-def can_compile(device):
-    """Return whether torch.compile works on a device. If it does not, say why. Many containers lack
-    what it needs, and a run would end only after it has indexed and validated."""
-    try:
-        torch.compile(torch.square)(torch.ones(1, device=device))
-        return True
-    except Exception as error:  # each missing part has another kind
-        reason = str(error).partition("\n")[0]
-        print(f"torch.compile does not work here, so training takes longer. {reason}")
-        print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
-        return False
-
-
 def read_start(args):
     """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
     tokenizer of --vocab, or of the vocabulary beside the first training shard."""
@@ -234,30 +221,6 @@ def read_start(args):
         return model, tokenizer
     shards, _ = by_split(find_shards(args.train_data))
     return None, tokenizer_for(shards, args.vocab)
-
-
-def open_pairs(args, tokenizer, model):
-    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
-    the latter if there are none."""
-    shards, val_shards = shards_of_run(args.train_data, args.val_data)
-    if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # scripts.words and search read it
-    val_pairs = None
-    if val_shards:
-        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
-    pairs = data.Pairs(
-        shards,
-        tokenizer,
-        model.config.image_size,
-        args.captions,
-        args.label_captions,
-        seed=args.seed,
-        crop_area=args.crop_area,
-        patches=model.visual.grid**2,
-        patch_dropout=args.patch_dropout,
-    )
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    return pairs, val_pairs
 
 
 def build_model(args, source, vocab_size, device):
@@ -296,11 +259,28 @@ def build_model(args, source, vocab_size, device):
     return model.to(device).train(), new
 
 
-def distribute(model):
-    """Return the model in torch's wrapper that averages gradients over the processes."""
-    # Keep gradients in the buckets that are sent, which avoids a second copy of them. Do not send
-    # buffers, because all processes count the same tokens.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+def open_pairs(args, tokenizer, model):
+    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
+    the latter if there are none."""
+    shards, val_shards = shards_of_run(args.train_data, args.val_data)
+    if args.val_data is None:
+        args.val_data = val_shards or ["none"]  # scripts.words and search read it
+    val_pairs = None
+    if val_shards:
+        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
+    pairs = data.Pairs(
+        shards,
+        tokenizer,
+        model.config.image_size,
+        args.captions,
+        args.label_captions,
+        seed=args.seed,
+        crop_area=args.crop_area,
+        patches=model.visual.grid**2,
+        patch_dropout=args.patch_dropout,
+    )
+    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    return pairs, val_pairs
 
 
 NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, such as a new word head
@@ -333,6 +313,13 @@ def lengths(args, n):
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
+
+
+def distribute(model):
+    """Return the model in torch's wrapper that averages gradients over the processes."""
+    # Keep gradients in the buckets that are sent, which avoids a second copy of them. Do not send
+    # buffers, because all processes count the same tokens.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # -----------------------------------------------------------------------------

@@ -91,6 +91,19 @@ def pick_dtype(device):
     return "float32"
 
 
+def can_compile(device):
+    """Return whether torch.compile works on a device. If it does not, say why. Many containers lack
+    what it needs, and a run would end only after it has indexed and validated."""
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # each missing part has another kind
+        reason = str(error).partition("\n")[0]
+        print(f"torch.compile does not work here, so training takes longer. {reason}")
+        print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
+        return False
+
+
 def ignore_signals(worker=None):
     """Ignore the signals that end a command. Ctrl-C, a scheduler and a closed terminal send them to
     all processes of a command, but only the first process acts on them. worker: the number of a
