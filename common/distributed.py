@@ -53,6 +53,9 @@ def device_of_process(name):
         # Code is compiled for one number of threads. The threads of autograd run with one thread
         # each, so with another number here they would compile the code again.
         torch.set_num_threads(1)
+        # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention, in whose
+        # gradients others have found NaN (issue 196678 of pytorch).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
