@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import sys
 import tarfile
@@ -29,12 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from common.cli import InputError
 from common.images import FORMATS, upright_rgb
-from common.machine import cores, ignore_signals
+from common.machine import make_loader
 from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
 
 # Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
@@ -48,15 +47,6 @@ MAX_CAPTION = 20_000  # characters; a batch is as wide as its longest caption
 
 class BadSample(Exception):
     """Say that a sample cannot be used, and why."""
-
-
-# So many shards stay open. CC3M has 576, and macOS allows a process 256 files.
-@lru_cache(600 if sys.platform == "linux" else 100)
-def open_shard(path, process):
-    """Return a shard, open for reading. process: the id of the calling process, so that the cache
-    never returns a file that another process has opened. A forked process would share the place in
-    the file where the next read begins."""
-    return open(path, "rb")
 
 
 class Shards:
@@ -92,9 +82,9 @@ class Shards:
     def read_at(self, number, block, size):
         """Return `size` bytes of a shard. number: its place in paths; block: where the bytes begin.
         Raise BadSample if the shard ends too early."""
-        file = open_shard(self.paths[number], os.getpid())
-        file.seek(block * BLOCK)
-        content = file.read(size)
+        with open(self.paths[number], "rb") as file:
+            file.seek(block * BLOCK)
+            content = file.read(size)
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
@@ -131,15 +121,16 @@ class Shards:
         """Return all texts that sample i has in a source, as a list of strings. source: txt or
         json.FIELD; a field holds a string or a list of strings. Raise BadSample if there is no
         text, or if one is too long."""
+        content = self.read(i, TEXT if source == "txt" else JSON)
         try:
             if source == "txt":
-                value = self.read(i, TEXT).decode("utf-8-sig")
+                value = content.decode("utf-8-sig")
             else:
-                value = json.loads(self.read(i, JSON))[source.removeprefix("json.")]
+                value = json.loads(content)[source.removeprefix("json.")]
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except Exception:  # there is none, or JSON holds something else
+        except (ValueError, LookupError, TypeError, AttributeError):  # JSON may hold anything
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
@@ -348,18 +339,6 @@ def batch_indices(n, batch_size, seed, step):
 
 # -----------------------------------------------------------------------------
 # Loading
-
-
-def make_loader(dataset, workers, **options):
-    """Return a DataLoader. workers: the number of its processes, by default the cores divided among
-    the GPUs, at most 16; options: other arguments of DataLoader."""
-    if workers is None:
-        # Take 16 at most, because each keeps two batches ready in shared memory.
-        workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if workers > 0 and sys.platform == "linux":
-        # Fork, so that the processes share the index and start at once. Python 3.14 would not.
-        options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
 def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):

@@ -39,7 +39,7 @@ from common.cli import (
     run_command,
 )
 from common.images import images_below, is_hidden
-from common.machine import pick_device
+from common.machine import make_loader, pick_device
 from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 from superclip import SuperCLIP, contrastive_loss
@@ -98,13 +98,10 @@ class ClassFolders(Dataset):
 
     def __init__(self, folder, size):
         self.size = size
-        self.classes = []  # names
-        self.samples = []  # (file, number of its class)
-        for path in sorted(Path(folder).iterdir()):
-            if path.is_dir() and not is_hidden(path.name):
-                c = len(self.classes)
-                self.classes.append(path.name)
-                self.samples += [(file, c) for file in images_below(path)]
+        paths = [path for path in sorted(Path(folder).iterdir()) if path.is_dir()]
+        paths = [path for path in paths if not is_hidden(path.name)]
+        self.classes = [path.name for path in paths]
+        self.samples = [(file, c) for c, path in enumerate(paths) for file in images_below(path)]
         check(self.samples, f"{folder} has no folders with images in it, one for each class")
 
     def __len__(self):
@@ -146,7 +143,7 @@ def collate(samples):
 
 def batches(dataset, batch_size, workers, description):
     """Yield the images that can be read, as uint8 (B, 3, S, S), and the list of their B labels."""
-    loader = data.make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
+    loader = make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
     for images, labels in progress(loader, description, unit="batch"):
         if labels:
             yield images, labels
@@ -163,7 +160,7 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
 
 
 @torch.no_grad()
-def encode_images(encode, dataset, device, batch_size, workers):
+def encode_images(encode, dataset, device, workers, batch_size=128):
     """Return features (N, ...) of all images in a dataset that can be read, and a list of their N
     labels. encode: a function that turns images (B, 3, S, S) into features, such as
     model.encode_image."""
@@ -176,12 +173,12 @@ def encode_images(encode, dataset, device, batch_size, workers):
     return torch.cat(features), labels
 
 
-def encode_shards(model, tokenizer, shards, batch_size=128, workers=0):
+def encode_shards(model, tokenizer, shards, workers=0):
     """Return the image features (N, E) of data.Shards, the text features (M, E) of all their
     captions, and owner (M,), which holds the number of each caption's image."""
     dataset = ShardImages(shards, model.config.image_size)
     device = device_of(model)
-    images, captions = encode_images(model.encode_image, dataset, device, batch_size, workers)
+    images, captions = encode_images(model.encode_image, dataset, device, workers)
     texts = []
     owner = []
     for i, texts_of_image in enumerate(captions):
@@ -257,29 +254,26 @@ def recall_by_chance(right, n, k):
     return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
 
 
-def mean_by_image(hits, image):
-    """Return the mean of hits over the questions of each image (N,). hits (Q,): a number for each
-    question; image (Q,): the number of its image. The captions of one image are not independent, so
-    an interval must count images and not captions."""
-    return torch.bincount(image, weights=hits) / torch.bincount(image)
-
-
 def recall_scores(questions, question_image, answers, answer_image, ks):
     """Return R@k of a search as a dict of scores, one for each k in ks. An answer is right if it
-    belongs to the same image as the question. Each image counts once, with the mean of its
-    questions.
+    belongs to the same image as the question.
 
     questions (Q, E), answers (A, E): features; question_image (Q,), answer_image (A,): the numbers
     of their images.
     """
     found = ranked_hits(questions, question_image, answers, answer_image, max(ks))
     right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
-    question_image = question_image.cpu()
+    image = question_image.cpu()
+
+    def by_image(hits):
+        # Each image counts once, with the mean of its questions. The captions of one image are not
+        # independent, so an interval must count images and not captions.
+        return torch.bincount(image, weights=hits) / torch.bincount(image)
+
     scores = {}
     for k in ks:
-        hits = mean_by_image(recall(found, k), question_image)
-        luck = mean_by_image(recall_by_chance(right, len(answers), k), question_image)
-        scores[f"R@{k}"] = score(hits, luck.mean())
+        luck = by_image(recall_by_chance(right, len(answers), k)).mean()
+        scores[f"R@{k}"] = score(by_image(recall(found, k)), luck)
     return scores
 
 
@@ -310,11 +304,11 @@ def loss_in_groups(model, image_features, text_features, owner, group):
     return torch.stack(losses).mean().item()
 
 
-def score_pairs(model, tokenizer, shards, group, batch_size=128, workers=0):
+def score_pairs(model, tokenizer, shards, group, workers=0):
     """Score retrieval among the pairs of data.Shards, and compute the contrastive loss in groups of
     `group` pairs. Print the scores, and return them as a dict. Its mean_r1 is the mean of R@1 over
     both directions. train.py chooses its best model by mean_r1."""
-    images, texts, owner = encode_shards(model, tokenizer, shards, batch_size, workers)
+    images, texts, owner = encode_shards(model, tokenizer, shards, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
         for name, value in scores.items():
@@ -342,7 +336,7 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=128, workers=0):
+def zeroshot(model, tokenizer, folder, names=None, templates=None, workers=0):
     """Classify the images in a folder that holds a folder of images for each class. Return a dict
     of scores: top1; top5 if there are more than five classes; and per_class, a list with the name
     and the top-1 score of each class that has images.
@@ -361,7 +355,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
         templates = usable_templates(tokenizer, TEMPLATES)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
     device = device_of(model)
-    features, labels = encode_images(model.encode_image, dataset, device, batch_size, workers)
+    features, labels = encode_images(model.encode_image, dataset, device, workers)
     labels = torch.tensor(labels)
     numbers = torch.arange(C, device=device)
     found = ranked_hits(features, labels.to(device), classifier, numbers, 5)
@@ -377,7 +371,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, batch_size=12
     return result
 
 
-def frozen_features(model, dataset, batch_size, workers):
+def frozen_features(model, dataset, workers):
     """Return what linear probes learn from: features (N, 2D), the class token and the mean of the
     patch tokens side by side, and labels (N,)."""
 
@@ -385,7 +379,7 @@ def frozen_features(model, dataset, batch_size, workers):
         tokens = model.visual(images)
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float().cpu()
 
-    features, labels = encode_images(encode, dataset, device_of(model), batch_size, workers)
+    features, labels = encode_images(encode, dataset, device_of(model), workers)
     return features, torch.tensor(labels)
 
 
@@ -447,7 +441,7 @@ def top_words(model, tokenizer, images, k=8):
     Some words are returned only if there are too few others: parts of words, and words such as
     "the", which more than a fifth of the captions contain.
     """
-    probabilities = model.class_logits(images.to(device_of(model))).softmax(dim=-1)
+    probabilities = model.word_logits(images.to(device_of(model))).softmax(dim=-1)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
     result = []
     for p in probabilities:
@@ -502,8 +496,7 @@ def command_zeroshot(model, tokenizer, args):
     print(len(templates), "templates whose words are in the vocabulary:")
     for template in templates:
         print(f"  {template}")
-    sizes = (args.batch_size, args.workers)
-    result = zeroshot(model, tokenizer, args.images, names, templates, *sizes)
+    result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
         print(format_score(f"zero-shot {name}", result[name]))
     per_class = result["per_class"]
@@ -522,7 +515,7 @@ def command_retrieval(model, tokenizer, args):
     check(not validation, "--data names shards for training and for validation. Name one kind.")
     _, captions = validation_of(args.checkpoint, shards)
     pairs = data.Shards(shards, args.captions or captions)
-    result = score_pairs(model, tokenizer, pairs, 256, args.batch_size, args.workers)
+    result = score_pairs(model, tokenizer, pairs, 256, args.workers)
     print_words(model, tokenizer, pairs)
     return result
 
@@ -535,11 +528,10 @@ def command_probe(model, _, args):
     check(train.classes == test.classes, f"{args.train} and {args.test} hold different classes")
     torch.manual_seed(0)
     untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights
-    sizes = (args.batch_size, args.workers)
     result = {}
     for kind, candidate in (("", model), ("untrained ", untrained)):
-        x, y = frozen_features(candidate, train, *sizes)
-        x_test, y_test = frozen_features(candidate, test, *sizes)
+        x, y = frozen_features(candidate, train, args.workers)
+        x_test, y_test = frozen_features(candidate, test, args.workers)
         halves = zip(("class token", "patch mean"), x.chunk(2, dim=1), x_test.chunk(2, dim=1))
         for name, half, half_test in halves:
             found = probe((half, y), (half_test, y_test), len(train.classes))
@@ -557,7 +549,6 @@ def main(argv):
         sub.set_defaults(function=function)
         add_options(sub, "checkpoint", "device")
         add = sub.add_argument
-        add("--batch_size", type=number(int, 1), default=128, help="images per batch (default 128)")
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
         add("--json", type=output_file(".json"), metavar="FILE", help="write all numbers to FILE")
         return add

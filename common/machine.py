@@ -1,17 +1,16 @@
 """What a command uses of the machine: files, cores, devices and processes."""
 
-import multiprocessing
 import os
 import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.utils.data import DataLoader
 
-from common.cli import STOP_SIGNALS, InputError, check
+from common.cli import InputError, check
 
 # -----------------------------------------------------------------------------
 # Files and folders
@@ -55,7 +54,7 @@ def cache_folder():
 
 
 # -----------------------------------------------------------------------------
-# Cores, devices and processes
+# Cores and devices
 
 
 def cores():
@@ -104,33 +103,34 @@ def can_compile(device):
         return False
 
 
-def ignore_signals(worker=None):
-    """Ignore the signals that end a command. Ctrl-C, a scheduler and a closed terminal send them to
-    all processes of a command, but only the first process acts on them. worker: the number of a
-    loading process, which torch passes."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+# -----------------------------------------------------------------------------
+# Processes
 
 
-def end_with_parent():
-    """Wait until the first process has ended, and then end this one."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def ignore_interrupt(worker):
+    """Let the first process act on Ctrl-C alone. A terminal sends it to all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def start_in_pool():
-    ignore_signals()
-    # Without this thread the pool would wait for tasks for ever if the first process were killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def make_loader(dataset, workers, **options):
+    """Return a DataLoader. workers: the number of its processes, by default the cores divided among
+    the GPUs, at most 16; options: other arguments of DataLoader."""
+    if workers is None:
+        # Take 16 at most, because each keeps two batches ready in shared memory.
+        workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if workers > 0 and sys.platform == "linux":
+        # Fork, so that the processes share the index and start at once. Python 3.14 would not.
+        options["multiprocessing_context"] = "fork"
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_interrupt, **options)
 
 
-@contextmanager
-def process_pool(n):
-    """Yield a pool of n processes. If the block fails, or a signal ends it, end them at once."""
-    with ProcessPoolExecutor(n, initializer=start_in_pool) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+def call(task):
+    return task()
+
+
+def in_processes(tasks):
+    """Return an iterable of what the tasks return, a list of functions without arguments. As many
+    processes as there are cores call them."""
+    # A DataLoader that makes no batches is a pool of processes, which also end if this one is
+    # killed. Those of multiprocessing.Pool would wait for ever.
+    return make_loader(tasks, min(len(tasks), cores()), batch_size=None, collate_fn=call)

@@ -26,41 +26,22 @@ same edge in all colours.
 Lengths and positions are shares of the picture's side. x runs to the right and y down.
 """
 
-import functools
 import io
 import itertools
 import math
 import random
 import tarfile
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from common.cli import make_parser, number, progress, run_command
-from common.machine import cores, new_folder, process_pool
+from common.machine import in_processes, new_folder
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 
 SIZE = 72  # the side of a picture in pixels
-
-# The options of `python train.py` without arguments. They were chosen together.
-SCENE_OPTIONS = {
-    "train_data": ["scenes/train-*.tar"],
-    "val_data": ["scenes/val-*.tar"],
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
 
 # No colour of a cloth, a border or an object shares its name with another, so each word is clear.
 CLOTHS = {
@@ -107,18 +88,13 @@ def make_scene(rng, combinations, count=None):
     objects = []
     for (colour, shape), cell in zip(looks, cells):
         row, column = divmod(cell, 3)
-        objects.append(make_object(rng, colour, shape, row, column))
+        radius = rng.uniform(0.145, 0.155)  # it almost fills its cell of the 3 x 3 grid
+        x = (2 * column + 1) / 6  # the centre
+        y = (2 * row + 1) / 6
+        box = [round(v, 4) for v in (x - radius, y - radius, x + radius, y + radius)]
+        objects.append({"colour": colour, "shape": shape, "box": box})
     cloth, pattern, border = rng.choice(SETTINGS)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
-
-
-def make_object(rng, colour, shape, row, column):
-    """Return an object that almost fills its cell of the 3 x 3 grid."""
-    radius = rng.uniform(0.145, 0.155)
-    x = (2 * column + 1) / 6  # the centre
-    y = (2 * row + 1) / 6
-    corners = x - radius, y - radius, x + radius, y + radius
-    return {"colour": colour, "shape": shape, "box": [round(v, 4) for v in corners]}
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +170,7 @@ OUTLINES = {  # corners, from -1 to 1
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=len(SETTINGS))
+@lru_cache(maxsize=len(SETTINGS))
 def draw_setting(cloth, pattern, border, side):
     """Return a picture of the cloth with its border, side x side pixels. The pattern has a lighter
     shade and lies on a grid of 6 x 6 cells."""
@@ -298,10 +274,9 @@ def facts(scene):
     return scene["cloth"], scene["pattern"], scene["border"], *objects
 
 
-def write_shard(task, folder, seed):
-    """Write one shard into a folder. task: its name, its split, and the numbers of its samples."""
-    name, split, numbers = task
-    with tarfile.open(folder / name, "w") as tar:
+def write_shard(path, split, numbers, seed):
+    """Write one shard. numbers: those of its samples."""
+    with tarfile.open(path, "w") as tar:
         for i, scene, short, long in make_samples(split, numbers, seed):
             fields = {"short": short, "long": long, "scene": scene}
             add_sample(tar, f"{i:08d}", ".jpg", jpeg(draw(scene)), short, fields)
@@ -323,7 +298,7 @@ def write_classes(folder, n, seed):
     quarter of n for each of the 64 classes of colour_shape. In held_out only the combinations that
     training never shows have pictures. The 56 other folders are empty. Their names are classes that
     a picture can be mistaken for."""
-    write = functools.partial(write_class, folder, seed=seed)
+    write = partial(write_class, folder, seed=seed)
     for colour in COLOURS:
         write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], n)
     for shape in SHAPES:
@@ -336,19 +311,19 @@ def write_classes(folder, n, seed):
 def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
     """Draw a data set into `out_dir`, which appears complete or not at all. train, val: numbers of
     pairs; pictures: number for each class; seed: a different seed draws different scenes."""
-    tasks = [("val-00000.tar", "val", range(val))]
-    for k, start in enumerate(range(0, train, 1000)):
-        numbers = range(start, min(start + 1000, train))
-        tasks.append((f"train-{k:05d}.tar", "train", numbers))
     print(f"drawing {train:,} scenes to train on into {out_dir}")
     with new_folder(out_dir) as folder:
         (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
-        write = functools.partial(write_shard, folder=folder, seed=seed)
-        with process_pool(min(len(tasks), cores())) as pool:
-            classes = pool.submit(write_classes, folder, pictures, seed)
-            shards = pool.map(write, tasks)
-            list(progress(shards, "drawing scenes", len(tasks), unit="shard"))
-            classes.result()  # raises what write_classes has raised
+        tasks = [
+            partial(write_classes, folder, pictures, seed),
+            partial(write_shard, folder / "val-00000.tar", "val", range(val), seed),
+        ]
+        for k, start in enumerate(range(0, train, 1000)):
+            path = folder / f"train-{k:05d}.tar"
+            numbers = range(start, min(start + 1000, train))
+            tasks.append(partial(write_shard, path, "train", numbers, seed))
+        for _ in progress(in_processes(tasks), "drawing scenes", unit="shard"):
+            pass
 
 
 def find_or_make_scenes(out_dir, seed=0):

@@ -8,15 +8,15 @@ import json
 import os
 import tarfile
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import regex
 import torch
 
 from common.cli import InputError, check, progress
-from common.machine import cache_folder, cores, process_pool, write_file
+from common.machine import cache_folder, in_processes, write_file
 
 # -----------------------------------------------------------------------------
 # Which shards does a pattern name?
@@ -106,10 +106,10 @@ def split_name(name):
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
-def read_headers(path, number):
-    """Return the index rows of a shard, an int32 array (n, 7), and a list of (name, reason) for the
-    samples and members that are not used. A damaged shard is used up to the damage. Raise
-    InputError if the file cannot be read. path: the shard; number: its place among all shards."""
+def read_headers(path):
+    """Return the index rows of a shard, an int32 tensor (n, 7), with 0 for the number of the shard,
+    and a list of (name, reason) for the samples and members that are not used. A damaged shard is
+    used up to the damage."""
     rows = {}  # key -> index row
     unused = {}  # key -> reason
     try:
@@ -120,7 +120,7 @@ def read_headers(path, number):
                 if member.size >= 2**31:  # an index row holds 32-bit numbers
                     unused[key] = "2 GiB or more"
                 elif column and key and member.isfile():
-                    row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                    row = rows.setdefault(key, [0, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
                 elif not member.isdir():  # metadata, a link, or a name like a.b.jpg
                     unused[f"*{extension}"] = f"no part of a sample: {member.name}"
@@ -137,9 +137,7 @@ def read_headers(path, number):
         if row[IMAGE + 1] == 0:
             unused.setdefault(key, "no image, or an empty one")
             del rows[key]
-    # Return a NumPy array. torch would send a tensor to the main process as an open file, and there
-    # may be more shards than a process may open files.
-    index = np.array([*rows.values()], dtype=np.int32).reshape(-1, 7)
+    index = torch.tensor([*rows.values()], dtype=torch.int32).view(-1, 7)
     return index, [(f"{path}:{key}".rstrip(":"), reason) for key, reason in unused.items()]
 
 
@@ -161,12 +159,13 @@ def build_index(shards):
         pass
     index = []
     unused = []
-    with process_pool(min(len(shards), cores(), 61)) as pool:  # Windows allows 61
-        results = pool.map(read_headers, shards, range(len(shards)))
-        for rows, reasons in progress(results, "indexing shards", len(shards), unit="shard"):
-            index.append(rows)
-            unused += reasons
-    index = torch.from_numpy(np.concatenate(index))
+    results = in_processes([partial(read_headers, shard) for shard in shards])
+    for number, (rows, reasons) in enumerate(progress(results, "indexing shards", unit="shard")):
+        rows[:, 0] = number
+        # Copy the rows, because a tensor from another process keeps a file open.
+        index.append(rows.clone())
+        unused += reasons
+    index = torch.cat(index)
     # Go on without a cache if it cannot be written. Two commands may write it at the same time,
     # because write_file fills a temporary file and then renames it.
     with suppress(OSError, RuntimeError):

@@ -18,7 +18,6 @@ import gc
 import multiprocessing.forkserver
 import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -37,24 +36,16 @@ gc.freeze()  # garbage collection then skips the half a million objects that wer
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Put the index cache of shards into a temporary folder, never into the user's home. At the end
-    kill the loading processes of runs that have failed, because they ignore other signals."""
+    """Put the index cache of shards into a temporary folder, never into the user's home."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
 
 
 @pytest.fixture(autouse=True)
-def seed_and_signals():
-    """Set the seed, and remove what a command leaves behind. That is its signal handlers, and the
-    cached order of samples: a resumed run must compute the order by itself, as in a new process."""
+def seed():
+    """Set the seed. Forget the cached order of samples, because a resumed run must compute it by
+    itself, as in a new process."""
     torch.manual_seed(0)
     data.epoch_order.cache_clear()
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +58,7 @@ def smallest(monkeypatch):
 def device(request):
     """Return each device of this machine, with the settings of a run. `pytest -k cuda` runs only
     the tests on a GPU."""
-    train.device_of_process(request.param)
+    train.prepare_device(request.param)
     return request.param
 
 

@@ -127,7 +127,7 @@ def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, ca
     shard = write_shard(tmp_path / "x.tar", samples)
     pairs = data.Shards([shard], ["json.c", "txt", "json.c"])
 
-    images, texts, owner = evaluation.encode_shards(Colours(), TOKENIZER, pairs, batch_size=2)
+    images, texts, owner = evaluation.encode_shards(Colours(), TOKENIZER, pairs)
 
     result = evaluation.retrieval(images, texts, owner)
     assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
