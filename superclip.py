@@ -15,8 +15,9 @@ batch. Rare words count more than common ones.
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
 model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
-that they share. At the end is what the method does not need: SigLIP's loss, several processes, and
-batches that would not fit into memory. After this file read train.py, data.py and eval.py.
+that they share. At the end is what a first reader can skip: SigLIP's loss, several processes,
+batches that would not fit into memory, and the sizes of published models. After this file read
+train.py, data.py and eval.py.
 
 Axes: B pairs of this process, N pairs of all processes, P patches (K of them are kept), T tokens,
 D width, H heads, E embedding, V vocabulary, S pixels on each side of an image.
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 PAD = 0  # the token id that fills up short captions; CLIP's vocabulary uses it for "!", too
@@ -75,29 +77,20 @@ class SuperCLIPConfig:
             raise ValueError(f"loss is softmax or sigmoid, not {self.loss!r}")
 
 
-# A preset names what differs from the defaults above, so ViT-B-16 names nothing.
-# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560)
-LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
-PRESETS = {
-    "tiny": dict(
-        image_size=72, patch_size=12, vision_width=128, vision_layers=4, vision_heads=4,
-        text_width=128, text_layers=2, text_heads=4, embed_dim=128,
-    ),
-    "ViT-S-16": dict(vision_width=384, text_width=384, embed_dim=384),
-    "ViT-B-32": dict(patch_size=32),
-    "ViT-B-16": dict(),
-    "ViT-L-16": LARGE,
-    "ViT-L-14": dict(patch_size=14, **LARGE),
-}  # fmt: skip
-
-
 # -----------------------------------------------------------------------------
-# What SuperCLIP adds to CLIP: a head that must predict the words of the caption
+# What SuperCLIP adds to CLIP: a head that must predict the words of the caption. These are the five
+# lines of the README, and the parts below that compute them. A word is a token of the vocabulary.
+#
+#     logits                 WordHead
+#     weights                idf, with the counts of SuperCLIP.count_tokens
+#     label                  multi_hot, caption_label
+#     classification_loss    classification_loss
+#     loss                   SuperCLIP.forward, which adds the contrastive loss
 
 
 class WordHead(nn.Module):
     """Predict the words of the caption: mean of the patch tokens -> LayerNorm -> one logit for each
-    token of the vocabulary. This is all that SuperCLIP adds to CLIP.
+    token of the vocabulary. It has all the parameters that SuperCLIP adds to CLIP.
 
     The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we.
     The less the patches of an image agree, the shorter their mean is. Without the norm such an
@@ -106,7 +99,7 @@ class WordHead(nn.Module):
 
     def __init__(self, width, vocab_size):
         super().__init__()
-        self.ln = LayerNorm(width)
+        self.ln = LayerNorm(width)  # torch's, except that it keeps the dtype (see below)
         self.linear = nn.Linear(width, vocab_size)
         nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits begin with variance 1
         nn.init.zeros_(self.linear.bias)
@@ -168,8 +161,9 @@ def contrastive_loss(image_features, text_features, scale, local=slice(None)):
     caption its image.
 
     image_features, text_features (N, E): the global batch, normalised to length 1; scale: the
-    inverse temperature, a scalar; local: the slice of the N pairs that this process scores, by
-    default all. The loss begins near ln N, because an untrained model gives each candidate 1/N.
+    inverse temperature, a scalar that train.py keeps between 1 and 100; local: the slice of the N
+    pairs that this process scores, by default all. The loss begins near ln N, because an untrained
+    model gives each candidate 1/N.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     images, texts = image_features.float(), text_features.float()
@@ -217,6 +211,8 @@ class SuperCLIP(nn.Module):
         The arguments are those of `forward`. Return image and text features (B, E), normalised to
         length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
         """
+        # The image tower returns tokens, because the head reads the patches, and CLIP the class
+        # token. Of a text only the feature is needed, so the text tower returns that.
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = self.project_image(image_tokens)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
@@ -244,16 +240,19 @@ class SuperCLIP(nn.Module):
         if self.training:
             self.count_tokens(label_tokens)
 
-        # Each pair by itself: two features, and the loss of the head that predicts its words.
-        # Micro-batches only save memory. Without them this is self.encode_pairs(images, ...).
-        image_features, text_features, terms = in_micro_batches(
-            self.encode_pairs, self.micro_batch_size, images, tokens, label_tokens, keep
-        )
+        # Each pair by itself: two features, and the loss of the head that predicts its words
+        batch = images, tokens, label_tokens, keep
+        if self.micro_batch_size in (None, len(images)):
+            image_features, text_features, terms = self.encode_pairs(*batch)
+        else:  # the same with less memory
+            size = self.micro_batch_size
+            image_features, text_features, terms = in_micro_batches(self.encode_pairs, size, *batch)
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
         all_images, all_texts, local = image_features, text_features, slice(None)
         if self.training and dist.is_initialized():  # process 0 evaluates alone
-            all_images, all_texts, local = gather(image_features, text_features)
+            all_images, all_texts = gather(image_features), gather(text_features)
+            local = slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             contrastive = contrastive_loss(all_images, all_texts, scale, local)
@@ -274,7 +273,9 @@ class SuperCLIP(nn.Module):
         """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
         if self.head is None:  # plain CLIP has no counts
             return
-        counts = multi_hot(label_tokens, len(self.token_counts)).sum(dim=0)
+        # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
+        V = len(self.token_counts)
+        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
         # Do not count padding: how much there is depends on which captions share a batch.
         counts[PAD : PAD + 1] = 0
         # Send the number of captions with the counts, so that one all_reduce serves both.
@@ -300,7 +301,7 @@ class SuperCLIP(nn.Module):
         features = self.text(tokens)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def class_logits(self, images, keep=None):
+    def word_logits(self, images, keep=None):
         """Return a logit for each token of the vocabulary (B, V): which words would a caption of
         these images (B, 3, S, S) use? keep (B, K): indices of the patches to look at, by default
         all. Raise ValueError if the model is plain CLIP, which has no word head."""
@@ -481,7 +482,8 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(N
     images, texts = image_features.float(), text_features.float()
     with torch.autocast(images.device.type, enabled=False):
         logits = scale * images[local] @ texts.T + logit_bias  # (B, N)
-    answers = torch.eye(len(texts), device=logits.device)[local]  # (B, N): 1 for the right pair
+    target = torch.arange(len(texts), device=logits.device)[local]  # (B,): the right one of N
+    answers = torch.zeros_like(logits).scatter_(1, target[:, None], 1.0)  # (B, N): 1 for yes
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 
@@ -489,55 +491,52 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(N
 # Batches that need several processes, or several passes through the towers
 
 
-class Gather(torch.autograd.Function):
-    """Collect the features (B, E) of each process into those of all processes (N, E), in the order
-    of the ranks.
+def gather(features):
+    """Return the features (N, E) of all processes, in the order of their ranks. features (B, E):
+    those of this process.
 
     Each process computes its own loss, and each loss depends on all features. So the backward pass
-    sums the gradient of each feature over all processes, and a process keeps the rows that belong
-    to its features. The weights then get the gradient of the *sum* of the losses.
-    DistributedDataParallel divides it by the number of processes, which gives the gradient of the
-    mean. The mean of the losses is the loss of the global batch.
+    of torch's all_gather sums the gradient of each feature over all processes. The weights then get
+    the gradient of the *sum* of the losses. DistributedDataParallel divides it by the number of
+    processes, which gives the gradient of the mean. The mean of the losses is the loss of the
+    global batch.
     """
-
-    @staticmethod
-    def forward(ctx, features):
-        world = dist.get_world_size()
-        gathered = features.new_empty(world * len(features), features.shape[1])
-        dist.all_gather(list(gathered.chunk(world)), features.contiguous())
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(image_features, text_features):
-    """Return the features of all processes, (N, E) each, and the slice of them that belongs to this
-    process, which scores its own pairs against all."""
-    B = len(image_features)
-    start = dist.get_rank() * B
-    local = slice(start, start + B)
-    return Gather.apply(image_features), Gather.apply(text_features), local
+    return torch.cat(all_gather(features))
 
 
 def in_micro_batches(encode_pairs, size, *batch):
     """Return what encode_pairs(*batch) returns, but with the memory of `size` pairs (GradCache,
-    arXiv 2101.06983). `size` must divide the batch, because the terms of all parts count equally.
-    What is None in the batch is left out.
+    arXiv 2101.06983). What is None in the batch is left out.
 
     The loss needs the features of all pairs at once, but the towers do not. checkpoint keeps only
     the inputs and the outputs of a micro-batch. The backward pass computes one micro-batch after
     the other again, which takes a third more time.
     """
     batch = [x for x in batch if x is not None]
-    if size is None or size >= len(batch[0]):
-        return encode_pairs(*batch)
+    if len(batch[0]) % size != 0:  # the terms of all parts count equally below
+        raise ValueError(f"micro-batches of {size} do not divide a batch of {len(batch[0])}")
     parts = zip(*(x.split(size) for x in batch))
     # Pass the arguments by position, because checkpoint looks there for the device.
     parts = [checkpoint(encode_pairs, *part, use_reentrant=False) for part in parts]
     image_features, text_features, terms = zip(*parts)
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
+
+
+# -----------------------------------------------------------------------------
+# Sizes
+
+# A preset names what differs from the defaults above, so ViT-B-16 names nothing.
+# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560)
+LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
+PRESETS = {
+    "tiny": dict(
+        image_size=72, patch_size=12, vision_width=128, vision_layers=4, vision_heads=4,
+        text_width=128, text_layers=2, text_heads=4, embed_dim=128,
+    ),
+    "ViT-S-16": dict(vision_width=384, text_width=384, embed_dim=384),
+    "ViT-B-32": dict(patch_size=32),
+    "ViT-B-16": dict(),
+    "ViT-L-16": LARGE,
+    "ViT-L-14": dict(patch_size=14, **LARGE),
+}  # fmt: skip

@@ -87,7 +87,7 @@ def word_maps(model, image, ids, window, batch_size=64):
     image = image[None].to(evaluation.device_of(model))
 
     def log_probability(keep, n):
-        logits = model.class_logits(image.expand(n, -1, -1, -1), keep)
+        logits = model.word_logits(image.expand(n, -1, -1, -1), keep)
         return logits.log_softmax(dim=-1)[:, ids]
 
     without = torch.cat([log_probability(k, len(k)) for k in keep.split(batch_size)])  # (W, K)

@@ -88,7 +88,7 @@ def test_the_words_are_those_of_the_label_caption():
 
     out = model(IMAGES, tokens, CAPTIONS)
 
-    logits = model.class_logits(IMAGES)
+    logits = model.word_logits(IMAGES)
     weights = idf(model.num_captions, model.token_counts)
     expected = classification_loss(logits, CAPTIONS, weights)
     assert model.token_counts[5] == 2

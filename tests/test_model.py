@@ -99,7 +99,7 @@ def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
     images, _ = make_pairs(model)
     keep = torch.tensor([[3, 1, 9]]).expand(4, 3)
 
-    logits = model.class_logits(images, keep)
+    logits = model.word_logits(images, keep)
 
     mean = model.visual(images, keep)[:, 1:].sum(dim=1) / 3
     normed = F.layer_norm(mean, (128,), *model.head.ln.parameters())
@@ -118,7 +118,7 @@ def test_with_cls_weight_0_the_model_is_clip():
     assert torch.equal(out["loss"], out["contrastive_loss"])
     assert "classification_loss" not in out
     with pytest.raises(ValueError, match="cls_weight 0"):
-        clip.class_logits(images)
+        clip.word_logits(images)
 
 
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():

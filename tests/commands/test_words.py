@@ -28,7 +28,7 @@ def test_top_words_are_the_softmax_of_the_head_without_what_says_nothing():
 
     [found] = evaluation.top_words(model, TOKENIZER, images, k=2)
 
-    p = model.class_logits(images)[0].softmax(dim=0).tolist()
+    p = model.word_logits(images)[0].softmax(dim=0).tolist()
     assert found == [("red", p[red], red), ("green", p[green], green)]
 
 
@@ -41,14 +41,14 @@ def test_word_maps_are_those_of_the_slow_loop():
 
     _, maps = words.word_maps(model, image[0], ids, window=3, batch_size=3)
 
-    whole = model.class_logits(image).log_softmax(dim=1)[0, ids]
+    whole = model.word_logits(image).log_softmax(dim=1)[0, ids]
     total = torch.zeros(3, 4, 4)
     times = torch.zeros(4, 4)
     for y, x in itertools.product(range(2), repeat=2):
         inside = torch.zeros(4, 4)
         inside[y : y + 3, x : x + 3] = 1
         keep = (inside == 0).flatten().nonzero().T  # (1, patches that are left)
-        fall = whole - model.class_logits(image, keep).log_softmax(dim=1)[0, ids]
+        fall = whole - model.word_logits(image, keep).log_softmax(dim=1)[0, ids]
         total += fall[:, None, None] * inside
         times += inside
     torch.testing.assert_close(maps, total / times, atol=1e-5, rtol=1e-4)

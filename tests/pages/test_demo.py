@@ -61,7 +61,7 @@ def test_the_browser_draws_and_answers_as_python_does(browser, tmp_path):
     similarity = model.logit_scale.exp() * model.encode_image(image) @ texts.T
     found = {one["text"]: one["p"] for one in best}
     assert_near([found[name] for name in NAMES], similarity.softmax(dim=1)[0])
-    assert_near(logits, model.class_logits(image)[0])
+    assert_near(logits, model.word_logits(image)[0])
     assert_near(maps, word_maps(model, image[0], [520], window=2)[1])
 
     for button in browser.find_elements("css selector", "#choose button"):
