@@ -36,12 +36,12 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from common import cli
-from common.checkpoint import read_model
+from common.checkpoint import DIVERGED, read_model
 from common.cli import InputError, check, number, run_command
-from common.distributed import RANK, WORLD, device_of_process, joined_processes, one_first
+from common.distributed import RANK, WORLD, joined_processes, one_first, prepare_device
 from common.machine import can_compile, pick_dtype
 from common.run_folder import RunFolder, header_of, names_of
-from common.scenes import SCENE_OPTIONS, find_or_make_scenes
+from common.scenes import find_or_make_scenes
 from common.shards import by_split, find_shards, shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
@@ -56,33 +56,39 @@ def train(args):
     """Train from the first step, or from the last.pt of --resume."""
     N = args.batch_size
     B = N // WORLD
-    device = device_of_process(args.device)
+    device = prepare_device(args.device)
     on_gpu = device.type == "cuda"
     dtype = args.dtype or pick_dtype(device)
     autocast, scaler = precision(device, dtype)
-    model, tokenizer, pairs, val_pairs, optimizer = set_up(args, device)
-    steps, warmup_steps, eval_every = lengths(args, len(pairs))
+    with one_first():  # the first process draws and indexes, and the others find that done
+        if args.train_data == SCENE_OPTIONS["train_data"]:
+            find_or_make_scenes("scenes")
+        model, tokenizer, new = build_model(args, device)
+        pairs, val_pairs = open_pairs(args, model, tokenizer)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
+    steps, warmup_steps, eval_every = schedule(args, len(pairs))
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
-    start = run.resume()  # loads last.pt if there is one; 0 for a new run
+    start = run.start  # the step of last.pt if the run is resumed, else 0
     ddp_model = distribute(model) if WORLD > 1 else model
     local = slice(RANK * B, (RANK + 1) * B)  # the part of a batch that this process trains on
     batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
-    images, seconds, waited = 0, 0.0, 0.0  # since the last row of the log
+    seen, seconds, waited = 0, 0.0, 0.0  # pairs and times since the last row of the log
     has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
     todo = range(start, steps + 1)  # the round after the last step only saves and validates
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
         # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
         eval_due = step % eval_every == 0 or step == steps
-        if eval_due or time.monotonic() > run.saved_time + 600:
-            run.save_last(step)
+        run.save_last(step, eval_due)
         if eval_due and RANK == 0:  # the other processes wait in the next step
             run.log_validation(validate(args, model, tokenizer, val_pairs, step))
         if step == steps:
             break
 
-        # 2. The losses and their gradient
+        # 2. The losses and their gradient. batch holds the arguments of SuperCLIP.forward, and
+        # losses what forward returns. Micro-batches, and the exchange of features between the
+        # processes, happen inside of it.
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
@@ -94,29 +100,40 @@ def train(args):
 
         # 3. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
-        grad_norm = update(model, optimizer, scaler, factor)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        scaler.unscale_(optimizer)
+        # In the logs of study/ every gradient is longer than 1, so all of them get the same length.
+        # nanoGPT clips to 1, too. The authors do not clip, and runs without it scored the same.
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
 
         # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
             losses = mean_losses(losses)
-        images += N
+        seen += N
         seconds += time.perf_counter() - began
         if log_due:
+            check(math.isfinite(losses["loss"]), f"the loss is not finite: {DIVERGED}")
             row = {
                 "step": done,
                 **losses,
                 "logit_scale": model.logit_scale.exp().item(),
-                # 0 if float16's gradients have overflowed, because JSON has no infinity and no NaN
-                "grad_norm": grad_norm.nan_to_num(posinf=0.0).item(),
+                # None if float16's gradients have overflowed. Then the optimizer skips the step.
+                "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(images / seconds, 1),
+                "images_per_second": round(seen / seconds, 1),
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(row)
-            images, seconds, waited = 0, 0.0, 0.0
+            seen, seconds, waited = 0, 0.0, 0.0
     run.print_commands(val_pairs is not None)
 
 
@@ -138,26 +155,6 @@ def learning_rate_factor(step, warmup_steps, steps):
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def update(model, optimizer, scaler, factor):
-    """Make one step of the optimizer at `factor` times the peak learning rates. Return the norm of
-    the gradient before it was clipped to 1.
-
-    In the logs of study/ every gradient is longer than 1, so clipping gives all of them the same
-    length. nanoGPT clips to 1, too. The authors do not clip. Four runs without clipping, two of
-    them SuperCLIP, ended with similar scores.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
-    return grad_norm
 
 
 def mean_losses(losses):
@@ -195,45 +192,22 @@ def validate(args, model, tokenizer, pairs, step):
 # The parts of the set-up
 
 
-def set_up(args, device):
-    """Return what a run trains: the model and its tokenizer, training pairs (data.Pairs),
-    validation pairs (data.Shards, or None), and the optimizer."""
-    with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENE_OPTIONS["train_data"]:
-            find_or_make_scenes("scenes")
-        source, tokenizer = read_start(args)
-        model, new = build_model(args, source, tokenizer.vocab_size, device)
-        args.cls_weight = model.config.cls_weight  # --init_from may have set it
-        tokenizer.context_length = model.config.context_length
-        pairs, val_pairs = open_pairs(args, tokenizer, model)
-        for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
-            evaluation.ClassFolders(folder, model.config.image_size)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
-    return model, tokenizer, pairs, val_pairs, optimizer
-
-
-def read_start(args):
-    """Return the model of --init_from with its tokenizer. Without --init_from, return None and the
-    tokenizer of --vocab, or of the vocabulary beside the first training shard."""
-    if args.init_from is not None:
-        model, tokenizer = read_model(args.init_from)
-        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
-        return model, tokenizer
-    shards, _ = by_split(find_shards(args.train_data))
-    return None, tokenizer_for(shards, args.vocab)
-
-
-def build_model(args, source, vocab_size, device):
-    """Return the model on its device, and the names of the parameters that keep their random
-    weights, because the source lacks them. source: the model of --init_from, or None."""
-    if source is None:
-        config = {**PRESETS[args.model], "vocab_size": vocab_size}
+def build_model(args, device):
+    """Return the model on its device, its tokenizer, and the names of the parameters that keep
+    their random weights, because --init_from lacks them."""
+    if args.init_from is None:
+        source = None
+        shards, _ = by_split(find_shards(args.train_data))
+        tokenizer = tokenizer_for(shards, args.vocab)
+        config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
+        source, tokenizer = read_model(args.init_from)
+        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
         config = dict(vars(source.config))
         if source.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    for field in fields(SuperCLIPConfig):  # an option with the name of a field sets it
+    for field in fields(SuperCLIPConfig):  # such as cls_weight: an option with its name sets it
         value = getattr(args, field.name, None)
         if value is not None:
             config[field.name] = value
@@ -246,28 +220,30 @@ def build_model(args, source, vocab_size, device):
     if source is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
         new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
+    tokenizer.context_length = model.config.context_length
+    model.micro_batch_size = args.micro_batch_size
 
-    if args.compile is None:
-        args.compile = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
-    if args.compile:
+    is_compiled = args.compile
+    if is_compiled is None:
+        is_compiled = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
+    if is_compiled:
         print("The first steps compile the model, which can take minutes.")
         for part in (model.visual, model.text, model.head):
             # Compile part by part. Otherwise longer captions would recompile the image tower, too.
             if part is not None:
                 part.compile()
-    model.micro_batch_size = args.micro_batch_size
-    return model.to(device).train(), new
+    return model.to(device).train(), tokenizer, new
 
 
-def open_pairs(args, tokenizer, model):
+def open_pairs(args, model, tokenizer):
     """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
     the latter if there are none."""
     shards, val_shards = shards_of_run(args.train_data, args.val_data)
-    if args.val_data is None:
-        args.val_data = val_shards or ["none"]  # scripts.words and search read it
     val_pairs = None
     if val_shards:
         val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
+    for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
+        evaluation.ClassFolders(folder, model.config.image_size)
     pairs = data.Pairs(
         shards,
         tokenizer,
@@ -300,7 +276,7 @@ def make_optimizer(model, learning_rate, weight_decay, new=()):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def lengths(args, n):
+def schedule(args, n):
     """Return three numbers of steps: the length of the run, the length of its warm-up, and the
     distance between two validations. n: number of training pairs.
 
@@ -373,7 +349,7 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count,
         help="length of the run in steps (default: by --epochs)")
-    length.add_argument("--epochs", type=number(float, 1e-6), default=30.0,
+    length.add_argument("--epochs", type=number(float, 1e-6),
         help="length of the run in passes over the data (default 30)")
     add("--batch_size", type=count, default=256,
         help="pairs in each step, counted over all processes (default 256)")
@@ -407,25 +383,44 @@ def make_parser():
     return parser
 
 
-# The default learning rate with --init_from. Larger steps would destroy what the weights know.
+# Larger steps would destroy what the weights of --init_from know.
 FINE_TUNING_RATE = 5e-5
+
+# The options of `python train.py` without arguments. They were chosen together.
+SCENE_OPTIONS = {
+    "train_data": ["scenes/train-*.tar"],
+    "val_data": ["scenes/val-*.tar"],
+    "zeroshot_data": [
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
 
 
 def parse(argv):
     """Return the options. With the built-in scenes or --init_from, some defaults are different."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.train_data is None:
+    given = parser.parse_args(argv)
+    if given.train_data is None:
         parser.set_defaults(**SCENE_OPTIONS)
-        # A batch four times as large makes half as many steps. By trial this was a good compromise
-        # between the same number of samples and the same number of steps.
-        ratio = math.sqrt(parser.parse_args(argv).batch_size / 32)
-        parser.set_defaults(epochs=round(1.6 * ratio, 3))
-    if args.init_from is not None:
+    if given.init_from is not None:
         parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
     args = parser.parse_args(argv)
-    if args.steps is not None:
-        args.epochs = None  # do not print a default that does not count
+    if args.steps is None and args.epochs is None:
+        args.epochs = 30.0
+        if given.train_data is None:
+            # A batch four times as large makes half as many steps. By trial this was a good
+            # compromise between the same number of samples and the same number of steps.
+            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
             of_file = getattr(args, name) is None

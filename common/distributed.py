@@ -39,12 +39,13 @@ def joined_processes():
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     yield
     if WORLD > 1:
-        wait_for_all()  # process 0 may still validate
+        from_all(None)  # wait, because process 0 may still validate
         dist.destroy_process_group()
 
 
-def device_of_process(name):
-    """Return --device as a torch.device. With several processes on GPUs, each gets another GPU."""
+def prepare_device(name):
+    """Return --device as a torch.device, and make torch use it as a run needs it. With several
+    processes on GPUs, each gets another GPU."""
     if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{LOCAL_RANK}"
     device = pick_device(name)
@@ -59,14 +60,9 @@ def device_of_process(name):
     return device
 
 
-def wait_for_all():
-    """Wait until all processes have called this function."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # dist.barrier would use the GPU
-
-
 def from_all(value):
-    """Return a list of the values that all processes pass to this function, ordered by rank."""
+    """Return a list of the values that all processes pass to this function, ordered by rank. So
+    each process waits for all others."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -78,7 +74,7 @@ def from_all(value):
 def one_first():
     """Let one process of each machine go through the block first, and then the others."""
     if LOCAL_RANK > 0:
-        wait_for_all()
+        from_all(None)
     yield
     if LOCAL_RANK == 0:
-        wait_for_all()
+        from_all(None)

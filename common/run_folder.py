@@ -7,6 +7,7 @@ validation. train.py writes it, and scripts.curves and the study read it.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import DIVERGED, read_checkpoint, write_checkpoint
+from common.checkpoint import read_checkpoint, write_checkpoint
 from common.cli import InputError, check
 from common.distributed import RANK, WORLD, from_all
 from common.machine import cores
 
+OUT = r"out(_\d+)?"  # the name of a folder that a run without --out_dir makes
 # The options that may change with --resume: the folder, the length, the learning rate, the machine,
 # logging. Shards and vocabulary are here because their files may have moved. `load_last` compares
 # the sizes in the shards and the text of the vocabulary instead.
@@ -32,10 +34,10 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def make_or_find_folder(resume):
+def find_folder(resume):
     """Make and return the first of the folders out, out_2, out_3 ... that is free, for a run
     without --out_dir. With `resume`, return the one whose last.pt was saved last, if any."""
-    saved = [*Path().glob("out/last.pt"), *Path().glob("out_[0-9]*/last.pt")]
+    saved = [path for path in Path().glob("out*/last.pt") if re.fullmatch(OUT, path.parent.name)]
     if resume and saved:
         return max(saved, key=os.path.getmtime).parent
     for number in count(1):
@@ -49,7 +51,7 @@ def make_or_find_folder(resume):
 def claim_folder(out_dir, resume):
     """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
     or None. Raise InputError if the folder holds a run that is not to be resumed."""
-    folder = make_or_find_folder(resume) if out_dir is None else Path(out_dir)
+    folder = find_folder(resume) if out_dir is None else Path(out_dir)
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
     if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
         raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
@@ -74,8 +76,10 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.fingerprint
+    val_data = ["none"]
     if val_pairs is not None:
         fingerprint += f"-{val_pairs.fingerprint}"
+        val_data = val_pairs.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -89,45 +93,48 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": fingerprint,
         "command": sys.argv,
-        "arguments": vars(args),
+        "arguments": {**vars(args), "val_data": val_data},  # scripts.search reads val_data
         "config": vars(model.config),
     }
 
 
 class RunFolder:
-    """The folder of a run, and the best score so far. Only process 0 writes."""
+    """The folder of a run, and the best score so far. Only process 0 writes.
+
+    start: the step from which the run goes on. It is 0 for a new run.
+    """
 
     def __init__(self, args, header, model, tokenizer, optimizer, scaler):
-        """Take the folder of --out_dir, or make a new one. header: from header_of. Raise InputError
-        if the folder holds another run that is not to be resumed."""
+        """Take the folder of --out_dir, or make a new one, and load its last.pt, if there is one,
+        into model, optimizer and scaler. header: from header_of. Raise InputError if the folder
+        holds another run, or if the processes see different data."""
         folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
-        args.out_dir = from_all(folder)[0]  # process 0 chooses the folder
-        self.last = Path(args.out_dir, "last.pt")
-        self.best = Path(args.out_dir, "best.pt")
+        out_dir = from_all(folder)[0]  # process 0 chooses the folder
+        header["arguments"]["out_dir"] = out_dir
+        self.last = Path(out_dir, "last.pt")
+        self.best = Path(out_dir, "best.pt")
+        self.rows = Path(out_dir, "log.jsonl")
         self.header = header
         self.model = model
         self.tokenizer = tokenizer
         self.optimizer = optimizer
         self.scaler = scaler
-        self.start = 0  # the step from which the run goes on
+        self.start = 0
         self.best_r1 = 0.0
         self.saved_time = time.monotonic()
-        print(f"out_dir: {args.out_dir}")
+        print(f"out_dir: {out_dir}")
         facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
-
-    def resume(self):
-        """Load last.pt, if there is one, into model, optimizer and scaler. Return the step from
-        which the run goes on, 0 for a new run. Raise InputError if last.pt is from another run, or
-        if the processes see different data."""
-        if self.last.exists():
-            self.load_last()
-        states = from_all((self.header["data_fingerprint"], self.start))
+        log_size = self.load_last() if self.last.exists() else 0
+        states = from_all((header["data_fingerprint"], self.start))
         check(len({*states}) == 1, "the processes see different data, or a different last.pt")
-        self.log({"header": self.header, "step": self.start})
-        return self.start
+        if RANK == 0:
+            with open(self.rows, "a") as file:  # drop what was logged after last.pt was saved
+                file.truncate(min(log_size, file.tell()))
+        self.log({"header": header, "step": self.start})
 
     def load_last(self):
+        """Load last.pt, and return the size of the log when it was saved."""
         saved = read_checkpoint(self.last)
         check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
         before, now = saved["header"], self.header
@@ -144,6 +151,7 @@ class RunFolder:
         self.start = saved["step"]
         is_past = f"step {self.start} of last.pt is past --steps {now['steps']}"
         check(self.start <= now["steps"], is_past)
+        print(f"going on from step {self.start}")
         self.model.load_state_dict(saved["model"])
         # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
         # the moments in the order of the parameters in these groups.
@@ -155,15 +163,14 @@ class RunFolder:
         # saved before the validation of its step.
         newest = read_checkpoint(self.best) if self.best.exists() else saved
         self.best_r1 = newest["best_r1"]
+        return saved.get("log_size", math.inf)  # the last.pt of an older version has none
 
     def log(self, row):
         """Add a row to log.jsonl: a header, the losses of a step, or a validation. Print the
-        losses, too. A resumed run may log a step twice. Then the later row counts. Raise InputError
-        if the loss is not finite."""
-        check(math.isfinite(row.get("loss", 0.0)), f"the loss is not finite: {DIVERGED}")
+        losses, too."""
         if RANK > 0:
             return
-        with open(self.last.with_name("log.jsonl"), "a") as file:
+        with open(self.rows, "a") as file:
             file.write(json.dumps(row) + "\n")
         if "loss" in row:
             terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
@@ -174,11 +181,12 @@ class RunFolder:
         facts = {"header": self.header, "step": step, "best_r1": self.best_r1}
         write_checkpoint(path, self.model, self.tokenizer.vocab, **facts, **more)
 
-    def save_last(self, step):
-        """Write last.pt, from which --resume goes on, unless it is there already."""
-        if RANK == 0 and step > self.start:
+    def save_last(self, step, at_once):
+        """Write last.pt, from which --resume goes on, `at_once` or if ten minutes have passed."""
+        is_due = at_once or time.monotonic() > self.saved_time + 600
+        if RANK == 0 and is_due and step > self.start:
             states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            self.save(self.last, step, **states)
+            self.save(self.last, step, **states, log_size=self.rows.stat().st_size)
             self.saved_time = time.monotonic()
 
     def log_validation(self, row):
@@ -208,27 +216,14 @@ class RunFolder:
 
 
 def read_log(path):
-    """Return the last header in a log.jsonl, and a list of the other rows that count.
-
-    A run that is resumed adds a header with the step from which it goes on. Earlier rows beyond
-    that step do not count. A validation at that step may come twice, and then the later one counts.
-    Raise InputError if the file is not a log.
-    """
-    header = None
-    rows = {}  # (step, has it losses?) -> row
+    """Return the last header in a log.jsonl, and a list of the other rows."""
     try:
-        for line in Path(path).read_text("utf-8").splitlines():
-            row = json.loads(line)
-            if "header" in row:
-                header = row["header"]
-                rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
-            else:
-                rows[row["step"], "loss" in row] = row
+        rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+        headers = [row["header"] for row in rows if "header" in row]
+        return headers[-1], [row for row in rows if "header" not in row]
     except (ValueError, LookupError, TypeError) as error:
         # Do not print the repr of the error, which may hold the whole file.
         raise InputError(f"{path} is not a log of train.py: {error}") from error
-    check(header, f"{path} has no header, so it is not a log of train.py")
-    return header, list(rows.values())
 
 
 def names_of(folders):

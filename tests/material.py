@@ -199,14 +199,10 @@ def all_rows(out):
 
 def rows_of(out, kind):
     """Return the rows that have the entry `kind`, in the order of their steps: "loss" for steps,
-    "zeroshot" for validations. Entries that may differ between equal runs are left out. A resumed
-    run may log a step twice. Then the later row counts."""
-    rows = {}
-    for row in all_rows(out):
-        if kind in row:
-            times = ("images_per_second", "data_wait", "memory_gb")
-            rows[row["step"]] = {name: x for name, x in row.items() if name not in times}
-    return [rows[step] for step in sorted(rows)]
+    "zeroshot" for validations. Entries that may differ between equal runs are left out."""
+    times = ("images_per_second", "data_wait", "memory_gb")
+    rows = [row for row in all_rows(out) if kind in row]
+    return [{name: x for name, x in row.items() if name not in times} for row in rows]
 
 
 def steps_of(rows):

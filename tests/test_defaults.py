@@ -61,4 +61,4 @@ LENGTHS = {
 def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected):
     args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
 
-    assert train.lengths(args, 70) == expected
+    assert train.schedule(args, 70) == expected

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from material import TINY, rows_of, short_run
+from material import TINY, checkpoint_of, rows_of, short_run, small_model, write_checkpoint
 from torch.nn.utils import get_total_norm
 
 import train
@@ -35,10 +35,11 @@ def make_model_without_zeros(**changes):
     return model
 
 
-def model_of(*options, device="cpu"):
+def model_of(shards, *options, device="cpu"):
     """Return the model with which a run with these options begins."""
-    args = train.make_parser().parse_args(["--model=tiny", *options])
-    model, _ = train.build_model(args, None, V, torch.device(device))
+    argv = ["--model=tiny", f"--train_data={shards}", *options]
+    args = train.make_parser().parse_args(argv)
+    model, _, _ = train.build_model(args, torch.device(device))
     return model
 
 
@@ -106,10 +107,10 @@ WAYS = ("all patches", "some patches", *TOLERANCES)
 ONCE = ("plain CLIP", "sigmoid")
 CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way == WAYS[0]]
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
-SIZES = {"plain": N, "micro": 2}  # pairs in a micro-batch
+SIZES = {"plain": None, "micro": 2}  # pairs in a micro-batch
 
 
-def first_step(config, way, device="cpu", size=N, rank=0, processes=1):
+def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     """Make the step of one process. rank: its number; processes: how many there are. Return its
     losses, its gradients, and the buffers of the model, in which the tokens are counted."""
     model = make_model_without_zeros(**CONFIGS[config]).to(device)
@@ -163,7 +164,7 @@ def run_process(rank, folder, device):
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     backend = "gloo"
     if device == "cuda":
-        train.device_of_process(f"cuda:{rank}")
+        train.prepare_device(f"cuda:{rank}")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=2, **options)
     found = {}
@@ -231,14 +232,15 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 # ---- the same gradients by other ways to compute them
 
 
-def test_compiled_equals_eager(monkeypatch, device):
+def test_compiled_equals_eager(shards, monkeypatch, device):
     """On a CPU torch's compiler does all but the code for the machine, which would take minutes.
     When captions get another length, it compiles for all lengths."""
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     micro = "--micro_batch_size=4"
-    compiled, eager = (model_of(x, micro, device=device) for x in ("--compile", "--no-compile"))
+    ways = "--compile", "--no-compile"
+    compiled, eager = (model_of(shards, x, micro, device=device) for x in ways)
     for T in (12, 16, 10):
         batch = make_batch(keep=KEEP, T=T)
 
@@ -259,14 +261,6 @@ def test_a_machine_that_cannot_compile_says_why(monkeypatch, capsys):
 # ---- the update
 
 
-def updated(model, scaler=NOT_SCALED, factor=1.0):
-    """Make a step and its update. Return the model, its optimizer, and the norm of the gradient."""
-    optimizer = train.make_optimizer(model, 1e-4, 0.0)
-    losses_and_gradients(model, make_batch(), scaler=scaler)
-    norm = train.update(model, optimizer, scaler, factor)
-    return model, optimizer, norm
-
-
 def test_weight_decay_is_for_matrices_alone():
     model = make_model_without_zeros(loss="sigmoid")
 
@@ -277,34 +271,33 @@ def test_weight_decay_is_for_matrices_alone():
     assert decay == {p: 0.3 if p.ndim >= 2 else 0.0 for p in model.parameters()}
 
 
-def test_an_update_clips_the_gradient_to_length_1():
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_update_clips_the_gradient_to_length_1(shards, tmp_path, monkeypatch, dtype):
     """float16's loss scale is removed first. Adam's first moment is a tenth of the gradient."""
-    _, gradients = losses_and_gradients(make_model_without_zeros(), make_batch())
-    scaler = torch.amp.GradScaler("cpu", 1024)
+    small_scale = partial(torch.amp.GradScaler, init_scale=1024)  # so that nothing overflows
+    monkeypatch.setattr(torch.amp, "GradScaler", small_scale)
+    train.main(short_run(shards, tmp_path, "--steps", 1, "--dtype", dtype))
 
-    _, optimizer, norm = updated(make_model_without_zeros(), scaler)
-
-    moments = [state["exp_avg"] for state in optimizer.state.values()]
-    assert norm.item() == pytest.approx(get_total_norm(gradients.values()).item(), rel=1e-5)
+    moments = [state["exp_avg"] for state in checkpoint_of(tmp_path)["optimizer"]["state"].values()]
+    assert 1 < rows_of(tmp_path, "loss")[-1]["grad_norm"] < 100
     assert get_total_norm(moments).item() == pytest.approx(0.1, rel=1e-4)
 
 
-def test_each_parameter_has_the_factor_of_the_peak_rate():
-    """Adam's first step is as long as the learning rate, which is a quarter of the peak here."""
-    before = dict(make_model_without_zeros().named_parameters())
+def test_each_parameter_has_the_learning_rate_of_the_step(whole_run):
+    groups = checkpoint_of(whole_run)["optimizer"]["param_groups"]
 
-    model, _, _ = updated(make_model_without_zeros(), factor=0.25)
-
-    for name, p in model.named_parameters():
-        step = (p - before[name]).abs().max().item()
-        assert step == pytest.approx(0.25e-4, rel=0.05), name
+    rate = 1e-3 * train.learning_rate_factor(11, 6, 12)
+    assert {group["lr"] for group in groups if group["params"]} == {rate}
+    assert rows_of(whole_run, "loss")[-1]["learning_rate"] == rate
 
 
 @pytest.mark.parametrize("start, end", [(5.0, math.log(100)), (-1.0, 0.0)])
-def test_an_update_keeps_the_logit_scale_between_1_and_100(start, end):
-    model = make_model_without_zeros()
+def test_an_update_keeps_the_logit_scale_between_1_and_100(shards, tmp_path, start, end):
+    model = small_model()
     model.logit_scale.data.fill_(start)
+    write_checkpoint(tmp_path / "start.pt", model)
 
-    updated(model)
+    options = "--init_from", tmp_path / "start.pt", "--steps", 1, "--learning_rate", 0
+    train.main(short_run(shards, tmp_path / "out", *options))
 
-    assert model.logit_scale.item() == pytest.approx(end)
+    assert checkpoint_of(tmp_path / "out")["model"]["logit_scale"].item() == pytest.approx(end)
