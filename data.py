@@ -53,8 +53,7 @@ class Shards:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1.
 
     paths: the shards; sources: where their captions are, each txt or json.FIELD. The attribute
-    `unused` is a list of (name, reason) for the samples and members that are not used. Raise
-    InputError if no sample is left, or if the first samples have no caption in a source.
+    `unused` is a list of (name, reason) for the samples and members that are not used.
     """
 
     def __init__(self, paths, sources=("txt",)):
@@ -74,14 +73,12 @@ class Shards:
 
     @cached_property
     def fingerprint(self):
-        """Return a short text that tells data sets apart. It depends on the sizes in the shards and
-        on the sources of captions."""
+        """Return a short text that tells data sets apart, by sizes and sources of captions."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
     def read_at(self, number, block, size):
-        """Return `size` bytes of a shard. number: its place in paths; block: where the bytes begin.
-        Raise BadSample if the shard ends too early."""
+        """Return `size` bytes of a shard. number: its place in paths; block: where they begin."""
         with open(self.paths[number], "rb") as file:
             file.seek(block * BLOCK)
             content = file.read(size)
@@ -91,14 +88,14 @@ class Shards:
 
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
-        JSON. Raise BadSample if the shard ends too early."""
+        JSON. A row of the index holds the number of the shard, and for each member its first block
+        and, in the next column, its size."""
         row = self.index[i].tolist()
         return self.read_at(row[0], row[column], row[column + 1])
 
     def name(self, i):
         """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read
-        from the tar header, the block before the image. The header may shorten a key that is long
-        or not ASCII. If the shard has changed or is gone, the key is "?"."""
+        from the tar header, the block before the image. If the shard has changed, it is "?"."""
         number, block, *_ = self.index[i].tolist()
         try:
             header = self.read_at(number, block - 1, BLOCK)
@@ -113,14 +110,12 @@ class Shards:
         return self.paths[number], block * BLOCK
 
     def image(self, i, size, rng=None, crop_area=1.0):
-        """Return the pixels (3, size, size) of sample i, as `load_image` makes them. Raise
-        BadSample if the image cannot be used."""
+        """Return the pixels (3, size, size) of sample i, as `load_image` makes them."""
         return load_image(self.read(i, IMAGE), size, rng, crop_area)
 
     def texts(self, i, source):
         """Return all texts that sample i has in a source, as a list of strings. source: txt or
-        json.FIELD; a field holds a string or a list of strings. Raise BadSample if there is no
-        text, or if one is too long."""
+        json.FIELD; a field holds a string or a list of strings."""
         content = self.read(i, TEXT if source == "txt" else JSON)
         try:
             if source == "txt":
@@ -138,11 +133,9 @@ class Shards:
 
     def captions(self, i):
         """Return all texts that sample i has in its sources. A source that is named twice is read
-        once. Raise BadSample if a source has no text."""
-        texts = []
-        for source in dict.fromkeys(self.sources):
-            texts += self.texts(i, source)
-        return texts
+        once."""
+        sources = dict.fromkeys(self.sources)
+        return [text for source in sources for text in self.texts(i, source)]
 
     def check_source(self, source):
         """Raise InputError if none of the first hundred samples has a caption in a source. The
@@ -162,9 +155,8 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     """Return the part of an image to look at, as x, y, width and height in pixels.
 
     With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
-    rectangle, whose share of the area is between crop_area and 1. If none of ten rectangles fits,
-    it is the centre, cut to 4:3. The random crop is open_clip's only augmentation, and also ours.
-    Images are not mirrored, because captions say "left".
+    rectangle, whose share of the area is between crop_area and 1. The random crop is open_clip's
+    only augmentation, and also ours. Images are not mirrored, because captions say "left".
     """
     w = h = min(width, height)
     if crop_area < 1:
@@ -185,8 +177,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
 
 def load_image(source, size, rng=None, crop_area=1.0):
     """Return an image as a uint8 tensor (3, size, size), cropped by `crop_box` and resized, bicubic
-    with antialiasing. source: the bytes of an image file, or an image of Pillow; rng, crop_area:
-    those of `crop_box`. Raise BadSample if the image cannot be decoded.
+    with antialiasing. source: the bytes of an image file, or an image of Pillow.
 
     Three things make loading fast. `draft` lets the decoder shrink a JPEG if the crop is larger
     than needed. Pixels stay uint8 to the end. The three values of a pixel stay side by side in
@@ -216,19 +207,10 @@ def load_image(source, size, rng=None, crop_area=1.0):
 # Pairs and their order
 
 
-def rng_of_visit(seed, visit):
-    """Return the random generator of a visit. It chooses the captions, the crop and the patches of
-    a pair, and another pair if this one is bad.
-
-    Visits count the pairs that a run draws. In batches of 32, the first batch has visits 0 to 31,
-    and the second one begins with visit 32.
-    """
-    return random.Random(seed << 40 | visit)
-
-
 class Pairs(Shards, Dataset):
     """Draw image-caption pairs from tar shards, ready to train on. The index of a pair is (visit,
-    sample): see rng_of_visit.
+    sample). Visits count the pairs that a run draws: in batches of 32 the first batch has visits 0
+    to 31. All that is drawn for a pair follows from the seed and its visit.
 
     sources, label_sources: where captions and labels are drawn from, one text each time; patches:
     the number of patches in an image; patch_dropout: the share of them that is left out at random.
@@ -261,8 +243,7 @@ class Pairs(Shards, Dataset):
 
     def sample_pair(self, i, rng):
         """Return the image of sample i, the ids of its caption, the ids of its label caption, and
-        the list of the patches to keep, or None for all. rng: the generator that draws them. Raise
-        BadSample if the sample cannot be used."""
+        the list of the patches to keep, or None for all. rng: the generator that draws them."""
         caption = rng.choice(self.texts(i, rng.choice(self.sources)))
         ids = self.tokenizer.encode(caption)
         label_ids = ids
@@ -277,13 +258,11 @@ class Pairs(Shards, Dataset):
         return image, ids, label_ids, keep
 
     def __getitem__(self, item):
-        """Return what `sample_pair` returns. item: (visit, sample).
-
-        A random other sample replaces a bad one, so that batches have the same size on every
-        process. Each process prints a bad sample once, and a hundred bad samples at most. Raise
-        InputError after a hundred in a row."""
+        """Return what `sample_pair` returns. item: (visit, sample). A random other sample replaces
+        a bad one, so that batches have the same size on every process. Each process prints a bad
+        sample once, and a hundred bad samples at most."""
         visit, sample = item
-        rng = rng_of_visit(self.seed, visit)
+        rng = random.Random(self.seed << 40 | visit)
         for _ in range(100):
             try:
                 return self.sample_pair(sample, rng)

@@ -4,10 +4,9 @@
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
-A checkpoint carries its configuration and its vocabulary, so these commands need no other file to
-build the model. Every score is printed with its chance level, its 95 % interval, and n, the number
-of images over which it is a mean. The option --json FILE writes all numbers to a file. train.py
-validates with the same functions. Both compute in float32, so a checkpoint has one score.
+Every score is printed with its chance level, its 95 % interval, and n, the number of images over
+which it is a mean. train.py validates with the same functions. Both compute in float32, so a
+checkpoint has one score.
 
 The file reads from top to bottom: a checkpoint becomes a model, images and texts become features,
 and features become scores. Then come the words of the head, and the commands.
@@ -27,17 +26,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
+from common import cli
 from common.checkpoint import read_model, validation_of
-from common.cli import (
-    add_options,
-    check,
-    make_parser,
-    number,
-    optional,
-    output_file,
-    progress,
-    run_command,
-)
+from common.cli import check, number, progress
 from common.images import images_below, is_hidden
 from common.machine import make_loader, pick_device
 from common.shards import by_split, find_shards
@@ -48,18 +39,11 @@ from superclip import SuperCLIP, contrastive_loss
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
-# -----------------------------------------------------------------------------
-# Checkpoint -> model
-
-
 def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference. Return model, tokenizer and preprocess. The last turns an
-    image of Pillow, or the bytes of an image file, into pixels. Raise InputError if the file is not
-    a checkpoint.
-
-    The model is in eval mode, and its parameters need no gradient, so a loop over photographs keeps
-    no graph. An example is `model.encode_image(preprocess(image)[None])`.
-    """
+    image of Pillow, or the bytes of an image file, into pixels. An example is
+    `model.encode_image(preprocess(image)[None])`. The parameters need no gradient, so a loop over
+    photographs keeps no graph."""
     model, tokenizer = read_model(checkpoint)
     preprocess = partial(data.load_image, size=model.config.image_size)
     model.requires_grad_(False).to(device).eval()
@@ -74,8 +58,7 @@ def device_of(model):
     return model.logit_scale.device
 
 
-# In the datasets below, None replaces an image that cannot be read. So one broken file does not end
-# the evaluation of thousands.
+# In the datasets below, None replaces an image that cannot be read.
 UNREADABLE = (data.BadSample, OSError)
 
 
@@ -131,14 +114,11 @@ class ShardImages(Dataset):
 
 def collate(samples):
     """Return the images that can be read, stacked (B, 3, S, S), and the list of their B labels. If
-    there are none, return None and an empty list. samples: a list of (image, label), in which image
-    is None if it cannot be read."""
-    samples = [(image, label) for image, label in samples if image is not None]
-    if not samples:
-        return None, []
-    images, labels = zip(*samples)
+    there are none, return an empty list in place of the stack."""
+    images = [image for image, _ in samples if image is not None]
+    labels = [label for image, label in samples if image is not None]
     # Stack the images, because each tensor on its way out of a loading process keeps a file open.
-    return torch.stack(images), list(labels)
+    return torch.stack(images) if images else images, labels
 
 
 def batches(dataset, batch_size, workers, description):
@@ -150,23 +130,22 @@ def batches(dataset, batch_size, workers, description):
 
 
 @torch.no_grad()
-def encode_texts(model, tokenizer, texts, batch_size=256):
+def encode_texts(model, tokenizer, texts):
     """Return the features (M, E) of texts, a list of M strings."""
     features = []
-    for i in progress(range(0, len(texts), batch_size), "encoding texts"):
-        tokens = trim(tokenizer(texts[i : i + batch_size]))  # (B, T)
+    for i in progress(range(0, len(texts), 256), "encoding texts"):
+        tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T)
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
 
 @torch.no_grad()
-def encode_images(encode, dataset, device, workers, batch_size=128):
+def encode_images(encode, dataset, device, workers):
     """Return features (N, ...) of all images in a dataset that can be read, and a list of their N
-    labels. encode: a function that turns images (B, 3, S, S) into features, such as
-    model.encode_image."""
+    labels. encode: turns images (B, 3, S, S) into features, such as model.encode_image."""
     features = []
     labels = []
-    for images, labels_of_batch in batches(dataset, batch_size, workers, "encoding"):
+    for images, labels_of_batch in batches(dataset, 128, workers, "encoding"):
         features.append(encode(images.to(device)))
         labels += labels_of_batch
     check(labels, "none of the images can be used")
@@ -194,11 +173,8 @@ def encode_shards(model, tokenizer, shards, workers=0):
 
 def score(hits, chance):
     """Return a score, the mean of hits, as a dict of value, chance, n and interval. hits (n,):
-    numbers between 0 and 1; chance: the value that a guess would have.
-
-    The interval is Wilson's 95 % interval. It stays between 0 and 1, and remains valid for scores
-    near 0 or 1.
-    """
+    numbers between 0 and 1; chance: the value that a guess would have. Wilson's 95 % interval
+    remains valid for scores near 0 or 1."""
     n = len(hits)
     p = float(hits.double().mean())
     z = 1.96  # 95 % of a normal distribution lie within 1.96 standard deviations of its mean
@@ -221,11 +197,8 @@ def ranked_hits(questions, question_label, answers, answer_label, k):
     The search works in chunks, so that the matrix (Q, A) never exists.
 
     questions (Q, E), answers (A, E): features; question_label (Q,), answer_label (A,): an answer is
-    right if it has the label of the question.
-
-    If several answers have the same similarity, topk takes any of them. That is fair. If two images
-    have the same caption, one of them finds its own. A model that has collapsed finds the same
-    answers to all questions, and so it scores chance.
+    right if it has the label of the question. Of equal answers topk takes any. So a model that has
+    collapsed, which gives the same answers to all questions, scores chance.
     """
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
@@ -237,8 +210,7 @@ def ranked_hits(questions, question_label, answers, answer_label, k):
 
 
 def recall(found, k):
-    """Return R@k of each question (Q,): 1 if a right answer is among the first k, else 0. found
-    (Q, ...): from `ranked_hits`."""
+    """Return R@k of each question (Q,): 1 if a right answer is among the first k, else 0."""
     return found[:, :k].any(dim=1).double()
 
 
@@ -255,12 +227,9 @@ def recall_by_chance(right, n, k):
 
 
 def recall_scores(questions, question_image, answers, answer_image, ks):
-    """Return R@k of a search as a dict of scores, one for each k in ks. An answer is right if it
-    belongs to the same image as the question.
-
-    questions (Q, E), answers (A, E): features; question_image (Q,), answer_image (A,): the numbers
-    of their images.
-    """
+    """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
+    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images. An answer
+    is right if it belongs to the image of the question."""
     found = ranked_hits(questions, question_image, answers, answer_image, max(ks))
     right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
     image = question_image.cpu()
@@ -278,9 +247,8 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 
 
 def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
-    """Return R@k from image to text and from text to image. The result is a dict with a dict of
-    scores for each direction. image_features (N, E); text_features (M, E); owner (M,): the number
-    of each text's image."""
+    """Return R@k from image to text and from text to image, a dict of scores for each direction.
+    image_features (N, E); text_features (M, E); owner (M,): the number of each text's image."""
     numbers = torch.arange(len(image_features), device=owner.device)
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, owner, ks),
@@ -290,9 +258,9 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, owner, group):
-    """Return CLIP's contrastive loss, a mean over random groups of `group` pairs. If groups are as
-    large as the batches of a run, the value can be compared with the softmax loss of that run. The
-    other arguments are those of `retrieval`. An image is paired with its first caption."""
+    """Return CLIP's contrastive loss, a mean over random groups of `group` pairs. An image is
+    paired with its first caption. If groups are as large as the batches of a run, the value can be
+    compared with the softmax loss of that run."""
     N = len(image_features)
     first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
@@ -306,8 +274,8 @@ def loss_in_groups(model, image_features, text_features, owner, group):
 
 def score_pairs(model, tokenizer, shards, group, workers=0):
     """Score retrieval among the pairs of data.Shards, and compute the contrastive loss in groups of
-    `group` pairs. Print the scores, and return them as a dict. Its mean_r1 is the mean of R@1 over
-    both directions. train.py chooses its best model by mean_r1."""
+    `group` pairs. Print the scores, and return them as a dict. train.py chooses its best model by
+    mean_r1, the mean of R@1 over both directions."""
     images, texts, owner = encode_shards(model, tokenizer, shards, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
@@ -329,9 +297,7 @@ def score_pairs(model, tokenizer, shards, group, workers=0):
 def zeroshot_classifier(model, tokenizer, classes, templates):
     """Return a feature for each class, (C, E): the normalised mean of the features of its prompts.
     classes: their names."""
-    prompts = []
-    for name in classes:
-        prompts += [template.replace("{}", name) for template in templates]
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
     features = encode_texts(model, tokenizer, prompts).view(len(classes), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=1)
 
@@ -340,8 +306,6 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, workers=0):
     """Classify the images in a folder that holds a folder of images for each class. Return a dict
     of scores: top1; top5 if there are more than five classes; and per_class, a list with the name
     and the top-1 score of each class that has images.
-
-    Each image picks one of all C classes, so top-k is R@k.
 
     names: the names of the classes, by default those of the folders; templates: for the prompts, by
     default the TEMPLATES whose words the vocabulary has.
@@ -358,7 +322,7 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, workers=0):
     features, labels = encode_images(model.encode_image, dataset, device, workers)
     labels = torch.tensor(labels)
     numbers = torch.arange(C, device=device)
-    found = ranked_hits(features, labels.to(device), classifier, numbers, 5)
+    found = ranked_hits(features, labels.to(device), classifier, numbers, 5)  # top-k is R@k
     hits = recall(found, 1)
     result = {"top1": score(hits, 1 / C)}
     if C > 5:
@@ -385,8 +349,7 @@ def frozen_features(model, dataset, workers):
 
 def fit_linear(x, y, classes, penalty):
     """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, D):
-    features; y (N,): labels; penalty: the factor of the sum of squared weights. The problem is
-    convex, so it has one minimum and needs no learning rate."""
+    features; y (N,): labels; penalty: the factor of the sum of squared weights."""
     layer = torch.nn.Linear(x.shape[1], classes)
     for p in layer.parameters():
         torch.nn.init.zeros_(p)
@@ -434,9 +397,8 @@ def probe(train, test, classes):
 
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
-    """Return the k words that the head finds most probable in each of the images (B, 3, S, S). They
-    are a list of (word, probability, id) for each image, with the most probable word first. The
-    probabilities are a softmax over all tokens.
+    """Return the k words that the head finds most probable in each of the images (B, 3, S, S), a
+    list of (word, probability, id) for each image. The probabilities are a softmax over all tokens.
 
     Some words are returned only if there are too few others: parts of words, and words such as
     "the", which more than a fifth of the captions contain.
@@ -455,8 +417,7 @@ def top_words(model, tokenizer, images, k=8):
 
 
 def print_words(model, tokenizer, shards):
-    """Print the words that the head finds in the first two pictures of data.Shards. If the model
-    has no head, print nothing."""
+    """Print the words that the head, if there is one, finds in the first two pictures."""
     if model.head is None:
         return
     dataset = ShardImages(shards, model.config.image_size)
@@ -471,15 +432,14 @@ def print_words(model, tokenizer, shards):
 
 
 def read_list(path):
-    """Return the lines of a file as a list, or None if path is None. Two paths are no files, but
-    stand for lists of open_clip: imagenet for the names of ImageNet's classes, and openai for
-    CLIP's templates."""
+    """Return the lines of a file as a list, or None if path is None. imagenet stands for the names
+    of ImageNet's classes in open_clip, and openai for its templates."""
     if path is None:
         return None
     if path == "imagenet":
-        return list(optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
+        return list(cli.optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
     if path == "openai":
-        published = optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
+        published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
         return [template("{}") for template in published]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
@@ -493,15 +453,12 @@ def command_zeroshot(model, tokenizer, args):
     templates = read_list(args.templates) or TEMPLATES
     check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
     templates = usable_templates(tokenizer, templates)
-    print(len(templates), "templates whose words are in the vocabulary:")
-    for template in templates:
-        print(f"  {template}")
+    print(len(templates), "templates whose words are in the vocabulary:", *templates, sep="\n  ")
     result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
     for name in sorted(result.keys() - {"per_class"}):
         print(format_score(f"zero-shot {name}", result[name]))
     per_class = result["per_class"]
-    unknown = unknown_words(tokenizer, [c["name"] for c in per_class])
-    if unknown:
+    if unknown := unknown_words(tokenizer, [c["name"] for c in per_class]):
         print("words of class names that the vocabulary lacks:", ", ".join(unknown))
     if len(per_class) <= 30:
         for c in per_class:
@@ -541,16 +498,21 @@ def command_probe(model, _, args):
 
 
 def main(argv):
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(function=function)
-        add_options(sub, "checkpoint", "device")
+        cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
-        add("--json", type=output_file(".json"), metavar="FILE", help="write all numbers to FILE")
+        add(
+            "--json",
+            type=cli.output_file(".json"),
+            metavar="FILE",
+            help="write all numbers to FILE",
+        )
         return add
 
     # fmt: off
@@ -578,4 +540,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

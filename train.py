@@ -9,9 +9,9 @@ set-up, and the options. Read superclip.py before this file.
 
 last.pt holds weights, token counts, optimizer and loss scaler. Everything else that a step needs
 follows from the options and the number of the step: the batch, its crops, the patches that are
-kept, the learning rate. So no state of a random generator is saved. On a CPU, a run that was killed
-and resumed ends with the same bits as a run that was not. On a GPU it may not, because some CUDA
-kernels add numbers in no fixed order.
+kept, the learning rate. So no state of a random generator is saved, and on a CPU a run that was
+killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
+CUDA kernels add numbers in no fixed order.
 
 Axes: N pairs of all processes, B pairs of this process, M pairs of a micro-batch.
 """
@@ -280,10 +280,8 @@ def schedule(args, n):
     """Return three numbers of steps: the length of the run, the length of its warm-up, and the
     distance between two validations. n: number of training pairs.
 
-    The learning rate rises for half of the steps, but for 3,000 at most. A short warm-up hurts
-    plain CLIP most: after 48,000 pairs of built-in scenes it named 86 % of the objects with a
-    warm-up of a tenth, and 94 % with one of three tenths (study/results.md). The authors' warm-up
-    has 500 steps, and the one of CLIP's paper 2,000.
+    The warm-up is half of the run, but 3,000 steps at most. A short one hurts plain CLIP most
+    (study/results.md). The authors' has 500 steps, and the one of CLIP's paper 2,000.
     """
     steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
@@ -293,8 +291,7 @@ def schedule(args, n):
 
 def distribute(model):
     """Return the model in torch's wrapper that averages gradients over the processes."""
-    # Keep gradients in the buckets that are sent, which avoids a second copy of them. Do not send
-    # buffers, because all processes count the same tokens.
+    # A view avoids a copy of the gradients. All processes count the same tokens, so send no buffer.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 

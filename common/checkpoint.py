@@ -1,8 +1,8 @@
 """Turn a file into a model, and write a model to a file.
 
-A checkpoint is a dict of weights, configuration and vocabulary, so a command needs no other file to
-build the model. In last.pt train.py also keeps the optimizer and the loss scaler, so that the run
-can go on.
+A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. So a
+command needs no other file to build the model. In last.pt train.py also keeps the optimizer and the
+loss scaler, so that the run can go on.
 """
 
 from functools import partial
@@ -20,8 +20,7 @@ read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
 
 def read_file(path, read=read_pickle):
-    """Return what a file of weights holds. read: the function that reads it. Raise InputError if
-    the file is missing or cannot be read."""
+    """Return what a file of weights holds. read: the function that reads it."""
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
@@ -31,9 +30,7 @@ def read_file(path, read=read_pickle):
 
 
 def read_checkpoint(path):
-    """Return what a file of train.py or scripts/convert.py holds, as a dict. It has the entries
-    model, a dict of tensors by name; config, a dict; and vocab, a text. train.py adds others. Raise
-    InputError if the file is not such a checkpoint."""
+    """Return the dict in a file of train.py or scripts/convert.py."""
     content = read_file(path)
     is_ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
     check(is_ours, f"{path} is not a checkpoint of this project. See scripts.convert.")
@@ -42,7 +39,7 @@ def read_checkpoint(path):
 
 def restore(path, weights, config, vocab):
     """Return the model and the tokenizer of a checkpoint, built from its parts. path: its file, for
-    messages. Raise InputError if the parts do not fit each other."""
+    messages."""
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
         model.load_state_dict(weights)
@@ -57,16 +54,15 @@ def restore(path, weights, config, vocab):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint. Raise InputError if the file is none."""
+    """Return the model and the tokenizer of a checkpoint."""
     content = read_checkpoint(path)
     return restore(path, content["model"], content["config"], content["vocab"])
 
 
 def validation_of(checkpoint, shards=None, option="--data"):
-    """Return shards with validation pairs, and the sources of their captions. The shards are those
-    given, or by default the --val_data of the run that wrote the checkpoint. The sources are those
-    of that run. option: the option of the command that names other pictures, for the message. Raise
-    InputError if no shards are given and the run had none."""
+    """Return shards with validation pairs, and the sources of their captions. The sources are those
+    of the run that wrote the checkpoint, and so are the shards if none are given. option: the
+    option of the command that names other pictures, for the message."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
     shards = shards or arguments.get("val_data")
@@ -80,8 +76,8 @@ DIVERGED = "try a lower --learning_rate or another --dtype"
 
 
 def write_checkpoint(path, model, vocab, **more):
-    """Write a checkpoint, which read_checkpoint reads. more: other entries of its dict. Raise
-    InputError if weights are not finite, so that they never replace good ones."""
+    """Write a checkpoint. more: other entries of its dict. Refuse weights that are not finite, so
+    that they never replace good ones."""
     # Tensors of a CPU load on every machine.
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     is_finite = all(value.isfinite().all() for value in state.values())

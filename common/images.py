@@ -27,17 +27,12 @@ def is_hidden(name):
 
 def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    found = []
-    for path in sorted(Path(folder).rglob("*.*")):
-        names = path.relative_to(folder).parts
-        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, names)):
-            found.append(path)
-    return found
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
 
 
 def image_files(paths):
-    """Return a list of image files. paths: files, and folders that are searched with all folders
-    below them. Raise InputError if a path leads to no image."""
+    """Return a list of image files. paths: files, and folders that are searched to the bottom."""
     files = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else images_below(path)
@@ -67,7 +62,7 @@ picture_file = output_file(".png")  # a type for argparse
 
 def contact_sheet(images, captions, path, columns=4):
     """Draw images into a PNG file, with a caption of up to five lines below each. images: list of
-    uint8 tensors (3, S, S); captions: list of as many strings; path: the file to write."""
+    uint8 tensors (3, S, S); captions: list of as many strings."""
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
     wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]

@@ -1,4 +1,4 @@
-"""What a command uses of the machine: files, cores, devices and processes."""
+"""What a command uses of the machine: files, devices and processes."""
 
 import os
 import signal
@@ -12,13 +12,10 @@ from torch.utils.data import DataLoader
 
 from common.cli import InputError, check
 
-# -----------------------------------------------------------------------------
-# Files and folders
-
 
 def write_file(path, write):
     """Write a file whole or not at all. `write(file)` fills a temporary file, which is flushed to
-    the disk and then renamed to `path`. An OSError leaves an older file at `path` there."""
+    the disk and then renamed to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,7 +31,7 @@ def write_file(path, write):
 @contextmanager
 def new_folder(path):
     """Make a folder whole or not at all. Yield a hidden folder, which the block fills, and which is
-    renamed to `path` at the end. Raise InputError if `path` exists at the beginning."""
+    renamed to `path` at the end."""
     path = Path(path).absolute()
     check(not path.exists(), f"{path} exists already. Remove it, or use another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,20 +43,14 @@ def new_folder(path):
 
 
 def cache_folder():
-    """Return the folder for files that can be made again, below XDG_CACHE_HOME or ~/.cache. The
-    folder may not exist. Raise RuntimeError if the user has no home, as in a container that runs
-    under a number without a user."""
+    """Return the folder for files that can be made again. The folder may not exist. Raise
+    RuntimeError if the user has no home, as in a container."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(parent, "superclip")
 
 
-# -----------------------------------------------------------------------------
-# Cores and devices
-
-
 def cores():
-    """Return the number of cores on which this process may run. A scheduler may allow fewer than
-    the machine has. A limit on computing time, such as docker's --cpus, does not count."""
+    """Return the number of cores on which this process may run."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -67,8 +58,7 @@ def cores():
 
 def pick_device(name):
     """Return --device as a torch.device, or by default CUDA if there is such a GPU, else the CPU.
-    mps is never the default, because it lacks some operations, and a first run must not fail. Raise
-    InputError if the device cannot be used. name: --device, or None."""
+    mps is never the default, because it lacks some operations, and a first run must not fail."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -92,7 +82,7 @@ def pick_dtype(device):
 
 def can_compile(device):
     """Return whether torch.compile works on a device. If it does not, say why. Many containers lack
-    what it needs, and a run would end only after it has indexed and validated."""
+    what it needs, and without this trial a run would end in its first step."""
     try:
         torch.compile(torch.square)(torch.ones(1, device=device))
         return True
@@ -101,10 +91,6 @@ def can_compile(device):
         print(f"torch.compile does not work here, so training takes longer. {reason}")
         print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
         return False
-
-
-# -----------------------------------------------------------------------------
-# Processes
 
 
 def ignore_interrupt(worker):

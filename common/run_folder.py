@@ -49,8 +49,8 @@ def find_folder(resume):
 
 
 def claim_folder(out_dir, resume):
-    """Return the folder of a run as a string, and make it if it does not exist. out_dir: --out_dir,
-    or None. Raise InputError if the folder holds a run that is not to be resumed."""
+    """Return the folder of a run as a string, and make it if it does not exist. Refuse a folder
+    that holds a run, unless it is to be resumed. out_dir: --out_dir, or None."""
     folder = find_folder(resume) if out_dir is None else Path(out_dir)
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
     if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
@@ -106,8 +106,7 @@ class RunFolder:
 
     def __init__(self, args, header, model, tokenizer, optimizer, scaler):
         """Take the folder of --out_dir, or make a new one, and load its last.pt, if there is one,
-        into model, optimizer and scaler. header: from header_of. Raise InputError if the folder
-        holds another run, or if the processes see different data."""
+        into model, optimizer and scaler. header: from header_of."""
         folder = claim_folder(args.out_dir, args.resume) if RANK == 0 else None
         out_dir = from_all(folder)[0]  # process 0 chooses the folder
         header["arguments"]["out_dir"] = out_dir
@@ -138,16 +137,16 @@ class RunFolder:
         saved = read_checkpoint(self.last)
         check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
         before, now = saved["header"], self.header
-        for name, value in now["arguments"].items():
-            was = before["arguments"].get(name)
-            is_allowed = name in MAY_CHANGE or was == value
-            change = f"--{name} was {was} before, and is {value} now."
-            check(is_allowed, f"{change} --resume cannot change it.")
-        same_data = before["data_fingerprint"] == now["data_fingerprint"]
-        same_data = same_data and saved["vocab"] == self.tokenizer.vocab
-        names = "--train_data, --val_data or --vocab"
-        advice = f"is not what {self.last} was trained with. --resume cannot change it."
-        check(same_data, f"{names} {advice}")
+        changed = [
+            f"--{name} was {before['arguments'].get(name)} before, and is {value} now."
+            for name, value in now["arguments"].items()
+            if name not in MAY_CHANGE and before["arguments"].get(name) != value
+        ]
+        if before["data_fingerprint"] != now["data_fingerprint"]:
+            changed.append(f"--train_data or --val_data is not what {self.last} was trained with.")
+        if saved["vocab"] != self.tokenizer.vocab:
+            changed.append(f"--vocab is not what {self.last} was trained with.")
+        check(not changed, f"{' '.join(changed)} --resume cannot change that.")
         self.start = saved["step"]
         is_past = f"step {self.start} of last.pt is past --steps {now['steps']}"
         check(self.start <= now["steps"], is_past)
@@ -166,8 +165,7 @@ class RunFolder:
         return saved.get("log_size", math.inf)  # the last.pt of an older version has none
 
     def log(self, row):
-        """Add a row to log.jsonl: a header, the losses of a step, or a validation. Print the
-        losses, too."""
+        """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
         if RANK > 0:
             return
         with open(self.rows, "a") as file:
@@ -228,6 +226,6 @@ def read_log(path):
 
 def names_of(folders):
     """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
-    path, or the whole path if two folders share their last part."""
+    path, or the whole path if two folders share that part."""
     last = [Path(folder).name for folder in folders]
     return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}

@@ -73,9 +73,9 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 
 
 def make_scene(rng, combinations, count=None):
-    """Return a random scene as a plain dict, ready for JSON. rng: a random.Random; combinations:
-    list of the (colour, shape) that its objects may have; count: the number of objects, by default
-    two in a quarter of the scenes and one in the others."""
+    """Return a random scene as a plain dict, ready for JSON. combinations: list of the (colour,
+    shape) that its objects may have; count: the number of objects, by default two in a quarter of
+    the scenes and one in the others."""
     first = rng.choice(combinations)
     looks = [first]  # the colour and shape of each object
     if count is None:
@@ -108,7 +108,7 @@ def with_article(name):
 
 def describe(scene, rng):
     """Return the captions of a scene, (short, long): alt text that mentions a thing or two, and a
-    caption that leaves nothing out. rng: a random.Random, which chooses their form."""
+    caption that leaves nothing out."""
     cloth, pattern, border = scene["cloth"], scene["pattern"], scene["border"]
     ground = f"{pattern} {cloth} with {border}"
     names = [with_article(f"{o['colour']} {o['shape']}") for o in scene["objects"]]
@@ -141,11 +141,8 @@ def ngon(n, *radii):
     radii in turn, so that two radii make a star."""
     corners = []
     for i in range(n):
-        radius = radii[i % len(radii)]
-        angle = 2 * math.pi * i / n
-        x = radius * math.sin(angle)
-        y = -radius * math.cos(angle)
-        corners.append((x, y))
+        radius, angle = radii[i % len(radii)], 2 * math.pi * i / n
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
     return corners
 
 
@@ -247,9 +244,8 @@ def vocabulary():
 
 
 def generator(what, seed):
-    """Return the random.Random of one picture. what: a text that names the picture. Each picture
-    has its own generator, so that it looks the same whichever process draws it. A different seed
-    draws different pictures."""
+    """Return the random.Random of one picture. what: a text that names the picture, so that it
+    looks the same whichever process draws it."""
     return random.Random(what if seed == 0 else f"{what} of world {seed}")
 
 
@@ -282,11 +278,10 @@ def write_shard(path, split, numbers, seed):
             add_sample(tar, f"{i:08d}", ".jpg", jpeg(draw(scene)), short, fields)
 
 
-def write_class(folder, kind, name, looks, n, seed):
-    """Write a folder with n pictures of single objects, for one class. The objects take these looks
-    in turn; kind: what is classified, such as colour."""
-    folder = folder / "zeroshot" / kind / name
+def write_class(folder, looks, n, seed):
+    """Write a folder with n pictures of single objects, which take these looks in turn."""
     folder.mkdir(parents=True)
+    kind, name = folder.parts[-2:]
     for i in range(n):
         rng = generator(f"{kind} {name} {i}", seed)
         scene = make_scene(rng, [looks[i % len(looks)]], 1)
@@ -298,14 +293,16 @@ def write_classes(folder, n, seed):
     quarter of n for each of the 64 classes of colour_shape. In held_out only the combinations that
     training never shows have pictures. The 56 other folders are empty. Their names are classes that
     a picture can be mistaken for."""
-    write = partial(write_class, folder, seed=seed)
     for colour in COLOURS:
-        write("colour", colour, [look for look in COMBINATIONS if look[0] == colour], n)
+        looks = [look for look in COMBINATIONS if look[0] == colour]
+        write_class(folder / "colour" / colour, looks, n, seed)
     for shape in SHAPES:
-        write("shape", shape, [look for look in COMBINATIONS if look[1] == shape], n)
+        looks = [look for look in COMBINATIONS if look[1] == shape]
+        write_class(folder / "shape" / shape, looks, n, seed)
     for look in COMBINATIONS:
-        write("colour_shape", " ".join(look), [look], n // 4)
-        write("held_out", " ".join(look), [look], n if look in HELD_OUT else 0)
+        name = " ".join(look)
+        write_class(folder / "colour_shape" / name, [look], n // 4, seed)
+        write_class(folder / "held_out" / name, [look], n if look in HELD_OUT else 0, seed)
 
 
 def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
@@ -315,7 +312,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
     with new_folder(out_dir) as folder:
         (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
         tasks = [
-            partial(write_classes, folder, pictures, seed),
+            partial(write_classes, folder / "zeroshot", pictures, seed),
             partial(write_shard, folder / "val-00000.tar", "val", range(val), seed),
         ]
         for k, start in enumerate(range(0, train, 1000)):

@@ -1,5 +1,5 @@
 """The tar files that hold pairs: which of them a pattern names, where each sample lies in them, and
-how to write a sample. data.py reads the samples, and says what a shard looks like."""
+how to write a sample. data.py says what a shard looks like, and reads samples by the index."""
 
 import glob
 import hashlib
@@ -18,9 +18,6 @@ import torch
 from common.cli import InputError, check, progress
 from common.machine import cache_folder, in_processes, write_file
 
-# -----------------------------------------------------------------------------
-# Which shards does a pattern name?
-
 
 def expand_braces(pattern):
     """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". Without braces, yield the pattern."""
@@ -34,9 +31,8 @@ def expand_braces(pattern):
 
 
 def find_shards(patterns):
-    """Return a sorted list of shards. patterns: paths, folders, globs and braces, as --train_data
-    takes them. Raise InputError if a pattern matches nothing. Each number in braces must match, so
-    that a missing download is noticed."""
+    """Return a sorted list of shards. patterns: paths, folders, globs and braces. Each pattern must
+    match, and each number in braces, so that a missing download is noticed."""
     shards = set()
     for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
         if os.path.isdir(pattern):
@@ -47,31 +43,24 @@ def find_shards(patterns):
     return sorted(shards)
 
 
-# SPLIT finds the name of a split that no other letters touch, as in cc3m-validation-0000.tar.
+# The first name of a split decides, as in cc3m-validation-0000.tar. No other letters may touch it.
 SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
-
-
-def is_validation(shard):
-    """Return whether a shard is for validation. The first split in its name decides."""
-    split = SPLIT.search(Path(shard).name.lower())
-    return split is not None and split[0] != "train"
 
 
 def by_split(shards):
     """Return two lists of shards, for training and for validation, by the names of the shards. If
     all names are those of validation shards, return all shards as the first list."""
-    training = [shard for shard in shards if not is_validation(shard)]
-    validation = [shard for shard in shards if is_validation(shard)]
+    sides = {True: [], False: []}
+    for shard in shards:
+        split = SPLIT.search(Path(shard).name.lower())
+        sides[split is None or split[0] == "train"].append(shard)
+    training, validation = sides.values()
     return (training, validation) if training else (validation, [])
 
 
 def shards_of_run(train_data, val_data):
-    """Return two lists of shards, to train on and to validate on. Print what a user may not expect.
-    Raise InputError if none is left to train on.
-
-    train_data, val_data: the options of train.py. If val_data is None, names decide. If it is
-    ["none"], the second list is empty.
-    """
+    """Return two lists of shards, to train on and to validate on, by these options of train.py.
+    Print what a user may not expect."""
     shards, val_shards = by_split(find_shards(train_data))
     if val_shards:
         print(f"{len(val_shards):,} of the shards are not trained on, by their names")
@@ -91,16 +80,16 @@ def shards_of_run(train_data, val_data):
 # -----------------------------------------------------------------------------
 # Index: where every sample lies in the shards
 
-# The columns of an index row: the number of the shard, and then the first block and the size in
-# bytes of image, text and json. IMAGE, TEXT and JSON are the columns of the blocks.
+# An index row has seven columns: the number of the shard, and then for each of image, text and json
+# its first block, and in the next column its size in bytes. IMAGE, TEXT and JSON are the blocks.
 IMAGE, TEXT, JSON = 1, 3, 5
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
 BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a terabyte
 
 
 def split_name(name):
-    """Return the key of the sample to which a member belongs, and the extension, which begins at
-    the first dot. name: the name of the member, with its folders."""
+    """Return the key of the sample to which a member belongs, with its folders, and the extension,
+    which begins at the first dot."""
     folder, slash, name = name.rpartition("/")
     stem, dot, extension = name.partition(".")
     return folder + slash + stem if stem else "", dot + extension.lower()
@@ -143,12 +132,9 @@ def read_headers(path):
 
 def build_index(shards):
     """Return the index, an int32 tensor (N, 7), and a list of (name, reason) for the samples and
-    members that are not used.
-
-    The index takes 28 bytes for each sample. It is one tensor, which all loading processes share.
-    Python objects would be copied to each of them. The index is cached in a file whose name changes
-    with the path, the size or the modification time of a shard.
-    """
+    members that are not used. The index is one tensor, because Python objects would be copied to
+    each loading process. It is cached in a file whose name changes with the path, the size or the
+    modification time of a shard."""
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Increase this number when read_headers changes, so that old caches are ignored.
@@ -175,12 +161,8 @@ def build_index(shards):
     return index, unused
 
 
-# -----------------------------------------------------------------------------
-# Writing
-
-
 def add_member(tar, name, content):
-    """Add a member to a tar that is open for writing. content: the bytes of the member."""
+    """Add a member to a tar that is open for writing. content: its bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))

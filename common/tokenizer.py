@@ -3,8 +3,7 @@
     caption --> clean --> words --> token ids
 
 A vocabulary comes from a file. CLIP's file holds byte pairs. A .tiktoken file holds tokens and
-their ranks, and scripts.vocab writes such a file from the words of your captions. The package
-tiktoken merges bytes into tokens. The last section tells which words a vocabulary lacks.
+their ranks, and scripts.vocab writes such a file from the words of your captions.
 """
 
 import base64
@@ -19,7 +18,7 @@ import regex
 import tiktoken.load
 import torch
 
-from common.cli import InputError, check
+from common.cli import InputError
 from superclip import PAD
 
 # -----------------------------------------------------------------------------
@@ -42,15 +41,13 @@ def tiktoken_text(tokens):
 
 
 def words_to_tiktoken(words):
-    """Return the text of a .tiktoken file for a list of words: first all single bytes, and then
-    each word as one token."""
+    """Return the text of a .tiktoken file: first all single bytes, then each word as one token."""
     words = [word.encode() + b" " for word in words]
     return tiktoken_text(dict.fromkeys(BYTE_TOKENS + words))
 
 
 def merges_to_tiktoken(text):
-    """Return the text of a .tiktoken file with CLIP's vocabulary. text: CLIP's own file, which
-    lists merges of byte pairs."""
+    """Return CLIP's own file, which lists merges of byte pairs, as the text of a .tiktoken file."""
     # CLIP's file writes a printable byte as itself, and the end of a word as </w>. For the other
     # bytes it uses the characters from number 256 on.
     others = range(256, 256 + len(BYTES) - len(PRINTABLE))
@@ -62,8 +59,8 @@ def merges_to_tiktoken(text):
 
 
 def clip_vocabulary():
-    """Return the text of a .tiktoken file with CLIP's vocabulary. It is read from an installed
-    open_clip_torch or from tiktoken's cache, or downloaded. Raise InputError if all fails."""
+    """Return CLIP's vocabulary as the text of a .tiktoken file. It is read from an installed
+    open_clip_torch or from tiktoken's cache, or downloaded."""
     spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
     try:
         if spec and spec.origin:
@@ -75,17 +72,6 @@ def clip_vocabulary():
         reason = "CLIP's vocabulary can neither be read nor downloaded."
         advice = "Install open_clip_torch, or make a vocabulary with scripts.vocab."
         raise InputError(f"{reason} {advice}") from error
-
-
-def read_ranks(vocab):
-    """Return a dict {token: rank}, with tokens as bytes. vocab: the text of a .tiktoken file. Raise
-    InputError if the ranks have gaps, or if a single byte is missing."""
-    lines = [line.split() for line in vocab.splitlines() if line]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    # tiktoken checks neither the ranks nor the bytes.
-    check(sorted(ranks.values()) == [*range(len(ranks))], "the ranks are not 0, 1, 2 ...")
-    check(ranks.keys() >= {*BYTE_TOKENS[:256]}, "some single bytes are not among the tokens")
-    return ranks
 
 
 # -----------------------------------------------------------------------------
@@ -108,12 +94,8 @@ WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\
 
 def clean(text):
     """Return a caption as CLIP's tokenizer sees it. HTML entities are decoded, and quotes are
-    straight. Letters are composed (NFC), of normal width and in lower case.
-
-    For the captions that people write, open_clip's cleaning gives the same text. open_clip uses the
-    library ftfy, which also repairs text that was decoded with the wrong encoding ("cafÃ©"). We do
-    not repair such text, because it costs only a few odd tokens.
-    """
+    straight. Letters are composed (NFC), of normal width and in lower case. open_clip uses ftfy,
+    which also repairs text that was decoded with the wrong encoding ("cafÃ©"). We do not."""
     text = html.unescape(html.unescape(text))  # captions from the web are often escaped twice
     if not text.isascii():
         text = text.translate(QUOTES)
@@ -127,21 +109,19 @@ def clean(text):
 
 
 class Tokenizer:
-    """Encode texts as ids by byte-pair encoding, and decode them. With CLIP's vocabulary the ids
-    equal open_clip's, except for texts that `clean` does not repair.
+    """Encode texts as ids by byte-pair encoding, and decode them. vocab: the text of a .tiktoken
+    file; context_length: the number of tokens to which __call__ pads or cuts a text.
 
     We write CLIP's end-of-word mark as a space byte after the word. Then CLIP's ids are tiktoken's
-    ranks, and a word that the vocabulary has as a whole becomes one token. In a vocabulary of whole
-    words, every token of several bytes ends in that space, and every single byte has a token with
-    the space and one without. With such a vocabulary, an unknown word is spelled in bytes.
+    ranks. In a vocabulary of whole words, every token of several bytes ends in that space, and
+    every single byte has a token with the space and one without.
     """
 
     def __init__(self, vocab, context_length=77):
-        """Make a tokenizer. vocab: the text of a .tiktoken file; context_length: the number of
-        tokens to which __call__ pads or cuts a text."""
         self.vocab = vocab
         self.context_length = context_length
-        self.ranks = read_ranks(vocab)
+        lines = [line.split() for line in vocab.splitlines() if line]
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}  # of bytes
         self.start = len(self.ranks)
         self.end = self.start + 1
         self.vocab_size = self.start + 2
@@ -158,8 +138,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path, context_length=77):
         """Return the tokenizer of a vocabulary file. path: a .tiktoken file, CLIP's
-        bpe_simple_vocab_16e6.txt.gz, or "clip", for which clip_vocabulary finds CLIP's file. Raise
-        InputError if the file is neither."""
+        bpe_simple_vocab_16e6.txt.gz, or "clip", for which clip_vocabulary finds CLIP's file."""
         if path == "clip":
             return cls(clip_vocabulary(), context_length)
         content = Path(path).read_bytes()
@@ -191,31 +170,27 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Return the text of these ids, in lower case and with a space after each word, but without
-        start, end and padding."""
+        """Return the text of these ids, without start, end and padding."""
         ids = takewhile(lambda i: i != self.end, map(int, ids))  # padding follows the end
         return self.encoding.decode([i for i in ids if i != self.start]).strip()
 
     def __call__(self, texts, context_length=None):
-        """Return a LongTensor (B, context_length), in each row start, tokens, end and padding. A
-        text that is too long is cut, and still ends with the end token. texts: a list of B strings,
-        or one string, which is a batch of one."""
+        """Return a LongTensor (B, context_length), in each row start, tokens, end and padding.
+        texts: a list of B strings, or one string, which is a batch of one."""
         if isinstance(texts, str):
             texts = [texts]
         return self.pad(map(self.encode, texts), context_length or self.context_length)
 
     def pad(self, captions, length):
-        """Return B lists of ids as a LongTensor (B, length), in each row start, ids, end and
-        padding. Lists that are too long are cut."""
+        """Return B lists of ids as a LongTensor (B, length). Lists that are too long are cut."""
         rows = [[self.start, *ids[: length - 2], self.end] for ids in captions]
         rows = [row + [PAD] * (length - len(row)) for row in rows]
         return torch.tensor(rows)
 
 
 def tokenizer_for(shards, vocab=None):
-    """Return the tokenizer for these shards, and print which vocabulary it has. vocab: --vocab, a
-    file or "clip". By default it is vocab.tiktoken beside the first shard if that file exists, else
-    CLIP's vocabulary."""
+    """Return the tokenizer for these shards, and print which vocabulary it has: that of --vocab, or
+    by default vocab.tiktoken beside the first shard if that file exists, else CLIP's."""
     default = Path(shards[0]).with_name("vocab.tiktoken")
     if vocab is None:
         vocab = default if default.is_file() else "clip"
@@ -228,10 +203,6 @@ def trim(tokens):
     """Return the columns of tokens (B, T) up to the last end token, which argmax finds because its
     id is the largest. Tokens after it change nothing, because attention is causal."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
-
-
-# -----------------------------------------------------------------------------
-# Which words does a vocabulary have?
 
 
 def token_text(tokenizer, i):
@@ -247,8 +218,8 @@ def has_letters(word):
 
 
 def unknown_words(tokenizer, texts):
-    """Return a list of the words in these texts that the vocabulary lacks. They are spelled in
-    bytes. The list is empty for a vocabulary such as CLIP's, which has parts for any word."""
+    """Return a list of the words in these texts that the vocabulary lacks, and spells in bytes. It
+    is empty for a vocabulary such as CLIP's, which has parts for any word."""
     if not tokenizer.has_whole_words:
         return []
     words = dict.fromkeys(WORD.findall(clean("\n".join(texts))))
@@ -256,11 +227,7 @@ def unknown_words(tokenizer, texts):
 
 
 def usable_templates(tokenizer, templates):
-    """Return a list of the templates whose words are all in the vocabulary. If there are none, the
-    only template is "{}", the name alone.
-
-    A word spelled in bytes has so many tokens that it would be most of what the text tower reads of
-    a prompt. A word of the vocabulary is one token, even if no caption in training contained it.
-    """
+    """Return a list of the templates whose words are all in the vocabulary, or the name alone. A
+    word spelled in bytes would be most of what the text tower reads of a prompt."""
     usable = [template for template in templates if not unknown_words(tokenizer, [template])]
     return usable or ["{}"]
