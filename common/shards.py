@@ -26,6 +26,7 @@ def expand_braces(pattern):
         yield pattern
         return
     low, high = match.groups()
+    check(int(low) <= int(high), f"{match[0]} in {pattern} counts down")
     for i in range(int(low), int(high) + 1):
         yield from expand_braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
 
@@ -111,12 +112,15 @@ def read_headers(path):
                 elif column and key and member.isfile():
                     row = rows.setdefault(key, [0, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
-                elif not member.isdir():  # metadata, a link, or a name like a.b.jpg
-                    unused[f"*{extension}"] = f"no part of a sample: {member.name}"
-            # tarfile stops in silence at a header that it cannot read.
+                elif not member.isdir():  # metadata, a link, or an image with a name like a.b.jpg
+                    is_image = COLUMN.get(Path(member.name.lower()).suffix) == IMAGE
+                    name = member.name if is_image else f"*{extension}"
+                    unused[name] = f"no part of a sample: {member.name}"
+            # tarfile stops in silence at a header that it cannot read, and before a second tar in
+            # the same file, which begins after 20 blocks at most.
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(BLOCK).strip(b"\0"):
-                unused[""] = "damaged, and not used beyond the damage"
+            if tar.fileobj.read(21 * BLOCK).strip(b"\0"):
+                unused[""] = "damaged, or two tars in one file, and not used beyond that"
     except tarfile.TarError as error:
         unused[""] = f"damaged, compressed, or no tar: {error}"
     except OSError as error:
@@ -138,7 +142,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Increase this number when read_headers changes, so that old caches are ignored.
-    name = f"index-13-{digest}"
+    name = f"index-14-{digest}"
     try:
         return torch.load(cache_folder() / name, weights_only=True)
     except Exception:  # there is no cache, or it is damaged, for which torch has many kinds

@@ -18,7 +18,6 @@ CONFIG = vars(MODEL.config)
 MISFITS = {  # case -> entries of the file, and what the message must name
     "a tensor is missing": ({"model": {}}, "visual.proj"),
     "plain CLIP with a head": ({"config": {**CONFIG, "cls_weight": 0.0}}, "head."),
-    "heads that do not divide": ({"config": {**CONFIG, "text_heads": 7}}, "text_heads"),
     "an unknown field": ({"config": {**CONFIG, "colour": 3}}, "colour"),
     "no vocabulary": ({"vocab": "none"}, ""),
     "another vocabulary": ({"vocab": words_to_tiktoken(["red"])}, "515"),

@@ -63,7 +63,7 @@ def members_of(key):
 @cases("format", FORMATS)
 def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     """The samples of the second shard follow those of the first. The members of a sample may have
-    any order. Members that belong to no sample are named once for each extension."""
+    any order. Of members that belong to no sample, each image is named, and each extension once."""
     monkeypatch.setattr(tarfile.TarFile, "format", format)  # of new tars
     members = members_of("a") | members_of(LONG) | members_of("größe")
     first = write_tar(tmp_path / "0.tar", members | NO_SAMPLE)
@@ -76,7 +76,9 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
             assert shards.read(i, column).decode() == key + extension
     assert shards.name(3) == f"{second}:z"
     unused = {name for name, _ in shards.unused}
-    assert unused == {f"{first}:{key}" for key in ("*._a.jpg", "*.mask.png", "*", "no image")}
+    assert unused == {
+        f"{first}:{key}" for key in ("__MACOSX/._a.jpg", "a.mask.png", "*", "no image")
+    }
 
 
 def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
@@ -111,6 +113,7 @@ def overwrite(tar, member):
 DAMAGE = {
     "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], "red green ?"),
     "a damaged header": (lambda tar: overwrite(tar, b"0001.png"), "red"),
+    "two tars in one file": (lambda tar: 2 * tar, "red green blue"),
     "a page instead": (lambda tar: b"<html>the page of an error</html>" * 100, ""),
     "compressed": (gzip.compress, ""),
 }

@@ -134,13 +134,15 @@ def test_each_run_gets_a_new_folder_and_resume_finds_the_one_saved_last(
     for _ in range(3):
         train.main(options)
     os.utime("out_2/last.pt", times=(2e9, 2e9))
+    shutil.copytree("out", "out_2_backup")  # of the user's own, although newer
+    os.utime("out_2_backup/last.pt", times=(3e9, 3e9))
 
     train.main([*options, "--resume", "--steps", "2"])
 
     steps = {
         path.parent.name: checkpoint_of(path.parent)["step"] for path in Path().glob("*/last.pt")
     }
-    assert steps == {"out": 1, "out_2": 2, "out_3": 1}
+    assert steps == {"out": 1, "out_2": 2, "out_3": 1, "out_2_backup": 1}
     assert capsys.readouterr().out.count("out_dir: out_2\n") == 2
 
 

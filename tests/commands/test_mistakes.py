@@ -14,6 +14,7 @@ from common.tokenizer import words_to_tiktoken
 # Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
 train --train_data nowhere.tar                            | nowhere.tar
+train --train_data pairs{2..1}.tar                        | {2..1}
 train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
