@@ -507,12 +507,7 @@ def main(argv):
         cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
-        add(
-            "--json",
-            type=cli.output_file(".json"),
-            metavar="FILE",
-            help="write all numbers to FILE",
-        )
+        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
     # fmt: off

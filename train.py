@@ -42,7 +42,7 @@ from common.distributed import RANK, WORLD, joined_processes, one_first, prepare
 from common.machine import can_compile, pick_dtype
 from common.run_folder import RunFolder, header_of, names_of
 from common.scenes import find_or_make_scenes
-from common.shards import by_split, find_shards, shards_of_run
+from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
@@ -59,12 +59,14 @@ def train(args):
     device = prepare_device(args.device)
     on_gpu = device.type == "cuda"
     dtype = args.dtype or pick_dtype(device)
-    autocast, scaler = precision(device, dtype)
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     with one_first():  # the first process draws and indexes, and the others find that done
         if args.train_data == SCENE_OPTIONS["train_data"]:
             find_or_make_scenes("scenes")
-        model, tokenizer, new = build_model(args, device)
-        pairs, val_pairs = open_pairs(args, model, tokenizer)
+        shards, val_shards = shards_of_run(args.train_data, args.val_data)
+        model, tokenizer, new = build_model(args, shards, device)
+        pairs, val_pairs = open_pairs(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     steps, warmup_steps, eval_every = schedule(args, len(pairs))
     header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
@@ -75,9 +77,9 @@ def train(args):
     batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
 
     seen, seconds, waited = 0, 0.0, 0.0  # pairs and times since the last row of the log
-    has_no_bar = True if RANK > 0 else None  # None shows a bar on a terminal only
     todo = range(start, steps + 1)  # the round after the last step only saves and validates
-    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=has_no_bar):
+    no_bar = RANK > 0 or None  # None shows a bar on a terminal only
+    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=no_bar):
         # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
         eval_due = step % eval_every == 0 or step == steps
         run.save_last(step, eval_due)
@@ -95,7 +97,7 @@ def train(args):
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
         with autocast:
             losses = ddp_model(**batch)
-        # Scale the loss, because small gradients would underflow to 0 in float16.
+        # The scaler is for float16 alone, in which small gradients would underflow to 0.
         scaler.scale(losses["loss"]).backward()
 
         # 3. The update
@@ -139,13 +141,6 @@ def train(args):
 
 # -----------------------------------------------------------------------------
 # The parts of a step
-
-
-def precision(device, dtype):
-    """Return the context in which a step computes, and the loss scaler, which float16 needs."""
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    return autocast, scaler
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -192,12 +187,11 @@ def validate(args, model, tokenizer, pairs, step):
 # The parts of the set-up
 
 
-def build_model(args, device):
+def build_model(args, shards, device):
     """Return the model on its device, its tokenizer, and the names of the parameters that keep
     their random weights, because --init_from lacks them."""
+    source = None
     if args.init_from is None:
-        source = None
-        shards, _ = by_split(find_shards(args.train_data))
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
@@ -235,10 +229,9 @@ def build_model(args, device):
     return model.to(device).train(), tokenizer, new
 
 
-def open_pairs(args, model, tokenizer):
+def open_pairs(args, shards, val_shards, model, tokenizer):
     """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
     the latter if there are none."""
-    shards, val_shards = shards_of_run(args.train_data, args.val_data)
     val_pairs = None
     if val_shards:
         val_pairs = data.Shards(val_shards, args.val_captions or args.captions)

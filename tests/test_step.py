@@ -37,9 +37,8 @@ def make_model_without_zeros(**changes):
 
 def model_of(shards, *options, device="cpu"):
     """Return the model with which a run with these options begins."""
-    argv = ["--model=tiny", f"--train_data={shards}", *options]
-    args = train.make_parser().parse_args(argv)
-    model, _, _ = train.build_model(args, torch.device(device))
+    args = train.make_parser().parse_args(["--model=tiny", *options])
+    model, _, _ = train.build_model(args, [shards / "train-0.tar"], torch.device(device))
     return model
 
 
@@ -118,7 +117,9 @@ def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     B = N // processes
     keep = KEEP if way == "some patches" else None
     batch = make_batch(slice(rank * B, (rank + 1) * B), keep)
-    autocast, _ = train.precision(torch.device(device), way if way in TOLERANCES else "float32")
+    autocast = FLOAT32
+    if way in TOLERANCES:
+        autocast = torch.autocast(device, getattr(torch, way))
     scaler = torch.amp.GradScaler(device, 1024, enabled=way == "float16")
     losses, gradients = losses_and_gradients(model, batch, autocast, scaler)
     gradients = {name: x / scaler.get_scale() for name, x in gradients.items()}
