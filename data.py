@@ -22,6 +22,7 @@ import sys
 import tarfile
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -35,6 +36,7 @@ from common.cli import InputError
 from common.images import FORMATS, upright_rgb
 from common.machine import make_loader
 from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
+from common.tokenizer import Tokenizer
 
 # Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
 warnings.filterwarnings("ignore", module="PIL|data$")
@@ -207,6 +209,7 @@ def load_image(source, size, rng=None, crop_area=1.0):
 # Pairs and their order
 
 
+@dataclass(eq=False)
 class Pairs(Shards, Dataset):
     """Draw image-caption pairs from tar shards, ready to train on. The index of a pair is (visit,
     sample). Visits count the pairs that a run draws: in batches of 32 the first batch has visits 0
@@ -217,26 +220,19 @@ class Pairs(Shards, Dataset):
     A source that is named twice is drawn twice as often.
     """
 
-    def __init__(
-        self,
-        paths,
-        tokenizer,
-        image_size,
-        sources=("txt",),
-        label_sources=None,
-        seed=0,
-        crop_area=0.9,
-        patches=None,
-        patch_dropout=0.0,
-    ):
-        super().__init__(paths, sources)
-        self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.label_sources = label_sources or sources
-        self.seed = seed
-        self.crop_area = crop_area
-        self.patches = patches
-        self.patch_dropout = patch_dropout
+    paths: list
+    tokenizer: Tokenizer
+    image_size: int
+    sources: tuple = ("txt",)
+    label_sources: tuple | None = None
+    seed: int = 0
+    crop_area: float = 0.9
+    patches: int | None = None
+    patch_dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__init__(self.paths, self.sources)
+        self.label_sources = self.label_sources or self.sources
         self.named = set()  # the bad samples that were printed
         for source in self.label_sources:
             self.check_source(source)

@@ -17,6 +17,7 @@ E embedding.
 
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -95,12 +96,12 @@ class ClassFolders(Dataset):
         return read_image(file, self.size), c
 
 
+@dataclass
 class ShardImages(Dataset):
     """Read the images of data.Shards in order. An item is (image, list of all its captions)."""
 
-    def __init__(self, shards, size):
-        self.shards = shards
-        self.size = size
+    shards: data.Shards
+    size: int
 
     def __len__(self):
         return len(self.shards)

@@ -296,9 +296,8 @@ def make_parser():
     """Return the parser of all options. Where a default is None, the help states the rule."""
     parser = cli.make_parser(__doc__, "captions", "device")
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
-    parser.epilog = """With the built-in scenes, the defaults of data, captions, crop, model, batch
-        size, loading processes, compilation and length are different. So is the default learning
-        rate with --init_from. A run prints its options when it starts."""
+    parser.epilog = """The built-in scenes have other defaults (SCENE_OPTIONS). A run prints its
+        options when it starts."""
     add = parser.add_argument
     count = number(int, 1)
     not_negative = number(float, 0)

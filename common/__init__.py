@@ -1,4 +1,1 @@
-"""What train.py, data.py and eval.py need beside the method, and share with the other folders.
-
-No file here imports one of the three. superclip.py is the only file of the root that is used here.
-"""
+"""What the files of the root need beside the method, which is all that is used of them here."""

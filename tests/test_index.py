@@ -131,7 +131,8 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     for i in range(len(shards)):
         try:
             captions += shards.captions(i)
-        except data.BadSample:  # its caption lies behind the end of the file
+        except data.BadSample as error:  # its caption lies behind the end of the file
+            assert "ends too early" in str(error)
             captions.append("?")
     assert captions == [*left.split(), "grey"]
     assert [name for name, _ in shards.unused] == [str(damaged)]
