@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 PAD = 0  # the token id that fills up short captions; CLIP's vocabulary uses it for "!", too
@@ -245,8 +244,9 @@ class SuperCLIP(nn.Module):
         # The pairs of all processes: each image must pick its caption, and each caption its image
         all_images, all_texts, local = image_features, text_features, slice(None)
         if self.training and dist.is_initialized():  # process 0 evaluates alone
-            all_images, all_texts = gather(image_features), gather(text_features)
-            local = slice(dist.get_rank() * len(images), (dist.get_rank() + 1) * len(images))
+            all_images, all_texts = Gather.apply(image_features), Gather.apply(text_features)
+            first = dist.get_rank() * len(images)
+            local = slice(first, first + len(images))
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             contrastive = contrastive_loss(all_images, all_texts, scale, local)
@@ -485,17 +485,29 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(N
 # Batches that need several processes, or several passes through the towers
 
 
-def gather(features):
-    """Return the features (N, E) of all processes, in the order of their ranks. features (B, E):
-    those of this process.
+class Gather(torch.autograd.Function):
+    """Collect the features (B, E) of each process into those of all processes (N, E), in the order
+    of the ranks.
 
     Each process computes its own loss, and each loss depends on all features. So the backward pass
-    of torch's all_gather sums the gradient of each feature over all processes. The weights then get
-    the gradient of the *sum* of the losses. DistributedDataParallel divides it by the number of
-    processes, which gives the gradient of the mean. The mean of the losses is the loss of the
-    global batch.
+    sums the gradient of each feature over all processes, and a process keeps the rows that belong
+    to its features. The weights then get the gradient of the *sum* of the losses.
+    DistributedDataParallel divides it by the number of processes, which gives the gradient of the
+    mean. The mean of the losses is the loss of the global batch.
     """
-    return torch.cat(all_gather(features))
+
+    @staticmethod
+    def forward(ctx, features):
+        world = dist.get_world_size()
+        gathered = features.new_empty(world * len(features), features.shape[1])
+        dist.all_gather(list(gathered.chunk(world)), features.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def in_micro_batches(encode_pairs, size, *batch):
