@@ -199,11 +199,10 @@ class RunFolder:
 
     def print_commands(self, has_val_pairs):
         """Print the commands that show what the model has learned."""
-        path = self.best
-        if not path.exists():
+        path = self.best if self.best.exists() else self.last
+        if path == self.last:
             print("best.pt was not written, because no validation was as good as the one before")
             print("training. Try a lower --learning_rate.")
-            path = self.last
         print("\nWhat the model has learned:")
         pictures = "" if has_val_pairs else " --images PICTURES"
         checkpoint = f"--checkpoint {path.as_posix()}"

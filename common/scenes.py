@@ -68,10 +68,6 @@ HELD_OUT = [(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS
 SEEN = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
 
 
-# -----------------------------------------------------------------------------
-# Scenes
-
-
 def make_scene(rng, combinations, count=None):
     """Return a random scene as a plain dict, ready for JSON. combinations: list of the (colour,
     shape) that its objects may have; count: the number of objects, by default two in a quarter of
@@ -95,10 +91,6 @@ def make_scene(rng, combinations, count=None):
         objects.append({"colour": colour, "shape": shape, "box": box})
     cloth, pattern, border = rng.choice(SETTINGS)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
-
-
-# -----------------------------------------------------------------------------
-# Captions
 
 
 def with_article(name):
@@ -210,11 +202,10 @@ def draw_object(thing, width, height, line):
     if thing["shape"] == "ring":
         scales = [1, HOLE]  # the circle, and then the hole in it
     for scale in scales:
-        points = []
-        for x, y in OUTLINES[thing["shape"]]:
-            across = (1 + scale * x) / 2
-            down = (1 + scale * y) / 2
-            points.append((across * width, down * height))
+        points = [
+            ((1 + scale * x) / 2 * width, (1 + scale * y) / 2 * height)
+            for x, y in OUTLINES[thing["shape"]]
+        ]
         cut.polygon(points, fill=int(scale == 1))
         # Half of the line lies outside the mask, so about one pixel is left after the averaging.
         pen.line(points + points[:2], fill="white", width=line, joint="curve")

@@ -78,9 +78,6 @@ def shards_of_run(train_data, val_data):
     return shards, val_shards
 
 
-# -----------------------------------------------------------------------------
-# Index: where every sample lies in the shards
-
 # An index row has seven columns: the number of the shard, and then for each of image, text and json
 # its first block, and in the next column its size in bytes. IMAGE, TEXT and JSON are the blocks.
 IMAGE, TEXT, JSON = 1, 3, 5

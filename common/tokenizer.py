@@ -46,18 +46,6 @@ def words_to_tiktoken(words):
     return tiktoken_text(dict.fromkeys(BYTE_TOKENS + words))
 
 
-def merges_to_tiktoken(text):
-    """Return CLIP's own file, which lists merges of byte pairs, as the text of a .tiktoken file."""
-    # CLIP's file writes a printable byte as itself, and the end of a word as </w>. For the other
-    # bytes it uses the characters from number 256 on.
-    others = range(256, 256 + len(BYTES) - len(PRINTABLE))
-    characters = map(chr, [*PRINTABLE, *others])
-    byte_of = dict(zip(characters, BYTES)) | {" ": 32}
-    lines = text.replace(" ", "").replace("</w>", " ").split("\n")
-    merges = lines[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
-    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
-
-
 def clip_vocabulary():
     """Return CLIP's vocabulary as the text of a .tiktoken file. It is read from an installed
     open_clip_torch or from tiktoken's cache, or downloaded."""
@@ -67,11 +55,18 @@ def clip_vocabulary():
             content = Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
         else:
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
-        return merges_to_tiktoken(gzip.decompress(content).decode())
     except Exception as error:  # the disk and the network raise many kinds
         reason = "CLIP's vocabulary can neither be read nor downloaded."
         advice = "Install open_clip_torch, or make a vocabulary with scripts.vocab."
         raise InputError(f"{reason} {advice}") from error
+    # CLIP's file lists merges of byte pairs. It writes a printable byte as itself, and the end of a
+    # word as </w>. For the other bytes it uses the characters from number 256 on.
+    others = range(256, 256 + len(BYTES) - len(PRINTABLE))
+    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES)) | {" ": 32}
+    text = gzip.decompress(content).decode()
+    merges = text.replace(" ", "").replace("</w>", " ").split("\n")
+    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
+    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
 
 
 # -----------------------------------------------------------------------------
@@ -137,20 +132,13 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """Return the tokenizer of a vocabulary file. path: a .tiktoken file, CLIP's
-        bpe_simple_vocab_16e6.txt.gz, or "clip", for which clip_vocabulary finds CLIP's file."""
+        """Return the tokenizer of a .tiktoken file, or for "clip" that of CLIP's vocabulary."""
         if path == "clip":
             return cls(clip_vocabulary(), context_length)
-        content = Path(path).read_bytes()
         try:
-            if content.startswith(b"\x1f\x8b"):
-                content = gzip.decompress(content)
-            text = content.decode()
-            if text.startswith('"bpe_simple_vocab'):
-                text = merges_to_tiktoken(text)
-            return cls(text, context_length)
-        except Exception as error:  # gzip, zlib, UTF-8, merges and base64 raise many kinds
-            raise InputError(f"{path} is neither a .tiktoken file nor CLIP's: {error}") from error
+            return cls(Path(path).read_text("utf-8"), context_length)
+        except ValueError as error:  # UnicodeDecodeError and base64's errors are among them
+            raise InputError(f"{path} is no .tiktoken file: {error}") from error
 
     def encode(self, text):
         """Return the ids of a text as a list of any length, without start and end."""

@@ -131,8 +131,7 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     for i in range(len(shards)):
         try:
             captions += shards.captions(i)
-        except data.BadSample as error:  # its caption lies behind the end of the file
-            assert "ends too early" in str(error)
+        except data.BadSample:  # its caption lies behind the end of the file
             captions.append("?")
     assert captions == [*left.split(), "grey"]
     assert [name for name, _ in shards.unused] == [str(damaged)]

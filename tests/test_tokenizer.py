@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer, default_bpe
+from open_clip.tokenizer import SimpleTokenizer
 
 from common import scenes
 from common.tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
 from eval import TEMPLATES
 
-CLIP = Tokenizer.from_file(default_bpe())
+CLIP = Tokenizer.from_file("clip")
 ORACLE = SimpleTokenizer()
 ORACLE.clean_fn = functools.cache(ORACLE.clean_fn)  # it is slow, and most texts are cleaned twice
 
