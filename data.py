@@ -162,8 +162,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     """
     w = h = min(width, height)
     if crop_area < 1:
-        # Draw as torchvision's RandomResizedCrop does, but from `rng`, so that a crop does not
-        # depend on which process makes it.
+        # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
         for _ in range(10):
             area = width * height * rng.uniform(crop_area, 1.0)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

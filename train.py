@@ -305,8 +305,7 @@ def make_parser():
     add("--train_data", nargs="+", metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those of --train_data that are named val or "
-        "test, which are not trained on)")
+        help="shards to validate on, or none (default: those of --train_data named val or test)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders to classify at each validation; each holds a folder of images per class")
     add("--label_captions", nargs="+", metavar="SOURCE",
@@ -314,11 +313,9 @@ def make_parser():
     add("--val_captions", nargs="+", metavar="SOURCE",
         help="where the captions of the validation pairs are (default: --captions)")
     add("--vocab", metavar="FILE",
-        help="vocabulary file, or clip for CLIP's vocabulary (default: vocab.tiktoken beside the "
-        "first training shard if it is there, else clip)")
+        help="file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture that a random crop shows; 1 always shows the largest "
-        "square in the middle (default 0.9)")
+        help="smallest share of a picture in a crop; 1: the square in the middle (default 0.9)")
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
         help="share of the patches that is left out in each step, at random (default 0)")
     add("--workers", type=number(int, 0, 999),
@@ -343,26 +340,23 @@ def make_parser():
     add("--batch_size", type=count, default=256,
         help="pairs in each step, counted over all processes (default 256)")
     add("--micro_batch_size", type=count,
-        help="pairs that go through the towers at once; fewer need less memory and a third more "
-        "time, and give the same gradients (default: all pairs of a process)")
+        help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
     add("--learning_rate", type=not_negative, default=5e-4,
-        help="peak learning rate, reached after half of the steps, at step 3000 at the latest "
-        "(default 5e-4, or 5e-5 with --init_from; at batch 8 take 2.5e-4, or 1.25e-4 with "
-        "--cls_weight 0)")
+        help="peak learning rate (default 5e-4, or 5e-5 with --init_from; at batch 8 take 2.5e-4, "
+        "or 1.25e-4 with --cls_weight 0)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, which only matrices have (default 0.2)")
     add("--seed", type=number(int, 0, 2**31), default=0,
         help="seed for weights, order, captions, crops and patch dropout (default 0)")
     # the machine
     add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype in which steps are computed (default: bfloat16 if the GPU or CPU has units for "
-        "it, float16 on older GPUs, else float32)")
+        help="dtype of the steps (default: bfloat16 where there are units for it, else float16 on "
+        "a GPU and float32 on a CPU)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile towers and word head (default: on CUDA under Linux, if torch can)")
     # the run
     add("--out_dir", metavar="DIR",
-        help="folder for checkpoints and log.jsonl (default: a new one, out, out_2, out_3 ...; "
-        "with --resume the one of these that was saved last)")
+        help="folder of the run (default: a new one, or with --resume the one that was saved last)")
     add("--resume", action="store_true",
         help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
     add("--log_every", type=count, default=20, help="steps between log rows (default 20)")

@@ -230,6 +230,15 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
     assert events == [2] * 4 + [2, "gradient"] * 4
 
 
+def test_micro_batches_must_divide_the_batch():
+    """Otherwise the mean over their terms would weigh the pairs of the last one more."""
+    model = make_model_without_zeros()
+    model.micro_batch_size = 3
+
+    with pytest.raises(ValueError, match="micro-batches of 3"):
+        model(**make_batch())
+
+
 # ---- the same gradients by other ways to compute them
 
 
@@ -282,6 +291,15 @@ def test_an_update_clips_the_gradient_to_length_1(shards, tmp_path, monkeypatch,
     moments = [state["exp_avg"] for state in checkpoint_of(tmp_path)["optimizer"]["state"].values()]
     assert 1 < rows_of(tmp_path, "loss")[-1]["grad_norm"] < 100
     assert get_total_norm(moments).item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_gradient_that_has_overflowed_is_logged_as_null(shards, tmp_path, monkeypatch):
+    large_scale = partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", large_scale)
+
+    train.main(short_run(shards, tmp_path, "--steps", 1, "--dtype", "float16"))
+
+    assert rows_of(tmp_path, "loss")[-1]["grad_norm"] is None
 
 
 def test_each_parameter_has_the_learning_rate_of_the_step(whole_run):
