@@ -44,7 +44,7 @@ class SuperCLIPConfig:
     """Hold everything that defines the model and its loss. Every checkpoint carries it."""
 
     image_size: int = 224  # S, in pixels; images are square
-    patch_size: int = 16  # in pixels; P = (image_size / patch_size) ** 2
+    patch_size: int = 16  # in pixels, a divisor of S; P = (image_size / patch_size) ** 2
     vision_width: int = 768
     vision_layers: int = 12
     vision_heads: int = 0  # 0 means width / 64, as in most published models
@@ -66,8 +66,6 @@ class SuperCLIPConfig:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
-        if self.image_size % self.patch_size != 0:
-            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}")
 
 
 # -----------------------------------------------------------------------------

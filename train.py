@@ -37,7 +37,7 @@ import data
 import eval as evaluation
 from common import cli
 from common.checkpoint import DIVERGED, read_model
-from common.cli import InputError, check, number, run_command
+from common.cli import check, number, run_command
 from common.distributed import RANK, WORLD, joined_processes, one_first, prepare_device
 from common.machine import can_compile, pick_dtype
 from common.run_folder import RunFolder, header_of, names_of
@@ -205,11 +205,11 @@ def build_model(args, shards, device):
         value = getattr(args, field.name, None)
         if value is not None:
             config[field.name] = value
+    config = SuperCLIPConfig(**config)
+    is_whole = config.image_size % config.patch_size == 0
+    check(is_whole, f"--image_size must be a multiple of the patch_size, {config.patch_size}")
     torch.manual_seed(args.seed)  # each process begins with the same weights
-    try:
-        model = SuperCLIP(SuperCLIPConfig(**config))
-    except ValueError as error:
-        raise InputError(f"these options fit no model: {error}") from error
+    model = SuperCLIP(config)
     new = []
     if source is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
@@ -284,7 +284,7 @@ def schedule(args, n):
 
 def distribute(model):
     """Return the model in torch's wrapper that averages gradients over the processes."""
-    # A view avoids a copy of the gradients. All processes count the same tokens, so send no buffer.
+    # The view avoids a copy of all gradients. Buffers are equal, because all count the same tokens.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
