@@ -1,1 +1,1 @@
-"""What the files of the root need beside the method, which is all that is used of them here."""
+"""What train.py, data.py and eval.py need beside the method, and share with the other folders."""

@@ -11,7 +11,9 @@ names everything.
 This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting.
 So CLIP can find most captions that name the setting without looking at the objects. The word head
 asks for the objects in every picture. Captions from the web may be similar: among 32 of them
-the word "kitchen" may find the picture of a kitchen, whatever stands on its table.
+the word "kitchen" may find the picture of a kitchen, whatever stands on its table. This world has
+no photographs, no vocabulary of thousands of words, no wrong captions, and no objects that hide
+each other.
 
 Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
 them has learned "red" and "star" as two words.

@@ -28,13 +28,6 @@ def test_the_defaults_suit_the_data_and_what_is_there(argv, expected):
     assert args.learning_rate == pytest.approx(expected[4])
 
 
-def test_a_run_of_so_many_steps_prints_no_epochs(capsys):
-    train.parse(["--steps=5", "--train_data=a.tar"])
-
-    printed = capsys.readouterr().out
-    assert "'steps': 5" in printed and "epochs" not in printed
-
-
 def test_the_learning_rate_rises_and_falls():
     """The warm-up has four steps. Then the rate falls along half a cosine until step 12."""
     rate = [8 * train.learning_rate_factor(step, 4, 12) for step in range(13)]

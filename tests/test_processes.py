@@ -97,14 +97,3 @@ def test_processes_that_a_scheduler_starts_without_torchrun_are_warned(name, mon
 
     with joined_processes():
         assert "8 processes" in capsys.readouterr().out
-
-
-def test_a_mistake_that_one_of_them_meets_ends_both(children, shards, tmp_path):
-    """The first process looks for the shards, and the other one waits for the first."""
-    options = short_run(shards, tmp_path / "out", "--train_data", "nowhere.tar")
-
-    first, second = children.train_two([options], [options])
-
-    code, printed = finish(first)
-    assert code == 2 and "nowhere.tar" in printed
-    assert finish(second)[0] != 0
