@@ -286,13 +286,9 @@ def score_pairs(model, tokenizer, shards, group, workers=0):
     group = min(group, len(images))
     loss = loss_in_groups(model, images, texts, owner, group)
     tqdm.write(f"contrastive loss {loss:.3f} in groups of {group} (a guess: {math.log(group):.3f})")
-    ways = [scores["R@1"]["value"] for scores in result.values()]
-    return {
-        "validation": result,
-        "mean_r1": sum(ways) / 2,
-        "val_group": group,
-        "val_contrastive_loss": loss,
-    }
+    mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
+    losses = {"val_group": group, "val_contrastive_loss": loss}
+    return {"validation": result, "mean_r1": mean_r1, **losses}
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -329,11 +325,9 @@ def zeroshot(model, tokenizer, folder, names=None, templates=None, workers=0):
     if C > 5:
         result["top5"] = score(recall(found, 5), 5 / C)
     # per_class is a list and not a dict, because two names of ImageNet's classes occur twice.
-    result["per_class"] = []
-    for c in labels.unique().tolist():
-        part = score(hits[labels == c], 1 / C)
-        result["per_class"].append({"name": names[c], **part})
-    return result
+    present = labels.unique().tolist()
+    per_class = [{"name": names[c], **score(hits[labels == c], 1 / C)} for c in present]
+    return {**result, "per_class": per_class}
 
 
 def frozen_features(model, dataset, workers):
@@ -380,16 +374,14 @@ def probe(train, test, classes):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
-    def hits(penalty, x_fit, y_fit, x_new, y_new):
-        guesses = fit_linear(x_fit, y_fit, classes, penalty)(x_new).argmax(dim=1)
-        return (guesses == y_new).double()
-
     def accuracy(penalty):
-        return hits(penalty, x[rest], y[rest], x[val], y[val]).mean()
+        layer = fit_linear(x[rest], y[rest], classes, penalty)
+        return (layer(x[val]).argmax(dim=1) == y[val]).double().mean()
 
     penalties = [10.0**exponent for exponent in range(-6, 1)]
     penalty = max(progress(penalties, "choosing the penalty"), key=accuracy)
-    return score(hits(penalty, x, y, x_test, y_test), 1 / classes)
+    layer = fit_linear(x, y, classes, penalty)
+    return score(layer(x_test).argmax(dim=1) == y_test, 1 / classes)
 
 
 # -----------------------------------------------------------------------------
