@@ -76,10 +76,11 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.fingerprint
-    val_data = ["none"]
+    # What the options leave to --init_from and to the names of shards. scripts.search reads it.
+    found = {"cls_weight": model.config.cls_weight, "val_data": ["none"]}
     if val_pairs is not None:
         fingerprint += f"-{val_pairs.fingerprint}"
-        val_data = val_pairs.paths
+        found["val_data"] = val_pairs.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -93,7 +94,7 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": fingerprint,
         "command": sys.argv,
-        "arguments": {**vars(args), "val_data": val_data},  # scripts.search reads val_data
+        "arguments": {**vars(args), **found},
         "config": vars(model.config),
     }
 

@@ -56,7 +56,7 @@ WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0
 
 @pytest.mark.parametrize("typed, of_file", WEIGHTS)
 def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path, typed, of_file):
-    """A model without a head gets one with weight 1."""
+    """A model without a head gets one with weight 1. The log says which weight was used."""
     write_checkpoint(tmp_path / "start.pt", small_model(cls_weight=of_file))
     options = [] if typed is None else ["--cls_weight", typed]
 
@@ -65,6 +65,7 @@ def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path
     expected = WEIGHTS[typed, of_file]
     has_head = any("head" in name for name in after["model"])
     assert after["config"]["cls_weight"] == expected
+    assert after["header"]["arguments"]["cls_weight"] == expected
     assert has_head == (expected > 0)
 
 
