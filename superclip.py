@@ -228,7 +228,7 @@ class SuperCLIP(nn.Module):
         """
         if label_tokens is None:
             label_tokens = tokens
-        if self.training:
+        if self.training and self.head is not None:  # plain CLIP has no counts
             self.count_tokens(label_tokens)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
@@ -263,8 +263,6 @@ class SuperCLIP(nn.Module):
 
     def count_tokens(self, label_tokens):
         """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
-        if self.head is None:  # plain CLIP has no counts
-            return
         # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
         V = len(self.token_counts)
         counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
