@@ -24,8 +24,6 @@ from torchvision.io import encode_jpeg
 from common.cli import InputError, check
 
 PAGE = Path(__file__).with_suffix(".html")
-SIDE = 224  # pixels: side of a picture
-FIRST = 24  # pictures that the page opens with
 
 
 def make_server(port):
@@ -37,11 +35,11 @@ def make_server(port):
         raise InputError(reason) from None
 
 
-def run(server, search, k):
-    """Answer requests until Ctrl-C. server: from make_server; search: a Search of scripts.search;
-    k: number of pictures to find."""
+def run(server, search, images):
+    """Answer requests until Ctrl-C. server: from make_server; search: a function that returns what
+    scripts.search finds for a text; images: the Images of scripts.search."""
     server.search = search
-    server.k = k
+    server.images = images
     server.token = secrets.token_urlsafe(16)
     # Each connection has a thread, because a browser opens connections that it may never use. The
     # lock lets one thread search at a time, because not every device lets two use a model.
@@ -75,20 +73,15 @@ class Handler(BaseHTTPRequestHandler):
         """Return the content of an address: its type, and its bytes. name: the last part of the
         path; options: the query, a dict. Raise InputError, LookupError or ValueError if the
         address has no content."""
-        search = self.server.search
         if name == "":
             return "text/html", PAGE.read_bytes()
         if name == "picture":
             number = int(options["number"])
-            check(number >= 0, "there is no such picture")  # Python reads -1 as the last one.
-            image = search.image(number, SIDE)
+            check(number >= 0, "there is no such picture")  # Python reads -1 as the last one
+            image, _ = self.server.images[number]
             check(image is not None, "it cannot be read any more")
             return "image/jpeg", encode_jpeg(image).numpy().tobytes()
-        if "text" in options:
-            result = search.by_text(options["text"], self.server.k)
-        else:
-            result = search.first(FIRST)
-        return "application/json", json.dumps(result).encode()
+        return "application/json", json.dumps(self.server.search(options["text"])).encode()
 
     def handle(self):
         with suppress(ConnectionError):  # A browser that leaves the page does not wait for answers.

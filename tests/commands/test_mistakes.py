@@ -28,7 +28,6 @@ eval retrieval MODEL --data sides                         | validation
 scripts.words --checkpoint clip.pt --images photo.png     | clip.pt
 scripts.words MODEL                                       | --images
 scripts.search MODEL "a text"                             | --images
-scripts.search MODEL red --images photo.png --features other.npz | other.npz
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
@@ -60,7 +59,6 @@ def world(tmp_path_factory):
         write_shard(world / name, [pair, pair])
     write_shard(world / "mixed.tar", [pair, {"png": picture, "json": b'{"long": "red"}'}])
     (world / "photo.png").write_bytes(picture)
-    (world / "other.npz").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
