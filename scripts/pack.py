@@ -1,26 +1,26 @@
-"""Make shards from a list of images and captions:
+"""Make shards from a table of images and captions:
 
     python -m scripts.pack --csv pairs.csv --images photos/ --out shards/
 
-The list is a CSV, TSV or JSONL file in UTF-8. Its columns are called image and caption, or
---image_column and --caption_column name them. The command makes large images smaller, unless you
-give --size 0. It writes the rows that cannot be used to bad_rows.csv, with the reason.
+The table is a CSV or TSV file in UTF-8. Its columns are called image and caption, or --image_column
+and --caption_column name them. The command makes large images smaller, unless you give --size 0. It
+writes the rows that cannot be used to bad_rows.csv, with the reason.
 
 All rows of one image become one sample. The .txt of a sample holds the first caption. The .json
-holds all captions in the field `captions`. It also holds the name and hash of the image, and the
-other columns of the list. For example, train.py finds a column `long` by --label_captions
-json.long. If the rows of an image differ in a column, the field is a list.
+holds all captions in the field `captions`, the name of the file in `image`, and the other columns
+of the table. For example, train.py finds a column `long` by --label_captions json.long. If the rows
+of an image differ in a column, the field is a list.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
-are never on both sides. An image keeps its side when the list grows, or is packed in parts.
+are never on both sides. An image keeps its side when the table grows, or is packed in parts.
 """
 
 import csv
 import hashlib
 import io
-import json
 import os
 import tarfile
+from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
@@ -37,55 +37,50 @@ KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 SHARD_SIZE = 1000  # samples
 
 # -----------------------------------------------------------------------------
-# The list
+# The table
 
 
-def read_rows(path):
-    """Yield the rows of a list, each as (line number, dict of columns). Raise InputError if a line
-    cannot be read. Leaving that line out would not do, because a quotation mark that is not closed
-    may swallow all rows that follow."""
+def read_rows(path, chosen):
+    """Yield the rows of a table, each as (line number, dict of columns). chosen: the names of the
+    columns of images and captions. Raise InputError if a line cannot be read. Leaving that line out
+    would not do, because a quotation mark that is not closed may swallow all rows that follow."""
     line = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if "json" in path.suffix.lower():
-                for line, text in enumerate(file, start=1):
-                    if text.strip():
-                        row = json.loads(text)
-                        if not isinstance(row, dict):
-                            raise ValueError("this is no object")
-                        yield line, row
-                return
             header = file.readline()
             file.seek(0)
             delimiter = max(",;\t", key=header.count)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            names = reader.fieldnames or []
+            ours = {"image", "captions"} - {*chosen}  # fields that the .json has anyway
+            wrong = [name for name in names if name in ours or names.count(name) > 1]
+            reason = "is there twice, or is the name of a field that this command writes"
+            check(not wrong, f"{path}: rename a column, because {', '.join(wrong)} {reason}")
             for row in reader:
                 line = reader.line_num
                 yield line, row
-    except (ValueError, csv.Error) as error:  # Wrong UTF-8 and wrong JSON raise a ValueError.
-        advice = "Is it UTF-8? Is a quotation mark open? JSON needs a line for each image (JSONL)."
+    except (UnicodeError, csv.Error) as error:
+        advice = "Is it UTF-8? Is a quotation mark open?"
         raise InputError(f"{path}, near line {line}: {error}. {advice}") from None
 
 
-def read_list(args):
-    """Read the list. Return two values. The first is a dict of image -> list of its rows, each
-    (line number, captions, dict of the other columns). The second is a list of rows that cannot be
+def read_table(args):
+    """Read the table. Return two values. The first is a dict of image -> list of its rows, each
+    (line number, caption, dict of the other columns). The second is a list of rows that cannot be
     used, each (line number, image, reason)."""
     samples = {}
     bad = []
-    for line, row in read_rows(args.csv):
-        image = str(row.pop(args.image_column, None) or "").strip()
-        texts = row.pop(args.caption_column, None)  # one text, or in JSON a list of texts
-        texts = texts if isinstance(texts, list) else [texts]
-        captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    for line, row in read_rows(args.csv, (args.image_column, args.caption_column)):
+        image = (row.pop(args.image_column, None) or "").strip()
+        caption = (row.pop(args.caption_column, None) or "").strip()
         if None in row:
             bad.append((line, image, "more fields than columns: put the caption into quotes"))
-        elif not image or not captions:
+        elif not image or not caption:
             reason = "no image or no caption: see --image_column and --caption_column"
             bad.append((line, image, reason))
         else:
-            name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image.
-            samples.setdefault(name, []).append((line, captions, row))
+            name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image
+            samples.setdefault(name, []).append((line, caption, row))
     return samples, bad
 
 
@@ -93,19 +88,14 @@ def read_list(args):
 # Samples
 
 
-def merge(rows):
-    """Return the fields of a sample's .json, which are the captions and the other columns. rows:
-    all rows of one image. If they differ in a column, the field is a list."""
-    captions = {}
-    columns = {}  # name -> list of the different values
-    for _, texts, row in rows:
-        captions |= dict.fromkeys(texts)
-        for name, value in row.items():
-            values = columns.setdefault(name, [])
-            if value not in (None, "", *values):
-                values.append(value)
-    fields = {name: x if len(x) > 1 else (x or [None])[0] for name, x in columns.items()}
-    return {**fields, "captions": list(captions)}
+def fields_of(name, rows):
+    """Return the fields of a sample's .json. name: of its image; rows: all rows of the image."""
+    lines, captions, others = zip(*rows)
+    fields = {"image": name, "captions": [*dict.fromkeys(captions)]}
+    for column in others[0]:
+        values = [*dict.fromkeys(row[column] for row in others if row[column])]
+        fields[column] = values if len(values) > 1 else "".join(values)
+    return fields
 
 
 def smaller(image, size):
@@ -136,47 +126,21 @@ def encode(item, args):
         else:
             suffix = ".jpg"
             content = smaller(image, size)
-    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory.
+    except Exception as error:  # Pillow raises a dozen kinds, some with an address in memory
         return f"the image cannot be read: {str(error).partition(' <')[0]}"
     split = "val" if int(sha256[:8], 16) < args.val * 2**32 else "train"
-    return split, suffix, content, {**merge(rows), "image": name, "sha256": sha256}
+    return split, suffix, content, fields_of(name, rows)
 
 
 # -----------------------------------------------------------------------------
 # Shards
 
 
-class ShardWriter:
-    """Write the samples of a split into shards of SHARD_SIZE samples."""
-
-    def __init__(self, folder, split):
-        self.folder = folder
-        self.split = split
-        self.n = 0  # samples so far
-        self.tar = None
-
-    def add(self, suffix, content, fields):
-        """Write one sample. suffix, content: the name ending and the bytes of the image file;
-        fields: the dict for .json."""
-        shard, place = divmod(self.n, SHARD_SIZE)
-        if place == 0:
-            self.close()
-            self.tar = tarfile.open(self.folder / f"{self.split}-{shard:05d}.tar", "w")
-        key = f"{shard:05d}{place:05d}"
-        add_sample(self.tar, key, suffix, content, fields["captions"][0], fields)
-        self.n += 1
-
-    def close(self):
-        if self.tar is not None:
-            self.tar.close()
-
-
-def make_shards(args, samples, bad, folder):
-    """Write the samples into shards in the folder, and add the rows of images that cannot be used
-    to the list `bad`. Return the number of training pairs and the number of validation pairs."""
-    writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
+def encode_all(args, samples, bad):
+    """Yield what `encode` returns for each of the samples that can be used, and add the rows of the
+    others to the list `bad`."""
     items = list(samples.items())
-    n = 256  # Encode so many images at a time, so that no more are in memory.
+    n = 256  # encode so many images at a time, so that no more are in memory
     with ThreadPool(cores()) as pool:
         for i in progress(range(0, len(items), n), "packing", unit="image", unit_scale=n):
             part = items[i : i + n]
@@ -184,20 +148,35 @@ def make_shards(args, samples, bad, folder):
                 if isinstance(result, str):
                     bad += [(line, image, result) for line, _, _ in rows]
                 else:
-                    split, *sample = result
-                    writers[split].add(*sample)
-    for writer in writers.values():
-        writer.close()
-    return writers["train"].n, writers["val"].n
+                    yield result
+
+
+def write_shards(folder, samples):
+    """Write samples into shards of SHARD_SIZE samples each. Return how many each split has, as a
+    Counter. samples: (split, suffix, bytes of the image, fields of .json) for each one."""
+    counts = Counter()
+    tars = {}  # split -> its last shard
+    for split, suffix, content, fields in samples:
+        shard, place = divmod(counts[split], SHARD_SIZE)
+        if place == 0:
+            if split in tars:
+                tars[split].close()
+            tars[split] = tarfile.open(folder / f"{split}-{shard:05d}.tar", "w")
+        key = f"{shard:05d}{place:05d}"
+        add_sample(tars[split], key, suffix, content, fields["captions"][0], fields)
+        counts[split] += 1
+    for tar in tars.values():
+        tar.close()
+    return counts
 
 
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--csv", type=Path, required=True, help="the list: .csv, .tsv or .jsonl")
+    add("--csv", type=Path, required=True, help="the table: .csv or .tsv")
     add("--out", type=Path, required=True, help="new folder for the shards")
-    add("--images", type=Path, help="folder with the images (default: the folder of the list)")
+    add("--images", type=Path, help="folder with the images (default: the folder of the table)")
     add("--image_column", default="image", metavar="COLUMN",
         help="column with file names (default image)")
     add("--caption_column", default="caption", metavar="COLUMN",
@@ -209,17 +188,17 @@ def main(argv):
     # fmt: on
     args = parser.parse_args(argv)
     args.images = args.images or args.csv.parent
-    samples, bad = read_list(args)
+    samples, bad = read_table(args)
     with new_folder(args.out) as folder:
-        n, n_val = make_shards(args, samples, bad, folder)
+        counts = write_shards(folder, encode_all(args, samples, bad))
         reason = min(bad)[2] if bad else "it has none"
-        check(n + n_val > 0, f"none of the rows of {args.csv} can be used: {reason}")
+        check(counts, f"none of the rows of {args.csv} can be used: {reason}")
         if bad:
             path = folder / "bad_rows.csv"
             with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 csv.writer(file).writerows([("line", "image", "reason"), *sorted(bad)])
             print(f"{len(bad):,} rows cannot be used: see {args.out / path.name}")
-    print(f"{n:,} pairs to train on, {n_val:,} pairs to validate on")
+    print(f"{counts['train']:,} pairs to train on, {counts['val']:,} pairs to validate on")
 
 
 if __name__ == "__main__":

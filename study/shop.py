@@ -24,7 +24,7 @@ from pathlib import Path
 from common.cli import make_parser, run_command
 from common.machine import new_folder
 from scripts import vocab
-from scripts.pack import ShardWriter
+from scripts.pack import write_shards
 
 OUT = Path("out_study/shop")
 SEEDS = (*range(3), *range(15, 25))  # of the published rows
@@ -59,10 +59,8 @@ def write_split(rows, seed, out):
     train, val, classified = split(rows, seed)
     out.mkdir()
     for name, part in (("train", train), ("val", val)):
-        writer = ShardWriter(out, name)
-        for row in part:
-            writer.add(".jpg", row["content"], {"captions": [row["caption"]]})
-        writer.close()
+        samples = ((name, ".jpg", row["content"], {"captions": [row["caption"]]}) for row in part)
+        write_shards(out, samples)
     vocab.main([f"{out}/train-*.tar", "--out", f"{out}/vocab.tiktoken"])
     for kind, part in (("fit", train), ("type", classified)):
         for theirs, name in TYPES.items():
