@@ -4,12 +4,10 @@
     python -m scripts.curves out_a/log.jsonl out_b/log.jsonl --out curves.png
 
 Each term of the loss and each score has a panel, in which every run is a line. A dotted line is the
-chance level of a score. The legend calls a run by its folder. If the log is not called log.jsonl,
-the legend calls the run by the name of the file.
+chance level of a score. The legend has the paths of the logs.
 """
 
 import math
-from pathlib import Path
 from statistics import mean
 
 from common.cli import check, make_parser, optional, output_file, run_command
@@ -31,12 +29,6 @@ def values_of(row):
         chance = mean(way["R@1"]["chance"] for way in row["validation"].values())
         values["R@1 (%)"] = 100 * row["mean_r1"], 100 * chance
     return values
-
-
-def name_of_run(log):
-    """Return the folder of a log.jsonl, or the name of another file without its suffix."""
-    path = Path(log)
-    return str(path.parent) if path.name == "log.jsonl" else path.stem
 
 
 def main(argv):
@@ -70,8 +62,7 @@ def main(argv):
                     axis.axhline(chances[0], color="grey", ls=":")
                     axis.set_ylim(0, 100)
     lines = [plt.Line2D([], [], color=f"C{i}") for i in range(len(args.logs))]
-    names = [name_of_run(log) for log in args.logs]
-    figure.legend(lines, names, loc="outside upper left", ncols=COLUMNS, frameon=False)
+    figure.legend(lines, args.logs, loc="outside upper left", ncols=COLUMNS, frameon=False)
     figure.supxlabel("steps (dotted: chance)", fontsize="medium")
     figure.savefig(args.out, dpi=150)
     print(f"wrote {args.out}")

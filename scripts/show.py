@@ -69,30 +69,25 @@ def main(argv):
     lengths = []
     token_counts = Counter()  # It counts ten times as fast as a tensor.
     repeats = Counter()
+    samples = []
+    chosen = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    chosen = {*chosen.tolist()}
     for i in progress(range(len(shards)), "reading captions", unit="sample"):
         try:
             texts = shards.captions(i)
+            for text in texts:
+                ids = tokenizer.encode(text)
+                lengths.append(len(ids))
+                token_counts.update(set(ids))
+            # Count equal captions of one sample once, because they belong to the same image.
+            repeats.update({clean(text) for text in texts})
+            if i in chosen:
+                samples.append((shards.name(i), texts, shards.image(i, SIDE)))
         except UNREADABLE as error:
             unused.append((shards.name(i), str(error)))
-            continue
-        for text in texts:
-            ids = tokenizer.encode(text)
-            lengths.append(len(ids))
-            token_counts.update(set(ids))
-        # Count equal captions of one sample once, because they all belong to the same image.
-        repeats.update({clean(text) for text in texts})
-
     check(lengths, f"no sample has a caption in each of: {' '.join(args.captions)}")
 
-    samples = []
-    order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
-    for i in order[:SAMPLES]:
-        try:
-            samples.append((shards.name(i), shards.captions(i), shards.image(i, SIDE)))
-        except UNREADABLE as error:
-            unused.append((shards.name(i), str(error)))
     print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
-    unused = list(dict.fromkeys(unused))  # A bad caption may have been read twice.
     report(lengths, repeats, unused, tokenizer.context_length)
     counts = torch.tensor([token_counts[i] for i in range(tokenizer.vocab_size)])
     weights = idf(len(lengths), counts)

@@ -30,11 +30,10 @@ SHOWN = 6  # validation pictures
 
 def find_pictures(args, tokenizer, size):
     """Yield the pictures of --images, or validation pictures of the run, or new scenes. Each is
-    (name, short title, pixels (3, S, S)), with None in place of pixels if it cannot be read. size:
-    pixels a side. Raise InputError if --images leads to no image."""
+    (name, pixels (3, S, S)), with None in place of pixels if it cannot be read. size: S."""
     if args.images:
         for file in image_files(args.images):
-            yield str(file), file.stem, evaluation.read_image(file, size)
+            yield file.name, evaluation.read_image(file, size)
         return
     try:
         paths, captions = validation_of(args.checkpoint, option="--images")
@@ -42,15 +41,13 @@ def find_pictures(args, tokenizer, size):
         if tokenizer.vocab != scenes.vocabulary():
             raise
         for _, scene, _, caption in scenes.make_samples("val", range(4)):
-            yield caption, caption, data.load_image(scenes.draw(scene), size)
+            yield caption, data.load_image(scenes.draw(scene), size)
         return
-    shards = data.Shards(find_shards(paths), captions)
-    images = evaluation.ShardImages(shards, size)
-    step = max(1, len(shards) // SHOWN)
-    for i in range(0, len(shards), step)[:SHOWN]:
+    images = evaluation.ShardImages(data.Shards(find_shards(paths), captions), size)
+    step = max(1, len(images) // SHOWN)
+    for i in range(0, len(images), step)[:SHOWN]:
         image, texts = images[i]
-        if image is not None:
-            yield f'{shards.name(i)} "{texts[0]}"', texts[0], image
+        yield texts and texts[0], image
 
 
 # -----------------------------------------------------------------------------
@@ -130,7 +127,7 @@ def main(argv):
     n = 0  # images that can be read
     cells = []  # images of the sheet
     titles = []  # texts below them
-    for name, title, image in find_pictures(args, tokenizer, model.config.image_size):
+    for name, image in find_pictures(args, tokenizer, model.config.image_size):
         if image is None:
             continue
         n += 1
@@ -139,7 +136,7 @@ def main(argv):
         if args.out and n <= MAX_IMAGES:
             _, maps = word_maps(model, image, [i for _, _, i in words], window)
             cells += word_cells(image, maps)
-            titles += [title, *[f"{word} {p:.1%}" for word, p, _ in words]]
+            titles += [name, *[f"{word} {p:.1%}" for word, p, _ in words]]
     check(n > 0, "none of the images can be read")
     if args.out:
         rows = min(n, MAX_IMAGES)

@@ -39,5 +39,5 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     scores = 3 * [[[70], [10, 10]]]
     assert [*found.values()] == [[[2.5], [2.5]], [[-1]], *scores, [[25], [3, 3]]]
     [legend] = plt.gcf().legends
-    assert [text.get_text() for text in legend.get_texts()] == [str(tmp_path / "a"), "B"]
+    assert [text.get_text() for text in legend.get_texts()] == [*map(str, logs)]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
