@@ -9,19 +9,15 @@
 A file ends in .pt, .bin or .safetensors. It comes from the authors of SuperCLIP, from OpenAI (a
 state dict of CLIP), from open_clip or from transformers.
 
-- *Configuration.* The shapes of the tensors tell most of it. The rest is in a config.json or
-  open_clip_config.json beside the file. Without one the command assumes heads that are 64 wide,
-  CLIP's mean and standard deviation of pixels, and plain GELU, or quick GELU in OpenAI's files. It
-  prints what it assumes. If that is wrong, write a model of open_clip before the file, as in
-  ViT-B-32-quickgelu/weights.pt.
-- *Parts.* The command refuses models with parts that this project lacks, and names these parts.
-- *Word head.* Weights without a word head become plain CLIP. train.py --init_from adds a new head.
-- *Image size.* For another one, let open_clip interpolate the positions by
-  create_model(..., force_image_size=160), save its state dict, and convert that file.
+The shapes of the tensors tell most of the configuration. The rest is in a config.json or
+open_clip_config.json beside the file. Without one the command assumes heads that are 64 wide,
+CLIP's mean and standard deviation of pixels, and plain GELU, or quick GELU in OpenAI's files. It
+prints what it assumes. If that is wrong, write a model of open_clip before the file, as in
+ViT-B-32-quickgelu/weights.pt. The command refuses models with parts that this project lacks.
 
---to writes a folder without the word head. open_clip loads it by
-create_model_from_pretrained("local-dir:/PATH"), and transformers by
-CLIPModel.from_pretrained("PATH"). The folder also holds the vocabulary, which
+Weights without a word head become plain CLIP. train.py --init_from adds a new head. --to writes a
+folder without the word head. open_clip loads it by create_model_from_pretrained("local-dir:/PATH"),
+and transformers by CLIPModel.from_pretrained("PATH"). The folder also holds the vocabulary, which
 Tokenizer.from_file("PATH/model.tiktoken", context_length) reads.
 """
 
@@ -61,6 +57,8 @@ NAMES = {
     "c_fc": "fc1",
     "c_proj": "fc2",
 }
+# Files may also hold masks, and OpenAI's hold three numbers of the configuration.
+NO_WEIGHTS = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
 
 
 def our_name(name):
@@ -78,9 +76,8 @@ def rename(content):
     of any layout but our own."""
     weights = {}
     for name, tensor in content.items():
-        # DistributedDataParallel adds "module." to names. An optimizer has numbers for names.
-        name = str(name).removeprefix("module.")
-        if not torch.is_tensor(tensor) or name.endswith(("attn_mask", "position_ids")):
+        name = str(name).removeprefix("module.")  # DistributedDataParallel adds it
+        if not torch.is_tensor(tensor) or name.endswith(NO_WEIGHTS):
             continue
         if name in ("text_projection.weight", "visual_projection.weight"):
             tensor = tensor.T  # transformers stores the projections transposed.
@@ -89,9 +86,8 @@ def rename(content):
     for name in [name for name in weights if ".q_proj." in name]:
         parts = [weights.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    # Turn the authors' counters into numbers of captions, which we count. Theirs are sums over
-    # steps: in each step they add the *share* of captions that have the token. Their batch has
-    # 16,384 captions (paper, section 4).
+    # Turn the authors' counters into numbers of captions. In each step they add the *share* of
+    # captions that have the token. Their batch has 16,384 captions (paper, section 4).
     for theirs, ours in (("cap_fq", "token_counts"), ("num_samples", "num_captions")):
         if theirs in weights:
             counts = weights.pop(theirs).squeeze() * 16384
@@ -159,15 +155,19 @@ def transformers_facts(folder):
     CLIP, so read_shapes or restore refuses it."""
     transformers = optional("transformers")
     config = transformers.CLIPConfig.from_pretrained(folder)
+    vision, text = config.vision_config, config.text_config
+    parts = {(tower.layer_norm_eps, tower.hidden_act) for tower in (vision, text)}
+    is_known = parts in ({(1e-5, "gelu")}, {(1e-5, "quick_gelu")})
+    check(is_known, f"{folder} has parts that this project lacks, in layer_norm_eps or hidden_act")
     try:
         images = transformers.CLIPImageProcessor.from_pretrained(folder)
-    except OSError:  # CLIPModel.save_pretrained writes none.
+    except OSError:  # CLIPModel.save_pretrained writes none
         images = transformers.CLIPImageProcessor()
         print(f"assumed, as {folder} has no image processor: CLIP's mean and std of pixels")
     return {
-        "vision_heads": config.vision_config.num_attention_heads,
-        "text_heads": config.text_config.num_attention_heads,
-        "quick_gelu": config.vision_config.hidden_act == "quick_gelu",
+        "vision_heads": vision.num_attention_heads,
+        "text_heads": text.num_attention_heads,
+        "quick_gelu": vision.hidden_act == "quick_gelu",
         "image_mean": tuple(images.image_mean),
         "image_std": tuple(images.image_std),
     }
@@ -190,21 +190,13 @@ def facts_beside(path):
 # Weights in. Both functions return three values: a dict of our names -> tensors, the configuration
 # as a dict, and the text of the vocabulary, or None if there is none
 
-# The names of weights in a folder of open_clip or transformers. The first that is there is read.
-WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
-
 
 def read_weights(path):
     """Read a file of weights, and the configuration and vocabulary beside it. path: the file, or
     the folder that holds it. Raise InputError if it cannot be read."""
     if path.is_dir():
-        files = [path / name for name in WEIGHTS if (path / name).exists()]
-        check(files, f"{path} holds no weights: none of {', '.join(WEIGHTS)}")
+        files = [*path.glob("*model.safetensors"), *path.glob("*model.bin")]
+        check(files, f"{path} holds no file *model.safetensors or *model.bin")
         path = files[0]
     read = checkpoint.read_pickle
     if path.suffix == ".safetensors":
@@ -212,15 +204,12 @@ def read_weights(path):
     content = checkpoint.read_file(path, read)
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
-    weights = rename(content.get("state_dict", content))
-    # Only OpenAI's files hold these three scalars.
-    scalars = {"input_resolution", "context_length", "vocab_size"}
-    is_openai = scalars <= weights.keys()
-    weights = {name: tensor for name, tensor in weights.items() if name not in scalars}
+    content = content.get("state_dict", content)
+    weights = rename(content)
     facts = facts_beside(path)
     if not facts:
-        facts = {"quick_gelu": is_openai}
-        gelu = "quick GELU, because it is OpenAI's" if is_openai else "plain GELU"
+        facts = {"quick_gelu": "input_resolution" in content}
+        gelu = "quick GELU, because it is OpenAI's" if facts["quick_gelu"] else "plain GELU"
         print(f"assumed: heads 64 wide, CLIP's mean and std of pixels, {gelu}")
     vocab = path.with_name("model.tiktoken")  # --to writes it.
     vocab = Tokenizer.from_file(vocab).vocab if vocab.exists() else None
@@ -232,8 +221,7 @@ def read_published(name):
     Raise InputError if it cannot be read."""
     model, _, tag = name.partition("/")
     # A tag with a dot means a file, because no tag of open_clip has one.
-    check(tag, f"there is no file {name}. A model of open_clip has a tag, as in ViT-B-32/openai.")
-    check("." not in tag or Path(tag).exists(), f"there is no file {name}")
+    check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
     open_clip = optional("open_clip", "open_clip_torch")
     check(model in open_clip.list_models(), f"there is no file {name}, and no model {model}")
     published = open_clip.get_pretrained_cfg(model, tag) or {}
@@ -255,11 +243,8 @@ ONLY_OURS = ("head.", "token_counts", "num_captions")  # Other libraries have no
 
 def open_clip_state(model):
     """Return the weights of the towers under open_clip's names."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(ONLY_OURS):
-            state[name.removeprefix("text.")] = tensor
-    return state
+    state = model.state_dict().items()
+    return {name.removeprefix("text."): x for name, x in state if not name.startswith(ONLY_OURS)}
 
 
 def open_clip_config(c):
@@ -298,37 +283,34 @@ def transformers_state(model):
         if ".in_proj_" in name:
             for x, part in zip("qkv", tensor.chunk(3)):
                 state[name.replace("in_proj_", f"{x}_proj.")] = part.clone()
-        elif "projection." in name:
-            state[name] = tensor.T.contiguous()
         else:
-            state[name] = tensor
+            state[name] = tensor.T.contiguous() if "projection." in name else tensor
     return state
 
 
 def transformers_config(c):
     """Return the dict from which transformers builds the same towers. c: a SuperCLIPConfig."""
-    shared = {"projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu"}
-    vision = {
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "hidden_size": c.vision_width,
-        "intermediate_size": 4 * c.vision_width,
-        "num_hidden_layers": c.vision_layers,
-        "num_attention_heads": c.vision_heads,
+
+    def tower(width, layers, heads, **more):
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "hidden_act": "quick_gelu" if c.quick_gelu else "gelu",
+            "projection_dim": c.embed_dim,
+            **more,
+        }
+
+    vision = {"image_size": c.image_size, "patch_size": c.patch_size}
+    text = {"max_position_embeddings": c.context_length, "vocab_size": c.vocab_size}
+    # Tell CLIPModel which token ends a text, because it reads the feature there.
+    text |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
+    return {
+        "projection_dim": c.embed_dim,
+        "vision_config": tower(c.vision_width, c.vision_layers, c.vision_heads, **vision),
+        "text_config": tower(c.text_width, c.text_layers, c.text_heads, **text),
     }
-    text = {
-        "max_position_embeddings": c.context_length,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.text_width,
-        "intermediate_size": 4 * c.text_width,
-        "num_hidden_layers": c.text_layers,
-        "num_attention_heads": c.text_heads,
-        # Tell CLIPModel which token ends a text, because it reads the feature there.
-        "bos_token_id": c.vocab_size - 2,
-        "eos_token_id": c.vocab_size - 1,
-    }
-    towers = {"vision_config": {**vision, **shared}, "text_config": {**text, **shared}}
-    return {"projection_dim": c.embed_dim, **towers}
 
 
 def write_open_clip(model, folder):

@@ -104,8 +104,8 @@ def find_features(model, images, workers, path, key):
 
 
 def find(text, k, model, tokenizer, images, features, numbers):
-    """Return a dict of the k images that fit a text best, as `found`, with the highest scores first,
-    and of the words of the text that the vocabulary lacks, as `unknown`."""
+    """Return a dict. `found` has the k images that fit a text best, with the highest scores first.
+    `unknown` has the words of the text that the vocabulary lacks."""
     [feature] = evaluation.encode_texts(model, tokenizer, [text]).cpu()
     scores = features @ feature  # (N,)
     found = []

@@ -134,6 +134,17 @@ def test_transformers_has_the_same_features(quick_gelu, tmp_path):
     assert_same_but_for_the_head(load(tmp_path / "again.pt")[0], model)
 
 
+@pytest.mark.parametrize("part", [{"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}])
+def test_parts_of_transformers_that_we_lack_are_refused(part, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a.pt", make_random_model(quick_gelu=True, **V), VOCAB)
+    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["text_config"] |= part
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+
+    assert "lacks" in error_of(capsys, main, tmp_path / "folder", tmp_path / "x.pt")
+
+
 def test_a_folder_without_image_processor_has_clips_statistics_and_this_is_said(tmp_path, capsys):
     path = write_checkpoint(tmp_path / "a.pt", make_random_model(**V, **STATS), VOCAB)
     assert not run(main, path, tmp_path / "folder", "--to", "transformers")
