@@ -18,13 +18,12 @@ taken if it is good, otherwise the lowest good rate. The score is the mean of al
 that --by names.
 
 With --probe each scored run also fits a linear classifier on its frozen image tower (`eval.py
-probe`). Paths of the two folders are relative to the folder in which the run trains. No score of
-a probe takes part in the choice of a rate.
+probe`). No score of a probe takes part in the choice of a rate.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, learning rate, seed,
-probe and code. The code is the text of train.py, of the .py files beside it and in common/, and of
-the module if there is one. So a comparison that was stopped goes on, and runs of other code are
-never reported. Give a file of data another name when it changes. A run that diverges scores 0.
+probe and code, which is the text of train.py, of the .py files beside it and in common/, and of the
+module if there is one. So a comparison that was stopped goes on, and runs of other code are never
+reported. Give a file of data another name when it changes. A run that diverges scores 0.
 """
 
 import argparse
@@ -88,13 +87,8 @@ class Command(NamedTuple):
 
     def facts(self):
         """Return the facts that identify a run."""
-        return {
-            "command": self.text(),
-            "rate": self.rate,
-            "seed": self.seed,
-            "code": self.code(),
-            "probe": [*self.probe],
-        }
+        facts = {"command": self.text(), "rate": self.rate, "seed": self.seed}
+        return {**facts, "code": self.code(), "probe": [*self.probe]}
 
     def code(self):
         """Return a hash of train.py with the files beside it and in common/, of the module, and of
@@ -163,14 +157,18 @@ STARTED = []  # processes
 
 
 def call(words, folder):
-    """Run a Python command with one thread, in a folder. Return its exit code and its last line."""
+    """Run a Python command with one thread, in a folder. Return its last line. Raise InputError if
+    the command fails, unless it has diverged."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command = [sys.executable, *words]
     process = subprocess.Popen(command, cwd=folder, env=variables, text=True, **pipes)
     STARTED.append(process)
     output, _ = process.communicate()
-    return process.returncode, output.strip().rpartition("\n")[2]
+    last_line = output.strip().rpartition("\n")[2]
+    is_right = process.returncode == 0 or DIVERGED in last_line
+    check(is_right, f"{shlex.join(words)}: exit code {process.returncode}: {last_line}")
+    return last_line
 
 
 def train_and_score(command):
@@ -179,29 +177,19 @@ def train_and_score(command):
     facts = command.facts()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve()) as out_dir:
-        exit_code, last_line = call(command.words(out_dir), command.folder())
+        last_line = call(command.words(out_dir), command.folder())
         seconds = round(time.perf_counter() - start, 1)
-        has_diverged = exit_code != 0 and DIVERGED in last_line
-        what = f"{command.text()}, seed {command.seed}"
-        check(exit_code == 0 or has_diverged, f"{what}: exit code {exit_code}: {last_line}")
         header, rows = read_log(f"{out_dir}/log.jsonl")
         scores = {}
-        if not has_diverged:
+        if DIVERGED not in last_line:
             scores = scores_of(rows[-1])  # a run ends with a validation
+            check(scores, f"{command.text()} has no score. Add --val_data or --zeroshot_data.")
             if command.probe:
-                scores |= probe_scores(command, out_dir)
-            check(scores, f"{what}: there is no score. Add --val_data or --zeroshot_data.")
+                call(command.probe_words(out_dir), command.folder())
+                found = json.loads(Path(out_dir, "probe.json").read_text())
+                scores |= {PROBE + name: score for name, score in found.items()}
     machine = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
     return {**facts, "scores": scores, "seconds": seconds, **machine}
-
-
-def probe_scores(command, out_dir):
-    """Fit and test a linear probe on the last weights of a run. Return its scores by name, those of
-    an untrained tower included."""
-    exit_code, last_line = call(command.probe_words(out_dir), command.folder())
-    check(exit_code == 0, f"probe of {command.text()}: {last_line}")
-    found = json.loads(Path(out_dir, "probe.json").read_text())
-    return {PROBE + name: score for name, score in found.items()}
 
 
 def scores_of(row):
@@ -231,12 +219,8 @@ class Study:
         self.path = path
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        self.found = {}  # if two runs have one key, the newer counts
-        for line in open(path):
-            self.add(json.loads(line))
-
-    def add(self, run):
-        self.found[key_of(run)] = run
+        runs = [json.loads(line) for line in open(path)]
+        self.found = {key_of(run): run for run in runs}  # if two have one key, the newer counts
 
     def runs(self, commands, jobs):
         """Return the runs of commands, in their order. First run the missing ones, `jobs` at a
@@ -248,10 +232,11 @@ class Study:
         pool = ThreadPool(jobs)
         try:
             for n, run in enumerate(pool.imap_unordered(train_and_score, todo), 1):
-                self.add(run)
+                self.found[key_of(run)] = run
                 with open(self.path, "a") as file:
                     file.write(json.dumps(run) + "\n")
                 what = f"{run['command']}, rate {run['rate']}, seed {run['seed']}"
+                check(key_of(run) in keys, f"{what}: the code has changed. Start again.")
                 print(f"{n} of {len(todo)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
         finally:  # stop what is left, also after a failure or a signal
             pool.terminate()  # runs that have not begun
