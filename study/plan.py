@@ -1,53 +1,33 @@
-"""The published study: what was run, and the tables of results.md.
+"""The published study: what was run, and its tables.
 
-    python -m study.plan    write the tables of results.md anew, from runs.jsonl
+    python -m study.plan    write tables.md anew, from runs.jsonl
 
-An arm is a command at a learning rate that was chosen for it. Seeds 0 to 4, or 0 to 2, choose the
-rate. They try half, once and twice the default rate (at batch 8 a quarter of each). While the best
-rate is the lowest or the highest one, they try one rate beyond it. A rate is good if its score is
-within a point of the best one. The default rate is taken if it is good, otherwise the lowest good
-rate. The score that chooses is colour + shape, or the type for photographs. Seeds 15 and up are
-scored. No seed is left out, and none is added.
+An arm is a command at a learning rate that seeds 0 to 4, or 0 to 2, have chosen for it by the rule
+of study.compare (at batch 8 from a quarter of the rates). The score that chooses is colour + shape,
+or the type for photographs. Seeds 15 and up are scored. No seed is left out, and none is added.
 
 There are two rounds of runs. The first round has commit a9a4f28, and answers questions 1 to 6. The
 second round has commit d7f258b, and answers questions 7 to 10. Scores of the two rounds differ
 although the commands are equal, because rounding differs. So no difference pairs their runs. The
-rest of this text was written down before the first run of the second round:
+rules of the second round were written down before its first run. `git show d7f258b:study/plan.py`
+prints them.
 
-- Questions 7 to 10 are corrected for four questions. Each holds if its 98.75 % interval excludes 0.
-- The arms with long captions choose their rates by seeds 0 to 4, and seeds 15 to 29 are scored.
-- The arms with mixed captions and with photographs are trained again at the rates of the first
-  round, because a linear probe needs their weights. Their scored seeds are those of the first
-  round. These runs answer no question of the first round. If an answer differs between the two
-  rounds, the first round counts, and the other answer is shown beside it.
-- The control with photographs is new. Seeds 0 to 2 choose its rate.
-- A linear probe is fitted on drawn pictures of single objects (zeroshot/colour_shape) and tested on
-  the eight combinations that training never shows (zeroshot/held_out). With photographs it is
-  fitted on `fit` and tested on `type`, as study/shop.py makes them. The class token counts. The
-  patch mean is exploratory, because the word head is trained on it.
-- The head that says yes or no is exploratory. Seeds 0 to 2 choose its --cls_weight from 0.01, 0.1
-  and 1 at the default rate, and one beyond while the best is at an edge. Then they choose its rate.
-  Seeds 15 to 24 are scored.
-
-The table of claims gives one answer for each claim of the paper. A claim that a planned question
-asks has the answer *yes* if SuperCLIP is better and the difference holds after the correction. It
-has the answer *no* if the 95 % interval lies below 0, and else *not clear*. A claim that no planned
-question asks is exploratory. It has the answer *seen*, and never *yes*, if the 95 % interval lies
-above 0, *no* if it lies below 0, and else *not clear*.
+A claim that a planned question asks has the answer *yes* if SuperCLIP is better and the difference
+holds after the correction for all questions of its round. A claim that no planned question asks has
+the answer *seen* if the 95 % interval lies above 0. The answer is *no* if the 95 % interval lies
+below 0, and else *not clear*.
 """
 
 import json
-import re
 from pathlib import Path
 from statistics import mean
 
-from common.cli import check, make_parser, run_command
+from common.cli import make_parser, run_command
 from common.machine import write_file
 from study import compare
 
-PAGE = Path(__file__).with_name("results.md")
+PAGE = Path(__file__).with_name("tables.md")
 RUNS = [json.loads(line) for line in open(Path(__file__).with_name("runs.jsonl"))]
-FIRST_ROUND, SECOND_ROUND = "a9a4f28", "d7f258b"  # commits
 FIRST_SCORED = 15  # the seeds before it have chosen rates
 # Splits of the photographs share pairs, so their variance is larger (Nadeau and Bengio), by the
 # pairs validated on over those trained on.
@@ -57,34 +37,37 @@ SHOP_OVERLAP = 2_000 / 24_000
 CORRECTED = {6: {10: 3.36, 15: 3.07}, 4: {10: 3.111, 15: 2.864}}
 
 # -----------------------------------------------------------------------------
-# What was run: {arm: its command}
+# What was run: {arm: (commit, command)}. A row has three arms.
 
-CLIP, CONTROL, SUPERCLIP = "train.py --cls_weight 0", "-m study.shuffled", "train.py"
-SHORT = "--captions json.short"
+MODELS = {
+    "CLIP": "train.py --cls_weight 0",
+    "control": "-m study.shuffled",
+    "SuperCLIP": "train.py",
+}
 SHOP = """--train_data 'out_study/shop/{seed}/train-*.tar' \
 --val_data 'out_study/shop/{seed}/val-*.tar' --zeroshot_data out_study/shop/{seed}/type \
 --model tiny --batch_size 32 --epochs"""
 
 
-def three_arms(row, options):
-    programs = {"CLIP": CLIP, "control": CONTROL, "SuperCLIP": SUPERCLIP}
-    return {f"{model}, {row}": f"{program} {options}" for model, program in programs.items()}
+def arms_of(commit, rows, others):
+    arms = {f"{model}, {row}": f"{MODELS[model]} {rows[row]}" for row in rows for model in MODELS}
+    return {arm: (commit, command) for arm, command in (arms | others).items()}
 
 
-# A bare run trains on 32,000 samples, 1.6 epochs.
-FIRST_ARMS = {
-    **three_arms("mixed, 24,000", "--epochs 1.2"),
-    **three_arms("mixed, 32,000", ""),
-    **three_arms("mixed, 48,000", "--epochs 2.4"),
-    **three_arms("short, 24,000", f"{SHORT} --epochs 1.2"),
-    **three_arms("short, 32,000", SHORT),
-    **three_arms("short, 48,000", f"{SHORT} --epochs 2.4"),
-    **three_arms("mixed, 32,000, batch 8", "--batch_size 8 --epochs 1.6"),
-    "CLIP, photographs, 3 epochs": f"{CLIP} {SHOP} 3",  # at the rates of 6 epochs
-    "SuperCLIP, photographs, 3 epochs": f"{SUPERCLIP} {SHOP} 3",
-    "CLIP, photographs, 6 epochs": f"{CLIP} {SHOP} 6",
-    "SuperCLIP, photographs, 6 epochs": f"{SUPERCLIP} {SHOP} 6",
-    # at the rate of SuperCLIP, mixed, 32,000
+# A bare run trains on 32,000 samples, 1.6 epochs. Runs of 3 epochs have the rates of 6 epochs, and
+# the two heads have that of SuperCLIP, mixed, 32,000.
+FIRST_ROUND = {
+    "mixed, 24,000": "--epochs 1.2",
+    "mixed, 32,000": "",
+    "mixed, 48,000": "--epochs 2.4",
+    "short, 24,000": "--captions json.short --epochs 1.2",
+    "short, 32,000": "--captions json.short",
+    "short, 48,000": "--captions json.short --epochs 2.4",
+    "mixed, 32,000, batch 8": "--batch_size 8 --epochs 1.6",
+    "photographs, 3 epochs": f"{SHOP} 3",
+    "photographs, 6 epochs": f"{SHOP} 6",
+}
+CHANGES = {
     "head for colours": "-m study.some_words --hears colours --epochs 1.2",
     "head for shapes": "-m study.some_words --hears shapes --epochs 1.2",
     "no IDF": "-m study.no_idf",
@@ -94,74 +77,25 @@ FIRST_ARMS = {
     "mean of the patches": "-m study.mean_patches --cls_weight 0",
     "faster image tower": "-m study.fast_tower --cls_weight 0",
 }
-SECOND_ARMS = {
-    **three_arms("long, 32,000", "--captions json.long"),
-    **three_arms("mixed, 32,000, again", ""),
-    **three_arms("photographs, 6 epochs, again", f"{SHOP} 6"),
-    "yes or no, lambda 0.01": "-m study.yes_no --cls_weight 0.01",
-    "yes or no, lambda 0.1": "-m study.yes_no --cls_weight 0.1",
-    "yes or no, lambda 1": "-m study.yes_no --cls_weight 1",
-    "yes or no, lambda 10": "-m study.yes_no --cls_weight 10",
+SECOND_ROUND = {
+    "long, 32,000": "--captions json.long",
+    "mixed, 32,000, again": "",
+    "photographs, 6 epochs, again": f"{SHOP} 6",
 }
-ARMS = {**FIRST_ARMS, **SECOND_ARMS}
-
-# -----------------------------------------------------------------------------
-# What was asked: a score, an arm and its baseline
-
-TOKEN = "probe, class token"
-FIRST_QUESTIONS = {
-    "1. mixed captions": ("colour_shape", "SuperCLIP, mixed, 32,000", "CLIP, mixed, 32,000"),
-    "2. mixed captions": ("colour_shape", "SuperCLIP, mixed, 32,000", "control, mixed, 32,000"),
-    "3. short captions": ("colour_shape", "SuperCLIP, short, 32,000", "CLIP, short, 32,000"),
-    "4. short captions": ("colour_shape", "SuperCLIP, short, 32,000", "control, short, 32,000"),
-    "5. photographs": ("type", "SuperCLIP, photographs, 6 epochs", "CLIP, photographs, 6 epochs"),
-    "6. two heads": ("colour - shape", "head for colours", "head for shapes"),
-}
-SECOND_QUESTIONS = {
-    "7. long captions": ("colour_shape", "SuperCLIP, long, 32,000", "CLIP, long, 32,000"),
-    "8. long captions": ("colour_shape", "SuperCLIP, long, 32,000", "control, long, 32,000"),
-    "9. mixed captions": (TOKEN, "SuperCLIP, mixed, 32,000, again", "CLIP, mixed, 32,000, again"),
-    "10. photographs": (
-        TOKEN,
-        "SuperCLIP, photographs, 6 epochs, again",
-        "CLIP, photographs, 6 epochs, again",
-    ),
-}
-# A score and a row, and how many questions were planned with this one. The others are exploratory.
-CLAIMS = (
-    ("better zero-shot classification", "colour_shape", "mixed, 32,000", 6),
-    ("better zero-shot classification", "type", "photographs, 6 epochs", 6),
-    ("better retrieval", "R@1", "mixed, 32,000"),
-    ("better retrieval", "R@1", "photographs, 6 epochs"),
-    ("better in tasks of vision alone", TOKEN, "mixed, 32,000, again", 4),
-    ("better in tasks of vision alone", TOKEN, "photographs, 6 epochs, again", 4),
-    ("gains from raw captions", "colour_shape", "short, 32,000", 6),
-    ("gains from raw captions", "R@1", "short, 32,000"),
-    ("gains from long, detailed captions", "colour_shape", "long, 32,000", 4),
-    ("gains from long, detailed captions", "R@1", "long, 32,000"),
-    ("loses less in small batches", "colour_shape", "mixed, 32,000, batch 8 - 32"),
-)
-# The time of a step, from docs/speed.md, and our judgement of it
-COST = "time of a step", "1", "1.03", "no interval", "not timed", "no interval", "not clear"
-NAMES = {
-    "colour_shape": "colour + shape",
-    "colour - shape": "colours - shapes",
-    TOKEN: "linear probe",
-}
+YES_NO = {f"yes or no, lambda {x}": f"-m study.yes_no --cls_weight {x}" for x in (0.01, 0.1, 1, 10)}
+ARMS = arms_of("a9a4f28", FIRST_ROUND, CHANGES) | arms_of("d7f258b", SECOND_ROUND, YES_NO)
 
 # -----------------------------------------------------------------------------
 # Values
 
 
 def runs_of(arm):
-    """Return all runs of an arm: of seeds that have chosen its rate, and of those that are scored.
-    Equal commands of the two rounds differ by their commits."""
+    """Return all runs of an arm, those that have chosen its rate and those that are scored."""
     if arm not in ARMS:
         return []
-    command = compare.read_command(ARMS[arm]).text()
-    commit = FIRST_ROUND if arm in FIRST_ARMS else SECOND_ROUND
-    runs = [run for run in RUNS if run["command"] == command]
-    return [run for run in runs if run["commit"] == commit]
+    commit, command = ARMS[arm]
+    text = compare.read_command(command).text()
+    return [run for run in RUNS if (run["commit"], run["command"]) == (commit, text)]
 
 
 def values_of(arm, score):
@@ -170,9 +104,9 @@ def values_of(arm, score):
     first, _, second = score.partition(" - ")
     if second:
         return minus(values_of(arm, first), values_of(arm, second))
-    if arm.endswith("batch 8 - 32"):
-        at_8 = arm.removesuffix(" - 32")
-        return minus(values_of(at_8, score), values_of(at_8.removesuffix(", batch 8"), score))
+    if arm.endswith(", batch 8 - 32"):
+        at_32 = arm.removesuffix(", batch 8 - 32")
+        return minus(values_of(f"{at_32}, batch 8", score), values_of(at_32, score))
     runs = [run for run in runs_of(arm) if run["seed"] >= FIRST_SCORED]
     return {run["seed"]: compare.value_of(run, score) for run in runs}
 
@@ -185,9 +119,7 @@ def interval_of(score, arm, baseline, questions=None):
     """Return the mean of arm - baseline over the seeds that both have, and half of its interval, at
     95 % or after the correction for a number of questions."""
     differences = [*minus(values_of(arm, score), values_of(baseline, score)).values()]
-    quantile = None
-    if questions is not None:
-        quantile = CORRECTED[questions][len(differences)]
+    quantile = CORRECTED[questions][len(differences)] if questions else None
     overlap = SHOP_OVERLAP if "photographs" in arm else 0.0
     return compare.interval(differences, quantile, overlap)
 
@@ -206,7 +138,11 @@ def rates_of(arm):
 
 
 # -----------------------------------------------------------------------------
-# Lines of tables. Each function returns the cells that follow the label.
+# Rows of tables. Each function returns the cells that follow the label.
+
+TOKEN = "probe, class token"
+NAMES = {"colour_shape": "colour + shape", "colour - shape": "colours - shapes"}
+NAMES[TOKEN] = "linear probe"
 
 
 def means(score, *arms):
@@ -225,24 +161,24 @@ def two(score, arm, baseline):
     return [*means(score, baseline, arm), difference(score, arm, baseline)]
 
 
-def pair(score, row):
-    return two(score, f"SuperCLIP, {row}", f"CLIP, {row}")
+def pair_of(row, baseline="CLIP"):
+    return f"SuperCLIP, {row}", f"{baseline}, {row}"
 
 
 def three(score, row):
-    """Return the cells of `pair`, the mean of the control, and SuperCLIP minus the control. A
-    control that was not run has words in place of numbers."""
-    control = f"control, {row}"
+    """Return the cells of `two` for CLIP and SuperCLIP, and the mean of the control, and SuperCLIP
+    minus the control."""
+    superclip, control = pair_of(row, "control")
+    cells = two(score, *pair_of(row))
     if not values_of(control, score):
-        return [*pair(score, row), "not run", "not run"]
-    gain = difference(score, f"SuperCLIP, {row}", control)
-    return [*pair(score, row), *means(score, control), gain]
+        return [*cells, "not run", "not run"]
+    return [*cells, *means(score, control), difference(score, superclip, control)]
 
 
 def claim(score, row, questions=None):
-    arms = f"SuperCLIP, {row}", f"CLIP, {row}"
-    middle, half = interval_of(score, *arms)
-    _, corrected = interval_of(score, *arms, questions)
+    """questions: how many were planned with this one, or None if this one was not planned."""
+    middle, half = interval_of(score, *pair_of(row))
+    _, corrected = interval_of(score, *pair_of(row), questions)
     answer = "not clear"
     if middle < -half:
         answer = "no"
@@ -269,7 +205,7 @@ def probe(token, row):
 
 def again(score, row):
     """Return the cells of the second round, and the difference in the first one."""
-    return [*three(score, f"{row}, again"), pair(score, row)[-1]]
+    return [*three(score, f"{row}, again"), difference(score, *pair_of(row))]
 
 
 def rates(arm):
@@ -278,89 +214,115 @@ def rates(arm):
 
 
 # -----------------------------------------------------------------------------
-# Tables: {first cell of the head: lines}. A line is a label, a function, and its arguments.
+# Tables: {head: rows}. A row is a label, a function, and its arguments.
 
-DRAWN = ("mixed, 24,000", "mixed, 32,000", "mixed, 48,000", "short, 24,000", "short, 32,000",
-         "short, 48,000", "mixed, 32,000, batch 8", "long, 32,000")  # fmt: skip
-SUPERCLIP_32 = "SuperCLIP, mixed, 32,000"
+CLIP_32, CONTROL_32, SUPERCLIP_32 = [f"{model}, mixed, 32,000" for model in MODELS]
+SHOP_6 = "photographs, 6 epochs"
+DRAWN = [row for row in [*FIRST_ROUND, "long, 32,000"] if "photographs" not in row]
+THREE = "CLIP | SuperCLIP | SuperCLIP - CLIP | control | SuperCLIP - control"
+INTRODUCTION = """`python -m study.plan` writes this page from [runs.jsonl](runs.jsonl).
+[results.md](results.md) explains its words, and quotes the tables that the claims need."""
+# The time of a step, from docs/speed.md, and our judgement of it
+COST = "time of a step", "1", "1.03", "no interval", "not timed", "no interval", "not clear"
 TABLES = {
-    "claim of the paper": [
-        *[(label, claim, *row) for label, *row in CLAIMS],
+    f"claim of the paper | measured here | {THREE} | answer": [
+        ("better zero-shot classification", claim, "colour_shape", "mixed, 32,000", 6),
+        ("better zero-shot classification", claim, "type", SHOP_6, 6),
+        ("better retrieval", claim, "R@1", "mixed, 32,000"),
+        ("better retrieval", claim, "R@1", SHOP_6),
+        ("better in tasks of vision alone", claim, TOKEN, "mixed, 32,000, again", 4),
+        ("better in tasks of vision alone", claim, TOKEN, f"{SHOP_6}, again", 4),
+        ("gains from raw captions", claim, "colour_shape", "short, 32,000", 6),
+        ("gains from raw captions", claim, "R@1", "short, 32,000"),
+        ("gains from long, detailed captions", claim, "colour_shape", "long, 32,000", 4),
+        ("gains from long, detailed captions", claim, "R@1", "long, 32,000"),
+        ("loses less in small batches", claim, "colour_shape", "mixed, 32,000, batch 8 - 32"),
         ("costs next to nothing", lambda: COST),
     ],
-    "planned question": [
-        *[(label, planned, 6, *question) for label, question in FIRST_QUESTIONS.items()],
-        *[(label, planned, 4, *question) for label, question in SECOND_QUESTIONS.items()],
+    "planned question | model against baseline | score | baseline | model | model - baseline "
+    "| holds after correction": [
+        ("1. mixed captions", planned, 6, "colour_shape", SUPERCLIP_32, CLIP_32),
+        ("2. mixed captions", planned, 6, "colour_shape", SUPERCLIP_32, CONTROL_32),
+        ("3. short captions", planned, 6, "colour_shape", *pair_of("short, 32,000")),
+        ("4. short captions", planned, 6, "colour_shape", *pair_of("short, 32,000", "control")),
+        ("5. photographs", planned, 6, "type", *pair_of(SHOP_6)),
+        ("6. two heads", planned, 6, "colour - shape", "head for colours", "head for shapes"),
+        ("7. long captions", planned, 4, "colour_shape", *pair_of("long, 32,000")),
+        ("8. long captions", planned, 4, "colour_shape", *pair_of("long, 32,000", "control")),
+        ("9. mixed captions", planned, 4, TOKEN, *pair_of("mixed, 32,000, again")),
+        ("10. photographs", planned, 4, TOKEN, *pair_of(f"{SHOP_6}, again")),
     ],
-    "captions, pairs": [(row, three, "colour_shape", row) for row in DRAWN],
-    "SuperCLIP after 24,000 pairs against": [
-        ("mixed, CLIP after 32,000", change, "SuperCLIP, mixed, 24,000", "CLIP, mixed, 32,000"),
-        ("mixed, CLIP after 48,000", change, "SuperCLIP, mixed, 24,000", "CLIP, mixed, 48,000"),
-        ("short, CLIP after 32,000", change, "SuperCLIP, short, 24,000", "CLIP, short, 32,000"),
-        ("short, CLIP after 48,000", change, "SuperCLIP, short, 24,000", "CLIP, short, 48,000"),
+    f"captions, pairs | {THREE}": [(row, three, "colour_shape", row) for row in DRAWN],
+    "SuperCLIP after 24,000 pairs against | CLIP | SuperCLIP | SuperCLIP - CLIP "
+    "| R@1: SuperCLIP - CLIP": [
+        (f"{kind}, CLIP after {n}", change, f"SuperCLIP, {kind}, 24,000", f"CLIP, {kind}, {n}")
+        for kind in ("mixed", "short")
+        for n in ("32,000", "48,000")
     ],
-    "accuracy on": [
-        ("colours", two, "colour", "head for colours", "head for shapes"),
-        ("shapes", two, "shape", "head for colours", "head for shapes"),
-        ("colours - shapes", two, "colour - shape", "head for colours", "head for shapes"),
+    "accuracy on | head for shapes | head for colours | head for colours - head for shapes": [
+        (label, two, score, "head for colours", "head for shapes")
+        for label, score in (
+            ("colours", "colour"),
+            ("shapes", "shape"),
+            ("colours - shapes", "colour - shape"),
+        )
     ],
-    "change to CLIP": [
-        ("control against CLIP", change, "control, mixed, 32,000", "CLIP, mixed, 32,000"),
-        ("mean of the patches against CLIP", change, "mean of the patches", "CLIP, mixed, 32,000"),
-        ("faster image tower against CLIP", change, "faster image tower", "CLIP, mixed, 32,000"),
-        ("SuperCLIP against control", change, SUPERCLIP_32, "control, mixed, 32,000"),
+    "change to CLIP | baseline | model | model - baseline | R@1: model - baseline": [
+        ("control against CLIP", change, CONTROL_32, CLIP_32),
+        ("mean of the patches against CLIP", change, "mean of the patches", CLIP_32),
+        ("faster image tower against CLIP", change, "faster image tower", CLIP_32),
+        ("SuperCLIP against control", change, SUPERCLIP_32, CONTROL_32),
         ("SuperCLIP against mean of the patches", change, SUPERCLIP_32, "mean of the patches"),
         ("SuperCLIP against faster image tower", change, SUPERCLIP_32, "faster image tower"),
     ],
-    "change to SuperCLIP": [
-        ("no IDF", change, "no IDF", "SuperCLIP, mixed, 32,000"),
-        ("lambda 0.3", change, "lambda 0.3", "SuperCLIP, mixed, 32,000"),
-        ("lambda 3", change, "lambda 3", "SuperCLIP, mixed, 32,000"),
+    "change to SuperCLIP | SuperCLIP | with the change | change - SuperCLIP "
+    "| R@1: change - SuperCLIP": [
+        ("no IDF", change, "no IDF", SUPERCLIP_32),
+        ("lambda 0.3", change, "lambda 0.3", SUPERCLIP_32),
+        ("lambda 3", change, "lambda 3", SUPERCLIP_32),
         ("dual captions", change, "dual captions", "SuperCLIP, short, 32,000"),
-        ("yes or no, lambda 1", change, "yes or no, lambda 1", "SuperCLIP, mixed, 32,000, again"),
+        ("yes or no, lambda 1", change, "yes or no, lambda 1", f"{SUPERCLIP_32}, again"),
     ],
-    "photographs": [
-        (f"{score}, {row}", pair, score, f"photographs, {row}")
+    "photographs | CLIP | SuperCLIP | SuperCLIP - CLIP": [
+        (f"{score}, {row}", two, score, *pair_of(f"photographs, {row}"))
         for score in ("type", "R@1", "R@5", "R@10")
         for row in ("3 epochs", "6 epochs")
     ],
-    "linear probe": [
+    f"linear probe | CLIP, untrained | {THREE}": [
         (f"{token}: {row}", probe, token, row)
         for token in ("class token", "patch mean")
-        for row in ("mixed, 32,000, again", "long, 32,000", "photographs, 6 epochs, again")
+        for row in ("mixed, 32,000, again", "long, 32,000", f"{SHOP_6}, again")
     ],
-    "run again": [
-        ("colour + shape, mixed, 32,000", again, "colour_shape", "mixed, 32,000"),
-        ("R@1, mixed, 32,000", again, "R@1", "mixed, 32,000"),
-        ("type, photographs, 6 epochs", again, "type", "photographs, 6 epochs"),
-        ("R@1, photographs, 6 epochs", again, "R@1", "photographs, 6 epochs"),
+    f"run again | {THREE} | first round: SuperCLIP - CLIP": [
+        (f"{NAMES.get(score, score)}, {row}", again, score, row)
+        for row, name in (("mixed, 32,000", "colour_shape"), (SHOP_6, "type"))
+        for score in (name, "R@1")
     ],
-    "score: captions, pairs": [
+    f"score: captions, pairs | {THREE}": [
         (f"{name}: {row}", three, score, row)
         for name, score in (("R@1", "R@1"), ("held out", "held_out"))
         for row in DRAWN
     ],
-    "arm": [(arm, rates, arm) for arm in ARMS],
+    "learning rates | chosen | tried: mean score": [
+        (arm, rates, arm) for arm in ARMS if runs_of(arm)
+    ],
 }
 
 
-def write_tables(page):
-    """Return the text of the page with its tables written anew."""
-    for first_cell, lines in TABLES.items():
-        body = ""
-        for label, cells_of, *arguments in lines:
-            cells = cells_of(*arguments)
-            body += f"| {label} | {' | '.join(cells)} |\n"
-        table = rf"(^\| {re.escape(first_cell)} \|.*\n\|[-| ]+\n)(\|.*\n)*"
-        page, n = re.subn(table, r"\1" + body, page, flags=re.MULTILINE)
-        check(n == 1, f"{PAGE} has {n} tables that begin with {first_cell}")
-    return page
+def text_of(tables):
+    """Return the tables as Markdown. The heading of a table is its first cell."""
+    text = f"# The tables of the study\n\n{INTRODUCTION}\n"
+    for head, rows in tables.items():
+        text += f"\n## {head[0].upper()}{head.partition(' | ')[0][1:]}\n\n"
+        lines = [head.split(" | "), ["---"] * (head.count(" | ") + 1)]
+        lines += [[label, *cells_of(*arguments)] for label, cells_of, *arguments in rows]
+        text += "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return text
 
 
 def main(argv):
     make_parser(__doc__).parse_args(argv)
-    page = write_tables(PAGE.read_text("utf-8"))
-    write_file(PAGE, lambda file: file.write(page.encode()))
+    write_file(PAGE, lambda file: file.write(text_of(TABLES).encode()))
 
 
 if __name__ == "__main__":
