@@ -35,11 +35,11 @@ def near(a, b):
     return (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-6
 
 
-def compare(name, found, expected, mistakes):
+def compare(name, found, expected, mistakes, inputs=()):
     """Print that the result of a student's function is right, or raise Mistake.
 
     found: the student's result; expected: the project's result; mistakes: a dict of sentence -> the
-    result that this mistake leads to.
+    result that this mistake leads to; inputs: tensors of which both must have the same gradients.
     """
     if found is None:
         raise Mistake(f"Fill in {name} first.")
@@ -51,8 +51,14 @@ def compare(name, found, expected, mistakes):
             if near(found.nan_to_num(**finite), result.nan_to_num(**finite)):
                 raise Mistake(f"{name}: {sentence}")
         raise Mistake(f"{name}: for other numbers it is\n{found}\nIt should be\n{expected}")
-    if expected.requires_grad and not found.requires_grad:
-        raise Mistake(f"{name} has no gradient. Look for detach() or no_grad() in it.")
+    for x in inputs:
+        [right] = torch.autograd.grad(expected, x, retain_graph=True)
+        gradient = None
+        if found.requires_grad:
+            [gradient] = torch.autograd.grad(found, x, retain_graph=True, allow_unused=True)
+        if gradient is None or (gradient - right).norm() > 1e-3 * right.norm():
+            text = f"{name} has the right value, but not the right gradient"
+            raise Mistake(f"{text}. Look for detach() or no_grad() in it.")
     print(f"{name} is right")
 
 
@@ -65,7 +71,7 @@ def check_contrastive_loss(contrastive_loss):
         "your loss is the sum of both cross-entropies. It should be their mean.": 2 * right,
         "the scale is missing. Multiply the cosines by it.": superclip.contrastive_loss(u, v, 1.0),
     }
-    compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes)
+    compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes, (u, v))
 
 
 def check_idf(idf):
@@ -97,7 +103,7 @@ def check_classification_loss(classification_loss):
         "cross_entropy takes logits. It computes the softmax itself.": twice,
     }
     loss = classification_loss(logits, TOKENS.clone(), WEIGHTS.clone())
-    compare("classification_loss", loss, right, mistakes)
+    compare("classification_loss", loss, right, mistakes, (logits,))
 
 
 def check_names(name, found, count):
@@ -136,11 +142,13 @@ def check_forward(forward, config, images, tokens):
         "count the captions of a batch before you weigh its words.": word_loss(first),
         "count each batch once.": word_loss(first, first, second, second),
     }
-    compare("word_loss", found["word_loss"], word_loss(first, second), mistakes)
+    image_tower, text_tower = model.visual.conv1.weight, model.text.token_embedding.weight
+    compare("word_loss", found["word_loss"], word_loss(first, second), mistakes, (image_tower,))
     logarithm = "model.logit_scale is a logarithm. The scale is its exp()."
     mistakes = {logarithm: superclip.contrastive_loss(u, v, model.logit_scale)}
     right = superclip.contrastive_loss(u, v, model.logit_scale.exp())
-    compare("contrastive_loss", found["contrastive_loss"], right, mistakes)
+    towers = image_tower, text_tower
+    compare("contrastive_loss", found["contrastive_loss"], right, mistakes, towers)
 
 
 def check_my_forward(my_forward, config, images, tokens):

@@ -68,12 +68,20 @@ def count_twice(model, images, tokens, label_tokens):
     return forward(model, images, tokens, label_tokens)
 
 
+def without_texts(model, images, tokens, label_tokens):
+    """Return the right losses. But the contrastive loss trains only the image tower."""
+    u, v = model.encode_image(images), model.encode_text(tokens).detach()
+    losses = forward(model, images, tokens, label_tokens)
+    return {**losses, "contrastive_loss": contrastive_loss(u, v, model.logit_scale.exp())}
+
+
 # Each line holds the name of a function, its arguments, what a wrong function returns, and a part
 # of the message.
 WRONG = """
 contrastive_loss    | u, v, s    | None | Fill in
 contrastive_loss    | u, v, s    | of_rows(u, v, s) | rows only
-contrastive_loss    | u, v, s    | contrastive_loss(u, v, s).detach() | no gradient
+contrastive_loss    | u, v, s    | contrastive_loss(u, v, s).detach() | not the right gradient
+contrastive_loss    | u, v, s    | contrastive_loss(u, v.detach(), s) | not the right gradient
 contrastive_loss    | u, v, s    | 1.23 * contrastive_loss(u, v, s) | should be
 idf                 | N, n       | ((N + 1) / (n + 1)).log() | padding
 idf                 | N, n       | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | should be
@@ -81,6 +89,7 @@ label               | t, w       | F.normalize(F.one_hot(t, 9).sum(dim=1) * w, p
 label               | t, w       | caption_label(t, w)[:2] | shape
 classification_loss | x, t, w    | classification_loss(x.softmax(dim=1), t, w) | softmax
 forward             | m, x, t, l | count_twice(m, x, t, l) | once
+forward             | m, x, t, l | without_texts(m, x, t, l) | not the right gradient
 forward             | m, x, t, l | tuple(forward(m, x, t, l).values()) | dict
 my_forward          | m, x, t, l | forward(m, x, t, l) | 3 losses
 my_forward          | m, x, t, l | {**forward(m, x, t, l), "my_loss": torch.zeros(())} | no gradient
