@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert named in error_of(capsys, main, *argv)
 
 
-COMMANDS = "train eval common.scenes study.compare study.plan study.shop docs.demo docs.figures"
+COMMANDS = "train eval common.scenes study.compare study.plan docs.demo docs.figures"
 COMMANDS = COMMANDS.split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
