@@ -126,13 +126,10 @@ def main(argv):
     add("--features", type=output_file(".npz"), help="file that keeps features for later searches")
     add("--workers", type=number(int, 0), help="loading processes (default: the cores, at most 16)")
     add("--serve", action="store_true", help="serve a page to search with, on this machine alone")
-    add("--port", type=number(int, 0, 65535), default=8000, help="its port; 0: any (default 8000)")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")
     for text in args.texts:  # --images photos/*.jpg, say, takes one file
         check(not os.path.isfile(text), f"{text} is a file. Name its folder, or repeat its option")
-    # Take the port first, because encoding may take an hour, and the port may be in use.
-    server = serve.make_server(args.port) if args.serve else None
     files = image_files(args.images)
     shards = None
     captions = []
@@ -155,7 +152,7 @@ def main(argv):
         for found in result["found"]:
             print(f"{found['score']:8.3f}  {found['name']}  {found['caption']}".rstrip())
     if args.serve:
-        serve.run(server, search, images)
+        serve.run(search, images)
 
 
 if __name__ == "__main__":

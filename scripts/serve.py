@@ -26,18 +26,10 @@ from common.cli import InputError, check
 PAGE = Path(__file__).with_suffix(".html")
 
 
-def make_server(port):
-    """Return a server that listens on a port; 0 is any free one. Raise InputError."""
-    try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        reason = f"--port {port} cannot be used ({error.strerror}): use another, or 0 for any"
-        raise InputError(reason) from None
-
-
-def run(server, search, images):
-    """Answer requests until Ctrl-C. server: from make_server; search: a function that returns what
-    scripts.search finds for a text; images: the Images of scripts.search."""
+def run(search, images):
+    """Answer requests until Ctrl-C. search: a function that returns what scripts.search finds for a
+    text; images: the Images of scripts.search."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # 0 is any free port
     server.search = search
     server.images = images
     server.token = secrets.token_urlsafe(16)

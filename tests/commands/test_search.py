@@ -3,7 +3,6 @@
 import http.client
 import os
 import re
-import socket
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from children import Children
 from material import (
-    error_of,
     features_of,
     photo,
     png,
@@ -100,16 +98,6 @@ def test_a_broken_link_in_a_folder_is_named_and_left_out(folders, checkpoint, ca
 # ---- the page
 
 
-def test_a_port_that_is_taken_is_named_before_images_are_encoded(folders, checkpoint, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        _, port = other.getsockname()
-        argv = ["--checkpoint", checkpoint, "--images", ".", "--features", "x.npz"]
-        error = error_of(capsys, search.main, *argv, "--serve", "--port", port)
-
-    assert f"--port {port}" in error
-    assert not Path("x.npz").exists()
-
-
 HOSTILE = "<img src=x onerror=alert()>.png"
 
 
@@ -123,7 +111,7 @@ def address(server, tmp_path_factory):
     checkpoint = write_checkpoint(world / "model.pt", small_model())
     argv = ["--checkpoint", checkpoint, "--images", world / "photos", "--workers", 0]
     children = Children(world)
-    process = children.start("scripts.search", [*argv, "--serve", "--port", 0, "--k", 20])
+    process = children.start("scripts.search", [*argv, "--serve", "--k", 20])
     process.output.touch()
     while "http://" not in process.output.read_text():
         assert process.is_alive()
