@@ -141,8 +141,12 @@ def rates_of(arm):
 # Rows of tables. Each function returns the cells that follow the label.
 
 TOKEN = "probe, class token"
-NAMES = {"colour_shape": "colour + shape", "colour - shape": "colours - shapes"}
-NAMES[TOKEN] = "linear probe"
+NAMES = {
+    "colour_shape": "colour + shape",
+    "colour - shape": "colours - shapes",
+    "held_out": "held out",
+    TOKEN: "linear probe",
+}
 
 
 def means(score, *arms):
@@ -194,18 +198,13 @@ def planned(questions, score, arm, baseline):
     return [" against ".join(models), NAMES.get(score, score), *two(score, arm, baseline), holds]
 
 
-def change(arm, baseline):
-    return [*two("colour_shape", arm, baseline), difference("R@1", arm, baseline)]
-
-
 def probe(token, row):
     untrained = means(f"probe, untrained {token}", f"CLIP, {row}")
     return [*untrained, *three(f"probe, {token}", row)]
 
 
-def again(score, row):
-    """Return the cells of the second round, and the difference in the first one."""
-    return [*three(score, f"{row}, again"), difference(score, *pair_of(row))]
+def comparison(score, arm, baseline):
+    return [baseline, NAMES.get(score, score), *two(score, arm, baseline)]
 
 
 def rates(arm):
@@ -219,6 +218,30 @@ def rates(arm):
 CLIP_32, CONTROL_32, SUPERCLIP_32 = [f"{model}, mixed, 32,000" for model in MODELS]
 SHOP_6 = "photographs, 6 epochs"
 DRAWN = [row for row in [*FIRST_ROUND, "long, 32,000"] if "photographs" not in row]
+HEADS = "head for colours", "head for shapes"
+# All arms and baselines that are compared by several scores
+PAIRS = [pair_of(row, model) for row in FIRST_ROUND | SECOND_ROUND for model in ("CLIP", "control")]
+PAIRS += [(arm, CLIP_32) for arm in (CONTROL_32, "mean of the patches", "faster image tower")]
+PAIRS += [(SUPERCLIP_32, arm) for arm in ("mean of the patches", "faster image tower")]
+PAIRS += [(arm, SUPERCLIP_32) for arm in ("no IDF", "lambda 0.3", "lambda 3")]
+PAIRS += [
+    ("dual captions", "SuperCLIP, short, 32,000"),
+    ("yes or no, lambda 1", f"{SUPERCLIP_32}, again"),
+    ("SuperCLIP, mixed, 24,000", "CLIP, mixed, 32,000"),
+    ("SuperCLIP, mixed, 24,000", "CLIP, mixed, 48,000"),
+    ("SuperCLIP, short, 24,000", "CLIP, short, 32,000"),
+    ("SuperCLIP, short, 24,000", "CLIP, short, 48,000"),
+]
+
+
+def scores_of(arm, baseline):
+    """Return the names of the scores that compare two arms. There are none without a baseline."""
+    if not runs_of(baseline):
+        return []
+    photographs = ["type", "R@1", "R@5", "R@10"]
+    return photographs if "photographs" in arm else ["colour_shape", "R@1", "held_out"]
+
+
 THREE = "CLIP | SuperCLIP | SuperCLIP - CLIP | control | SuperCLIP - control"
 INTRODUCTION = """`python -m study.plan` writes this page from [runs.jsonl](runs.jsonl).
 [results.md](results.md) explains its words, and quotes the tables that the claims need."""
@@ -246,62 +269,21 @@ TABLES = {
         ("3. short captions", planned, 6, "colour_shape", *pair_of("short, 32,000")),
         ("4. short captions", planned, 6, "colour_shape", *pair_of("short, 32,000", "control")),
         ("5. photographs", planned, 6, "type", *pair_of(SHOP_6)),
-        ("6. two heads", planned, 6, "colour - shape", "head for colours", "head for shapes"),
+        ("6. two heads", planned, 6, "colour - shape", *HEADS),
         ("7. long captions", planned, 4, "colour_shape", *pair_of("long, 32,000")),
         ("8. long captions", planned, 4, "colour_shape", *pair_of("long, 32,000", "control")),
         ("9. mixed captions", planned, 4, TOKEN, *pair_of("mixed, 32,000, again")),
         ("10. photographs", planned, 4, TOKEN, *pair_of(f"{SHOP_6}, again")),
     ],
     f"captions, pairs | {THREE}": [(row, three, "colour_shape", row) for row in DRAWN],
-    "SuperCLIP after 24,000 pairs against | CLIP | SuperCLIP | SuperCLIP - CLIP "
-    "| R@1: SuperCLIP - CLIP": [
-        (f"{kind}, CLIP after {n}", change, f"SuperCLIP, {kind}, 24,000", f"CLIP, {kind}, {n}")
-        for kind in ("mixed", "short")
-        for n in ("32,000", "48,000")
-    ],
-    "accuracy on | head for shapes | head for colours | head for colours - head for shapes": [
-        (label, two, score, "head for colours", "head for shapes")
-        for label, score in (
-            ("colours", "colour"),
-            ("shapes", "shape"),
-            ("colours - shapes", "colour - shape"),
-        )
-    ],
-    "change to CLIP | baseline | model | model - baseline | R@1: model - baseline": [
-        ("control against CLIP", change, CONTROL_32, CLIP_32),
-        ("mean of the patches against CLIP", change, "mean of the patches", CLIP_32),
-        ("faster image tower against CLIP", change, "faster image tower", CLIP_32),
-        ("SuperCLIP against control", change, SUPERCLIP_32, CONTROL_32),
-        ("SuperCLIP against mean of the patches", change, SUPERCLIP_32, "mean of the patches"),
-        ("SuperCLIP against faster image tower", change, SUPERCLIP_32, "faster image tower"),
-    ],
-    "change to SuperCLIP | SuperCLIP | with the change | change - SuperCLIP "
-    "| R@1: change - SuperCLIP": [
-        ("no IDF", change, "no IDF", SUPERCLIP_32),
-        ("lambda 0.3", change, "lambda 0.3", SUPERCLIP_32),
-        ("lambda 3", change, "lambda 3", SUPERCLIP_32),
-        ("dual captions", change, "dual captions", "SuperCLIP, short, 32,000"),
-        ("yes or no, lambda 1", change, "yes or no, lambda 1", f"{SUPERCLIP_32}, again"),
-    ],
-    "photographs | CLIP | SuperCLIP | SuperCLIP - CLIP": [
-        (f"{score}, {row}", two, score, *pair_of(f"photographs, {row}"))
-        for score in ("type", "R@1", "R@5", "R@10")
-        for row in ("3 epochs", "6 epochs")
-    ],
     f"linear probe | CLIP, untrained | {THREE}": [
         (f"{token}: {row}", probe, token, row)
         for token in ("class token", "patch mean")
         for row in ("mixed, 32,000, again", "long, 32,000", f"{SHOP_6}, again")
     ],
-    f"run again | {THREE} | first round: SuperCLIP - CLIP": [
-        (f"{NAMES.get(score, score)}, {row}", again, score, row)
-        for row, name in (("mixed, 32,000", "colour_shape"), (SHOP_6, "type"))
-        for score in (name, "R@1")
-    ],
-    f"score: captions, pairs | {THREE}": [
-        (f"{name}: {row}", three, score, row)
-        for name, score in (("R@1", "R@1"), ("held out", "held_out"))
-        for row in DRAWN
+    "comparisons | baseline | score | mean of the baseline | mean | difference": [
+        *[(HEADS[0], comparison, score, *HEADS) for score in ("colour", "shape", "colour - shape")],
+        *[(pair[0], comparison, score, *pair) for pair in PAIRS for score in scores_of(*pair)],
     ],
     "learning rates | chosen | tried: mean score": [
         (arm, rates, arm) for arm in ARMS if runs_of(arm)
