@@ -90,16 +90,20 @@ class Command(NamedTuple):
         facts = {"command": self.text(), "rate": self.rate, "seed": self.seed}
         return {**facts, "code": self.code(), "probe": [*self.probe]}
 
+    def file(self):
+        """Return the file that runs: a train.py, or that of a module."""
+        is_module = self.program[0] == "-m"
+        return Path(f"{self.program[1].replace('.', '/')}.py" if is_module else self.program[0])
+
+    def project(self):
+        """Return the folder of the train.py that trains."""
+        return Path() if self.program[0] == "-m" else self.file().parent
+
     def code(self):
         """Return a hash of train.py with the files beside it and in common/, of the module, and of
         the file that draws worlds."""
-        project = Path()
-        files = {DRAWING}
-        if self.program[0] == "-m":
-            files.add(Path(self.program[1].replace(".", "/") + ".py"))
-        else:
-            project = Path(self.program[0]).parent
-        return hash_of(files | {*project.glob("*.py"), *project.glob("common/*.py")})
+        project = self.project()
+        return hash_of({DRAWING, self.file(), *project.glob("*.py"), *project.glob("common/*.py")})
 
     def folder(self):
         """Return the folder where the command runs: here if it names its data, else its world. The
@@ -123,10 +127,12 @@ class Command(NamedTuple):
     def probe_words(self, out_dir):
         """Return the arguments of Python that probe the last weights of the run."""
         fit, test = self.with_seed(self.probe)
-        project = ROOT
-        if self.program[0] != "-m":
-            project = Path(self.program[0]).resolve().parent
-        words = [f"{project}/eval.py", "probe", "--checkpoint", f"{out_dir}/last.pt"]
+        words = [
+            f"{self.project().resolve()}/eval.py",
+            "probe",
+            "--checkpoint",
+            f"{out_dir}/last.pt",
+        ]
         words += ["--train", fit, "--test", test, "--workers", "0"]
         return [*words, "--json", f"{out_dir}/probe.json"]
 
@@ -212,38 +218,32 @@ def key_of(facts):
     return (*(facts[name] for name in names), *facts.get("probe", ()))
 
 
-class Study:
-    """Finished runs, which are lines of a file."""
-
-    def __init__(self, path):
-        self.path = path
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        runs = [json.loads(line) for line in open(path)]
-        self.found = {key_of(run): run for run in runs}  # if two have one key, the newer counts
-
-    def runs(self, commands, jobs):
-        """Return the runs of commands, in their order. First run the missing ones, `jobs` at a
-        time, and keep each one as it ends."""
-        keys = [key_of(command.facts()) for command in commands]
-        todo = [command for command, key in zip(commands, keys) if key not in self.found]
-        for command in todo:  # draw each world now, because two runs could draw it at once
-            command.folder()
-        pool = ThreadPool(jobs)
-        try:
-            for n, run in enumerate(pool.imap_unordered(train_and_score, todo), 1):
-                self.found[key_of(run)] = run
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(run) + "\n")
-                what = f"{run['command']}, rate {run['rate']}, seed {run['seed']}"
-                check(key_of(run) in keys, f"{what}: the code has changed. Start again.")
-                print(f"{n} of {len(todo)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
-        finally:  # stop what is left, also after a failure or a signal
-            pool.terminate()  # runs that have not begun
-            for process in STARTED:  # nothing happens to those that have ended
-                process.terminate()
-            pool.join()
-        return [self.found[key] for key in keys]
+def runs_of(commands, jobs):
+    """Return the runs of commands, in their order. First run those that out_study/runs.jsonl lacks,
+    `jobs` at a time, and add each one to that file as it ends."""
+    OUT.mkdir(exist_ok=True)
+    path = OUT / "runs.jsonl"
+    path.touch()
+    found = {key_of(run): run for run in map(json.loads, open(path))}
+    keys = [key_of(command.facts()) for command in commands]
+    todo = [command for command, key in zip(commands, keys) if key not in found]
+    for command in todo:  # draw each world now, because two runs could draw it at once
+        command.folder()
+    pool = ThreadPool(jobs)
+    try:
+        for n, run in enumerate(pool.imap_unordered(train_and_score, todo), 1):
+            found[key_of(run)] = run
+            with open(path, "a") as file:
+                file.write(json.dumps(run) + "\n")
+            what = f"{run['command']}, rate {run['rate']}, seed {run['seed']}"
+            check(key_of(run) in keys, f"{what}: the code has changed. Start again.")
+            print(f"{n} of {len(todo)}: {what}: {goal(run):.1f} %, {run['seconds']} s")
+    finally:  # stop what is left, also after a failure or a signal
+        pool.terminate()  # runs that have not begun
+        for process in STARTED:  # nothing happens to those that have ended
+            process.terminate()
+        pool.join()
+    return [found[key] for key in keys]
 
 
 # -----------------------------------------------------------------------------
@@ -283,8 +283,7 @@ def interval(differences, quantile=None, overlap=0.0):
     """Return the mean of some differences, one for each seed, and half of its interval. quantile:
     that of Student's t, by default for 95 %; overlap: what is added to 1/n if seeds share data."""
     n = len(differences)
-    if quantile is None:
-        quantile = QUANTILES[n - 2]
+    quantile = quantile or QUANTILES[n - 2]
     return mean(differences), quantile * stdev(differences) * (1 / n + overlap) ** 0.5
 
 
@@ -292,22 +291,18 @@ def interval(differences, quantile=None, overlap=0.0):
 # The command
 
 
-def best_rate(study, command, seeds, score, jobs):
+def best_rate(command, seeds, score, jobs):
     """Return the command at the learning rate that these seeds choose by a score, or by the mean of
     all scores if that is None."""
     rates = [command.rate * factor for factor in FACTORS]
     found = {}  # {rate: list of what its runs are judged by}
     while rates:
         tasks = [command.at(rate, seed) for rate in rates for seed in seeds]
-        for task, run in zip(tasks, study.runs(tasks, jobs)):
+        for task, run in zip(tasks, runs_of(tasks, jobs)):
             found.setdefault(task.rate, []).append(goal(run, score))
         goals = {rate: mean(values) for rate, values in found.items()}
         best = max(goals, key=goals.get)
-        rates = []
-        if best == min(goals):
-            rates = [best / 2]
-        elif best == max(goals):
-            rates = [best * 2]
+        rates = {min(goals): [best / 2], max(goals): [best * 2]}.get(best, [])
     print(f"{command.text()}, rates tried: {text_of(goals)}")
     return command.at(choose(goals, command.rate))
 
@@ -355,15 +350,14 @@ def read_options(argv):
 
 def main(argv):
     args = read_options(argv)
-    study = Study(OUT / "runs.jsonl")
     sides = []
     for text in (args.a, args.b):
         command = read_command(text, args.common)
         if args.rates and "--learning_rate" not in f"{text} {args.common}":
-            command = best_rate(study, command, args.rates, args.by, args.jobs)
+            command = best_rate(command, args.rates, args.by, args.jobs)
         sides.append(command._replace(probe=tuple(args.probe)))
     tasks = [command.at(command.rate, seed) for seed in args.seeds for command in sides]
-    runs = study.runs(tasks, args.jobs)  # a, b, a, b ...
+    runs = runs_of(tasks, args.jobs)  # a, b, a, b ...
     for command in sides:
         print(f"\n{command.text()}, at a learning rate of {command.rate:.3g}")
     print_scores(runs[::2], runs[1::2])
