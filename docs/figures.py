@@ -1,86 +1,20 @@
-"""Draw the pictures of the pages:
+"""Draw found.png, the scores of the study's models: python -m docs.figures
 
-    python -m docs.figures
-
-first.png shows the first four validation scenes, which nobody has chosen, and the five words that
-assets/tiny.pt finds most probable in each. A word is red if the caption has it. The frame of a word
-is the part of the picture without which the word is least probable. scenes.png shows the first
-eight scenes of the tutorial. In found.png a bar is the mean over the seeds, and a dot is one seed.
-The tutorial has the commands that draw curve.png and words.png. The SVG files are drawn by hand.
+A bar is the mean over the seeds, and a dot is one seed. `git show 61b95ca:docs/figures.py` prints
+the code that drew first.png and scenes.png, from assets/tiny.pt and the scenes of the tutorial. The
+tutorial has the commands that draw curve.png and words.png. The SVG files are drawn by hand.
 """
 
-import random
-import textwrap
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 from matplotlib import pyplot as plt
-from matplotlib.patheffects import withStroke
 
-import data
-import eval as evaluation
-from common import scenes
 from common.cli import make_parser, run_command
-from common.images import contact_sheet
-from scripts import words
 from study import plan
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 INK, GREY, RED, AMBER = "#1f2937", "#7d8694", "#d1495b", "#f0a500"
-
-
-def draw_frames(axis, model, image, said):
-    """Frame the places of colours and shapes. The frame of a word is the window of patches without
-    which the word is least probable. said: what top_words returns for the image."""
-    grid = model.visual.grid
-    window = words.default_window(model)
-    falls, _ = words.word_maps(model, image, [i for _, _, i in said], window)
-    places = defaultdict(list)  # row and column of a window -> the words in its frame
-    for (word, _, _), fall in zip(said, falls):
-        if word in {*scenes.COLOURS, *scenes.SHAPES}:
-            places[divmod(int(fall.argmax()), grid - window + 1)].append(word)
-    white_edge = [withStroke(linewidth=4, foreground="white")]
-    for (row, column), seen in places.items():
-        look = dict(fill=False, ec=INK, lw=2, path_effects=white_edge)
-        axis.add_patch(plt.Rectangle((column, row), window, window, **look))
-        x, side = column - 0.2, "right"
-        if column < grid / 2:
-            x, side = column + window + 0.2, "left"
-        look = dict(ha=side, va="center", color=INK, path_effects=white_edge)
-        axis.text(x, row + window / 2, "\n".join(seen), **look)
-
-
-def draw_first():
-    model, tokenizer, _ = evaluation.load(ASSETS / "tiny.pt")
-    grid = model.visual.grid
-    _, axes = plt.subplots(2, 4, figsize=(10, 4.4), height_ratios=(2, 1), layout="constrained")
-    for i, scene, _, caption in scenes.make_samples("val", range(4)):
-        picture, bars = axes[:, i]
-        image = data.load_image(scenes.draw(scene), model.config.image_size)
-        [said] = evaluation.top_words(model, tokenizer, image[None], 5)
-        picture.imshow(scenes.draw(scene, 384), extent=(0, grid, grid, 0))
-        picture.set_title(textwrap.fill(caption, 26), fontsize=10, loc="left")
-        picture.axis("off")
-        draw_frames(picture, model, image, said)
-        true = tokenizer.encode(caption)
-        colours = [RED if i in true else GREY for _, _, i in said]
-        bars.barh([word for word, _, _ in said], [p for _, p, _ in said], color=colours, height=0.6)
-        bars.invert_yaxis()
-        bars.set(xlim=(0, 0.25), xticks=[], frame_on=False)
-        bars.tick_params(length=0)
-    plt.savefig(ASSETS / "first.png", dpi=130)
-
-
-def draw_scenes():
-    """Draw the first eight of the tutorial's scenes with their long captions."""
-    rng = random.Random(0)
-    drawn = [scenes.make_scene(rng, scenes.SEEN) for _ in range(256)]
-    captions = [scenes.describe(scene, rng)[1] for scene in drawn]
-    images = [data.load_image(scenes.draw(scene, 240), 240) for scene in drawn[:8]]
-    contact_sheet(images, captions[:8], ASSETS / "scenes.png")
-
-
 # A model: the colour of its bars, and their place in a group
 ARMS = {"CLIP": (INK, -0.29), "control": (GREY, 0), "SuperCLIP": (RED, 0.29)}
 # A panel: its title, the name of its scale, chance in percent, and {group of bars: row, score}
@@ -121,7 +55,8 @@ def draw_group(axis, place, row, score):
         axis.hlines(mean(values), *ends, color=AMBER, lw=2, ls=":", label="untrained tower")
 
 
-def draw_found():
+def main(argv):
+    make_parser(__doc__).parse_args(argv)
     look = dict(figsize=(11, 4), width_ratios=(3, 4, 2), layout="constrained")
     figure, axes = plt.subplots(1, 3, sharey=True, **look)
     legend = {}  # name -> what the legend shows beside it
@@ -136,13 +71,6 @@ def draw_found():
         legend.update(zip(names, handles))
     figure.legend(legend.values(), legend, loc="outside upper center", ncols=5, frameon=False)
     plt.savefig(ASSETS / "found.png", dpi=130)
-
-
-def main(argv):
-    make_parser(__doc__).parse_args(argv)
-    draw_first()
-    draw_scenes()
-    draw_found()
 
 
 if __name__ == "__main__":
