@@ -40,48 +40,47 @@ SHARD_SIZE = 1000  # samples
 # The table
 
 
-def read_rows(path, chosen):
-    """Yield the rows of a table, each as (line number, dict of columns). chosen: the names of the
-    columns of images and captions. Raise InputError if a line cannot be read. Leaving that line out
-    would not do, because a quotation mark that is not closed may swallow all rows that follow."""
-    line = 1
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            delimiter = max(",;\t", key=header.count)
-            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            names = reader.fieldnames or []
-            ours = {"image", "captions"} - {*chosen}  # fields that the .json has anyway
-            wrong = [name for name in names if name in ours or names.count(name) > 1]
-            reason = "is there twice, or is the name of a field that this command writes"
-            check(not wrong, f"{path}: rename a column, because {', '.join(wrong)} {reason}")
-            for row in reader:
-                line = reader.line_num
-                yield line, row
-    except (UnicodeError, csv.Error) as error:
-        advice = "Is it UTF-8? Is a quotation mark open?"
-        raise InputError(f"{path}, near line {line}: {error}. {advice}") from None
-
-
 def read_table(args):
     """Read the table. Return two values. The first is a dict of image -> list of its rows, each
     (line number, caption, dict of the other columns). The second is a list of rows that cannot be
-    used, each (line number, image, reason)."""
+    used, each (line number, image, reason).
+
+    Raise InputError if a line cannot be read. Leaving that line out would not do, because a
+    quotation mark that is not closed may swallow all rows that follow."""
     samples = {}
     bad = []
-    for line, row in read_rows(args.csv, (args.image_column, args.caption_column)):
-        image = (row.pop(args.image_column, None) or "").strip()
-        caption = (row.pop(args.caption_column, None) or "").strip()
-        if None in row:
-            bad.append((line, image, "more fields than columns: put the caption into quotes"))
-        elif not image or not caption:
-            reason = "no image or no caption: see --image_column and --caption_column"
-            bad.append((line, image, reason))
-        else:
-            name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image
-            samples.setdefault(name, []).append((line, caption, row))
+    line = 1
+    try:
+        text = args.csv.read_text("utf-8-sig")
+        header = text.partition("\n")[0]
+        delimiter = max(",;\t", key=header.count)
+        look = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
+        reader = csv.DictReader(io.StringIO(text), **look)
+        check_columns(args, reader.fieldnames or [])
+        for row in reader:
+            line = reader.line_num
+            image = (row.pop(args.image_column, None) or "").strip()
+            caption = (row.pop(args.caption_column, None) or "").strip()
+            if None in row:
+                bad.append((line, image, "more fields than columns: put the caption into quotes"))
+            elif not image or not caption:
+                reason = "no image or no caption: see --image_column and --caption_column"
+                bad.append((line, image, reason))
+            else:
+                name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image
+                samples.setdefault(name, []).append((line, caption, row))
+    except (UnicodeError, csv.Error) as error:
+        advice = "Is it UTF-8? Is a quotation mark open?"
+        raise InputError(f"{args.csv}, near line {line}: {error}. {advice}") from None
     return samples, bad
+
+
+def check_columns(args, names):
+    """Raise InputError if two columns have one name, or one has the name of a field of .json."""
+    taken = {"image", "captions"} - {args.image_column, args.caption_column}
+    wrong = [name for name in names if name in taken or names.count(name) > 1]
+    reason = "is there twice, or is the name of a field that this command writes"
+    check(not wrong, f"{args.csv}: rename a column, because {', '.join(wrong)} {reason}")
 
 
 # -----------------------------------------------------------------------------
