@@ -56,7 +56,10 @@ def read_table(args):
         delimiter = max(",;\t", key=header.count)
         look = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
         reader = csv.DictReader(io.StringIO(text), **look)
-        check_columns(args, reader.fieldnames or [])
+        names = reader.fieldnames or []
+        taken = {"image", "captions"} - {args.image_column, args.caption_column}  # by the .json
+        wrong = [name for name in names if name in taken or names.count(name) > 1]
+        check(not wrong, f"{args.csv}: the name of a column is taken or there twice: {wrong}")
         for row in reader:
             line = reader.line_num
             image = (row.pop(args.image_column, None) or "").strip()
@@ -73,14 +76,6 @@ def read_table(args):
         advice = "Is it UTF-8? Is a quotation mark open?"
         raise InputError(f"{args.csv}, near line {line}: {error}. {advice}") from None
     return samples, bad
-
-
-def check_columns(args, names):
-    """Raise InputError if two columns have one name, or one has the name of a field of .json."""
-    taken = {"image", "captions"} - {args.image_column, args.caption_column}
-    wrong = [name for name in names if name in taken or names.count(name) > 1]
-    reason = "is there twice, or is the name of a field that this command writes"
-    check(not wrong, f"{args.csv}: rename a column, because {', '.join(wrong)} {reason}")
 
 
 # -----------------------------------------------------------------------------
