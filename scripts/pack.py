@@ -2,14 +2,14 @@
 
     python -m scripts.pack --csv pairs.csv --images photos/ --out shards/
 
-The table is a CSV or TSV file in UTF-8. Its columns are called image and caption, or --image_column
-and --caption_column name them. The command makes large images smaller, unless you give --size 0. It
-writes the rows that cannot be used to bad_rows.csv, with the reason.
+The table is a CSV or TSV file in UTF-8 with the columns image and caption. The command makes large
+images smaller, unless you give --size 0. It writes the rows that cannot be used to bad_rows.csv,
+with the reason.
 
-All rows of one image become one sample. The .txt of a sample holds the first caption. The .json
-holds all captions in the field `captions`, the name of the file in `image`, and the other columns
-of the table. For example, train.py finds a column `long` by --label_captions json.long. If the rows
-of an image differ in a column, the field is a list.
+All rows of one image become one sample. Its .txt holds the first caption. Its .json holds all
+captions in the field `captions`, the name of the file in `image`, and the other columns of the
+table. For example, train.py finds a column `long` by --label_captions json.long. If the rows of an
+image differ in a column, the field is a list.
 
 A hash of the image file decides whether a sample is for training or for validation. So equal files
 are never on both sides. An image keeps its side when the table grows, or is packed in parts.

@@ -5,12 +5,10 @@
     python -m scripts.search --checkpoint out/best.pt "a mug"
     python -m scripts.search ... --features photos.npz --serve
 
-The command prints the best images for each text, with their scores. Without --images and --data it
-searches the validation pictures of the run. With --serve you search on a page (see
-scripts/serve.py).
-
-A score is the cosine similarity of two features. Compare only scores of the same text, because some
-texts have higher scores than others with every image.
+The command prints the best images for each text. A score is the cosine similarity of two features.
+Compare only scores of the same text, because some texts have higher scores with every image than
+others. Without --images and --data the command searches the validation pictures of the run. With
+--serve you search on a page.
 
 --features keeps the features of the images in a file, which the next search reads. After a change
 of the checkpoint or of any image, that search makes the file anew. Other programs can read its

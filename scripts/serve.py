@@ -1,14 +1,9 @@
-"""Serve the page of `python -m scripts.search --serve`. The page is serve.html. It asks this
-process for results, and then for each picture.
+"""Serve serve.html, the page of `python -m scripts.search --serve`, which asks for results and then
+for each picture by its number.
 
-Only this machine can use the page, or a machine that is connected to it by `ssh -L`. Two things
-keep others out:
-
-- The server listens on 127.0.0.1.
-- The address of the page has a random part. Other users of this machine do not know it, nor does a
-  website that gives its own name the address 127.0.0.1.
-
-A request names a picture by its number, never by a path.
+Only this machine can use the page, or one that is connected to it by `ssh -L`, because the server
+listens on 127.0.0.1. The address of the page has a random part. Other users of this machine do not
+know it, nor does a website that gives its own name the address 127.0.0.1.
 """
 
 import json

@@ -3,9 +3,8 @@
     python -m scripts.show SHARDS --picture grid.png
 
 The command counts samples, tokens in captions, and captions that occur more than once. It names
-what cannot be used, and why. Then it prints some samples. Below the captions of a sample stands its
-label, which holds the shares of words that the word head should predict. The IDF of a word comes
-from the captions of these shards.
+what cannot be used, and why. Then it prints some samples, each with its label: the shares of words
+that the word head should predict. The IDF of a word comes from the captions of these shards.
 """
 
 from collections import Counter

@@ -5,10 +5,8 @@
 
 The command prints the most probable words of each image, without words of many captions, such as
 "the". With --out it also draws a map for each word. Red marks patches without which the word
-becomes less probable.
-
-Without --images, as in the second line, the command takes a few validation pictures of the run. The
-checkpoint assets/tiny.pt comes without its validation pictures, so the command draws new scenes.
+becomes less probable. Without --images the command takes a few validation pictures of the run. For
+assets/tiny.pt, which comes without them, it draws new scenes.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
