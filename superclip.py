@@ -147,23 +147,19 @@ def classification_loss(logits, label_tokens, token_weights):
 # What CLIP has: images and captions that must find each other
 
 
-def contrastive_loss(image_features, text_features, scale, local=slice(None)):
+def contrastive_loss(image_features, text_features, scale):
     """Return CLIP's loss, a scalar: each image must pick its caption out of the batch, and each
     caption its image.
 
-    image_features, text_features (N, E): the global batch, normalised to length 1; scale: the
-    inverse temperature, a scalar that train.py keeps between 1 and 100; local: the slice of the N
-    pairs that this process scores, by default all. The loss begins near ln N, because an untrained
+    image_features, text_features (N, E): normalised to length 1; scale: the inverse temperature, a
+    scalar that train.py keeps between 1 and 100. The loss begins near ln N, because an untrained
     model gives each candidate 1/N.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
-    images, texts = image_features.float(), text_features.float()
-    target = torch.arange(len(images), device=images.device)[local]  # (B,): the right one of N
-    with torch.autocast(images.device.type, enabled=False):
-        per_image = scale * images[local] @ texts.T  # (B, N)
-        # per_image.T would not do, because it covers only the images of this process.
-        per_text = scale * texts[local] @ images.T  # (B, N)
-    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = scale * image_features.float() @ text_features.float().T  # (N, N)
+    target = torch.arange(len(logits), device=logits.device)  # image i belongs to caption i
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 # -----------------------------------------------------------------------------
@@ -240,16 +236,14 @@ class SuperCLIP(nn.Module):
             image_features, text_features, terms = in_micro_batches(self.encode_pairs, size, *batch)
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_images, all_texts, local = image_features, text_features, slice(None)
+        all_images, all_texts = image_features, text_features
         if self.training and dist.is_initialized():  # process 0 evaluates alone
-            all_images, all_texts = Gather.apply(image_features), Gather.apply(text_features)
-            first = dist.get_rank() * len(images)
-            local = slice(first, first + len(images))
+            all_images, all_texts = gather(image_features), gather(text_features)  # (N, E)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
-            contrastive = contrastive_loss(all_images, all_texts, scale, local)
+            contrastive = contrastive_loss(all_images, all_texts, scale)
         else:
-            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias, local)
+            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias)
 
         # Add a term of your own here, if it compares pairs. If it needs one pair at a time, add it
         # in encode_pairs, as a mean over the pairs. Put it into `terms` under a name that ends in
@@ -462,18 +456,16 @@ class Transformer(nn.Module):
 # SigLIP's loss in place of CLIP's
 
 
-def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(None)):
+def sigmoid_loss(image_features, text_features, scale, logit_bias):
     """Return SigLIP's loss (arXiv 2303.15343), a scalar: does this image belong to this caption,
     yes or no?
 
     The arguments are those of contrastive_loss, and logit_bias, a scalar. The loss of an image is
     the sum over all captions. The result is the mean over the images, as in the paper.
     """
-    images, texts = image_features.float(), text_features.float()
-    with torch.autocast(images.device.type, enabled=False):
-        logits = scale * images[local] @ texts.T + logit_bias  # (B, N)
-    target = torch.arange(len(texts), device=logits.device)[local]  # (B,): the right one of N
-    answers = torch.zeros_like(logits).scatter_(1, target[:, None], 1.0)  # (B, N): 1 for yes
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = scale * image_features.float() @ text_features.float().T + logit_bias  # (N, N)
+    answers = torch.eye(len(logits), device=logits.device)  # yes on the diagonal, else no
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
 
@@ -481,29 +473,21 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias, local=slice(N
 # Batches that need several processes, or several passes through the towers
 
 
-class Gather(torch.autograd.Function):
-    """Collect the features (B, E) of each process into those of all processes (N, E), in the order
-    of the ranks.
+def gather(features):
+    """Return the features (N, E) of all processes, in the order of their ranks. features (B, E):
+    those of this process.
 
-    Each process computes its own loss, and each loss depends on all features. So the backward pass
-    sums the gradient of each feature over all processes, and a process keeps the rows that belong
-    to its features. The weights then get the gradient of the *sum* of the losses.
-    DistributedDataParallel divides it by the number of processes, which gives the gradient of the
-    mean. The mean of the losses is the loss of the global batch.
+    Each process computes the loss of the global batch, but only its own features lead back to
+    weights. So the sum of the gradients over the processes is the gradient of the loss. But
+    DistributedDataParallel takes the mean. Therefore the gradient of a feature is multiplied by the
+    number of processes here.
     """
-
-    @staticmethod
-    def forward(ctx, features):
-        world = dist.get_world_size()
-        gathered = features.new_empty(world * len(features), features.shape[1])
-        dist.all_gather(list(gathered.chunk(world)), features.contiguous())
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+    world = dist.get_world_size()
+    gathered = [torch.empty_like(features) for _ in range(world)]
+    dist.all_gather(gathered, features.detach())
+    constant = features.detach()
+    gathered[dist.get_rank()] = constant + world * (features - constant)  # the same values
+    return torch.cat(gathered)
 
 
 def in_micro_batches(encode_pairs, size, *batch):
