@@ -10,9 +10,9 @@ Compare only scores of the same text, because some texts have higher scores with
 others. Without --images and --data the command searches the validation pictures of the run. With
 --serve you search on a page.
 
---features keeps the features of the images in a file, which the next search reads. After a change
-of the checkpoint or of any image, that search makes the file anew. Other programs can read its
-arrays by numpy.load: `names` (N,), and `features` (N, E), float32, each of length 1.
+--features keeps the features of the images in a file. The next search encodes only images that are
+new or have changed. Other programs can read its arrays by numpy.load: `names` (N,), and `features`
+(N, E), float32, each of length 1.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import data
 import eval as evaluation
@@ -62,6 +62,14 @@ class Images(Dataset):
         except evaluation.UNREADABLE as error:
             return evaluation.skip(self.shards.name(item), error), i
 
+    def stamp(self, i):
+        """Return a text that tells image i from all others, and changes when the image does."""
+        item = self.items[i]
+        path, first = (item, 0) if isinstance(item, Path) else self.shards.place(item)
+        # Of a broken link take the link itself. Reading it will say what is wrong.
+        stat = os.stat(path, follow_symlinks=os.path.exists(path))
+        return f"{os.path.abspath(path)} {first} {stat.st_size} {stat.st_mtime_ns}"
+
     def name_and_caption(self, i):
         """Return the name of an image, and its caption, "" for none."""
         item = self.items[i]
@@ -73,31 +81,45 @@ class Images(Dataset):
         return self.shards.name(item), ""
 
 
-def key_of(checkpoint, paths):
-    """Return a hash of the checkpoint, and of the names, sizes and times of files and shards."""
-    facts = [hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()]
-    for path in paths:
-        # Of a broken link take the link itself. Reading it will say what is wrong.
-        stat = os.stat(path, follow_symlinks=os.path.exists(path))
-        facts += [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+def read_features(path, checkpoint):
+    """Return the features in a file, a dict {stamp of an image: feature (E,)}. Raise InputError if
+    the file is not from the checkpoint with this hash, whose features alone can be compared."""
+    try:
+        with np.load(path) as content:
+            is_ours = content["checkpoint"] == checkpoint
+            features = dict(zip(content["stamps"].tolist(), torch.from_numpy(content["features"])))
+    except Exception:  # NumPy and zipfile raise many kinds
+        is_ours = False
+    check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
+    return features
 
 
-def find_features(model, images, workers, path, key):
+def find_features(model, images, workers, path, checkpoint):
     """Return the features (N, E) of all images that can be read, and the list of their N numbers.
-    path: the file that keeps them, or None; key: what key_of returns. A file with another key is
-    made anew."""
-    if path is not None:
-        with suppress(Exception), np.load(path) as content:  # it may be missing, or anything
-            if content["key"] == key:
-                return torch.from_numpy(content["features"]), content["numbers"].tolist()
+
+    path: the file that keeps them, or None; checkpoint: the hash of the checkpoint. Images that the
+    file has are not encoded again. Raise InputError if no image can be read.
+    """
+    known = {}
+    if path is not None and path.exists():
+        known = read_features(path, checkpoint)
+    stamps = [images.stamp(i) for i in range(len(images))]
+    missing = Subset(images, [i for i, stamp in enumerate(stamps) if stamp not in known])
     device = evaluation.device_of(model)
-    features, numbers = evaluation.encode_images(model.encode_image, images, device, 128, workers)
-    features = features.cpu()
-    if path is not None:
-        names = [images.name_and_caption(i)[0] for i in numbers]
-        content = {"key": key, "names": names, "numbers": numbers, "features": features.numpy()}
-        write_file(path, lambda file: np.savez(file, **content))
+    try:
+        for pixels, numbers in evaluation.batches(missing, 128, workers, "encoding"):
+            features = model.encode_image(pixels.to(device)).cpu()
+            known.update(zip([stamps[i] for i in numbers], features))
+    finally:  # after Ctrl-C, keep those that are done
+        numbers = [i for i, stamp in enumerate(stamps) if stamp in known]
+        if numbers:
+            features = torch.stack([known[stamps[i]] for i in numbers])  # (N, E)
+            if path is not None:
+                content = {"checkpoint": checkpoint, "stamps": [stamps[i] for i in numbers]}
+                content["names"] = [images.name_and_caption(i)[0] for i in numbers]
+                content["features"] = features.numpy()
+                write_file(path, lambda file: np.savez(file, **content))
+    check(numbers, "none of the images can be read")
     return features, numbers
 
 
@@ -137,8 +159,8 @@ def main(argv):
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     images = Images(files, shards, model.config.image_size, [*captions, "txt"])
-    key = key_of(args.checkpoint, [*files, *(shards.paths if shards else ())])
-    features, numbers = find_features(model, images, args.workers, args.features, key)
+    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    features, numbers = find_features(model, images, args.workers, args.features, sha256)
     print(f"{len(features):,} images; scores are cosine similarities")
     facts = dict(model=model, tokenizer=tokenizer, images=images)
     search = partial(find, k=args.k, features=features, numbers=numbers, **facts)

@@ -1,7 +1,6 @@
 """Test scripts/search.py: a slow search finds the same. Test its file of features and its page."""
 
 import http.client
-import os
 import re
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from children import Children
 from material import (
+    error_of,
     features_of,
     photo,
     png,
@@ -59,30 +59,42 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     np.testing.assert_allclose(kept["features"], features, atol=1e-5)
 
 
-def test_features_are_made_anew_after_any_change_and_only_then(folders, checkpoint):
-    """We set all kept features to zero. Features that are still zero were not computed again. The
-    last file is no file of features."""
+def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
+    """We set all kept features to zero. Features that are still zero were not computed again."""
     write_shard("a.tar", [{"png": png("red")}])
-    other = write_checkpoint("other.pt", small_model(cls_weight=0))
-    argv = [TEXTS[0], "--features", "x.npz", "--images", "red", "--data", "a.tar", "--checkpoint"]
+    argv = [TEXTS[0], "--features", "x.npz", "--images", "red", "--data", "a.tar"]
 
-    def makes_anew(checkpoint):
-        assert not run(search.main, *argv, checkpoint)
+    def encoded():
+        assert not run(search.main, *argv, "--checkpoint", checkpoint)
         kept = dict(np.load("x.npz"))
-        is_new = kept["features"].any()
+        names = {Path(name).name for name, x in zip(kept["names"], kept["features"]) if x.any()}
         kept["features"][:] = 0
         np.savez("x.npz", **kept)
-        return is_new
+        return names
 
-    assert makes_anew(checkpoint)
-    assert not makes_anew(checkpoint)
-    assert makes_anew(other)
-    os.utime("a.tar", (0, 0))
-    assert makes_anew(other)
+    files = {file.name for file in Path("red").iterdir()}
+    assert encoded() > files  # and the sample in a.tar
+    assert encoded() == set()
     Path("red/2.png").rename("red/9.png")
-    assert makes_anew(other)
-    Path("x.npz").write_text("?")
-    assert makes_anew(other)
+    photo(77).save("red/1.png")
+    assert encoded() == {"1.png", "9.png"}
+
+
+@pytest.mark.parametrize("content", ["text", "other arrays", "another checkpoint"])
+def test_a_file_of_other_features_is_refused_and_kept(folders, checkpoint, content, capsys):
+    if content == "text":
+        Path("x.npz").write_text("?")
+    elif content == "other arrays":
+        np.savez("x.npz", features=np.zeros((2, 3)))
+    else:
+        other = write_checkpoint("other.pt", small_model(cls_weight=0))
+        argv = ["--images", "red", TEXTS[0], "--features", "x.npz"]
+        assert not run(search.main, "--checkpoint", other, *argv)
+    before = Path("x.npz").read_bytes()
+
+    argv = ["--checkpoint", checkpoint, "--images", "red", TEXTS[0], "--features", "x.npz"]
+    assert "x.npz" in error_of(capsys, search.main, *argv)
+    assert Path("x.npz").read_bytes() == before
 
 
 def test_a_broken_link_in_a_folder_is_named_and_left_out(folders, checkpoint, capsys):
