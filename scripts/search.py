@@ -114,7 +114,8 @@ def find_features(model, images, workers, path, checkpoint):
         numbers = [i for i, stamp in enumerate(stamps) if stamp in known]
         if numbers:
             features = torch.stack([known[stamps[i]] for i in numbers])  # (N, E)
-            if path is not None:
+            is_new = len(missing) > 0 or len(known) > len(numbers)
+            if path is not None and is_new:
                 content = {"checkpoint": checkpoint, "stamps": [stamps[i] for i in numbers]}
                 content["names"] = [images.name_and_caption(i)[0] for i in numbers]
                 content["features"] = features.numpy()
