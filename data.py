@@ -127,7 +127,7 @@ class Shards:
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except (ValueError, LookupError, TypeError, AttributeError):  # JSON may hold anything
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # any JSON
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")

@@ -69,7 +69,7 @@ def train(args):
         pairs, val_pairs = open_pairs(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
     steps, warmup_steps, eval_every = schedule(args, len(pairs))
-    header = header_of(args, steps, model, pairs, val_pairs, dtype, device)
+    header = header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
     start = run.start  # the step of last.pt if the run is resumed, else 0
     ddp_model = distribute(model) if WORLD > 1 else model

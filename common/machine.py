@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.utils.data import DataLoader
 
-from common.cli import InputError, check
+from common.cli import STOP_SIGNALS, InputError, check
 
 
 def write_file(path, write):
@@ -93,9 +93,11 @@ def can_compile(device):
         return False
 
 
-def ignore_interrupt(worker):
-    """Let the first process act on Ctrl-C alone. A terminal sends it to all of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Let the first process alone act on a signal that ends a command. Ctrl-C, a scheduler and a
+    closed terminal send it to all of them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, workers, **options):
@@ -107,7 +109,7 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_interrupt, **options)
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
 
 
 def call(task):

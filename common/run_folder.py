@@ -5,7 +5,6 @@ validation. train.py writes it, and scripts.curves and the study read it.
 """
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.cli import InputError, check
 from common.distributed import RANK, WORLD, from_all
-from common.machine import cores
+from common.machine import cores, write_file
 
 OUT = r"out(_\d+)?"  # the name of a folder that a run without --out_dir makes
 # The options that may change with --resume: the folder, the length, the learning rate, the machine,
@@ -52,8 +51,10 @@ def claim_folder(out_dir, resume):
     """Return the folder of a run as a string, and make it if it does not exist. Refuse a folder
     that holds a run, unless it is to be resumed. out_dir: --out_dir, or None."""
     folder = find_folder(resume) if out_dir is None else Path(out_dir)
+    has_checkpoint = any(folder.glob("*.pt"))
+    has_run = has_checkpoint or Path(folder, "log.jsonl").exists()
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
-    if any(folder.glob("*.pt")) and not (resume and Path(folder, "last.pt").exists()):
+    if has_run and not (resume and (Path(folder, "last.pt").exists() or not has_checkpoint)):
         raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
@@ -70,7 +71,7 @@ def commit():
         return ""
 
 
-def header_of(args, steps, model, pairs, val_pairs, dtype, device):
+def header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device):
     """Return the header of the log: the conditions under which the other rows were measured."""
     device_name = f"{device.type} ({cores()} cores)"
     if device.type == "cuda":
@@ -85,6 +86,7 @@ def header_of(args, steps, model, pairs, val_pairs, dtype, device):
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
+        "eval_every": eval_every,
         "batch_size": args.batch_size,
         "processes": WORLD,
         "device": device_name,
@@ -125,16 +127,28 @@ class RunFolder:
         print(f"out_dir: {out_dir}")
         facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
-        log_size = self.load_last() if self.last.exists() else 0
+        if self.last.exists():
+            self.load_last()
         states = from_all((header["data_fingerprint"], self.start))
         check(len({*states}) == 1, "the processes see different data, or a different last.pt")
-        if RANK == 0:
-            with open(self.rows, "a") as file:  # drop what was logged after last.pt was saved
-                file.truncate(min(log_size, file.tell()))
+        if RANK == 0 and self.rows.exists():
+            self.cut_log()
         self.log({"header": header, "step": self.start})
 
+    def cut_log(self):
+        """Drop the rows that the run logs again: those of later steps than that of last.pt, and the
+        validation after its step, unless none is due there any more."""
+        is_due = self.start % self.header["eval_every"] == 0 or self.start == self.header["steps"]
+        kept = []
+        for line in self.rows.read_text("utf-8").splitlines(keepends=True):
+            with suppress(ValueError):  # a full disk has cut the last line
+                row = json.loads(line)
+                is_result = "loss" in row or ("zeroshot" in row and not is_due)
+                if row["step"] < self.start or (row["step"] == self.start and is_result):
+                    kept.append(line)
+        write_file(self.rows, lambda file: file.write("".join(kept).encode()))
+
     def load_last(self):
-        """Load last.pt, and return the size of the log when it was saved."""
         saved = read_checkpoint(self.last)
         check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
         before, now = saved["header"], self.header
@@ -163,7 +177,6 @@ class RunFolder:
         # saved before the validation of its step.
         newest = read_checkpoint(self.best) if self.best.exists() else saved
         self.best_r1 = newest["best_r1"]
-        return saved.get("log_size", math.inf)  # the last.pt of an older version has none
 
     def log(self, row):
         """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
@@ -185,7 +198,7 @@ class RunFolder:
         is_due = at_once or time.monotonic() > self.saved_time + 600
         if RANK == 0 and is_due and step > self.start:
             states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            self.save(self.last, step, **states, log_size=self.rows.stat().st_size)
+            self.save(self.last, step, **states)
             self.saved_time = time.monotonic()
 
     def log_validation(self, row):

@@ -117,6 +117,8 @@ class Tokenizer:
         self.context_length = context_length
         lines = [line.split() for line in vocab.splitlines() if line]
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}  # of bytes
+        if sorted(self.ranks.values()) != [*range(len(self.ranks))]:  # tiktoken does not check them
+            raise ValueError("the ranks are not 0, 1, 2 ...")
         self.start = len(self.ranks)
         self.end = self.start + 1
         self.vocab_size = self.start + 2

@@ -70,15 +70,18 @@ class Images(Dataset):
         stat = os.stat(path, follow_symlinks=os.path.exists(path))
         return f"{os.path.abspath(path)} {first} {stat.st_size} {stat.st_mtime_ns}"
 
-    def name_and_caption(self, i):
-        """Return the name of an image, and its caption, "" for none."""
+    def name(self, i):
         item = self.items[i]
-        if isinstance(item, Path):
-            return str(item), ""
-        for source in self.captions:
-            with suppress(data.BadSample):
-                return self.shards.name(item), self.shards.texts(item, source)[0]
-        return self.shards.name(item), ""
+        return str(item) if isinstance(item, Path) else self.shards.name(item)
+
+    def caption(self, i):
+        """Return the caption of image i, "" if it has none."""
+        item = self.items[i]
+        if not isinstance(item, Path):
+            for source in self.captions:
+                with suppress(data.BadSample, OSError):
+                    return self.shards.texts(item, source)[0]
+        return ""
 
 
 def read_features(path, checkpoint):
@@ -117,7 +120,7 @@ def find_features(model, images, workers, path, checkpoint):
             is_new = len(missing) > 0 or len(known) > len(numbers)
             if path is not None and is_new:
                 content = {"checkpoint": checkpoint, "stamps": [stamps[i] for i in numbers]}
-                content["names"] = [images.name_and_caption(i)[0] for i in numbers]
+                content["names"] = [images.name(i) for i in numbers]
                 content["features"] = features.numpy()
                 write_file(path, lambda file: np.savez(file, **content))
     check(numbers, "none of the images can be read")
@@ -131,8 +134,8 @@ def find(text, k, model, tokenizer, images, features, numbers):
     scores = features @ feature  # (N,)
     found = []
     for i in scores.argsort(descending=True, stable=True)[:k].tolist():
-        name, caption = images.name_and_caption(numbers[i])
-        facts = {"number": numbers[i], "name": name, "caption": caption}
+        number = numbers[i]
+        facts = {"number": number, "name": images.name(number), "caption": images.caption(number)}
         found.append({"score": scores[i].item(), **facts})
     return {"text": text, "unknown": unknown_words(tokenizer, [text]), "found": found}
 

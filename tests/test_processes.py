@@ -97,3 +97,18 @@ def test_processes_that_a_scheduler_starts_without_torchrun_are_warned(name, mon
 
     with joined_processes():
         assert "8 processes" in capsys.readouterr().out
+
+
+def test_a_mistake_that_one_of_them_meets_is_not_followed_by_a_trace_of_the_other(
+    children, shards, tmp_path
+):
+    """The first process looks for the shards, and the other one waits for the first."""
+    options = short_run(shards, tmp_path / "out", "--train_data", "nowhere.tar")
+
+    first, second = children.train_two([options], [options])
+
+    code, printed = finish(first)
+    other_code, other_printed = finish(second)
+    assert (code, other_code) == (2, 2), other_printed
+    assert "nowhere.tar" in printed
+    assert "Traceback" not in other_printed

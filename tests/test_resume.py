@@ -7,7 +7,16 @@ import signal
 import pytest
 import torch
 from children import before, finish, in_step, receive
-from material import all_rows, assert_ends_like, cases, checkpoint_of, error_of, short_run, steps_of
+from material import (
+    all_rows,
+    assert_ends_like,
+    cases,
+    checkpoint_of,
+    error_of,
+    rows_of,
+    short_run,
+    steps_of,
+)
 
 import train
 
@@ -64,6 +73,16 @@ def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, 
     assert torch.equal(saved["model"]["visual.proj"], before["visual.proj"])  # at a rate of 0
 
 
+def test_a_longer_run_keeps_the_last_validation_of_the_shorter_one(copied_run, shards):
+    """It would not validate again at this step."""
+    before = rows_of(copied_run, "zeroshot")
+    options = short_run(shards, copied_run, "--steps", 17, "--eval_every", 7, "--resume")
+
+    train.main(options)
+
+    assert steps_of(rows_of(copied_run, "zeroshot")) == [*steps_of(before), 14, 17]
+
+
 def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):
     """The run reads the score to beat from best.pt, because last.pt is saved before its step is
     validated. The commands that the run prints at its end use best.pt."""
@@ -116,3 +135,11 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_log_is_not_overwritten_even_if_its_checkpoints_are_gone(tmp_path, shards, capsys):
+    (tmp_path / "log.jsonl").write_text("?")
+
+    assert "holds a run" in error_of(capsys, train.main, *short_run(shards, tmp_path))
+
+    assert (tmp_path / "log.jsonl").read_text() == "?"

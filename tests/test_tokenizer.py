@@ -9,6 +9,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from common import scenes
+from common.cli import InputError
 from common.tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
 from eval import TEMPLATES
 
@@ -108,3 +109,12 @@ def test_of_templates_with_unknown_words_the_name_is_left():
 
     assert usable_templates(WORDS, ["an etching of {}"]) == ["{}"]
     assert usable_templates(of_scenes, TEMPLATES) == [*TEMPLATES]
+
+
+def test_a_vocabulary_with_a_missing_line_is_refused(tmp_path):
+    """Otherwise the ids of words would run into those of start and end."""
+    lines = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
+    (tmp_path / "v.tiktoken").write_text("".join(lines[:-2] + lines[-1:]))
+
+    with pytest.raises(InputError):
+        Tokenizer.from_file(tmp_path / "v.tiktoken")
