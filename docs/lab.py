@@ -39,7 +39,7 @@ def compare(name, found, expected, mistakes, inputs=()):
     """Print that the result of a student's function is right, or raise Mistake.
 
     found: the student's result; expected: the project's result; mistakes: a dict of sentence -> the
-    result that this mistake leads to; inputs: tensors of which both must have the same gradients.
+    result that this mistake leads to; inputs: tensors for which both must have the same gradients.
     """
     if found is None:
         raise Mistake(f"Fill in {name} first.")
@@ -63,15 +63,15 @@ def compare(name, found, expected, mistakes, inputs=()):
 
 
 def check_contrastive_loss(contrastive_loss):
-    u, v = U.clone().requires_grad_(), V.clone().requires_grad_()
-    right = superclip.contrastive_loss(u, v, SCALE)
-    rows = F.cross_entropy(SCALE * u @ v.T, torch.arange(len(u)))
+    u, v, scale = (torch.as_tensor(x).clone().requires_grad_() for x in (U, V, SCALE))
+    right = superclip.contrastive_loss(u, v, scale)
+    rows = F.cross_entropy(scale * u @ v.T, torch.arange(len(u)))
     mistakes = {
         "your loss has the rows only. The captions must pick, too.": rows,
         "your loss is the sum of both cross-entropies. It should be their mean.": 2 * right,
         "the scale is missing. Multiply the cosines by it.": superclip.contrastive_loss(u, v, 1.0),
     }
-    compare("contrastive_loss", contrastive_loss(u, v, SCALE), right, mistakes, (u, v))
+    compare("contrastive_loss", contrastive_loss(u, v, scale), right, mistakes, (u, v, scale))
 
 
 def check_idf(idf):
@@ -147,8 +147,8 @@ def check_forward(forward, config, images, tokens):
     logarithm = "model.logit_scale is a logarithm. The scale is its exp()."
     mistakes = {logarithm: superclip.contrastive_loss(u, v, model.logit_scale)}
     right = superclip.contrastive_loss(u, v, model.logit_scale.exp())
-    towers = image_tower, text_tower
-    compare("contrastive_loss", found["contrastive_loss"], right, mistakes, towers)
+    parameters = image_tower, text_tower, model.logit_scale
+    compare("contrastive_loss", found["contrastive_loss"], right, mistakes, parameters)
 
 
 def check_my_forward(my_forward, config, images, tokens):

@@ -82,6 +82,7 @@ contrastive_loss    | u, v, s    | None | Fill in
 contrastive_loss    | u, v, s    | of_rows(u, v, s) | rows only
 contrastive_loss    | u, v, s    | contrastive_loss(u, v, s).detach() | not the right gradient
 contrastive_loss    | u, v, s    | contrastive_loss(u, v.detach(), s) | not the right gradient
+contrastive_loss    | u, v, s    | contrastive_loss(u, v, s.detach()) | not the right gradient
 contrastive_loss    | u, v, s    | 1.23 * contrastive_loss(u, v, s) | should be
 idf                 | N, n       | ((N + 1) / (n + 1)).log() | padding
 idf                 | N, n       | torch.where(n > 0, ((N + 1) / (n + 1)).log(), 0.0) | should be
