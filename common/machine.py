@@ -35,7 +35,9 @@ def new_folder(path):
     path = Path(path).absolute()
     check(not path.exists(), f"{path} exists already. Remove it, or use another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+    # After Ctrl-C, processes that draw may still write into the folder while it is removed.
+    options = dict(dir=path.parent, ignore_cleanup_errors=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", **options) as temporary:
         folder = Path(temporary, path.name)
         folder.mkdir()
         yield folder
