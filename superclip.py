@@ -19,8 +19,9 @@ that they share. At the end is what a first reader can skip: SigLIP's loss, seve
 batches that would not fit into memory, and the sizes of published models. After this file read
 train.py, data.py and eval.py.
 
-Axes: B pairs of this process, N pairs of all processes, P patches (K of them are kept), T tokens,
-D width, H heads, E embedding, V vocabulary, S pixels on each side of an image.
+Axes: B pairs of this process, N pairs of all processes, P patches, T tokens, D width, H heads,
+E embedding, V vocabulary, S pixels on each side of an image. K is the number of patches that the
+image tower looks at. It is P, unless train.py's --patch_dropout leaves some out to save time.
 """
 
 import math
@@ -90,7 +91,7 @@ class WordHead(nn.Module):
 
     def __init__(self, width, vocab_size):
         super().__init__()
-        self.ln = LayerNorm(width)  # torch's, except that it keeps the dtype (see below)
+        self.ln = LayerNorm(width)  # nn.LayerNorm, which here keeps the dtype of its input
         self.linear = nn.Linear(width, vocab_size)
         nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits begin with variance 1
         nn.init.zeros_(self.linear.bias)
@@ -104,29 +105,29 @@ class WordHead(nn.Module):
 def idf(num_captions, token_counts):
     """Return the weight of each token (V,): log((num_captions + 1) / (token_counts + 1)).
 
-    So rare words count more (paper, section 3.2). Formula and growing counts are those of the
-    authors' code. Start, end and padding are no words, and their weight is 0.
-    num_captions: captions seen so far; token_counts (V,): how many of them contain each token.
+    So rare words count more (paper, section 3.2). The counts grow during the training, as in the
+    authors' code, which has this formula. num_captions: captions seen so far; token_counts (V,):
+    how many of them contain each token.
     """
     weights = ((num_captions + 1) / (token_counts + 1)).log()
-    # Assign to slices. Assigning at an index would make the CPU wait for the GPU.
-    weights[PAD : PAD + 1] = 0.0
-    weights[-2:] = 0.0  # start and end of text
+    weights[PAD].zero_()  # padding, start and end of text are no words
+    weights[-2:].zero_()
     return weights
 
 
 def multi_hot(label_tokens, vocab_size):
     """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
     others. label_tokens (B, T): the ids of the captions."""
-    absent = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
-    return absent.scatter_(1, label_tokens, 1.0)
+    words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
+    return words.scatter_(1, label_tokens, 1.0)
 
 
 def caption_label(label_tokens, token_weights):
     """Return what the head should predict, (B, V): the share of each word in its caption.
 
-    The shares are proportional to token_weights (V,), and their sum is 1. If no word of a caption
-    (label_tokens, (B, T)) has weight, all its shares are 0.
+    The shares are proportional to token_weights (V,), and their sum is 1. If "a" has weight 0.5,
+    "red" 2 and "heart" 2.5, the caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word
+    of a caption (label_tokens, (B, T)) has weight, all its shares are 0.
     """
     words = multi_hot(label_tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
@@ -137,7 +138,8 @@ def classification_loss(logits, label_tokens, token_weights):
     the words of the caption (paper, equations 2 to 4).
 
     logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
-    `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2.
+    `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2: equal logits would
+    give ln V, and logits of variance 1 add half of their variance.
     """
     label = caption_label(label_tokens, token_weights)  # (B, V)
     return F.cross_entropy(logits.float(), label)
@@ -198,8 +200,8 @@ class SuperCLIP(nn.Module):
         The arguments are those of `forward`. Return image and text features (B, E), normalised to
         length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
         """
-        # The image tower returns tokens, because the head reads the patches, and CLIP the class
-        # token. Of a text only the feature is needed, so the text tower returns that.
+        # The image tower returns all its tokens, because the head reads the patches, and CLIP the
+        # class token. Of a text only the feature is needed, so the text tower returns that.
         image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
         image_features = self.project_image(image_tokens)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
@@ -211,7 +213,7 @@ class SuperCLIP(nn.Module):
         return image_features, text_features, terms
 
     def forward(self, images, tokens, label_tokens=None, keep=None):
-        """Compute the loss of a batch. This is the whole method.
+        """Compute the loss of a batch. With `encode_pairs` this is the whole method.
 
         images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
         captions whose words are to be predicted, by default the tokens; keep (B, K): indices of the
@@ -224,7 +226,8 @@ class SuperCLIP(nn.Module):
         """
         if label_tokens is None:
             label_tokens = tokens
-        if self.training and self.head is not None:  # plain CLIP has no counts
+        # Count first, so that the weights of the words know this batch, as in the authors' code.
+        if self.training and self.head is not None:
             self.count_tokens(label_tokens)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
@@ -260,8 +263,7 @@ class SuperCLIP(nn.Module):
         # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
         V = len(self.token_counts)
         counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
-        # Do not count padding: how much there is depends on which captions share a batch.
-        counts[PAD : PAD + 1] = 0
+        counts[PAD].zero_()  # how much padding there is depends on the number of processes
         # Send the number of captions with the counts, so that one all_reduce serves both.
         counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
         if dist.is_initialized():
@@ -453,7 +455,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# SigLIP's loss in place of CLIP's
+# A first reader can skip the rest. SigLIP's loss in place of CLIP's
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias):
@@ -483,22 +485,24 @@ def gather(features):
     number of processes here.
     """
     world = dist.get_world_size()
-    gathered = [torch.empty_like(features) for _ in range(world)]
-    dist.all_gather(gathered, features.detach())
     constant = features.detach()
-    gathered[dist.get_rank()] = constant + world * (features - constant)  # the same values
+    gathered = [torch.empty_like(constant) for _ in range(world)]
+    dist.all_gather(gathered, constant)
+    # The difference is 0, so the values stay the same. But its gradient is multiplied by `world`.
+    gathered[dist.get_rank()] = constant + world * (features - constant)
     return torch.cat(gathered)
 
 
 def in_micro_batches(encode_pairs, size, *batch):
     """Return what encode_pairs(*batch) returns, but with the memory of `size` pairs (GradCache,
-    arXiv 2101.06983). What is None in the batch is left out.
+    arXiv 2101.06983).
 
-    The loss needs the features of all pairs at once, but the towers do not. checkpoint keeps only
-    the inputs and the outputs of a micro-batch. The backward pass computes one micro-batch after
-    the other again, which takes a third more time.
+    The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
+    checkpoint keeps its inputs and its features, and forgets all that the towers have computed in
+    between. The backward pass computes that again, one micro-batch after the other, which takes a
+    third more time.
     """
-    batch = [x for x in batch if x is not None]
+    batch = [x for x in batch if x is not None]  # keep, the last argument, may be None
     if len(batch[0]) % size != 0:  # the terms of all parts count equally below
         raise ValueError(f"micro-batches of {size} do not divide a batch of {len(batch[0])}")
     parts = zip(*(x.split(size) for x in batch))
