@@ -8,7 +8,7 @@ DataComp. Members of one sample share their name up to the first dot. The rest o
 what a member is: .jpg, .jpeg, .png or .webp is the image, .txt is the caption, and .json is
 optional metadata.
 
-Shards are not streamed. One pass over the tar headers (common/shards.py) makes an index, and then
+Shards are not streamed. One pass over the tar headers (common/index.py) makes an index, and then
 two or three reads fetch any sample. So the shuffle is global, the length is exact, batches have the
 same size on each process, and a run can be resumed from one integer, its step.
 """
@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from common.cli import InputError
 from common.images import FORMATS, upright_rgb
+from common.index import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
 from common.machine import make_loader
-from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
 from common.tokenizer import Tokenizer
 
 # Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
@@ -176,26 +176,26 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def load_image(source, size, rng=None, crop_area=1.0):
-    """Return an image as a uint8 tensor (3, size, size), cropped by `crop_box` and resized, bicubic
-    with antialiasing. source: the bytes of an image file, or an image of Pillow.
+def load_image(picture, size, rng=None, crop_area=1.0):
+    """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
+    bicubic with antialiasing. picture: the bytes of an image file, or an image of Pillow.
 
     Three things make loading fast. `draft` lets the decoder shrink a JPEG if the crop is larger
     than needed. Pixels stay uint8 to the end. The three values of a pixel stay side by side in
     memory, as the decoder wrote them ("channels last").
     """
     try:
-        image = source
-        if isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source), formats=FORMATS)
+        image = picture
+        if isinstance(picture, bytes):
+            image = Image.open(io.BytesIO(picture), formats=FORMATS)
         width, height = image.size
         x, y, w, h = crop_box(width, height, rng, crop_area)
         scale = max(size / w, size / h)
-        if isinstance(source, bytes) and scale <= 0.5:  # draft makes it 2, 4 or 8 times smaller
+        if isinstance(picture, bytes) and scale <= 0.5:
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        # draft rounds sizes up, so round the factor to a power of two.
-        k = 2 ** round(math.log2(width / image.width))
-        image = upright_rgb(image, (x / k, y / k, (x + w) / k, (y + h) / k))
+        # draft makes a JPEG 2, 4 or 8 times smaller. It rounds sizes up, so round the ratio.
+        ratio = 2 ** round(math.log2(width / image.width))
+        image = upright_rgb(image, [side / ratio for side in (x, y, x + w, y + h)])
     except Exception as error:  # Pillow raises many kinds, some with an address in memory
         raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
     # Put a batch axis in front, so that torch sees that the image is channels last. torchvision's
@@ -232,7 +232,7 @@ class Pairs(Shards, Dataset):
     def __post_init__(self):
         super().__init__(self.paths, self.sources)
         self.label_sources = self.label_sources or self.sources
-        self.named = set()  # the bad samples that were printed
+        self.reported = set()  # bad samples
         for source in self.label_sources:
             self.check_source(source)
 
@@ -263,8 +263,8 @@ class Pairs(Shards, Dataset):
                 return self.sample_pair(sample, rng)
             except (BadSample, OSError) as error:
                 reason = f"bad sample: {self.name(sample)}: {error}"
-            if sample not in self.named and len(self.named) < 100:
-                self.named.add(sample)
+            if sample not in self.reported and len(self.reported) < 100:
+                self.reported.add(sample)
                 tqdm.write(reason, sys.stderr)
             sample = rng.randrange(len(self))
         raise InputError(f"a hundred samples in a row cannot be used. The last one: {reason}")
@@ -276,20 +276,21 @@ class Pairs(Shards, Dataset):
         images, captions, labels, keep = zip(*items)
         # default_collate stacks as torch.stack does, but in a worker it writes to shared memory.
         images = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
-        length = min(self.tokenizer.context_length, round_up(captions))
+        length = min(self.tokenizer.context_length, padded_length(captions))
         batch = {
             "images": images.permute(0, 3, 1, 2),  # channels last: fast to cut into patches
             "tokens": self.tokenizer.pad(captions, length),
-            "label_tokens": self.tokenizer.pad(labels, round_up(labels)),  # whole captions
+            "label_tokens": self.tokenizer.pad(labels, padded_length(labels)),  # whole captions
         }
         if self.patch_dropout > 0:
             batch["keep"] = torch.tensor(keep)
         return batch
 
 
-def round_up(captions):
-    """Return the length of the longest caption, a list of ids, with start and end, rounded up to a
-    multiple of 16: few lengths, so the towers are rarely compiled again, and little padding."""
+def padded_length(captions):
+    """Return the length to which a batch of captions, lists of ids, is padded: that of the longest
+    one with start and end, rounded up to a multiple of 16. So there are few lengths, for which the
+    text tower must be compiled, and little padding."""
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 

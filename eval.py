@@ -31,8 +31,8 @@ from common import cli
 from common.checkpoint import read_model, validation_of
 from common.cli import check, number, progress
 from common.images import images_below, is_hidden
+from common.index import by_split, find_shards
 from common.machine import make_loader, pick_device
-from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
 from superclip import SuperCLIP, contrastive_loss
 
@@ -63,17 +63,13 @@ def device_of(model):
 UNREADABLE = (data.BadSample, OSError)
 
 
-def skip(name, error):
-    """Print that an image is left out, and why. Return None, which replaces the image."""
-    tqdm.write(f"skipped {name}: {error}")
-
-
 def read_image(path, size):
     """Return an image file as a uint8 tensor (3, size, size), or None if it cannot be read."""
     try:
         return data.load_image(Path(path).read_bytes(), size)
     except UNREADABLE as error:
-        return skip(path, error)
+        tqdm.write(f"skipped {path}: {error}")
+        return None
 
 
 class ClassFolders(Dataset):
@@ -110,7 +106,8 @@ class ShardImages(Dataset):
         try:
             return self.shards.image(i, self.size), self.shards.captions(i)
         except UNREADABLE as error:
-            return skip(self.shards.name(i), error), None
+            tqdm.write(f"skipped {self.shards.name(i)}: {error}")
+            return None, None
 
 
 def collate(samples):

@@ -39,10 +39,10 @@ from common import cli
 from common.checkpoint import DIVERGED, read_model
 from common.cli import check, number, run_command
 from common.distributed import RANK, WORLD, joined_processes, one_first, prepare_device
+from common.index import shards_of_run
 from common.machine import can_compile, pick_dtype
 from common.run_folder import RunFolder, header_of, names_of
 from common.scenes import find_or_make_scenes
-from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 

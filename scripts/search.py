@@ -24,14 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
 
 import data
 import eval as evaluation
 from common.checkpoint import validation_of
 from common.cli import check, make_parser, number, output_file, run_command
 from common.images import image_files
+from common.index import find_shards
 from common.machine import pick_device, write_file
-from common.shards import find_shards
 from common.tokenizer import unknown_words
 from scripts import serve
 
@@ -60,7 +61,8 @@ class Images(Dataset):
         try:
             return self.shards.image(item, self.size), i
         except evaluation.UNREADABLE as error:
-            return evaluation.skip(self.shards.name(item), error), i
+            tqdm.write(f"skipped {self.shards.name(item)}: {error}")
+            return None, i
 
     def stamp(self, i):
         """Return a text that tells image i from all others, and changes when the image does."""

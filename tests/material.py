@@ -15,7 +15,7 @@ from PIL import Image
 import eval as evaluation
 from common import checkpoint as checkpoints
 from common.cli import sentence_about
-from common.shards import add_member
+from common.index import add_member
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from material import cases, png, write_captions, write_tar
 
 import data
-from common.shards import IMAGE, JSON, TEXT, build_index, by_split, find_shards
+from common.index import IMAGE, JSON, TEXT, build_index, by_split, find_shards
 from data import Shards
 
 # ---- which shards a pattern names

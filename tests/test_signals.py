@@ -44,7 +44,7 @@ def test_a_signal_ends_a_run_without_a_trace(children, shards, whole_run, tmp_pa
 
 WORK = {  # case -> a command, and a function that it calls while its processes work
     "it draws": ("common.scenes", "common.scenes.progress"),
-    "it indexes": ("scripts.vocab", "common.shards.progress"),
+    "it indexes": ("scripts.vocab", "common.index.progress"),
 }
 
 
