@@ -62,12 +62,12 @@ def train(args):
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENE_OPTIONS["train_data"]:
+        if args.train_data == SCENE_OPTIONS["train_data"]:  # none were named
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
-        model, tokenizer, new = build_model(args, shards, device)
+        model, tokenizer, new_names = build_model(args, shards, device)
         pairs, val_pairs = open_pairs(args, shards, val_shards, model, tokenizer)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
     steps, warmup_steps, eval_every = schedule(args, len(pairs))
     header = header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
@@ -89,16 +89,16 @@ def train(args):
             break
 
         # 2. The losses and their gradient. batch holds the arguments of SuperCLIP.forward, and
-        # losses what forward returns. Micro-batches, and the exchange of features between the
+        # output what forward returns. Micro-batches, and the exchange of features between the
         # processes, happen inside of it.
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
         with autocast:
-            losses = ddp_model(**batch)
+            output = ddp_model(**batch)
         # The scaler is for float16 alone, in which small gradients would underflow to 0.
-        scaler.scale(losses["loss"]).backward()
+        scaler.scale(output["loss"]).backward()
 
         # 3. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
@@ -118,7 +118,7 @@ def train(args):
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
-            losses = mean_losses(losses)
+            losses = mean_losses(output)
         seen += N
         seconds += time.perf_counter() - began
         if log_due:
@@ -134,13 +134,15 @@ def train(args):
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
+            if new_names:
+                row["new_learning_rate"] = NEW_LEARNING_RATE * factor
             run.log(row)
             seen, seconds, waited = 0, 0.0, 0.0
-    run.print_commands(val_pairs is not None)
+    print_commands(run, has_val_pairs=val_pairs is not None)
 
 
 # -----------------------------------------------------------------------------
-# The parts of a step
+# The parts of a step, and what is printed at the end
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -152,10 +154,11 @@ def learning_rate_factor(step, warmup_steps, steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def mean_losses(losses):
-    """Return the losses as floats, averaged over all processes. The CPU waits for the GPU."""
-    names = [name for name in losses if name.endswith("loss")]
-    values = torch.stack([losses[name].detach() for name in names])
+def mean_losses(output):
+    """Return the loss and its terms as a dict of floats, averaged over all processes. output: what
+    SuperCLIP.forward returns, which also holds features. Reading makes the CPU wait for the GPU."""
+    names = [name for name in output if name.endswith("loss")]
+    values = torch.stack([output[name].detach() for name in names])
     if WORLD > 1:
         dist.all_reduce(values)
         values /= WORLD
@@ -183,6 +186,22 @@ def validate(args, model, tokenizer, pairs, step):
     return row
 
 
+def print_commands(run, has_val_pairs):
+    """Print the commands that show what the model of a RunFolder has learned."""
+    path = run.best
+    if not path.exists():
+        path = run.last
+        print("best.pt was not written, because no validation was as good as the one before")
+        print("training. Try a lower --learning_rate.")
+    print("\nWhat the model has learned:")
+    pictures = "" if has_val_pairs else " --images PICTURES"
+    checkpoint = f"--checkpoint {path.as_posix()}"
+    print(f"  python -m scripts.search {checkpoint} TEXT{pictures}")
+    if run.model.head is not None:
+        print(f"  python -m scripts.words {checkpoint} --out words.png{pictures}")
+    print(f"  python -m scripts.curves {run.rows.as_posix()} --out curves.png")
+
+
 # -----------------------------------------------------------------------------
 # The parts of the set-up
 
@@ -190,18 +209,19 @@ def validate(args, model, tokenizer, pairs, step):
 def build_model(args, shards, device):
     """Return the model on its device, its tokenizer, and the names of the parameters that keep
     their random weights, because --init_from lacks them."""
-    source = None
+    pretrained = None
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
-        source, tokenizer = read_model(args.init_from)
+        pretrained, tokenizer = read_model(args.init_from)
         print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
-        config = dict(vars(source.config))
-        if source.head is None and args.cls_weight is None:
+        config = dict(vars(pretrained.config))
+        if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    for field in fields(SuperCLIPConfig):  # such as cls_weight: an option with its name sets it
+    # An option that has the name of a field sets it: image_size, loss, cls_weight, those of a fork.
+    for field in fields(SuperCLIPConfig):
         value = getattr(args, field.name, None)
         if value is not None:
             config[field.name] = value
@@ -210,10 +230,10 @@ def build_model(args, shards, device):
     check(is_whole, f"--image_size must be a multiple of the patch_size, {config.patch_size}")
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
-    new = []
-    if source is not None:
+    new_names = []
+    if pretrained is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
-        new = model.load_state_dict(source.state_dict(), strict=False).missing_keys
+        new_names = model.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
     tokenizer.context_length = model.config.context_length
     model.micro_batch_size = args.micro_batch_size
 
@@ -226,7 +246,7 @@ def build_model(args, shards, device):
             # Compile part by part. Otherwise longer captions would recompile the image tower, too.
             if part is not None:
                 part.compile()
-    return model.to(device).train(), tokenizer, new
+    return model.to(device).train(), tokenizer, new_names
 
 
 def open_pairs(args, shards, val_shards, model, tokenizer):
@@ -255,12 +275,12 @@ def open_pairs(args, shards, val_shards, model, tokenizer):
 NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, such as a new word head
 
 
-def make_optimizer(model, learning_rate, weight_decay, new=()):
+def make_optimizer(model, learning_rate, weight_decay, new_names=()):
     """Return AdamW. Only matrices decay: no biases, norms, class token or logit scale. Each group
-    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those named in `new`."""
+    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_names."""
     groups = []
     for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
-        params = [p for name, p in model.named_parameters() if (name in new) == is_new]
+        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})

@@ -211,20 +211,6 @@ class RunFolder:
             if row["step"] > 0:  # the weights before training only set the score to beat
                 self.save(self.best, row["step"])
 
-    def print_commands(self, has_val_pairs):
-        """Print the commands that show what the model has learned."""
-        path = self.best if self.best.exists() else self.last
-        if path == self.last:
-            print("best.pt was not written, because no validation was as good as the one before")
-            print("training. Try a lower --learning_rate.")
-        print("\nWhat the model has learned:")
-        pictures = "" if has_val_pairs else " --images PICTURES"
-        checkpoint = f"--checkpoint {path.as_posix()}"
-        print(f"  python -m scripts.search {checkpoint} TEXT{pictures}")
-        if self.model.head is not None:
-            print(f"  python -m scripts.words {checkpoint} --out words.png{pictures}")
-        print(f"  python -m scripts.curves {path.parent.as_posix()}/log.jsonl --out curves.png")
-
 
 def read_log(path):
     """Return the last header in a log.jsonl, and a list of the other rows."""

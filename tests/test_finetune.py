@@ -80,4 +80,6 @@ def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):
     after = tune(*start)["model"]
 
     assert equal_names(after, clip.state_dict()) == clip.state_dict().keys()
+    row = rows_of(tmp_path / "out", "loss")[0]
+    assert (row["learning_rate"], row["new_learning_rate"]) == (0, 5e-4)
     assert after["head.ln.bias"].abs().max().item() == pytest.approx(5e-4, rel=0.01)
