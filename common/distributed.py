@@ -26,9 +26,10 @@ def joined_processes():
     """Let the processes that torchrun has started exchange tensors in the block, and wait for each
     other at its end. With one process, do nothing. If a scheduler has started several without
     torchrun, print what to do, because each of them is a run of its own."""
-    tasks = {os.environ.get(name, "1") for name in ("SLURM_NTASKS", "WORLD_SIZE")} - {"1"}
-    if tasks and not torchrun:
-        n = max(tasks)
+    # srun sets the first variable. SLURM_NTASKS would not do, because sbatch sets it in a script
+    # that may start Python only once. Other schedulers set the second one.
+    n = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
+    if n > 1 and not torchrun:
         print(f"{n} processes would train {n} models. To train one, start this with torchrun.")
     if WORLD > 1:
         backend = "gloo"
