@@ -54,10 +54,13 @@ def smallest(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
 
-@pytest.fixture(scope="session", params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def device(request):
     """Return each device of this machine, with the settings of a run. `pytest -k cuda` runs only
-    the tests on a GPU."""
+    the tests on a GPU. Without one it says how many tests there are."""
     train.prepare_device(request.param)
     return request.param
 
