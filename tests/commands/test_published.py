@@ -1,0 +1,189 @@
+"""Compare converted weights with the library that they come from: its features and its tokens.
+
+    DOWNLOAD=1 pytest -k published
+
+downloads published weights. Without DOWNLOAD=1 the same functions compare small models with random
+weights, so only the download is not tested.
+"""
+
+import json
+import os
+
+import open_clip
+import pytest
+import torch
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from material import run, write_checkpoint
+from open_clip.tokenizer import SimpleTokenizer
+from oracle import assert_near, make_random_model, open_clip_of
+from transformers import CLIPModel, CLIPTokenizer
+
+from common.tokenizer import clip_vocabulary
+from eval import load
+from scripts.convert import main, open_clip_config
+
+DOWNLOAD = pytest.mark.skipif(
+    os.environ.get("DOWNLOAD") != "1", reason="downloads published weights only if DOWNLOAD=1"
+)
+CAPTIONS = [
+    "a photo of a cat",
+    "Two dogs, one ball!",
+    "it's 3 o'clock at the café",
+    "a T-shirt (size XL) for $9.99",
+    "first line\nsecond  line",
+    "naïve Zürich 東京",
+    "snow ❄ falls",
+    'A sign says "50% off"; e.g. HERE',
+    "",
+    "one of " * 60,
+]
+
+
+@torch.no_grad()
+def compare(weights, folder, image_features, text_features, tokens):
+    """Convert weights, and compare the result with another model of the same weights. Return our
+    model. image_features, text_features: functions of the other model, which return normalised
+    features; tokens (10, T): what the other tokenizer makes of CAPTIONS."""
+    assert not run(main, weights, folder / "converted.pt")
+    model, tokenizer, _ = load(folder / "converted.pt")
+    ours = tokenizer(CAPTIONS)
+    images = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+
+    ends = ours.argmax(dim=1)  # paddings differ
+    for row, other_row, end in zip(ours, tokens, ends):
+        assert row[: end + 1].tolist() == other_row[: end + 1].tolist()
+    assert_near(model.encode_image(images), image_features(images))
+    assert_near(model.encode_text(ours), text_features(tokens))
+    return model
+
+
+def compare_with_open_clip(name, folder):
+    """name: MODEL/TAG, where the tag may be a file."""
+    model, _, tag = name.partition("/")
+    other = open_clip.create_model(model, tag, require_pretrained=True).eval()
+
+    def image_features(images):
+        return other.encode_image(images, normalize=True)
+
+    def text_features(tokens):
+        return other.encode_text(tokens, normalize=True)
+
+    tokens = open_clip.get_tokenizer(model)(CAPTIONS)
+    return compare(name, folder, image_features, text_features, tokens)
+
+
+def compare_with_transformers(weights, folder):
+    """weights: a folder of transformers, with a tokenizer."""
+    other = CLIPModel.from_pretrained(weights).eval()
+    length = other.config.text_config.max_position_embeddings
+    pad = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(weights)(CAPTIONS, **pad).input_ids
+    size = other.config.vision_config.image_size
+    no_images = torch.zeros(1, 3, size, size)
+
+    def image_features(images):
+        return other(tokens, images).image_embeds
+
+    def text_features(tokens):
+        return other(tokens, no_images).text_embeds
+
+    return compare(weights, folder, image_features, text_features, tokens)
+
+
+def compare_with_the_authors(file, folder):
+    """file: a checkpoint of the authors' code. The oracle is open_clip, on which it builds."""
+    state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    assert not run(main, file, folder / "config.pt")
+    config = open_clip_config(load(folder / "config.pt")[0].config)
+    other = open_clip.model.CustomTextCLIP(**config).eval()
+    assert not other.load_state_dict(state, strict=False).missing_keys
+
+    def image_features(images):
+        return other.encode_image(images, normalize=True)
+
+    def text_features(tokens):
+        return other.encode_text(tokens, normalize=True)
+
+    tokens = open_clip.get_tokenizer("ViT-B-16")(CAPTIONS, config["text_cfg"]["context_length"])
+    return compare(file, folder, image_features, text_features, tokens)
+
+
+# ---- published weights
+
+
+@DOWNLOAD
+@pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "ViT-B-32-quickgelu/openai"])
+def test_published_weights_of_open_clip(name, tmp_path):
+    compare_with_open_clip(name, tmp_path)
+
+
+@DOWNLOAD
+def test_published_weights_of_transformers(tmp_path):
+    kinds = ["*.json", "*.txt", "pytorch_model.bin"]
+    name = "openai/clip-vit-base-patch32"
+    weights = snapshot_download(name, allow_patterns=kinds, local_dir=tmp_path / "weights")
+
+    compare_with_transformers(weights, tmp_path)
+
+
+@DOWNLOAD
+def test_published_weights_of_the_superclip_authors(tmp_path):
+    names = list_repo_files("hustvl/SuperCLIP")
+    names = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    assert names
+
+    for name in names:
+        file = hf_hub_download("hustvl/SuperCLIP", name, local_dir=tmp_path / "weights")
+        compare_with_the_authors(file, tmp_path / name.replace("/", "-"))
+
+
+# ---- small models with random weights in their place
+
+
+CLIPS = {"vocab_size": 49408, "context_length": 20}
+HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
+
+
+def test_small_weights_in_place_of_published_ones_of_open_clip(tmp_path):
+    small = make_random_model(quick_gelu=True, cls_weight=0, **CLIPS, **HEADS)
+    torch.save(open_clip_of(small).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "small-clip.json").write_text(json.dumps(open_clip_config(small.config)))
+    open_clip.add_model_config(tmp_path / "small-clip.json")
+
+    model = compare_with_open_clip(f"small-clip/{tmp_path}/weights.pt", tmp_path)
+
+    assert model.config == small.config
+
+
+def test_small_weights_in_place_of_published_ones_of_transformers(tmp_path):
+    small = make_random_model(quick_gelu=True, cls_weight=0, **CLIPS, **HEADS)
+    path = write_checkpoint(tmp_path / "small.pt", small, clip_vocabulary())
+    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
+    clip = SimpleTokenizer()  # CLIP's vocabulary in open_clip
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    ids = {special.get(token, token): i for token, i in clip.encoder.items()}
+    tokenizer = CLIPTokenizer(vocab=ids, merges=[*clip.bpe_ranks])
+    tokenizer.save_pretrained(tmp_path / "folder")
+
+    model = compare_with_transformers(tmp_path / "folder", tmp_path)
+
+    assert model.config == small.config
+
+
+def test_small_weights_in_place_of_published_ones_of_the_authors(tmp_path):
+    """A file of the authors tells nothing of heads and GELU, and they have the usual values."""
+    small = make_random_model(**CLIPS)
+    state = open_clip_of(small, custom_text=True).state_dict()
+    state["text_decoder.ln_mlp.weight"] = small.head.ln.weight
+    state["text_decoder.ln_mlp.bias"] = small.head.ln.bias
+    state["text_decoder.text_projection.weight"] = small.head.linear.weight
+    state["text_decoder.text_projection.bias"] = small.head.linear.bias
+    state["cap_fq"] = torch.zeros(1, 49408, dtype=torch.float64)
+    state["num_samples"] = torch.zeros(1, 1, dtype=torch.float64)
+    state = {f"module.{name}": x for name, x in state.items()}
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "authors.pt")
+
+    model = compare_with_the_authors(tmp_path / "authors.pt", tmp_path)
+
+    assert model.config == small.config
