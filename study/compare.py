@@ -17,6 +17,10 @@ rate beyond it. A rate is good if its score is within a point of the best one. T
 taken if it is good, otherwise the lowest good rate. The score is the mean of all scores, or the one
 that --by names.
 
+The number of seeds in which b is ahead stands beside each difference, and the p of the exact
+sign-flip test. p counts for one score, which was named before the runs. It does not hold where
+seeds share data.
+
 With --probe each scored run also fits a linear classifier on its frozen image tower (`eval.py
 probe`). No score of a probe takes part in the choice of a rate.
 
@@ -302,6 +306,11 @@ def interval(differences, quantile=None, overlap=0.0):
     return mean(differences), quantile * stdev(differences) * (1 / n + overlap) ** 0.5
 
 
+def ahead(differences):
+    """Return in how many of the seeds the difference is above 0, as "13 of 15"."""
+    return f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
+
+
 def sign_flip(differences):
     """Return the p of the exact sign-flip test of some differences, one for each seed.
 
@@ -338,14 +347,17 @@ def best_rate(command, seeds, score, jobs):
 
 def print_scores(a, b):
     """Print each score of two lists of runs, which have the same seeds."""
-    print("\nin percent: a -> b, and b - a with its 95 % interval\n")
+    print("\nin percent: a -> b, b - a with its 95 % interval, seeds in which b is ahead, exact p")
+    print("p counts for one score that was named before the runs, if no seeds share data.\n")
     scores = max((run["scores"] for run in a + b), key=len)  # of a run that has not diverged
     width = max(map(len, scores), default=0) + 2
     for name, score in scores.items():
         first, second = [[value_of(run, name) for run in runs] for runs in (a, b)]
-        middle, half = interval([y - x for x, y in zip(first, second)])
+        differences = [y - x for x, y in zip(first, second)]
+        middle, half = interval(differences)
         values = f"{mean(first):.1f} -> {mean(second):.1f}, {middle:+.1f} ± {half:.1f}"
-        print(f"{name:{width}s}{values:36s} chance {100 * score['chance']:.1f}")
+        test = f"{ahead(differences)}, p {sign_flip(differences):.4f}"
+        print(f"{name:{width}s}{values:30s}{test:22s}chance {100 * score['chance']:.1f}")
 
 
 def seeds(text):
@@ -361,7 +373,8 @@ def read_options(argv):
     add("--b", required=True, metavar="COMMAND", help='such as "../fork/train.py"')
     add("--common", default="", metavar="OPTIONS", help="options of both commands")
     which = dict(type=seeds, metavar="FIRST-LAST")
-    add("--seeds", default=range(5, 10), help="seeds that are scored (default 5-9)", **which)
+    # Eight seeds, because with five p cannot be below 0.0625.
+    add("--seeds", default=range(5, 13), help="seeds that are scored (default 5-12)", **which)
     text = "seeds that choose the learning rate of a command that names none (without a value: 0-4)"
     add("--rates", nargs="?", default=(), const=range(5), help=text, **which)
     text = "score that chooses the rates, such as colour_shape (default: the mean of all)"

@@ -1,11 +1,13 @@
 """Test the study. No scored seed chooses a learning rate. Finished runs are kept, and are not used
 for other code. The tables on the page agree with the runs."""
 
+import itertools
 import json
 import math
 import re
 import shutil
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from common import scenes
 from common.checkpoint import DIVERGED
 from common.cli import InputError
 from common.tokenizer import Tokenizer
-from study import compare, no_idf, plan, shuffled, some_words, yes_no
+from study import compare, no_idf, plan, shuffled, some_words, warmup, yes_no
 from study.compare import read_command
 
 
@@ -33,6 +35,21 @@ def run_of(command, **values):
 def test_an_interval_is_students():
     """The differences 1, 2, 3 have a standard deviation of 1. Student's t is 4.303."""
     assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.303 / 3**0.5), rel=1e-3)
+
+
+def test_the_sign_flip_test_counts_all_patterns_of_signs():
+    """The slow formula makes each of the 2**8 patterns. A tie is not ahead."""
+    differences = [3.1, -0.5, 0.0, 2.2, 0.7, -1.1, 4.0, 0.7]
+    means = [
+        abs(sum(sign * x for sign, x in zip(signs, differences)))
+        for signs in itertools.product((1, -1), repeat=8)
+    ]
+
+    p = compare.sign_flip(differences)
+
+    assert p == mean(x >= sum(differences) - 1e-6 for x in means)
+    assert compare.sign_flip([1, 2, 3, 4]) == 2 / 2**4  # this pattern and its opposite
+    assert compare.ahead(differences) == "5 of 8"
 
 
 def test_the_default_rate_is_taken_if_it_is_about_as_good_as_the_best():
@@ -117,19 +134,23 @@ def test_a_run_has_its_seed_in_its_options_and_its_key_has_not():
 
 def test_other_text_is_other_code(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    names = ("train.py", "model.py", "common/scenes.py", "common/log.py", "study/mine.py")
-    files = [Path(name) for name in names]
+    """The module imports one of study/, which imports another one."""
+    names = ("train.py", "model.py", "common/scenes.py", "common/log.py")
+    modules = ("study/mine.py", "study/base.py", "study/deep.py")
+    files = [Path(name) for name in names + modules]
     command = read_command("-m study.mine")
     for file in files:
         file.parent.mkdir(exist_ok=True)
         file.write_text("x = 1\n")
+    Path("study/mine.py").write_text("from study import base\n")
+    Path("study/base.py").write_text("from study import deep\n")
     codes = {command.code()}
 
     for file in files:
-        file.write_text("x = 2\n")
+        file.write_text(file.read_text() + "y = 2\n")
         codes.add(command.code())
 
-    assert len(codes) == 6
+    assert len(codes) == 1 + len(files)
 
 
 def test_a_comparison_trains_both_variants_and_prints_every_score(
@@ -207,6 +228,31 @@ def test_a_head_can_say_yes_or_no_to_each_word(model):
 
     loss = superclip.classification_loss(logits, CAPTIONS, torch.rand(6))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("share, steps", [(0.5, None), (0.7, 8), (0.1, 1)])
+def test_a_warmup_is_a_share_of_the_steps(model, monkeypatch, share, steps):
+    """With half of them the schedule is that of train.py."""
+    args = train.make_parser().parse_args(["--steps", "12"])
+    expected = train.schedule(args, 1000)
+    monkeypatch.setattr(train, "schedule", train.schedule)  # restored after the test
+
+    rest = warmup.main(["--share", str(share), "--cls_weight", "0"])
+
+    length, warmup_steps, eval_every = train.schedule(args, 1000)
+    assert (length, eval_every) == (expected[0], expected[2])
+    assert warmup_steps == (steps or expected[1])
+    assert rest == ["--cls_weight", "0"]
+
+
+def test_a_warmup_can_be_that_of_the_control(model, monkeypatch):
+    monkeypatch.setattr(train, "schedule", train.schedule)
+    logits, weights = torch.rand(3, 6), torch.rand(6)
+    expected = superclip.classification_loss(logits, CAPTIONS[[1, 2, 0]], weights)
+
+    warmup.main(["--share", "0.5", "--shuffled"])
+
+    assert superclip.classification_loss(logits, CAPTIONS, weights) == expected
 
 
 @pytest.mark.parametrize("kind, caption", [("colours", "red pink"), ("shapes", "star heart")])
