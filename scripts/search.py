@@ -30,11 +30,11 @@ import data
 import eval as evaluation
 from common.checkpoint import validation_of
 from common.cli import check, make_parser, number, output_file, run_command
-from common.images import image_files
 from common.index import find_shards
 from common.machine import pick_device, write_file
 from common.tokenizer import unknown_words
 from scripts import serve
+from scripts.pictures import image_files
 
 
 class Images(Dataset):

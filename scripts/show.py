@@ -13,9 +13,9 @@ import torch
 
 import data
 from common.cli import check, make_parser, progress, run_command
-from common.images import contact_sheet, picture_file
 from common.tokenizer import clean, token_text, tokenizer_for
 from eval import UNREADABLE
+from scripts.pictures import contact_sheet, picture_file
 from scripts.vocab import training_shards
 from superclip import caption_label, idf
 

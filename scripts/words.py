@@ -19,9 +19,9 @@ import eval as evaluation
 from common import scenes
 from common.checkpoint import validation_of
 from common.cli import InputError, check, make_parser, run_command
-from common.images import contact_sheet, image_files, picture_file
 from common.index import find_shards
 from common.machine import pick_device
+from scripts.pictures import contact_sheet, image_files, picture_file
 
 SHOWN = 6  # validation pictures
 
