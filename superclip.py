@@ -2,26 +2,29 @@
 
 CLIP trains an image encoder and a text encoder so that an image and its caption end up close
 together. Each image must find its caption among those of the batch, so the model learns what tells
-the pairs of a batch apart. In a small batch very little is enough for that. SuperCLIP adds a second
-question: *which words does the caption contain?* One linear layer answers it from the mean of the
-image's patch tokens. Its loss depends on one image and its own caption, and not on the rest of the
-batch. Rare words count more than common ones.
+the pairs of a batch apart. In a small batch a coarse hint, such as the main colour, is enough for
+that. SuperCLIP adds a second question: *which words does the caption contain?* One linear layer
+answers it from the mean of the image's patch tokens. Its loss depends on one image and its own
+caption, and not on the rest of the batch. Rare words count more than common ones.
 
-                  .-> mean of patches -> LayerNorm -> Linear -> classification loss --.
-    image -> ViT -+                                                                   +-> loss
-                  '-> class token -> proj -----------.                               /
-                                                      >-> contrastive loss ---------'
+    caption -> its words, weighted: the label -----------------.
+                                                                >-> classification loss -.
+                  .-> mean of patches -> LayerNorm -> Linear --'                          |
+    image -> ViT -+                                                                       +-> loss
+                  '-> class token -> proj -----------.                                    |
+                                                      >-> contrastive loss --------------'
     caption -> text transformer -> end token -> proj -'
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
 model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
 that they share. At the end is what a first reader can skip: SigLIP's loss, several processes,
-batches that would not fit into memory, and the sizes of published models. After this file read
-train.py, data.py and eval.py.
+batches that would not fit into memory, and the sizes of models. After this file read train.py,
+data.py and eval.py.
 
-Axes: B pairs of this process, N pairs of all processes, P patches, T tokens, D width, H heads,
-E embedding, V vocabulary, S pixels on each side of an image. K is the number of patches that the
-image tower looks at. It is P, unless train.py's --patch_dropout leaves some out to save time.
+Axes: B pairs of this process, N pairs of all processes, P patches, K patches that the image tower
+looks at (all, unless patch dropout leaves some out to save time), T tokens of captions that may be
+cut, T' tokens of whole captions, D width, H heads, E embedding, V vocabulary, S pixels on each side
+of an image.
 """
 
 import math
@@ -53,7 +56,7 @@ class SuperCLIPConfig:
     text_layers: int = 12
     text_heads: int = 0  # 0 means width / 64
     embed_dim: int = 512  # E, the space in which images and texts meet
-    context_length: int = 77  # tokens that the text tower reads; labels use the whole caption
+    context_length: int = 77  # the text tower reads so many tokens of a caption, the label all
     vocab_size: int = 49408  # V; the last two ids are start and end of text
     quick_gelu: bool = False  # x * sigmoid(1.702 x): OpenAI's weights need it
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's R, G, B, between 0 and 1
@@ -70,30 +73,30 @@ class SuperCLIPConfig:
 
 
 # -----------------------------------------------------------------------------
-# What SuperCLIP adds to CLIP: a head that must predict the words of the caption. These are the five
-# lines of the README, and the parts below that compute them. A word is a token of the vocabulary.
+# What SuperCLIP adds to CLIP: a head that must predict the words of the caption. A word is a token
+# of the vocabulary. These are the five lines of the README, and the parts that compute them:
 #
-#     logits                 WordHead
-#     weights                idf, with the counts of SuperCLIP.count_tokens
-#     label                  multi_hot, caption_label
-#     classification_loss    classification_loss
-#     loss                   SuperCLIP.forward, which adds the contrastive loss
+#     logits = head(image_tokens)                                   WordHead
+#     weights = ((num_captions + 1) / (token_counts + 1)).log()     idf
+#     label = normalize(multi_hot(captions) * weights, p=1)         caption_label
+#     classification_loss = cross_entropy(logits, label)            classification_loss
+#     loss = contrastive_loss + cls_weight * classification_loss    SuperCLIP.forward
 
 
 class WordHead(nn.Module):
     """Predict the words of the caption: mean of the patch tokens -> LayerNorm -> one logit for each
-    token of the vocabulary. It has all the parameters that SuperCLIP adds to CLIP.
+    token of the vocabulary. These are all the parameters that SuperCLIP adds to CLIP.
 
     The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we.
-    The less the patches of an image agree, the shorter their mean is. Without the norm such an
-    image would get weak logits, whatever it shows.
+    All patches have about the same length, because the image tower normalises them. If they point
+    in different directions, their mean is short, and without the norm the logits would be weak.
     """
 
     def __init__(self, width, vocab_size):
         super().__init__()
-        self.ln = LayerNorm(width)  # nn.LayerNorm, which here keeps the dtype of its input
+        self.ln = LayerNorm(width)  # defined below: nn.LayerNorm that keeps the dtype of its input
         self.linear = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits begin with variance 1
+        nn.init.normal_(self.linear.weight, std=width**-0.5)  # the authors' choice: variance 1
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, image_tokens):
@@ -103,11 +106,10 @@ class WordHead(nn.Module):
 
 
 def idf(num_captions, token_counts):
-    """Return the weight of each token (V,): log((num_captions + 1) / (token_counts + 1)).
+    """Return the weight of each token (V,). Rare words count more (paper, section 3.2).
 
-    So rare words count more (paper, section 3.2). The counts grow during the training, as in the
-    authors' code, which has this formula. num_captions: captions seen so far; token_counts (V,):
-    how many of them contain each token.
+    num_captions: captions seen so far; token_counts (V,): how many of them contain each token. The
+    formula is that of the authors' code, in which the counts grow during the training, too.
     """
     weights = ((num_captions + 1) / (token_counts + 1)).log()
     weights[PAD].zero_()  # padding, start and end of text are no words
@@ -117,7 +119,7 @@ def idf(num_captions, token_counts):
 
 def multi_hot(label_tokens, vocab_size):
     """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
-    others. label_tokens (B, T): the ids of the captions."""
+    others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
     words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
     return words.scatter_(1, label_tokens, 1.0)
 
@@ -127,7 +129,7 @@ def caption_label(label_tokens, token_weights):
 
     The shares are proportional to token_weights (V,), and their sum is 1. If "a" has weight 0.5,
     "red" 2 and "heart" 2.5, the caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word
-    of a caption (label_tokens, (B, T)) has weight, all its shares are 0.
+    of a caption (label_tokens, (B, T')) has weight, all its shares are 0.
     """
     words = multi_hot(label_tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
@@ -137,9 +139,9 @@ def classification_loss(logits, label_tokens, token_weights):
     """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
     the words of the caption (paper, equations 2 to 4).
 
-    logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
+    logits (B, V): from the head; label_tokens (B, T'): the whole captions; token_weights (V,): from
     `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2: equal logits would
-    give ln V, and logits of variance 1 add half of their variance.
+    give ln V, and logits of variance 1 give 1/2 more.
     """
     label = caption_label(label_tokens, token_weights)  # (B, V)
     return F.cross_entropy(logits.float(), label)
@@ -155,7 +157,7 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features (N, E): normalised to length 1; scale: the inverse temperature, a
     scalar that train.py keeps between 1 and 100. The loss begins near ln N, because an untrained
-    model gives each candidate 1/N.
+    tower gives nearly the same feature to everything.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):
@@ -185,17 +187,62 @@ class SuperCLIP(nn.Module):
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
         # The parameter is the logarithm of the scale, so that the scale stays positive.
         if config.loss == "softmax":
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
             self.logit_bias = None
-        else:
-            # With SigLIP's 10 and -10 most answers are "no" at first. That is right, because only
-            # one of the N captions belongs to an image.
+        else:  # SigLIP's start
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        self.micro_batch_size = None  # pairs that go through the towers at once; None: all
+        # Pairs that go through the towers at once. None means all. train.py may set it.
+        self.micro_batch_size = None
+
+    def forward(self, images, tokens, label_tokens=None, keep=None):
+        """Compute the loss of a batch. These are all steps of the method.
+
+        images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
+        same captions, not cut, or others whose words are to be predicted, by default the tokens;
+        keep (B, K): indices of the patches to look at, by default all.
+
+        Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
+        image_features and text_features (B, E). With several processes, the mean of what they
+        return is the loss of the whole batch. Captions are counted in training only. Before that
+        all words have weight 0, and classification_loss is 0.
+        """
+        if label_tokens is None:
+            label_tokens = tokens
+        # Count first, so that the weights of the words know this batch, as in the authors' code.
+        if self.training and self.head is not None:
+            self.count_tokens(label_tokens)
+
+        # Each pair by itself: two features, and the loss of the head that predicts its words
+        batch = images, tokens, label_tokens, keep
+        size = self.micro_batch_size
+        if size is None or size == len(images):
+            image_features, text_features, terms = self.encode_pairs(*batch)
+        else:  # the same with less memory
+            image_features, text_features, terms = in_micro_batches(self.encode_pairs, size, *batch)
+
+        # The pairs of all processes: each image must pick its caption, and each caption its image
+        all_image_features, all_text_features = image_features, text_features
+        if self.training and dist.is_initialized():  # only process 0 evaluates
+            all_image_features = gather(image_features)  # (N, E)
+            all_text_features = gather(text_features)
+        both = all_image_features, all_text_features
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            contrastive = contrastive_loss(*both, scale)
+        else:
+            contrastive = sigmoid_loss(*both, scale, self.logit_bias)
+
+        # The sum. docs/fork.md shows how to add a term of your own here.
+        terms = {"contrastive_loss": contrastive, **terms}
+        loss = contrastive
+        if self.head is not None:
+            loss = loss + self.config.cls_weight * terms["classification_loss"]
+        features = {"image_features": image_features, "text_features": text_features}
+        return {"loss": loss, **terms, **features}
 
     def encode_pairs(self, images, tokens, label_tokens, keep=None):
-        """Compute what each pair says by itself, without the others: the first half of `forward`.
+        """Compute what depends on one pair alone: its features, and the loss of its words.
 
         The arguments are those of `forward`. Return image and text features (B, E), normalised to
         length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
@@ -212,58 +259,13 @@ class SuperCLIP(nn.Module):
             terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
         return image_features, text_features, terms
 
-    def forward(self, images, tokens, label_tokens=None, keep=None):
-        """Compute the loss of a batch. With `encode_pairs` this is the whole method.
-
-        images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
-        captions whose words are to be predicted, by default the tokens; keep (B, K): indices of the
-        patches to look at, by default all.
-
-        Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
-        image_features and text_features (B, E). The loss of several processes is the mean of
-        theirs. Only in training are captions counted. So in a model that has counted none, no word
-        has a weight, and its classification_loss is 0.
-        """
-        if label_tokens is None:
-            label_tokens = tokens
-        # Count first, so that the weights of the words know this batch, as in the authors' code.
-        if self.training and self.head is not None:
-            self.count_tokens(label_tokens)
-
-        # Each pair by itself: two features, and the loss of the head that predicts its words
-        batch = images, tokens, label_tokens, keep
-        if self.micro_batch_size in (None, len(images)):
-            image_features, text_features, terms = self.encode_pairs(*batch)
-        else:  # the same with less memory
-            size = self.micro_batch_size
-            image_features, text_features, terms = in_micro_batches(self.encode_pairs, size, *batch)
-
-        # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_images, all_texts = image_features, text_features
-        if self.training and dist.is_initialized():  # process 0 evaluates alone
-            all_images, all_texts = gather(image_features), gather(text_features)  # (N, E)
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            contrastive = contrastive_loss(all_images, all_texts, scale)
-        else:
-            contrastive = sigmoid_loss(all_images, all_texts, scale, self.logit_bias)
-
-        # Add a term of your own here, if it compares pairs. If it needs one pair at a time, add it
-        # in encode_pairs, as a mean over the pairs. Put it into `terms` under a name that ends in
-        # _loss, and add it to the loss. docs/fork.md shows how, and how to test it.
-        terms = {"contrastive_loss": contrastive, **terms}
-        loss = contrastive
-        if self.head is not None:
-            loss = loss + self.config.cls_weight * terms["classification_loss"]
-        features = {"image_features": image_features, "text_features": text_features}
-        return {"loss": loss, **terms, **features}
-
     def count_tokens(self, label_tokens):
-        """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
+        """Count the captions (B, T') of a batch, and the tokens in them, over all processes."""
         # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
         V = len(self.token_counts)
         counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
-        counts[PAD].zero_()  # how much padding there is depends on the number of processes
+        # Do not count padding. How much there is depends on how the processes share the batch.
+        counts[PAD].zero_()
         # Send the number of captions with the counts, so that one all_reduce serves both.
         counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
         if dist.is_initialized():
@@ -272,8 +274,8 @@ class SuperCLIP(nn.Module):
         self.num_captions += counts[-1]
 
     def encode_image(self, images, normalize=True):
-        """Return features (B, E) of images (B, 3, S, S), uint8 or already normalised floats. If
-        `normalize`, each has length 1."""
+        """Return features (B, E) of images (B, 3, S, S): uint8, or floats from which mean and std
+        are already removed. If `normalize`, each feature has length 1."""
         return self.project_image(self.visual(images), normalize)
 
     def project_image(self, image_tokens, normalize=True):
@@ -316,6 +318,7 @@ class VisionTransformer(nn.Module):
         gelu = quick_gelu if config.quick_gelu else F.gelu
         self.transformer = Transformer(width, layers, heads, gelu, causal=False)
         self.ln_post = LayerNorm(width)
+        # The model applies proj to the class token (project_image).
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -324,13 +327,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, keep=None):
         """Return tokens (B, 1 + K, D), the class token first. images (B, 3, S, S): uint8, or floats
-        that are already normalised; keep (B, K): indices of the patches to look at, by default
-        all."""
+        from which mean and std are already removed; keep (B, K): indices of the patches to look at,
+        by default all."""
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
         # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
-        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: patch_size
+        # Its weights and these pixels have the same order: channel, row, column. p: patch_size
+        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p)
         pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
         x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
         x = x + self.positional_embedding[1:]
@@ -338,6 +342,7 @@ class VisionTransformer(nn.Module):
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
+        # CLIP normalises the class token alone. Here the word head reads the patches, too.
         return self.ln_post(self.transformer(self.ln_pre(x)))
 
 
@@ -407,10 +412,10 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        # A CPU computes attention in float32, because torch's is five times slower in bfloat16. So
+        # the CPU's autocast must not cast back. On a GPU neither line changes anything.
         if x.device.type == "cpu":
-            # torch's attention on a CPU is five times slower in bfloat16 than in float32.
             q, k, v = q.float(), k.float(), v.float()
-        # Autocast of the CPU would cast them back. CUDA's autocast stays as it is.
         with torch.autocast("cpu", enabled=False):
             # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(qkv.dtype)
@@ -445,8 +450,8 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
 
     def forward(self, x):
-        # Embeddings are float32 even under autocast. They are cast once, here, so that the residual
-        # stream has one dtype from the first block to the last.
+        # Embeddings and positions are float32 even under autocast. Cast their sum once, here, so
+        # that the residual stream has one dtype from the first block to the last.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.resblocks:
@@ -455,15 +460,20 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# A first reader can skip the rest. SigLIP's loss in place of CLIP's
+# A first reader can skip the rest of this file
+
+# -----------------------------------------------------------------------------
+# SigLIP's loss in place of CLIP's
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias):
     """Return SigLIP's loss (arXiv 2303.15343), a scalar: does this image belong to this caption,
     yes or no?
 
-    The arguments are those of contrastive_loss, and logit_bias, a scalar. The loss of an image is
-    the sum over all captions. The result is the mean over the images, as in the paper.
+    The arguments are those of contrastive_loss, and logit_bias, a scalar that is learned. It starts
+    at -10, so that most answers are "no" at first. That is right, because only one of the N
+    captions belongs to an image. The loss of an image is the sum over all captions. The result is
+    the mean over the images, as in the paper.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         logits = scale * image_features.float() @ text_features.float().T + logit_bias  # (N, N)
@@ -479,8 +489,8 @@ def gather(features):
     """Return the features (N, E) of all processes, in the order of their ranks. features (B, E):
     those of this process.
 
-    Each process computes the loss of the global batch, but only its own features lead back to
-    weights. So the sum of the gradients over the processes is the gradient of the loss. But
+    Each process computes the loss of the global batch, but only its own features have a gradient.
+    So the sum of the gradients over the processes is the gradient of the loss. But
     DistributedDataParallel takes the mean. Therefore the gradient of a feature is multiplied by the
     number of processes here.
     """
@@ -506,7 +516,7 @@ def in_micro_batches(encode_pairs, size, *batch):
     if len(batch[0]) % size != 0:  # the terms of all parts count equally below
         raise ValueError(f"micro-batches of {size} do not divide a batch of {len(batch[0])}")
     parts = zip(*(x.split(size) for x in batch))
-    # Pass the arguments by position, because checkpoint looks there for the device.
+    # By position: checkpoint finds the GPU, whose random state it keeps, among these arguments.
     parts = [checkpoint(encode_pairs, *part, use_reentrant=False) for part in parts]
     image_features, text_features, terms = zip(*parts)
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
@@ -517,7 +527,7 @@ def in_micro_batches(encode_pairs, size, *batch):
 # Sizes
 
 # A preset names what differs from the defaults above, so ViT-B-16 names nothing.
-# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560)
+# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560), for the drawn scenes
 LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
 PRESETS = {
     "tiny": dict(
