@@ -1,16 +1,17 @@
 """Turn tar shards of image-caption pairs into batches. The file follows this path:
 
-    shards --> index --> Shards (read) --> Pairs (draw, tokenize, crop, resize) --> batches
-                                             ^ batch_indices(n, batch_size, seed, step)
+    shards --> index --> Samples (read) --> Pairs (draw, tokenize, crop, resize) --> batches
+                                              ^ batch_indices(n, batch_size, seed, step)
 
 A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC3M, CC12M and
 DataComp. Members of one sample share their name up to the first dot. The rest of the name tells
 what a member is: .jpg, .jpeg, .png or .webp is the image, .txt is the caption, and .json is
 optional metadata.
 
-Shards are not streamed. One pass over the tar headers (common/index.py) makes an index, and then
-two or three reads fetch any sample. So the shuffle is global, the length is exact, batches have the
-same size on each process, and a run can be resumed from one integer, its step.
+Shards are not streamed. One pass over the tar headers makes an index, which is cached
+(common/index.py), and then two or three reads fetch any sample. So the shuffle is global, the
+length is exact, batches have the same size on each process, and a run can be resumed from one
+integer, its step. eval.py makes its own batches, in order and without random crops.
 """
 
 import hashlib
@@ -22,7 +23,6 @@ import sys
 import tarfile
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -36,7 +36,6 @@ from common.cli import InputError
 from common.images import FORMATS, upright_rgb
 from common.index import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
 from common.machine import make_loader
-from common.tokenizer import Tokenizer
 
 # Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
 warnings.filterwarnings("ignore", module="PIL|data$")
@@ -44,14 +43,14 @@ warnings.filterwarnings("ignore", module="PIL|data$")
 # -----------------------------------------------------------------------------
 # Samples: what shards hold, at random access
 
-MAX_CAPTION = 20_000  # characters; a batch is as wide as its longest caption
+MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as wide as the longest
 
 
 class BadSample(Exception):
     """Say that a sample cannot be used, and why."""
 
 
-class Shards:
+class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1.
 
     paths: the shards; sources: where their captions are, each txt or json.FIELD. The attribute
@@ -75,13 +74,14 @@ class Shards:
 
     @cached_property
     def fingerprint(self):
-        """Return a short text that tells data sets apart, by sizes and sources of captions."""
+        """Return a short text that tells data sets apart, by sizes and sources of captions, so that
+        --resume can refuse other data."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
-    def read_at(self, number, block, size):
-        """Return `size` bytes of a shard. number: its place in paths; block: where they begin."""
-        with open(self.paths[number], "rb") as file:
+    def read_at(self, shard, block, size):
+        """Return `size` bytes of a shard. shard: its place in paths; block: where they begin."""
+        with open(self.paths[shard], "rb") as file:
             file.seek(block * BLOCK)
             content = file.read(size)
         if len(content) < size:
@@ -90,26 +90,26 @@ class Shards:
 
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
-        JSON. A row of the index holds the number of the shard, and for each member its first block
-        and, in the next column, its size."""
+        JSON, which is 1, 3 or 5."""
+        # shard, image block, image size, text block, text size, json block, json size
         row = self.index[i].tolist()
         return self.read_at(row[0], row[column], row[column + 1])
 
     def name(self, i):
         """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read
         from the tar header, the block before the image. If the shard has changed, it is "?"."""
-        number, block, *_ = self.index[i].tolist()
+        shard, block, *_ = self.index[i].tolist()
         try:
-            header = self.read_at(number, block - 1, BLOCK)
+            header = self.read_at(shard, block - 1, BLOCK)
             key, _ = split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
         except (tarfile.TarError, BadSample, OSError):
             key = "?"
-        return f"{self.paths[number]}:{key}"
+        return f"{self.paths[shard]}:{key}"
 
     def place(self, i):
         """Return where the image of sample i lies: the path of its shard, and its first byte."""
-        number, block, *_ = self.index[i].tolist()
-        return self.paths[number], block * BLOCK
+        shard, block, *_ = self.index[i].tolist()
+        return self.paths[shard], block * BLOCK
 
     def image(self, i, size, rng=None, crop_area=1.0):
         """Return the pixels (3, size, size) of sample i, as `load_image` makes them."""
@@ -127,7 +127,8 @@ class Shards:
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # any JSON
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            # a field may hold anything
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
@@ -193,9 +194,10 @@ def load_image(picture, size, rng=None, crop_area=1.0):
         scale = max(size / w, size / h)
         if isinstance(picture, bytes) and scale <= 0.5:
             image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        # draft makes a JPEG 2, 4 or 8 times smaller. It rounds sizes up, so round the ratio.
-        ratio = 2 ** round(math.log2(width / image.width))
-        image = upright_rgb(image, [side / ratio for side in (x, y, x + w, y + h)])
+        # draft has made image.width about 2, 4 or 8 times smaller than width, if it could. Sizes
+        # are rounded up, so the quotient is not exact.
+        shrink = 2 ** round(math.log2(width / image.width))
+        image = upright_rgb(image, [side / shrink for side in (x, y, x + w, y + h)])
     except Exception as error:  # Pillow raises many kinds, some with an address in memory
         raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
     # Put a batch axis in front, so that torch sees that the image is channels last. torchvision's
@@ -208,35 +210,42 @@ def load_image(picture, size, rng=None, crop_area=1.0):
 # Pairs and their order
 
 
-@dataclass(eq=False)
-class Pairs(Shards, Dataset):
-    """Draw image-caption pairs from tar shards, ready to train on. The index of a pair is (visit,
-    sample). Visits count the pairs that a run draws: in batches of 32 the first batch has visits 0
-    to 31. All that is drawn for a pair follows from the seed and its visit.
+class Pairs(Samples, Dataset):
+    """Draw image-caption pairs from tar shards, ready to train on. An item is (draw, sample). Draws
+    are numbered through the whole run: in batches of 32 the first batch has draws 0 to 31. All that
+    is random about a pair follows from the seed and the number of its draw.
 
-    sources, label_sources: where captions and labels are drawn from, one text each time; patches:
-    the number of patches in an image; patch_dropout: the share of them that is left out at random.
-    A source that is named twice is drawn twice as often.
+    sources, label_sources: where captions and labels are drawn from, one text each time. A source
+    that is named twice is drawn twice as often. Without label_sources the label is the text that
+    was drawn as the caption. num_patches: the number of patches in an image; patch_dropout: the
+    share of them that is left out at random.
     """
 
-    paths: list
-    tokenizer: Tokenizer
-    image_size: int
-    sources: tuple = ("txt",)
-    label_sources: tuple | None = None
-    seed: int = 0
-    crop_area: float = 0.9
-    patches: int | None = None
-    patch_dropout: float = 0.0
-
-    def __post_init__(self):
-        super().__init__(self.paths, self.sources)
-        self.label_sources = self.label_sources or self.sources
+    def __init__(
+        self,
+        paths,
+        tokenizer,
+        image_size,
+        sources=("txt",),
+        label_sources=None,
+        seed=0,
+        crop_area=1.0,
+        num_patches=None,
+        patch_dropout=0.0,
+    ):
+        super().__init__(paths, sources)
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.label_sources = label_sources or sources
+        self.seed = seed
+        self.crop_area = crop_area
+        self.num_patches = num_patches
+        self.patch_dropout = patch_dropout
         self.reported = set()  # bad samples
         for source in self.label_sources:
             self.check_source(source)
 
-    def sample_pair(self, i, rng):
+    def draw_pair(self, i, rng):
         """Return the image of sample i, the ids of its caption, the ids of its label caption, and
         the list of the patches to keep, or None for all. rng: the generator that draws them."""
         caption = rng.choice(self.texts(i, rng.choice(self.sources)))
@@ -248,19 +257,19 @@ class Pairs(Shards, Dataset):
         image = self.image(i, self.image_size, rng, self.crop_area)
         keep = None
         if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
-            K = max(1, round(self.patches * (1 - self.patch_dropout)))
-            keep = rng.sample(range(self.patches), K)
+            K = max(1, round(self.num_patches * (1 - self.patch_dropout)))
+            keep = rng.sample(range(self.num_patches), K)
         return image, ids, label_ids, keep
 
     def __getitem__(self, item):
-        """Return what `sample_pair` returns. item: (visit, sample). A random other sample replaces
-        a bad one, so that batches have the same size on every process. Each process prints a bad
-        sample once, and a hundred bad samples at most."""
-        visit, sample = item
-        rng = random.Random(self.seed << 40 | visit)
+        """Return what `draw_pair` returns. item: (draw, sample). A random other sample replaces a
+        bad one, so that batches have the same size on every process. A hundred bad samples in a row
+        end the run. Each process prints a bad sample once, and a hundred bad samples at most."""
+        draw, sample = item
+        rng = random.Random(self.seed << 40 | draw)  # no run has 2**40 draws
         for _ in range(100):
             try:
-                return self.sample_pair(sample, rng)
+                return self.draw_pair(sample, rng)
             except (BadSample, OSError) as error:
                 reason = f"bad sample: {self.name(sample)}: {error}"
             if sample not in self.reported and len(self.reported) < 100:
@@ -270,7 +279,7 @@ class Pairs(Shards, Dataset):
         raise InputError(f"a hundred samples in a row cannot be used. The last one: {reason}")
 
     def collate(self, items):
-        """Return a batch of B items, each from `sample_pair`, as a dict of the arguments of
+        """Return a batch of B items, each from `draw_pair`, as a dict of the arguments of
         SuperCLIP.forward: images (B, 3, S, S), uint8; tokens (B, T); label_tokens (B, T'); and with
         patch dropout keep (B, K)."""
         images, captions, labels, keep = zip(*items)
@@ -289,8 +298,7 @@ class Pairs(Shards, Dataset):
 
 def padded_length(captions):
     """Return the length to which a batch of captions, lists of ids, is padded: that of the longest
-    one with start and end, rounded up to a multiple of 16. So there are few lengths, for which the
-    text tower must be compiled, and little padding."""
+    one with start and end, rounded up to a multiple of 16. Few lengths mean few compilations."""
     return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
 
 
@@ -301,7 +309,7 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Return the global batch of a step, as a list of batch_size pairs (visit, sample). The result
+    """Return the global batch of a step, as a list of batch_size pairs (draw, sample). The result
     depends on the arguments alone, so a run can start at any step.
 
     Every epoch is another permutation of the n samples, cut into n // batch_size batches. The

@@ -93,20 +93,20 @@ class ClassFolders(Dataset):
 
 
 @dataclass
-class ShardImages(Dataset):
-    """Read the images of data.Shards in order. An item is (image, list of all its captions)."""
+class SampleImages(Dataset):
+    """Read the images of data.Samples in order. An item is (image, list of all its captions)."""
 
-    shards: data.Shards
+    samples: data.Samples
     size: int
 
     def __len__(self):
-        return len(self.shards)
+        return len(self.samples)
 
     def __getitem__(self, i):
         try:
-            return self.shards.image(i, self.size), self.shards.captions(i)
+            return self.samples.image(i, self.size), self.samples.captions(i)
         except UNREADABLE as error:
-            tqdm.write(f"skipped {self.shards.name(i)}: {error}")
+            tqdm.write(f"skipped {self.samples.name(i)}: {error}")
             return None, None
 
 
@@ -150,10 +150,10 @@ def encode_images(encode, dataset, device, workers):
     return torch.cat(features), labels
 
 
-def encode_shards(model, tokenizer, shards, workers=0):
-    """Return the image features (N, E) of data.Shards, the text features (M, E) of all their
+def encode_samples(model, tokenizer, samples, workers=0):
+    """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
     captions, and owner (M,), which holds the number of each caption's image."""
-    dataset = ShardImages(shards, model.config.image_size)
+    dataset = SampleImages(samples, model.config.image_size)
     device = device_of(model)
     images, captions = encode_images(model.encode_image, dataset, device, workers)
     texts = []
@@ -270,11 +270,11 @@ def loss_in_groups(model, image_features, text_features, owner, group):
     return torch.stack(losses).mean().item()
 
 
-def score_pairs(model, tokenizer, shards, group, workers=0):
-    """Score retrieval among the pairs of data.Shards, and compute the contrastive loss in groups of
-    `group` pairs. Print the scores, and return them as a dict. train.py chooses its best model by
+def score_pairs(model, tokenizer, samples, group, workers=0):
+    """Score retrieval among data.Samples, and compute the contrastive loss in groups of `group`
+    pairs. Print the scores, and return them as a dict. train.py chooses its best model by
     mean_r1, the mean of R@1 over both directions."""
-    images, texts, owner = encode_shards(model, tokenizer, shards, workers)
+    images, texts, owner = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
         for name, value in scores.items():
@@ -406,11 +406,11 @@ def top_words(model, tokenizer, images, k=8):
     return result
 
 
-def print_words(model, tokenizer, shards):
+def print_words(model, tokenizer, samples):
     """Print the words that the head, if there is one, finds in the first two pictures."""
     if model.head is None:
         return
-    dataset = ShardImages(shards, model.config.image_size)
+    dataset = SampleImages(samples, model.config.image_size)
     pictures, captions = next(batches(dataset, 2, 0, "words"))
     for words, texts in zip(top_words(model, tokenizer, pictures), captions):
         found = ", ".join(word for word, _, _ in words)
@@ -461,9 +461,9 @@ def command_retrieval(model, tokenizer, args):
     _, validation = by_split(shards)
     check(not validation, "--data names shards for training and for validation. Name one kind.")
     _, captions = validation_of(args.checkpoint, shards)
-    pairs = data.Shards(shards, args.captions or captions)
-    result = score_pairs(model, tokenizer, pairs, 256, args.workers)
-    print_words(model, tokenizer, pairs)
+    samples = data.Samples(shards, args.captions or captions)
+    result = score_pairs(model, tokenizer, samples, 256, args.workers)
+    print_words(model, tokenizer, samples)
     return result
 
 

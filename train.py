@@ -13,7 +13,9 @@ kept, the learning rate. So no state of a random generator is saved, and on a CP
 killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
 CUDA kernels add numbers in no fixed order.
 
-Axes: N pairs of all processes, B pairs of this process, M pairs of a micro-batch.
+common/run_folder.py saves, resumes and logs. The rest of common/ need not be opened to read this.
+
+Axes: N pairs of all processes, B pairs of this process.
 """
 
 import argparse
@@ -65,11 +67,13 @@ def train(args):
         if args.train_data == SCENE_OPTIONS["train_data"]:  # none were named
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
-        model, tokenizer, new_names = build_model(args, shards, device)
-        pairs, val_pairs = open_pairs(args, shards, val_shards, model, tokenizer)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
-    steps, warmup_steps, eval_every = schedule(args, len(pairs))
-    header = header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device)
+        model, tokenizer, new_parameters = build_model(args, shards, device)
+        pairs, val_samples = open_data(args, shards, val_shards, model, tokenizer)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
+    steps, warmup_steps, eval_every = count_steps(args, len(pairs))
+    # The header is the first row of the log. RunFolder makes the folder, or loads last.pt into the
+    # model, the optimizer and the scaler.
+    header = header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
     start = run.start  # the step of last.pt if the run is resumed, else 0
     ddp_model = distribute(model) if WORLD > 1 else model
@@ -80,17 +84,20 @@ def train(args):
     todo = range(start, steps + 1)  # the round after the last step only saves and validates
     no_bar = RANK > 0 or None  # None shows a bar on a terminal only
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=no_bar):
-        # 1. Save every ten minutes, and before a validation, because that can take minutes, too.
+        # 1. Save last.pt every ten minutes (RunFolder has the clock), and before a validation,
+        # because that can take minutes, too. Save best.pt if R@1 in the validation is the best.
         eval_due = step % eval_every == 0 or step == steps
-        run.save_last(step, eval_due)
+        run.save_last(step, at_once=eval_due)
         if eval_due and RANK == 0:  # the other processes wait in the next step
-            run.log_validation(validate(args, model, tokenizer, val_pairs, step))
+            row = validate(args, model, tokenizer, val_samples, step)
+            run.log(row)
+            run.save_best(row)
         if step == steps:
             break
 
         # 2. The losses and their gradient. batch holds the arguments of SuperCLIP.forward, and
-        # output what forward returns. Micro-batches, and the exchange of features between the
-        # processes, happen inside of it.
+        # output what forward returns. Gradients are not accumulated here: the contrastive loss
+        # needs all pairs at once, so forward itself splits a batch into micro-batches.
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
@@ -105,8 +112,8 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         scaler.unscale_(optimizer)
-        # In the logs of study/ every gradient is longer than 1, so all of them get the same length.
-        # nanoGPT clips to 1, too. The authors do not clip, and runs without it scored the same.
+        # Clip to length 1, as nanoGPT does. In our runs every gradient was longer, so all get the
+        # same length. The authors do not clip, and runs without it scored the same.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -114,7 +121,8 @@ def train(args):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
 
-        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU
+        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
+        # They are read before the clock, so that the time includes the work of the GPU.
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
@@ -134,11 +142,11 @@ def train(args):
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
-            if new_names:
+            if new_parameters:
                 row["new_learning_rate"] = NEW_LEARNING_RATE * factor
             run.log(row)
             seen, seconds, waited = 0, 0.0, 0.0
-    print_commands(run, has_val_pairs=val_pairs is not None)
+    print_commands(run, has_val_pairs=val_samples is not None)
 
 
 # -----------------------------------------------------------------------------
@@ -146,7 +154,7 @@ def train(args):
 
 
 def learning_rate_factor(step, warmup_steps, steps):
-    """Return the learning rate of a step as a share of its peak. The share rises on a line to 1,
+    """Return the learning rate of a step as a share of its peak. The share rises linearly to 1,
     and then falls to 0 along a cosine. It depends on the step alone, so there is no scheduler."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -157,7 +165,7 @@ def learning_rate_factor(step, warmup_steps, steps):
 def mean_losses(output):
     """Return the loss and its terms as a dict of floats, averaged over all processes. output: what
     SuperCLIP.forward returns, which also holds features. Reading makes the CPU wait for the GPU."""
-    names = [name for name in output if name.endswith("loss")]
+    names = [name for name in output if name.endswith("loss")]  # those of a fork, too
     values = torch.stack([output[name].detach() for name in names])
     if WORLD > 1:
         dist.all_reduce(values)
@@ -165,19 +173,19 @@ def mean_losses(output):
     return dict(zip(names, values.tolist()))
 
 
-def validate(args, model, tokenizer, pairs, step):
-    """Score retrieval among the validation pairs, if there are any, and zero-shot classification.
-    Print the scores, and return the row of the log."""
+def validate(args, model, tokenizer, samples, step):
+    """Score retrieval among the validation samples, if there are any, and zero-shot classification,
+    in float32. Print the scores, and return the row of the log."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
-        if pairs is not None:
+        if samples is not None:
             # Compute the contrastive loss in groups as large as a batch of the training.
             group = args.batch_size
-            row |= evaluation.score_pairs(model, tokenizer, pairs, group, workers=args.workers)
-            evaluation.print_words(model, tokenizer, pairs)
+            row |= evaluation.score_pairs(model, tokenizer, samples, group, workers=args.workers)
+            evaluation.print_words(model, tokenizer, samples)
         for folder, name in names_of(args.zeroshot_data).items():
             top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
             tqdm.write(evaluation.format_score(f"zero-shot {name}", top1))
@@ -220,7 +228,8 @@ def build_model(args, shards, device):
         if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    # An option that has the name of a field sets it: image_size, loss, cls_weight, those of a fork.
+    # An option that has the name of a field sets it: image_size, loss and cls_weight. So a field
+    # that you add needs only an option of the same name.
     for field in fields(SuperCLIPConfig):
         value = getattr(args, field.name, None)
         if value is not None:
@@ -230,32 +239,32 @@ def build_model(args, shards, device):
     check(is_whole, f"--image_size must be a multiple of the patch_size, {config.patch_size}")
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
-    new_names = []
+    new_parameters = []
     if pretrained is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
-        new_names = model.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
+        new_parameters = model.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
     tokenizer.context_length = model.config.context_length
     model.micro_batch_size = args.micro_batch_size
 
-    is_compiled = args.compile
-    if is_compiled is None:
-        is_compiled = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
-    if is_compiled:
+    compiles = args.compile
+    if compiles is None:
+        compiles = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
+    if compiles:
         print("The first steps compile the model, which can take minutes.")
         for part in (model.visual, model.text, model.head):
             # Compile part by part. Otherwise longer captions would recompile the image tower, too.
             if part is not None:
                 part.compile()
-    return model.to(device).train(), tokenizer, new_names
+    return model.to(device).train(), tokenizer, new_parameters
 
 
-def open_pairs(args, shards, val_shards, model, tokenizer):
-    """Return the training pairs (data.Pairs) and the validation pairs (data.Shards), or None for
-    the latter if there are none."""
-    val_pairs = None
+def open_data(args, shards, val_shards, model, tokenizer):
+    """Return the training pairs (data.Pairs), and the validation samples (data.Samples), or None if
+    there are none."""
+    val_samples = None
     if val_shards:
-        val_pairs = data.Shards(val_shards, args.val_captions or args.captions)
-    for folder in args.zeroshot_data:  # a mistake in it ends the run before it begins
+        val_samples = data.Samples(val_shards, args.val_captions or args.captions)
+    for folder in args.zeroshot_data:  # a mistake in a folder ends the run before its first step
         evaluation.ClassFolders(folder, model.config.image_size)
     pairs = data.Pairs(
         shards,
@@ -265,38 +274,36 @@ def open_pairs(args, shards, val_shards, model, tokenizer):
         args.label_captions,
         seed=args.seed,
         crop_area=args.crop_area,
-        patches=model.visual.grid**2,
+        num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
     check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
-    return pairs, val_pairs
+    return pairs, val_samples
 
 
-NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, such as a new word head
-
-
-def make_optimizer(model, learning_rate, weight_decay, new_names=()):
+def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
     """Return AdamW. Only matrices decay: no biases, norms, class token or logit scale. Each group
-    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_names."""
+    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_parameters."""
     groups = []
     for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
-        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
+        params = [p for name, p in model.named_parameters() if (name in new_parameters) == is_new]
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
         groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
+    # The loop sets lr at each step.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def schedule(args, n):
+def count_steps(args, num_pairs):
     """Return three numbers of steps: the length of the run, the length of its warm-up, and the
-    distance between two validations. n: number of training pairs.
+    distance between two validations. num_pairs: number of training pairs.
 
     The warm-up is half of the run, but 3,000 steps at most. A short one hurts plain CLIP most
     (study/results.md). The authors' has 500 steps, and the one of CLIP's paper 2,000.
     """
-    steps = args.steps or max(1, round(args.epochs * (n // args.batch_size)))
+    steps = args.steps or max(1, round(args.epochs * (num_pairs // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
@@ -304,8 +311,11 @@ def schedule(args, n):
 
 def distribute(model):
     """Return the model in torch's wrapper that averages gradients over the processes."""
-    # The view avoids a copy of all gradients. Buffers are equal, because all count the same tokens.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model,
+        gradient_as_bucket_view=True,  # without a copy of all gradients
+        broadcast_buffers=False,  # they are equal, because all processes count the same tokens
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -314,7 +324,7 @@ def distribute(model):
 
 def make_parser():
     """Return the parser of all options. Where a default is None, the help states the rule."""
-    parser = cli.make_parser(__doc__, "captions", "device")
+    parser = cli.make_parser(__doc__, "captions", "device")  # options that other commands have, too
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
     parser.epilog = """The built-in scenes have other defaults (SCENE_OPTIONS). A run prints its
         options when it starts."""
@@ -351,7 +361,7 @@ def make_parser():
         "--init_from if that has a word head)")
     add("--loss", choices=("softmax", "sigmoid"),
         help="contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)")
-    # the training. 5e-4 is the learning rate of CLIP's ViT-B, and of published runs on CC3M.
+    # the training
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count,
         help="length of the run in steps (default: by --epochs)")
@@ -361,9 +371,8 @@ def make_parser():
         help="pairs in each step, counted over all processes (default 256)")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
-    add("--learning_rate", type=not_negative, default=5e-4,
-        help="peak learning rate (default 5e-4, or 5e-5 with --init_from; at batch 8 take 2.5e-4, "
-        "or 1.25e-4 with --cls_weight 0)")
+    add("--learning_rate", type=not_negative, default=5e-4,  # that of CLIP's ViT-B
+        help="peak learning rate (default 5e-4, or 5e-5 with --init_from)")
     add("--weight_decay", type=not_negative, default=0.2,
         help="weight decay of AdamW, which only matrices have (default 0.2)")
     add("--seed", type=number(int, 0, 2**31), default=0,
@@ -386,8 +395,8 @@ def make_parser():
     return parser
 
 
-# Larger steps would destroy what the weights of --init_from know.
-FINE_TUNING_RATE = 5e-5
+FINE_TUNING_RATE = 5e-5  # larger steps would destroy what the weights of --init_from know
+NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, which know nothing yet
 
 # The options of `python train.py` without arguments. They were chosen together.
 SCENE_OPTIONS = {
@@ -411,6 +420,7 @@ SCENE_OPTIONS = {
 
 def parse(argv):
     """Return the options. With the built-in scenes or --init_from, some defaults are different."""
+    # Parse once to see what was given, and then again with the defaults that follow from it.
     parser = make_parser()
     given = parser.parse_args(argv)
     if given.train_data is None:
@@ -421,13 +431,13 @@ def parse(argv):
     if args.steps is None and args.epochs is None:
         args.epochs = 30.0
         if given.train_data is None:
-            # A batch four times as large makes half as many steps. By trial this was a good
-            # compromise between the same number of samples and the same number of steps.
+            # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By
+            # trial this was a good compromise between as many samples and as many steps.
             args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
-            of_file = getattr(args, name) is None
-            check(of_file, f"--init_from sets --{name}. Leave this option out.")
+            is_free = getattr(args, name) is None
+            check(is_free, f"--init_from sets --{name}. Leave this option out.")
     M = args.micro_batch_size or max(1, args.batch_size // WORLD)
     is_whole = args.batch_size % (WORLD * M) == 0
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")

@@ -71,7 +71,7 @@ def commit():
         return ""
 
 
-def header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device):
+def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device):
     """Return the header of the log: the conditions under which the other rows were measured."""
     device_name = f"{device.type} ({cores()} cores)"
     if device.type == "cuda":
@@ -79,9 +79,9 @@ def header_of(args, steps, eval_every, model, pairs, val_pairs, dtype, device):
     fingerprint = pairs.fingerprint
     # What the options leave to --init_from and to the names of shards. scripts.search reads it.
     found = {"cls_weight": model.config.cls_weight, "val_data": ["none"]}
-    if val_pairs is not None:
-        fingerprint += f"-{val_pairs.fingerprint}"
-        found["val_data"] = val_pairs.paths
+    if val_samples is not None:
+        fingerprint += f"-{val_samples.fingerprint}"
+        found["val_data"] = val_samples.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -201,10 +201,9 @@ class RunFolder:
             self.save(self.last, step, **states)
             self.saved_time = time.monotonic()
 
-    def log_validation(self, row):
-        """Log a validation, and write best.pt if it is the best so far. Without validation pairs
-        the last model is the best."""
-        self.log(row)
+    def save_best(self, row):
+        """Write best.pt if this validation, a row of the log, is the best so far. Without
+        validation pairs the last model is the best."""
         mean_r1 = row.get("mean_r1", 0.0)
         if mean_r1 >= self.best_r1:
             self.best_r1 = mean_r1

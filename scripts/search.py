@@ -41,13 +41,13 @@ class Images(Dataset):
     """The images to search. An item is (uint8 tensor (3, S, S), its number), with None in place of
     the tensor if the image cannot be read.
 
-    files: list of paths; shards: data.Shards, or None; size: S, pixels a side; captions: sources of
-    captions. An image is shown with the caption from the first source that it has.
+    files: list of paths; samples: data.Samples, or None; size: S, pixels a side; captions: sources
+    of captions. An image is shown with the caption from the first source that it has.
     """
 
-    def __init__(self, files, shards, size, captions):
-        self.items = [*files, *range(len(shards or ()))]  # paths, and numbers of samples
-        self.shards = shards
+    def __init__(self, files, samples, size, captions):
+        self.items = [*files, *range(len(samples or ()))]  # paths, and numbers of samples
+        self.samples = samples
         self.size = size
         self.captions = captions
 
@@ -59,22 +59,22 @@ class Images(Dataset):
         if isinstance(item, Path):
             return evaluation.read_image(item, self.size), i
         try:
-            return self.shards.image(item, self.size), i
+            return self.samples.image(item, self.size), i
         except evaluation.UNREADABLE as error:
-            tqdm.write(f"skipped {self.shards.name(item)}: {error}")
+            tqdm.write(f"skipped {self.samples.name(item)}: {error}")
             return None, i
 
     def stamp(self, i):
         """Return a text that tells image i from all others, and changes when the image does."""
         item = self.items[i]
-        path, first = (item, 0) if isinstance(item, Path) else self.shards.place(item)
+        path, first = (item, 0) if isinstance(item, Path) else self.samples.place(item)
         # Of a broken link take the link itself. Reading it will say what is wrong.
         stat = os.stat(path, follow_symlinks=os.path.exists(path))
         return f"{os.path.abspath(path)} {first} {stat.st_size} {stat.st_mtime_ns}"
 
     def name(self, i):
         item = self.items[i]
-        return str(item) if isinstance(item, Path) else self.shards.name(item)
+        return str(item) if isinstance(item, Path) else self.samples.name(item)
 
     def caption(self, i):
         """Return the caption of image i, "" if it has none."""
@@ -82,7 +82,7 @@ class Images(Dataset):
         if not isinstance(item, Path):
             for source in self.captions:
                 with suppress(data.BadSample, OSError):
-                    return self.shards.texts(item, source)[0]
+                    return self.samples.texts(item, source)[0]
         return ""
 
 
@@ -157,14 +157,14 @@ def main(argv):
     for text in args.texts:  # --images photos/*.jpg, say, takes one file
         check(not os.path.isfile(text), f"{text} is a file. Name its folder, or repeat its option")
     files = image_files(args.images)
-    shards = None
+    samples = None
     captions = []
     if args.data or not args.images:
         paths, captions = validation_of(args.checkpoint, args.data, "--images or --data")
-        shards = data.Shards(find_shards(paths), sources=())  # captions may be missing
+        samples = data.Samples(find_shards(paths), sources=())  # captions may be missing
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    images = Images(files, shards, model.config.image_size, [*captions, "txt"])
+    images = Images(files, samples, model.config.image_size, [*captions, "txt"])
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     features, numbers = find_features(model, images, args.workers, args.features, sha256)
     print(f"{len(features):,} images; scores are cosine similarities")

@@ -60,20 +60,20 @@ def main(argv):
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--picture", type=picture_file, help="file to draw the samples into, such as grid.png")
     args = parser.parse_args(argv)
-    paths = training_shards(args.shards)
-    tokenizer = tokenizer_for(paths)
-    shards = data.Shards(paths, args.captions)
+    shards = training_shards(args.shards)
+    tokenizer = tokenizer_for(shards)
+    samples = data.Samples(shards, args.captions)
 
-    unused = list(shards.unused)
+    unused = list(samples.unused)
     lengths = []
     token_counts = Counter()  # It counts ten times as fast as a tensor.
     repeats = Counter()
-    samples = []
-    chosen = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    shown = []
+    chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:SAMPLES]
     chosen = {*chosen.tolist()}
-    for i in progress(range(len(shards)), "reading captions", unit="sample"):
+    for i in progress(range(len(samples)), "reading captions", unit="sample"):
         try:
-            texts = shards.captions(i)
+            texts = samples.captions(i)
             for text in texts:
                 ids = tokenizer.encode(text)
                 lengths.append(len(ids))
@@ -81,21 +81,21 @@ def main(argv):
             # Count equal captions of one sample once, because they belong to the same image.
             repeats.update({clean(text) for text in texts})
             if i in chosen:
-                samples.append((shards.name(i), texts, shards.image(i, SIDE)))
+                shown.append((samples.name(i), texts, samples.image(i, SIDE)))
         except UNREADABLE as error:
-            unused.append((shards.name(i), str(error)))
+            unused.append((samples.name(i), str(error)))
     check(lengths, f"no sample has a caption in each of: {' '.join(args.captions)}")
 
-    print(f"{len(shards):,} samples in {len(paths):,} shards, {len(lengths):,} captions")
+    print(f"{len(samples):,} samples in {len(shards):,} shards, {len(lengths):,} captions")
     report(lengths, repeats, unused, tokenizer.context_length)
     counts = torch.tensor([token_counts[i] for i in range(tokenizer.vocab_size)])
     weights = idf(len(lengths), counts)
-    for name, texts, _ in samples:
+    for name, texts, _ in shown:
         print_sample(name, texts, tokenizer, weights)
-    if args.picture and samples:
-        _, texts, images = zip(*samples)
+    if args.picture and shown:
+        _, texts, images = zip(*shown)
         contact_sheet(images, [captions[0] for captions in texts], args.picture)
-        print(f"\n{args.picture}: {len(samples)} images with their captions")
+        print(f"\n{args.picture}: {len(shown)} images with their captions")
 
 
 if __name__ == "__main__":

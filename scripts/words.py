@@ -41,7 +41,7 @@ def find_pictures(args, tokenizer, size):
         for _, scene, _, caption in scenes.make_samples("val", range(4)):
             yield caption, data.load_image(scenes.draw(scene), size)
         return
-    images = evaluation.ShardImages(data.Shards(find_shards(paths), captions), size)
+    images = evaluation.SampleImages(data.Samples(find_shards(paths), captions), size)
     step = max(1, len(images) // SHOWN)
     for i in range(0, len(images), step)[:SHOWN]:
         image, texts = images[i]

@@ -11,7 +11,7 @@ import train
 from common.cli import make_parser, number, run_command
 from study import shuffled
 
-own_schedule = train.schedule
+own_count = train.count_steps
 
 
 def main(argv):
@@ -21,11 +21,11 @@ def main(argv):
     add("--shuffled", action="store_true", help="the head must predict the words of another pair")
     args, options = parser.parse_known_args(argv)
 
-    def schedule(options, n):
-        steps, _, eval_every = own_schedule(options, n)
+    def count_steps(options, num_pairs):
+        steps, _, eval_every = own_count(options, num_pairs)
         return steps, int(args.share * steps), eval_every
 
-    train.schedule = schedule
+    train.count_steps = count_steps
     program = shuffled if args.shuffled else train
     return program.main(options)
 

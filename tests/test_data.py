@@ -27,10 +27,10 @@ def test_every_epoch_is_another_permutation():
     """In batches of 10, an epoch of 103 samples leaves out three."""
     batches = [batch_indices(103, 10, 7, step) for step in range(20)]
 
-    visits, samples = zip(*chain.from_iterable(batches))
+    draws, samples = zip(*chain.from_iterable(batches))
 
     first, second = samples[:100], samples[100:]
-    assert visits == (*range(200),)
+    assert draws == (*range(200),)
     assert len({*first}) == len({*second}) == 100
     assert first != second
 
@@ -51,7 +51,7 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     of a surrogate pair becomes a question mark, because it cannot be written to a file."""
     pairs = Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"], ["json.both"])
 
-    _, captions, labels, _ = zip(*(pairs[visit, 0] for visit in range(400)))
+    _, captions, labels, _ = zip(*(pairs[draw, 0] for draw in range(400)))
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -59,12 +59,12 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     assert labels == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
 
 
-def test_what_is_drawn_is_a_function_of_seed_and_visit(captioned):
+def test_what_is_drawn_is_a_function_of_seed_and_draw(captioned):
     """A caption is drawn, a crop, and the 12 of 16 patches that are kept."""
 
     def draws(seed):
         pairs = Pairs([captioned], TOKENIZER, 8, ["json.both"], None, seed, 0.5, 16, 0.25)
-        return [pairs[visit, 0] for visit in range(20)]
+        return [pairs[draw, 0] for draw in range(20)]
 
     first = draws(seed=0)
     images, captions, labels, kept = zip(*first)
@@ -99,7 +99,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     path = write_shard(tmp_path / "0.tar", [bad, good])
     pairs = Pairs([path], TOKENIZER, 16, ["json.c" if fields else "txt"])
 
-    drawn = [pairs[visit, 0] for visit in range(5)]
+    drawn = [pairs[draw, 0] for draw in range(5)]
 
     assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
@@ -107,7 +107,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
 def test_a_shard_that_was_cut_is_not_called_a_missing_caption(tmp_path):
     path = write_captions(tmp_path / "0.tar", "a red dog")
-    shards = data.Shards([path])
+    shards = data.Samples([path])
     open(path, "w").close()
 
     with pytest.raises(data.BadSample, match="ends too early"):
@@ -125,7 +125,7 @@ def odd_pairs(tmp_path):
     odd = [{"jpg": JPEG, "txt": LONG.encode()}, {"jpg": b"bad", "txt": b"a"}]
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
-    return Pairs([first, second], TOKENIZER, 24, seed=5, patches=9, patch_dropout=0.5)
+    return Pairs([first, second], TOKENIZER, 24, seed=5, num_patches=9, patch_dropout=0.5)
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])

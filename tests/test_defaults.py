@@ -54,4 +54,4 @@ LENGTHS = {
 def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected):
     args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
 
-    assert train.schedule(args, 70) == expected
+    assert train.count_steps(args, 70) == expected

@@ -125,9 +125,9 @@ def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, ca
         fields = json.dumps({"c": [name, f"a {name} thing"]}).encode()
         samples.append({"png": png(name), "txt": name.encode(), "json": fields})
     shard = write_shard(tmp_path / "x.tar", samples)
-    pairs = data.Shards([shard], ["json.c", "txt", "json.c"])
+    pairs = data.Samples([shard], ["json.c", "txt", "json.c"])
 
-    images, texts, owner = evaluation.encode_shards(Colours(), TOKENIZER, pairs)
+    images, texts, owner = evaluation.encode_samples(Colours(), TOKENIZER, pairs)
 
     result = evaluation.retrieval(images, texts, owner)
     assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -9,7 +9,7 @@ from material import cases, png, write_captions, write_tar
 
 import data
 from common.index import IMAGE, JSON, TEXT, build_index, by_split, find_shards
-from data import Shards
+from data import Samples
 
 # ---- which shards a pattern names
 
@@ -69,7 +69,7 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     first = write_tar(tmp_path / "0.tar", members | NO_SAMPLE)
     second = write_tar(tmp_path / "1.tar", members_of("z"))
 
-    shards = Shards([first, second])
+    shards = Samples([first, second])
 
     for i, key in enumerate(["a", LONG, "größe", "z"]):
         for extension, column in COLUMNS.items():
@@ -93,7 +93,7 @@ def test_a_member_of_2_gib_is_named_and_the_others_are_used(tmp_path):
         file.seek(512 + 2**31)
         file.write(others)
 
-    shards = Shards([path])
+    shards = Samples([path])
 
     assert [shards.captions(i) for i in range(len(shards))] == [["red"]]
     [(name, reason)] = shards.unused
@@ -125,7 +125,7 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     other = write_captions(tmp_path / "1.tar", "grey")
     damaged.write_bytes(damage(damaged.read_bytes()))
 
-    shards = Shards([str(damaged), other])
+    shards = Samples([str(damaged), other])
 
     captions = []
     for i in range(len(shards)):

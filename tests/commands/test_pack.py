@@ -24,7 +24,7 @@ def run(path, *options):
 def samples(out, split="*"):
     """Return the samples as training reads them. The result is a dict {image: (fields of .json,
     text of .txt, bytes of the image)}."""
-    shards = data.Shards(find_shards([f"{out}/{split}-*.tar"]))
+    shards = data.Samples(find_shards([f"{out}/{split}-*.tar"]))
     found = {}
     for i in range(len(shards)):
         fields = json.loads(shards.read(i, JSON))

@@ -234,19 +234,19 @@ def test_a_head_can_say_yes_or_no_to_each_word(model):
 def test_a_warmup_is_a_share_of_the_steps(model, monkeypatch, share, steps):
     """With half of them the schedule is that of train.py."""
     args = train.make_parser().parse_args(["--steps", "12"])
-    expected = train.schedule(args, 1000)
-    monkeypatch.setattr(train, "schedule", train.schedule)  # restored after the test
+    expected = train.count_steps(args, 1000)
+    monkeypatch.setattr(train, "count_steps", train.count_steps)  # restored after the test
 
     rest = warmup.main(["--share", str(share), "--cls_weight", "0"])
 
-    length, warmup_steps, eval_every = train.schedule(args, 1000)
+    length, warmup_steps, eval_every = train.count_steps(args, 1000)
     assert (length, eval_every) == (expected[0], expected[2])
     assert warmup_steps == (steps or expected[1])
     assert rest == ["--cls_weight", "0"]
 
 
 def test_a_warmup_can_be_that_of_the_control(model, monkeypatch):
-    monkeypatch.setattr(train, "schedule", train.schedule)
+    monkeypatch.setattr(train, "count_steps", train.count_steps)
     logits, weights = torch.rand(3, 6), torch.rand(6)
     expected = superclip.classification_loss(logits, CAPTIONS[[1, 2, 0]], weights)
 
