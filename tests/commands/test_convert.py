@@ -7,8 +7,7 @@ import open_clip
 import pytest
 import torch
 from material import error_of, run, write_checkpoint
-from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
-from transformers import CLIPModel
+from oracle import assert_same_towers, make_random_model, open_clip_of
 
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from eval import load
@@ -112,26 +111,6 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
     assert_same_towers(model, other.eval())
     assert (other.logit_scale, other.logit_bias) == (model.logit_scale, model.logit_bias)
     assert (*preprocess.transforms[-1].mean,) == STATS["image_mean"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_transformers_has_the_same_features(quick_gelu, tmp_path):
-    """The features are equal, also those of a text that goes on after its end token. The
-    projections are square, so that their shape does not tell whether they were transposed. A file
-    of weights is read with the configuration beside it."""
-    model = make_random_model(embed_dim=128, quick_gelu=quick_gelu, **V, **HEADS, **STATS)
-    path = write_checkpoint(tmp_path / "a.pt", model, VOCAB)
-    images, tokens = make_pairs(model)
-    tokens[0, 4] = Tokenizer(VOCAB).end
-
-    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
-    assert not run(main, tmp_path / "folder" / "model.safetensors", tmp_path / "again.pt")
-
-    out = CLIPModel.from_pretrained(tmp_path / "folder")(tokens, images)
-    assert_near(model.encode_image(images), out.image_embeds)
-    assert_near(model.encode_text(tokens), out.text_embeds)
-    assert_same_but_for_the_head(load(tmp_path / "again.pt")[0], model)
 
 
 @pytest.mark.parametrize("part", [{"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}])

@@ -135,11 +135,12 @@ def test_published_weights_of_the_superclip_authors(tmp_path):
 
 
 CLIPS = {"vocab_size": 49408, "context_length": 20}
-HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two
+# By default both towers have two heads, and pixels have CLIP's mean and standard deviation.
+UNUSUAL = dict(vision_heads=4, text_heads=8, image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5))
 
 
 def test_small_weights_in_place_of_published_ones_of_open_clip(tmp_path):
-    small = make_random_model(quick_gelu=True, cls_weight=0, **CLIPS, **HEADS)
+    small = make_random_model(quick_gelu=True, cls_weight=0, vision_heads=4, text_heads=8, **CLIPS)
     torch.save(open_clip_of(small).state_dict(), tmp_path / "weights.pt")
     (tmp_path / "small-clip.json").write_text(json.dumps(open_clip_config(small.config)))
     open_clip.add_model_config(tmp_path / "small-clip.json")
@@ -149,8 +150,11 @@ def test_small_weights_in_place_of_published_ones_of_open_clip(tmp_path):
     assert model.config == small.config
 
 
-def test_small_weights_in_place_of_published_ones_of_transformers(tmp_path):
-    small = make_random_model(quick_gelu=True, cls_weight=0, **CLIPS, **HEADS)
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_small_weights_in_place_of_published_ones_of_transformers(quick_gelu, tmp_path):
+    """The projections are square, so that their shape does not tell whether they are transposed."""
+    more = dict(quick_gelu=quick_gelu, embed_dim=128, cls_weight=0)
+    small = make_random_model(**more, **CLIPS, **UNUSUAL)
     path = write_checkpoint(tmp_path / "small.pt", small, clip_vocabulary())
     assert not run(main, path, tmp_path / "folder", "--to", "transformers")
     clip = SimpleTokenizer()  # CLIP's vocabulary in open_clip
