@@ -1,5 +1,6 @@
 """What a command uses of the machine: files, devices and processes."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,12 +36,16 @@ def new_folder(path):
     path = Path(path).absolute()
     check(not path.exists(), f"{path} exists already. Remove it, or use another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # After Ctrl-C, processes that draw may still write into the folder while it is removed.
-    options = dict(dir=path.parent, ignore_cleanup_errors=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", **options) as temporary:
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
         folder = Path(temporary, path.name)
         folder.mkdir()
-        yield folder
+        try:
+            yield folder
+        except BaseException:  # such as Ctrl-C
+            for process in multiprocessing.active_children():  # they may still write into it
+                process.kill()
+                process.join()
+            raise
         folder.rename(path)
 
 

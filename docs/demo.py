@@ -76,7 +76,11 @@ def main(argv):
     start, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     numbers, _, end = rest.partition(END)
     content = json.loads(numbers)
-    content["models"] = [model_facts(args.clip, False), model_facts(args.superclip, True)]
+    clip = model_facts(args.clip, False)
+    superclip = model_facts(args.superclip, True)
+    for name in ("seed", "batch_size", "samples"):  # the page says that they are equal
+        check(clip["options"][name] == superclip["options"][name], f"the two runs differ in {name}")
+    content["models"] = [clip, superclip]
     args.out.write_text(start + BEGIN + json.dumps(content) + END + end, "utf-8")
     print(f"wrote {args.out}")
 

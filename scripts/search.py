@@ -70,7 +70,9 @@ class Images(Dataset):
         path, first = (item, 0) if isinstance(item, Path) else self.samples.place(item)
         # Of a broken link take the link itself. Reading it will say what is wrong.
         stat = os.stat(path, follow_symlinks=os.path.exists(path))
-        return f"{os.path.abspath(path)} {first} {stat.st_size} {stat.st_mtime_ns}"
+        # An archive may set the time of modification, but nobody sets the one of the last change.
+        times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+        return f"{os.path.abspath(path)} {first} {stat.st_size} {times}"
 
     def name(self, i):
         item = self.items[i]

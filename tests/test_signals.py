@@ -42,6 +42,19 @@ def test_a_signal_ends_a_run_without_a_trace(children, shards, whole_run, tmp_pa
     assert_ends_like(tmp_path, whole_run)
 
 
+def test_a_drawing_that_is_stopped_leaves_nothing(children, tmp_path):
+    process = children.start("common.scenes", ["--out", tmp_path / "scenes"])
+    while not [*tmp_path.glob(".scenes-*/scenes/*.tar")]:
+        assert process.is_alive()
+        time.sleep(0.01)
+
+    os.kill(process.pid, signal.SIGTERM)
+
+    code, printed = finish(process)
+    assert code == 130, printed
+    assert not [*tmp_path.glob(".scenes-*")]
+
+
 WORK = {  # case -> a command, and a function that it calls while its processes work
     "it draws": ("common.scenes", "common.scenes.progress"),
     "it indexes": ("scripts.vocab", "common.index.progress"),
