@@ -146,12 +146,8 @@ class Command(NamedTuple):
     def probe_words(self, out_dir):
         """Return the arguments of Python that probe the last weights of the run."""
         fit, test = self.with_seed(self.probe)
-        words = [
-            f"{self.project().resolve()}/eval.py",
-            "probe",
-            "--checkpoint",
-            f"{out_dir}/last.pt",
-        ]
+        program = f"{self.project().resolve()}/eval.py"
+        words = [program, "probe", "--checkpoint", f"{out_dir}/last.pt"]
         words += ["--train", fit, "--test", test, "--workers", "0"]
         return [*words, "--json", f"{out_dir}/probe.json"]
 

@@ -182,7 +182,7 @@ def short_run(shards, out, *more):
     replace the same options before them."""
     options = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --out_dir {out}"
     options += " --batch_size 16 --steps 12 --learning_rate 1e-3 --workers 0"
-    options += " --device cpu --dtype float32 --log_every 2 --eval_every 4"
+    options += " --device cpu --dtype float32 --log_every 2 --eval_every 4 --weight_decay 0.1"
     if "--init_from" not in more:  # --init_from sets the model
         options += " --model tiny"
     return [*options.split(), *map(str, more)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from material import cases, png, write_captions, write_tar
 
 import data
-from common.index import IMAGE, JSON, TEXT, build_index, by_split, find_shards
+from common.index import IMAGE, JSON, TEXT, build_index, by_split, find_shards, shards_of_run
 from data import Samples
 
 # ---- which shards a pattern names
@@ -40,6 +40,16 @@ def test_the_name_of_a_shard_tells_its_side():
 
     assert by_split(train + val) == (train, val)
     assert by_split(val) == (val, [])  # so that there is something to train on
+
+
+def test_shards_that_val_data_names_are_not_trained_on(tmp_path):
+    """A link to a shard of --val_data is not trained on, either."""
+    train, val, link = [f"{tmp_path}/{name}.tar" for name in ("train-0", "train-1", "link")]
+    for path in (train, val):
+        Path(path).touch()
+    Path(link).symlink_to(val)
+
+    assert shards_of_run([tmp_path], [val]) == ([train], [val])
 
 
 # ---- what the index finds

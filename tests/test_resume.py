@@ -121,6 +121,7 @@ FILES = {  # case -> a name in the folder, the file of a run that has this name,
     "best.pt, not resumed": ("best.pt", "best.pt", []),
     "best.pt alone": ("best.pt", "best.pt", ["--resume"]),
     "weights alone": ("last.pt", "best.pt", ["--resume"]),
+    "a log alone, not resumed": ("log.jsonl", "log.jsonl", []),
 }
 
 
@@ -135,11 +136,3 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
-
-
-def test_a_log_is_not_overwritten_even_if_its_checkpoints_are_gone(tmp_path, shards, capsys):
-    (tmp_path / "log.jsonl").write_text("?")
-
-    assert "holds a run" in error_of(capsys, train.main, *short_run(shards, tmp_path))
-
-    assert (tmp_path / "log.jsonl").read_text() == "?"

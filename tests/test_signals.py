@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from children import before, finish, in_step, receive
-from material import assert_ends_like, cases, checkpoint_of, short_run, write_captions
+from material import assert_ends_like, checkpoint_of, short_run, write_captions
 
 import train
 
@@ -53,23 +53,15 @@ def test_a_drawing_that_is_stopped_leaves_nothing(children, tmp_path):
     code, printed = finish(process)
     assert code == 130, printed
     assert not [*tmp_path.glob(".scenes-*")]
+    assert_nothing_runs(process)
 
 
-WORK = {  # case -> a command, and a function that it calls while its processes work
-    "it draws": ("common.scenes", "common.scenes.progress"),
-    "it indexes": ("scripts.vocab", "common.index.progress"),
-}
-
-
-@cases("command, function", WORK)
-def test_no_process_outlives_a_command_that_is_killed(children, tmp_path, command, function):
+def test_no_process_outlives_a_command_that_is_killed(children, tmp_path):
     """Only the command gets the signal, and not the processes that it has started."""
-    options = ["--out", tmp_path / "scenes"]
-    if command == "scripts.vocab":
-        options = [write_captions(tmp_path / "0.tar", "a red thing")]
-    stop = before(function, 1, partial(signal.raise_signal, signal.SIGTERM))
+    shard = write_captions(tmp_path / "0.tar", "a red thing")
+    stop = before("common.index.progress", 1, partial(signal.raise_signal, signal.SIGTERM))
 
-    process = children.start(command, options, stop)
+    process = children.start("scripts.vocab", [shard], stop)
 
     code, printed = finish(process)
     assert code == 130, printed

@@ -304,11 +304,12 @@ def test_a_gradient_that_has_overflowed_is_logged_as_null(shards, tmp_path, monk
     assert rows_of(tmp_path, "loss")[-1]["grad_norm"] is None
 
 
-def test_each_parameter_has_the_learning_rate_of_the_step(whole_run):
+def test_each_parameter_has_the_learning_rate_of_the_step_and_the_decay_of_the_option(whole_run):
     groups = checkpoint_of(whole_run)["optimizer"]["param_groups"]
 
     rate = 1e-3 * train.learning_rate_factor(11, 6, 12)
-    assert {group["lr"] for group in groups if group["params"]} == {rate}
+    found = {(group["lr"], group["weight_decay"]) for group in groups if group["params"]}
+    assert found == {(rate, 0.1), (rate, 0.0)}
     assert rows_of(whole_run, "loss")[-1]["learning_rate"] == rate
 
 

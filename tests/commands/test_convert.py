@@ -43,15 +43,6 @@ def assert_same_but_for_the_head(again, model):
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
-def test_weights_of_open_clip_become_plain_clip(converted):
-    """The names of the text tower begin with "text.". Such files also hold a constant, the mask."""
-    ours = make_random_model(**V)
-    state = open_clip_of(ours, custom_text=True).state_dict()
-    state["text.attn_mask"] = torch.zeros(16, 16)
-
-    assert_same_but_for_the_head(converted(state), ours)
-
-
 def test_openais_file_has_quick_gelu(converted):
     scalars = ("input_resolution", "context_length", "vocab_size")
     ours = make_random_model(quick_gelu=True, **V)

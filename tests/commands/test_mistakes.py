@@ -3,6 +3,7 @@ with exit code 2 and one line that names the option or the file."""
 
 import importlib
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --image_size 21                               | patch_size
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
-train TRAIN --train_data bad.tar --workers 1              | bad.tar
+train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
 eval retrieval MODEL --data sides                         | validation
@@ -81,6 +82,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     main = importlib.import_module(module).main
 
     assert named in error_of(capsys, main, *argv)
+    assert not Path("out").exists()  # a run with a mistake leaves no folder
 
 
 COMMANDS = "train eval common.scenes study.compare study.plan docs.demo docs.figures"
