@@ -26,13 +26,12 @@ probe`). No score of a probe takes part in the choice of a rate.
 
 Finished runs are lines of out_study/runs.jsonl. A run is known by its command, learning rate, seed,
 probe and code, which is the text of train.py, of the .py files beside it and in common/, and of the
-module, if there is one, with what it imports from study/. So a comparison that was stopped goes on,
-and runs of other code are never reported. Give a file of data another name when it changes. A run
-that diverges scores 0.
+module, if there is one, with the files beside it. So a comparison that was stopped goes on, and
+runs of other code are never reported. Give a file of data another name when it changes. A run that
+diverges scores 0.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -76,18 +75,6 @@ def hash_of(files):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def imports_of(module):
-    """Return a module's file and those of study/ that it imports, also through another one. They
-    must be imported by `from study import NAME`."""
-    files = [module]
-    for file in files:  # the list grows in the loop
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "study":
-                found = [Path(f"study/{name.name}.py") for name in node.names]
-                files += [file for file in found if file not in files]
-    return files
-
-
 class Command(NamedTuple):
     """A command line of this train.py, of a fork's, or of a module that calls it."""
 
@@ -118,11 +105,11 @@ class Command(NamedTuple):
         return Path() if self.program[0] == "-m" else self.file().parent
 
     def code(self):
-        """Return a hash of train.py with the files beside it and in common/, of the module with
-        what it imports from study/, and of the file that draws worlds."""
+        """Return a hash of train.py with the files beside it and in common/, of the module with the
+        files beside it, some of which it imports, and of the file that draws worlds."""
         project = self.project()
         beside = [*project.glob("*.py"), *project.glob("common/*.py")]
-        return hash_of({DRAWING, *imports_of(self.file()), *beside})
+        return hash_of({DRAWING, *self.file().parent.glob("*.py"), *beside})
 
     def folder(self):
         """Return the folder where the command runs: here if it names its data, else its world. The

@@ -173,10 +173,9 @@ def test_small_weights_in_place_of_published_ones_of_the_authors(tmp_path):
     small = make_random_model(**CLIPS)
     state = open_clip_of(small, custom_text=True).state_dict()
     state["text.attn_mask"] = torch.zeros(20, 20)  # a constant in files of open_clip
-    state["text_decoder.ln_mlp.weight"] = small.head.ln.weight
-    state["text_decoder.ln_mlp.bias"] = small.head.ln.bias
-    state["text_decoder.text_projection.weight"] = small.head.linear.weight
-    state["text_decoder.text_projection.bias"] = small.head.linear.bias
+    for name, x in small.head.state_dict().items():
+        name = name.replace("ln.", "ln_mlp.").replace("linear.", "text_projection.")
+        state[f"text_decoder.{name}"] = x
     state["cap_fq"] = torch.zeros(1, 49408, dtype=torch.float64)
     state["num_samples"] = torch.zeros(1, 1, dtype=torch.float64)
     state = {f"module.{name}": x for name, x in state.items()}
