@@ -28,7 +28,7 @@ ağaç őrült cafe\u0301 A\u030angstro\u0308m собака Ελλάς את بي
 “curly” ‘single’ it’s „low“ «guillemets» ‚x‛ 5′10″ `tick` ´acute Ｆｕｌｌ１２３！ ﾊﾝｶｸ ＡＢＣ ＇ －
 ﬁne oﬃce ﬂy dog😀😀 it&#8217;s &ldquo;hi&rdquo; R&amp;amp;B cat&hellip; (犬dog) don&amp;#39;t
 5&quot; &quot;CAF&Eacute;&quot; ☕café 10&nbsp;km &#x1F600; &frac12; &amp;eacute; #1犬
-wow!!!❤️ …and (R&amp;D), Ｎo.１ <START_OF_TEXT> <end_of_text>""".split()
+wow!!!❤️ …and (R&amp;D), Ｎo.１""".split()
 SPACE = [" "] * 12 + ["\n", "\r\n", "\t", "  ", "\u00a0", "\u3000"]
 
 
@@ -60,6 +60,11 @@ def test_texts_are_padded_or_cut_as_by_open_clip():
 
 def test_a_decoded_text_has_a_space_after_each_word():
     assert CLIP.decode(CLIP(["A  Dog's\n CAFÉ 😀"])[0]) == "a dog 's café 😀"
+
+
+def test_start_and_end_are_the_last_ids_and_can_be_written():
+    assert (CLIP.start, CLIP.end, CLIP.vocab_size) == (49406, 49407, 49408)
+    assert CLIP.encode("<START_OF_TEXT> <end_of_text>") == [49406, 49407]  # as in open_clip
 
 
 # ---- a vocabulary of words
