@@ -1,14 +1,18 @@
-"""Draw found.png, the scores of the study's models: python -m docs.figures
+"""Draw the results of the study: python -m docs.figures
 
-A bar is the mean over the seeds, and a dot is one seed. `git show 61b95ca:docs/figures.py` prints
-the code that drew first.png and scenes.png, from assets/tiny.pt and the scenes of the tutorial. The
-tutorial has the commands that draw curve.png and words.png. The SVG files are drawn by hand.
+found.png has the scores of the models. A bar is the mean over the seeds, and a dot is one seed.
+recipes.png has the score of each model at each warm-up and learning rate.
+
+`git show 61b95ca:docs/figures.py` prints the code that drew first.png and scenes.png, from
+assets/tiny.pt and the scenes of the tutorial. The tutorial has the commands that draw curve.png and
+words.png. The SVG files are drawn by hand.
 """
 
 from pathlib import Path
 from statistics import mean
 
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 
 from common.cli import make_parser, run_command
 from study import plan
@@ -27,6 +31,7 @@ PANELS = (
     ("After 32,000 pairs", "", 1.6, {
         "short\ncaptions": ("short, 32,000", "colour_shape"),
         "mixed\ncaptions": ("mixed, 32,000", "colour_shape"),
+        "mixed, own\nrecipes": (plan.TUNED, "colour_shape"),
         "long\ncaptions": ("long, 32,000", "colour_shape"),
         "mixed,\nbatch 8": ("mixed, 32,000, batch 8", "colour_shape"),
     }),
@@ -55,9 +60,42 @@ def draw_group(axis, place, row, score):
         axis.hlines(mean(values), *ends, color=AMBER, lw=2, ls=":", label="untrained tower")
 
 
+def draw_recipes(axis, model):
+    """Draw a heat map. A row is a warm-up, a column is a rate, and a frame marks the recipe."""
+    cells = plan.grid_of(model)
+    grid = [[cells[share, rate] for rate in plan.RATES] for share in plan.SHARES]
+    image = axis.imshow(grid, "viridis", vmin=0, vmax=100, aspect="auto")
+    for row, scores in enumerate(grid):
+        for column, score in enumerate(scores):
+            ink = "white" if score < 60 else INK
+            axis.text(column, row, f"{score:.0f}", ha="center", va="center", color=ink, size=13)
+    share, rate = plan.RECIPES[model]
+    corner = plan.RATES.index(rate) - 0.47, plan.SHARES.index(share) - 0.47
+    axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=RED, lw=4))
+    axis.set_title(model)
+    axis.set_xticks(range(len(plan.RATES)), plan.RATES)
+    axis.set_yticks(range(len(plan.SHARES)), [f"{share:.0%}" for share in plan.SHARES])
+    return image
+
+
+def draw_all_recipes():
+    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(11, 4), layout="constrained")
+    for axis, model in zip(axes, ARMS):
+        image = draw_recipes(axis, model)
+    axes[0].set_ylabel("warm-up, share of the steps")
+    axes[1].set_xlabel("learning rate")
+    figure.colorbar(image, ax=axes, label="colour + shape right (%)")
+    plt.savefig(ASSETS / "recipes.png", dpi=130)
+
+
 def main(argv):
     make_parser(__doc__).parse_args(argv)
-    look = dict(figsize=(11, 4), width_ratios=(3, 4, 2), layout="constrained")
+    draw_all_recipes()
+    draw_scores()
+
+
+def draw_scores():
+    look = dict(figsize=(12, 4), width_ratios=(3, 5, 2), layout="constrained")
     figure, axes = plt.subplots(1, 3, sharey=True, **look)
     legend = {}  # name -> what the legend shows beside it
     for axis, (title, scale, chance, rows) in zip(axes, PANELS):
