@@ -295,15 +295,6 @@ def test_an_update_clips_the_gradient_to_length_1(shards, tmp_path, monkeypatch,
     assert get_total_norm(moments).item() == pytest.approx(0.1, rel=1e-4)
 
 
-def test_a_gradient_that_has_overflowed_is_logged_as_null(shards, tmp_path, monkeypatch):
-    large_scale = partial(torch.amp.GradScaler, init_scale=2.0**40)
-    monkeypatch.setattr(torch.amp, "GradScaler", large_scale)
-
-    train.main(short_run(shards, tmp_path, "--steps", 1, "--dtype", "float16"))
-
-    assert rows_of(tmp_path, "loss")[-1]["grad_norm"] is None
-
-
 def test_each_parameter_has_the_learning_rate_of_the_step_and_the_decay_of_the_option(whole_run):
     groups = checkpoint_of(whole_run)["optimizer"]["param_groups"]
 
