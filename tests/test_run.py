@@ -80,19 +80,6 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find
     assert str(folder / "val-0.tar") in capsys.readouterr().out
 
 
-def test_the_vocabulary_lies_beside_the_first_training_shard(shards, tmp_path):
-    """scripts.vocab writes the file there. By their names the validation shards come first."""
-    for name, folder in (("val-0.tar", "a"), ("train-0.tar", "b")):
-        (tmp_path / folder).mkdir()
-        shutil.copy(shards / name, tmp_path / folder)
-    shutil.copy(shards / "vocab.tiktoken", tmp_path / "b")
-
-    out = tmp_path / "out"
-    train.main(short_run(shards, out, "--train_data", tmp_path / "a", tmp_path / "b", "--steps=1"))
-
-    assert checkpoint_of(out)["vocab"] == (shards / "vocab.tiktoken").read_text()
-
-
 # ---- its folder
 
 
