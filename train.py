@@ -311,11 +311,9 @@ def count_steps(args, num_pairs):
 
 def distribute(model):
     """Return the model in torch's wrapper that averages gradients over the processes."""
-    return DistributedDataParallel(
-        model,
-        gradient_as_bucket_view=True,  # without a copy of all gradients
-        broadcast_buffers=False,  # they are equal, because all processes count the same tokens
-    )
+    # A bucket view avoids a copy of all gradients. Buffers need no broadcast, because all processes
+    # count the same tokens.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # -----------------------------------------------------------------------------

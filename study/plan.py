@@ -205,7 +205,7 @@ def finals_of(model):
 
 
 # -----------------------------------------------------------------------------
-# The planned questions: {number: (label, score, arm, baseline)}
+# The planned questions: {number: (score, arm, baseline)}
 
 TOKEN = "probe, class token"
 CLIP_32, CONTROL_32, SUPERCLIP_32 = [f"{model}, mixed, 32,000" for model in MODELS]
@@ -218,35 +218,34 @@ def pair_of(row, baseline="CLIP"):
 
 
 QUESTIONS = {
-    1: ("mixed captions", "colour_shape", SUPERCLIP_32, CLIP_32),
-    2: ("mixed captions", "colour_shape", SUPERCLIP_32, CONTROL_32),
-    3: ("short captions", "colour_shape", *pair_of("short, 32,000")),
-    4: ("short captions", "colour_shape", *pair_of("short, 32,000", "control")),
-    5: ("photographs", "type", *pair_of(SHOP_6)),
-    6: ("two heads", "colour - shape", *HEADS),
-    7: ("long captions", "colour_shape", *pair_of("long, 32,000")),
-    8: ("long captions", "colour_shape", *pair_of("long, 32,000", "control")),
-    9: ("mixed captions", TOKEN, *pair_of("mixed, 32,000, again")),
-    10: ("photographs", TOKEN, *pair_of(f"{SHOP_6}, again")),
-    11: ("recipes", "colour_shape", *pair_of(TUNED)),
-    12: ("recipes", "colour_shape", *pair_of(TUNED, "control")),
-    13: ("Flickr8k", "R@10", *pair_of("Flickr8k")),
-    14: ("Flickr8k", "R@10", *pair_of("Flickr8k", "control")),
+    1: ("colour_shape", SUPERCLIP_32, CLIP_32),
+    2: ("colour_shape", SUPERCLIP_32, CONTROL_32),
+    3: ("colour_shape", *pair_of("short, 32,000")),
+    4: ("colour_shape", *pair_of("short, 32,000", "control")),
+    5: ("type", *pair_of(SHOP_6)),
+    6: ("colour - shape", *HEADS),
+    7: ("colour_shape", *pair_of("long, 32,000")),
+    8: ("colour_shape", *pair_of("long, 32,000", "control")),
+    9: (TOKEN, *pair_of("mixed, 32,000, again")),
+    10: (TOKEN, *pair_of(f"{SHOP_6}, again")),
+    11: ("colour_shape", *pair_of(TUNED)),
+    12: ("colour_shape", *pair_of(TUNED, "control")),
+    13: ("R@10", *pair_of("Flickr8k")),
+    14: ("R@10", *pair_of("Flickr8k", "control")),
 }
 BY_SIGN_FLIP = (11, 12, 13, 14)
 
 
 def p_of(number):
     """Return the p of the exact sign-flip test of a question. It is 1 if its runs are missing."""
-    _, score, arm, baseline = QUESTIONS[number]
-    return compare.sign_flip(differences_of(score, arm, baseline) or [0.0])
+    return compare.sign_flip(differences_of(*QUESTIONS[number]) or [0.0])
 
 
-def holm(ps, level=0.05):
-    """Return the questions that hold after Holm's correction. ps: {number: p}."""
+def holm(ps):
+    """Return the questions that hold after Holm's correction at 5 %. ps: {number: p}."""
     found = []
     for number in sorted(ps, key=ps.get):
-        if ps[number] > level / (len(ps) - len(found)):
+        if ps[number] > 0.05 / (len(ps) - len(found)):
             break
         found.append(number)
     return found
@@ -256,8 +255,7 @@ def holds(number):
     """Return whether the difference of a question holds after the correction."""
     if number in BY_SIGN_FLIP:
         return number in holm({other: p_of(other) for other in BY_SIGN_FLIP})
-    _, score, arm, baseline = QUESTIONS[number]
-    middle, half = interval_of(score, arm, baseline, questions=6 if number <= 6 else 4)
+    middle, half = interval_of(*QUESTIONS[number], questions=6 if number <= 6 else 4)
     return abs(middle) > half
 
 
@@ -279,25 +277,19 @@ def means(score, *arms):
     return [f"{mean(values[seed] for seed in seeds):.1f}" for values in found]
 
 
-def difference(score, arm, baseline):
-    middle, half = interval_of(score, arm, baseline)
-    return f"{middle:+.1f} ± {half:.1f}"
-
-
 def two(score, arm, baseline):
-    return [*means(score, baseline, arm), difference(score, arm, baseline)]
+    middle, half = interval_of(score, arm, baseline)
+    return [*means(score, baseline, arm), f"{middle:+.1f} ± {half:.1f}"]
 
 
 def three(score, row):
     """Return the cells of `two` for CLIP and SuperCLIP, and the mean of the control, and SuperCLIP
     minus the control. The first round has no control on photographs, but the second one has."""
     superclip, control = pair_of(row, "control")
-    cells = two(score, *pair_of(row))
-    if values_of(control, score):
-        return [*cells, *means(score, control), difference(score, superclip, control)]
-    superclip, control = pair_of(f"{row}, again", "control")
-    again = [*means(score, control), difference(score, superclip, control)]
-    return [*cells, *(f"{cell} (again)" for cell in again)]
+    if not values_of(control, score):
+        superclip, control = pair_of(f"{row}, again", "control")
+    mean_of_control, _, difference = two(score, superclip, control)
+    return [*two(score, *pair_of(row)), mean_of_control, difference]
 
 
 def answer(middle, half, is_significant):
@@ -322,12 +314,10 @@ def claim(score, row, number=None):
 
 
 def planned(number):
-    _, score, arm, baseline = QUESTIONS[number]
-    models = [name.partition(", ")[0] for name in (arm, baseline)]
+    score, arm, baseline = QUESTIONS[number]
     ahead = compare.ahead(differences_of(score, arm, baseline))
     p = "no test" if "photographs" in arm else f"{p_of(number):.4f}"
-    cells = [" against ".join(models), NAMES.get(score, score), *two(score, arm, baseline)]
-    return [*cells, ahead, p, "yes" if holds(number) else "no"]
+    return [*comparison(score, arm, baseline), ahead, p, "yes" if holds(number) else "no"]
 
 
 def cell_of_grid(share, rate):
@@ -337,7 +327,7 @@ def cell_of_grid(share, rate):
 
 def text_of_cell(cell):
     share, rate = cell
-    return f"{share:.0%}, {rate:.3g}".replace("%", " %")
+    return f"{100 * share:.0f} %, {rate}"
 
 
 def search(model):
@@ -345,10 +335,10 @@ def search(model):
     the grid are within ten points of the best of them, by seeds 0 and 1."""
     finals = finals_of(model)
     best_first = sorted(finals, key=finals.get, reverse=True)
-    tried = [f"{text_of_cell(cell)}: {finals[cell]:.1f}" for cell in best_first]
+    tried = "; ".join(f"{text_of_cell(cell)}: {finals[cell]:.1f}" for cell in best_first)
     grid = grid_of(model).values()
     near = sum(score >= max(grid) - 10 for score in grid)
-    return [text_of_cell(RECIPES[model]), "; ".join(tried), str(near)]
+    return [text_of_cell(RECIPES[model]), tried, str(near)]
 
 
 def probe(token, row):
@@ -416,10 +406,10 @@ TABLES = {
         ("loses less in small batches", claim, "colour_shape", "mixed, 32,000, batch 8 - 32"),
         ("costs next to nothing", lambda: COST),
     ],
-    "planned question | model against baseline | score | baseline | model | model - baseline "
+    "planned question | baseline | score | mean of the baseline | mean | difference "
     "| ahead | exact p | holds": [
-        (f"{number}. {label}", planned, number)
-        for number, (label, score, arm, _) in QUESTIONS.items()
+        (f"{number}. {arm}", planned, number)
+        for number, (score, arm, _) in QUESTIONS.items()
         if values_of(arm, score)
     ],
     "warm-up, learning rate | CLIP | control | SuperCLIP": [

@@ -24,9 +24,7 @@ from common.tokenizer import clip_vocabulary
 from eval import load
 from scripts.convert import main, open_clip_config
 
-DOWNLOAD = pytest.mark.skipif(
-    os.environ.get("DOWNLOAD") != "1", reason="downloads published weights only if DOWNLOAD=1"
-)
+DOWNLOAD = pytest.mark.skipif(os.environ.get("DOWNLOAD") != "1", reason="needs DOWNLOAD=1")
 CAPTIONS = [
     "a photo of a cat",
     "Two dogs, one ball!",

@@ -1,34 +1,25 @@
 """Test that docs/figures.py draws the results of the study, as the pages show them."""
 
 import numpy as np
-import pytest
 from material import run
 from PIL import Image
 
 from docs import figures
 
 
-def pixels(folder, name):
-    return np.asarray(Image.open(folder / name).convert("L"), int)
+def pixels(path):
+    return np.asarray(Image.open(path).convert("L"), int)
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """Return the folder with the pictures, drawn anew."""
-    folder = tmp_path_factory.mktemp("assets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "ASSETS", folder)
-        patch.setenv("MPLBACKEND", "Agg")
-        assert not run(figures.main)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["found.png", "recipes.png"])
-def test_the_results_of_the_study_are_drawn(name, drawn):
+def test_the_results_of_the_study_are_drawn(tmp_path, monkeypatch):
     """A font of another machine may move a few letters."""
-    shown = pixels(figures.ASSETS, name)
+    shown = {name: pixels(figures.ASSETS / name) for name in ("found.png", "recipes.png")}
+    monkeypatch.setattr(figures, "ASSETS", tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
 
-    again = pixels(drawn, name)
+    assert not run(figures.main)
 
-    assert again.shape == shown.shape
-    assert np.abs(again - shown).mean() < 5
+    for name, expected in shown.items():
+        drawn = pixels(tmp_path / name)
+        assert drawn.shape == expected.shape
+        assert np.abs(drawn - expected).mean() < 5
