@@ -1,6 +1,6 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, two minutes on two CPU cores
+    python train.py                       built-in scenes, one to two minutes on two cores
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
