@@ -514,7 +514,7 @@ def main(argv):
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     add = command("probe", command_probe,
-        "fit a linear classifier on the frozen image tower, on the CPU, for some ten thousand images")
+        "fit a linear classifier on the frozen image tower, for some ten thousand images")
     add("--train", required=True, metavar="DIR", help="folder with one folder of images per class")
     add("--test", required=True, metavar="DIR", help="folder with the same classes, other images")
     # fmt: on
