@@ -216,9 +216,9 @@ class Pairs(Samples, Dataset):
     is random about a pair follows from the seed and the number of its draw.
 
     sources, label_sources: where captions and labels are drawn from, one text each time. A source
-    that is named twice is drawn twice as often. Without label_sources the label is the text that
-    was drawn as the caption. num_patches: the number of patches in an image; patch_dropout: the
-    share of them that is left out at random.
+    that is named twice is drawn twice as often. Without other label_sources the label is the text
+    that was drawn as the caption. num_patches: the number of patches in an image; patch_dropout:
+    the share of them that is left out at random.
     """
 
     def __init__(

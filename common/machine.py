@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,12 +39,15 @@ def new_folder(path):
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
         folder = Path(temporary, path.name)
         folder.mkdir()
+        others = multiprocessing.active_children()
         try:
             yield folder
-        except BaseException:  # such as Ctrl-C
-            for process in multiprocessing.active_children():  # they may still write into it
-                process.kill()
-                process.join()
+        except BaseException:  # such as Ctrl-C, after which loading processes still write into it
+            for process in multiprocessing.active_children():
+                with suppress(RuntimeError):  # torch raises it when a loading process is killed
+                    if process not in others:
+                        process.kill()
+                        process.join()
             raise
         folder.rename(path)
 

@@ -3,7 +3,7 @@
 found.png has the scores of the models. A bar is the mean over the seeds, and a dot is one seed.
 recipes.png has the score of each model at each warm-up and learning rate.
 
-`git show 61b95ca:docs/figures.py` prints the code that drew first.png and scenes.png, from
+`git show e516899:docs/figures.py` prints the code that drew first.png and scenes.png, from
 assets/tiny.pt and the scenes of the tutorial. The tutorial has the commands that draw curve.png and
 words.png. The SVG files are drawn by hand.
 """
@@ -24,11 +24,11 @@ ARMS = {"CLIP": (INK, -0.29), "control": (GREY, 0), "SuperCLIP": (RED, 0.29)}
 # A panel: its title, the name of its scale, chance in percent, and {group of bars: row, score}
 PANELS = (
     ("Mixed captions, by length of the run", "colour + shape right (%)", 1.6, {
-        "24,000\npairs": ("mixed, 24,000", "colour_shape"),
-        "32,000\npairs": ("mixed, 32,000", "colour_shape"),
-        "48,000\npairs": ("mixed, 48,000", "colour_shape"),
+        "24,000\nsamples": ("mixed, 24,000", "colour_shape"),
+        "32,000\nsamples": ("mixed, 32,000", "colour_shape"),
+        "48,000\nsamples": ("mixed, 48,000", "colour_shape"),
     }),
-    ("After 32,000 pairs", "", 1.6, {
+    ("After 32,000 samples", "", 1.6, {
         "short\ncaptions": ("short, 32,000", "colour_shape"),
         "mixed\ncaptions": ("mixed, 32,000", "colour_shape"),
         "mixed, own\nrecipes": (plan.TUNED, "colour_shape"),
@@ -88,12 +88,6 @@ def draw_all_recipes():
     plt.savefig(ASSETS / "recipes.png", dpi=130)
 
 
-def main(argv):
-    make_parser(__doc__).parse_args(argv)
-    draw_all_recipes()
-    draw_scores()
-
-
 def draw_scores():
     look = dict(figsize=(12, 4), width_ratios=(3, 5, 2), layout="constrained")
     figure, axes = plt.subplots(1, 3, sharey=True, **look)
@@ -109,6 +103,12 @@ def draw_scores():
         legend.update(zip(names, handles))
     figure.legend(legend.values(), legend, loc="outside upper center", ncols=5, frameon=False)
     plt.savefig(ASSETS / "found.png", dpi=130)
+
+
+def main(argv):
+    make_parser(__doc__).parse_args(argv)
+    draw_all_recipes()
+    draw_scores()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def main(argv):
     add("--shuffled", action="store_true", help="the head must predict the words of another pair")
     args, options = parser.parse_known_args(argv)
 
-    def count_steps(options, num_pairs):
-        steps, _, eval_every = own_count(options, num_pairs)
+    def count_steps(args_of_run, num_pairs):
+        steps, _, eval_every = own_count(args_of_run, num_pairs)
         return steps, int(args.share * steps), eval_every
 
     train.count_steps = count_steps

@@ -125,7 +125,8 @@ def odd_pairs(tmp_path):
     odd = [{"jpg": JPEG, "txt": LONG.encode()}, {"jpg": b"bad", "txt": b"a"}]
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
-    return Pairs([first, second], TOKENIZER, 24, seed=5, num_patches=9, patch_dropout=0.5)
+    random = dict(seed=5, crop_area=0.9, num_patches=9, patch_dropout=0.5)
+    return Pairs([first, second], TOKENIZER, 24, **random)
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])

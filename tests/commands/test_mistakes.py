@@ -22,6 +22,7 @@ train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --image_size 21                               | patch_size
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
+train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
