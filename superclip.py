@@ -96,7 +96,7 @@ class WordHead(nn.Module):
         super().__init__()
         self.ln = LayerNorm(width)  # defined below: nn.LayerNorm that keeps the dtype of its input
         self.linear = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.linear.weight, std=width**-0.5)  # the authors' choice: variance 1
+        nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits of variance 1
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, image_tokens):
@@ -200,12 +200,13 @@ class SuperCLIP(nn.Module):
 
         images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
         same captions, not cut, or others whose words are to be predicted, by default the tokens;
-        keep (B, K): indices of the patches to look at, by default all.
+        keep (B, K): indices of the patches to look at, by default all. data.py draws them if
+        train.py has --patch_dropout.
 
         Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
         image_features and text_features (B, E). With several processes, the mean of what they
-        return is the loss of the whole batch. Captions are counted in training only. Before that
-        all words have weight 0, and classification_loss is 0.
+        return is the loss of the whole batch. Only training counts captions. In a model that has
+        counted none, all words have weight 0, and classification_loss is 0.
         """
         if label_tokens is None:
             label_tokens = tokens
@@ -264,7 +265,8 @@ class SuperCLIP(nn.Module):
         # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
         V = len(self.token_counts)
         counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
-        # Do not count padding. How much there is depends on how the processes share the batch.
+        # idf ignores padding. It is not counted either, so that the counts are the same for any
+        # number of processes.
         counts[PAD].zero_()
         # Send the number of captions with the counts, so that one all_reduce serves both.
         counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
@@ -330,7 +332,7 @@ class VisionTransformer(nn.Module):
         from which mean and std are already removed; keep (B, K): indices of the patches to look at,
         by default all."""
         if images.dtype == torch.uint8:
-            # Work in place on the new float tensor, because each copy of a batch takes a CPU time.
+            # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
         # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
         # Its weights and these pixels have the same order: channel, row, column. p: patch_size
@@ -408,12 +410,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, causal):
-        B, T, D = x.shape
+        B, T, D = x.shape  # T: tokens in either tower
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        # A CPU computes attention in float32, because torch's is five times slower in bfloat16. So
-        # the CPU's autocast must not cast back. On a GPU neither line changes anything.
+        # On a CPU torch's attention is five times slower in bfloat16. So compute it in float32, and
+        # keep autocast from casting back. On a GPU the `if` and the `with` do nothing.
         if x.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):

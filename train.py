@@ -13,7 +13,7 @@ kept, the learning rate. So no state of a random generator is saved, and on a CP
 killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
 CUDA kernels add numbers in no fixed order.
 
-common/run_folder.py saves, resumes and logs. The rest of common/ need not be opened to read this.
+common/run_folder.py saves, resumes and logs. You need not open it, nor the rest of common/.
 
 Axes: N pairs of all processes, B pairs of this process.
 """
@@ -64,7 +64,7 @@ def train(args):
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     with one_first():  # the first process draws and indexes, and the others find that done
-        if args.train_data == SCENE_OPTIONS["train_data"]:  # none were named
+        if args.train_data == SCENE_OPTIONS["train_data"]:  # see the end of this file
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
         model, tokenizer, new_parameters = build_model(args, shards, device)
@@ -82,10 +82,11 @@ def train(args):
 
     seen, seconds, waited = 0, 0.0, 0.0  # pairs and times since the last row of the log
     todo = range(start, steps + 1)  # the round after the last step only saves and validates
-    no_bar = RANK > 0 or None  # None shows a bar on a terminal only
+    no_bar = RANK > 0 or None  # for tqdm None means: a bar on a terminal only
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=no_bar):
         # 1. Save last.pt every ten minutes (RunFolder has the clock), and before a validation,
-        # because that can take minutes, too. Save best.pt if R@1 in the validation is the best.
+        # because that can take minutes, too. best.pt is written if the mean R@1 of both ways is at
+        # least the best so far, and without validation pairs each time.
         eval_due = step % eval_every == 0 or step == steps
         run.save_last(step, at_once=eval_due)
         if eval_due and RANK == 0:  # the other processes wait in the next step
@@ -165,7 +166,7 @@ def learning_rate_factor(step, warmup_steps, steps):
 def mean_losses(output):
     """Return the loss and its terms as a dict of floats, averaged over all processes. output: what
     SuperCLIP.forward returns, which also holds features. Reading makes the CPU wait for the GPU."""
-    names = [name for name in output if name.endswith("loss")]  # those of a fork, too
+    names = [name for name in output if name.endswith("loss")]  # also one that you have added
     values = torch.stack([output[name].detach() for name in names])
     if WORLD > 1:
         dist.all_reduce(values)
@@ -283,7 +284,8 @@ def open_data(args, shards, val_shards, model, tokenizer):
 
 def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
     """Return AdamW. Only matrices decay: no biases, norms, class token or logit scale. Each group
-    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_parameters."""
+    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_parameters, at
+    any --learning_rate."""
     groups = []
     for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
         params = [p for name, p in model.named_parameters() if (name in new_parameters) == is_new]
