@@ -297,7 +297,7 @@ def test_an_arm_has_all_its_seeds_and_the_rate_that_the_rule_chooses(arm):
     if arm.endswith(plan.TUNED):
         seeds = ([*range(30, 45)],)
     elif arm.endswith("Flickr8k"):
-        seeds = ([], [*range(30, 40)])
+        seeds = ([*range(30, 40)],)
 
     rate, goals = plan.rates_of(arm)
 
