@@ -59,8 +59,7 @@ def device_of(model):
     return model.logit_scale.device
 
 
-# In the datasets below, None replaces an image that cannot be read.
-UNREADABLE = (data.BadSample, OSError)
+UNREADABLE = (data.BadSample, OSError)  # An image that raises these is None in a dataset.
 
 
 def read_image(path, size):

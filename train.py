@@ -63,7 +63,7 @@ def train(args):
     dtype = args.dtype or pick_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    with one_first():  # the first process draws and indexes, and the others find that done
+    with one_first():  # the first process draws, indexes and downloads for all
         if args.train_data == SCENE_OPTIONS["train_data"]:  # see the end of this file
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
@@ -82,7 +82,7 @@ def train(args):
 
     seen, seconds, waited = 0, 0.0, 0.0  # pairs and times since the last row of the log
     todo = range(start, steps + 1)  # the round after the last step only saves and validates
-    no_bar = RANK > 0 or None  # for tqdm None means: a bar on a terminal only
+    no_bar = True if RANK > 0 else None  # None means: a bar on a terminal only
     for step in tqdm(todo, total=steps, initial=start, unit="step", disable=no_bar):
         # 1. Save last.pt every ten minutes (RunFolder has the clock), and before a validation,
         # because that can take minutes, too. best.pt is written if the mean R@1 of both ways is at
@@ -123,7 +123,7 @@ def train(args):
             model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
 
         # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # They are read before the clock, so that the time includes the work of the GPU.
+        # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
         log_due = done % args.log_every == 0 or done == steps
         if log_due:
@@ -438,8 +438,7 @@ def parse(argv):
         for name in ("model", "image_size", "vocab", "loss"):
             is_free = getattr(args, name) is None
             check(is_free, f"--init_from sets --{name}. Leave this option out.")
-    M = args.micro_batch_size or max(1, args.batch_size // WORLD)
-    is_whole = args.batch_size % (WORLD * M) == 0
+    is_whole = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
     return args

@@ -74,7 +74,8 @@ def pick_device(name):
     try:
         return torch.ones(1, device=name).device  # a GPU too old for this torch fails to compute it
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"--device: cannot use {name} ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device: cannot use {name} ({reason})") from None
 
 
 def pick_dtype(device):

@@ -54,8 +54,9 @@ def claim_folder(out_dir, resume):
     has_checkpoint = any(folder.glob("*.pt"))
     has_run = has_checkpoint or Path(folder, "log.jsonl").exists()
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
-    if has_run and not (resume and (Path(folder, "last.pt").exists() or not has_checkpoint)):
-        raise InputError(f"{folder} holds a run. Use --resume (with last.pt) or another --out_dir.")
+    can_resume = Path(folder, "last.pt").exists() or not has_checkpoint
+    check(can_resume, f"{folder} holds weights without last.pt. Name another --out_dir.")
+    check(resume or not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved
         temporary.unlink()

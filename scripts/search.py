@@ -11,8 +11,8 @@ others. Without --images and --data the command searches the validation pictures
 --serve you search on a page.
 
 --features keeps the features of the images in a file. The next search encodes only images that are
-new or have changed. Other programs can read its arrays by numpy.load: `names` (N,), and `features`
-(N, E), float32, each of length 1.
+new or have changed. Name another file for other images. Other programs can read the arrays of such
+a file by numpy.load: `names` (N,), and `features` (N, E), float32, each of length 1.
 """
 
 import hashlib
@@ -121,8 +121,7 @@ def find_features(model, images, workers, path, checkpoint):
         numbers = [i for i, stamp in enumerate(stamps) if stamp in known]
         if numbers:
             features = torch.stack([known[stamps[i]] for i in numbers])  # (N, E)
-            is_new = len(missing) > 0 or len(known) > len(numbers)
-            if path is not None and is_new:
+            if path is not None and len(missing) > 0:
                 content = {"checkpoint": checkpoint, "stamps": [stamps[i] for i in numbers]}
                 content["names"] = [images.name(i) for i in numbers]
                 content["features"] = features.numpy()

@@ -164,13 +164,18 @@ def interval_of(score, arm, baseline, questions=None):
     return compare.interval(differences, quantile, overlap)
 
 
+def scores_of(arm):
+    """Return the names of the scores of an arm. The first one has chosen its rate."""
+    if "photographs" in arm:
+        return "type", "R@1", "R@5", "R@10"
+    if "Flickr8k" in arm:
+        return "R@10", "R@1", "R@5"
+    return "colour_shape", "R@1", "held_out"
+
+
 def rates_of(arm):
     """Return the learning rate of an arm, or None if it has no scores, and {tried rate: score}."""
-    score = "colour_shape"
-    if "photographs" in arm:
-        score = "type"
-    elif "Flickr8k" in arm:
-        score = "R@10"
+    score, *_ = scores_of(arm)
     chosen = None
     tried = {}
     # Rates on Flickr8k were chosen on a part of the training pictures.
@@ -197,12 +202,6 @@ def search_of(model):
 def grid_of(model):
     """Return {(warm-up, rate): mean of seeds 0 and 1} of all cells."""
     return {cell: mean((scores[0], scores[1])) for cell, scores in search_of(model).items()}
-
-
-def finals_of(model):
-    """Return {(warm-up, rate): mean over six seeds} of the four best cells."""
-    cells = search_of(model)
-    return {cell: mean(scores.values()) for cell, scores in cells.items() if len(scores) == 6}
 
 
 # -----------------------------------------------------------------------------
@@ -334,7 +333,8 @@ def text_of_cell(cell):
 def search(model):
     """Return the recipe of a model, the cells with six seeds, and how many of the fifteen cells of
     the grid are within ten points of the best of them, by seeds 0 and 1."""
-    finals = finals_of(model)
+    cells = search_of(model)
+    finals = {cell: mean(scores.values()) for cell, scores in cells.items() if len(scores) == 6}
     best_first = sorted(finals, key=finals.get, reverse=True)
     tried = "; ".join(f"{text_of_cell(cell)}: {finals[cell]:.1f}" for cell in best_first)
     grid = grid_of(model).values()
@@ -374,17 +374,7 @@ PAIRS += [
     ("SuperCLIP, short, 24,000", "CLIP, short, 32,000"),
     ("SuperCLIP, short, 24,000", "CLIP, short, 48,000"),
 ]
-
-
-def scores_of(arm, baseline):
-    """Return the names of the scores that compare two arms. There are none without a baseline."""
-    if not runs_of(baseline):
-        return []
-    recalls = ["R@1", "R@5", "R@10"]
-    if "photographs" in arm:
-        return ["type", *recalls]
-    return recalls if "Flickr8k" in arm else ["colour_shape", "R@1", "held_out"]
-
+PAIRS = [pair for pair in PAIRS if runs_of(pair[1])]  # round 1 has no control on photographs
 
 TWO = "CLIP | SuperCLIP | SuperCLIP - CLIP"
 CONTROL = "control | SuperCLIP - control"
@@ -426,7 +416,7 @@ TABLES = {
     ],
     "comparisons | baseline | score | mean of the baseline | mean | difference": [
         *[(HEADS[0], comparison, score, *HEADS) for score in ("colour", "shape", "colour - shape")],
-        *[(pair[0], comparison, score, *pair) for pair in PAIRS for score in scores_of(*pair)],
+        *[(pair[0], comparison, score, *pair) for pair in PAIRS for score in scores_of(pair[0])],
     ],
     "learning rates | chosen | tried: mean score": [
         (arm, rates, arm) for arm in ARMS if runs_of(arm) and TUNED not in arm

@@ -152,4 +152,4 @@ def compile_wide_towers():
 
 def compile_cheaply(graph, inputs):
     print("compiled a graph")
-    return torch._dynamo.lookup_backend("eager")(graph, inputs)
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)

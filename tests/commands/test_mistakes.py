@@ -86,8 +86,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert not Path("out").exists()  # a run with a mistake leaves no folder
 
 
-COMMANDS = "train eval common.scenes study.compare study.plan docs.demo docs.figures"
-COMMANDS = COMMANDS.split()
+COMMANDS = "train eval common.scenes study.compare study.plan docs.demo docs.figures".split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")

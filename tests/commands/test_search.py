@@ -80,6 +80,16 @@ def test_only_new_and_changed_images_are_encoded(folders, checkpoint):
     assert encoded() == {"1.png", "9.png"}
 
 
+def test_a_search_of_fewer_images_keeps_the_features_of_all(folders, checkpoint):
+    argv = [TEXTS[0], "--checkpoint", checkpoint, "--features", "x.npz", "--images"]
+    run(search.main, *argv, ".")
+    before = Path("x.npz").read_bytes()
+
+    run(search.main, *argv, "red")
+
+    assert Path("x.npz").read_bytes() == before
+
+
 @pytest.mark.parametrize("content", ["other arrays", "another checkpoint"])
 def test_a_file_of_other_features_is_refused_and_kept(folders, checkpoint, content, capsys):
     if content == "other arrays":
