@@ -55,7 +55,7 @@ def claim_folder(out_dir, resume):
     has_run = has_checkpoint or Path(folder, "log.jsonl").exists()
     # If the folder holds no checkpoint, --resume starts a run. So a scheduler can always give it.
     can_resume = Path(folder, "last.pt").exists() or not has_checkpoint
-    check(can_resume, f"{folder} holds weights without last.pt. Name another --out_dir.")
+    check(can_resume, f"{folder} holds weights, but no last.pt. Name another --out_dir.")
     check(resume or not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # left by a run that was killed while it saved

@@ -11,8 +11,9 @@ others. Without --images and --data the command searches the validation pictures
 --serve you search on a page.
 
 --features keeps the features of the images in a file. The next search encodes only images that are
-new or have changed. Name another file for other images. Other programs can read the arrays of such
-a file by numpy.load: `names` (N,), and `features` (N, E), float32, each of length 1.
+new or have changed. If there are any, it writes the file again, with its own images alone. So give
+each set of images its own file. Other programs can read the arrays by numpy.load: `names` (N,), and
+`features` (N, E), float32, each of length 1.
 """
 
 import hashlib

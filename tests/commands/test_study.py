@@ -290,8 +290,8 @@ def test_the_costs_on_the_page_are_those_of_speed_md():
 
 @pytest.mark.parametrize("arm", plan.ARMS)
 def test_an_arm_has_all_its_seeds_and_the_rate_that_the_rule_chooses(arm):
-    """An arm of the first two rounds may also have no runs. All scored runs of an arm have the same
-    learning rate. The rates of recipes have a test of their own."""
+    """Other arms than recipes and Flickr8k may have no scored runs. All scored runs of an arm have
+    the same learning rate. The rates of recipes have a test of their own."""
     scored = [run for run in plan.runs_of(arm) if run["seed"] >= plan.FIRST_SCORED]
     seeds = ([], [*range(15, 25)], [*range(15, 30)])
     if arm.endswith(plan.TUNED):
