@@ -65,7 +65,7 @@ class Samples:
             name, reason = self.unused[0] if self.unused else (paths[0], "it is empty")
             raise InputError(f"no image-caption pairs in {name}: {reason}")
         if self.unused:
-            print(f"{len(self.unused):,} parts of shards are not used: see python -m scripts.show")
+            print(f"samples or shards not used: {len(self.unused):,} (see python -m scripts.show)")
         for source in sources:
             self.check_source(source)
 

@@ -200,12 +200,11 @@ def print_commands(run, has_val_pairs):
     path = run.best
     if not path.exists():
         path = run.last
-        print("best.pt was not written, because no validation was as good as the one before")
-        print("training. Try a lower --learning_rate.")
+        print("No best.pt: no validation was as good as the first one. Lower --learning_rate.")
     print("\nWhat the model has learned:")
     pictures = "" if has_val_pairs else " --images PICTURES"
     checkpoint = f"--checkpoint {path.as_posix()}"
-    print(f"  python -m scripts.search {checkpoint} TEXT{pictures}")
+    print(f'  python -m scripts.search {checkpoint} "TEXT"{pictures}')
     if run.model.head is not None:
         print(f"  python -m scripts.words {checkpoint} --out words.png{pictures}")
     print(f"  python -m scripts.curves {run.rows.as_posix()} --out curves.png")
@@ -278,7 +277,8 @@ def open_data(args, shards, val_shards, model, tokenizer):
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    check(args.batch_size <= len(pairs), f"--batch_size is more than the {len(pairs):,} pairs")
+    N = args.batch_size
+    check(N <= len(pairs), f"--batch_size is {N}, but there are only {len(pairs):,} pairs.")
     return pairs, val_samples
 
 
@@ -436,8 +436,7 @@ def parse(argv):
             args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
-            is_free = getattr(args, name) is None
-            check(is_free, f"--init_from sets --{name}. Leave this option out.")
+            check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this option out.")
     is_whole = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})

@@ -64,7 +64,7 @@ def shards_of_run(train_data, val_data):
     Print what a user may not expect."""
     shards, val_shards = by_split(find_shards(train_data))
     if val_shards:
-        print(f"{len(val_shards):,} of the shards are not trained on, by their names")
+        print(f"shards to validate on, by their names: {len(val_shards):,}")
     elif val_data is None and len(shards) > 1:
         print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
     if val_data is None:

@@ -130,6 +130,8 @@ class RunFolder:
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
         if self.last.exists():
             self.load_last()
+        if args.resume:
+            print(f"going on from step {self.start}")  # 0 if there is no last.pt
         states = from_all((header["data_fingerprint"], self.start))
         check(len({*states}) == 1, "the processes see different data, or a different last.pt")
         if RANK == 0 and self.rows.exists():
@@ -164,9 +166,7 @@ class RunFolder:
             changed.append(f"--vocab is not what {self.last} was trained with.")
         check(not changed, f"{' '.join(changed)} --resume cannot change that.")
         self.start = saved["step"]
-        is_past = f"step {self.start} of last.pt is past --steps {now['steps']}"
-        check(self.start <= now["steps"], is_past)
-        print(f"going on from step {self.start}")
+        check(self.start <= now["steps"], f"step {self.start} of last.pt is past --steps")
         self.model.load_state_dict(saved["model"])
         # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
         # the moments in the order of the parameters in these groups.
