@@ -200,7 +200,7 @@ def print_commands(run, has_val_pairs):
     path = run.best
     if not path.exists():
         path = run.last
-        print("No best.pt: no validation was as good as the first one. Lower --learning_rate.")
+        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
     print("\nWhat the model has learned:")
     pictures = "" if has_val_pairs else " --images PICTURES"
     checkpoint = f"--checkpoint {path.as_posix()}"

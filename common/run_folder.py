@@ -166,7 +166,8 @@ class RunFolder:
             changed.append(f"--vocab is not what {self.last} was trained with.")
         check(not changed, f"{' '.join(changed)} --resume cannot change that.")
         self.start = saved["step"]
-        check(self.start <= now["steps"], f"step {self.start} of last.pt is past --steps")
+        is_past = f"step {self.start} of last.pt is past --steps {now['steps']}"
+        check(self.start <= now["steps"], is_past)
         self.model.load_state_dict(saved["model"])
         # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
         # the moments in the order of the parameters in these groups.

@@ -67,7 +67,8 @@ def read_table(args):
             if None in row:
                 bad.append((line, image, "more fields than columns: put the caption into quotes"))
             elif not image or not caption:
-                bad.append((line, image, "no image or caption: --image_column, --caption_column"))
+                reason = "no image or no caption: see --image_column and --caption_column"
+                bad.append((line, image, reason))
             else:
                 name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image
                 samples.setdefault(name, []).append((line, caption, row))
