@@ -27,6 +27,7 @@ significant loss. *Confirmed*: planned, and a gain that holds after the correcti
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -121,6 +122,7 @@ ARMS |= arms_of(THIRD, THIRD_ROUND, SEARCHED)
 # Values
 
 
+@cache
 def runs_with(commit, command):
     text = compare.read_command(command).text()
     return [run for run in RUNS if (run["commit"], run["command"]) == (commit, text)]
@@ -128,9 +130,7 @@ def runs_with(commit, command):
 
 def runs_of(arm):
     """Return all runs of an arm, those that have chosen its rate and those that are scored."""
-    if arm not in ARMS:
-        return []
-    return runs_with(*ARMS[arm])
+    return runs_with(*ARMS[arm]) if arm in ARMS else []
 
 
 def values_of(arm, score):
