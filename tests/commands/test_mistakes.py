@@ -39,7 +39,6 @@ scripts.pack --csv list.csv --out x                       | --image_column
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 scripts.vocab mixed.tar --captions txt json.long          | txt json.long
 scripts.show mixed.tar --captions txt json.long           | txt json.long
-docs.demo clip.pt model.pt                                | clip.pt
 common.scenes --out classes                               | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
@@ -86,7 +85,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert not Path("out").exists()  # a run with a mistake leaves no folder
 
 
-COMMANDS = "train eval common.scenes study.compare study.plan docs.demo docs.figures".split()
+COMMANDS = "train eval common.scenes study.compare study.plan docs.figures".split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")
