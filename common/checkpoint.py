@@ -49,7 +49,7 @@ def restore(path, weights, config, vocab):
         raise InputError(f"{path} holds no model of this version: {reason}") from error
     V, n = model.config.vocab_size, tokenizer.vocab_size
     sizes = f"{path} holds a model for {V:,} tokens, but a vocabulary of {n:,}"
-    check(V == n, f"{sizes}. Give scripts.convert another --vocab.")
+    check(V == n, f"{sizes}. Put its vocabulary beside the weights, as model.tiktoken.")
     return model, tokenizer
 
 

@@ -1,130 +1,184 @@
-"""Test scripts/convert.py. It turns weights of other layouts into a checkpoint, and a checkpoint
-into files that open_clip and transformers load."""
+"""Compare converted weights with the library that they come from: its features and its tokens.
+
+    DOWNLOAD=1 pytest -k published
+
+downloads published weights. Without DOWNLOAD=1 the same functions compare small models with random
+weights, so only the download is not tested.
+"""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from huggingface_hub import hf_hub_download, list_repo_files
 from material import error_of, run, write_checkpoint
-from oracle import assert_same_towers, make_random_model, open_clip_of
+from oracle import assert_near, assert_same_towers, make_random_model, open_clip_of
 
-from common.tokenizer import Tokenizer, words_to_tiktoken
+from common.tokenizer import words_to_tiktoken
 from eval import load
-from scripts.convert import main, open_clip_config
+from scripts.convert import main, open_clip_config, read_weights
 from superclip import SuperCLIPConfig
 
-VOCAB = words_to_tiktoken(["dog"])
-V = {"vocab_size": Tokenizer(VOCAB).vocab_size}
-STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
+DOWNLOAD = pytest.mark.skipif(os.environ.get("DOWNLOAD") != "1", reason="needs DOWNLOAD=1")
+CAPTIONS = [
+    "a photo of a cat",
+    "Two dogs, one ball!",
+    "it's 3 o'clock at the café",
+    "a T-shirt (size XL) for $9.99",
+    "first line\nsecond  line",
+    "naïve Zürich 東京",
+    "snow ❄ falls",
+    'A sign says "50% off"; e.g. HERE',
+    "",
+    "one of " * 60,
+]
+
+
+@torch.no_grad()
+def compare(weights, folder, other, tokens):
+    """Convert weights, and compare the result with open_clip's model of the same weights. Return
+    our model. tokens (10, T): what open_clip's tokenizer makes of CAPTIONS."""
+    assert not run(main, weights, folder / "converted.pt")
+    model, tokenizer, _ = load(folder / "converted.pt")
+    ours = tokenizer(CAPTIONS)
+    images = torch.randn(10, 3, model.config.image_size, model.config.image_size)
+
+    assert ours.tolist() == tokens.tolist()
+    assert_near(model.encode_image(images), other.encode_image(images, normalize=True))
+    assert_near(model.encode_text(ours), other.encode_text(tokens, normalize=True))
+    return model
+
+
+def compare_with_open_clip(name, folder):
+    """name: MODEL/TAG, where the tag may be a file."""
+    model, _, tag = name.partition("/")
+    other = open_clip.create_model(model, tag, require_pretrained=True).eval()
+    return compare(name, folder, other, open_clip.get_tokenizer(model)(CAPTIONS))
+
+
+def compare_with_the_authors(file, folder):
+    """file: a checkpoint of the authors' code. The oracle is open_clip, on which it builds."""
+    state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    _, config, _ = read_weights(Path(file))
+    config = open_clip_config(SuperCLIPConfig(**config))
+    other = open_clip.model.CustomTextCLIP(**config).eval()
+    assert not other.load_state_dict(state, strict=False).missing_keys
+    tokens = open_clip.get_tokenizer("ViT-B-16")(CAPTIONS, config["text_cfg"]["context_length"])
+    return compare(file, folder, other, tokens)
+
+
+# ---- published weights
+
+
+@DOWNLOAD
+@pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "ViT-B-32-quickgelu/openai"])
+def test_published_weights_of_open_clip(name, tmp_path):
+    compare_with_open_clip(name, tmp_path)
+
+
+@DOWNLOAD
+def test_published_weights_of_the_superclip_authors(tmp_path):
+    names = list_repo_files("hustvl/SuperCLIP")
+    names = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    assert names
+
+    for name in names:
+        folder = tmp_path / name.replace("/", "-")
+        file = hf_hub_download("hustvl/SuperCLIP", name, local_dir=folder)
+        compare_with_the_authors(file, folder)
+        shutil.rmtree(folder)  # the files are large
+
+
+# ---- small models with random weights in their place
+
+CLIPS = {"vocab_size": 49408, "context_length": 20}
 HEADS = {"vision_heads": 4, "text_heads": 8}  # by default both towers have two heads
+STATS = {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.1, 0.2, 0.5)}
 
 
-@pytest.fixture
-def converted(tmp_path):
-    """Return a function that converts weights, or the weights with a name, and loads the result."""
-    (tmp_path / "own.tiktoken").write_text(VOCAB)
-
-    def convert(weights):
-        if isinstance(weights, dict):
-            torch.save(weights, tmp_path / "weights.pt")
-            weights = tmp_path / "weights.pt"
-        assert not run(main, weights, tmp_path / "out.pt", "--vocab", tmp_path / "own.tiktoken")
-        return load(tmp_path / "out.pt")[0]
-
-    return convert
+def write_open_clip_model(folder, name, model, **facts):
+    """Write the weights of a model into weights.pt, and make a model with this name known to
+    open_clip. facts: entries of its configuration."""
+    torch.save(open_clip_of(model).state_dict(), folder / "weights.pt")
+    config = open_clip_config(model.config) | facts
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
 
 
-def assert_same_but_for_the_head(again, model):
-    """Check that configuration and weights are equal, except that `again` is plain CLIP."""
-    assert again.config == SuperCLIPConfig(**{**vars(model.config), "cls_weight": 0})
-    weights = dict(again.state_dict())
-    expected = {name: x for name, x in model.state_dict().items() if name in weights}
-    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+def test_small_weights_in_place_of_published_ones_of_open_clip(tmp_path):
+    small = make_random_model(quick_gelu=True, cls_weight=0, **HEADS, **CLIPS)
+    write_open_clip_model(tmp_path, "small-clip", small)
+
+    model = compare_with_open_clip(f"small-clip/{tmp_path}/weights.pt", tmp_path)
+
+    assert model.config == small.config
 
 
-def test_openais_file_has_quick_gelu(converted):
-    scalars = ("input_resolution", "context_length", "vocab_size")
-    ours = make_random_model(quick_gelu=True, **V)
-    state = open_clip_of(ours).state_dict() | {name: torch.tensor(1) for name in scalars}
+def test_small_weights_in_place_of_published_ones_of_the_authors(tmp_path):
+    """A file of the authors tells nothing of heads and GELU, and they have the usual values."""
+    small = make_random_model(**CLIPS)
+    state = open_clip_of(small, custom_text=True).state_dict()
+    state["text.attn_mask"] = torch.zeros(20, 20)  # a constant in files of open_clip
+    for name, x in small.head.state_dict().items():
+        name = name.replace("ln.", "ln_mlp.").replace("linear.", "text_projection.")
+        state[f"text_decoder.{name}"] = x
+    state["cap_fq"] = torch.zeros(1, 49408, dtype=torch.float64)
+    state["num_samples"] = torch.zeros(1, 1, dtype=torch.float64)
+    state = {f"module.{name}": x for name, x in state.items()}
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "authors.pt")
 
-    assert_same_but_for_the_head(converted(state), ours)
+    model = compare_with_the_authors(tmp_path / "authors.pt", tmp_path)
+
+    assert model.config == small.config
 
 
-def test_a_name_of_open_clip_has_the_weights_and_what_its_tag_says(
-    tmp_path, converted, monkeypatch
-):
-    """The configuration with this name has plain GELU and the mean and std of open_clip. The values
-    of the tag replace them."""
-    ours = make_random_model(quick_gelu=True, **HEADS, **STATS, **V)
-    torch.save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
-    config = open_clip_config(ours.config) | {"quick_gelu": False}
-    (tmp_path / "small.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "small.json")
-    tag = {"file": str(tmp_path / "here.pt"), "quick_gelu": True}
+def test_what_the_tag_of_a_published_model_says_counts_more_than_its_name(tmp_path, monkeypatch):
+    small = make_random_model(quick_gelu=True, cls_weight=0, **STATS, **CLIPS)
+    write_open_clip_model(tmp_path, "small-tagged", small, quick_gelu=False)
+    tag = {"file": str(tmp_path / "weights.pt"), "quick_gelu": True}
     tag |= {"mean": STATS["image_mean"], "std": STATS["image_std"]}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"here": tag})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-tagged", {"here": tag})
 
-    assert_same_but_for_the_head(converted("small/here"), ours)
+    assert not run(main, "small-tagged/here", tmp_path / "out.pt")
+
+    assert load(tmp_path / "out.pt")[0].config == small.config
 
 
 def test_parts_that_we_lack_are_named_though_all_tensors_would_fit(tmp_path, capsys):
-    ours = make_random_model(**V)
-    torch.save(open_clip_of(ours).state_dict(), tmp_path / "here.pt")
-    config = open_clip_config(ours.config)
-    config["vision_cfg"]["pool_type"] = "avg"
-    config["text_cfg"]["no_causal_mask"] = True
-    (tmp_path / "other.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "other.json")
+    small = make_random_model(**CLIPS)
+    text = {**open_clip_config(small.config)["text_cfg"], "no_causal_mask": True}
+    write_open_clip_model(tmp_path, "other", small, text_cfg=text)
 
-    error = error_of(capsys, main, f"other/{tmp_path}/here.pt", tmp_path / "x.pt")
+    error = error_of(capsys, main, f"other/{tmp_path}/weights.pt", tmp_path / "x.pt")
 
-    assert "no_causal_mask, pool_type" in error
+    assert "no_causal_mask" in error
 
 
-# ---- a checkpoint in another layout, and back
+# ---- a checkpoint for open_clip, and back
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
-    model = make_random_model(loss=loss, quick_gelu=True, **V, **HEADS, **STATS)
-    path = write_checkpoint(tmp_path / "best.pt", model, VOCAB)
+    vocab = words_to_tiktoken(["dog"])
+    size = {"vocab_size": len(vocab.splitlines()) + 2}
+    model = make_random_model(loss=loss, quick_gelu=True, **size, **HEADS, **STATS)
+    path = write_checkpoint(tmp_path / "best.pt", model, vocab)
 
     assert not run(main, path, tmp_path / "folder", "--to", "open_clip")
     assert not run(main, tmp_path / "folder", tmp_path / "again.pt")
 
     again, tokenizer, _ = load(tmp_path / "again.pt")
-    assert_same_but_for_the_head(again, model)
-    assert tokenizer.vocab == VOCAB
+    assert again.config == SuperCLIPConfig(**{**vars(model.config), "cls_weight": 0})
+    assert tokenizer.vocab == vocab
     name = f"local-dir:{tmp_path / 'folder'}"
     other, preprocess = open_clip.create_model_from_pretrained(name)
-    assert_same_towers(model, other.eval())
-    assert (other.logit_scale, other.logit_bias) == (model.logit_scale, model.logit_bias)
+    for one in (model, again):
+        assert_same_towers(one, other.eval())
+        assert (other.logit_scale, other.logit_bias) == (one.logit_scale, one.logit_bias)
     assert (*preprocess.transforms[-1].mean,) == STATS["image_mean"]
-
-
-@pytest.mark.parametrize("part", [{"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}])
-def test_parts_of_transformers_that_we_lack_are_refused(part, tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "a.pt", make_random_model(quick_gelu=True, **V), VOCAB)
-    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    config["text_config"] |= part
-    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-
-    assert "lacks" in error_of(capsys, main, tmp_path / "folder", tmp_path / "x.pt")
-
-
-def test_a_folder_without_image_processor_has_clips_statistics_and_this_is_said(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "a.pt", make_random_model(**V, **STATS), VOCAB)
-    assert not run(main, path, tmp_path / "folder", "--to", "transformers")
-    for file in tmp_path.glob("folder/*processor_config.json"):
-        file.unlink()
-    capsys.readouterr()
-
-    assert not run(main, tmp_path / "folder", tmp_path / "again.pt")
-
-    assert "mean" in capsys.readouterr().out.partition("wrote")[0]
-    again, _, _ = load(tmp_path / "again.pt")
-    assert again.config.image_mean == SuperCLIPConfig.image_mean
-    assert again.config.image_std == SuperCLIPConfig.image_std
