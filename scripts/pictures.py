@@ -1,29 +1,57 @@
-"""Pictures of the commands in this folder: those that a user names, and those that they draw."""
+"""Pictures of the commands in this folder: those that they read, and the sheet that they draw."""
 
 import math
 import textwrap
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import Dataset
 
-from common.cli import check, output_file
+import data
+import eval as evaluation
+from common.checkpoint import validation_of
+from common.cli import check
 from common.images import images_below
+from common.index import find_shards
 from common.machine import write_file
 
 
-def image_files(paths):
-    """Return a list of image files. paths: files, and folders that are searched to the bottom."""
-    files = []
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else images_below(path)
-        check(found, f"there is no image file or folder of images {path}")
-        files += found
-    return files
+class Pictures(Dataset):
+    """Read pictures. An item is (uint8 tensor (3, S, S), its number), with None in place of the
+    tensor if the picture cannot be read. files: list of paths; samples: data.Samples, or None, in
+    place of files; size: S, pixels a side."""
+
+    def __init__(self, files, samples, size):
+        self.files = files
+        self.samples = samples
+        self.size = size
+
+    def __len__(self):
+        return len(self.files if self.samples is None else self.samples)
+
+    def __getitem__(self, i):
+        if self.samples is None:
+            return evaluation.read_image(self.files[i], self.size), i
+        image, _ = evaluation.SampleImages(self.samples, self.size)[i]
+        return image, i
+
+    def title(self, i):
+        """Return the path of a file, or the first caption of a sample."""
+        return str(self.files[i]) if self.samples is None else self.samples.captions(i)[0]
+
+
+def find_pictures(path, checkpoint, size):
+    """Return the Pictures at a path, which is a file, or a folder that is searched to the bottom.
+    If path is None, return the validation pictures of the run that wrote the checkpoint."""
+    if path is None:
+        shards, captions = validation_of(checkpoint, option="--images")
+        return Pictures([], data.Samples(find_shards(shards), captions), size)
+    files = [path] if path.is_file() else images_below(path)
+    check(files, f"there is no image file or folder of images {path}")
+    return Pictures(files, None, size)
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels: about the width of a letter in Pillow's own font, which is 15 pixels high
-picture_file = output_file(".png")  # a type for argparse
 
 
 def contact_sheet(images, captions, path, columns=4):
@@ -32,7 +60,6 @@ def contact_sheet(images, captions, path, columns=4):
     side = images[0].shape[-1]
     font = ImageFont.load_default(15)
     wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]
-    columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = side + GAP
     height = side + GAP + LINE * max(map(len, wrapped))

@@ -1,52 +1,26 @@
-"""Print which words the word head sees in an image, and draw where it sees them:
+"""Print which words the word head sees in pictures, and draw where it sees them:
 
-    python -m scripts.words --checkpoint out/best.pt --images FILE_OR_FOLDER ... --out words.png
     python -m scripts.words --checkpoint out/best.pt --out words.png
+    python -m scripts.words --checkpoint out/best.pt --images photos/ --out words.png
 
-The command prints the most probable words of each image, without words of many captions, such as
-"the". With --out it also draws a map for each word. Red marks patches without which the word
-becomes less probable. Without --images the command takes a few validation pictures of the run. For
-assets/tiny.pt, which comes without them, it draws new scenes.
+The command takes six pictures of --images, or six validation pictures of the run. It prints the
+most probable words of each one, without words of many captions, such as "the". It draws a map for
+each word. Red marks patches without which the word becomes less probable.
 
 Axes: S pixels a side, K words, W windows, G patches a side.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
-import data
 import eval as evaluation
-from common import scenes
-from common.checkpoint import validation_of
-from common.cli import InputError, check, make_parser, run_command
-from common.index import find_shards
+from common.cli import check, make_parser, output_file, run_command
 from common.machine import pick_device
-from scripts.pictures import contact_sheet, image_files, picture_file
+from scripts.pictures import contact_sheet, find_pictures
 
-SHOWN = 6  # validation pictures
-
-
-def find_pictures(args, tokenizer, size):
-    """Yield the pictures of --images, or validation pictures of the run, or new scenes. Each is
-    (name, pixels (3, S, S)), with None in place of pixels if it cannot be read. size: S."""
-    if args.images:
-        for file in image_files(args.images):
-            yield file.name, evaluation.read_image(file, size)
-        return
-    try:
-        paths, captions = validation_of(args.checkpoint, option="--images")
-    except InputError:
-        if tokenizer.vocab != scenes.vocabulary():
-            raise
-        for _, scene, _, caption in scenes.make_samples("val", range(4)):
-            yield caption, data.load_image(scenes.draw(scene), size)
-        return
-    images = evaluation.SampleImages(data.Samples(find_shards(paths), captions), size)
-    step = max(1, len(images) // SHOWN)
-    for i in range(0, len(images), step)[:SHOWN]:
-        image, texts = images[i]
-        yield texts and texts[0], image
-
+SHOWN = 6  # pictures
 
 # -----------------------------------------------------------------------------
 # Maps that show where the head sees a word
@@ -63,9 +37,9 @@ def word_maps(model, image, ids, window, batch_size=64):
     """Compute where an image shows each of K tokens, by leaving out patches.
 
     image (3, S, S); ids: list of K tokens; window: the side of a square of patches, which has W
-    places in the image; batch_size: windows at a time. Return falls (K, W) and maps (K, G, G). A
-    fall says by how much a token's log-probability falls without a window, in nats. A map has for
-    each patch the mean over the windows that contain it.
+    places in the image; batch_size: windows at a time. Return maps (K, G, G), which have for each
+    patch the mean over the windows that contain it: by how much the token's log-probability falls
+    without the window, in nats.
 
     Why not a faster way? The head is almost linear in the mean of the patch tokens, so its logit is
     a sum with one term for each patch. But these terms are as large in the background as on the
@@ -78,7 +52,6 @@ def word_maps(model, image, ids, window, batch_size=64):
     inside = torch.kron(side, side)  # (W, P): 1 for the patches of a window
     outside = [(row == 0).nonzero().flatten() for row in inside]
     keep = torch.stack(outside).to(evaluation.device_of(model))
-
     image = image[None].to(evaluation.device_of(model))
 
     def log_probability(keep, n):
@@ -87,14 +60,13 @@ def word_maps(model, image, ids, window, batch_size=64):
 
     without = torch.cat([log_probability(k, len(k)) for k in keep.split(batch_size)])  # (W, K)
     falls = (log_probability(None, 1) - without).T.cpu()  # (K, W)
-    return falls, (falls @ inside / inside.sum(dim=0)).unflatten(1, (grid, grid))
+    return (falls @ inside / inside.sum(dim=0)).unflatten(1, (grid, grid))
 
 
 # -----------------------------------------------------------------------------
 # The sheet of maps
 
 CELL = 168  # pixels: side of an image
-MAX_IMAGES = 24  # A sheet of a large folder would not fit into memory.
 RED, BLUE = torch.tensor([[200.0, 20.0, 30.0], [25.0, 80.0, 200.0]])[:, :, None, None]
 
 
@@ -115,32 +87,29 @@ def word_cells(image, maps):
 def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
-    add("--images", nargs="+", default=[], help="images, or folders of images")
-    add("--out", type=picture_file, help=f"picture to draw, of at most {MAX_IMAGES} images")
+    add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
+    add("--out", type=output_file(".png"), required=True, help="picture to draw, such as words.png")
     args = parser.parse_args(argv)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
+    pictures = find_pictures(args.images, args.checkpoint, model.config.image_size)
     window = default_window(model)
 
-    n = 0  # images that can be read
     cells = []  # images of the sheet
     titles = []  # texts below them
-    for name, image in find_pictures(args, tokenizer, model.config.image_size):
+    step = max(1, len(pictures) // SHOWN)
+    for i in range(0, len(pictures), step)[:SHOWN]:
+        image, _ = pictures[i]
         if image is None:
             continue
-        n += 1
         [words] = evaluation.top_words(model, tokenizer, image[None])
-        print(f"{name}: {', '.join(f'{word} {p:.3f}' for word, p, _ in words)}")
-        if args.out and n <= MAX_IMAGES:
-            _, maps = word_maps(model, image, [i for _, _, i in words], window)
-            cells += word_cells(image, maps)
-            titles += [name, *[f"{word} {p:.1%}" for word, p, _ in words]]
-    check(n > 0, "none of the images can be read")
-    if args.out:
-        rows = min(n, MAX_IMAGES)
-        contact_sheet(cells, titles, args.out, len(cells) // rows)
-        print(f"wrote {args.out}: {rows} of {n} images, each with a separate scale. Red: the word")
-        print(f"is less probable without {window} x {window} patches here. Blue: more probable.")
+        print(f"{pictures.title(i)}: {', '.join(f'{word} {p:.3f}' for word, p, _ in words)}")
+        cells += word_cells(image, word_maps(model, image, [i for _, _, i in words], window))
+        titles += [pictures.title(i), *[f"{word} {p:.1%}" for word, p, _ in words]]
+    check(cells, "none of the pictures can be read")
+    contact_sheet(cells, titles, args.out, columns=1 + len(words))
+    print(f"wrote {args.out}. Each picture has a separate scale. Red: the word is less probable")
+    print(f"without {window} x {window} patches here. Blue: more probable.")
 
 
 if __name__ == "__main__":

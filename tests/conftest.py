@@ -17,7 +17,6 @@ README and docs/.
 import gc
 import multiprocessing.forkserver
 import os
-import shutil
 
 import pytest
 import torch
@@ -138,19 +137,3 @@ def folders(tmp_path):
         for i in range(4):
             (folder / f"{i}.png").write_bytes(png(name, [c, i]))
     return tmp_path / "classes"
-
-
-@pytest.fixture
-def browser():
-    """Return a headless Chromium. Skip the test without Chromium, its driver or selenium."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("needs Debian's packages chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        yield browser

@@ -27,18 +27,16 @@ train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
 eval retrieval MODEL --data sides                         | validation
-scripts.words --checkpoint clip.pt --images photo.png     | clip.pt
-scripts.words MODEL                                       | --images
+scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
+scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
-scripts.pack --csv list.csv --out x                       | --image_column
+scripts.pack --csv list.csv --images . --out x            | image and caption
 scripts.vocab pairs.tar --captions json.caption           | json.caption
-scripts.vocab mixed.tar --captions txt json.long          | txt json.long
-scripts.show mixed.tar --captions txt json.long           | txt json.long
 common.scenes --out classes                               | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
@@ -58,7 +56,6 @@ def world(tmp_path_factory):
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
         write_shard(world / name, [pair, pair])
-    write_shard(world / "mixed.tar", [pair, {"png": picture, "json": b'{"long": "red"}'}])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)
@@ -68,7 +65,6 @@ def world(tmp_path_factory):
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({}, world / "other" / "pytorch_model.bin")  # no weight has a name that CLIP needs
-    (world / "other" / "config.json").write_text('{"model_type": "siglip"}')
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
@@ -85,7 +81,7 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
     assert not Path("out").exists()  # a run with a mistake leaves no folder
 
 
-COMMANDS = "train eval common.scenes study.compare study.plan docs.figures".split()
+COMMANDS = "train eval common.scenes study.compare study.claims".split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")

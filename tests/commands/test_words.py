@@ -39,7 +39,7 @@ def test_word_maps_are_those_of_the_slow_loop():
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     ids = TOKENIZER.encode("red ring a")
 
-    _, maps = words.word_maps(model, image[0], ids, window=3, batch_size=3)
+    maps = words.word_maps(model, image[0], ids, window=3, batch_size=3)
 
     whole = model.word_logits(image).log_softmax(dim=1)[0, ids]
     total = torch.zeros(3, 4, 4)
