@@ -1,17 +1,23 @@
-"""What a command uses of the machine: files, devices and processes."""
+"""What a command uses of the machine: files, devices, loading processes, and the processes that
+torchrun starts."""
 
-import multiprocessing
 import os
-import signal
+import shutil
 import sys
-from contextlib import contextmanager, suppress
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from common.cli import STOP_SIGNALS, InputError, check
+from common.cli import InputError, check
+
+# -----------------------------------------------------------------------------
+# Files
 
 
 def write_file(path, write):
@@ -31,25 +37,17 @@ def write_file(path, write):
 
 @contextmanager
 def new_folder(path):
-    """Make a folder whole or not at all. Yield a hidden folder, which the block fills, and which is
-    renamed to `path` at the end."""
+    """Make a folder whole or not at all. Yield a hidden folder beside it, which the block fills,
+    and which is renamed to `path` at the end."""
     path = Path(path).absolute()
     check(not path.exists(), f"{path} exists already. Remove it, or use another name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        folder = Path(temporary, path.name)
-        folder.mkdir()
-        others = multiprocessing.active_children()
-        try:
-            yield folder
-        except BaseException:  # such as Ctrl-C, after which loading processes still write into it
-            for process in multiprocessing.active_children():
-                with suppress(RuntimeError):  # torch raises it when a loading process is killed
-                    if process not in others:
-                        process.kill()
-                        process.join()
-            raise
-        folder.rename(path)
+    hidden = path.with_name(f".{path.name}-{os.getpid()}")
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        hidden.rename(path)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)  # after an error it still exists
 
 
 def cache_folder():
@@ -59,11 +57,8 @@ def cache_folder():
     return Path(parent, "superclip")
 
 
-def cores():
-    """Return the number of cores on which this process may run."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+# -----------------------------------------------------------------------------
+# Devices
 
 
 def pick_device(name):
@@ -76,6 +71,23 @@ def pick_device(name):
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device: cannot use {name} ({reason})") from None
+
+
+def prepare_device(name):
+    """Return --device as a torch.device, and make torch use it as a run needs it. With several
+    processes on GPUs, each gets another GPU."""
+    if WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and memory_gb use the current device
+        # Code is compiled for one number of threads. The threads of autograd run with one thread
+        # each, so with another number here they would compile the code again.
+        torch.set_num_threads(1)
+        # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention, in whose
+        # gradients others have found NaN (issue 196678 of pytorch).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def pick_dtype(device):
@@ -104,11 +116,15 @@ def can_compile(device):
         return False
 
 
-def ignore_signals(worker):
-    """Let the first process alone act on a signal that ends a command. Ctrl-C, a scheduler and a
-    closed terminal send it to all of them."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+# -----------------------------------------------------------------------------
+# Loading processes
+
+
+def cores():
+    """Return the number of cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def make_loader(dataset, workers, **options):
@@ -120,7 +136,7 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
+    return DataLoader(dataset, num_workers=workers, **options)
 
 
 def call(task):
@@ -133,3 +149,63 @@ def in_processes(tasks):
     # A DataLoader that makes no batches is a pool of processes, which also end if this one is
     # killed. Those of multiprocessing.Pool would wait for ever.
     return make_loader(tasks, min(len(tasks), cores()), batch_size=None, collate_fn=call)
+
+
+# -----------------------------------------------------------------------------
+# Several processes train one model. torchrun starts them, one for each GPU, and each of them runs
+# all of train.py. They meet in `joined_processes`.
+
+# torchrun tells each process its number and the number of processes in environment variables.
+# Schedulers set variables with the same names, so read them only if torchrun started this process.
+torchrun = os.environ if dist.is_torchelastic_launched() else {}
+RANK = int(torchrun.get("RANK", 0))
+WORLD = int(torchrun.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def joined_processes():
+    """Let the processes of torchrun exchange tensors in the block, and wait for each other at its
+    end. Process 0 alone prints. With one process, do nothing."""
+    if WORLD == 1:
+        yield
+        return
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    # On GPUs send CPU tensors by gloo, so that exchanging objects does not wait for the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Wait for two hours at most, because all others wait while process 0 validates.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    yield
+    from_all(None)  # wait, because process 0 may still validate
+    dist.destroy_process_group()
+
+
+def from_all(value):
+    """Return a list of the values that all processes pass to this function, ordered by rank. So
+    each process waits for all others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def one_first():
+    """Let one process of each machine go through the block first, and then the others."""
+    if LOCAL_RANK > 0:
+        from_all(None)
+    yield
+    if LOCAL_RANK == 0:
+        from_all(None)
+
+
+def distribute(model):
+    """Return the model in torch's wrapper that averages gradients over the processes."""
+    if not dist.is_initialized():
+        return model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
+    # A bucket view avoids a copy of all gradients. Buffers need no broadcast, because all processes
+    # count the same tokens.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -37,8 +37,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from common.cli import make_parser, number, progress, run_command
-from common.index import add_sample
 from common.machine import in_processes, new_folder
+from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 
 SIZE = 72  # the side of a picture in pixels

@@ -205,19 +205,3 @@ def token_text(tokenizer, i):
 def has_letters(word):
     """Return whether a word has a letter or a digit."""
     return any(character.isalnum() for character in word)
-
-
-def unknown_words(tokenizer, texts):
-    """Return a list of the words in these texts that the vocabulary lacks, and spells in bytes. It
-    is empty for a vocabulary such as CLIP's, which has parts for any word."""
-    if not tokenizer.has_whole_words:
-        return []
-    words = dict.fromkeys(WORD.findall(clean("\n".join(texts))))
-    return [word for word in words if has_letters(word) and len(tokenizer.encode(word)) > 1]
-
-
-def usable_templates(tokenizer, templates):
-    """Return a list of the templates whose words are all in the vocabulary, or the name alone. A
-    word spelled in bytes would be most of what the text tower reads of a prompt."""
-    usable = [template for template in templates if not unknown_words(tokenizer, [template])]
-    return usable or ["{}"]

@@ -21,7 +21,7 @@ model.tiktoken. Without this file the vocabulary is CLIP's.
 import json
 from pathlib import Path
 
-from common import checkpoint
+from common import run
 from common.cli import InputError, check, make_parser, optional, run_command
 from common.machine import new_folder
 from common.tokenizer import Tokenizer
@@ -146,10 +146,10 @@ def read_weights(path):
         files = [*path.glob("*model.safetensors"), *path.glob("*model.bin")]
         check(files, f"{path} holds no file *model.safetensors or *model.bin")
         path = files[0]
-    read = checkpoint.read_pickle
+    read = run.read_pickle
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
-    content = checkpoint.read_file(path, read)
+    content = run.read_file(path, read)
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))
@@ -225,12 +225,12 @@ def main(argv):
         weights, config, vocab = read_published(args.input)
     if vocab is None:
         vocab = Tokenizer.from_file("clip").vocab
-    model, _ = checkpoint.restore(args.input, weights, config, vocab)
+    model, _ = run.restore(args.input, weights, config, vocab)
     if args.to:
         with new_folder(out) as folder:
             write_open_clip(folder, model, vocab)
     else:
-        checkpoint.write_checkpoint(out, model, vocab)
+        run.write_checkpoint(out, model, vocab)
     print(f"wrote {out}: {model.config}")
 
 

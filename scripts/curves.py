@@ -11,7 +11,7 @@ import math
 from statistics import mean
 
 from common.cli import check, make_parser, optional, output_file, run_command
-from common.run_folder import names_of, read_log
+from common.run import names_of, read_log
 
 COLUMNS = 4
 

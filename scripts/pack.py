@@ -26,9 +26,8 @@ from pathlib import Path
 from PIL import Image
 
 from common.cli import InputError, check, make_parser, number, progress, run_command
-from common.images import FORMATS, upright_rgb
-from common.index import add_sample
 from common.machine import cores, new_folder
+from common.shards import FORMATS, add_sample, upright_rgb
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}

@@ -8,11 +8,10 @@ from torch.utils.data import Dataset
 
 import data
 import eval as evaluation
-from common.checkpoint import validation_of
 from common.cli import check
-from common.images import images_below
-from common.index import find_shards
 from common.machine import write_file
+from common.run import validation_of
+from common.shards import find_shards, images_below
 
 
 class Pictures(Dataset):

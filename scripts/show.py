@@ -12,7 +12,7 @@ import torch
 
 import data
 from common.cli import make_parser, output_file, progress, run_command
-from common.index import find_shards
+from common.shards import find_shards
 from common.tokenizer import clean
 from eval import UNREADABLE
 from scripts.pictures import contact_sheet

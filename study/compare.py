@@ -32,7 +32,7 @@ import torch
 
 from common.cli import check, make_parser, number, run_command
 from common.machine import cores
-from common.run_folder import names_of, read_log
+from common.run import names_of, read_log
 from common.scenes import find_or_make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import itertools
 import multiprocessing
 import os
 import pkgutil
+import signal
 import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,12 @@ import torch
 from material import TINY, WIDE
 
 import superclip
+from common import machine
 from common.cli import run_command
 
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports these modules. None of them may import common/distributed.py, because each
-# process must read its rank there by itself.
+# The server imports these modules.
 PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
 
 
@@ -77,8 +77,6 @@ def finish(process):
 
 
 def run(argv, output, preparations):
-    # A signal to the group of this process then reaches its loading processes, and no others.
-    os.setpgid(0, 0)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -105,6 +103,7 @@ def become_rank(rank, port):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    importlib.reload(machine)  # the server has read the variables when it imported this module
 
 
 # ---- preparations
@@ -136,11 +135,9 @@ def in_step(number, act):
     return before("superclip.SuperCLIP.forward", number, act)
 
 
-def receive(number):
-    """Return a function that sends a signal to the process and to all processes that it has
-    started. Another process sends it, as a terminal or a scheduler does, because a loading process
-    treats a signal from its parent differently."""
-    return partial(subprocess.run, ["sh", "-c", f"kill -{number:d} -$PPID"])
+def killed():
+    """Kill the process, as a scheduler or a machine that is switched off does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def compile_wide_towers():

@@ -8,7 +8,7 @@ be read in this order:
     test_tokenizer, test_index, test_images, test_data      the data
     test_checkpoint, test_eval                              a model and its scores
     test_defaults, test_run, test_finetune                  whole runs
-    test_resume, test_signals, test_processes               runs that end early, processes
+    test_resume, test_processes                             runs that end early, processes
 
 commands/ tests scripts/, study/ and the drawn scenes, and mistakes of users. pages/ tests the
 README and docs/.
@@ -25,7 +25,7 @@ from material import TINY, png, short_run, small_model, write_checkpoint, write_
 
 import data
 import train
-from common import scenes
+from common import machine, scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -60,7 +60,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 def device(request):
     """Return each device of this machine, with the settings of a run. `pytest -k cuda` runs only
     the tests on a GPU. Without one it says how many tests there are."""
-    train.prepare_device(request.param)
+    machine.prepare_device(request.param)
     return request.param
 
 

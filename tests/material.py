@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from common import checkpoint as checkpoints
+from common import run as runs
 from common.cli import sentence_about
-from common.index import add_member
+from common.shards import add_member
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -102,7 +102,7 @@ def small_model(**changes):
 
 
 def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
-    checkpoints.write_checkpoint(path, model, vocab, **facts)
+    runs.write_checkpoint(path, model, vocab, **facts)
     return path
 
 

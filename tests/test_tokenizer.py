@@ -8,10 +8,8 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from common import scenes
 from common.cli import InputError
-from common.tokenizer import BYTES, Tokenizer, unknown_words, usable_templates, words_to_tiktoken
-from eval import TEMPLATES
+from common.tokenizer import BYTES, Tokenizer, words_to_tiktoken
 
 CLIP = Tokenizer.from_file("clip")
 ORACLE = SimpleTokenizer()
@@ -91,24 +89,6 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
     spelled[-1] += 256  # the last byte has the space
     assert ids == [*WORDS.encode("red"), *spelled, *WORDS.encode("in")]
     assert WORDS.decode(ids) == f"red {word} in"
-
-
-# ---- which words a vocabulary lacks
-
-
-def test_unknown_words_are_named_once_and_clip_has_parts_for_any_word():
-    texts = ["In, red!", "TEALISH -- tealish"]
-
-    assert unknown_words(WORDS, texts) == ["tealish"]
-    assert unknown_words(CLIP, texts) == []
-
-
-def test_of_templates_with_unknown_words_the_name_is_left():
-    """The vocabulary of the scenes has all words of the TEMPLATES in eval.py."""
-    of_scenes = Tokenizer(scenes.vocabulary())
-
-    assert usable_templates(WORDS, ["an etching of {}"]) == ["{}"]
-    assert usable_templates(of_scenes, TEMPLATES) == [*TEMPLATES]
 
 
 def test_a_vocabulary_with_a_missing_line_is_refused(tmp_path):

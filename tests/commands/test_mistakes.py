@@ -26,7 +26,6 @@ train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
-eval retrieval MODEL --data sides                         | validation
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
@@ -50,12 +49,11 @@ SHORT = {
 def world(tmp_path_factory):
     """Return a folder with all files that TABLE names."""
     world = tmp_path_factory.mktemp("world")
-    for name in ("hollow/empty", "sides", "other", "classes"):
+    for name in ("hollow/empty", "other", "classes"):
         (world / name).mkdir(parents=True)
     picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
-    for name in ("pairs.tar", "sides/train-0.tar", "sides/val-0.tar"):
-        write_shard(world / name, [pair, pair])
+    write_shard(world / "pairs.tar", [pair, pair])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
     (world / "html.tar").write_bytes(b"<html>" * 500)

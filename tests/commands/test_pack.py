@@ -10,7 +10,7 @@ from material import error_of, photo
 from PIL import Image
 
 import data
-from common.index import IMAGE, JSON, find_shards
+from common.shards import IMAGE, JSON, find_shards
 from scripts import pack
 
 

@@ -1,0 +1,313 @@
+"""What a run leaves behind: checkpoints, and the folder with log.jsonl, last.pt and best.pt.
+
+A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. So a
+command needs no other file to build the model. last.pt also holds the optimizer and the loss
+scaler, so that the run can go on.
+
+Each line of the log is a row in JSON: a header at each start of the run, the losses of a step, or a
+validation.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import machine
+from common.cli import InputError, check
+from common.tokenizer import Tokenizer
+from superclip import SuperCLIP, SuperCLIPConfig
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+# Weights often come from strangers, so weights_only refuses pickles that would run code.
+read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
+
+
+def read_file(path, read=read_pickle):
+    """Return what a file of weights holds. read: the function that reads it."""
+    check(Path(path).is_file(), f"there is no file {path}")
+    try:
+        return read(path)
+    except Exception as error:  # torch and safetensors raise many kinds
+        reason = "is damaged, or holds code, which is refused. Convert its state_dict instead."
+        raise InputError(f"{path} {reason}") from error
+
+
+def read_checkpoint(path):
+    """Return the dict in a file of train.py or scripts/convert.py."""
+    content = read_file(path)
+    is_ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
+    check(is_ours, f"{path} is not a checkpoint of this project. See scripts.convert.")
+    return content
+
+
+def restore(path, weights, config, vocab):
+    """Return the model and the tokenizer of a checkpoint, built from its parts. path: its file, for
+    messages."""
+    try:
+        model = SuperCLIP(SuperCLIPConfig(**config))
+        model.load_state_dict(weights)
+        tokenizer = Tokenizer(vocab, model.config.context_length)
+    except Exception as error:  # such as an unknown field or a missing tensor
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} holds no model of this version: {reason}") from error
+    V, n = model.config.vocab_size, tokenizer.vocab_size
+    sizes = f"{path} holds a model for {V:,} tokens, but a vocabulary of {n:,}"
+    check(V == n, f"{sizes}. Put its vocabulary beside the weights, as model.tiktoken.")
+    return model, tokenizer
+
+
+def read_model(path):
+    """Return the model and the tokenizer of a checkpoint."""
+    content = read_checkpoint(path)
+    return restore(path, content["model"], content["config"], content["vocab"])
+
+
+def validation_of(checkpoint, shards=None, option="--data"):
+    """Return shards with validation pairs, and the sources of their captions. The sources are those
+    of the run that wrote the checkpoint, and so are the shards if none are given. option: the
+    option of the command that names other pictures, for the message."""
+    header = read_checkpoint(checkpoint).get("header", {})
+    arguments = header.get("arguments", {})
+    shards = shards or arguments.get("val_data")
+    if shards in (None, ["none"]):
+        raise InputError(f"{checkpoint} names no validation shards. Name pictures with {option}.")
+    captions = arguments.get("val_captions") or arguments.get("captions") or ["txt"]
+    return shards, captions
+
+
+DIVERGED = "try a lower --learning_rate or another --dtype"
+
+
+def write_checkpoint(path, model, vocab, **more):
+    """Write a checkpoint. more: other entries of its dict. Refuse weights that are not finite, so
+    that they never replace good ones."""
+    # Tensors of a CPU load on every machine.
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    is_finite = all(value.isfinite().all() for value in state.values())
+    check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
+    content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
+    machine.write_file(path, lambda file: torch.save(content, file))
+
+
+# -----------------------------------------------------------------------------
+# The folder of a run
+
+
+def new_out():
+    """Make the first of the folders out, out_2, out_3 ... that is free, and return its name."""
+    for number in count(1):
+        name = "out" if number == 1 else f"out_{number}"
+        # mkdir checks and creates in one step, so two runs that start at once get two folders.
+        with suppress(FileExistsError):
+            Path(name).mkdir()
+            return name
+
+
+def claim_folder(out_dir, resume):
+    """Make --out_dir, or a new folder if that is None, and return its name. Refuse a folder that
+    holds a run, unless it is to be resumed."""
+    if out_dir is None:
+        return new_out()
+    folder = Path(out_dir)
+    has_weights = any(folder.glob("*.pt"))
+    if resume:
+        # Without weights --resume starts a run. So a scheduler can always give it.
+        can_resume = Path(folder, "last.pt").exists() or not has_weights
+        check(can_resume, f"{folder} holds weights, but no last.pt. Name another --out_dir.")
+    else:
+        has_run = has_weights or Path(folder, "log.jsonl").exists()
+        check(not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def commit():
+    """Return the git commit of this code, or "" outside a git repository."""
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        return ""
+
+
+def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device):
+    """Return the header of the log: the conditions under which the other rows were measured."""
+    device_name = f"{device.type} ({machine.cores()} cores)"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    fingerprint = pairs.samples.fingerprint
+    # What the options leave to --init_from and to the names of shards. scripts.search reads it.
+    found = {"cls_weight": model.config.cls_weight, "val_data": ["none"]}
+    if val_samples is not None:
+        fingerprint += f"-{val_samples.fingerprint}"
+        found["val_data"] = val_samples.paths
+    return {
+        "pairs": len(pairs),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "eval_every": eval_every,
+        "batch_size": args.batch_size,
+        "processes": machine.WORLD,
+        "device": device_name,
+        "dtype": dtype,
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "data_fingerprint": fingerprint,
+        "command": sys.argv,
+        "arguments": {**vars(args), **found},
+        "config": vars(model.config),
+    }
+
+
+# The options that may change with --resume: the folder, the length, the learning rate, the machine,
+# logging. Shards and vocabulary are here because their files may have moved. `check_same_run`
+# compares the sizes in the shards and the text of the vocabulary instead.
+MAY_CHANGE = {
+    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
+    "device", "dtype", "compile", "log_every", "eval_every",
+    "train_data", "val_data", "zeroshot_data", "vocab", "scenes",
+}  # fmt: skip
+
+
+def check_same_run(saved, header, vocab):
+    """Raise InputError if a last.pt was trained otherwise than the options say. saved: its content;
+    header, vocab: of this run."""
+    before, now = saved["header"]["arguments"], header["arguments"]
+    changed = [
+        f"--{name} was {before.get(name)} before, and is {value} now."
+        for name, value in now.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]
+    if saved["header"]["data_fingerprint"] != header["data_fingerprint"]:
+        changed.append("--train_data or --val_data is not what last.pt was trained with.")
+    if saved["vocab"] != vocab:
+        changed.append("--vocab is not what last.pt was trained with.")
+    if saved["step"] > header["steps"]:
+        changed.append(f"step {saved['step']} of last.pt is past --steps {header['steps']}.")
+    check(not changed, f"{' '.join(changed)} --resume cannot change that.")
+
+
+class RunFolder:
+    """The folder of a run, and the best score so far. Only process 0 writes.
+
+    args: the options; header: from header_of. The other arguments are what a checkpoint holds.
+    """
+
+    def __init__(self, args, header, model, tokenizer, optimizer, scaler):
+        folder = claim_folder(args.out_dir, args.resume) if machine.RANK == 0 else None
+        out_dir = machine.from_all(folder)[0]  # process 0 chooses the folder
+        header["arguments"]["out_dir"] = out_dir
+        self.last = Path(out_dir, "last.pt")
+        self.best = Path(out_dir, "best.pt")
+        self.rows = Path(out_dir, "log.jsonl")
+        self.header = header
+        self.model = model
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.best_r1 = 0.0
+        self.saved_time = time.monotonic()
+
+    def start(self, resume):
+        """Begin a new run, or, if `resume` and there is a last.pt, load it into model, optimizer
+        and scaler. Write the header, and return the step from which the run goes on."""
+        step = 0
+        if resume and self.last.exists():
+            step = self.load_last()
+        if resume and machine.RANK == 0 and self.rows.exists():
+            self.cut_log(step)
+        self.log({"header": self.header, "step": step})
+        print(f"out_dir: {self.last.parent}, from step {step}")
+        facts = {name: x for name, x in self.header.items() if not isinstance(x, (dict, list))}
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        return step
+
+    def load_last(self):
+        """Load last.pt, and return its step."""
+        saved = read_checkpoint(self.last)
+        check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
+        check_same_run(saved, self.header, self.tokenizer.vocab)
+        self.model.load_state_dict(saved["model"])
+        # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
+        # the moments in the order of the parameters in these groups.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        if saved["scaler"]:  # the state is empty without float16
+            self.scaler.load_state_dict(saved["scaler"])
+        self.best_r1 = saved["best_r1"]
+        return saved["step"]
+
+    def cut_log(self, step):
+        """Drop the rows that the run logs again: those of later steps than that of last.pt, and all
+        of them if there is none."""
+        lines = self.rows.read_text("utf-8").splitlines() if self.rows.exists() else []
+        kept = [line + "\n" for line in lines if 0 <= json.loads(line)["step"] <= step and step > 0]
+        machine.write_file(self.rows, lambda file: file.write("".join(kept).encode()))
+
+    def log(self, row):
+        """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
+        if "loss" in row:
+            check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
+        if machine.RANK > 0:
+            return
+        with open(self.rows, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "loss" in row:
+            terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+            tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
+
+    def save(self, path, step, **more):
+        facts = {"header": self.header, "step": step, "best_r1": self.best_r1}
+        write_checkpoint(path, self.model, self.tokenizer.vocab, **facts, **more)
+
+    def save_last(self, step, at_once):
+        """Write last.pt, from which --resume goes on, `at_once` or if ten minutes have passed."""
+        is_due = at_once or time.monotonic() > self.saved_time + 600
+        if is_due and machine.RANK == 0:
+            states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            self.save(self.last, step, **states)
+            self.saved_time = time.monotonic()
+
+    def save_best(self, row):
+        """Write best.pt if this validation, a row of the log, is the best so far. Without
+        validation pairs the last model is the best."""
+        mean_r1 = row.get("mean_r1", 0.0)
+        if mean_r1 >= self.best_r1:
+            self.best_r1 = mean_r1
+            if row["step"] > 0:  # the weights before training only set the score to beat
+                self.save(self.best, row["step"])
+
+
+# -----------------------------------------------------------------------------
+# Reading a log
+
+
+def read_log(path):
+    """Return the last header in a log.jsonl, and a list of the other rows."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+        headers = [row["header"] for row in rows if "header" in row]
+        return headers[-1], [row for row in rows if "header" not in row]
+    except (ValueError, LookupError, TypeError) as error:
+        # Do not print the repr of the error, which may hold the whole file.
+        raise InputError(f"{path} is not a log of train.py: {error}") from error
+
+
+def names_of(folders):
+    """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
+    path, or the whole path if two folders share that part."""
+    last = [Path(folder).name for folder in folders]
+    return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}

@@ -1,0 +1,201 @@
+"""The tar files that hold pairs: which of them a pattern names, where each sample lies in them, and
+how to write a sample. Then pictures: which are read, and how to turn them upright. data.py says
+what a shard looks like."""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import tarfile
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import regex
+import torch
+from PIL import Image, ImageOps
+
+from common.cli import check, progress
+from common.machine import cache_folder, in_processes, write_file
+
+# -----------------------------------------------------------------------------
+# Which shards
+
+
+def expand_braces(pattern):
+    """Yield a00.tar, a01.tar and a02.tar for "a{00..02}.tar". Without braces, yield the pattern."""
+    match = regex.search(r"{(\d+)\.\.(\d+)}", pattern)
+    if not match:
+        yield pattern
+        return
+    low, high = match.groups()
+    for i in range(int(low), int(high) + 1):
+        yield from expand_braces(pattern.replace(match[0], f"{i:0{len(low)}d}", 1))
+
+
+def find_shards(patterns):
+    """Return a sorted list of shards. patterns: paths, folders, globs and braces. Each pattern must
+    match, and each number in braces, so that a missing download is noticed."""
+    shards = set()
+    for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
+        if os.path.isdir(pattern):
+            pattern = f"{glob.escape(pattern)}/*.tar"
+        found = glob.glob(glob.escape(pattern)) or glob.glob(pattern)  # a name may hold brackets
+        check(found, f"no shards match {pattern}")
+        shards.update(map(os.path.abspath, found))
+    check(shards, f"no shards match {' '.join(map(str, patterns))}")
+    return sorted(shards)
+
+
+# The first name of a split decides, as in cc3m-validation-0000.tar. No other letters may touch it.
+SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
+
+
+def by_split(shards):
+    """Return two lists of shards, for training and for validation, by the names of the shards. If
+    all names are those of validation shards, return all shards as the first list."""
+    sides = {True: [], False: []}
+    for shard in shards:
+        split = SPLIT.search(Path(shard).name.lower())
+        sides[split is None or split[0] == "train"].append(shard)
+    training, validation = sides.values()
+    return (training, validation) if training else (validation, [])
+
+
+def shards_of_run(train_data, val_data):
+    """Return two lists of shards, to train on and to validate on, by these options of train.py."""
+    shards, val_shards = by_split(find_shards(train_data))
+    if val_data == ["none"]:
+        return shards, []
+    if val_data is not None:
+        val_shards = find_shards(val_data)
+        held_out = {os.path.realpath(shard) for shard in val_shards}
+        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
+        check(shards, "--val_data names all shards, so none is left to train on")
+    elif not val_shards and len(shards) > 1:
+        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
+    return shards, val_shards
+
+
+# -----------------------------------------------------------------------------
+# Where each sample lies
+
+# An index row has seven columns: the number of the shard, and then for each of image, text and json
+# its first block, and in the next column its size in bytes. IMAGE, TEXT and JSON are the blocks.
+IMAGE, TEXT, JSON = 1, 3, 5
+COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
+BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a terabyte
+
+
+def split_name(name):
+    """Return the key of the sample to which a member belongs, with its folders, and the extension,
+    which begins at the first dot."""
+    folder, slash, name = name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    return folder + slash + stem if stem else "", dot + extension.lower()
+
+
+def read_headers(path, number):
+    """Return the index rows of a shard, a list of lists of seven integers, and a list of texts that
+    say what is not used. number: that of the shard. A damaged shard is used up to the damage."""
+    rows = {}  # key -> index row
+    unused = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, extension = split_name(member.name)
+                column = COLUMN.get(extension)
+                is_part = column is not None and key and member.isfile()
+                if is_part and member.size < 2**31:  # an index row holds 32-bit numbers
+                    row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                    row[column : column + 2] = member.offset_data // BLOCK, member.size
+    except tarfile.TarError as error:
+        unused.append(f"{path}: damaged, compressed, or no tar: {error}")
+    has_image = {key: row[IMAGE + 1] > 0 for key, row in rows.items()}
+    unused += [f"{path}:{key}: no image, or an empty one" for key in rows if not has_image[key]]
+    return [row for key, row in rows.items() if has_image[key]], unused
+
+
+def build_index(shards):
+    """Return the index, an int32 tensor (N, 7), and a list of texts that say which samples are not
+    used. The index is one tensor, because Python objects would be copied to each loading process.
+    It is cached in a file whose name changes with the path, the size or the modification time of a
+    shard."""
+    stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
+    digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
+    # Increase this number when read_headers changes, so that old caches are ignored.
+    path = f"index-15-{digest}"
+    with suppress(Exception):  # there is no cache, or it is damaged, for which torch has many kinds
+        return torch.load(cache_folder() / path, weights_only=True)
+    index = []
+    unused = []
+    tasks = [partial(read_headers, shard, number) for number, shard in enumerate(shards)]
+    for rows, texts in progress(in_processes(tasks), "indexing shards", unit="shard"):
+        index.append(torch.tensor(rows, dtype=torch.int32).view(-1, 7))
+        unused += texts
+    index = torch.cat(index)
+    # Go on without a cache if it cannot be written. Two commands may write it at the same time,
+    # because write_file fills a temporary file and then renames it.
+    with suppress(OSError, RuntimeError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_file(cache_folder() / path, lambda file: torch.save((index, unused), file))
+    return index, unused
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def add_member(tar, name, content):
+    """Add a member to a tar that is open for writing. content: its bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def add_sample(tar, key, suffix, image, caption, fields):
+    """Add a sample to a shard that is open for writing. suffix: the suffix of the image file, such
+    as .jpg; image: the bytes of that file; caption: a text; fields: a dict for .json."""
+    add_member(tar, key + suffix, image)
+    add_member(tar, key + ".txt", caption.encode("utf-8", "replace"))
+    add_member(tar, key + ".json", json.dumps(fields).encode())
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+
+# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
+# that fills the memory.
+Image.MAX_IMAGE_PIXELS = 50_000_000
+# These formats are those of web images. Pillow reads more, and for some it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+
+
+def is_hidden(name):
+    """Return whether this is the name of a file or folder that programs hide from people. Examples
+    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
+    return name.startswith((".", "__"))
+
+
+def images_below(folder):
+    """Return a sorted list of the image files in and below a folder, without hidden ones."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
+
+
+def upright_rgb(image, box=None):
+    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
+    box (x0, y0, x1, y1): the part of it to return, by default all."""
+    image = image.crop(box)
+    with suppress(Exception):  # keep a picture whose EXIF data is damaged
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
