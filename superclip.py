@@ -21,14 +21,13 @@ that they share. At the end is what a first reader can skip: SigLIP's loss, seve
 batches that would not fit into memory, and the sizes of models. After this file read train.py,
 data.py and eval.py.
 
-Axes: B pairs of this process, N pairs of all processes, P patches, K patches that the image tower
-looks at (all, unless patch dropout leaves some out to save time), T tokens of captions that may be
-cut, T' tokens of whole captions, D width, H heads, E embedding, V vocabulary, S pixels on each side
-of an image.
+Axes: B pairs, S pixels on each side of an image, P patches, T tokens of a caption, D width,
+E embedding, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -56,7 +55,7 @@ class SuperCLIPConfig:
     text_layers: int = 12
     text_heads: int = 0  # 0 means width / 64
     embed_dim: int = 512  # E, the space in which images and texts meet
-    context_length: int = 77  # the text tower reads so many tokens of a caption, the label all
+    context_length: int = 77  # the most tokens that the text tower can read
     vocab_size: int = 49408  # V; the last two ids are start and end of text
     quick_gelu: bool = False  # x * sigmoid(1.702 x): OpenAI's weights need it
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's R, G, B, between 0 and 1
@@ -74,13 +73,7 @@ class SuperCLIPConfig:
 
 # -----------------------------------------------------------------------------
 # What SuperCLIP adds to CLIP: a head that must predict the words of the caption. A word is a token
-# of the vocabulary. These are the five lines of the README, and the parts that compute them:
-#
-#     logits = head(image_tokens)                                   WordHead
-#     weights = ((num_captions + 1) / (token_counts + 1)).log()     idf
-#     label = normalize(multi_hot(captions) * weights, p=1)         caption_label
-#     classification_loss = cross_entropy(logits, label)            classification_loss
-#     loss = contrastive_loss + cls_weight * classification_loss    SuperCLIP.forward
+# of the vocabulary. The README has the same in five lines.
 
 
 class WordHead(nn.Module):
@@ -100,7 +93,7 @@ class WordHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, image_tokens):
-        """Return logits (B, V). image_tokens (B, 1 + K, D): what the image tower returns."""
+        """Return logits (B, V). image_tokens (B, 1 + P, D): what the image tower returns."""
         patches = image_tokens[:, 1:].mean(dim=1)  # (B, D), without the class token
         return self.linear(self.ln(patches))  # (B, V)
 
@@ -112,14 +105,16 @@ def idf(num_captions, token_counts):
     formula is that of the authors' code, in which the counts grow during the training, too.
     """
     weights = ((num_captions + 1) / (token_counts + 1)).log()
-    weights[PAD].zero_()  # padding, start and end of text are no words
+    # Padding, start and end of text are no words. Setting them by zero_ does not make the CPU wait
+    # for the GPU, as weights[[PAD, -2, -1]] = 0 would.
+    weights[PAD].zero_()
     weights[-2:].zero_()
     return weights
 
 
 def multi_hot(label_tokens, vocab_size):
     """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
-    others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
+    others. label_tokens (B, T): the ids of the captions, with start, end and padding."""
     words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
     return words.scatter_(1, label_tokens, 1.0)
 
@@ -129,7 +124,7 @@ def caption_label(label_tokens, token_weights):
 
     The shares are proportional to token_weights (V,), and their sum is 1. If "a" has weight 0.5,
     "red" 2 and "heart" 2.5, the caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word
-    of a caption (label_tokens, (B, T')) has weight, all its shares are 0.
+    of a caption (label_tokens, (B, T)) has weight, all its shares are 0.
     """
     words = multi_hot(label_tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
@@ -139,7 +134,7 @@ def classification_loss(logits, label_tokens, token_weights):
     """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
     the words of the caption (paper, equations 2 to 4).
 
-    logits (B, V): from the head; label_tokens (B, T'): the whole captions; token_weights (V,): from
+    logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
     `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2: equal logits would
     give ln V, and logits of variance 1 give 1/2 more.
     """
@@ -155,13 +150,13 @@ def contrastive_loss(image_features, text_features, scale):
     """Return CLIP's loss, a scalar: each image must pick its caption out of the batch, and each
     caption its image.
 
-    image_features, text_features (N, E): normalised to length 1; scale: the inverse temperature, a
-    scalar that train.py keeps between 1 and 100. The loss begins near ln N, because an untrained
+    image_features, text_features (B, E): normalised to length 1; scale: the inverse temperature, a
+    scalar that train.py keeps between 1 and 100. The loss begins near ln B, because an untrained
     tower gives nearly the same feature to everything.
     """
-    # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
+    # Stay in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):
-        logits = scale * image_features.float() @ text_features.float().T  # (N, N)
+        logits = scale * image_features @ text_features.T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)  # image i belongs to caption i
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -192,16 +187,15 @@ class SuperCLIP(nn.Module):
         else:  # SigLIP's start
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        # Pairs that go through the towers at once. None means all. train.py may set it.
-        self.micro_batch_size = None
 
-    def forward(self, images, tokens, label_tokens=None, keep=None):
+    def forward(self, images, tokens, label_tokens=None, keep=None, micro_batch_size=None):
         """Compute the loss of a batch. These are all steps of the method.
 
-        images (B, 3, S, S) and tokens (B, T): the pairs of this process; label_tokens (B, T'): the
-        same captions, not cut, or others whose words are to be predicted, by default the tokens;
-        keep (B, K): indices of the patches to look at, by default all. data.py draws them if
-        train.py has --patch_dropout.
+        images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
+        context_length; label_tokens: the same captions, not cut, or others whose words are to be
+        predicted, by default the tokens. The last two arguments save time and memory. keep (B, K):
+        indices of the patches to look at, by default all; micro_batch_size: pairs that go through
+        the towers at once, by default all.
 
         Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
         image_features and text_features (B, E). With several processes, the mean of what they
@@ -210,29 +204,31 @@ class SuperCLIP(nn.Module):
         """
         if label_tokens is None:
             label_tokens = tokens
-        # Count first, so that the weights of the words know this batch, as in the authors' code.
-        if self.training and self.head is not None:
-            self.count_tokens(label_tokens)
+
+        # The weights of the words. Count first, so that they know this batch, as in the authors'
+        # code.
+        token_weights = None
+        if self.head is not None:
+            if self.training:
+                self.count_tokens(label_tokens)
+            token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
-        batch = images, tokens, label_tokens, keep
-        size = self.micro_batch_size
-        if size is None or size == len(images):
-            image_features, text_features, terms = self.encode_pairs(*batch)
-        else:  # the same with less memory
-            image_features, text_features, terms = in_micro_batches(self.encode_pairs, size, *batch)
+        image_features, text_features, terms = in_micro_batches(
+            partial(self.encode_pairs, token_weights),
+            micro_batch_size,
+            [images, tokens, label_tokens, keep],
+        )
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_image_features, all_text_features = image_features, text_features
-        if self.training and dist.is_initialized():  # only process 0 evaluates
-            all_image_features = gather(image_features)  # (N, E)
-            all_text_features = gather(text_features)
-        both = all_image_features, all_text_features
+        all_image_features = gather(image_features)
+        all_text_features = gather(text_features)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
-            contrastive = contrastive_loss(*both, scale)
+            contrastive = contrastive_loss(all_image_features, all_text_features, scale)
         else:
-            contrastive = sigmoid_loss(*both, scale, self.logit_bias)
+            bias = self.logit_bias
+            contrastive = sigmoid_loss(all_image_features, all_text_features, scale, bias)
 
         # The sum. docs/fork.md shows how to add a term of your own here.
         terms = {"contrastive_loss": contrastive, **terms}
@@ -242,54 +238,50 @@ class SuperCLIP(nn.Module):
         features = {"image_features": image_features, "text_features": text_features}
         return {"loss": loss, **terms, **features}
 
-    def encode_pairs(self, images, tokens, label_tokens, keep=None):
+    def count_tokens(self, label_tokens):
+        """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
+        # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
+        V = len(self.token_counts)
+        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256)).long()
+        counts[PAD].zero_()  # how many captions are padded depends on the longest one beside them
+        num_captions = len(label_tokens)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            num_captions *= dist.get_world_size()  # every process has as many
+        self.token_counts += counts
+        self.num_captions += num_captions
+
+    def encode_pairs(self, token_weights, images, tokens, label_tokens, keep=None):
         """Compute what depends on one pair alone: its features, and the loss of its words.
 
-        The arguments are those of `forward`. Return image and text features (B, E), normalised to
-        length 1, and a dict of terms of the loss, each a mean over the pairs. Plain CLIP has none.
+        token_weights (V,): from `idf`; the other arguments are those of `forward`. Return image and
+        text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
+        CLIP has none.
         """
         # The image tower returns all its tokens, because the head reads the patches, and CLIP the
         # class token. Of a text only the feature is needed, so the text tower returns that.
-        image_tokens = self.visual(images, keep)  # (B, 1 + K, D)
+        image_tokens = self.visual(images, keep)  # (B, 1 + P, D), with K in place of P if keep
         image_features = self.project_image(image_tokens)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
         terms = {}
         if self.head is not None:
             logits = self.head(image_tokens)  # (B, V)
-            weights = idf(self.num_captions, self.token_counts)  # (V,): rare words count more
-            terms["classification_loss"] = classification_loss(logits, label_tokens, weights)
+            terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
-    def count_tokens(self, label_tokens):
-        """Count the captions (B, T') of a batch, and the tokens in them, over all processes."""
-        # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
-        V = len(self.token_counts)
-        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256))
-        # idf ignores padding. It is not counted either, so that the counts are the same for any
-        # number of processes.
-        counts[PAD].zero_()
-        # Send the number of captions with the counts, so that one all_reduce serves both.
-        counts = F.pad(counts, (0, 1), value=len(label_tokens)).long()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-        self.token_counts += counts[:-1]
-        self.num_captions += counts[-1]
+    def encode_image(self, images):
+        """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
+        and std are already removed."""
+        return self.project_image(self.visual(images))
 
-    def encode_image(self, images, normalize=True):
-        """Return features (B, E) of images (B, 3, S, S): uint8, or floats from which mean and std
-        are already removed. If `normalize`, each feature has length 1."""
-        return self.project_image(self.visual(images), normalize)
+    def project_image(self, image_tokens):
+        """Return features (B, E) of length 1, which are read at the class token. image_tokens
+        (B, 1 + P, D): what the image tower returns."""
+        return F.normalize(self.visual.project(image_tokens).float(), dim=-1)
 
-    def project_image(self, image_tokens, normalize=True):
-        """Return features (B, E), which are read at the class token of image_tokens (B, 1 + K, D).
-        If `normalize`, each has length 1."""
-        features = image_tokens[:, 0] @ self.visual.proj
-        return F.normalize(features.float(), dim=-1) if normalize else features
-
-    def encode_text(self, tokens, normalize=True):
-        """Return features (B, E) of captions, tokens (B, T). If `normalize`, each has length 1."""
-        features = self.text(tokens)
-        return F.normalize(features.float(), dim=-1) if normalize else features
+    def encode_text(self, tokens):
+        """Return features (B, E) of length 1. tokens (B, T): the ids of captions."""
+        return F.normalize(self.text(tokens).float(), dim=-1)
 
     def word_logits(self, images, keep=None):
         """Return a logit for each token of the vocabulary (B, V): which words would a caption of
@@ -304,6 +296,13 @@ class SuperCLIP(nn.Module):
 # The towers
 
 
+def patches_of(images, patch_size):
+    """Cut images (B, 3, S, S) into patches, row by row. Return their pixels (B, P, 3pp), where p is
+    patch_size. The pixels of a patch are in the order channel, row, column."""
+    pixels = F.pixel_unshuffle(images, patch_size)  # (B, 3pp, S/p, S/p)
+    return pixels.flatten(2).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
     """Turn an image into one token for each patch, and a class token for the whole image."""
 
@@ -312,15 +311,14 @@ class VisionTransformer(nn.Module):
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size  # patches per side
-        # This is a convolution only by its name and initialisation, so that published weights load.
+        # One linear layer for every patch. It is a convolution only by its name and its
+        # initialisation, so that published weights load.
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
-        gelu = quick_gelu if config.quick_gelu else F.gelu
-        self.transformer = Transformer(width, layers, heads, gelu, causal=False)
+        self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
         self.ln_post = LayerNorm(width)
-        # The model applies proj to the class token (project_image).
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -328,24 +326,25 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images, keep=None):
-        """Return tokens (B, 1 + K, D), the class token first. images (B, 3, S, S): uint8, or floats
+        """Return tokens (B, 1 + P, D), the class token first. images (B, 3, S, S): uint8, or floats
         from which mean and std are already removed; keep (B, K): indices of the patches to look at,
-        by default all."""
+        by default all. With them there are K patches in place of P."""
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # conv1 applies one linear layer to every patch. In this form its backward pass is faster.
-        # Its weights and these pixels have the same order: channel, row, column. p: patch_size
-        pixels = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p)
-        pixels = pixels.flatten(2).transpose(1, 2)  # (B, P, 3pp)
-        x = F.linear(pixels, self.conv1.weight.flatten(1))  # (B, P, D)
+        # This is conv1(images). In this form its backward pass is faster.
+        x = F.linear(patches_of(images, self.patch_size), self.conv1.weight.flatten(1))  # (B, P, D)
         x = x + self.positional_embedding[1:]
         if keep is not None:  # the other patches never enter the transformer, which saves time
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
-        x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + K, D)
+        x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + P, D)
         # CLIP normalises the class token alone. Here the word head reads the patches, too.
         return self.ln_post(self.transformer(self.ln_pre(x)))
+
+    def project(self, image_tokens):
+        """Return the feature (B, E) of the whole image. image_tokens: what `forward` returns."""
+        return image_tokens[:, 0] @ self.proj
 
 
 class TextTransformer(nn.Module):
@@ -357,8 +356,7 @@ class TextTransformer(nn.Module):
         width, layers, heads = config.text_width, config.text_layers, config.text_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        gelu = quick_gelu if config.quick_gelu else F.gelu
-        self.transformer = Transformer(width, layers, heads, gelu, causal=True)
+        self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=True)
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -391,65 +389,83 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
-def quick_gelu(x):
-    """Approximate GELU as OpenAI did. Weights that were trained with it need it."""
-    return x * torch.sigmoid(1.702 * x)
+def attention(q, k, v, causal):
+    """Return what each token takes from the others (B, H, T, D/H). q, k, v have this shape, too.
+    causal: whether a token sees only itself and the tokens before it."""
+    if q.device.type != "cpu":
+        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    # On a CPU torch's attention is five times slower in bfloat16. So compute it in float32, and
+    # keep autocast from casting back.
+    with torch.autocast("cpu", enabled=False):
+        x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
+    return x.to(q.dtype)
 
 
 class Attention(nn.Module):
     """Let tokens exchange information: multi-head self-attention. The parameters have the names of
     nn.MultiheadAttention, so that published weights load."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal):
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)  # torch's choice; TextTransformer has another
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, causal):
+    def forward(self, x):
         B, T, D = x.shape  # T: tokens in either tower
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        # On a CPU torch's attention is five times slower in bfloat16. So compute it in float32, and
-        # keep autocast from casting back. On a GPU the `if` and the `with` do nothing.
-        if x.device.type == "cpu":
-            q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):
-            # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(qkv.dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each, for H heads
+        x = attention(q, k, v, self.causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Compute something new from each token alone."""
+
+    def __init__(self, width, quick_gelu):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+        self.quick_gelu = quick_gelu
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.quick_gelu:  # OpenAI's approximation, which weights that were trained with it need
+            x = x * torch.sigmoid(1.702 * x)
+        else:
+            x = F.gelu(x)
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
     """Add to each token what it learns from the others, and then what an MLP makes of it alone."""
 
-    def __init__(self, width, heads, gelu):
+    def __init__(self, width, heads, quick_gelu, causal):
         super().__init__()
         self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.ln_2 = LayerNorm(width)
-        self.mlp = nn.ModuleDict(
-            {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
-        )
-        self.gelu = gelu
+        self.mlp = MLP(width, quick_gelu)
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp.c_proj(self.gelu(self.mlp.c_fc(self.ln_2(x))))
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """Stack blocks. In the image tower every token sees all others. In the text tower (causal) a
     token sees itself and the tokens before it."""
 
-    def __init__(self, width, layers, heads, gelu, causal):
+    def __init__(self, width, layers, heads, quick_gelu, causal):
         super().__init__()
-        self.causal = causal
-        self.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
+        blocks = [Block(width, heads, quick_gelu, causal) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x):
         # Embeddings and positions are float32 even under autocast. Cast their sum once, here, so
@@ -457,7 +473,7 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.resblocks:
-            x = block(x, self.causal)
+            x = block(x)
         return x
 
 
@@ -473,12 +489,12 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
     yes or no?
 
     The arguments are those of contrastive_loss, and logit_bias, a scalar that is learned. It starts
-    at -10, so that most answers are "no" at first. That is right, because only one of the N
+    at -10, so that most answers are "no" at first. That is right, because only one of the B
     captions belongs to an image. The loss of an image is the sum over all captions. The result is
     the mean over the images, as in the paper.
     """
     with torch.autocast(image_features.device.type, enabled=False):
-        logits = scale * image_features.float() @ text_features.float().T + logit_bias  # (N, N)
+        logits = scale * image_features @ text_features.T + logit_bias  # (B, B)
     answers = torch.eye(len(logits), device=logits.device)  # yes on the diagonal, else no
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
@@ -488,14 +504,16 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
 
 
 def gather(features):
-    """Return the features (N, E) of all processes, in the order of their ranks. features (B, E):
-    those of this process.
+    """Return the features of all processes, in the order of their ranks. features (B, E): those of
+    this process.
 
     Each process computes the loss of the global batch, but only its own features have a gradient.
     So the sum of the gradients over the processes is the gradient of the loss. But
     DistributedDataParallel takes the mean. Therefore the gradient of a feature is multiplied by the
     number of processes here.
     """
+    if not dist.is_initialized():
+        return features
     world = dist.get_world_size()
     constant = features.detach()
     gathered = [torch.empty_like(constant) for _ in range(world)]
@@ -505,22 +523,21 @@ def gather(features):
     return torch.cat(gathered)
 
 
-def in_micro_batches(encode_pairs, size, *batch):
-    """Return what encode_pairs(*batch) returns, but with the memory of `size` pairs (GradCache,
-    arXiv 2101.06983).
+def in_micro_batches(encode, size, batch):
+    """Return what encode(*batch) returns, but with the memory of `size` pairs (GradCache, arXiv
+    2101.06983). size: None for all pairs at once; batch: list of tensors, or None at its end.
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     checkpoint keeps its inputs and its features, and forgets all that the towers have computed in
     between. The backward pass computes that again, one micro-batch after the other, which takes a
     third more time.
     """
-    batch = [x for x in batch if x is not None]  # keep, the last argument, may be None
-    if len(batch[0]) % size != 0:  # the terms of all parts count equally below
-        raise ValueError(f"micro-batches of {size} do not divide a batch of {len(batch[0])}")
-    parts = zip(*(x.split(size) for x in batch))
-    # By position: checkpoint finds the GPU, whose random state it keeps, among these arguments.
-    parts = [checkpoint(encode_pairs, *part, use_reentrant=False) for part in parts]
+    if size is None:
+        return encode(*batch)
+    parts = zip(*(x.split(size) for x in batch if x is not None))
+    parts = [checkpoint(encode, *part, use_reentrant=False) for part in parts]
     image_features, text_features, terms = zip(*parts)
+    # All parts count equally, so train.py lets `size` divide the batch.
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
 

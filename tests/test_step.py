@@ -15,6 +15,7 @@ from material import TINY, checkpoint_of, rows_of, short_run, small_model, write
 from torch.nn.utils import get_total_norm
 
 import train
+from common import machine
 from common.tokenizer import trim
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
 
@@ -37,7 +38,7 @@ def make_model_without_zeros(**changes):
 
 def model_of(shards, *options, device="cpu"):
     """Return the model with which a run with these options begins."""
-    args = train.make_parser().parse_args(["--model=tiny", *options])
+    args = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8", *options])
     model, _, _ = train.build_model(args, [shards / "train-0.tar"], torch.device(device))
     return model
 
@@ -65,14 +66,14 @@ def make_batch(local=slice(None), keep=None, T=12):
     return batch
 
 
-def losses_and_gradients(model, batch, autocast=FLOAT32, scaler=NOT_SCALED):
-    """Make a step as train.py does, on the device of the model. Return a dict of losses, and a dict
-    of all gradients, both on the CPU."""
+def losses_and_gradients(model, batch, size=None, autocast=FLOAT32, scaler=NOT_SCALED):
+    """Make a step as train.py does, on the device of the model. size: pairs in a micro-batch.
+    Return a dict of losses, and a dict of all gradients, both on the CPU."""
     model.zero_grad()
-    ddp_model = train.distribute(model) if dist.is_initialized() else model
+    ddp_model = machine.distribute(model)
     batch = {name: x.to(model.logit_scale.device) for name, x in batch.items()}
     with autocast:
-        losses = ddp_model(**batch)
+        losses = ddp_model(**batch, micro_batch_size=size)
     scaler.scale(losses["loss"]).backward()
     losses = {name: x.detach().cpu() for name, x in losses.items() if name.endswith("_loss")}
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
@@ -121,7 +122,6 @@ def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     """Make the step of one process. rank: its number; processes: how many there are. Return its
     losses, its gradients, and the buffers of the model, in which the tokens are counted."""
     model = make_model_without_zeros(**CONFIGS[config]).to(device)
-    model.micro_batch_size = size
     B = N // processes
     keep = KEEP if way == "some patches" else None
     batch = make_batch(slice(rank * B, (rank + 1) * B), keep)
@@ -129,7 +129,7 @@ def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     if way in DTYPES:
         autocast = torch.autocast(device, getattr(torch, way))
     scaler = torch.amp.GradScaler(device, 1024, enabled=way == "float16")
-    losses, gradients = losses_and_gradients(model, batch, autocast, scaler)
+    losses, gradients = losses_and_gradients(model, batch, size, autocast, scaler)
     gradients = {name: x / scaler.get_scale() for name, x in gradients.items()}
     return losses, gradients, {name: x.cpu() for name, x in model.named_buffers()}
 
@@ -173,7 +173,7 @@ def run_process(rank, folder, device):
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     backend = "gloo"
     if device == "cuda":
-        train.prepare_device(f"cuda:{rank}")
+        machine.prepare_device(f"cuda:{rank}")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=2, **options)
     found = {}
@@ -225,19 +225,9 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 
     model.visual.ln_pre.register_forward_hook(note)
 
-    model.micro_batch_size = 2
-    losses_and_gradients(model, make_batch())
+    losses_and_gradients(model, make_batch(), size=2)
 
     assert events == [2] * 4 + [2, "gradient"] * 4
-
-
-def test_micro_batches_must_divide_the_batch():
-    """Otherwise the mean over their terms would weigh the pairs of the last one more."""
-    model = make_model_without_zeros()
-    model.micro_batch_size = 3
-
-    with pytest.raises(ValueError, match="micro-batches of 3"):
-        model(**make_batch())
 
 
 # ---- the same gradients by other ways to compute them
@@ -249,15 +239,13 @@ def test_compiled_equals_eager(shards, monkeypatch, device):
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    micro = "--micro_batch_size=4"
-    ways = "--compile", "--no-compile"
-    compiled, eager = (model_of(shards, x, micro, device=device) for x in ways)
+    compiled, eager = (model_of(shards, x, device=device) for x in ("--compile", "--no-compile"))
     for T in (12, 16, 10):
         batch = make_batch(keep=KEEP, T=T)
 
-        losses, gradients = losses_and_gradients(compiled, batch)
+        losses, gradients = losses_and_gradients(compiled, batch, size=4)
 
-        expected_losses, expected_gradients = losses_and_gradients(eager, batch)
+        expected_losses, expected_gradients = losses_and_gradients(eager, batch, size=4)
         tolerance = TOLERANCES[device]["float32"]
         assert_same_gradients(gradients, expected_gradients, tolerance)
         torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
@@ -266,7 +254,7 @@ def test_compiled_equals_eager(shards, monkeypatch, device):
 def test_a_machine_that_cannot_compile_says_why(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
 
-    assert not train.can_compile(torch.device("cpu"))
+    assert not machine.can_compile(torch.device("cpu"))
     assert "'NoneType' object is not callable" in capsys.readouterr().out
 
 
