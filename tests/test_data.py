@@ -11,7 +11,7 @@ from material import cases, encoded, photo, write_captions, write_shard
 
 import data
 from common.tokenizer import Tokenizer, words_to_tiktoken
-from data import Pairs, batch_indices
+from data import Pairs, Samples, batch_indices
 from superclip import PAD
 
 WORDS = "a red green blue dog cat runs sits on the grass".split()
@@ -27,10 +27,10 @@ def test_every_epoch_is_another_permutation():
     """In batches of 10, an epoch of 103 samples leaves out three."""
     batches = [batch_indices(103, 10, 7, step) for step in range(20)]
 
-    draws, samples = zip(*chain.from_iterable(batches))
+    positions, samples = zip(*chain.from_iterable(batches))
 
     first, second = samples[:100], samples[100:]
-    assert draws == (*range(200),)
+    assert positions == (*range(200),)
     assert len({*first}) == len({*second}) == 100
     assert first != second
 
@@ -49,9 +49,10 @@ def captioned(tmp_path):
 def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     """A source that is named twice is drawn twice as often, within three standard deviations. Half
     of a surrogate pair becomes a question mark, because it cannot be written to a file."""
-    pairs = Pairs([captioned], TOKENIZER, 8, ["txt", "json.odd", "txt"], ["json.both"])
+    samples = Samples([captioned], ["txt", "json.odd", "txt"])
+    pairs = Pairs(samples, TOKENIZER, 8, ["json.both"])
 
-    _, captions, labels, _ = zip(*(pairs[draw, 0] for draw in range(400)))
+    _, captions, labels, _ = zip(*(pairs[position, 0] for position in range(400)))
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -59,12 +60,13 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     assert labels == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
 
 
-def test_what_is_drawn_is_a_function_of_seed_and_draw(captioned):
+def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
     """A caption is drawn, a crop, and the 12 of 16 patches that are kept."""
 
     def draws(seed):
-        pairs = Pairs([captioned], TOKENIZER, 8, ["json.both"], None, seed, 0.5, 16, 0.25)
-        return [pairs[draw, 0] for draw in range(20)]
+        samples = Samples([captioned], ["json.both"])
+        pairs = Pairs(samples, TOKENIZER, 8, None, seed, 0.5, 16, 0.25)
+        return [pairs[position, 0] for position in range(20)]
 
     first = draws(seed=0)
     images, captions, labels, kept = zip(*first)
@@ -97,9 +99,9 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     bad = {"jpg": image, "txt": caption, "json": fields}
     good = {"jpg": JPEG, "txt": b"a red dog", "json": b'{"c": "a red dog"}'}
     path = write_shard(tmp_path / "0.tar", [bad, good])
-    pairs = Pairs([path], TOKENIZER, 16, ["json.c" if fields else "txt"])
+    pairs = Pairs(Samples([path], ["json.c" if fields else "txt"]), TOKENIZER, 16)
 
-    drawn = [pairs[draw, 0] for draw in range(5)]
+    drawn = [pairs[position, 0] for position in range(5)]
 
     assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
@@ -107,7 +109,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
 def test_a_shard_that_was_cut_is_not_called_a_missing_caption(tmp_path):
     path = write_captions(tmp_path / "0.tar", "a red dog")
-    shards = data.Samples([path])
+    shards = Samples([path])
     open(path, "w").close()
 
     with pytest.raises(data.BadSample, match="ends too early"):
@@ -126,7 +128,7 @@ def odd_pairs(tmp_path):
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
     random = dict(seed=5, crop_area=0.9, num_patches=9, patch_dropout=0.5)
-    return Pairs([first, second], TOKENIZER, 24, **random)
+    return Pairs(Samples([first, second]), TOKENIZER, 24, **random)
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])

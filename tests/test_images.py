@@ -19,10 +19,9 @@ from data import load_image
 
 def assert_looks_like(pixels, picture, box, most=1):
     """Assert that pixels are nearly those of Pillow's crop and antialiased bicubic resize. box: the
-    crop, as x, y, width and height; most: how much they may differ, as a mean over pixels with
+    crop, as x0, y0, x1 and y1; most: how much they may differ, as a mean over pixels with
     values up to 255."""
-    x, y, w, h = box
-    resized = picture.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, (x, y, x + w, y + h))
+    resized = picture.convert("RGB").resize(pixels.shape[1:], Image.BICUBIC, box)
     assert np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(resized, int)).mean() < most
 
 
@@ -72,11 +71,11 @@ def test_random_crops_have_torchvisions_sizes(width, height):
     image = torch.empty(3, height, width)
     for seed in range(100):
         torch.manual_seed(seed)
-        _, _, w, h = data.crop_box(width, height, numbers, 0.9)
+        x0, y0, x1, y1 = data.crop_box(width, height, numbers, 0.9)
         torch.manual_seed(seed)
         expected = RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
 
-        assert (h, w) == expected[2:]
+        assert (y1 - y0, x1 - x0) == expected[2:]
 
 
 def test_a_random_crop_may_lie_anywhere():
@@ -84,18 +83,18 @@ def test_a_random_crop_may_lie_anywhere():
     columns = defaultdict(set)  # width of a crop -> columns in which such crops begin
     rows = defaultdict(set)  # height of a crop -> rows in which such crops begin
     for seed in range(3000):
-        x, y, w, h = data.crop_box(8, 6, random.Random(seed), 0.3)
-        columns[w].add(x)
-        rows[h].add(y)
+        x0, y0, x1, y1 = data.crop_box(8, 6, random.Random(seed), 0.3)
+        columns[x1 - x0].add(x0)
+        rows[y1 - y0].add(y0)
 
     assert columns == {w: {*range(8 - w + 1)} for w in columns}
     assert rows == {h: {*range(6 - h + 1)} for h in rows}
 
 
 def test_what_is_not_random_is_in_the_centre():
-    assert data.crop_box(60, 40) == (10, 0, 40, 40)
-    assert data.crop_box(30, 90) == (0, 30, 30, 30)
-    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 40)  # none fits
+    assert data.crop_box(60, 40) == (10, 0, 50, 40)
+    assert data.crop_box(30, 90) == (0, 30, 30, 60)
+    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 65)  # none fits
 
 
 # ---- JPEG files that are decoded at a fraction of their size
