@@ -28,13 +28,11 @@ from tqdm import tqdm
 
 import data
 from common import cli
-from common.checkpoint import read_model, validation_of
 from common.cli import check, number, progress
-from common.images import images_below, is_hidden
-from common.index import by_split, find_shards
 from common.machine import make_loader, pick_device
-from common.tokenizer import has_letters, token_text, trim, unknown_words, usable_templates
-from superclip import SuperCLIP, contrastive_loss
+from common.run import read_model, validation_of
+from common.shards import by_split, find_shards, images_below, is_hidden
+from common.tokenizer import has_letters, token_text, trim
 
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
@@ -253,38 +251,17 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     }
 
 
-@torch.no_grad()
-def loss_in_groups(model, image_features, text_features, owner, group):
-    """Return CLIP's contrastive loss, a mean over random groups of `group` pairs. An image is
-    paired with its first caption. If groups are as large as the batches of a run, the value can be
-    compared with the softmax loss of that run."""
-    N = len(image_features)
-    first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    scale = model.logit_scale.exp()
-    losses = []
-    for numbers in order[: N // group * group].split(group):
-        texts = text_features[first_caption[numbers]]
-        losses.append(contrastive_loss(image_features[numbers], texts, scale))
-    return torch.stack(losses).mean().item()
-
-
-def score_pairs(model, tokenizer, samples, group, workers=0):
-    """Score retrieval among data.Samples, and compute the contrastive loss in groups of `group`
-    pairs. Print the scores, and return them as a dict. train.py chooses its best model by
-    mean_r1, the mean of R@1 over both directions."""
+def score_pairs(model, tokenizer, samples, workers=0):
+    """Score retrieval among data.Samples. Print the scores, and return them as a dict. train.py
+    chooses its best model by mean_r1, the mean of R@1 over both directions."""
     images, texts, owner = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
         for name, value in scores.items():
             # Print with tqdm, because print would write into the line of train.py's progress bar.
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), value))
-    group = min(group, len(images))
-    loss = loss_in_groups(model, images, texts, owner, group)
-    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group} (a guess: {math.log(group):.3f})")
     mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
-    losses = {"val_group": group, "val_contrastive_loss": loss}
-    return {"validation": result, "mean_r1": mean_r1, **losses}
+    return {"validation": result, "mean_r1": mean_r1}
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -295,44 +272,37 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, folder, names=None, templates=None, workers=0):
+def zeroshot(model, tokenizer, folder, names=None, templates=TEMPLATES, workers=0):
     """Classify the images in a folder that holds a folder of images for each class. Return a dict
-    of scores: top1; top5 if there are more than five classes; and per_class, a list with the name
-    and the top-1 score of each class that has images.
-
-    names: the names of the classes, by default those of the folders; templates: for the prompts, by
-    default the TEMPLATES whose words the vocabulary has.
-    """
+    of scores: top1, and top5 if there are more than five classes. names: the names of the classes,
+    by default those of the folders; templates: for the prompts."""
     dataset = ClassFolders(folder, model.config.image_size)
     C = len(dataset.classes)
     if names is None:
         names = [name.replace("_", " ") for name in dataset.classes]
     check(len(names) == C, f"{folder} has {C} folders, but there are {len(names)} names")
-    if templates is None:
-        templates = usable_templates(tokenizer, TEMPLATES)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
     device = device_of(model)
     features, labels = encode_images(model.encode_image, dataset, device, workers)
-    labels = torch.tensor(labels)
+    labels = torch.tensor(labels, device=device)
     numbers = torch.arange(C, device=device)
-    found = ranked_hits(features, labels.to(device), classifier, numbers, 5)  # top-k is R@k
-    hits = recall(found, 1)
-    result = {"top1": score(hits, 1 / C)}
+    found = ranked_hits(features, labels, classifier, numbers, 5)  # top-k is R@k
+    result = {"top1": score(recall(found, 1), 1 / C)}
     if C > 5:
         result["top5"] = score(recall(found, 5), 5 / C)
-    # per_class is a list and not a dict, because two names of ImageNet's classes occur twice.
-    present = labels.unique().tolist()
-    per_class = [{"name": names[c], **score(hits[labels == c], 1 / C)} for c in present]
-    return {**result, "per_class": per_class}
+    return result
 
 
-def frozen_features(model, dataset, workers):
-    """Return what linear probes learn from: features (N, 2D), the class token and the mean of the
-    patch tokens side by side, and labels (N,)."""
+# -----------------------------------------------------------------------------
+# A linear probe of the image tower
+
+
+def class_tokens(model, dataset, workers):
+    """Return what a linear probe learns from: the class tokens (N, D) of the images in
+    ClassFolders, and their classes (N,)."""
 
     def encode(images):
-        tokens = model.visual(images)
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float().cpu()
+        return model.visual(images)[:, 0].float().cpu()
 
     features, labels = encode_images(encode, dataset, device_of(model), workers)
     return features, torch.tensor(labels)
@@ -417,14 +387,12 @@ def print_words(model, tokenizer, samples):
 
 
 # -----------------------------------------------------------------------------
-# Commands
+# Commands. Each one prints its scores, and returns them for --json.
 
 
 def read_list(path):
-    """Return the lines of a file as a list, or None if path is None. imagenet stands for the names
-    of ImageNet's classes in open_clip, and openai for its templates."""
-    if path is None:
-        return None
+    """Return the lines of a file as a list. imagenet stands for the names of ImageNet's classes in
+    open_clip, and openai for its templates."""
     if path == "imagenet":
         return list(cli.optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
     if path == "openai":
@@ -434,56 +402,32 @@ def read_list(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-# Each command prints its scores, and returns them for --json.
-
-
 def command_zeroshot(model, tokenizer, args):
-    names = read_list(args.classes)
-    templates = read_list(args.templates) or TEMPLATES
-    check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
-    templates = usable_templates(tokenizer, templates)
-    print(len(templates), "templates whose words are in the vocabulary:", *templates, sep="\n  ")
+    names = read_list(args.classes) if args.classes else None
+    templates = read_list(args.templates) if args.templates else TEMPLATES
     result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
-    for name in sorted(result.keys() - {"per_class"}):
-        print(format_score(f"zero-shot {name}", result[name]))
-    per_class = result["per_class"]
-    if unknown := unknown_words(tokenizer, [c["name"] for c in per_class]):
-        print("words of class names that the vocabulary lacks:", ", ".join(unknown))
-    if len(per_class) <= 30:
-        for c in per_class:
-            print(format_score(f"  {c['name']}", c))
-    return {"templates": templates, **result}
+    for name, value in result.items():
+        print(format_score(f"zero-shot {name}", value))
+    return result
 
 
 def command_retrieval(model, tokenizer, args):
-    shards = find_shards(args.data)
-    _, validation = by_split(shards)
-    check(not validation, "--data names shards for training and for validation. Name one kind.")
+    shards, validation = by_split(find_shards(args.data))
     _, captions = validation_of(args.checkpoint, shards)
-    samples = data.Samples(shards, args.captions or captions)
-    result = score_pairs(model, tokenizer, samples, 256, args.workers)
+    samples = data.Samples(validation or shards, args.captions or captions)
+    result = score_pairs(model, tokenizer, samples, args.workers)
     print_words(model, tokenizer, samples)
     return result
 
 
 def command_probe(model, _, args):
-    same = Path(args.train).resolve() == Path(args.test).resolve()
-    check(not same, "--train and --test are the same folder. Name other images to test on.")
     train = ClassFolders(args.train, model.config.image_size)
     test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, f"{args.train} and {args.test} hold different classes")
-    torch.manual_seed(0)
-    untrained = SuperCLIP(model.config).to(device_of(model)).eval()  # random weights
-    result = {}
-    for kind, candidate in (("", model), ("untrained ", untrained)):
-        x, y = frozen_features(candidate, train, args.workers)
-        x_test, y_test = frozen_features(candidate, test, args.workers)
-        halves = zip(("class token", "patch mean"), x.chunk(2, dim=1), x_test.chunk(2, dim=1))
-        for name, half, half_test in halves:
-            found = probe((half, y), (half_test, y_test), len(train.classes))
-            print(format_score(kind + name, found))
-            result[kind + name] = found
-    return result
+    fit, held_out = (class_tokens(model, images, args.workers) for images in (train, test))
+    result = probe(fit, held_out, len(train.classes))
+    print(format_score("linear probe", result))
+    return {"linear probe": result}
 
 
 def main(argv):
@@ -509,7 +453,8 @@ def main(argv):
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
-    add("--data", nargs="+", required=True, help="tar files, folders, globs or {0000..0575}")
+    add("--data", nargs="+", required=True, metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575}; of both sides those to validate on")
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     add = command("probe", command_probe,

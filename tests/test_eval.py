@@ -15,7 +15,6 @@ from material import TOKENIZER, png, result_of, small_model, write_checkpoint, w
 
 import data
 import eval as evaluation
-from common.tokenizer import Tokenizer, words_to_tiktoken
 
 NAMES = ("red", "green", "blue")
 
@@ -105,18 +104,6 @@ def test_a_search_goes_through_the_scores_in_chunks():
     assert found.all()
 
 
-def test_the_loss_of_a_validation_is_clips_in_groups():
-    """Each image equals its first caption, and its second caption is the opposite. So in a group of
-    three pairs, one logit is the scale, e, and two logits are 0. One pair of seven is left."""
-    images = torch.eye(7)
-    captions = torch.stack([images, -images], dim=1).flatten(0, 1)
-    owner = torch.arange(7).repeat_interleave(2)
-
-    loss = evaluation.loss_in_groups(Colours(), images, captions, owner, 3)
-
-    assert loss == pytest.approx(math.log(1 + 2 / math.exp(math.e)))
-
-
 def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read does not shift the
     others. The features are perfect, because the model knows the colours."""
@@ -141,11 +128,13 @@ def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, ca
 def test_the_classifier_of_published_prompts_is_that_of_open_clip():
     model = small_model().requires_grad_(False)
     names = ["red", "grey square", "unheard of"]
+    # open_clip asks for features of length 1. Ours always have it.
+    other = SimpleNamespace(encode_text=lambda tokens, normalize: model.encode_text(tokens))
 
     ours = evaluation.zeroshot_classifier(model, TOKENIZER, names, evaluation.read_list("openai"))
 
     prompts = open_clip.OPENAI_IMAGENET_TEMPLATES
-    theirs = open_clip.build_zero_shot_classifier(model, TOKENIZER, names, prompts)  # (E, C)
+    theirs = open_clip.build_zero_shot_classifier(other, TOKENIZER, names, prompts)  # (E, C)
     torch.testing.assert_close(ours, theirs.T)
 
 
@@ -159,9 +148,8 @@ def test_zeroshot_by_hand(folders, capsys):
 
     result = evaluation.zeroshot(Colours(), TOKENIZER, folders)
 
-    per_class = [(part["name"], part["value"], part["n"]) for part in result["per_class"]]
-    assert per_class == [("blue", pytest.approx(0.8), 5), ("green", 1, 3), ("red", 1, 3)]
     assert result["top1"]["value"] == pytest.approx((4 + 3 + 3) / 11)
+    assert result["top1"]["n"] == 11
     assert result["top1"]["chance"] == pytest.approx(1 / 6)
     assert result["top5"]["value"] == 1
     assert result["top5"]["chance"] == pytest.approx(5 / 6)
@@ -227,21 +215,19 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp
 
     result, _ = scores_of(capsys, tmp_path, "probe", "--train", folders, "--test", test)
 
-    assert result["class token"]["value"] == pytest.approx(1 / 3)
-    assert result["patch mean"]["value"] == 1
-    assert result["untrained class token"]["value"] > 1 / 3  # this tower sees patches
+    assert result["linear probe"]["value"] == pytest.approx(1 / 3)
 
 
-def test_zeroshot_says_which_words_and_prompts_the_vocabulary_lacks(folders, tmp_path, capsys):
-    vocab = words_to_tiktoken(["red", "green", "blue", "a", "picture", "of"])  # without "photo"
-    model = small_model(vocab_size=Tokenizer(vocab).vocab_size)
-    write_checkpoint(tmp_path / "model.pt", model, vocab)
+def test_zeroshot_takes_the_names_of_classes_from_a_file(folders, tmp_path, capsys):
+    """The file names the folders in their sorted order. The right names score as the folders do."""
+    write_checkpoint(tmp_path / "model.pt", small_model())
     names = tmp_path / "names.txt"
-    names.write_text("blue\ngreen\ncrimson\n")
 
-    argv = ["--images", folders, "--classes", names]
-    result, printed = scores_of(capsys, tmp_path, "zeroshot", *argv)
+    scores = []
+    for text in ("blue\ngreen\nred\n", "red\nblue\ngreen\n"):
+        names.write_text(text)
+        result, _ = scores_of(capsys, tmp_path, "zeroshot", "--images", folders, "--classes", names)
+        scores.append(result["top1"]["value"])
 
-    assert result["templates"] == ["a picture of a {}.", "a {}."]
-    assert "a picture of a {}.\n" in printed and "photo" not in printed
-    assert "crimson" in printed
+    result, _ = scores_of(capsys, tmp_path, "zeroshot", "--images", folders)
+    assert scores[0] == result["top1"]["value"] != scores[1]
