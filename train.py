@@ -4,51 +4,83 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The most important comes first: the run with its loop, then the parts of a step, the parts of the
-set-up, and the options. Read superclip.py before this file.
+The file begins with the defaults and the run with its loop. Then come the parts of a step, the
+parts of the set-up, and the options. Read superclip.py before this file. You need not open common/.
 
-last.pt holds weights, token counts, optimizer and loss scaler. Everything else that a step needs
-follows from the options and the number of the step: the batch, its crops, the patches that are
-kept, the learning rate. So no state of a random generator is saved, and on a CPU a run that was
-killed and resumed ends with the same bits as a run that was not. On a GPU it may not, because some
-CUDA kernels add numbers in no fixed order.
-
-common/run_folder.py saves, resumes and logs. You need not open it, nor the rest of common/.
-
-Axes: N pairs of all processes, B pairs of this process.
+last.pt holds weights, token counts and the optimizer. Everything else that a step needs follows
+from the options and the number of the step: the batch, its crops, the patches that are kept, the
+learning rate. So no state of a random generator is saved, and on a CPU a run that was killed and
+resumed ends with the same bits as a run that was not. On a GPU it may not, because some CUDA
+kernels add numbers in no fixed order.
 """
 
 import argparse
 import math
-import os
 import sys
 import time
-import warnings
-from dataclasses import fields
+from pathlib import Path
 
-# Let a waiting thread sleep after a thousand rounds. GNU's OpenMP would let it spin for so long
-# that beside another busy program a run would hardly advance. torch reads this at its import.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+from common import cli, machine  # isort: skip  # before torch: see common/__init__.py
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-from common import cli
-from common.checkpoint import DIVERGED, read_model
-from common.cli import check, number, run_command
-from common.distributed import RANK, WORLD, joined_processes, one_first, prepare_device
-from common.index import shards_of_run
-from common.machine import can_compile, pick_dtype
-from common.run_folder import RunFolder, header_of, names_of
+from common.machine import RANK, WORLD
+from common.run import RunFolder, header_of, read_model
 from common.scenes import find_or_make_scenes
+from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
-warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
+# -----------------------------------------------------------------------------
+# Defaults. `python train.py --help` explains the options.
+
+DEFAULTS = {
+    "zeroshot_data": [],
+    "captions": ["txt"],
+    "crop_area": 0.9,
+    "patch_dropout": 0.0,
+    "model": "ViT-B-16",
+    "batch_size": 256,
+    "learning_rate": 5e-4,  # that of CLIP's ViT-B
+    "weight_decay": 0.2,
+    "seed": 0,
+    "log_every": 20,
+}
+# Without --train_data a run trains on built-in scenes. These options were chosen together.
+SCENE_OPTIONS = {
+    "train_data": ["scenes/train-*.tar"],
+    "val_data": ["scenes/val-*.tar"],
+    "zeroshot_data": [
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
+# With --init_from larger steps would destroy what the weights know. Parameters that the checkpoint
+# lacks, such as those of a new word head, know nothing yet.
+FINE_TUNING_OPTIONS = {"learning_rate": 5e-5, "model": None}
+RATE_OF_NEW_PARAMETERS = 5e-4
+
+
+def default_epochs(args):
+    """Return the length of a run in passes over the data."""
+    if not args.scenes:
+        return 30.0
+    # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By trial this
+    # was a good compromise between as many samples and as many steps.
+    return round(1.6 * math.sqrt(args.batch_size / 32), 3)
+
 
 # -----------------------------------------------------------------------------
 # The run
@@ -56,56 +88,46 @@ warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of to
 
 def train(args):
     """Train from the first step, or from the last.pt of --resume."""
-    N = args.batch_size
-    B = N // WORLD
-    device = prepare_device(args.device)
+    device = machine.prepare_device(args.device)
     on_gpu = device.type == "cuda"
-    dtype = args.dtype or pick_dtype(device)
+    dtype = args.dtype or machine.pick_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    # In float16 alone, small gradients would underflow to 0 without a scaler.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    with one_first():  # the first process draws, indexes and downloads for all
-        if args.train_data == SCENE_OPTIONS["train_data"]:  # see the end of this file
+    with machine.one_first():  # the first process draws, indexes and downloads for all
+        if args.scenes:
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
         model, tokenizer, new_parameters = build_model(args, shards, device)
         pairs, val_samples = open_data(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
-    # The header is the first row of the log. RunFolder makes the folder, or loads last.pt into the
-    # model, the optimizer and the scaler.
+    # The header is the first row of the log: the conditions of the run.
     header = header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
-    start = run.start  # the step of last.pt if the run is resumed, else 0
-    ddp_model = distribute(model) if WORLD > 1 else model
-    local = slice(RANK * B, (RANK + 1) * B)  # the part of a batch that this process trains on
-    batches = data.load_batches(pairs, N, local, start, steps, args.workers, on_gpu)
+    start = run.start(args.resume)  # the step of last.pt if the run is resumed, else 0
+    ddp_model = machine.distribute(model)  # averages the gradients of several processes
+    B = args.batch_size // WORLD  # pairs of this process
+    local = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
+    batches = data.load_batches(pairs, args.batch_size, local, start, steps, args.workers, on_gpu)
 
-    seen, seconds, waited = 0, 0.0, 0.0  # pairs and times since the last row of the log
-    todo = range(start, steps + 1)  # the round after the last step only saves and validates
-    no_bar = True if RANK > 0 else None  # None means: a bar on a terminal only
-    for step in tqdm(todo, total=steps, initial=start, unit="step", disable=no_bar):
-        # 1. Save last.pt every ten minutes (RunFolder has the clock), and before a validation,
-        # because that can take minutes, too. best.pt is written if the mean R@1 of both ways is at
-        # least the best so far, and without validation pairs each time.
-        eval_due = step % eval_every == 0 or step == steps
-        run.save_last(step, at_once=eval_due)
-        if eval_due and RANK == 0:  # the other processes wait in the next step
-            row = validate(args, model, tokenizer, val_samples, step)
-            run.log(row)
-            run.save_best(row)
-        if step == steps:
-            break
-
-        # 2. The losses and their gradient. batch holds the arguments of SuperCLIP.forward, and
-        # output what forward returns. Gradients are not accumulated here: the contrastive loss
-        # needs all pairs at once, so forward itself splits a batch into micro-batches.
-        began = time.perf_counter()
+    if start == 0 and RANK == 0:
+        validate(args, run, val_samples, step=0)  # the score to beat
+    todo = range(start, steps)
+    if RANK == 0:
+        todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
+    logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
+    for step in todo:
+        # 1. The batch, a dict of the arguments of SuperCLIP.forward
+        asked = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - began
+        waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
+
+        # 2. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
+        # needs all pairs at once, so forward itself splits a batch into micro-batches.
         with autocast:
-            output = ddp_model(**batch)
-        # The scaler is for float16 alone, in which small gradients would underflow to 0.
+            output = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(output["loss"]).backward()
 
         # 3. The update
@@ -114,24 +136,21 @@ def train(args):
             group["lr"] = group["peak"] * factor
         scaler.unscale_(optimizer)
         # Clip to length 1, as nanoGPT does. In our runs every gradient was longer, so all get the
-        # same length. The authors do not clip, and runs without it scored the same.
+        # same length. The authors do not clip.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
 
         # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
-        log_due = done % args.log_every == 0 or done == steps
-        if log_due:
+        eval_due = done % eval_every == 0 or done == steps
+        if done % args.log_every == 0 or eval_due:
             losses = mean_losses(output)
-        seen += N
-        seconds += time.perf_counter() - began
-        if log_due:
-            check(math.isfinite(losses["loss"]), f"the loss is not finite: {DIVERGED}")
+            seconds = time.perf_counter() - clock
             row = {
                 "step": done,
                 **losses,
@@ -139,14 +158,21 @@ def train(args):
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round(seen / seconds, 1),
+                "images_per_second": round((done - logged) * args.batch_size / seconds, 1),
+                # The share of the time in which the CPU waits for a batch. A GPU may be busy then.
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
-            if new_parameters:
-                row["new_learning_rate"] = NEW_LEARNING_RATE * factor
             run.log(row)
-            seen, seconds, waited = 0, 0.0, 0.0
+            logged, waited, clock = done, 0.0, time.perf_counter()
+
+        # 5. Validate, and write best.pt if this is the best model. Write last.pt, also if the last
+        # time was ten minutes ago (RunFolder has the clock).
+        if eval_due and RANK == 0:  # the other processes wait in the next step
+            validate(args, run, val_samples, done)
+        run.save_last(done, at_once=eval_due)
+        if eval_due:
+            clock = time.perf_counter()
     print_commands(run, has_val_pairs=val_samples is not None)
 
 
@@ -174,25 +200,25 @@ def mean_losses(output):
     return dict(zip(names, values.tolist()))
 
 
-def validate(args, model, tokenizer, samples, step):
+def validate(args, run, samples, step):
     """Score retrieval among the validation samples, if there are any, and zero-shot classification,
-    in float32. Print the scores, and return the row of the log."""
+    in float32. Print and log the scores, and write best.pt if this model is the best so far: by the
+    mean of R@1 both ways, or without samples by its age."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
-    model.eval()
+    model, tokenizer = run.model.eval(), run.tokenizer
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            # Compute the contrastive loss in groups as large as a batch of the training.
-            group = args.batch_size
-            row |= evaluation.score_pairs(model, tokenizer, samples, group, workers=args.workers)
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers)
             evaluation.print_words(model, tokenizer, samples)
-        for folder, name in names_of(args.zeroshot_data).items():
+        for folder in args.zeroshot_data:
             top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
-            tqdm.write(evaluation.format_score(f"zero-shot {name}", top1))
+            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
             row["zeroshot"][folder] = top1
     model.train()
-    return row
+    run.log(row)
+    run.save_best(row)
 
 
 def print_commands(run, has_val_pairs):
@@ -217,38 +243,36 @@ def print_commands(run, has_val_pairs):
 def build_model(args, shards, device):
     """Return the model on its device, its tokenizer, and the names of the parameters that keep
     their random weights, because --init_from lacks them."""
-    pretrained = None
+    weights = None
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
         pretrained, tokenizer = read_model(args.init_from)
-        print(f"vocabulary: from {args.init_from}, {tokenizer.vocab_size:,} entries")
         config = dict(vars(pretrained.config))
+        weights = pretrained.state_dict()
         if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    # An option that has the name of a field sets it: image_size, loss and cls_weight. So a field
-    # that you add needs only an option of the same name.
-    for field in fields(SuperCLIPConfig):
-        value = getattr(args, field.name, None)
+    # These options have the names of fields. If you add a field and an option, name it here, too.
+    for name in ("image_size", "loss", "cls_weight"):
+        value = getattr(args, name)
         if value is not None:
-            config[field.name] = value
+            config[name] = value
     config = SuperCLIPConfig(**config)
-    is_whole = config.image_size % config.patch_size == 0
-    check(is_whole, f"--image_size must be a multiple of the patch_size, {config.patch_size}")
+    is_multiple = config.image_size % config.patch_size == 0
+    cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
+    tokenizer.context_length = config.context_length
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
     new_parameters = []
-    if pretrained is not None:
+    if weights is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
-        new_parameters = model.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
-    tokenizer.context_length = model.config.context_length
-    model.micro_batch_size = args.micro_batch_size
+        new_parameters = model.load_state_dict(weights, strict=False).missing_keys
 
     compiles = args.compile
     if compiles is None:
-        compiles = device.type == "cuda" and sys.platform == "linux" and can_compile(device)
+        compiles = device.type == "cuda" and sys.platform == "linux" and machine.can_compile(device)
     if compiles:
         print("The first steps compile the model, which can take minutes.")
         for part in (model.visual, model.text, model.head):
@@ -267,32 +291,38 @@ def open_data(args, shards, val_shards, model, tokenizer):
     for folder in args.zeroshot_data:  # a mistake in a folder ends the run before its first step
         evaluation.ClassFolders(folder, model.config.image_size)
     pairs = data.Pairs(
-        shards,
+        data.Samples(shards, args.captions),
         tokenizer,
         model.config.image_size,
-        args.captions,
-        args.label_captions,
+        label_sources=args.label_captions,
         seed=args.seed,
         crop_area=args.crop_area,
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
     N = args.batch_size
-    check(N <= len(pairs), f"--batch_size is {N}, but there are only {len(pairs):,} pairs.")
+    cli.check(N <= len(pairs), f"--batch_size is {N}, but there are only {len(pairs):,} pairs.")
     return pairs, val_samples
 
 
 def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
-    """Return AdamW. Only matrices decay: no biases, norms, class token or logit scale. Each group
-    of parameters keeps its peak rate, which is NEW_LEARNING_RATE for those in new_parameters, at
-    any --learning_rate."""
-    groups = []
-    for is_new, peak in ((False, learning_rate), (True, NEW_LEARNING_RATE)):
-        params = [p for name, p in model.named_parameters() if (name in new_parameters) == is_new]
-        matrices = [p for p in params if p.ndim >= 2]
-        vectors = [p for p in params if p.ndim < 2]
-        groups.append({"params": matrices, "peak": peak, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
+    """Return AdamW. Each group of parameters keeps its peak rate. new_parameters: names of those
+    that --init_from lacks, whose peak is RATE_OF_NEW_PARAMETERS at any learning rate."""
+
+    def two_groups(named, peak):
+        # Only matrices decay: no biases, norms, class token or logit scale.
+        matrices = [p for _, p in named if p.ndim >= 2]
+        vectors = [p for _, p in named if p.ndim < 2]
+        return [
+            {"params": matrices, "peak": peak, "weight_decay": weight_decay},
+            {"params": vectors, "peak": peak, "weight_decay": 0.0},
+        ]
+
+    named = list(model.named_parameters())
+    groups = two_groups([x for x in named if x[0] not in new_parameters], learning_rate)
+    if new_parameters:
+        new = [x for x in named if x[0] in new_parameters]
+        groups += two_groups(new, RATE_OF_NEW_PARAMETERS)
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     # The loop sets lr at each step.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -311,145 +341,109 @@ def count_steps(args, num_pairs):
     return steps, warmup_steps, eval_every
 
 
-def distribute(model):
-    """Return the model in torch's wrapper that averages gradients over the processes."""
-    # A bucket view avoids a copy of all gradients. Buffers need no broadcast, because all processes
-    # count the same tokens.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
 # -----------------------------------------------------------------------------
 # Options
 
 
 def make_parser():
-    """Return the parser of all options. Where a default is None, the help states the rule."""
-    parser = cli.make_parser(__doc__, "captions", "device")  # options that other commands have, too
+    """Return the parser of all options. `parse` fills in the defaults."""
+    parser = cli.make_parser(__doc__, "device")  # an option that other commands have, too
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
     parser.epilog = """The built-in scenes have other defaults (SCENE_OPTIONS). A run prints its
         options when it starts."""
-    add = parser.add_argument
-    count = number(int, 1)
-    not_negative = number(float, 0)
+    count = cli.number(int, 1)
+    not_negative = cli.number(float, 0)
+
+    def add(name, text, **options):
+        if name in DEFAULTS:
+            text += f" (default {DEFAULTS[name]})"
+        parser.add_argument(f"--{name}", help=text, **options)
+
+    shards = dict(nargs="+", metavar="SHARDS")
+    sources = dict(nargs="+", metavar="SOURCE")
     # fmt: off
-    add("--train_data", nargs="+", metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
-    add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those of --train_data named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders to classify at each validation; each holds a folder of images per class")
-    add("--label_captions", nargs="+", metavar="SOURCE",
-        help="where the words to predict come from (default: --captions)")
-    add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions of the validation pairs are (default: --captions)")
-    add("--vocab", metavar="FILE",
-        help="file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture in a crop; 1: the square in the middle (default 0.9)")
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of the patches that is left out in each step, at random (default 0)")
-    add("--workers", type=number(int, 0, 999),
-        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
+    add("train_data", "tar files, folders, globs or {0000..0575} (default: built-in scenes)",
+        **shards)
+    add("val_data", "shards to validate on, or none (default: those of --train_data named val or "
+        "test)", **shards)
+    add("zeroshot_data", "folders to classify at each validation; each holds a folder of images "
+        "per class", nargs="+", metavar="DIR")
+    add("captions", "where captions are: txt or json.FIELD, one or more", **sources)
+    add("label_captions", "where the words to predict come from (default: --captions)", **sources)
+    add("val_captions", "where the captions of the validation pairs are (default: --captions)",
+        **sources)
+    add("vocab", "file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)",
+        metavar="FILE")
+    add("crop_area", "smallest share of a picture in a crop; 1: the square in the middle",
+        type=cli.number(float, 0.01, 1), metavar="SHARE")
+    add("patch_dropout", "share of the patches that is left out in each step, at random",
+        type=cli.number(float, 0, 0.99), metavar="SHARE")
+    add("workers", "loading processes per GPU (default: the cores, divided among the GPUs, at most "
+        "16)", type=cli.number(int, 0, 999))
     # the model
-    add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default ViT-B-16; --init_from brings its own)")
-    add("--image_size", type=count, metavar="PIXELS",
-        help="side of the square images (default: that of --model, 224 for all but tiny)")
-    add("--init_from", metavar="FILE", help="checkpoint whose weights and vocabulary to begin with")
-    add("--cls_weight", type=not_negative,
-        help="weight of the classification loss; 0 trains plain CLIP (default 1, or the weight in "
-        "--init_from if that has a word head)")
-    add("--loss", choices=("softmax", "sigmoid"),
-        help="contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)")
+    add("model", "size of both towers; --init_from brings its own", choices=PRESETS)
+    add("image_size", "side of the square images (default: that of --model, 224 for all but tiny)",
+        type=count, metavar="PIXELS")
+    add("init_from", "checkpoint whose weights and vocabulary to begin with", metavar="FILE")
+    add("cls_weight", "weight of the classification loss; 0 trains plain CLIP (default 1, or the "
+        "weight in --init_from if that has a word head)", type=not_negative)
+    add("loss", "contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)",
+        choices=("softmax", "sigmoid"))
     # the training
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count,
-        help="length of the run in steps (default: by --epochs)")
-    length.add_argument("--epochs", type=number(float, 1e-6),
-        help="length of the run in passes over the data (default 30)")
-    add("--batch_size", type=count, default=256,
-        help="pairs in each step, counted over all processes (default 256)")
-    add("--micro_batch_size", type=count,
-        help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
-    add("--learning_rate", type=not_negative, default=5e-4,  # that of CLIP's ViT-B
-        help="peak learning rate (default 5e-4, or 5e-5 with --init_from)")
-    add("--weight_decay", type=not_negative, default=0.2,
-        help="weight decay of AdamW, which only matrices have (default 0.2)")
-    add("--seed", type=number(int, 0, 2**31), default=0,
-        help="seed for weights, order, captions, crops and patch dropout (default 0)")
+    add("steps", "length of the run in steps (default: by --epochs)", type=count)
+    add("epochs", "length of the run in passes over the data (default 30)",
+        type=cli.number(float, 1e-6))
+    add("batch_size", "pairs in each step, counted over all processes", type=count)
+    add("micro_batch_size", "pairs in the towers at once: less memory, same gradients (default: "
+        "all of a process)", type=count)
+    add("learning_rate", "peak learning rate; 5e-5 with --init_from", type=not_negative)
+    add("weight_decay", "weight decay of AdamW, which only matrices have", type=not_negative)
+    add("seed", "seed for weights, order, captions, crops and patch dropout",
+        type=cli.number(int, 0, 2**31))
     # the machine
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the steps (default: bfloat16 where there are units for it, else float16 on "
-        "a GPU and float32 on a CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA under Linux, if torch can)")
+    add("dtype", "dtype of the steps (default: bfloat16 where there are units for it, else float16 "
+        "on a GPU and float32 on a CPU)", choices=("float32", "bfloat16", "float16"))
+    add("compile", "compile towers and word head (default: on CUDA under Linux, if torch can)",
+        action=argparse.BooleanOptionalAction)
     # the run
-    add("--out_dir", metavar="DIR",
-        help="folder of the run (default: a new one, or with --resume the one that was saved last)")
-    add("--resume", action="store_true",
-        help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
-    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
-    add("--eval_every", type=count,
-        help="steps between validations (default: steps / 3, at most 2000)")
+    add("out_dir", "folder of the run (default: a new one)", metavar="DIR")
+    add("resume", "go on with the run in --out_dir, if it holds one: repeat its command, and add "
+        "this", action="store_true")
+    add("log_every", "steps between log rows", type=count)
+    add("eval_every", "steps between validations (default: steps / 3, at most 2000)", type=count)
     # fmt: on
     return parser
 
 
-FINE_TUNING_RATE = 5e-5  # larger steps would destroy what the weights of --init_from know
-NEW_LEARNING_RATE = 5e-4  # for parameters that --init_from lacks, which know nothing yet
-
-# The options of `python train.py` without arguments. They were chosen together.
-SCENE_OPTIONS = {
-    "train_data": ["scenes/train-*.tar"],
-    "val_data": ["scenes/val-*.tar"],
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
-
-
 def parse(argv):
-    """Return the options. With the built-in scenes or --init_from, some defaults are different."""
-    # Parse once to see what was given, and then again with the defaults that follow from it.
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    if given.train_data is None:
-        parser.set_defaults(**SCENE_OPTIONS)
-    if given.init_from is not None:
-        parser.set_defaults(learning_rate=FINE_TUNING_RATE, model=None)
-    args = parser.parse_args(argv)
-    if args.steps is None and args.epochs is None:
-        args.epochs = 30.0
-        if given.train_data is None:
-            # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By
-            # trial this was a good compromise between as many samples and as many steps.
-            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    """Return the options. Those that are not given get their defaults."""
+    args = make_parser().parse_args(argv)
+    args.scenes = args.train_data is None
+    defaults = dict(DEFAULTS)
+    if args.scenes:
+        defaults |= SCENE_OPTIONS
     if args.init_from is not None:
+        defaults |= FINE_TUNING_OPTIONS
         for name in ("model", "image_size", "vocab", "loss"):
-            check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this option out.")
-    is_whole = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
-    check(is_whole, "--batch_size must be a multiple of the processes times --micro_batch_size")
+            is_free = getattr(args, name) is None
+            cli.check(is_free, f"--init_from sets --{name}. Leave this option out.")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.steps is None and args.epochs is None:
+        args.epochs = default_epochs(args)
+    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
+    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
+    named = args.out_dir is not None or not args.resume
+    cli.check(named, "--resume needs --out_dir, the folder of the run")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
     return args
 
 
 def main(argv):
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    args = parse(argv)
-    with joined_processes():
-        train(args)
+    with machine.joined_processes():
+        train(parse(argv))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

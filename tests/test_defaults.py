@@ -52,6 +52,6 @@ LENGTHS = {
 
 @pytest.mark.parametrize("options, expected", LENGTHS.items(), ids=LENGTHS)
 def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected):
-    args = train.make_parser().parse_args(["--batch_size=16", *options.split()])
+    args = train.parse(["--batch_size=16", *options.split()])
 
     assert train.count_steps(args, 70) == expected

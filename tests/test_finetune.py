@@ -69,7 +69,7 @@ def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path
     assert has_head == (expected > 0)
 
 
-def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):
+def test_a_head_that_the_checkpoint_lacks_has_another_rate(tune, tmp_path):
     """A new head has nothing to lose. The other weights stay as they are, because --learning_rate
     is 0. Adam's first step is as long as the learning rate, and the biases of a norm start at
     0."""
@@ -80,6 +80,4 @@ def test_a_head_that_the_checkpoint_lacks_has_a_rate_of_its_own(tune, tmp_path):
     after = tune(*start)["model"]
 
     assert equal_names(after, clip.state_dict()) == clip.state_dict().keys()
-    row = rows_of(tmp_path / "out", "loss")[0]
-    assert (row["learning_rate"], row["new_learning_rate"]) == (0, 5e-4)
     assert after["head.ln.bias"].abs().max().item() == pytest.approx(5e-4, rel=0.01)

@@ -3,10 +3,11 @@ bits of a run that nothing has interrupted. A run in a folder is never overwritt
 
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
-from children import before, finish, in_step, receive
+from children import before, finish, in_step, killed
 from material import (
     all_rows,
     assert_ends_like,
@@ -28,14 +29,13 @@ def copied_run(whole_run, tmp_path):
 
 # ---- killed
 
-killed = receive(signal.SIGKILL)
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
-# file its name. Its calls are for last.pt and best.pt in turn, at steps 4, 8 and 12.
+# file its name. Its calls are for best.pt and last.pt in turn, at steps 4, 8 and 12.
 MOMENTS = {
     "before anything is saved": (in_step(3, killed), 0),
-    "as last.pt is written": (before("os.replace", 3, killed), 4),
-    "as best.pt is written": (before("os.replace", 4, killed), 8),
-    "in the last validation": (before("eval.retrieval", 4, killed), 12),
+    "as best.pt is written": (before("os.replace", 3, killed), 4),
+    "as last.pt is written": (before("os.replace", 4, killed), 4),
+    "in the last validation": (before("eval.retrieval", 4, killed), 8),
 }
 
 
@@ -53,7 +53,20 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert_ends_like(out, whole_run)  # what the killed run had logged beyond that step is gone
     headers = [row for row in all_rows(out) if "header" in row]
     assert steps_of(headers) == ([0, step] if step else [0])
-    assert not list(out.glob(".*.tmp"))
+
+
+def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
+    """Its loading process ends, too. Otherwise the process that waits for it would hang."""
+    options = short_run(shards, tmp_path, "--workers", 1)
+    interrupted = in_step(6, partial(signal.raise_signal, signal.SIGINT))
+
+    code, printed = finish(children.start("train", options, interrupted))
+
+    assert code == 130, printed
+    assert printed.count("stopped by Ctrl-C") == 1
+    assert "Traceback" not in printed
+    train.main([*options, "--resume"])
+    assert_ends_like(tmp_path, whole_run)
 
 
 # ---- what --resume may change
@@ -84,11 +97,9 @@ def test_a_longer_run_keeps_the_last_validation_of_the_shorter_one(copied_run, s
 
 
 def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):
-    """The run reads the score to beat from best.pt, because last.pt is saved before its step is
-    validated. The commands that the run prints at its end use best.pt."""
-    best = copied_run / "best.pt"
-    for path, score in ((best, 1.0), (copied_run / "last.pt", 0.0)):
-        torch.save({**torch.load(path), "best_r1": score}, path)
+    """The commands that the run prints at its end use best.pt."""
+    best, last = copied_run / "best.pt", copied_run / "last.pt"
+    torch.save({**torch.load(last), "best_r1": 1.0}, last)
     content = best.read_bytes()
 
     train.main(short_run(shards, copied_run, "--resume", "--steps", 13))
