@@ -50,8 +50,7 @@ def main(argv):
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    # Draw losses first, and losses of training before those of validation.
-    titles = sorted(panels, key=lambda title: (title.endswith("(%)"), title.startswith("val_")))
+    titles = sorted(panels, key=lambda title: title.endswith("(%)"))  # losses first
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title.replace("_", " "), fontsize="medium")
         for i, log in enumerate(args.logs):
