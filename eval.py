@@ -135,13 +135,14 @@ def encode_texts(model, tokenizer, texts):
 
 
 @torch.no_grad()
-def encode_images(encode, dataset, device, workers):
-    """Return features (N, ...) of all images in a dataset that can be read, and a list of their N
-    labels. encode: turns images (B, 3, S, S) into features, such as model.encode_image."""
+def encode_images(model, dataset, workers, encode=None):
+    """Return the features (N, E) of all images in a dataset that can be read, and a list of their N
+    labels. encode: turns images (B, 3, S, S) into other features than those of the model."""
+    encode = encode or model.encode_image
     features = []
     labels = []
     for images, labels_of_batch in batches(dataset, 128, workers, "encoding"):
-        features.append(encode(images.to(device)))
+        features.append(encode(images.to(device_of(model))))
         labels += labels_of_batch
     check(labels, "none of the images can be used")
     return torch.cat(features), labels
@@ -151,8 +152,7 @@ def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
     captions, and owner (M,), which holds the number of each caption's image."""
     dataset = SampleImages(samples, model.config.image_size)
-    device = device_of(model)
-    images, captions = encode_images(model.encode_image, dataset, device, workers)
+    images, captions = encode_images(model, dataset, workers)
     texts = []
     owner = []
     for i, texts_of_image in enumerate(captions):
@@ -282,10 +282,9 @@ def zeroshot(model, tokenizer, folder, names=None, templates=TEMPLATES, workers=
         names = [name.replace("_", " ") for name in dataset.classes]
     check(len(names) == C, f"{folder} has {C} folders, but there are {len(names)} names")
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
-    device = device_of(model)
-    features, labels = encode_images(model.encode_image, dataset, device, workers)
-    labels = torch.tensor(labels, device=device)
-    numbers = torch.arange(C, device=device)
+    features, labels = encode_images(model, dataset, workers)
+    labels = torch.tensor(labels, device=features.device)
+    numbers = torch.arange(C, device=features.device)
     found = ranked_hits(features, labels, classifier, numbers, 5)  # top-k is R@k
     result = {"top1": score(recall(found, 1), 1 / C)}
     if C > 5:
@@ -302,10 +301,10 @@ def class_tokens(model, dataset, workers):
     ClassFolders, and their classes (N,)."""
 
     def encode(images):
-        return model.visual(images)[:, 0].float().cpu()
+        return model.visual(images)[:, 0]
 
-    features, labels = encode_images(encode, dataset, device_of(model), workers)
-    return features, torch.tensor(labels)
+    features, labels = encode_images(model, dataset, workers, encode)
+    return features.float().cpu(), torch.tensor(labels)
 
 
 def fit_linear(x, y, classes, penalty):

@@ -16,7 +16,6 @@ kernels add numbers in no fixed order.
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -227,12 +226,13 @@ def print_commands(run, has_val_pairs):
     if not path.exists():
         path = run.last
         print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
+    options = f"--checkpoint {path.as_posix()}"
+    if not has_val_pairs:
+        options += " --images PICTURES"
     print("\nWhat the model has learned:")
-    pictures = "" if has_val_pairs else " --images PICTURES"
-    checkpoint = f"--checkpoint {path.as_posix()}"
-    print(f'  python -m scripts.search {checkpoint} "TEXT"{pictures}')
+    print(f'  python -m scripts.search {options} "TEXT"')
     if run.model.head is not None:
-        print(f"  python -m scripts.words {checkpoint} --out words.png{pictures}")
+        print(f"  python -m scripts.words {options} --out words.png")
     print(f"  python -m scripts.curves {run.rows.as_posix()} --out curves.png")
 
 
@@ -270,16 +270,13 @@ def build_model(args, shards, device):
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
         new_parameters = model.load_state_dict(weights, strict=False).missing_keys
 
-    compiles = args.compile
-    if compiles is None:
-        compiles = device.type == "cuda" and sys.platform == "linux" and machine.can_compile(device)
-    if compiles:
+    model.to(device).train()
+    if args.compile or (args.compile is None and machine.can_compile(device)):
         print("The first steps compile the model, which can take minutes.")
-        for part in (model.visual, model.text, model.head):
-            # Compile part by part. Otherwise longer captions would recompile the image tower, too.
-            if part is not None:
-                part.compile()
-    return model.to(device).train(), tokenizer, new_parameters
+        # Compile part by part. Otherwise longer captions would recompile the image tower, too.
+        for part in model.children():
+            part.compile()
+    return model, tokenizer, new_parameters
 
 
 def open_data(args, shards, val_shards, model, tokenizer):

@@ -104,8 +104,11 @@ def pick_dtype(device):
 
 
 def can_compile(device):
-    """Return whether torch.compile works on a device. If it does not, say why. Many containers lack
-    what it needs, and without this trial a run would end in its first step."""
+    """Return whether a run should compile its model on a device: with CUDA under Linux, if
+    torch.compile works. If it does not, say why. Many containers lack what it needs, and without
+    this trial a run would end in its first step."""
+    if device.type != "cuda" or sys.platform != "linux":
+        return False
     try:
         torch.compile(torch.square)(torch.ones(1, device=device))
         return True

@@ -171,32 +171,26 @@ def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
     }
 
 
-# The options that may change with --resume: the folder, the length, the learning rate, the machine,
-# logging. Shards and vocabulary are here because their files may have moved. `check_same_run`
-# compares the sizes in the shards and the text of the vocabulary instead.
-MAY_CHANGE = {
-    "out_dir", "resume", "steps", "epochs", "learning_rate", "micro_batch_size", "workers",
-    "device", "dtype", "compile", "log_every", "eval_every",
-    "train_data", "val_data", "zeroshot_data", "vocab", "scenes",
-}  # fmt: skip
+# The options that --resume cannot change, besides those that the model or the data show
+FIXED = ("batch_size", "seed", "label_captions", "crop_area", "patch_dropout", "weight_decay")
 
 
 def check_same_run(saved, header, vocab):
     """Raise InputError if a last.pt was trained otherwise than the options say. saved: its content;
-    header, vocab: of this run."""
-    before, now = saved["header"]["arguments"], header["arguments"]
+    header, vocab: of this run. Files may have moved, so the content of the data is compared."""
+    before = saved["header"]
     changed = [
-        f"--{name} was {before.get(name)} before, and is {value} now."
-        for name, value in now.items()
-        if name not in MAY_CHANGE and before.get(name) != value
+        f"--{name}" for name in FIXED if before["arguments"][name] != header["arguments"][name]
     ]
-    if saved["header"]["data_fingerprint"] != header["data_fingerprint"]:
-        changed.append("--train_data or --val_data is not what last.pt was trained with.")
+    if before["config"] != header["config"]:
+        changed.append("the model (--model, --image_size, --loss, --cls_weight)")
+    if before["data_fingerprint"] != header["data_fingerprint"]:
+        changed.append("the data (--train_data, --val_data, --captions)")
     if saved["vocab"] != vocab:
-        changed.append("--vocab is not what last.pt was trained with.")
+        changed.append("--vocab")
     if saved["step"] > header["steps"]:
-        changed.append(f"step {saved['step']} of last.pt is past --steps {header['steps']}.")
-    check(not changed, f"{' '.join(changed)} --resume cannot change that.")
+        changed.append(f"--steps to less than {saved['step']}, which are done")
+    check(not changed, f"--resume cannot change {', '.join(changed)}")
 
 
 class RunFolder:

@@ -10,18 +10,14 @@ names everything.
 
 This world is made to show what SuperCLIP is for. In a small batch few scenes share their setting.
 So CLIP can find most captions that name the setting without looking at the objects. The word head
-asks for the objects in every picture. Captions from the web may be similar: among 32 of them
-the word "kitchen" may find the picture of a kitchen, whatever stands on its table. This world has
-no photographs, no vocabulary of thousands of words, no wrong captions, and no objects that hide
-each other.
+asks for the objects in every picture.
 
 Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
 them has learned "red" and "star" as two words.
 
-The drawing makes things easy for a vision transformer that has two minutes to learn. Objects lie
-in a 3 x 3 grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way.
-Every cloth is darker than every object. A white line surrounds each object, so that a star has the
-same edge in all colours.
+The drawing is easy for a vision transformer that has two minutes to learn. Objects lie in a 3 x 3
+grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
+darker than every object, and a white line surrounds each object.
 
 Lengths and positions are shares of the picture's side. x runs to the right and y down.
 """
