@@ -205,8 +205,7 @@ class SuperCLIP(nn.Module):
         if label_tokens is None:
             label_tokens = tokens
 
-        # The weights of the words. Count first, so that they know this batch, as in the authors'
-        # code.
+        # Count first, so that the weights of the words know this batch, as in the authors' code.
         token_weights = None
         if self.head is not None:
             if self.training:
@@ -214,11 +213,9 @@ class SuperCLIP(nn.Module):
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
-        image_features, text_features, terms = in_micro_batches(
-            partial(self.encode_pairs, token_weights),
-            micro_batch_size,
-            [images, tokens, label_tokens, keep],
-        )
+        encode = partial(self.encode_pairs, token_weights)
+        batch = [images, tokens, label_tokens, keep]
+        image_features, text_features, terms = in_micro_batches(encode, micro_batch_size, batch)
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
         all_image_features = gather(image_features)

@@ -353,7 +353,8 @@ def make_parser():
 
     def add(name, text, **options):
         if name in DEFAULTS:
-            text += f" (default {DEFAULTS[name]})"
+            default = str(DEFAULTS[name]).strip("[]'")
+            text += f" (default {default or 'none'})"
         parser.add_argument(f"--{name}", help=text, **options)
 
     shards = dict(nargs="+", metavar="SHARDS")
