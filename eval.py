@@ -187,26 +187,20 @@ def format_score(name, s):
     return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
-def ranked_hits(questions, question_label, answers, answer_label, k):
+def ranked_hits(questions, question_image, answers, answer_image, k):
     """Return booleans (Q, k). Column j says whether answer j, in the order of similarity, is right.
     The search works in chunks, so that the matrix (Q, A) never exists.
 
-    questions (Q, E), answers (A, E): features; question_label (Q,), answer_label (A,): an answer is
-    right if it has the label of the question. Of equal answers topk takes any. So a model that has
-    collapsed, which gives the same answers to all questions, scores chance.
+    The other arguments are those of recall_scores. Of equal answers topk takes any. So a model that
+    has collapsed, which gives the same answers to all questions, scores chance.
     """
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
     for i in progress(range(0, len(questions), chunk), "searching"):
         similarity = questions[i : i + chunk] @ answers.T
         best = similarity.topk(min(k, len(answers))).indices
-        found.append((answer_label[best] == question_label[i : i + chunk, None]).cpu())
+        found.append((answer_image[best] == question_image[i : i + chunk, None]).cpu())
     return torch.cat(found)
-
-
-def recall(found, k):
-    """Return R@k of each question (Q,): 1 if a right answer is among the first k, else 0."""
-    return found[:, :k].any(dim=1).double()
 
 
 def recall_by_chance(right, n, k):
@@ -236,8 +230,9 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 
     scores = {}
     for k in ks:
-        luck = by_image(recall_by_chance(right, len(answers), k)).mean()
-        scores[f"R@{k}"] = score(by_image(recall(found, k)), luck)
+        hits = found[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
+        luck = recall_by_chance(right, len(answers), k)
+        scores[f"R@{k}"] = score(by_image(hits), by_image(luck).mean())
     return scores
 
 
@@ -273,9 +268,9 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
 
 
 def zeroshot(model, tokenizer, folder, names=None, templates=TEMPLATES, workers=0):
-    """Classify the images in a folder that holds a folder of images for each class. Return a dict
-    of scores: top1, and top5 if there are more than five classes. names: the names of the classes,
-    by default those of the folders; templates: for the prompts."""
+    """Classify the images in a folder that holds a folder of images for each class. Return the
+    score. names: the names of the classes, by default those of the folders; templates: for the
+    prompts."""
     dataset = ClassFolders(folder, model.config.image_size)
     C = len(dataset.classes)
     if names is None:
@@ -283,13 +278,8 @@ def zeroshot(model, tokenizer, folder, names=None, templates=TEMPLATES, workers=
     check(len(names) == C, f"{folder} has {C} folders, but there are {len(names)} names")
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
     features, labels = encode_images(model, dataset, workers)
-    labels = torch.tensor(labels, device=features.device)
-    numbers = torch.arange(C, device=features.device)
-    found = ranked_hits(features, labels, classifier, numbers, 5)  # top-k is R@k
-    result = {"top1": score(recall(found, 1), 1 / C)}
-    if C > 5:
-        result["top5"] = score(recall(found, 5), 5 / C)
-    return result
+    guesses = (features @ classifier.T).argmax(dim=1).cpu()
+    return score(guesses == torch.tensor(labels), 1 / C)
 
 
 # -----------------------------------------------------------------------------
@@ -405,8 +395,7 @@ def command_zeroshot(model, tokenizer, args):
     names = read_list(args.classes) if args.classes else None
     templates = read_list(args.templates) if args.templates else TEMPLATES
     result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
-    for name, value in result.items():
-        print(format_score(f"zero-shot {name}", value))
+    print(format_score("zero-shot", result))
     return result
 
 
@@ -426,7 +415,7 @@ def command_probe(model, _, args):
     fit, held_out = (class_tokens(model, images, args.workers) for images in (train, test))
     result = probe(fit, held_out, len(train.classes))
     print(format_score("linear probe", result))
-    return {"linear probe": result}
+    return result
 
 
 def main(argv):

@@ -212,9 +212,9 @@ def validate(args, run, samples, step):
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers)
             evaluation.print_words(model, tokenizer, samples)
         for folder in args.zeroshot_data:
-            top1 = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)["top1"]
-            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", top1))
-            row["zeroshot"][folder] = top1
+            score = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)
+            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
+            row["zeroshot"][folder] = score
     model.train()
     run.log(row)
     run.save_best(row)
