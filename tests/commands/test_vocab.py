@@ -17,7 +17,9 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     val = write_shard(tmp_path / "val-0.tar", [{"png": picture, "txt": b"a cat"}])
 
     assert not run(vocab.main, train, val, "--size", 520)
+    assert not run(vocab.main, train, "--size", 520, "--out", tmp_path / "b.tiktoken")
 
+    assert (tmp_path / "b.tiktoken").read_text() == (tmp_path / "vocab.tiktoken").read_text()
     tokenizer = tokenizer_for([train])  # the file lies beside the shards
     words = [tokenizer.decode([i]) for i in range(512, tokenizer.start)]
     assert words == ["photo", "of", "picture", "the", "red", "dog"]
