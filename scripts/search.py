@@ -18,8 +18,10 @@ give each set of pictures its own file. Other programs can read the arrays by nu
 import base64
 import hashlib
 import html
+import os
 import secrets
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
@@ -48,7 +50,7 @@ def encode(model, pictures):
 
 def stamp_of(file):
     """Return a text that tells an image file from all others, and changes when the file does."""
-    stat = file.stat()
+    stat = file.stat() if file.exists() else file.lstat()  # of a broken link, the link
     return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -95,6 +97,8 @@ def page(text, search, pictures):
     items = []
     for score, i in search(text) if text else []:
         image, _ = pictures[i]
+        if image is None:  # The file has been moved or deleted since it was encoded.
+            continue
         jpeg = base64.b64encode(encode_jpeg(image).numpy().tobytes()).decode()
         items.append(ITEM.format(jpeg, html.escape(pictures.title(i)), score))
     return PAGE.substitute(text=html.escape(text), items="".join(items))
@@ -111,6 +115,10 @@ def serve(search, pictures):
     lock = threading.Lock()  # not every device lets two threads use a model
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self):
+            with suppress(ConnectionError):  # A browser that leaves does not wait for the page.
+                super().handle()
+
         def do_GET(self):
             url = urlsplit(self.path)
             if url.path != address:
@@ -144,6 +152,8 @@ def main(argv):
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")
     check(args.images or not args.features, "--features needs --images")
+    for text in args.texts:  # such as the other files of --images photos/*.jpg
+        check(not os.path.isfile(text), f"{text} is a file. Name its folder with --images.")
 
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     pictures = find_pictures(args.images, args.checkpoint, model.config.image_size)

@@ -29,6 +29,7 @@ eval zeroshot MODEL --images hollow                       | hollow
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
+scripts.search MODEL --images photo.png list.csv          | list.csv
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1

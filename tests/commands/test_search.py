@@ -68,6 +68,7 @@ def test_only_new_and_changed_files_are_encoded(folders, checkpoint):
     assert encoded() == set()
     Path("red/2.png").rename("red/9.png")
     photo(77).save("red/1.png")
+    Path("red/link.png").symlink_to("nowhere.png")  # It is skipped.
     assert encoded() == {"1.png", "9.png"}
     before = Path("x.npz").read_bytes()
     assert not run(search.main, *argv, "red/9.png")
@@ -90,7 +91,8 @@ HOSTILE = "<img src=x onerror=alert()>.png"
 
 
 def test_the_page_shows_pictures_below_a_secret_path_and_names_as_text(children, tmp_path):
-    """One of the pictures has a hostile name, which is also the query."""
+    """One of the pictures has a hostile name, which is also the query. Another one is deleted while
+    the page is open."""
     (tmp_path / "photos").mkdir()
     for i in range(20):
         photo(i).save(tmp_path / "photos" / (HOSTILE if i == 5 else f"{i:02d}.png"))
@@ -102,10 +104,11 @@ def test_the_page_shows_pictures_below_a_secret_path_and_names_as_text(children,
         assert process.is_alive()
         time.sleep(0.02)
     [address] = re.findall(r"http://\S+", process.output.read_text())
+    (tmp_path / "photos" / "00.png").unlink()
 
     page = urllib.request.urlopen(f"{address}?text={quote(HOSTILE)}").read().decode()
 
-    assert page.count("data:image/jpeg") == 20
+    assert page.count("data:image/jpeg") == 19
     assert page.count(html.escape(HOSTILE)) == 2 and HOSTILE not in page
     root = address[: address.index("/", 8)]
     for path in ("/", "/?text=a", f"/{quote(HOSTILE)}"):
