@@ -51,8 +51,10 @@ def read_table(path):
         delimiter = max(",;\t", key=header.count)
         look = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
         rows = csv.DictReader(io.StringIO(text), **look)
-        has_both = {"image", "caption"} <= {*(rows.fieldnames or [])}
-        check(has_both, f"{path} must have the columns image and caption")
+        names = [name for name in rows.fieldnames or [] if name]  # A spreadsheet has some without.
+        check({"image", "caption"} <= {*names}, f"{path} must have the columns image and caption")
+        is_clear = len({*names, "captions"}) == len(names) + 1
+        check(is_clear, f"{path}: each column needs its own name, and not captions")
         for row in rows:
             image = (row.get("image") or "").strip()
             if None in row:
@@ -120,12 +122,12 @@ def encode(item, folder, size, val):
 # Shards
 
 
-def usable(names, results, bad):
-    """Yield the samples among the results of `encode`, and add (image, reason) of the others to the
-    list `bad`."""
-    for name, result in zip(names, results):
+def usable(samples, results, bad):
+    """Yield the samples among the results of `encode`, and add (image, reason) for each row of the
+    others to the list `bad`."""
+    for (name, rows), result in zip(samples.items(), results):
         if isinstance(result, str):
-            bad.append((name, result))
+            bad += [(name, result)] * len(rows)
         else:
             yield result
 

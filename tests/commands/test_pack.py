@@ -64,6 +64,7 @@ TABLES = {  # {the content of a table: the caption in it}
     '\ufeffimage,alt,caption\né 1.jpg,?,"two\n""lines"", x; y"': 'two\n"lines", x; y',
     "image;alt;caption\né 1.jpg;?;a, b": "a, b",
     'image, alt, caption\né 1.jpg, ?, "a dog, red"': "a dog, red",
+    "image,alt,caption,,\né 1.jpg,?,a cat,,": "a cat",
     "image\talt\tcaption\né 1.jpg\t?\tbig dog": "big dog",
 }
 
@@ -85,6 +86,8 @@ def test_every_kind_of_table_is_read(photos, content):
         (b"image,caption\na.jpg,caf\xe9", "UTF-8"),
         (b"image,caption\nnone.jpg,a dog", "none.jpg"),  # no row can be used
         (b"image,text\na.jpg,cat", "column"),
+        (b"image,caption,caption\na.jpg,a cat,a dog", "column"),
+        (b"image,caption,captions\na.jpg,a cat,all cats", "captions"),
     ],
 )
 def test_a_table_that_would_lose_something_is_an_error(photos, capsys, content, named):
@@ -98,14 +101,14 @@ def test_a_table_that_would_lose_something_is_an_error(photos, capsys, content, 
 
 def test_rows_that_cannot_be_used_are_listed(photos):
     photos.with_name("broken.jpg").write_bytes(photos.with_name("é 1.jpg").read_bytes()[:-99])
-    bad_rows = ["late.jpg,a cat", "broken.jpg,a cat", ",a cat", ".,a cat", "é 0.jpg, ", "é 0.jpg"]
-    write_table(photos, *bad_rows, "é 0.jpg,a,cat", "é 0.jpg,a dog")
+    bad_rows = ["late.jpg,a cat", "late.jpg,a dog", "broken.jpg,a cat", ",a cat", ".,a cat"]
+    write_table(photos, *bad_rows, "é 0.jpg, ", "é 0.jpg", "é 0.jpg,a,cat", "é 0.jpg,a dog")
 
     out = run(photos)
 
     assert [text for _, text, _ in samples(out).values()] == ["a dog"]
     bad = csv.DictReader((out / "bad_rows.csv").open())
-    images = ["", ".", "broken.jpg", "late.jpg", "é 0.jpg", "é 0.jpg", "é 0.jpg"]
+    images = ["", ".", "broken.jpg", "late.jpg", "late.jpg", "é 0.jpg", "é 0.jpg", "é 0.jpg"]
     assert sorted(row["image"] for row in bad) == images
 
 
