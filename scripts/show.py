@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 import data
-from common.cli import make_parser, output_file, progress, run_command
+from common.cli import check, make_parser, output_file, progress, run_command
 from common.shards import find_shards
 from common.tokenizer import clean
 from eval import UNREADABLE
@@ -48,6 +48,7 @@ def main(argv):
     # that caption fits as well.
     repeated = sum(count for count in counts.values() if count > 1)
     print(f"{repeated / counts.total():.1%} of the captions occur with several pictures")
+    check(shown, "none of the chosen samples can be drawn")
     images, captions = zip(*shown)
     contact_sheet(images, captions, args.out)
     print(f"wrote {args.out}")

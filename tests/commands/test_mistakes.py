@@ -36,6 +36,7 @@ scripts.convert other x.pt                                | visual.conv1
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
+scripts.show bad.tar --out x.png                          | can be drawn
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 common.scenes --out classes                               | classes
 """
