@@ -143,7 +143,9 @@ def read_weights(path):
     """Read a file of weights, and the configuration and vocabulary beside it. path: the file, or
     the folder that holds it. Raise InputError if it cannot be read."""
     if path.is_dir():
-        files = [*path.glob("*model.safetensors"), *path.glob("*model.bin")]
+        # Files without open_clip in their names may be in the layout of transformers.
+        names = ("open_clip*model.*", "*model.safetensors", "*model.bin")
+        files = [file for name in names for file in path.glob(name)]
         check(files, f"{path} holds no file *model.safetensors or *model.bin")
         path = files[0]
     read = run.read_pickle
