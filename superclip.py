@@ -92,10 +92,9 @@ class WordHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits of variance 1
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, image_tokens):
-        """Return logits (B, V). image_tokens (B, 1 + P, D): what the image tower returns."""
-        patches = image_tokens[:, 1:].mean(dim=1)  # (B, D), without the class token
-        return self.linear(self.ln(patches))  # (B, V)
+    def forward(self, patches):
+        """Return logits (B, V). patches (B, P, D): the patch tokens of the image tower."""
+        return self.linear(self.ln(patches.mean(dim=1)))
 
 
 def idf(num_captions, token_counts):
@@ -262,7 +261,7 @@ class SuperCLIP(nn.Module):
         text_features = self.encode_text(tokens)  # (B, E)
         terms = {}
         if self.head is not None:
-            logits = self.head(image_tokens)  # (B, V)
+            logits = self.head(image_tokens[:, 1:])  # (B, V), without the class token
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
@@ -286,7 +285,7 @@ class SuperCLIP(nn.Module):
         all. Raise ValueError if the model is plain CLIP, which has no word head."""
         if self.head is None:
             raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
-        return self.head(self.visual(images, keep))
+        return self.head(self.visual(images, keep)[:, 1:])
 
 
 # -----------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def check_forward(forward, config, images, tokens):
     check_names("forward", found, 2)
     u = model.encode_image(images[32:64])
     v = model.encode_text(texts)
-    logits = model.head(model.visual(images[32:64]))
+    logits = model.head(model.visual(images[32:64])[:, 1:])
 
     def word_loss(*batches):
         """Return the word loss of the second batch after these batches have been counted."""
