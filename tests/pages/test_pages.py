@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from children import ROOT
 from material import TOKENIZER, small_model
+from oracle import make_pairs, make_random_model, open_clip_of
 
 import superclip
 
@@ -107,7 +108,7 @@ def test_the_code_in_the_readme_is_the_method():
         return present * (superclip.idf(model.num_captions, model.token_counts) > 0)
 
     names = {
-        "image_tokens": model.visual(images),
+        "patches": model.visual(images)[:, 1:],
         "captions": captions,
         "contrastive_loss": expected["contrastive_loss"],
         "multi_hot": multi_hot,
@@ -165,6 +166,21 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
     for code, expected in BLOCKS:
         exec(code, names)
         assert_same(capsys.readouterr().out, expected)
+
+
+def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
+    model = make_random_model().train()
+    images, tokens = make_pairs(model)
+    expected = model(images, tokens)
+    monkeypatch.setattr("open_clip.create_model", lambda name: open_clip_of(model))
+
+    page = (ROOT / "docs" / "fork.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(import open_clip.+?)```", page, re.DOTALL)[1], names)
+    names["head"].load_state_dict(model.head.state_dict())
+    padded = F.pad(tokens, (0, names["clip"].context_length - tokens.shape[1]))
+
+    torch.testing.assert_close(names["loss_of"](images, padded), expected["loss"])
 
 
 IS_FORK = [*superclip.SuperCLIPConfig.__dataclass_fields__][-1] != "cls_weight"
