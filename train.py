@@ -110,8 +110,9 @@ def train(args):
     local = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
     batches = data.load_batches(pairs, args.batch_size, local, start, steps, args.workers, on_gpu)
 
-    if start == 0 and RANK == 0:
-        validate(args, run, val_samples, step=0)  # the score to beat
+    # Step 0 gives the score to beat. A run that was killed in a validation repeats that.
+    if run.eval_due(start) and RANK == 0:
+        validate(args, run, val_samples, start)
     todo = range(start, steps)
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
@@ -146,7 +147,7 @@ def train(args):
         # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
-        eval_due = done % eval_every == 0 or done == steps
+        eval_due = run.eval_due(done)
         if done % args.log_every == 0 or eval_due:
             losses = mean_losses(output)
             seconds = time.perf_counter() - clock
@@ -165,12 +166,11 @@ def train(args):
             run.log(row)
             logged, waited, clock = done, 0.0, time.perf_counter()
 
-        # 5. Validate, and write best.pt if this is the best model. Write last.pt, also if the last
-        # time was ten minutes ago (RunFolder has the clock).
+        # 5. Write last.pt every ten minutes (RunFolder has the clock), and before a validation,
+        # because that may fail. Validate, and write best.pt if this is the best model.
+        run.save_last(done, at_once=eval_due)
         if eval_due and RANK == 0:  # the other processes wait in the next step
             validate(args, run, val_samples, done)
-        run.save_last(done, at_once=eval_due)
-        if eval_due:
             clock = time.perf_counter()
     print_commands(run, has_val_pairs=val_samples is not None)
 

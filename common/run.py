@@ -220,6 +220,8 @@ class RunFolder:
         step = 0
         if resume and self.last.exists():
             step = self.load_last()
+        states = machine.from_all((self.header["data_fingerprint"], step))
+        check(len({*states}) == 1, "the processes see different data, or a different last.pt")
         if resume and machine.RANK == 0 and self.rows.exists():
             self.cut_log(step)
         self.log({"header": self.header, "step": step})
@@ -240,15 +242,26 @@ class RunFolder:
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         if saved["scaler"]:  # the state is empty without float16
             self.scaler.load_state_dict(saved["scaler"])
-        self.best_r1 = saved["best_r1"]
+        # last.pt is written before its step is validated, so best.pt may know a better score.
+        newest = read_checkpoint(self.best) if self.best.exists() else saved
+        self.best_r1 = newest["best_r1"]
         return saved["step"]
 
     def cut_log(self, step):
-        """Drop the rows that the run logs again: those of later steps than that of last.pt, and all
-        of them if there is none."""
-        lines = self.rows.read_text("utf-8").splitlines() if self.rows.exists() else []
-        kept = [line + "\n" for line in lines if 0 <= json.loads(line)["step"] <= step and step > 0]
+        """Drop the rows that the run logs again: those of later steps than that of last.pt, and the
+        validation of that step if it is due again."""
+        kept = []
+        for line in self.rows.read_text("utf-8").splitlines():
+            with suppress(ValueError):  # a full disk has cut the last line
+                row = json.loads(line)
+                stays = "loss" in row or ("zeroshot" in row and not self.eval_due(step))
+                if row["step"] < step or (row["step"] == step and stays):
+                    kept.append(line + "\n")
         machine.write_file(self.rows, lambda file: file.write("".join(kept).encode()))
+
+    def eval_due(self, step):
+        """Return whether the run validates after this step."""
+        return step % self.header["eval_every"] == 0 or step == self.header["steps"]
 
     def log(self, row):
         """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""

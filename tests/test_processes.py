@@ -2,10 +2,14 @@
 
 The environment says that torchrun has started them. test_step.py compares the gradients."""
 
+import os
+import shutil
+from functools import partial
+
 import pytest
 import torch
 from children import compile_wide_towers, finish
-from material import WIDE, all_rows, checkpoint_of, rows_of, short_run, steps_of
+from material import WIDE, all_rows, cases, checkpoint_of, rows_of, short_run, steps_of
 
 import train
 from superclip import PRESETS
@@ -58,3 +62,29 @@ def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, mon
     losses = losses_of(tmp_path / "two")
     assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
     assert len(losses) == 5
+
+
+DIFFERENCES = {  # case -> options of both processes, and more options of the second one
+    "other data": ("", "--train_data {shards}/bad-0.tar"),
+    "no last.pt": ("--resume --steps 14", ""),
+}
+
+
+@cases("both, second", DIFFERENCES)
+def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_path, both, second):
+    """Their folders differ, as without a shared disk. Only the first one has the run in `out`."""
+    folders = tmp_path / "0", tmp_path / "1"
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(whole_run, folders[0] / "out")
+    out = "out" if "--resume" in both else "new"
+    options = short_run(shards, out, *both.split())
+    more = second.format(shards=shards).split()
+    to_first, to_second = (partial(os.chdir, folder) for folder in folders)
+
+    processes = children.train_two([options, to_first], [[*options, *more], to_second])
+
+    (code, printed), (other_code, other_printed) = map(finish, processes)
+    assert (code, other_code) == (2, 2), printed + other_printed
+    assert "processes" in printed
+    assert "Traceback" not in printed + other_printed

@@ -30,12 +30,12 @@ def copied_run(whole_run, tmp_path):
 # ---- killed
 
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
-# file its name. Its calls are for best.pt and last.pt in turn, at steps 4, 8 and 12.
+# file its name. Its calls are for last.pt and best.pt in turn, at steps 4, 8 and 12.
 MOMENTS = {
     "before anything is saved": (in_step(3, killed), 0),
-    "as best.pt is written": (before("os.replace", 3, killed), 4),
-    "as last.pt is written": (before("os.replace", 4, killed), 4),
-    "in the last validation": (before("eval.retrieval", 4, killed), 8),
+    "as last.pt is written": (before("os.replace", 3, killed), 4),
+    "as best.pt is written": (before("os.replace", 4, killed), 8),
+    "in the last validation": (before("eval.retrieval", 4, killed), 12),
 }
 
 
@@ -97,9 +97,11 @@ def test_a_longer_run_keeps_the_last_validation_of_the_shorter_one(copied_run, s
 
 
 def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):
-    """The commands that the run prints at its end use best.pt."""
-    best, last = copied_run / "best.pt", copied_run / "last.pt"
-    torch.save({**torch.load(last), "best_r1": 1.0}, last)
+    """The run reads the score to beat from best.pt, because last.pt is saved before its step is
+    validated. The commands that the run prints at its end use best.pt."""
+    best = copied_run / "best.pt"
+    for path, score in ((best, 1.0), (copied_run / "last.pt", 0.0)):
+        torch.save({**torch.load(path), "best_r1": score}, path)
     content = best.read_bytes()
 
     train.main(short_run(shards, copied_run, "--resume", "--steps", 13))
