@@ -351,12 +351,13 @@ def make_parser():
     count = cli.number(int, 1)
     not_negative = cli.number(float, 0)
 
-    def add(name, text, **options):
+    def add(name, text, to=parser, **options):
         if name in DEFAULTS:
             default = str(DEFAULTS[name]).strip("[]'")
             text += f" (default {default or 'none'})"
-        parser.add_argument(f"--{name}", help=text, **options)
+        to.add_argument(f"--{name}", help=text, **options)
 
+    length = parser.add_mutually_exclusive_group()
     shards = dict(nargs="+", metavar="SHARDS")
     sources = dict(nargs="+", metavar="SOURCE")
     # fmt: off
@@ -388,8 +389,8 @@ def make_parser():
     add("loss", "contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)",
         choices=("softmax", "sigmoid"))
     # the training
-    add("steps", "length of the run in steps (default: by --epochs)", type=count)
-    add("epochs", "length of the run in passes over the data (default 30)",
+    add("steps", "length of the run in steps (default: by --epochs)", to=length, type=count)
+    add("epochs", "length of the run in passes over the data (default 30)", to=length,
         type=cli.number(float, 1e-6))
     add("batch_size", "pairs in each step, counted over all processes", type=count)
     add("micro_batch_size", "pairs in the towers at once: less memory, same gradients (default: "
