@@ -112,6 +112,10 @@ def read_headers(path, number):
                 if is_part and member.size < 2**31:  # an index row holds 32-bit numbers
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
+            # tarfile stops in silence at a header that it cannot read. A tar ends in zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(20 * BLOCK).strip(b"\0"):
+                unused.append(f"{path}: damaged, and not used beyond that")
     except tarfile.TarError as error:
         unused.append(f"{path}: damaged, compressed, or no tar: {error}")
     has_image = {key: row[IMAGE + 1] > 0 for key, row in rows.items()}
@@ -127,7 +131,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Increase this number when read_headers changes, so that old caches are ignored.
-    path = f"index-15-{digest}"
+    path = f"index-16-{digest}"
     with suppress(Exception):  # there is no cache, or it is damaged, for which torch has many kinds
         return torch.load(cache_folder() / path, weights_only=True)
     index = []
