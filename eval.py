@@ -394,6 +394,7 @@ def read_list(path):
 def command_zeroshot(model, tokenizer, args):
     names = read_list(args.classes) if args.classes else None
     templates = read_list(args.templates) if args.templates else TEMPLATES
+    check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
     result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
     print(format_score("zero-shot", result))
     return result
@@ -409,6 +410,8 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
+    same = Path(args.train).resolve() == Path(args.test).resolve()
+    check(not same, "--train and --test are the same folder. Name other images to test on.")
     train = ClassFolders(args.train, model.config.image_size)
     test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, f"{args.train} and {args.test} hold different classes")

@@ -20,12 +20,15 @@ train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --image_size 21                               | patch_size
+train TRAIN --steps 1 --epochs 1                          | --epochs
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
 train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
+eval zeroshot MODEL --images hollow --templates list.csv  | list.csv
+eval probe MODEL --train classes --test classes           | same folder
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
