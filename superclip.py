@@ -197,7 +197,7 @@ class SuperCLIP(nn.Module):
         the towers at once, by default all.
 
         Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
-        image_features and text_features (B, E). With several processes, the mean of what they
+        image_features and text_features (B, E). If several processes train, the mean of what they
         return is the loss of the whole batch. Only training counts captions. In a model that has
         counted none, all words have weight 0, and classification_loss is 0.
         """
@@ -217,8 +217,10 @@ class SuperCLIP(nn.Module):
         image_features, text_features, terms = in_micro_batches(encode, micro_batch_size, batch)
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
-        all_image_features = gather(image_features)
-        all_text_features = gather(text_features)
+        all_image_features, all_text_features = image_features, text_features
+        if self.training:  # process 0 evaluates alone
+            all_image_features = gather(image_features)
+            all_text_features = gather(text_features)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             contrastive = contrastive_loss(all_image_features, all_text_features, scale)
@@ -528,12 +530,12 @@ def in_micro_batches(encode, size, batch):
     between. The backward pass computes that again, one micro-batch after the other, which takes a
     third more time.
     """
-    if size is None:
+    if size in (None, len(batch[0])):
         return encode(*batch)
+    assert len(batch[0]) % size == 0  # so that all parts count equally
     parts = zip(*(x.split(size) for x in batch if x is not None))
     parts = [checkpoint(encode, *part, use_reentrant=False) for part in parts]
     image_features, text_features, terms = zip(*parts)
-    # All parts count equally, so train.py lets `size` divide the batch.
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
 
