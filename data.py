@@ -135,8 +135,8 @@ class Pairs(Dataset):
 
     def __getitem__(self, item):
         """Return what `draw_pair` returns. item: (position, sample). A random other sample replaces
-        a bad one, so that batches have the same size on every process. Each process prints a bad
-        sample once. A hundred bad samples in a row end the run."""
+        a bad one, so that batches have the same size on every process. A hundred bad samples in a
+        row end the run. Each process prints a bad sample once, and a hundred at most."""
         position, i = item
         rng = random.Random(self.seed << 40 | position)  # no run has 2**40 pairs
         for _ in range(100):
@@ -144,7 +144,7 @@ class Pairs(Dataset):
                 return self.draw_pair(i, rng)
             except (BadSample, OSError) as error:
                 reason = f"bad sample: {self.samples.name(i)}: {error}"
-            if i not in self.reported:
+            if i not in self.reported and len(self.reported) < 100:
                 self.reported.add(i)
                 tqdm.write(reason, sys.stderr)
             i = rng.randrange(len(self))
