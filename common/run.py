@@ -129,6 +129,8 @@ def claim_folder(out_dir, resume):
         has_run = has_weights or Path(folder, "log.jsonl").exists()
         check(not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
+    for temporary in folder.glob(".*.tmp"):  # a run was killed while it saved
+        temporary.unlink()
     return str(folder)
 
 
@@ -172,7 +174,10 @@ def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
 
 
 # The options that --resume cannot change, besides those that the model or the data show
-FIXED = ("batch_size", "seed", "label_captions", "crop_area", "patch_dropout", "weight_decay")
+FIXED = (
+    "batch_size", "seed", "label_captions", "crop_area", "patch_dropout", "weight_decay",
+    "init_from",  # it decides which parameters are new
+)  # fmt: skip
 
 
 def check_same_run(saved, header, vocab):

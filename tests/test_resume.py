@@ -53,6 +53,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert_ends_like(out, whole_run)  # what the killed run had logged beyond that step is gone
     headers = [row for row in all_rows(out) if "header" in row]
     assert steps_of(headers) == ([0, step] if step else [0])
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
