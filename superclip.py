@@ -153,9 +153,9 @@ def contrastive_loss(image_features, text_features, scale):
     scalar that train.py keeps between 1 and 100. The loss begins near ln B, because an untrained
     tower gives nearly the same feature to everything.
     """
-    # Stay in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
+    # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):
-        logits = scale * image_features @ text_features.T  # (B, B)
+        logits = scale * image_features.float() @ text_features.float().T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)  # image i belongs to caption i
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -492,7 +492,7 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
     the mean over the images, as in the paper.
     """
     with torch.autocast(image_features.device.type, enabled=False):
-        logits = scale * image_features @ text_features.T + logit_bias  # (B, B)
+        logits = scale * image_features.float() @ text_features.float().T + logit_bias  # (B, B)
     answers = torch.eye(len(logits), device=logits.device)  # yes on the diagonal, else no
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
 
