@@ -9,8 +9,9 @@ with its 95 % confidence interval, the number of seeds in which b is ahead, and 
 sign-flip test. p counts for one score, which was named before the runs.
 
 Each seed has other built-in scenes, which are drawn for it, so the interval includes the luck of
-the data. A command with --train_data has the same pairs with each seed. Then interval and p hold
-only for these pairs.
+the data. The command runs in their folder, so paths in its options must be absolute. A command with
+--train_data runs here, and has the same pairs with each seed. Then interval and p hold only for
+these pairs.
 
 Finished runs are lines of out_study/runs.jsonl, so a comparison that was stopped goes on. A run is
 known by its command, its seed and the text of its code, so runs of other code are never reported.
