@@ -126,7 +126,8 @@ def serve(search, pictures):
                 return
             text = parse_qs(url.query).get("text", [""])[0]
             with lock:
-                content = page(text, search, pictures).encode()
+                # The name of a file may have bytes that are no UTF-8.
+                content = page(text, search, pictures).encode(errors="replace")
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()
