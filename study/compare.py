@@ -6,7 +6,8 @@
 
 Both train with the same seeds. For each score the command prints both means, the mean difference
 with its 95 % confidence interval, the number of seeds in which b is ahead, and the p of the exact
-sign-flip test. p counts for one score, which was named before the runs.
+sign-flip test. p counts for one score, which was named before the runs. A run whose loss becomes
+infinite or NaN has diverged, and its scores count as 0.
 
 Each seed has other built-in scenes, which are drawn for it, so the interval includes the luck of
 the data. The command runs in their folder, so paths in its options must be absolute. A command with
@@ -25,7 +26,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from multiprocessing.pool import ThreadPool
+import time
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -33,7 +34,7 @@ import torch
 
 from common.cli import check, make_parser, number, run_command
 from common.machine import cores
-from common.run import names_of, read_log
+from common.run import DIVERGED, names_of, read_log
 from common.scenes import find_or_make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,31 +80,44 @@ def folder_of(command, seed):
     return folder
 
 
-def call(words, folder):
-    """Run Python with these arguments in a folder. Raise InputError if it fails."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=variables, text=True, **pipes)
-    last_line = done.stdout.strip().rpartition("\n")[2]
-    check(done.returncode == 0, f"{shlex.join(words)} has failed: {last_line}")
-
-
-def train_and_score(task):
-    """Train once. task: (command, seed, code). Return the run as a dict: the task, the scores, and
-    what the log says of the machine."""
-    command, seed, code = task
+def start(task):
+    """Start a training. task: (command, seed, code). Return its process, and its folder."""
+    command, seed, _ = task
     program, options = split(command)
     if program[0] != "-m":
         program = [str(Path(program[0]).resolve())]
     # Validate before the first step and at the end only. The scenes load fast enough for one core.
     usual = ["--workers", "0", "--eval_every", str(10**9)]
-    with tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve()) as out_dir:
-        last = ["--seed", str(seed), "--out_dir", out_dir]
-        call([*program, *usual, *options, *last], folder_of(command, seed))
-        header, rows = read_log(f"{out_dir}/log.jsonl")
+    folder = tempfile.TemporaryDirectory(prefix="run-", dir=OUT.resolve())
+    last = ["--seed", str(seed), "--out_dir", folder.name]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(f"{folder.name}/output.txt", "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *program, *usual, *options, *last],
+            cwd=folder_of(command, seed),
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    return process, folder
+
+
+def result_of(task, process, folder):
+    """Return the run of a training that has ended, as a dict: the task, the scores, and what the
+    log says of the machine. A run that has diverged has no scores. Raise InputError if the training
+    failed for another reason."""
+    command, seed, code = task
+    output = Path(folder.name, "output.txt").read_text("utf-8", errors="replace")
+    last_line = output.strip().rpartition("\n")[2]
+    has_diverged = process.returncode != 0 and DIVERGED in last_line
+    check(process.returncode == 0 or has_diverged, f"{command}, seed {seed}: {last_line}")
     check(code_of(command) == code, f"the code of {command} has changed meanwhile. Start again.")
-    scores = scores_of(rows[-1])  # the last row is a validation
-    check(scores, f"{command} has no score. Add --val_data or --zeroshot_data.")
+    header, rows = read_log(f"{folder.name}/log.jsonl")
+    scores = {}
+    if not has_diverged:
+        scores = scores_of(rows[-1])  # the last row is a validation
+        check(scores, f"{command} has no score. Add --val_data or --zeroshot_data.")
     machine = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
     return {"command": command, "seed": seed, "code": code, "scores": scores, **machine}
 
@@ -120,21 +134,36 @@ def scores_of(row):
 
 def runs_of(tasks, jobs):
     """Return the runs of tasks, in their order. First make those that out_study/runs.jsonl lacks,
-    `jobs` at a time, and add each one to that file as it ends."""
+    `jobs` at a time, and add each one to that file as it ends. If one fails, or the user presses
+    Ctrl-C, end the others."""
     OUT.mkdir(exist_ok=True)
     path = OUT / "runs.jsonl"
     path.touch()
     runs = [json.loads(line) for line in open(path)]
     found = {(run["command"], run["seed"], run["code"]): run for run in runs}
-    todo = [task for task in tasks if task not in found]
-    for command, seed, _ in todo:  # draw the scenes now, because two runs could draw them at once
-        folder_of(command, seed)
-    with ThreadPool(jobs) as pool:
-        for n, run in enumerate(pool.imap_unordered(train_and_score, todo), 1):
-            found[run["command"], run["seed"], run["code"]] = run
-            with open(path, "a") as file:
-                file.write(json.dumps(run) + "\n")
-            print(f"{n} of {len(todo)}: {run['command']}, seed {run['seed']}")
+    todo = [task for task in dict.fromkeys(tasks) if task not in found]
+    running = {}  # task: its process and its folder
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                task = todo.pop(0)
+                running[task] = start(task)
+            time.sleep(0.1)
+            ended = [task for task, (process, _) in running.items() if process.poll() is not None]
+            for task in ended:
+                process, folder = running.pop(task)
+                with folder:  # which is removed at the end
+                    run = found[task] = result_of(task, process, folder)
+                with open(path, "a") as file:
+                    file.write(json.dumps(run) + "\n")
+                how = "trained" if run["scores"] else "diverged"
+                left = len(todo) + len(running)
+                print(f"{how}: {run['command']}, seed {run['seed']} ({left} left)")
+    finally:
+        for process, folder in running.values():
+            process.kill()
+            process.wait()
+            folder.cleanup()
     return [found[task] for task in tasks]
 
 
@@ -176,19 +205,32 @@ def sign_flip(differences):
 # The command
 
 
+def value_of(run, name):
+    """Return a score of a run in percent, or 0 if the run has diverged."""
+    return 100 * run["scores"][name]["value"] if run["scores"] else 0.0
+
+
 def print_scores(a, b):
-    """Print each score of two lists of runs, which have the same seeds."""
-    print(
-        "\nin percent: a -> b, b - a with its 95 % interval, seeds in which b is ahead, exact p\n"
-    )
-    width = max(map(len, a[0]["scores"])) + 2
-    for name, score in a[0]["scores"].items():
-        first, second = [[100 * run["scores"][name]["value"] for run in runs] for runs in (a, b)]
+    """Print a table of the scores of two lists of runs, which have the same seeds."""
+    print("\nin percent          a       b     b - a, 95 %     b ahead  exact p  chance")
+    scores = max((run["scores"] for run in a + b), key=len)  # of a run that has not diverged
+    for name, score in scores.items():
+        first = [value_of(run, name) for run in a]
+        second = [value_of(run, name) for run in b]
         differences = [y - x for x, y in zip(first, second)]
         middle, half = interval(differences)
-        values = f"{mean(first):.1f} -> {mean(second):.1f}, {middle:+.1f} ± {half:.1f}"
-        test = f"{ahead(differences)}, p {sign_flip(differences):.4f}"
-        print(f"{name:{width}s}{values:30s}{test:22s}chance {100 * score['chance']:.1f}")
+        print(
+            f"{name:14s}"
+            f"{mean(first):7.1f} {mean(second):7.1f}"
+            f"  {middle:+6.1f} ± {half:4.1f}"
+            f"  {ahead(differences):>10s}"
+            f"  {sign_flip(differences):7.4f}"
+            f"  {100 * score['chance']:6.1f}"
+        )
+    for side, runs in (("a", a), ("b", b)):
+        diverged = [str(run["seed"]) for run in runs if not run["scores"]]
+        if diverged:
+            print(f"{side} has diverged with the seeds {', '.join(diverged)}. They count as 0.")
 
 
 def seeds(text):

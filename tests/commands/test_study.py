@@ -1,17 +1,27 @@
 """Test the study: how two commands are compared, and that the pages show what the runs say."""
 
+import importlib
 import itertools
 import json
+import re
+import subprocess
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
-from children import ROOT, finish
+import torch.nn.functional as F
+from children import ROOT
+from material import rows_of
 
 import superclip
 import train
+from common import scenes
 from common.cli import InputError
+from common.tokenizer import Tokenizer
 from study import claims, compare, shuffled, warmup
 
 # ---- compare
@@ -41,16 +51,19 @@ def test_finished_runs_are_kept_and_not_used_for_other_code(monkeypatch, tmp_pat
     """We make up the runs, and what the code of a command is."""
     done = []
 
-    def train_and_score(task):
+    def start(task):
         done.append(task)
+        return SimpleNamespace(poll=lambda: 0), nullcontext()
+
+    def result_of(task, process, folder):
         command, seed, code = task
         scores = {"R@1": {"value": seed / 100, "chance": 0.1}}
         return {"command": command, "seed": seed, "code": code, "scores": scores}
 
     code = {"train.py": "1", "../fork/train.py": "1"}
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    monkeypatch.setattr(compare, "folder_of", lambda command, seed: None)
-    monkeypatch.setattr(compare, "train_and_score", train_and_score)
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(compare, "result_of", result_of)
     monkeypatch.setattr(compare, "code_of", code.get)
 
     argv = ["--a", "train.py", "--b", "../fork/train.py", "--seeds"]
@@ -82,21 +95,38 @@ def test_other_text_is_other_code(monkeypatch, tmp_path):
     assert len(codes) == 1 + len(files)
 
 
-def test_a_comparison_trains_both_variants_and_prints_every_score(
-    shards, folders, children, monkeypatch, tmp_path, capsys
-):
-    """We fork the processes, because each new one would take seconds to import torch. A run whose
-    code has changed meanwhile is an error."""
+@pytest.fixture
+def forked(children, monkeypatch, tmp_path):
+    """Fork the trainings of a comparison, because each new process would take seconds to import
+    torch."""
 
-    def call(words, folder):
-        code, printed = finish(children.start(Path(words[0]).stem, words[1:]))
-        assert code == 0, printed
+    class Popen:
+        def __init__(self, words, stdout, **_):
+            self.process = children.start(Path(words[1]).stem, words[2:])
+            self.output = Path(stdout.name)
 
-    monkeypatch.setattr(compare, "call", call)
+        def poll(self):
+            self.returncode = self.process.exitcode
+            if self.returncode is not None:
+                self.output.write_text(self.process.output.read_text())
+            return self.returncode
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    data = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar --steps 2"
-    data += f" --zeroshot_data {folders} --model tiny --batch_size 8 --no-compile"
-    argv = ["--a", f"train.py --cls_weight 0 {data}", "--b", f"train.py {data}"]
+
+
+@pytest.fixture
+def options(shards, folders):
+    """Return the options of a run of two steps."""
+    data = f"--train_data {shards}/train-*.tar --val_data {shards}/val-*.tar"
+    return f"{data} --zeroshot_data {folders} --steps 2 --model tiny --batch_size 8 --no-compile"
+
+
+def test_a_comparison_trains_both_variants_and_prints_every_score(
+    options, folders, forked, tmp_path, capsys
+):
+    """A run whose code has changed meanwhile is an error."""
+    argv = ["--a", f"train.py --cls_weight 0 {options}", "--b", f"train.py {options}"]
 
     compare.main([*argv, "--seeds", "5-6", "--jobs", "1"])
 
@@ -105,19 +135,119 @@ def test_a_comparison_trains_both_variants_and_prints_every_score(
     runs = [json.loads(line) for line in open(tmp_path / "runs.jsonl")]
     assert [run["seed"] for run in runs] == [5, 5, 6, 6]
     with pytest.raises(InputError, match="code"):
-        compare.train_and_score((argv[1], 5, "the code before"))
+        compare.runs_of([(argv[1], 5, "the code before")], jobs=1)
 
 
-# ---- modules
+def test_a_run_that_diverges_counts_as_0_and_is_kept(options, forked, tmp_path, capsys):
+    large = "--learning_rate 1e12 --weight_decay 1e12"
+    argv = ["--a", f"train.py {options}", "--b", f"train.py {large} {options}"]
+
+    compare.main([*argv, "--seeds", "5-6", "--jobs", "2"])
+
+    printed = capsys.readouterr().out
+    assert "b has diverged with the seeds 5, 6. They count as 0." in printed
+    assert re.search(r"R@10 .* 0\.0 .* 0 of 2", printed), printed
+    runs = [json.loads(line) for line in open(tmp_path / "runs.jsonl")]
+    assert sorted(bool(run["scores"]) for run in runs) == [False, False, True, True]
+
+
+FAILS = "raise SystemExit('error: no such file')"
+WAITS = """
+import time
+from pathlib import Path
+
+Path("started").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
+    error, monkeypatch, tmp_path
+):
+    """It ends because one training fails, or by Ctrl-C. The other training would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    for path, text in (("common/scenes.py", ""), ("a/train.py", WAITS), ("b/train.py", FAILS)):
+        Path(path).parent.mkdir()
+        Path(path).write_text(text)
+    started = []
+
+    def note(*args, popen=subprocess.Popen, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def wait(seconds, sleep=time.sleep):
+        while not Path("started").exists():
+            sleep(seconds)
+        if error is KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    monkeypatch.setattr(time, "sleep", wait)
+    commands = [f"{side}/train.py --train_data none" for side in "ab"]
+
+    with pytest.raises(error):
+        compare.main(["--a", commands[0], "--b", commands[1], "--jobs", "2"])
+
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert [*Path("out_study").iterdir()] == [Path("out_study/runs.jsonl")]
+
+
+# ---- experiments
 
 
 @pytest.fixture
-def replaced(monkeypatch):
-    """Let train.main train nothing. After the test, restore the functions that a module has
-    replaced."""
-    monkeypatch.setattr(train, "main", lambda argv: argv)
-    monkeypatch.setattr(superclip, "classification_loss", superclip.classification_loss)
+def restored(monkeypatch):
+    """After the test, restore the functions that an experiment has replaced."""
+    for owner, name in ((superclip, "classification_loss"), (superclip, "idf")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(train, "count_steps", train.count_steps)
+
+
+@pytest.fixture
+def replaced(restored, monkeypatch):
+    """Let train.main train nothing."""
+    monkeypatch.setattr(train, "main", lambda argv: argv)
+
+
+TOKENIZER = Tokenizer(scenes.vocabulary())
+V = TOKENIZER.vocab_size
+RED, STAR = TOKENIZER.encode("red star")
+LOGITS = torch.randn(V)
+LOG_P = LOGITS.log_softmax(dim=0)
+# Experiment: its loss for the caption "red star". Its words weigh ln 4 and ln 2 by IDF.
+EXPERIMENTS = {
+    "no_idf": -(LOG_P[RED] + LOG_P[STAR]) / 2,
+    "some_words --hears colours": -LOG_P[RED],
+    "some_words --hears shapes": -LOG_P[STAR],
+    "yes_no": F.softplus(LOGITS[1:-2]).sum() - LOGITS[RED] - LOGITS[STAR],
+}
+
+
+def first_row(main, options, scenes_folder, out):
+    """Train two steps with main(argv). Return what the first step logs."""
+    data = f"--train_data {scenes_folder}/train-*.tar --val_data none --captions json.long"
+    run = f"{data} --model tiny --batch_size 8 --steps 2 --log_every 1 --workers 0 --device cpu"
+    main([*options, *run.split(), "--dtype", "float32", "--out_dir", str(out)])
+    return rows_of(out, "loss")[0]
+
+
+@pytest.mark.parametrize("command", EXPERIMENTS)
+def test_an_experiment_trains_with_its_own_loss(command, restored, scenes_folder, tmp_path):
+    """In the first step the weights are still equal, so only the loss of the head differs."""
+    name, *options = command.split()
+    experiment = importlib.import_module(f"study.{name}")
+    token_counts = torch.full((V,), 7)
+    token_counts[RED], token_counts[STAR] = 1, 3
+
+    plain = first_row(train.main, [], scenes_folder, tmp_path / "plain")
+    row = first_row(experiment.main, options, scenes_folder, tmp_path / "experiment")
+
+    token_weights = superclip.idf(torch.tensor(7), token_counts)
+    loss = superclip.classification_loss(LOGITS[None], TOKENIZER(["red star"], 8), token_weights)
+    torch.testing.assert_close(loss, EXPERIMENTS[command])
+    assert row["contrastive_loss"] == plain["contrastive_loss"]
+    assert row["classification_loss"] != plain["classification_loss"]
 
 
 CONTROLS = [(shuffled, ""), (warmup, "--share 0.5 --shuffled")]
