@@ -255,7 +255,7 @@ class Samples:
         self.sources = sources
         self.index, self.unused = build_index(paths)  # texts that say what is not used
         if self.unused:
-            print(f"samples not used: {len(self.unused):,}, such as {self.unused[0]}")
+            print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
         if len(self.index) == 0:
             raise InputError(f"there are no image-caption pairs in {paths[0]}")
         for source in sources:

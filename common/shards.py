@@ -112,9 +112,9 @@ def read_headers(path, number):
                 if is_part and member.size < 2**31:  # an index row holds 32-bit numbers
                     row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
-            # tarfile stops in silence at a header that it cannot read. A tar ends in zeros.
+            # tarfile stops in silence at a header that it cannot read. A whole tar ends in zeros.
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(20 * BLOCK).strip(b"\0"):
+            if tar.fileobj.read().strip(b"\0"):
                 unused.append(f"{path}: damaged, and not used beyond that")
     except tarfile.TarError as error:
         unused.append(f"{path}: damaged, compressed, or no tar: {error}")
