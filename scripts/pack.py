@@ -20,6 +20,7 @@ import os
 import tarfile
 from collections import Counter
 from functools import partial
+from itertools import islice
 from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def encode(item, folder, size, val):
     return split, suffix, content, fields_of(name, rows)
 
 
+def encode_all(samples, **options):
+    """Yield what `encode` returns for each of the samples. options: of `encode`. It encodes 256 at a
+    time, so that no more are in memory if the disk is slow."""
+    items = iter(samples.items())
+    with ThreadPool(cores()) as pool:
+        while part := [*islice(items, 256)]:
+            yield from pool.map(partial(encode, **options), part)
+
+
 # -----------------------------------------------------------------------------
 # Shards
 
@@ -165,9 +175,9 @@ def main(argv):
     # fmt: on
     args = parser.parse_args(argv)
     samples, bad = read_table(args.csv)
-    with new_folder(args.out) as folder, ThreadPool(cores()) as pool:
-        task = partial(encode, folder=args.images, size=args.size, val=args.val)
-        results = progress(pool.imap(task, samples.items()), "packing", len(samples), unit="image")
+    with new_folder(args.out) as folder:
+        results = encode_all(samples, folder=args.images, size=args.size, val=args.val)
+        results = progress(results, "packing", len(samples), unit="image")
         counts = write_shards(folder, usable(samples, results, bad))
         reason = bad[0][1] if bad else "it has none"
         check(counts, f"none of the rows of {args.csv} can be used: {reason}")
