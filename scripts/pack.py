@@ -120,8 +120,9 @@ def encode(item, folder, size, val):
 
 
 def encode_all(samples, **options):
-    """Yield what `encode` returns for each of the samples. options: of `encode`. It encodes 256 at a
-    time, so that no more are in memory if the disk is slow."""
+    """Yield what `encode` returns for each of the samples. options: those of `encode`.
+
+    Only 256 samples are encoded at a time, so that a slow disk does not fill the memory."""
     items = iter(samples.items())
     with ThreadPool(cores()) as pool:
         while part := [*islice(items, 256)]:
