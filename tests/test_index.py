@@ -112,16 +112,17 @@ def test_a_member_of_2_gib_is_not_used_and_the_others_are(tmp_path):
 # ---- damage
 
 
-def overwrite(tar, member):
+def overwrite(tar, member, byte):
     """Return a tar in which the header of a member and its first data are overwritten."""
     start = tar.index(member)
-    return tar[:start] + 1024 * b"?" + tar[start + 1024 :]
+    return tar[:start] + 1024 * byte + tar[start + 1024 :]
 
 
 # case -> a function that damages a shard of three samples, and the captions that are left
 DAMAGE = {
     "ends inside an image": (lambda tar: tar[: tar.index(b"0002.png") + 600], "red green ?"),
-    "a damaged header": (lambda tar: overwrite(tar, b"0001.png"), "red"),
+    "a damaged header": (lambda tar: overwrite(tar, b"0001.png", b"?"), "red"),
+    "a hole": (lambda tar: overwrite(tar, b"0001.png", b"\0"), "red"),
     "a page instead": (lambda tar: b"<html>the page of an error</html>" * 100, ""),
     "compressed": (gzip.compress, ""),
 }
