@@ -27,7 +27,6 @@ E embedding, V vocabulary.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -212,21 +211,19 @@ class SuperCLIP(nn.Module):
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
-        encode = partial(self.encode_pairs, token_weights)
-        batch = [images, tokens, label_tokens, keep]
-        image_features, text_features, terms = in_micro_batches(encode, micro_batch_size, batch)
+        if micro_batch_size is None or micro_batch_size == len(images):
+            encoded = self.encode_pairs(token_weights, images, tokens, label_tokens, keep)
+        else:
+            batch = [images, tokens, label_tokens, keep]
+            encoded = in_micro_batches(self.encode_pairs, micro_batch_size, token_weights, batch)
+        image_features, text_features, terms = encoded
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
         all_image_features, all_text_features = image_features, text_features
         if self.training:  # process 0 evaluates alone
             all_image_features = gather(image_features)
             all_text_features = gather(text_features)
-        scale = self.logit_scale.exp()
-        if self.logit_bias is None:
-            contrastive = contrastive_loss(all_image_features, all_text_features, scale)
-        else:
-            bias = self.logit_bias
-            contrastive = sigmoid_loss(all_image_features, all_text_features, scale, bias)
+        contrastive = self.contrastive(all_image_features, all_text_features)
 
         # The sum. docs/fork.md shows how to add a term of your own here.
         terms = {"contrastive_loss": contrastive, **terms}
@@ -266,6 +263,14 @@ class SuperCLIP(nn.Module):
             logits = self.head(image_tokens[:, 1:])  # (B, V), without the class token
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
+
+    def contrastive(self, image_features, text_features):
+        """Return the loss of pairs that must find each other, a scalar: CLIP's, or SigLIP's if
+        config.loss is sigmoid. Both arguments (B, E) are features of length 1."""
+        scale = self.logit_scale.exp()
+        if self.logit_bias is None:
+            return contrastive_loss(image_features, text_features, scale)
+        return sigmoid_loss(image_features, text_features, scale, self.logit_bias)
 
     def encode_image(self, images):
         """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
@@ -521,20 +526,18 @@ def gather(features):
     return torch.cat(gathered)
 
 
-def in_micro_batches(encode, size, batch):
-    """Return what encode(*batch) returns, but with the memory of `size` pairs (GradCache, arXiv
-    2101.06983). size: None for all pairs at once; batch: list of tensors, or None at its end.
+def in_micro_batches(encode_pairs, size, token_weights, batch):
+    """Return what encode_pairs(token_weights, *batch) returns, but with the memory of `size` pairs
+    (GradCache, arXiv 2101.06983). batch: list of tensors, or None at its end.
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     checkpoint keeps its inputs and its features, and forgets all that the towers have computed in
     between. The backward pass computes that again, one micro-batch after the other, which takes a
     third more time.
     """
-    if size in (None, len(batch[0])):
-        return encode(*batch)
     assert len(batch[0]) % size == 0  # so that all parts count equally
     parts = zip(*(x.split(size) for x in batch if x is not None))
-    parts = [checkpoint(encode, *part, use_reentrant=False) for part in parts]
+    parts = [checkpoint(encode_pairs, token_weights, *x, use_reentrant=False) for x in parts]
     image_features, text_features, terms = zip(*parts)
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
