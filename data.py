@@ -13,6 +13,8 @@ Shards are not streamed. One pass over the tar headers makes an index, which is 
 (common/shards.py), and then two or three reads fetch any sample. So the shuffle is global, the
 length is exact, batches have the same size on each process, and a run can be resumed from one
 integer, its step. eval.py makes its own batches, in order and without random crops.
+
+The axes in comments are those of superclip.py.
 """
 
 import hashlib

@@ -21,8 +21,9 @@ that they share. At the end is what a first reader can skip: SigLIP's loss, seve
 batches that would not fit into memory, and the sizes of models. After this file read train.py,
 data.py and eval.py.
 
-Axes: B pairs, S pixels on each side of an image, P patches, T tokens of a caption, D width,
-E embedding, V vocabulary.
+Axes: B pairs, S pixels on each side of an image, P patches, K patches of each image if only some
+are looked at, T tokens of a caption that may be cut, T' tokens of a whole caption, D width,
+H heads, E embedding, V vocabulary.
 """
 
 import math
@@ -112,7 +113,7 @@ def idf(num_captions, token_counts):
 
 def multi_hot(label_tokens, vocab_size):
     """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
-    others. label_tokens (B, T): the ids of the captions, with start, end and padding."""
+    others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
     words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
     return words.scatter_(1, label_tokens, 1.0)
 
@@ -122,7 +123,7 @@ def caption_label(label_tokens, token_weights):
 
     The shares are proportional to token_weights (V,), and their sum is 1. If "a" has weight 0.5,
     "red" 2 and "heart" 2.5, the caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word
-    of a caption (label_tokens, (B, T)) has weight, all its shares are 0.
+    of a caption (label_tokens, (B, T')) has weight, all its shares are 0.
     """
     words = multi_hot(label_tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
@@ -132,7 +133,7 @@ def classification_loss(logits, label_tokens, token_weights):
     """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
     the words of the caption (paper, equations 2 to 4).
 
-    logits (B, V): from the head; label_tokens (B, T): the whole captions; token_weights (V,): from
+    logits (B, V): from the head; label_tokens (B, T'): the whole captions; token_weights (V,): from
     `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2: equal logits would
     give ln V, and logits of variance 1 give 1/2 more.
     """
@@ -190,8 +191,8 @@ class SuperCLIP(nn.Module):
         """Compute the loss of a batch. These are all steps of the method.
 
         images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
-        context_length; label_tokens: the same captions, not cut, or others whose words are to be
-        predicted, by default the tokens. The last two arguments save time and memory. keep (B, K):
+        context_length; label_tokens (B, T'): the same captions, not cut, or others whose words are
+        to be predicted, by default the tokens. The last two arguments save time and memory. keep (B, K):
         indices of the patches to look at, by default all; micro_batch_size: pairs that go through
         the towers at once, by default all.
 
@@ -234,7 +235,7 @@ class SuperCLIP(nn.Module):
         return {"loss": loss, **terms, **features}
 
     def count_tokens(self, label_tokens):
-        """Count the captions (B, T) of a batch, and the tokens in them, over all processes."""
+        """Count the captions (B, T') of a batch, and the tokens in them, over all processes."""
         # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
         V = len(self.token_counts)
         counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256)).long()
@@ -280,7 +281,8 @@ class SuperCLIP(nn.Module):
     def project_image(self, image_tokens):
         """Return features (B, E) of length 1, which are read at the class token. image_tokens
         (B, 1 + P, D): what the image tower returns."""
-        return F.normalize(self.visual.project(image_tokens).float(), dim=-1)
+        features = image_tokens[:, 0] @ self.visual.proj
+        return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, tokens):
         """Return features (B, E) of length 1. tokens (B, T): the ids of captions."""
@@ -322,6 +324,7 @@ class VisionTransformer(nn.Module):
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
         self.ln_post = LayerNorm(width)
+        # SuperCLIP.project_image uses it: the tower returns its tokens without this projection.
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -344,10 +347,6 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + P, D)
         # CLIP normalises the class token alone. Here the word head reads the patches, too.
         return self.ln_post(self.transformer(self.ln_pre(x)))
-
-    def project(self, image_tokens):
-        """Return the feature (B, E) of the whole image. image_tokens: what `forward` returns."""
-        return image_tokens[:, 0] @ self.proj
 
 
 class TextTransformer(nn.Module):
@@ -423,7 +422,7 @@ class Attention(nn.Module):
         B, T, D = x.shape  # T: tokens in either tower
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each, for H heads
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
         x = attention(q, k, v, self.causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 

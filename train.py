@@ -297,8 +297,9 @@ def open_data(args, shards, val_shards, model, tokenizer):
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    N = args.batch_size
-    cli.check(N <= len(pairs), f"--batch_size is {N}, but there are only {len(pairs):,} pairs.")
+    is_enough = args.batch_size <= len(pairs)
+    too_few = f"--batch_size is {args.batch_size}, but there are only {len(pairs):,} pairs"
+    cli.check(is_enough, too_few)
     return pairs, val_samples
 
 
