@@ -267,17 +267,15 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, folder, names=None, templates=TEMPLATES, workers=0):
-    """Classify the images in a folder that holds a folder of images for each class. Return the
-    score. names: the names of the classes, by default those of the folders; templates: for the
-    prompts."""
-    dataset = ClassFolders(folder, model.config.image_size)
-    C = len(dataset.classes)
+def zeroshot(model, tokenizer, images, names=None, templates=TEMPLATES, workers=0):
+    """Classify images, which are ClassFolders. Return the score. names: the names of the classes,
+    by default those of the folders; templates: for the prompts."""
+    C = len(images.classes)
     if names is None:
-        names = [name.replace("_", " ") for name in dataset.classes]
-    check(len(names) == C, f"{folder} has {C} folders, but there are {len(names)} names")
+        names = [name.replace("_", " ") for name in images.classes]
+    check(len(names) == C, f"there are {C} folders of images, but {len(names)} names of classes")
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
-    features, labels = encode_images(model, dataset, workers)
+    features, labels = encode_images(model, images, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()
     return score(guesses == torch.tensor(labels), 1 / C)
 
@@ -395,7 +393,8 @@ def command_zeroshot(model, tokenizer, args):
     names = read_list(args.classes) if args.classes else None
     templates = read_list(args.templates) if args.templates else TEMPLATES
     check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
-    result = zeroshot(model, tokenizer, args.images, names, templates, args.workers)
+    images = ClassFolders(args.images, model.config.image_size)
+    result = zeroshot(model, tokenizer, images, names, templates, args.workers)
     print(format_score("zero-shot", result))
     return result
 

@@ -192,9 +192,9 @@ class SuperCLIP(nn.Module):
 
         images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
         context_length; label_tokens (B, T'): the same captions, not cut, or others whose words are
-        to be predicted, by default the tokens. The last two arguments save time and memory. keep (B, K):
-        indices of the patches to look at, by default all; micro_batch_size: pairs that go through
-        the towers at once, by default all.
+        to be predicted, by default the tokens. The last two arguments save time and memory. keep
+        (B, K): indices of the patches to look at, by default all; micro_batch_size: pairs that go
+        through the towers at once, by default all.
 
         Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
         image_features and text_features (B, E). If several processes train, the mean of what they

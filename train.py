@@ -4,8 +4,8 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The file begins with the defaults and the run with its loop. Then come the parts of a step, the
-parts of the set-up, and the options. Read superclip.py before this file. You need not open common/.
+The file begins with the run and its loop. Then come the parts of a step, the parts of the set-up,
+and the options with their defaults. Read superclip.py before this file. You need not open common/.
 
 last.pt holds weights, token counts and the optimizer. Everything else that a step needs follows
 from the options and the number of the step: the batch, its crops, the patches that are kept, the
@@ -14,72 +14,31 @@ resumed ends with the same bits as a run that was not. On a GPU it may not, beca
 kernels add numbers in no fixed order.
 """
 
+import os
+
+# Let a waiting thread sleep after a thousand rounds. GNU's OpenMP would let it spin for so long
+# that beside another busy program a run would hardly advance. torch reads this at its import.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import math
 import time
 from pathlib import Path
 
-from common import cli, machine  # isort: skip  # before torch: see common/__init__.py
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import eval as evaluation
+from common import cli, machine
 from common.machine import RANK, WORLD
 from common.run import RunFolder, header_of, read_model
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
-
-# -----------------------------------------------------------------------------
-# Defaults. `python train.py --help` explains the options.
-
-DEFAULTS = {
-    "zeroshot_data": [],
-    "captions": ["txt"],
-    "crop_area": 0.9,
-    "patch_dropout": 0.0,
-    "model": "ViT-B-16",
-    "batch_size": 256,
-    "learning_rate": 5e-4,  # that of CLIP's ViT-B
-    "weight_decay": 0.2,
-    "seed": 0,
-    "log_every": 20,
-}
-# Without --train_data a run trains on built-in scenes. These options were chosen together.
-SCENE_OPTIONS = {
-    "train_data": ["scenes/train-*.tar"],
-    "val_data": ["scenes/val-*.tar"],
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
-# With --init_from larger steps would destroy what the weights know. Parameters that the checkpoint
-# lacks, such as those of a new word head, know nothing yet.
-FINE_TUNING_OPTIONS = {"learning_rate": 5e-5, "model": None}
-RATE_OF_NEW_PARAMETERS = 5e-4
-
-
-def default_epochs(args):
-    """Return the length of a run in passes over the data."""
-    if not args.scenes:
-        return 30.0
-    # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By trial this
-    # was a good compromise between as many samples and as many steps.
-    return round(1.6 * math.sqrt(args.batch_size / 32), 3)
-
 
 # -----------------------------------------------------------------------------
 # The run
@@ -98,39 +57,55 @@ def train(args):
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
         model, tokenizer, new_parameters = build_model(args, shards, device)
-        pairs, val_samples = open_data(args, shards, val_shards, model, tokenizer)
+        pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
     # The header is the first row of the log: the conditions of the run.
     header = header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
     run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
     start = run.start(args.resume)  # the step of last.pt if the run is resumed, else 0
-    ddp_model = machine.distribute(model)  # averages the gradients of several processes
+    ddp_model = model
+    if WORLD > 1:
+        # Average the gradients of all processes. A bucket view avoids a copy of all gradients.
+        # Buffers need no broadcast, because all processes count the same tokens.
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        ddp_model = DistributedDataParallel(model, **options)
     B = args.batch_size // WORLD  # pairs of this process
     local = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
     batches = data.load_batches(pairs, args.batch_size, local, start, steps, args.workers, on_gpu)
 
-    # Step 0 gives the score to beat. A run that was killed in a validation repeats that.
-    if run.eval_due(start) and RANK == 0:
-        validate(args, run, val_samples, start)
-    todo = range(start, steps)
+    todo = range(start, steps + 1)  # at its end the run validates once more
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
     logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
     for step in todo:
-        # 1. The batch, a dict of the arguments of SuperCLIP.forward
+        # 1. Write last.pt every ten minutes (RunFolder has the clock), and before a validation,
+        # because that may fail. Validate, and write best.pt if this is the best model. Step 0 gives
+        # the score to beat. A run that was killed in a validation repeats that.
+        eval_due = run.eval_due(step)
+        if step > start:
+            run.save_last(step, at_once=eval_due)
+        if eval_due and RANK == 0:  # the other processes wait in the next step
+            row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
+            run.log(row)
+            run.save_best(row)
+            clock = time.perf_counter()
+        if step == steps:
+            break
+
+        # 2. The batch, a dict of the arguments of SuperCLIP.forward
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
 
-        # 2. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
+        # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
         # needs all pairs at once, so forward itself splits a batch into micro-batches.
         with autocast:
             output = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(output["loss"]).backward()
 
-        # 3. The update
+        # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -144,11 +119,10 @@ def train(args):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
 
-        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
+        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
-        eval_due = run.eval_due(done)
-        if done % args.log_every == 0 or eval_due:
+        if done % args.log_every == 0 or run.eval_due(done):
             losses = mean_losses(output)
             seconds = time.perf_counter() - clock
             row = {
@@ -165,13 +139,6 @@ def train(args):
             }
             run.log(row)
             logged, waited, clock = done, 0.0, time.perf_counter()
-
-        # 5. Write last.pt every ten minutes (RunFolder has the clock), and before a validation,
-        # because that may fail. Validate, and write best.pt if this is the best model.
-        run.save_last(done, at_once=eval_due)
-        if eval_due and RANK == 0:  # the other processes wait in the next step
-            validate(args, run, val_samples, done)
-            clock = time.perf_counter()
     print_commands(run, has_val_pairs=val_samples is not None)
 
 
@@ -199,25 +166,24 @@ def mean_losses(output):
     return dict(zip(names, values.tolist()))
 
 
-def validate(args, run, samples, step):
+def validate(args, model, tokenizer, samples, zeroshot_images, step):
     """Score retrieval among the validation samples, if there are any, and zero-shot classification,
-    in float32. Print and log the scores, and write best.pt if this model is the best so far: by the
-    mean of R@1 both ways, or without samples by its age."""
+    in float32. Print the scores, and return them as a row of the log. samples: data.Samples or
+    None; zeroshot_images: a dict {folder of --zeroshot_data: its images}."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
-    model, tokenizer = run.model.eval(), run.tokenizer
+    model.eval()
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers)
             evaluation.print_words(model, tokenizer, samples)
-        for folder in args.zeroshot_data:
-            score = evaluation.zeroshot(model, tokenizer, folder, workers=args.workers)
+        for folder, images in zeroshot_images.items():
+            score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
             row["zeroshot"][folder] = score
     model.train()
-    run.log(row)
-    run.save_best(row)
+    return row
 
 
 def print_commands(run, has_val_pairs):
@@ -280,17 +246,17 @@ def build_model(args, shards, device):
 
 
 def open_data(args, shards, val_shards, model, tokenizer):
-    """Return the training pairs (data.Pairs), and the validation samples (data.Samples), or None if
-    there are none."""
+    """Return the training pairs (data.Pairs), the validation samples (data.Samples), or None if
+    there are none, and a dict {folder of --zeroshot_data: its images}."""
     val_samples = None
     if val_shards:
         val_samples = data.Samples(val_shards, args.val_captions or args.captions)
-    for folder in args.zeroshot_data:  # a mistake in a folder ends the run before its first step
-        evaluation.ClassFolders(folder, model.config.image_size)
+    size = model.config.image_size
+    zeroshot_images = {x: evaluation.ClassFolders(x, size) for x in args.zeroshot_data}
     pairs = data.Pairs(
         data.Samples(shards, args.captions),
         tokenizer,
-        model.config.image_size,
+        size,
         label_sources=args.label_captions,
         seed=args.seed,
         crop_area=args.crop_area,
@@ -300,7 +266,7 @@ def open_data(args, shards, val_shards, model, tokenizer):
     is_enough = args.batch_size <= len(pairs)
     too_few = f"--batch_size is {args.batch_size}, but there are only {len(pairs):,} pairs"
     cli.check(is_enough, too_few)
-    return pairs, val_samples
+    return pairs, val_samples, zeroshot_images
 
 
 def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
@@ -342,6 +308,50 @@ def count_steps(args, num_pairs):
 # -----------------------------------------------------------------------------
 # Options
 
+DEFAULTS = {
+    "zeroshot_data": [],
+    "captions": ["txt"],
+    "crop_area": 0.9,
+    "patch_dropout": 0.0,
+    "model": "ViT-B-16",
+    "batch_size": 256,
+    "learning_rate": 5e-4,  # that of CLIP's ViT-B
+    "weight_decay": 0.2,
+    "seed": 0,
+    "log_every": 20,
+}
+# Without --train_data a run trains on built-in scenes. These options were chosen together.
+SCENE_OPTIONS = {
+    "train_data": ["scenes/train-*.tar"],
+    "val_data": ["scenes/val-*.tar"],
+    "zeroshot_data": [
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
+# With --init_from larger steps would destroy what the weights know. Parameters that the checkpoint
+# lacks, such as those of a new word head, know nothing yet.
+FINE_TUNING_OPTIONS = {"learning_rate": 5e-5, "model": None}
+RATE_OF_NEW_PARAMETERS = 5e-4
+
+
+def default_epochs(batch_size, on_scenes):
+    """Return the length of a run in passes over the data. on_scenes: whether it is for scenes."""
+    if not on_scenes:
+        return 30.0
+    # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By trial this
+    # was a good compromise between as many samples and as many steps.
+    return round(1.6 * math.sqrt(batch_size / 32), 3)
+
 
 def make_parser():
     """Return the parser of all options. `parse` fills in the defaults."""
@@ -354,8 +364,10 @@ def make_parser():
 
     def add(name, text, to=parser, **options):
         if name in DEFAULTS:
-            default = str(DEFAULTS[name]).strip("[]'")
-            text += f" (default {default or 'none'})"
+            default = DEFAULTS[name]
+            if isinstance(default, list):
+                default = " ".join(default) or "none"
+            text += f" (default {default})"
         to.add_argument(f"--{name}", help=text, **options)
 
     length = parser.add_mutually_exclusive_group()
@@ -418,9 +430,9 @@ def make_parser():
 def parse(argv):
     """Return the options. Those that are not given get their defaults."""
     args = make_parser().parse_args(argv)
-    args.scenes = args.train_data is None
+    on_scenes = args.train_data is None
     defaults = dict(DEFAULTS)
-    if args.scenes:
+    if on_scenes:
         defaults |= SCENE_OPTIONS
     if args.init_from is not None:
         defaults |= FINE_TUNING_OPTIONS
@@ -431,12 +443,13 @@ def parse(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.steps is None and args.epochs is None:
-        args.epochs = default_epochs(args)
+        args.epochs = default_epochs(args.batch_size, on_scenes)
     is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
     named = args.out_dir is not None or not args.resume
     cli.check(named, "--resume needs --out_dir, the folder of the run")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
+    args.scenes = on_scenes  # train() draws them; no option, so it is not printed
     return args
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.cli import InputError, check
@@ -177,6 +176,8 @@ def joined_processes():
         sys.stdout = open(os.devnull, "w")
     # On GPUs send CPU tensors by gloo, so that exchanging objects does not wait for the GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Newer versions of torch rename an option of DistributedDataParallel.
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")
     # Wait for two hours at most, because all others wait while process 0 validates.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     yield
@@ -202,13 +203,3 @@ def one_first():
     yield
     if LOCAL_RANK == 0:
         from_all(None)
-
-
-def distribute(model):
-    """Return the model in torch's wrapper that averages gradients over the processes."""
-    if not dist.is_initialized():
-        return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # newer versions of torch rename it
-    # A bucket view avoids a copy of all gradients. Buffers need no broadcast, because all processes
-    # count the same tokens.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)

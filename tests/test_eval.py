@@ -146,7 +146,8 @@ def test_zeroshot_by_hand(folders, capsys):
     for name in ("grey", "ring", "thing"):
         (folders / name).mkdir()
 
-    result = evaluation.zeroshot(Colours(), TOKENIZER, folders)
+    images = evaluation.ClassFolders(folders, 20)
+    result = evaluation.zeroshot(Colours(), TOKENIZER, images)
 
     assert result["value"] == pytest.approx((4 + 3 + 3) / 11)
     assert result["n"] == 11
@@ -161,7 +162,8 @@ def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
         shutil.copy(folders / "red" / "0.png", folders / name)
 
-    result = evaluation.zeroshot(Colours(), TOKENIZER, folders)
+    images = evaluation.ClassFolders(folders, 20)
+    result = evaluation.zeroshot(Colours(), TOKENIZER, images)
 
     assert result["n"] == 12
     assert result["chance"] == pytest.approx(1 / 3)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from material import TINY, checkpoint_of, rows_of, short_run, small_model, write_checkpoint
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 import train
@@ -70,7 +71,9 @@ def losses_and_gradients(model, batch, size=None, autocast=FLOAT32, scaler=NOT_S
     """Make a step as train.py does, on the device of the model. size: pairs in a micro-batch.
     Return a dict of losses, and a dict of all gradients, both on the CPU."""
     model.zero_grad()
-    ddp_model = machine.distribute(model)
+    ddp_model = model
+    if dist.is_initialized():
+        ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
     batch = {name: x.to(model.logit_scale.device) for name, x in batch.items()}
     with autocast:
         losses = ddp_model(**batch, micro_batch_size=size)
