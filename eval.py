@@ -246,9 +246,25 @@ def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
     }
 
 
-def score_pairs(model, tokenizer, samples, workers=0):
-    """Score retrieval among data.Samples. Print the scores, and return them as a dict. train.py
-    chooses its best model by mean_r1, the mean of R@1 over both directions."""
+@torch.no_grad()
+def loss_in_groups(model, image_features, text_features, owner, group):
+    """Return the contrastive loss of the model, a mean over random groups of `group` pairs. The
+    other arguments are those of `retrieval`. An image is paired with its first caption. If groups
+    are as large as the batches of a run, the loss can be compared with that of the run."""
+    N = len(image_features)
+    first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for numbers in order[: N // group * group].split(group):
+        texts = text_features[first_caption[numbers]]
+        losses.append(model.contrastive(image_features[numbers], texts))
+    return torch.stack(losses).mean().item()
+
+
+def score_pairs(model, tokenizer, samples, workers=0, group=None):
+    """Score retrieval among data.Samples, and compute the contrastive loss in groups of `group`
+    pairs, if that is given. Print the scores, and return them as a dict. train.py chooses its best
+    model by mean_r1, the mean of R@1 over both directions."""
     images, texts, owner = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(images, texts, owner)
     for way, scores in result.items():
@@ -256,7 +272,13 @@ def score_pairs(model, tokenizer, samples, workers=0):
             # Print with tqdm, because print would write into the line of train.py's progress bar.
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), value))
     mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
-    return {"validation": result, "mean_r1": mean_r1}
+    row = {"validation": result, "mean_r1": mean_r1}
+    if group is not None:
+        group = min(group, len(images))
+        loss = loss_in_groups(model, images, texts, owner, group)
+        tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
+        row |= {"val_group": group, "val_contrastive_loss": loss}
+    return row
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -274,6 +296,9 @@ def zeroshot(model, tokenizer, images, names=None, templates=TEMPLATES, workers=
     if names is None:
         names = [name.replace("_", " ") for name in images.classes]
     check(len(names) == C, f"there are {C} folders of images, but {len(names)} names of classes")
+    unknown = tokenizer.unknown_words(names)
+    if unknown:  # they are spelled in bytes, which the model has hardly seen
+        tqdm.write(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
     features, labels = encode_images(model, images, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()

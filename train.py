@@ -176,7 +176,9 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers)
+            # If val_contrastive_loss rises while contrastive_loss falls, the model overfits.
+            group = args.batch_size
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group)
             evaluation.print_words(model, tokenizer, samples)
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)

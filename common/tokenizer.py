@@ -159,6 +159,14 @@ class Tokenizer:
                 ids.append(self.ranks[token[-2:]])  # the last byte, with the space
         return ids
 
+    def unknown_words(self, texts):
+        """Return the words of texts that a vocabulary of whole words lacks, as a sorted list. In
+        CLIP's vocabulary none is unknown, because it has learned to put words together."""
+        if not self.has_whole_words:
+            return []
+        words = {word for text in texts for word in WORD.findall(clean(text))}
+        return sorted(word for word in words if word.encode() + b" " not in self.ranks)
+
     def decode(self, ids):
         """Return the text of these ids, without start, end and padding."""
         ids = takewhile(lambda i: i != self.end, map(int, ids))  # padding follows the end

@@ -50,7 +50,8 @@ def main(argv):
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    titles = sorted(panels, key=lambda title: title.endswith("(%)"))  # losses first
+    # Losses of the training come first, then that of the validation, and then scores.
+    titles = sorted(panels, key=lambda title: (title.endswith("(%)"), title.startswith("val_")))
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title.replace("_", " "), fontsize="medium")
         for i, log in enumerate(args.logs):

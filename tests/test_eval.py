@@ -94,6 +94,27 @@ def test_a_model_that_has_collapsed_scores_chance():
         assert result[way]["R@1"]["value"] == pytest.approx(result[way]["R@1"]["chance"])
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_loss_of_a_validation_is_that_of_the_model_in_groups(loss):
+    """Each image equals its first caption, and its second caption is the opposite. So in a group of
+    3 of these orthogonal features, the logits are the scale on the diagonal and 0 elsewhere. With
+    SigLIP's loss the bias is added. The seventh image fills no group."""
+    model = small_model(loss=loss)
+    model.logit_scale.data.fill_(1.0)
+    images = torch.eye(7)
+    captions = torch.stack([images, -images], dim=1).flatten(0, 1)
+    owner = torch.arange(14) // 2
+
+    found = evaluation.loss_in_groups(model, images, captions, owner, 3)
+
+    scale = math.e
+    expected = math.log(1 + 2 * math.exp(-scale))
+    if loss == "sigmoid":
+        bias = model.logit_bias.item()
+        expected = math.log(1 + math.exp(-scale - bias)) + 2 * math.log(1 + math.exp(bias))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_search_goes_through_the_scores_in_chunks():
     """The scores need several chunks, and the last one is smaller. Each feature finds itself."""
     features = F.normalize(torch.randn(5000, 8), dim=1)
@@ -153,6 +174,18 @@ def test_zeroshot_by_hand(folders, capsys):
     assert result["n"] == 11
     assert result["chance"] == pytest.approx(1 / 6)
     assert f"skipped {folders / 'green' / '0.png'}" in capsys.readouterr().out
+
+
+def test_words_of_class_names_that_the_vocabulary_lacks_are_named(folders, capsys):
+    """They are spelled in bytes, so classes with such names are hardly ever found."""
+    images = evaluation.ClassFolders(folders, 20)
+
+    evaluation.zeroshot(Colours(), TOKENIZER, images, ["red", "a green zebra", "blue's"])
+
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "vocabulary" in x]
+    assert "zebra" in line
+    assert "blue's" in line
+    assert "green" not in line
 
 
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
