@@ -196,10 +196,10 @@ class SuperCLIP(nn.Module):
         (B, K): indices of the patches to look at, by default all; micro_batch_size: pairs that go
         through the towers at once, by default all.
 
-        Return a dict: loss; its terms, contrastive_loss and, with a head, classification_loss; and
-        image_features and text_features (B, E). If several processes train, the mean of what they
-        return is the loss of the whole batch. Only training counts captions. In a model that has
-        counted none, all words have weight 0, and classification_loss is 0.
+        Return a dict of scalars: loss, and its terms, contrastive_loss and, with a head,
+        classification_loss. If several processes train, the mean of what they return is the loss of
+        the whole batch. Only training counts captions. In a model that has counted none, all words
+        have weight 0, and classification_loss is 0.
         """
         if label_tokens is None:
             label_tokens = tokens
@@ -231,8 +231,7 @@ class SuperCLIP(nn.Module):
         loss = contrastive
         if self.head is not None:
             loss = loss + self.config.cls_weight * terms["classification_loss"]
-        features = {"image_features": image_features, "text_features": text_features}
-        return {"loss": loss, **terms, **features}
+        return {"loss": loss, **terms}
 
     def count_tokens(self, label_tokens):
         """Count the captions (B, T') of a batch, and the tokens in them, over all processes."""
