@@ -7,9 +7,9 @@
 The file begins with the run and its loop. Then come the parts of a step, the parts of the set-up,
 and the options with their defaults. Read superclip.py before this file. You need not open common/.
 
-last.pt holds weights, token counts and the optimizer. Everything else that a step needs follows
-from the options and the number of the step: the batch, its crops, the patches that are kept, the
-learning rate. So no state of a random generator is saved, and on a CPU a run that was killed and
+last.pt holds weights, token counts, the optimizer, and for float16 the loss scaler. Everything else
+that a step needs follows from the options and the number of the step: the batch, its crops, the
+patches that are kept, the learning rate. So no state of a random generator is saved, and on a CPU a run that was killed and
 resumed ends with the same bits as a run that was not. On a GPU it may not, because some CUDA
 kernels add numbers in no fixed order.
 """
