@@ -9,9 +9,9 @@ and the options with their defaults. Read superclip.py before this file. You nee
 
 last.pt holds weights, token counts, the optimizer, and for float16 the loss scaler. Everything else
 that a step needs follows from the options and the number of the step: the batch, its crops, the
-patches that are kept, the learning rate. So no state of a random generator is saved, and on a CPU a run that was killed and
-resumed ends with the same bits as a run that was not. On a GPU it may not, because some CUDA
-kernels add numbers in no fixed order.
+patches that are kept, the learning rate. So no state of a random generator is saved, and on a CPU a
+run that was killed and resumed ends with the same bits as a run that was not. On a GPU it may not,
+because some CUDA kernels add numbers in no fixed order.
 """
 
 import os
@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from common import cli, machine
+from common import cli, machine, run
 from common.machine import RANK, WORLD
-from common.run import RunFolder, header_of, read_model
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
@@ -60,36 +59,67 @@ def train(args):
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
-    # The header is the first row of the log: the conditions of the run.
-    header = header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
-    run = RunFolder(args, header, model, tokenizer, optimizer, scaler)
-    start = run.start(args.resume)  # the step of last.pt if the run is resumed, else 0
+    eval_steps = {*range(0, steps, eval_every), steps}  # when the run validates
+
+    # The folder of the run, which holds last.pt, best.pt and the log. The first row of the log is
+    # the header, the conditions of the run. Only process 0 writes.
+    if RANK == 0:
+        args.out_dir = run.claim_folder(args.out_dir, args.resume)
+    args.out_dir = machine.from_all(args.out_dir)[0]
+    out = Path(args.out_dir)
+    header = run.header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
+    start = 0
+    best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
+    if args.resume and (out / "last.pt").exists():
+        start, best_r1 = load_last(out, header, tokenizer.vocab, model, optimizer, scaler)
+    everywhere = machine.from_all((header["data_fingerprint"], start))
+    cli.check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
+    run.start_log(out / "log.jsonl", header, start, eval_due=start in eval_steps)
+
     ddp_model = model
     if WORLD > 1:
         # Average the gradients of all processes. A bucket view avoids a copy of all gradients.
         # Buffers need no broadcast, because all processes count the same tokens.
-        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        ddp_model = DistributedDataParallel(model, **options)
+        ddp_model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     B = args.batch_size // WORLD  # pairs of this process
     local = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
     batches = data.load_batches(pairs, args.batch_size, local, start, steps, args.workers, on_gpu)
 
-    todo = range(start, steps + 1)  # at its end the run validates once more
+    todo = range(start, steps + 1)  # after the last step the run only validates
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
     logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
+    saved_time = time.monotonic()
     for step in todo:
-        # 1. Write last.pt every ten minutes (RunFolder has the clock), and before a validation,
-        # because that may fail. Validate, and write best.pt if this is the best model. Step 0 gives
-        # the score to beat. A run that was killed in a validation repeats that.
-        eval_due = run.eval_due(step)
-        if step > start:
-            run.save_last(step, at_once=eval_due)
-        if eval_due and RANK == 0:  # the other processes wait in the next step
-            row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
-            run.log(row)
-            run.save_best(row)
-            clock = time.perf_counter()
+        # 1. Write last.pt every ten minutes, and before a validation, because that may fail. Then
+        # validate, and write best.pt if no score was higher, or without validation pairs each time.
+        # The other processes wait in step 3. A run that was killed here validates again.
+        eval_due = step in eval_steps
+        save_due = step > start and (eval_due or time.monotonic() > saved_time + 600)
+        if RANK == 0 and (save_due or eval_due):
+            checkpoint = {
+                "model": model.state_dict(),
+                "config": vars(model.config),
+                "vocab": tokenizer.vocab,
+                "header": header,
+                "step": step,
+                "best_r1": best_r1,
+            }
+            if save_due:
+                states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                run.write_checkpoint(out / "last.pt", {**checkpoint, **states})
+                saved_time = time.monotonic()
+            if eval_due:
+                row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
+                run.log(out / "log.jsonl", row)
+                mean_r1 = row.get("mean_r1", 0.0)
+                if mean_r1 >= best_r1:
+                    best_r1 = mean_r1
+                    if step > 0:  # the weights before training only set the score to beat
+                        run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
+                clock = time.perf_counter()
         if step == steps:
             break
 
@@ -122,7 +152,7 @@ def train(args):
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
-        if done % args.log_every == 0 or run.eval_due(done):
+        if done % args.log_every == 0 or done in eval_steps:
             means = mean_losses(losses)
             seconds = time.perf_counter() - clock
             row = {
@@ -137,9 +167,9 @@ def train(args):
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
-            run.log(row)
+            run.log(out / "log.jsonl", row)
             logged, waited, clock = done, 0.0, time.perf_counter()
-    print_commands(run, has_val_pairs=val_samples is not None)
+    print_commands(out, has_head=model.head is not None, has_val_pairs=val_samples is not None)
 
 
 # -----------------------------------------------------------------------------
@@ -187,20 +217,20 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     return row
 
 
-def print_commands(run, has_val_pairs):
-    """Print the commands that show what the model of a RunFolder has learned."""
-    path = run.best
+def print_commands(out, has_head, has_val_pairs):
+    """Print the commands that show what the model of a run has learned. out: the folder."""
+    path = out / "best.pt"
     if not path.exists():
-        path = run.last
+        path = out / "last.pt"
         print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
     options = f"--checkpoint {path.as_posix()}"
     if not has_val_pairs:
         options += " --images PICTURES"
     print("\nWhat the model has learned:")
     print(f'  python -m scripts.search {options} "TEXT"')
-    if run.model.head is not None:
+    if has_head:
         print(f"  python -m scripts.words {options} --out words.png")
-    print(f"  python -m scripts.curves {run.rows.as_posix()} --out curves.png")
+    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")
 
 
 # -----------------------------------------------------------------------------
@@ -215,7 +245,7 @@ def build_model(args, shards, device):
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
-        pretrained, tokenizer = read_model(args.init_from)
+        pretrained, tokenizer = run.read_model(args.init_from)
         config = dict(vars(pretrained.config))
         weights = pretrained.state_dict()
         if pretrained.head is None and args.cls_weight is None:
@@ -304,6 +334,24 @@ def count_steps(args, num_pairs):
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
+
+
+def load_last(out, header, vocab, model, optimizer, scaler):
+    """Load the last.pt in the folder `out` into model, optimizer and scaler. Return its step, and
+    the best score so far. header, vocab: those of this run, which must continue the same training.
+    """
+    saved = run.read_last(out / "last.pt", header, vocab)
+    model.load_state_dict(saved["model"])
+    # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers the
+    # moments in the order of the parameters in these groups.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+    if saved["scaler"]:  # its state is empty without float16
+        scaler.load_state_dict(saved["scaler"])
+    best_r1 = saved["best_r1"]
+    if (out / "best.pt").exists():  # written after last.pt, so it may know a better score
+        best_r1 = run.read_checkpoint(out / "best.pt")["best_r1"]
+    return saved["step"], best_r1
 
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What a run leaves behind: checkpoints, and the folder with log.jsonl, last.pt and best.pt.
 
 A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. So a
-command needs no other file to build the model. last.pt also holds the optimizer and the loss
-scaler, so that the run can go on.
+command needs no other file to build the model. train.py shows what last.pt and best.pt hold beside
+these.
 
 Each line of the log is a row in JSON: a header at each start of the run, the losses of a step, or a
 validation.
@@ -89,14 +89,14 @@ def validation_of(checkpoint, shards=None, option="--data"):
 DIVERGED = "try a lower --learning_rate or another --dtype"
 
 
-def write_checkpoint(path, model, vocab, **more):
-    """Write a checkpoint. more: other entries of its dict. Refuse weights that are not finite, so
-    that they never replace good ones."""
+def write_checkpoint(path, checkpoint):
+    """Write a checkpoint, a dict. Refuse weights that are not finite, so that they never replace
+    good ones."""
     # Tensors of a CPU load on every machine.
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
-    is_finite = all(value.isfinite().all() for value in state.values())
+    weights = {name: x.cpu() for name, x in checkpoint["model"].items()}
+    is_finite = all(x.isfinite().all() for x in weights.values())
     check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
-    content = {"model": state, "config": vars(model.config), "vocab": vocab, **more}
+    content = {**checkpoint, "model": weights}
     machine.write_file(path, lambda file: torch.save(content, file))
 
 
@@ -180,9 +180,12 @@ FIXED = (
 )  # fmt: skip
 
 
-def check_same_run(saved, header, vocab):
-    """Raise InputError if a last.pt was trained otherwise than the options say. saved: its content;
-    header, vocab: of this run. Files may have moved, so the content of the data is compared."""
+def read_last(path, header, vocab):
+    """Return the content of last.pt. Raise InputError if its run was trained otherwise than the
+    options say. header, vocab: of this run. Files may have moved, so the content of the data is
+    compared."""
+    saved = read_checkpoint(path)
+    check("optimizer" in saved, f"{path} is not the last.pt of a run")
     before = saved["header"]
     changed = [
         f"--{name}" for name in FIXED if before["arguments"][name] != header["arguments"][name]
@@ -196,115 +199,49 @@ def check_same_run(saved, header, vocab):
     if saved["step"] > header["steps"]:
         changed.append(f"--steps to less than {saved['step']}, which are done")
     check(not changed, f"--resume cannot change {', '.join(changed)}")
-
-
-class RunFolder:
-    """The folder of a run, and the best score so far. Only process 0 writes.
-
-    args: the options; header: from header_of. The other arguments are what a checkpoint holds.
-    """
-
-    def __init__(self, args, header, model, tokenizer, optimizer, scaler):
-        folder = claim_folder(args.out_dir, args.resume) if machine.RANK == 0 else None
-        out_dir = machine.from_all(folder)[0]  # process 0 chooses the folder
-        header["arguments"]["out_dir"] = out_dir
-        self.last = Path(out_dir, "last.pt")
-        self.best = Path(out_dir, "best.pt")
-        self.rows = Path(out_dir, "log.jsonl")
-        self.header = header
-        self.model = model
-        self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.best_r1 = 0.0
-        self.saved_time = time.monotonic()
-
-    def start(self, resume):
-        """Begin a new run, or, if `resume` and there is a last.pt, load it into model, optimizer
-        and scaler. Write the header, and return the step from which the run goes on."""
-        step = 0
-        if resume and self.last.exists():
-            step = self.load_last()
-        states = machine.from_all((self.header["data_fingerprint"], step))
-        check(len({*states}) == 1, "the processes see different data, or a different last.pt")
-        if resume and machine.RANK == 0 and self.rows.exists():
-            self.cut_log(step)
-        self.log({"header": self.header, "step": step})
-        print(f"out_dir: {self.last.parent}, from step {step}")
-        facts = {name: x for name, x in self.header.items() if not isinstance(x, (dict, list))}
-        print(", ".join(f"{name} {value}" for name, value in facts.items()))
-        return step
-
-    def load_last(self):
-        """Load last.pt, and return its step."""
-        saved = read_checkpoint(self.last)
-        check("optimizer" in saved, f"{self.last} is not the last.pt of a run")
-        check_same_run(saved, self.header, self.tokenizer.vocab)
-        self.model.load_state_dict(saved["model"])
-        # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers
-        # the moments in the order of the parameters in these groups.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-        if saved["scaler"]:  # the state is empty without float16
-            self.scaler.load_state_dict(saved["scaler"])
-        # last.pt is written before its step is validated, so best.pt may know a better score.
-        newest = read_checkpoint(self.best) if self.best.exists() else saved
-        self.best_r1 = newest["best_r1"]
-        return saved["step"]
-
-    def cut_log(self, step):
-        """Drop the rows that the run logs again: those of later steps than that of last.pt, and the
-        validation of that step if it is due again."""
-        kept = []
-        for line in self.rows.read_text("utf-8").splitlines():
-            with suppress(ValueError):  # a full disk has cut the last line
-                row = json.loads(line)
-                stays = "loss" in row or ("zeroshot" in row and not self.eval_due(step))
-                if row["step"] < step or (row["step"] == step and stays):
-                    kept.append(line + "\n")
-        machine.write_file(self.rows, lambda file: file.write("".join(kept).encode()))
-
-    def eval_due(self, step):
-        """Return whether the run validates after this step."""
-        return step % self.header["eval_every"] == 0 or step == self.header["steps"]
-
-    def log(self, row):
-        """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
-        if "loss" in row:
-            check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
-        if machine.RANK > 0:
-            return
-        with open(self.rows, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if "loss" in row:
-            terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
-            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-            tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
-
-    def save(self, path, step, **more):
-        facts = {"header": self.header, "step": step, "best_r1": self.best_r1}
-        write_checkpoint(path, self.model, self.tokenizer.vocab, **facts, **more)
-
-    def save_last(self, step, at_once):
-        """Write last.pt, from which --resume goes on, `at_once` or if ten minutes have passed."""
-        is_due = at_once or time.monotonic() > self.saved_time + 600
-        if is_due and machine.RANK == 0:
-            states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            self.save(self.last, step, **states)
-            self.saved_time = time.monotonic()
-
-    def save_best(self, row):
-        """Write best.pt if this validation, a row of the log, is the best so far. Without
-        validation pairs the last model is the best."""
-        mean_r1 = row.get("mean_r1", 0.0)
-        if mean_r1 >= self.best_r1:
-            self.best_r1 = mean_r1
-            if row["step"] > 0:  # the weights before training only set the score to beat
-                self.save(self.best, row["step"])
+    return saved
 
 
 # -----------------------------------------------------------------------------
-# Reading a log
+# The log
+
+
+def start_log(path, header, step, eval_due):
+    """Write and print the header of a run that begins at `step`, or goes on from there. eval_due:
+    whether it begins with a validation."""
+    if machine.RANK == 0 and path.exists():
+        cut_log(path, step, eval_due)
+    log(path, {"header": header, "step": step})
+    print(f"out_dir: {path.parent}, from step {step}")
+    facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def cut_log(path, step, eval_due):
+    """Drop the rows that a resumed run logs again: those of steps after `step`, that of last.pt,
+    and the validation of `step` if it is due again."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        with suppress(ValueError):  # a full disk has cut the last line
+            row = json.loads(line)
+            stays = "loss" in row or ("zeroshot" in row and not eval_due)
+            if row["step"] < step or (row["step"] == step and stays):
+                kept.append(line + "\n")
+    machine.write_file(path, lambda file: file.write("".join(kept).encode()))
+
+
+def log(path, row):
+    """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
+    if "loss" in row:
+        check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
+    if machine.RANK > 0:
+        return
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    if "loss" in row:
+        terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+        tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
 
 
 def read_log(path):

@@ -232,7 +232,8 @@ def main(argv):
         with new_folder(out) as folder:
             write_open_clip(folder, model, vocab)
     else:
-        run.write_checkpoint(out, model, vocab)
+        content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}
+        run.write_checkpoint(out, content)
     print(f"wrote {out}: {model.config}")
 
 

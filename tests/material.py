@@ -102,7 +102,8 @@ def small_model(**changes):
 
 
 def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
-    runs.write_checkpoint(path, model, vocab, **facts)
+    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab, **facts}
+    runs.write_checkpoint(path, content)
     return path
 
 
