@@ -93,9 +93,9 @@ def train(args):
     logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
     saved_time = time.monotonic()
     for step in todo:
-        # 1. Write last.pt every ten minutes, and before a validation, because that may fail. Then
-        # validate, and write best.pt if no score was higher, or without validation pairs each time.
-        # The other processes wait in step 3. A run that was killed here validates again.
+        # 1. Save last.pt every ten minutes, and before a validation, because that may fail. Then
+        # validate, and save best.pt if no score was higher. Without pairs the newest is the best.
+        # The other processes wait in part 3. A run that was killed here validates again.
         eval_due = step in eval_steps
         save_due = step > start and (eval_due or time.monotonic() > saved_time + 600)
         if RANK == 0 and (save_due or eval_due):
@@ -355,7 +355,7 @@ def load_last(out, header, vocab, model, optimizer, scaler):
 
 
 # -----------------------------------------------------------------------------
-# Options
+# Options, and their defaults. `python train.py --help` explains them.
 
 DEFAULTS = {
     "zeroshot_data": [],

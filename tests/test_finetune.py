@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from material import checkpoint_of, rows_of, short_run, small_model, write_checkpoint
+from material import checkpoint_of, error_of, rows_of, short_run, small_model, write_checkpoint
 
 import train
 
@@ -48,6 +48,19 @@ def test_a_run_that_has_only_harmed_has_no_best_pt(tune, tmp_path, capsys):
     assert after < before
     assert not (tmp_path / "out" / "best.pt").exists()
     assert "last.pt --out words.png" in capsys.readouterr().out
+
+
+def test_a_resumed_run_cannot_have_another_start(tune, whole_run, shards, tmp_path, capsys):
+    """The start decides which parameters are new. These have another learning rate."""
+    tune("--steps", 2)
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    for start in ([], ["--init_from", whole_run / "last.pt"]):
+        options = short_run(shards, tmp_path / "out", *start, "--steps", 4, "--resume")
+
+        message = error_of(capsys, train.main, *options)
+
+        assert "--init_from" in message
+        assert (tmp_path / "out" / "last.pt").read_bytes() == before
 
 
 # (--cls_weight or None, the weight in the file) -> the weight of the run

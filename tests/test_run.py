@@ -123,6 +123,14 @@ def test_the_score_that_chooses_best_pt_is_the_mean_of_both_ways(whole_run):
         assert row["mean_r1"] == pytest.approx((there + back) / 2)
 
 
+def test_a_validation_logs_the_contrastive_loss_in_groups_as_large_as_a_batch(whole_run):
+    first, *rows = rows_of(whole_run, "validation")
+
+    assert [row["val_group"] for row in rows] == 3 * [16]
+    assert first["val_contrastive_loss"] == pytest.approx(math.log(16), abs=1)  # a guess
+    assert rows[-1]["val_contrastive_loss"] < first["val_contrastive_loss"]
+
+
 def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
     """Without validation pairs the last model is the best."""
     options = "--val_data", "none", "--zeroshot_data", folders
