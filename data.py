@@ -31,13 +31,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.cli import InputError
-from common.machine import make_loader
-from common.shards import BLOCK, FORMATS, IMAGE, JSON, TEXT, build_index, split_name, upright_rgb
+from common.processes import make_loader
+from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
 
 # Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
 warnings.filterwarnings("ignore", module="PIL|data$")
@@ -180,6 +180,12 @@ def padded_length(captions):
 # -----------------------------------------------------------------------------
 # Images
 
+# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
+# that fills the memory.
+Image.MAX_IMAGE_PIXELS = 50_000_000
+# These formats are those of web images. Pillow reads more, and for some it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
 
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
@@ -236,6 +242,20 @@ def decode_smaller(image, box, size):
     # The width is now 1, 2, 4 or 8 times smaller. It is rounded up, so the quotient is not exact.
     shrink = 2 ** round(math.log2(width / image.width))
     return image, [side / shrink for side in box]
+
+
+def upright_rgb(image, box=None):
+    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
+    box (x0, y0, x1, y1): the part of it to return, by default all."""
+    image = image.crop(box)
+    with suppress(Exception):  # keep a picture whose EXIF data is damaged
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # -----------------------------------------------------------------------------

@@ -29,9 +29,10 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.cli import check, number, progress
-from common.machine import make_loader, pick_device
+from common.devices import pick_device
+from common.processes import make_loader
 from common.run import read_model, validation_of
-from common.shards import by_split, find_shards, images_below, is_hidden
+from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
 
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
@@ -67,6 +68,21 @@ def read_image(path, size):
     except UNREADABLE as error:
         tqdm.write(f"skipped {path}: {error}")
         return None
+
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+
+
+def is_hidden(name):
+    """Return whether this is the name of a file or folder that programs hide from people. Examples
+    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
+    return name.startswith((".", "__"))
+
+
+def images_below(folder):
+    """Return a sorted list of the image files in and below a folder, without hidden ones."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
 
 
 class ClassFolders(Dataset):

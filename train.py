@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from common import cli, machine, run
-from common.machine import RANK, WORLD
+from common import cli, devices, processes, run
+from common.processes import RANK, WORLD
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
@@ -45,13 +45,13 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 def train(args):
     """Train from the first step, or from the last.pt of --resume."""
-    device = machine.prepare_device(args.device)
+    device = devices.prepare_device(args.device)
     on_gpu = device.type == "cuda"
-    dtype = args.dtype or machine.pick_dtype(device)
+    dtype = args.dtype or devices.pick_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     # In float16 alone, small gradients would underflow to 0 without a scaler.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    with machine.one_first():  # the first process draws, indexes and downloads for all
+    with processes.one_first():  # the first process draws, indexes and downloads for all
         if args.scenes:
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
@@ -65,14 +65,14 @@ def train(args):
     # the header, the conditions of the run. Only process 0 writes.
     if RANK == 0:
         args.out_dir = run.claim_folder(args.out_dir, args.resume)
-    args.out_dir = machine.from_all(args.out_dir)[0]
+    args.out_dir = processes.from_all(args.out_dir)[0]
     out = Path(args.out_dir)
     header = run.header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
         start, best_r1 = load_last(out, header, tokenizer.vocab, model, optimizer, scaler)
-    everywhere = machine.from_all((header["data_fingerprint"], start))
+    everywhere = processes.from_all((header["data_fingerprint"], start))
     cli.check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     run.start_log(out / "log.jsonl", header, start, eval_due=start in eval_steps)
 
@@ -268,7 +268,7 @@ def build_model(args, shards, device):
         new_parameters = model.load_state_dict(weights, strict=False).missing_keys
 
     model.to(device).train()
-    if args.compile or (args.compile is None and machine.can_compile(device)):
+    if args.compile or (args.compile is None and devices.can_compile(device)):
         print("The first steps compile the model, which can take minutes.")
         # Compile part by part. Otherwise longer captions would recompile the image tower, too.
         for part in model.children():
@@ -504,7 +504,7 @@ def parse(argv):
 
 
 def main(argv):
-    with machine.joined_processes():
+    with processes.joined_processes():
         train(parse(argv))
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import machine
-from common.cli import InputError, check
+from common import processes
+from common.cli import InputError, check, write_file
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -97,7 +97,7 @@ def write_checkpoint(path, checkpoint):
     is_finite = all(x.isfinite().all() for x in weights.values())
     check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
     content = {**checkpoint, "model": weights}
-    machine.write_file(path, lambda file: torch.save(content, file))
+    write_file(path, lambda file: torch.save(content, file))
 
 
 # -----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def commit():
 
 def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device):
     """Return the header of the log: the conditions under which the other rows were measured."""
-    device_name = f"{device.type} ({machine.cores()} cores)"
+    device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.samples.fingerprint
@@ -160,7 +160,7 @@ def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
         "steps": steps,
         "eval_every": eval_every,
         "batch_size": args.batch_size,
-        "processes": machine.WORLD,
+        "processes": processes.WORLD,
         "device": device_name,
         "dtype": dtype,
         "torch": str(torch.__version__),
@@ -209,7 +209,7 @@ def read_last(path, header, vocab):
 def start_log(path, header, step, eval_due):
     """Write and print the header of a run that begins at `step`, or goes on from there. eval_due:
     whether it begins with a validation."""
-    if machine.RANK == 0 and path.exists():
+    if processes.RANK == 0 and path.exists():
         cut_log(path, step, eval_due)
     log(path, {"header": header, "step": step})
     print(f"out_dir: {path.parent}, from step {step}")
@@ -227,14 +227,14 @@ def cut_log(path, step, eval_due):
             stays = "loss" in row or ("zeroshot" in row and not eval_due)
             if row["step"] < step or (row["step"] == step and stays):
                 kept.append(line + "\n")
-    machine.write_file(path, lambda file: file.write("".join(kept).encode()))
+    write_file(path, lambda file: file.write("".join(kept).encode()))
 
 
 def log(path, row):
     """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
     if "loss" in row:
         check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
-    if machine.RANK > 0:
+    if processes.RANK > 0:
         return
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")

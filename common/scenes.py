@@ -32,8 +32,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.cli import make_parser, number, progress, run_command
-from common.machine import in_processes, new_folder
+from common.cli import make_parser, new_folder, number, progress, run_command
+from common.processes import in_processes
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 

@@ -1,6 +1,5 @@
 """The tar files that hold pairs: which of them a pattern names, where each sample lies in them, and
-how to write a sample. Then pictures: which are read, and how to turn them upright. data.py says
-what a shard looks like."""
+how to write a sample. data.py says what a shard looks like."""
 
 import glob
 import hashlib
@@ -13,13 +12,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import regex
 import torch
-from PIL import Image, ImageOps
 
-from common.cli import check, progress
-from common.machine import cache_folder, in_processes, write_file
+from common.cli import check, progress, write_file
+from common.processes import in_processes
 
 # -----------------------------------------------------------------------------
 # Which shards
@@ -123,6 +120,13 @@ def read_headers(path, number):
     return [row for key, row in rows.items() if has_image[key]], unused
 
 
+def cache_folder():
+    """Return the folder for files that can be made again. The folder may not exist. Raise
+    RuntimeError if the user has no home, as in a container."""
+    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent, "superclip")
+
+
 def build_index(shards):
     """Return the index, an int32 tensor (N, 7), and a list of texts that say which samples are not
     used. The index is one tensor, because Python objects would be copied to each loading process.
@@ -166,40 +170,3 @@ def add_sample(tar, key, suffix, image, caption, fields):
     add_member(tar, key + suffix, image)
     add_member(tar, key + ".txt", caption.encode("utf-8", "replace"))
     add_member(tar, key + ".json", json.dumps(fields).encode())
-
-
-# -----------------------------------------------------------------------------
-# Pictures
-
-# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
-# that fills the memory.
-Image.MAX_IMAGE_PIXELS = 50_000_000
-# These formats are those of web images. Pillow reads more, and for some it starts other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-
-
-def is_hidden(name):
-    """Return whether this is the name of a file or folder that programs hide from people. Examples
-    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
-    return name.startswith((".", "__"))
-
-
-def images_below(folder):
-    """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
-    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
-
-
-def upright_rgb(image, box=None):
-    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
-    box (x0, y0, x1, y1): the part of it to return, by default all."""
-    image = image.crop(box)
-    with suppress(Exception):  # keep a picture whose EXIF data is damaged
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -22,8 +22,7 @@ import json
 from pathlib import Path
 
 from common import run
-from common.cli import InputError, check, make_parser, optional, run_command
-from common.machine import new_folder
+from common.cli import InputError, check, make_parser, new_folder, optional, run_command
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIPConfig
 

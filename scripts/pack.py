@@ -26,9 +26,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.cli import InputError, check, make_parser, number, progress, run_command
-from common.machine import cores, new_folder
-from common.shards import FORMATS, add_sample, upright_rgb
+from common.cli import InputError, check, make_parser, new_folder, number, progress, run_command
+from common.processes import cores
+from common.shards import add_sample
+from data import FORMATS, upright_rgb
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}

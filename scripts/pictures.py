@@ -8,10 +8,9 @@ from torch.utils.data import Dataset
 
 import data
 import eval as evaluation
-from common.cli import check
-from common.machine import write_file
+from common.cli import check, write_file
 from common.run import validation_of
-from common.shards import find_shards, images_below
+from common.shards import find_shards
 
 
 class Pictures(Dataset):
@@ -44,7 +43,7 @@ def find_pictures(path, checkpoint, size):
     if path is None:
         shards, captions = validation_of(checkpoint, option="--images")
         return Pictures([], data.Samples(find_shards(shards), captions), size)
-    files = [path] if path.is_file() else images_below(path)
+    files = [path] if path.is_file() else evaluation.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
     return Pictures(files, None, size)
 

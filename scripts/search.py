@@ -33,8 +33,8 @@ from torch.utils.data import Subset
 from torchvision.io import encode_jpeg
 
 import eval as evaluation
-from common.cli import check, make_parser, number, output_file, run_command
-from common.machine import pick_device, write_file
+from common.cli import check, make_parser, number, output_file, run_command, write_file
+from common.devices import pick_device
 from scripts.pictures import find_pictures
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from common.cli import check, make_parser, output_file, run_command
-from common.machine import pick_device
+from common.devices import pick_device
 from scripts.pictures import contact_sheet, find_pictures
 
 SHOWN = 6  # pictures

@@ -33,7 +33,7 @@ from statistics import mean, stdev
 import torch
 
 from common.cli import check, make_parser, number, run_command
-from common.machine import cores
+from common.processes import cores
 from common.run import DIVERGED, names_of, read_log
 from common.scenes import find_or_make_scenes
 

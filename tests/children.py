@@ -21,7 +21,7 @@ import torch
 from material import TINY, WIDE
 
 import superclip
-from common import machine
+from common import processes
 from common.cli import run_command
 
 ROOT = Path(superclip.__file__).parent
@@ -103,7 +103,7 @@ def become_rank(rank, port):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    importlib.reload(machine)  # the server has read the variables when it imported this module
+    importlib.reload(processes)  # the server has read the variables when it imported this module
 
 
 # ---- preparations

@@ -25,7 +25,7 @@ from material import TINY, png, short_run, small_model, write_checkpoint, write_
 
 import data
 import train
-from common import machine, scenes
+from common import devices, scenes
 from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
@@ -60,7 +60,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 def device(request):
     """Return each device of this machine, with the settings of a run. `pytest -k cuda` runs only
     the tests on a GPU. Without one it says how many tests there are."""
-    machine.prepare_device(request.param)
+    devices.prepare_device(request.param)
     return request.param
 
 

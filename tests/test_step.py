@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 import train
-from common import machine
+from common import devices
 from common.tokenizer import trim
 from superclip import PAD, SuperCLIP, SuperCLIPConfig
 
@@ -176,7 +176,7 @@ def run_process(rank, folder, device):
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     backend = "gloo"
     if device == "cuda":
-        machine.prepare_device(f"cuda:{rank}")
+        devices.prepare_device(f"cuda:{rank}")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=2, **options)
     found = {}
@@ -257,7 +257,7 @@ def test_compiled_equals_eager(shards, monkeypatch, device):
 def test_a_machine_that_cannot_compile_says_why(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
 
-    assert not machine.can_compile(torch.device("cuda"))
+    assert not devices.can_compile(torch.device("cuda"))
     assert "'NoneType' object is not callable" in capsys.readouterr().out
 
 

@@ -1,0 +1,66 @@
+"""Devices: which one a command uses, how torch uses it, and in which dtype."""
+
+import sys
+
+import torch
+
+from common import processes
+from common.cli import InputError
+
+
+def pick_device(name):
+    """Return --device as a torch.device, or by default CUDA if there is such a GPU, else the CPU.
+    mps is never the default, because it lacks some operations, and a first run must not fail."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.ones(1, device=name).device  # a GPU too old for this torch fails to compute it
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device: cannot use {name} ({reason})") from None
+
+
+def prepare_device(name):
+    """Return --device as a torch.device, and make torch use it as a run needs it. With several
+    processes on GPUs, each gets another GPU."""
+    if processes.WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{processes.LOCAL_RANK}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and memory_gb use the current device
+        # Code is compiled for one number of threads. The threads of autograd run with one thread
+        # each, so with another number here they would compile the code again.
+        torch.set_num_threads(1)
+        # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention. It is no
+        # faster, and can give NaN gradients (pull request 264 of kyutai-labs/pocket-tts).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def pick_dtype(device):
+    """Return the name of the dtype in which steps are computed by default on a device."""
+    if device.type == "cuda":
+        # GPUs have had bfloat16 units since Ampere, compute capability 8. On older GPUs use
+        # float16. Its range is small, but the loss scaler makes up for that.
+        capability = torch.cuda.get_device_capability(device)
+        return "bfloat16" if capability[0] >= 8 else "float16"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
+        if torch.cpu.get_capabilities().get("avx512_bf16"):
+            return "bfloat16"
+    return "float32"
+
+
+def can_compile(device):
+    """Return whether a run should compile its model on a device: with CUDA under Linux, if
+    torch.compile works. If it does not, say why. Many containers lack what it needs, and without
+    this trial a run would end in its first step."""
+    if device.type != "cuda" or sys.platform != "linux":
+        return False
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # each missing part has another kind
+        reason = str(error).partition("\n")[0]
+        print(f"torch.compile does not work here, so training takes longer. {reason}")
+        print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
+        return False

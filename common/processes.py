@@ -1,0 +1,97 @@
+"""Processes: those that torchrun starts to train one model together, and those that load data."""
+
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+# -----------------------------------------------------------------------------
+# Several processes train one model. torchrun starts them, one for each GPU, and each of them runs
+# all of train.py. They meet in `joined_processes`.
+
+# torchrun tells each process its number and the number of processes in environment variables.
+# Schedulers set variables with the same names, so read them only if torchrun started this process.
+torchrun = os.environ if dist.is_torchelastic_launched() else {}
+RANK = int(torchrun.get("RANK", 0))
+WORLD = int(torchrun.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def joined_processes():
+    """Let the processes of torchrun exchange tensors in the block, and wait for each other at its
+    end. Process 0 alone prints. With one process, do nothing."""
+    if WORLD == 1:
+        yield
+        return
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    # On GPUs send CPU tensors by gloo, so that exchanging objects does not wait for the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Newer versions of torch rename an option of DistributedDataParallel.
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")
+    # Wait for two hours at most, because all others wait while process 0 validates.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    yield
+    from_all(None)  # wait, because process 0 may still validate
+    dist.destroy_process_group()
+
+
+def from_all(value):
+    """Return a list of the values that all processes pass to this function, ordered by rank. So
+    each process waits for all others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def one_first():
+    """Let one process of each machine go through the block first, and then the others."""
+    if LOCAL_RANK > 0:
+        from_all(None)
+    yield
+    if LOCAL_RANK == 0:
+        from_all(None)
+
+
+# -----------------------------------------------------------------------------
+# Loading processes
+
+
+def cores():
+    """Return the number of cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def make_loader(dataset, workers, **options):
+    """Return a DataLoader. workers: the number of its processes, by default the cores divided among
+    the GPUs, at most 16; options: other arguments of DataLoader."""
+    if workers is None:
+        # Take 16 at most, because each keeps two batches ready in shared memory.
+        workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if workers > 0 and sys.platform == "linux":
+        # Fork, so that the processes share the index and start at once. Python 3.14 would not.
+        options["multiprocessing_context"] = "fork"
+    return DataLoader(dataset, num_workers=workers, **options)
+
+
+def call(task):
+    return task()
+
+
+def in_processes(tasks):
+    """Return an iterable of what the tasks return, a list of functions without arguments. As many
+    processes as there are cores call them."""
+    # A DataLoader that makes no batches is a pool of processes, which also end if this one is
+    # killed. Those of multiprocessing.Pool would wait for ever.
+    return make_loader(tasks, min(len(tasks), cores()), batch_size=None, collate_fn=call)
