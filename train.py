@@ -5,20 +5,13 @@
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
 The file begins with the run and its loop. Then come the parts of a step, the parts of the set-up,
-and the options with their defaults. Read superclip.py before this file. You need not open common/.
+and the options with their defaults. Read superclip.py before this file.
 
-last.pt holds weights, token counts, the optimizer, and for float16 the loss scaler. Everything else
-that a step needs follows from the options and the number of the step: the batch, its crops, the
-patches that are kept, the learning rate. So no state of a random generator is saved, and on a CPU a
-run that was killed and resumed ends with the same bits as a run that was not. On a GPU it may not,
-because some CUDA kernels add numbers in no fixed order.
+A step follows from the options and its number: they decide the batch, its crops, the patches that
+are kept, and the learning rate. So last.pt holds only the weights, the token counts, the optimizer,
+and for float16 the loss scaler. On a CPU a run that was killed and resumed ends with the same bits
+as a run that was not. On a GPU it may not, because some CUDA kernels add numbers in no fixed order.
 """
-
-import os
-
-# Let a waiting thread sleep after a thousand rounds. GNU's OpenMP would let it spin for so long
-# that beside another busy program a run would hardly advance. torch reads this at its import.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 import math
@@ -49,7 +42,7 @@ def train(args):
     on_gpu = device.type == "cuda"
     dtype = args.dtype or devices.pick_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    # In float16 alone, small gradients would underflow to 0 without a scaler.
+    # Only float16 needs a scaler: without one small gradients would underflow to 0.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     with processes.one_first():  # the first process draws, indexes and downloads for all
         if args.scenes:
@@ -59,10 +52,9 @@ def train(args):
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
-    eval_steps = {*range(0, steps, eval_every), steps}  # when the run validates
-
-    # The folder of the run, which holds last.pt, best.pt and the log. The first row of the log is
-    # the header, the conditions of the run. Only process 0 writes.
+    eval_steps = {*range(0, steps, eval_every)} | {steps}  # after how many steps a run validates
+    # Process 0 chooses the folder of the run, and writes last.pt, best.pt and the log there. The
+    # header of the log says under which conditions its other rows were measured.
     if RANK == 0:
         args.out_dir = run.claim_folder(args.out_dir, args.resume)
     args.out_dir = processes.from_all(args.out_dir)[0]
@@ -74,7 +66,9 @@ def train(args):
         start, best_r1 = load_last(out, header, tokenizer.vocab, model, optimizer, scaler)
     everywhere = processes.from_all((header["data_fingerprint"], start))
     cli.check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
-    run.start_log(out / "log.jsonl", header, start, eval_due=start in eval_steps)
+    if RANK == 0 and args.resume:
+        run.cut_log(out, start, eval_due=start in eval_steps)  # drop what is logged again
+    run.log_header(out, header, start)
 
     ddp_model = model
     if WORLD > 1:
@@ -84,42 +78,43 @@ def train(args):
             model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
     B = args.batch_size // WORLD  # pairs of this process
-    local = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
-    batches = data.load_batches(pairs, args.batch_size, local, start, steps, args.workers, on_gpu)
+    place = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
+    batches = data.load_batches(pairs, args.batch_size, place, start, steps, args.workers, on_gpu)
 
-    todo = range(start, steps + 1)  # after the last step the run only validates
+    todo = range(start, steps + 1)  # the last round has no step, and only saves and validates
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
     logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
-    saved_time = time.monotonic()
+    saved = clock
     for step in todo:
-        # 1. Save last.pt every ten minutes, and before a validation, because that may fail. Then
-        # validate, and save best.pt if no score was higher. Without pairs the newest is the best.
-        # The other processes wait in part 3. A run that was killed here validates again.
+        # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
+        # fail. Then it validates, and saves best.pt if no score was higher. Without validation
+        # pairs the newest is the best. The others wait in part 3, after the last step in main.
         eval_due = step in eval_steps
-        save_due = step > start and (eval_due or time.monotonic() > saved_time + 600)
-        if RANK == 0 and (save_due or eval_due):
+        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
             checkpoint = {
-                "model": model.state_dict(),
+                "model": model.state_dict(),  # no copy, so it must be written before the next step
                 "config": vars(model.config),
                 "vocab": tokenizer.vocab,
                 "header": header,
                 "step": step,
                 "best_r1": best_r1,
             }
-            if save_due:
+            if step > start:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 run.write_checkpoint(out / "last.pt", {**checkpoint, **states})
-                saved_time = time.monotonic()
             if eval_due:
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
-                run.log(out / "log.jsonl", row)
+                run.log(out, row)
                 mean_r1 = row.get("mean_r1", 0.0)
                 if mean_r1 >= best_r1:
                     best_r1 = mean_r1
+                    checkpoint["best_r1"] = best_r1
                     if step > 0:  # the weights before training only set the score to beat
-                        run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
-                clock = time.perf_counter()
+                        run.write_checkpoint(out / "best.pt", checkpoint)
+            # Count images per second from here on, because a save waits for the GPU.
+            saved = time.perf_counter()
+            logged, waited, clock = step, 0.0, saved
         if step == steps:
             break
 
@@ -138,19 +133,20 @@ def train(args):
         # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak_rate"] * factor
         scaler.unscale_(optimizer)
-        # Clip to length 1, as nanoGPT does. In our runs every gradient was longer, so all get the
-        # same length. The authors do not clip.
+        # Clip to length 1, as nanoGPT does. The authors do not clip. Every gradient in the logs of
+        # study/ is longer, so there all get the same length.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds; training is unstable beyond
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds, also for SigLIP's loss
 
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # They are read before the clock is, so that the time includes the work of the GPU.
+        # They are read before the clock is, so that the time includes the work of the GPU. Process
+        # 0 writes the row. All processes check that the loss is finite.
         done = step + 1
         if done % args.log_every == 0 or done in eval_steps:
             means = mean_losses(losses)
@@ -167,13 +163,13 @@ def train(args):
                 "data_wait": round(waited / seconds, 3),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
-            run.log(out / "log.jsonl", row)
+            run.log(out, row)
             logged, waited, clock = done, 0.0, time.perf_counter()
-    print_commands(out, has_head=model.head is not None, has_val_pairs=val_samples is not None)
+    run.print_commands(out, model, val_samples)
 
 
 # -----------------------------------------------------------------------------
-# The parts of a step, and what is printed at the end
+# The parts of a step
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -197,8 +193,9 @@ def mean_losses(losses):
 
 def validate(args, model, tokenizer, samples, zeroshot_images, step):
     """Score retrieval among the validation samples, if there are any, and zero-shot classification,
-    in float32. Print the scores, and return them as a row of the log. samples: data.Samples or
-    None; zeroshot_images: a dict {folder of --zeroshot_data: its images}."""
+    in float32. Print the scores, and return them as a row of the log, where mean_r1 is the mean of
+    R@1 over both directions. samples: data.Samples or None; zeroshot_images: a dict {folder of
+    --zeroshot_data: its images}."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
@@ -215,22 +212,6 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
             row["zeroshot"][folder] = score
     model.train()
     return row
-
-
-def print_commands(out, has_head, has_val_pairs):
-    """Print the commands that show what the model of a run has learned. out: the folder."""
-    path = out / "best.pt"
-    if not path.exists():
-        path = out / "last.pt"
-        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
-    options = f"--checkpoint {path.as_posix()}"
-    if not has_val_pairs:
-        options += " --images PICTURES"
-    print("\nWhat the model has learned:")
-    print(f'  python -m scripts.search {options} "TEXT"')
-    if has_head:
-        print(f"  python -m scripts.words {options} --out words.png")
-    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")
 
 
 # -----------------------------------------------------------------------------
@@ -309,8 +290,8 @@ def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
         matrices = [p for _, p in named if p.ndim >= 2]
         vectors = [p for _, p in named if p.ndim < 2]
         return [
-            {"params": matrices, "peak": peak, "weight_decay": weight_decay},
-            {"params": vectors, "peak": peak, "weight_decay": 0.0},
+            {"params": matrices, "peak_rate": peak, "weight_decay": weight_decay},
+            {"params": vectors, "peak_rate": peak, "weight_decay": 0.0},
         ]
 
     named = list(model.named_parameters())
@@ -338,9 +319,12 @@ def count_steps(args, num_pairs):
 
 def load_last(out, header, vocab, model, optimizer, scaler):
     """Load the last.pt in the folder `out` into model, optimizer and scaler. Return its step, and
-    the best score so far. header, vocab: those of this run, which must continue the same training.
-    """
-    saved = run.read_last(out / "last.pt", header, vocab)
+    the best score so far. Raise InputError if it is from another training than this one. header,
+    vocab: those of this run."""
+    path = out / "last.pt"
+    saved = run.read_checkpoint(path)
+    cli.check("optimizer" in saved, f"{path} is not the last.pt of a run")
+    run.check_same_run(saved, header, vocab)
     model.load_state_dict(saved["model"])
     # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers the
     # moments in the order of the parameters in these groups.
@@ -349,29 +333,16 @@ def load_last(out, header, vocab, model, optimizer, scaler):
     if saved["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(saved["scaler"])
     best_r1 = saved["best_r1"]
-    if (out / "best.pt").exists():  # written after last.pt, so it may know a better score
+    if (out / "best.pt").exists():  # its score is missing in a last.pt that was written before it
         best_r1 = run.read_checkpoint(out / "best.pt")["best_r1"]
     return saved["step"], best_r1
 
 
 # -----------------------------------------------------------------------------
-# Options, and their defaults. `python train.py --help` explains them.
+# Options. `python train.py --help` explains them. General defaults stand in the parser.
 
-DEFAULTS = {
-    "zeroshot_data": [],
-    "captions": ["txt"],
-    "crop_area": 0.9,
-    "patch_dropout": 0.0,
-    "model": "ViT-B-16",
-    "batch_size": 256,
-    # That of CLIP's ViT-B, which has batches of 32,768. We did not search another one for 256.
-    "learning_rate": 5e-4,
-    "weight_decay": 0.2,
-    "seed": 0,
-    "log_every": 20,
-}
-# Without --train_data a run trains on built-in scenes. These options were chosen together.
-SCENE_OPTIONS = {
+# The defaults without --train_data, for a run on the built-in scenes. They were chosen together.
+SCENES = {
     "train_data": ["scenes/train-*.tar"],
     "val_data": ["scenes/val-*.tar"],
     "zeroshot_data": [
@@ -388,116 +359,111 @@ SCENE_OPTIONS = {
     "workers": 0,  # the scenes are small, and the model keeps the cores busy
     "compile": False,  # it would take longer than the run
 }
-# With --init_from larger steps would destroy what the weights know. Parameters that the checkpoint
-# lacks, such as those of a new word head, know nothing yet.
-FINE_TUNING_OPTIONS = {"learning_rate": 5e-5, "model": None}
+# The defaults with --init_from. A larger learning rate would destroy what the weights know.
+FINE_TUNING = {"learning_rate": 5e-5, "model": None}
+# Parameters that the checkpoint lacks, such as those of a new word head, know nothing yet.
 RATE_OF_NEW_PARAMETERS = 5e-4
 
 
-def default_epochs(batch_size, on_scenes):
-    """Return the length of a run in passes over the data. on_scenes: whether it is for scenes."""
-    if not on_scenes:
-        return 30.0
-    # 1,000 steps of 32 pairs. A batch four times as large makes half as many steps. By trial this
-    # was a good compromise between as many samples and as many steps.
+def epochs_on_scenes(batch_size):
+    """Return the default of --epochs for the scenes: 1,000 steps of 32 pairs. A batch four times as
+    large makes half as many steps. By trial this was a good compromise between as many samples and
+    as many steps."""
     return round(1.6 * math.sqrt(batch_size / 32), 3)
 
 
 def make_parser():
-    """Return the parser of all options. `parse` fills in the defaults."""
-    parser = cli.make_parser(__doc__, "device")  # an option that other commands have, too
+    parser = cli.make_parser(__doc__, "captions", "device")  # other commands have them, too
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
-    parser.epilog = """The built-in scenes have other defaults (SCENE_OPTIONS). A run prints its
-        options when it starts."""
+    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
+    add = parser.add_argument
+    length = parser.add_mutually_exclusive_group()
     count = cli.number(int, 1)
     not_negative = cli.number(float, 0)
-
-    def add(name, text, to=parser, **options):
-        if name in DEFAULTS:
-            default = DEFAULTS[name]
-            if isinstance(default, list):
-                default = " ".join(default) or "none"
-            text += f" (default {default})"
-        to.add_argument(f"--{name}", help=text, **options)
-
-    length = parser.add_mutually_exclusive_group()
-    shards = dict(nargs="+", metavar="SHARDS")
-    sources = dict(nargs="+", metavar="SOURCE")
     # fmt: off
-    add("train_data", "tar files, folders, globs or {0000..0575} (default: built-in scenes)",
-        **shards)
-    add("val_data", "shards to validate on, or none (default: those of --train_data named val or "
-        "test)", **shards)
-    add("zeroshot_data", "folders to classify at each validation; each holds a folder of images "
-        "per class", nargs="+", metavar="DIR")
-    add("captions", "where captions are: txt or json.FIELD, one or more", **sources)
-    add("label_captions", "where the words to predict come from (default: --captions)", **sources)
-    add("val_captions", "where the captions of the validation pairs are (default: --captions)",
-        **sources)
-    add("vocab", "file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)",
-        metavar="FILE")
-    add("crop_area", "smallest share of a picture in a crop; 1: the square in the middle",
-        type=cli.number(float, 0.01, 1), metavar="SHARE")
-    add("patch_dropout", "share of the patches that is left out in each step, at random",
-        type=cli.number(float, 0, 0.99), metavar="SHARE")
-    add("workers", "loading processes per GPU (default: the cores, divided among the GPUs, at most "
-        "16)", type=cli.number(int, 0, 999))
+    # the data
+    add("--train_data", nargs="+", metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
+    add("--val_data", nargs="+", metavar="SHARDS",
+        help="shards to validate on, or none (default: those of --train_data named val or test)")
+    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
+        help="folders to classify at each validation; each holds a folder of images per class")
+    add("--label_captions", nargs="+", metavar="SOURCE",
+        help="where the words to predict come from (default: the caption that was drawn)")
+    add("--val_captions", nargs="+", metavar="SOURCE",
+        help="where the captions of the validation pairs are (default: --captions)")
+    add("--vocab", metavar="FILE",
+        help="file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9, metavar="SHARE",
+        help="smallest share of a picture in a crop; 1: the square in the middle (default 0.9)")
+    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, metavar="SHARE",
+        help="share of the patches that each step leaves out, at random (default 0)")
+    add("--workers", type=cli.number(int, 0, 999),
+        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
-    add("model", "size of both towers; --init_from brings its own", choices=PRESETS)
-    add("image_size", "side of the square images (default: that of --model, 224 for all but tiny)",
-        type=count, metavar="PIXELS")
-    add("init_from", "checkpoint whose weights and vocabulary to begin with", metavar="FILE")
-    add("cls_weight", "weight of the classification loss; 0 trains plain CLIP (default 1, or the "
-        "weight in --init_from if that has a word head)", type=not_negative)
-    add("loss", "contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)",
-        choices=("softmax", "sigmoid"))
+    add("--model", choices=PRESETS, default="ViT-B-16",
+        help="size of both towers (default ViT-B-16, or that of --init_from)")
+    add("--image_size", type=count, metavar="PIXELS",
+        help="side of the square images (default: that of --model, 224 for all but tiny)")
+    add("--init_from", metavar="FILE", help="checkpoint whose weights and vocabulary to begin with")
+    add("--cls_weight", type=not_negative,
+        help="weight of the classification loss; 0 trains plain CLIP (default 1, or the weight in "
+        "--init_from if that has a word head)")
+    add("--loss", choices=("softmax", "sigmoid"),
+        help="contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)")
     # the training
-    add("steps", "length of the run in steps (default: by --epochs)", to=length, type=count)
-    add("epochs", "length of the run in passes over the data (default 30)", to=length,
-        type=cli.number(float, 1e-6))
-    add("batch_size", "pairs in each step, counted over all processes", type=count)
-    add("micro_batch_size", "pairs in the towers at once: less memory, same gradients (default: "
-        "all of a process)", type=count)
-    add("learning_rate", "peak learning rate; 5e-5 with --init_from", type=not_negative)
-    add("weight_decay", "weight decay of AdamW, which only matrices have", type=not_negative)
-    add("seed", "seed for weights, order, captions, crops and patch dropout",
-        type=cli.number(int, 0, 2**31))
+    length.add_argument("--steps", type=count, help="length of the run in steps")
+    length.add_argument("--epochs", type=cli.number(float, 1e-6),
+        help="length of the run in passes over the data (default 30)")
+    add("--batch_size", type=count, default=256,
+        help="pairs in each step, counted over all processes (default 256)")
+    add("--micro_batch_size", type=count,
+        help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
+    # That of CLIP's ViT-B, which has batches of 32,768. We did not search another one for 256.
+    add("--learning_rate", type=not_negative, default=5e-4,
+        help="peak learning rate (default 5e-4, or 5e-5 with --init_from)")
+    add("--weight_decay", type=not_negative, default=0.2,
+        help="weight decay of AdamW, which only matrices have (default 0.2)")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0,
+        help="seed for weights, order, captions, crops and patch dropout (default 0)")
     # the machine
-    add("dtype", "dtype of the steps (default: bfloat16 where there are units for it, else float16 "
-        "on a GPU and float32 on a CPU)", choices=("float32", "bfloat16", "float16"))
-    add("compile", "compile towers and word head (default: on CUDA under Linux, if torch can)",
-        action=argparse.BooleanOptionalAction)
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="dtype of the steps (default: bfloat16 where there are units for it, else float16 on "
+        "a GPU and float32 on a CPU)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile towers and word head (default: on CUDA under Linux, if torch can)")
     # the run
-    add("out_dir", "folder of the run (default: a new one)", metavar="DIR")
-    add("resume", "go on with the run in --out_dir, if it holds one: repeat its command, and add "
-        "this", action="store_true")
-    add("log_every", "steps between log rows", type=count)
-    add("eval_every", "steps between validations (default: steps / 3, at most 2000)", type=count)
+    add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
+    add("--resume", action="store_true",
+        help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
+    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
+    add("--eval_every", type=count,
+        help="steps between validations (default: steps / 3, at most 2000)")
     # fmt: on
     return parser
 
 
 def parse(argv):
-    """Return the options. Those that are not given get their defaults."""
-    args = make_parser().parse_args(argv)
-    on_scenes = args.train_data is None
-    defaults = dict(DEFAULTS)
+    """Return the options, with the defaults of a run on scenes or from a checkpoint where the user
+    gives none."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    on_scenes = given.train_data is None
     if on_scenes:
-        defaults |= SCENE_OPTIONS
+        parser.set_defaults(**SCENES)
+    if given.init_from is not None:
+        parser.set_defaults(**FINE_TUNING)
+    args = parser.parse_args(argv)
     if args.init_from is not None:
-        defaults |= FINE_TUNING_OPTIONS
         for name in ("model", "image_size", "vocab", "loss"):
             is_free = getattr(args, name) is None
             cli.check(is_free, f"--init_from sets --{name}. Leave this option out.")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.steps is None and args.epochs is None:
-        args.epochs = default_epochs(args.batch_size, on_scenes)
+        args.epochs = epochs_on_scenes(args.batch_size) if on_scenes else 30.0
     is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    named = args.out_dir is not None or not args.resume
-    cli.check(named, "--resume needs --out_dir, the folder of the run")
+    has_folder = args.out_dir is not None or not args.resume
+    cli.check(has_folder, "--resume needs --out_dir, the folder of the run")
     print("options:", {name: x for name, x in vars(args).items() if x is not None})
     args.scenes = on_scenes  # train() draws them; no option, so it is not printed
     return args

@@ -90,8 +90,8 @@ DIVERGED = "try a lower --learning_rate or another --dtype"
 
 
 def write_checkpoint(path, checkpoint):
-    """Write a checkpoint, a dict. Refuse weights that are not finite, so that they never replace
-    good ones."""
+    """Write a checkpoint, a dict with at least model, config and vocab. Refuse weights that are not
+    finite, so that they never replace good ones."""
     # Tensors of a CPU load on every machine.
     weights = {name: x.cpu() for name, x in checkpoint["model"].items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
@@ -180,12 +180,10 @@ FIXED = (
 )  # fmt: skip
 
 
-def read_last(path, header, vocab):
-    """Return the content of last.pt. Raise InputError if its run was trained otherwise than the
-    options say. header, vocab: of this run. Files may have moved, so the content of the data is
-    compared."""
-    saved = read_checkpoint(path)
-    check("optimizer" in saved, f"{path} is not the last.pt of a run")
+def check_same_run(saved, header, vocab):
+    """Raise InputError if a run was trained otherwise than the options say. saved: the content of
+    its last.pt; header, vocab: those of this run. Files may have moved, so the content of the data
+    is compared."""
     before = saved["header"]
     changed = [
         f"--{name}" for name in FIXED if before["arguments"][name] != header["arguments"][name]
@@ -199,27 +197,18 @@ def read_last(path, header, vocab):
     if saved["step"] > header["steps"]:
         changed.append(f"--steps to less than {saved['step']}, which are done")
     check(not changed, f"--resume cannot change {', '.join(changed)}")
-    return saved
 
 
 # -----------------------------------------------------------------------------
 # The log
 
 
-def start_log(path, header, step, eval_due):
-    """Write and print the header of a run that begins at `step`, or goes on from there. eval_due:
-    whether it begins with a validation."""
-    if processes.RANK == 0 and path.exists():
-        cut_log(path, step, eval_due)
-    log(path, {"header": header, "step": step})
-    print(f"out_dir: {path.parent}, from step {step}")
-    facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
-def cut_log(path, step, eval_due):
-    """Drop the rows that a resumed run logs again: those of steps after `step`, that of last.pt,
-    and the validation of `step` if it is due again."""
+def cut_log(out, step, eval_due):
+    """Drop the rows of a log, if there is one, that a resumed run logs again: those of steps after
+    `step`, that of last.pt, and the validation of `step` if it is due again. out: the folder."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return
     kept = []
     for line in path.read_text("utf-8").splitlines():
         with suppress(ValueError):  # a full disk has cut the last line
@@ -230,13 +219,22 @@ def cut_log(path, step, eval_due):
     write_file(path, lambda file: file.write("".join(kept).encode()))
 
 
-def log(path, row):
-    """Add a row to log.jsonl. Print it, too, if it holds the losses of a step."""
+def log_header(out, header, step):
+    """Write and print the header of a run that begins at `step`, or goes on from there."""
+    log(out, {"header": header, "step": step})
+    print(f"out_dir: {out}, from step {step}")
+    facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def log(out, row):
+    """Add a row to log.jsonl in the folder `out`. Print it, too, if it holds the losses of a step.
+    Raise InputError if the loss is not finite. Only process 0 writes and prints."""
     if "loss" in row:
         check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
     if processes.RANK > 0:
         return
-    with open(path, "a") as file:
+    with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     if "loss" in row:
         terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
@@ -260,3 +258,20 @@ def names_of(folders):
     path, or the whole path if two folders share that part."""
     last = [Path(folder).name for folder in folders]
     return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}
+
+
+def print_commands(out, model, val_samples):
+    """Print the commands that show what the model of a run has learned. out: the folder;
+    val_samples: data.Samples, or None if the run had no validation pairs."""
+    checkpoint = out / "best.pt"
+    if not checkpoint.exists():
+        checkpoint = out / "last.pt"
+        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
+    options = f"--checkpoint {checkpoint.as_posix()}"
+    if val_samples is None:
+        options += " --images PICTURES"
+    print("\nWhat the model has learned:")
+    print(f'  python -m scripts.search {options} "TEXT"')
+    if model.head is not None:
+        print(f"  python -m scripts.words {options} --out words.png")
+    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")

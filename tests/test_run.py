@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from children import hook
-from material import cases, checkpoint_of, error_of, result_of, rows_of, short_run, steps_of
+from material import (
+    all_rows,
+    cases,
+    checkpoint_of,
+    error_of,
+    result_of,
+    rows_of,
+    short_run,
+    steps_of,
+)
 
 import eval as evaluation
 import train
@@ -179,14 +188,27 @@ def fill_disk(*_):
 
 
 def test_at_most_ten_minutes_are_lost(in_step, shards, tmp_path, monkeypatch, capsys):
-    clock = time.monotonic
-    in_step(3, lambda: monkeypatch.setattr(time, "monotonic", lambda: clock() + 550))
-    in_step(6, lambda: monkeypatch.setattr(time, "monotonic", lambda: clock() + 610))
+    clock = time.perf_counter
+    in_step(3, lambda: monkeypatch.setattr(time, "perf_counter", lambda: clock() + 550))
+    in_step(6, lambda: monkeypatch.setattr(time, "perf_counter", lambda: clock() + 610))
     in_step(9, fill_disk)
 
     error_of(capsys, train.main, *short_run(shards, tmp_path, "--eval_every", 100))
 
     assert checkpoint_of(tmp_path)["step"] == 6
+
+
+def test_images_per_second_leave_out_a_save_between_validations(
+    in_step, shards, tmp_path, monkeypatch
+):
+    """Step 3 makes a save due, and the row of step 4 counts one step of 16 pairs after it."""
+    clock = time.perf_counter
+    in_step(3, lambda: monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1000))
+
+    train.main(short_run(shards, tmp_path, "--eval_every", 100))
+
+    [row] = [row for row in all_rows(tmp_path) if row["step"] == 4]
+    assert row["images_per_second"] > 16 / 100
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(
