@@ -273,7 +273,7 @@ def loss_in_groups(model, image_features, text_features, owner, group):
     losses = []
     for numbers in order[: N // group * group].split(group):
         texts = text_features[first_caption[numbers]]
-        losses.append(model.contrastive(image_features[numbers], texts))
+        losses.append(model.compare(image_features[numbers], texts))
     return torch.stack(losses).mean().item()
 
 

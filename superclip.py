@@ -4,8 +4,8 @@ CLIP trains an image encoder and a text encoder so that an image and its caption
 together. Each image must find its caption among those of the batch, so the model learns what tells
 the pairs of a batch apart. In a small batch a coarse hint, such as the main colour, is enough for
 that. SuperCLIP adds a second question: *which words does the caption contain?* One linear layer
-answers it from the mean of the image's patch tokens. Its loss depends on one image and its own
-caption, and not on the rest of the batch. Rare words count more than common ones.
+answers it from the mean of the image's patch tokens. Its loss compares an image with its own
+caption, and with no other. Rare words count more than common ones.
 
     caption -> its words, weighted: the label -----------------.
                                                                 >-> classification loss -.
@@ -17,13 +17,11 @@ caption, and not on the rest of the batch. Rare words count more than common one
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
 model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
-that they share. At the end is what a first reader can skip: SigLIP's loss, several processes,
-batches that would not fit into memory, and the sizes of models. After this file read train.py,
-data.py and eval.py.
+that they share. At the end is what a first reader can skip: SigLIP's loss, several processes, and
+batches that would not fit into memory. After this file read train.py, data.py and eval.py.
 
-Axes: B pairs, S pixels on each side of an image, P patches, K patches of each image if only some
-are looked at, T tokens of a caption that may be cut, T' tokens of a whole caption, D width,
-H heads, E embedding, V vocabulary.
+Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
+Captions whose words are to be predicted are never cut, and have T' tokens.
 """
 
 import math
@@ -61,8 +59,7 @@ class SuperCLIPConfig:
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's R, G, B, between 0 and 1
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # CLIP's standard deviations
     loss: str = "softmax"  # the contrastive loss: softmax (CLIP) or sigmoid (SigLIP)
-    # lambda, the weight of the classification loss. With 0 the model has no head: it is CLIP.
-    cls_weight: float = 1.0
+    cls_weight: float = 1.0  # the paper's lambda; 0 builds no word head, which leaves plain CLIP
 
     def __post_init__(self):
         if self.vision_heads == 0:
@@ -71,9 +68,25 @@ class SuperCLIPConfig:
             self.text_heads = max(1, self.text_width // 64)
 
 
+# Each size names what differs from the defaults above, which are those of ViT-B-16.
+# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560), for the drawn scenes
+LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
+PRESETS = {
+    "tiny": dict(
+        image_size=72, patch_size=12, vision_width=128, vision_layers=4, vision_heads=4,
+        text_width=128, text_layers=2, text_heads=4, embed_dim=128,
+    ),
+    "ViT-S-16": dict(vision_width=384, text_width=384, embed_dim=384),
+    "ViT-B-32": dict(patch_size=32),
+    "ViT-B-16": dict(),
+    "ViT-L-16": LARGE,
+    "ViT-L-14": dict(patch_size=14, **LARGE),
+}  # fmt: skip
+
+
 # -----------------------------------------------------------------------------
 # What SuperCLIP adds to CLIP: a head that must predict the words of the caption. A word is a token
-# of the vocabulary. The README has the same in five lines.
+# of the vocabulary, but not padding, start or end. The README has the same in five lines.
 
 
 class WordHead(nn.Module):
@@ -81,8 +94,8 @@ class WordHead(nn.Module):
     token of the vocabulary. These are all the parameters that SuperCLIP adds to CLIP.
 
     The paper speaks of a linear layer. The authors' code puts a LayerNorm before it, and so do we.
-    All patches have about the same length, because the image tower normalises them. If they point
-    in different directions, their mean is short, and without the norm the logits would be weak.
+    Patch tokens that point in different directions have a short mean. Without the norm it would
+    give weak logits.
     """
 
     def __init__(self, width, vocab_size):
@@ -103,19 +116,17 @@ def idf(num_captions, token_counts):
     num_captions: captions seen so far; token_counts (V,): how many of them contain each token. The
     formula is that of the authors' code, in which the counts grow during the training, too.
     """
-    weights = ((num_captions + 1) / (token_counts + 1)).log()
-    # Padding, start and end of text are no words. Setting them by zero_ does not make the CPU wait
-    # for the GPU, as weights[[PAD, -2, -1]] = 0 would.
-    weights[PAD].zero_()
-    weights[-2:].zero_()
-    return weights
+    return ((num_captions + 1) / (token_counts + 1)).log()
 
 
 def multi_hot(label_tokens, vocab_size):
-    """Return (B, V): 1 for each token that a caption contains, once or more often, and 0 for the
+    """Return (B, V): 1 for each word that a caption contains, once or more often, and 0 for the
     others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
     words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
-    return words.scatter_(1, label_tokens, 1.0)
+    words.scatter_(1, label_tokens, 1.0)
+    words[:, PAD] = 0.0
+    words[:, -2:] = 0.0  # start and end
+    return words
 
 
 def caption_label(label_tokens, token_weights):
@@ -175,8 +186,8 @@ class SuperCLIP(nn.Module):
         self.head = None
         if config.cls_weight:
             self.head = WordHead(config.vision_width, config.vocab_size)
-            # How many captions contained each token, and how many captions there were. Integers,
-            # because float32 stops counting at 2**24.
+            # The model counts the words of its captions: how many captions contained each one, and
+            # how many captions there were. Integers, because float32 stops counting at 2**24.
             self.register_buffer("token_counts", torch.zeros(config.vocab_size, dtype=torch.long))
             self.register_buffer("num_captions", torch.zeros((), dtype=torch.long))
         # The parameter is the logarithm of the scale, so that the scale stays positive.
@@ -193,8 +204,8 @@ class SuperCLIP(nn.Module):
         images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
         context_length; label_tokens (B, T'): the same captions, not cut, or others whose words are
         to be predicted, by default the tokens. The last two arguments save time and memory. keep
-        (B, K): indices of the patches to look at, by default all; micro_batch_size: pairs that go
-        through the towers at once, by default all.
+        (B, K): indices of the K patches to look at, by default all P; micro_batch_size: pairs that
+        go through the towers at once, by default all.
 
         Return a dict of scalars: loss, and its terms, contrastive_loss and, with a head,
         classification_loss. If several processes train, the mean of what they return is the loss of
@@ -212,42 +223,29 @@ class SuperCLIP(nn.Module):
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
         # Each pair by itself: two features, and the loss of the head that predicts its words
+        batch = (images, tokens, label_tokens, token_weights, keep)
         if micro_batch_size is None or micro_batch_size == len(images):
-            encoded = self.encode_pairs(token_weights, images, tokens, label_tokens, keep)
+            encoded = self.encode_pairs(*batch)
         else:
-            batch = [images, tokens, label_tokens, keep]
-            encoded = in_micro_batches(self.encode_pairs, micro_batch_size, token_weights, batch)
-        image_features, text_features, terms = encoded
+            encoded = in_micro_batches(self.encode_pairs, micro_batch_size, *batch)
+        image_features, text_features, terms_of_pairs = encoded
 
         # The pairs of all processes: each image must pick its caption, and each caption its image
         all_image_features, all_text_features = image_features, text_features
         if self.training:  # process 0 evaluates alone
             all_image_features = gather(image_features)
             all_text_features = gather(text_features)
-        contrastive = self.contrastive(all_image_features, all_text_features)
+        terms = {"contrastive_loss": self.compare(all_image_features, all_text_features)}
+        terms.update(terms_of_pairs)
 
         # The sum. docs/fork.md shows how to add a term of your own here.
-        terms = {"contrastive_loss": contrastive, **terms}
-        loss = contrastive
+        loss = terms["contrastive_loss"]
         if self.head is not None:
             loss = loss + self.config.cls_weight * terms["classification_loss"]
         return {"loss": loss, **terms}
 
-    def count_tokens(self, label_tokens):
-        """Count the captions (B, T') of a batch, and the tokens in them, over all processes."""
-        # Count in parts, because (B, V) numbers for a large batch would need a gigabyte.
-        V = len(self.token_counts)
-        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256)).long()
-        counts[PAD].zero_()  # how many captions are padded depends on the longest one beside them
-        num_captions = len(label_tokens)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            num_captions *= dist.get_world_size()  # every process has as many
-        self.token_counts += counts
-        self.num_captions += num_captions
-
-    def encode_pairs(self, token_weights, images, tokens, label_tokens, keep=None):
-        """Compute what depends on one pair alone: its features, and the loss of its words.
+    def encode_pairs(self, images, tokens, label_tokens, token_weights, keep):
+        """Compute what needs one pair at a time: its features, and the loss of its words.
 
         token_weights (V,): from `idf`; the other arguments are those of `forward`. Return image and
         text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
@@ -255,7 +253,7 @@ class SuperCLIP(nn.Module):
         """
         # The image tower returns all its tokens, because the head reads the patches, and CLIP the
         # class token. Of a text only the feature is needed, so the text tower returns that.
-        image_tokens = self.visual(images, keep)  # (B, 1 + P, D), with K in place of P if keep
+        image_tokens = self.visual(images, keep)  # (B, 1 + P, D)
         image_features = self.project_image(image_tokens)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
         terms = {}
@@ -264,13 +262,26 @@ class SuperCLIP(nn.Module):
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
-    def contrastive(self, image_features, text_features):
-        """Return the loss of pairs that must find each other, a scalar: CLIP's, or SigLIP's if
-        config.loss is sigmoid. Both arguments (B, E) are features of length 1."""
+    def compare(self, image_features, text_features):
+        """Compare every image with every caption. Return the contrastive loss, a scalar: CLIP's, or
+        SigLIP's if config.loss is sigmoid. Both arguments (B, E) are features of length 1."""
         scale = self.logit_scale.exp()
-        if self.logit_bias is None:
+        if self.config.loss == "softmax":
             return contrastive_loss(image_features, text_features, scale)
         return sigmoid_loss(image_features, text_features, scale, self.logit_bias)
+
+    def count_tokens(self, label_tokens):
+        """Count the captions (B, T') of a batch, and the words in them, over all processes."""
+        # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
+        # take a gigabyte.
+        V = len(self.token_counts)
+        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256)).long()
+        num_captions = len(label_tokens)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            num_captions *= dist.get_world_size()  # every process has as many
+        self.token_counts += counts
+        self.num_captions += num_captions
 
     def encode_image(self, images):
         """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
@@ -391,8 +402,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def attention(q, k, v, causal):
-    """Return what each token takes from the others (B, H, T, D/H). q, k, v have this shape, too.
-    causal: whether a token sees only itself and the tokens before it."""
+    """Return what each token takes from the others (B, H, T, D/H), where H is the number of heads.
+    q, k, v have this shape, too. causal: whether a token sees only itself and those before it."""
     if q.device.type != "cpu":
         # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -524,37 +535,26 @@ def gather(features):
     return torch.cat(gathered)
 
 
-def in_micro_batches(encode_pairs, size, token_weights, batch):
-    """Return what encode_pairs(token_weights, *batch) returns, but with the memory of `size` pairs
-    (GradCache, arXiv 2101.06983). batch: list of tensors, or None at its end.
+def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_weights, keep):
+    """Return what encode_pairs(images, tokens, label_tokens, token_weights, keep) returns, but with
+    the memory of `size` pairs (GradCache, arXiv 2101.06983).
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     checkpoint keeps its inputs and its features, and forgets all that the towers have computed in
     between. The backward pass computes that again, one micro-batch after the other, which takes a
     third more time.
     """
-    assert len(batch[0]) % size == 0  # so that all parts count equally
-    parts = zip(*(x.split(size) for x in batch if x is not None))
-    parts = [checkpoint(encode_pairs, token_weights, *x, use_reentrant=False) for x in parts]
-    image_features, text_features, terms = zip(*parts)
+    assert len(images) % size == 0  # so that all parts count equally
+    image_features = []
+    text_features = []
+    terms = []
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        part = [images[rows], tokens[rows], label_tokens[rows], token_weights]
+        part.append(None if keep is None else keep[rows])
+        encoded = checkpoint(encode_pairs, *part, use_reentrant=False)
+        image_features.append(encoded[0])
+        text_features.append(encoded[1])
+        terms.append(encoded[2])
     means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
-
-
-# -----------------------------------------------------------------------------
-# Sizes
-
-# A preset names what differs from the defaults above, so ViT-B-16 names nothing.
-# Example: SuperCLIPConfig(**PRESETS["tiny"], vocab_size=560), for the drawn scenes
-LARGE = dict(vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
-PRESETS = {
-    "tiny": dict(
-        image_size=72, patch_size=12, vision_width=128, vision_layers=4, vision_heads=4,
-        text_width=128, text_layers=2, text_heads=4, embed_dim=128,
-    ),
-    "ViT-S-16": dict(vision_width=384, text_width=384, embed_dim=384),
-    "ViT-B-32": dict(patch_size=32),
-    "ViT-B-16": dict(),
-    "ViT-L-16": LARGE,
-    "ViT-L-14": dict(patch_size=14, **LARGE),
-}  # fmt: skip

@@ -11,9 +11,7 @@ from common.cli import run_command
 
 
 def equal_weights(num_captions, token_counts):
-    weights = torch.ones_like(token_counts, dtype=torch.float)
-    weights[[superclip.PAD, -2, -1]] = 0.0  # padding, start and end are no words
-    return weights
+    return torch.ones_like(token_counts, dtype=torch.float)
 
 
 def main(argv):

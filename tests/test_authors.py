@@ -39,7 +39,7 @@ def model(tmp_path):
 
 
 def test_three_training_steps_equal_the_authors(model):
-    """The authors' word loss also counts padding. Their loss without padding is stored as
+    """The authors' classification loss also counts padding. Their loss without it is stored as
     class_loss_masked. The three steps do not change the weights, but each step counts the tokens of
     its captions."""
     for step in OFFICIAL["steps"]:

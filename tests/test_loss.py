@@ -1,5 +1,5 @@
 """Test the losses. Counts, weights and labels are worked out by hand, and contrastive losses equal
-open_clip's. test_authors.py compares the word loss with the authors' loss, and test_pages.py
+open_clip's. test_authors.py compares the classification loss with the authors', and test_pages.py
 compares it with the formula in the README."""
 
 import math
@@ -28,9 +28,9 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 # ---- how often each word was in a caption
 
 
-def test_a_training_counts_each_token_of_a_caption_once_and_padding_never():
+def test_a_training_counts_each_word_of_a_caption_once():
     """The counts are exact even where float32 stops counting, and in a model that was turned into
-    bfloat16 and back. An evaluation counts nothing."""
+    bfloat16 and back. Padding, start and end are no words. An evaluation counts nothing."""
     model = small_model(vocab_size=V).to(torch.bfloat16).float()
     model.token_counts += 2**24
 
@@ -38,25 +38,24 @@ def test_a_training_counts_each_token_of_a_caption_once_and_padding_never():
     model.train()(IMAGES, CAPTIONS)
 
     assert model.num_captions.item() == 3
-    assert (model.token_counts - 2**24).tolist() == [0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 3, 3]
+    assert (model.token_counts - 2**24).tolist() == [0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 0, 0]
 
 
 # ---- the weight of each word, and the label of a caption
 
 
 def test_the_weight_of_a_word_by_hand():
-    """The weight is `log((3 + 1) / (n + 1))` for a word that was in n of 3 captions. Padding, which
-    is first, and start and end, which are last, have weight 0, however rare they are."""
-    weights = idf(torch.tensor(3), torch.tensor([0, 0, 1, 2, 3, 0, 0]))
+    """The weight is `log((3 + 1) / (n + 1))` for a word that was in n of 3 captions."""
+    weights = idf(torch.tensor(3), torch.tensor([0, 1, 2, 3]))
 
-    expected = [0, math.log(4), math.log(2), math.log(4 / 3), 0, 0, 0]
-    assert weights.tolist() == pytest.approx(expected)
+    assert weights.tolist() == pytest.approx([math.log(4), math.log(2), math.log(4 / 3), 0])
 
 
 def test_the_label_of_a_caption_by_hand():
     """The label is a set: token 3 occurs twice in the first caption, but has one share. The shares
-    of a caption add up to 1, even if the weights of its words do not."""
-    weights = torch.tensor([0, 0, 4, 1, 0, 3, 0, 1, 0, 0, 0, 0]) / 16
+    of a caption add up to 1, even if the weights of its words do not. Padding, start and end have
+    no share, although they have weight here."""
+    weights = torch.tensor([9, 0, 4, 1, 0, 3, 0, 1, 0, 0, 9, 9]) / 16
     logits = torch.zeros(3, V, requires_grad=True)
 
     classification_loss(logits, CAPTIONS, weights).backward()
@@ -70,7 +69,7 @@ def test_the_label_of_a_caption_by_hand():
     ]
 
 
-# ---- the word loss
+# ---- the classification loss
 
 
 def test_logits_of_16_bits_are_summed_in_float32():

@@ -103,15 +103,12 @@ def test_the_code_in_the_readme_is_the_method():
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     expected = model(images, captions)
 
-    def multi_hot(captions):  # without padding, start and end, which are no words
-        present = superclip.multi_hot(captions, TOKENIZER.vocab_size)
-        return present * (superclip.idf(model.num_captions, model.token_counts) > 0)
-
     names = {
         "patches": model.visual(images)[:, 1:],
-        "captions": captions,
+        "tokens": captions,
         "contrastive_loss": expected["contrastive_loss"],
-        "multi_hot": multi_hot,
+        "multi_hot": superclip.multi_hot,
+        "vocab_size": TOKENIZER.vocab_size,
         "cls_weight": 1.0,
         "head": model.head,
         "num_captions": model.num_captions,
