@@ -55,7 +55,7 @@ def main(argv):
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title.replace("_", " "), fontsize="medium")
         for i, log in enumerate(args.logs):
-            if log in panels[title]:  # Plain CLIP has no word loss.
+            if log in panels[title]:  # plain CLIP has no classification loss
                 steps, values, chances = zip(*panels[title][log])
                 axis.plot(steps, values, color=f"C{i}")
                 if chances[0] is not None:
