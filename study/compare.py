@@ -15,8 +15,9 @@ the data. The command runs in their folder, so paths in its options must be abso
 these pairs.
 
 Finished runs are lines of out_study/runs.jsonl, so a comparison that was stopped goes on. A run is
-known by its command, its seed and the text of its code, so runs of other code are never reported.
-Give a file of data another name when it changes.
+known by its command, its seed, the text of its code, and the machine: the kind of device, the
+default dtype, and the version of torch. So runs of other code or of another machine are never
+reported. Give a file of data another name when it changes.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ from statistics import mean, stdev
 import torch
 
 from common.cli import check, make_parser, number, run_command
+from common.devices import pick_device, pick_dtype
 from common.processes import cores
 from common.run import DIVERGED, names_of, read_log
 from common.scenes import find_or_make_scenes
@@ -70,6 +72,14 @@ def code_of(command):
     return hash_of(files | {*folder.glob("*.py"), *folder.glob("common/*.py")})
 
 
+def machine():
+    """Return a text that says on what this machine computes. Other machines round differently, so
+    the same run ends with other scores there."""
+    device = pick_device(None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {pick_dtype(device)}, torch {torch.__version__}"
+
+
 def folder_of(command, seed):
     """Return the folder in which a command runs: this one if the command names its data, else one
     with the scenes of the seed, which are drawn if they are not there."""
@@ -104,9 +114,9 @@ def start(task):
 
 
 def result_of(task, process, folder):
-    """Return the run of a training that has ended, as a dict: the task, the scores, and what the
-    log says of the machine. A run that has diverged has no scores. Raise InputError if the training
-    failed for another reason."""
+    """Return the run of a training that has ended, as a dict: the task, the machine, scores, and
+    what the log says of these. A run that has diverged has no scores. Raise InputError if the
+    training failed for another reason."""
     command, seed, code = task
     output = Path(folder.name, "output.txt").read_text("utf-8", errors="replace")
     last_line = output.strip().rpartition("\n")[2]
@@ -118,8 +128,9 @@ def result_of(task, process, folder):
     if not has_diverged:
         scores = scores_of(rows[-1])  # the last row is a validation
         check(scores, f"{command} has no score. Add --val_data or --zeroshot_data.")
-    machine = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
-    return {"command": command, "seed": seed, "code": code, "scores": scores, **machine}
+    facts = {name: header[name] for name in ("device", "dtype", "torch", "commit", "date")}
+    known_by = {"command": command, "seed": seed, "code": code, "machine": machine()}
+    return {**known_by, "scores": scores, **facts}
 
 
 def scores_of(row):
@@ -140,6 +151,7 @@ def runs_of(tasks, jobs):
     path = OUT / "runs.jsonl"
     path.touch()
     runs = [json.loads(line) for line in open(path)]
+    runs = [run for run in runs if run.get("machine") == machine()]
     found = {(run["command"], run["seed"], run["code"]): run for run in runs}
     todo = [task for task in dict.fromkeys(tasks) if task not in found]
     running = {}  # task: its process and its folder

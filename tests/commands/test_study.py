@@ -47,7 +47,7 @@ def test_the_sign_flip_test_counts_all_patterns_of_signs():
     assert compare.ahead(differences) == "5 of 8"
 
 
-def test_finished_runs_are_kept_and_not_used_for_other_code(monkeypatch, tmp_path):
+def test_finished_runs_are_kept_and_not_used_for_other_code_or_torch(monkeypatch, tmp_path):
     """We make up the runs, and what the code of a command is."""
     done = []
 
@@ -58,7 +58,8 @@ def test_finished_runs_are_kept_and_not_used_for_other_code(monkeypatch, tmp_pat
     def result_of(task, process, folder):
         command, seed, code = task
         scores = {"R@1": {"value": seed / 100, "chance": 0.1}}
-        return {"command": command, "seed": seed, "code": code, "scores": scores}
+        known_by = {"command": command, "seed": seed, "code": code, "machine": compare.machine()}
+        return {**known_by, "scores": scores}
 
     code = {"train.py": "1", "../fork/train.py": "1"}
     monkeypatch.setattr(compare, "OUT", tmp_path)
@@ -71,11 +72,14 @@ def test_finished_runs_are_kept_and_not_used_for_other_code(monkeypatch, tmp_pat
     compare.main([*argv, "5-7"])
     code["../fork/train.py"] = "2"
     compare.main([*argv, "5-7"])
+    monkeypatch.setattr(torch, "__version__", "another one")
+    compare.main([*argv, "5-6"])
 
     programs = "train.py", "../fork/train.py"
     kept = [(program, seed, "1") for program in programs for seed in (5, 6, 7)]
     again = [("../fork/train.py", seed, "2") for seed in (5, 6, 7)]
-    assert sorted(done) == sorted(kept + again)
+    other_torch = [(program, seed, code[program]) for program in programs for seed in (5, 6)]
+    assert sorted(done) == sorted(kept + again + other_torch)
 
 
 def test_other_text_is_other_code(monkeypatch, tmp_path):
