@@ -2,6 +2,8 @@
 
 import math
 import textwrap
+import unicodedata
+from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
@@ -49,14 +51,29 @@ def find_pictures(path, checkpoint, size):
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
-LETTER = 8  # pixels: about the width of a letter in Pillow's own font, which is 15 pixels high
+LETTER = 8  # pixels: about the width of a letter
+
+
+def find_font():
+    """Return a font of Linux, macOS or Windows that has the letters of most alphabets, or None if
+    the system has neither."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, 13)
+
+
+def without_accents(text):
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def contact_sheet(images, captions, path, columns=4):
     """Draw images into a PNG file, with a caption of up to five lines below each. images: list of
     uint8 tensors (3, S, S); captions: list of as many strings."""
     side = images[0].shape[-1]
-    font = ImageFont.load_default(15)
+    font = find_font()
+    if font is None:  # Pillow's own font has no letters beyond ASCII
+        font = ImageFont.load_default(15)
+        captions = map(without_accents, captions)
     wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]
     rows = math.ceil(len(images) / columns)
     width = side + GAP
