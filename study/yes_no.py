@@ -13,7 +13,8 @@ from common.cli import run_command
 
 def yes_or_no(logits, label_tokens, token_weights):
     """Return the binary cross-entropy, summed over the words and averaged over the pairs. logits
-    (B, V); label_tokens (B, T); token_weights (V,) are not used, because this loss has no IDF."""
+    (B, V); label_tokens (B, T'): the whole captions; token_weights (V,) are not used, because this
+    loss has no IDF."""
     is_said = superclip.multi_hot(label_tokens, logits.shape[1])  # (B, V)
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_said, reduction="none")
     # Padding has the first id, and start and end have the last two. They are no words.
