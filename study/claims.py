@@ -104,15 +104,20 @@ def values_of(arm, score):
     """Return {seed: score in percent} of the scored runs of an arm. The score "a - b" is the score
     a minus the score b."""
     commit, command, *minus = arm
+    if minus:
+        return differences_of(score, (commit, *minus), (commit, command))
     values = {}
     for run in RUNS:
         if (run["commit"], run["command"]) == (commit, command) and run["seed"] >= FIRST_SCORED:
             a, *b = [100 * run["scores"][name]["value"] for name in score.split(" - ")]
             values[run["seed"]] = a - sum(b)
-    if minus:
-        others = values_of((commit, *minus), score)
-        values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
     return values
+
+
+def differences_of(score, baseline, arm):
+    """Return {seed: score of the arm - score of the baseline}, for the seeds that both have."""
+    a, b = values_of(baseline, score), values_of(arm, score)
+    return {seed: b[seed] - a[seed] for seed in a.keys() & b.keys()}
 
 
 def compare(score, baseline, arm):
@@ -123,11 +128,9 @@ def compare(score, baseline, arm):
     The third round had four questions, the exact sign-flip test and Holm's correction. None of its
     p lies between 0.05 / 4 and 0.05, so Bonferroni's correction gives the same answers.
     """
-    a = values_of(baseline, score)
-    b = values_of(arm, score)
-    seeds = a.keys() & b.keys()
-    differences = [b[seed] - a[seed] for seed in seeds]
-    n = len(seeds)
+    by_seed = differences_of(score, baseline, arm)
+    differences = list(by_seed.values())
+    n = len(differences)
     middle = mean(differences)
     overlap = OVERLAP if SHOP in arm[1] else 0.0
     error = stdev(differences) * (1 / n + overlap) ** 0.5
@@ -136,7 +139,8 @@ def compare(score, baseline, arm):
         is_significant = sign_flip(differences) < 0.05 / 4
     else:
         is_significant = abs(middle) > CORRECTED[arm[0], n] * error
-    means = [f"{mean(values[seed] for seed in seeds):.1f}" for values in (a, b)]
+    both = [values_of(side, score) for side in (baseline, arm)]
+    means = [f"{mean(values[seed] for seed in by_seed):.1f}" for values in both]
     cells = [*means, f"{middle:+.1f} ± {half:.1f}", ahead(differences)]
     return cells, middle, half, is_significant
 
