@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
+
+from common.cli import InputError
 
 # -----------------------------------------------------------------------------
 # Several processes train one model. torchrun starts them, one for each GPU, and each of them runs
@@ -38,7 +41,14 @@ def joined_processes():
     warnings.filterwarnings("ignore", "`broadcast_buffers`")
     # Wait for two hours at most, because all others wait while process 0 validates.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
-    yield
+    try:
+        yield
+    except Exception as error:
+        # If process 0 ends with a mistake of the user, its sentence is enough. torchrun then ends
+        # the others, which make the same mistake or miss process 0. Give it the time to do so.
+        if RANK > 0 or not isinstance(error, InputError):
+            time.sleep(2)
+        raise
     from_all(None)  # wait, because process 0 may still validate
     # Free DistributedDataParallel, which is part of a circle of references, before the processes
     # part. With torch 2.13 about one run in ten aborted here otherwise.

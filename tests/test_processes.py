@@ -88,3 +88,17 @@ def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_p
     assert (code, other_code) == (2, 2), printed + other_printed
     assert "processes" in printed
     assert "Traceback" not in printed + other_printed
+
+
+def test_a_mistake_of_the_user_is_one_sentence(children, tmp_path):
+    """The second process would make the same mistake, but misses the first one before."""
+    options = short_run(tmp_path, tmp_path / "out", "--train_data", tmp_path / "nothing.tar")
+
+    first, second = children.train_two([options], [options])
+
+    code, printed = finish(first)
+    second.terminate()  # torchrun does so when one process has failed
+    _, other_printed = finish(second)
+    assert code == 2
+    assert "nothing.tar" in printed
+    assert other_printed.strip() == ""
