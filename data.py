@@ -46,15 +46,15 @@ warnings.filterwarnings("ignore", module="PIL|data$")
 # Batches and their order
 
 
-def load_batches(pairs, batch_size, local, start, stop, workers, pin=False):
+def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
 
-    local: the slice of the global batch that this process loads; pin: whether batches lie in pinned
+    place: the slice of the global batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes.
     """
     n = len(pairs)
     steps = range(start, stop)
-    order = (batch_indices(n, batch_size, pairs.seed, step)[local] for step in steps)
+    order = (batch_indices(n, batch_size, pairs.seed, step)[place] for step in steps)
     options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": pin}
     return iter(make_loader(pairs, workers, **options))
 

@@ -53,8 +53,8 @@ def train(args):
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
     eval_steps = {*range(0, steps, eval_every)} | {steps}  # after how many steps a run validates
-    # Process 0 chooses the folder of the run, and writes last.pt, best.pt and the log there. The
-    # header of the log says under which conditions its other rows were measured.
+
+    # Process 0 chooses the folder of the run, and writes last.pt, best.pt and the log there.
     if RANK == 0:
         args.out_dir = run.claim_folder(args.out_dir, args.resume)
     args.out_dir = processes.from_all(args.out_dir)[0]
@@ -333,7 +333,7 @@ def load_last(out, header, vocab, model, optimizer, scaler):
     if saved["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(saved["scaler"])
     best_r1 = saved["best_r1"]
-    if (out / "best.pt").exists():  # its score is missing in a last.pt that was written before it
+    if (out / "best.pt").exists():  # last.pt may lack its score, because last.pt is written first
         best_r1 = run.read_checkpoint(out / "best.pt")["best_r1"]
     return saved["step"], best_r1
 

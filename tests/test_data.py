@@ -135,13 +135,13 @@ def odd_pairs(tmp_path):
 def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
     """This holds for any number of workers, and for a run that begins at any step. Here a process
     loads the last 8 pairs of each batch of 12."""
-    local = slice(4, 12)
+    place = slice(4, 12)
 
-    loaded = [*data.load_batches(odd_pairs, 12, local, start, 6, workers)]
+    loaded = [*data.load_batches(odd_pairs, 12, place, start, 6, workers)]
 
     expected = []
     for step in range(start, 6):
-        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[local]]
+        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[place]]
         expected.append(odd_pairs.collate(items))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 

@@ -38,11 +38,6 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
         assert not heading or heading in anchors_of(target), link
 
 
-def test_no_file_of_common_imports_one_of_those_that_stand_on_it():
-    for path in ROOT.glob("common/*.py"):
-        assert not re.search(r"^\s*(import|from) (train|eval|data)\b", path.read_text(), re.M), path
-
-
 # ---- commands
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
