@@ -166,16 +166,16 @@ def encode_images(model, dataset, workers, encode=None):
 
 def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
-    captions, and owner (M,), which holds the number of each caption's image."""
+    captions, and image_of_text (M,), which holds the number of each caption's image."""
     dataset = SampleImages(samples, model.config.image_size)
     images, captions = encode_images(model, dataset, workers)
     texts = []
-    owner = []
+    image_of_text = []
     for i, texts_of_image in enumerate(captions):
         texts += texts_of_image
-        owner += [i] * len(texts_of_image)
+        image_of_text += [i] * len(texts_of_image)
     features = encode_texts(model, tokenizer, texts)
-    return images, features, torch.tensor(owner, device=features.device)
+    return images, features, torch.tensor(image_of_text, device=features.device)
 
 
 # -----------------------------------------------------------------------------
@@ -247,28 +247,31 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     scores = {}
     for k in ks:
         hits = found[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
-        luck = recall_by_chance(right, len(answers), k)
-        scores[f"R@{k}"] = score(by_image(hits), by_image(luck).mean())
+        by_chance = recall_by_chance(right, len(answers), k)
+        scores[f"R@{k}"] = score(by_image(hits), by_image(by_chance).mean())
     return scores
 
 
-def retrieval(image_features, text_features, owner, ks=(1, 5, 10)):
+def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Return R@k from image to text and from text to image, a dict of scores for each direction.
-    image_features (N, E); text_features (M, E); owner (M,): the number of each text's image."""
-    numbers = torch.arange(len(image_features), device=owner.device)
+    image_features (N, E); text_features (M, E); image_of_text (M,): the number of each text's
+    image."""
+    numbers = torch.arange(len(image_features), device=image_of_text.device)
     return {
-        "image_to_text": recall_scores(image_features, numbers, text_features, owner, ks),
-        "text_to_image": recall_scores(text_features, owner, image_features, numbers, ks),
+        "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
+        "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
     }
 
 
 @torch.no_grad()
-def loss_in_groups(model, image_features, text_features, owner, group):
+def loss_in_groups(model, image_features, text_features, image_of_text, group):
     """Return the contrastive loss of the model, a mean over random groups of `group` pairs. The
     other arguments are those of `retrieval`. An image is paired with its first caption. If groups
     are as large as the batches of a run, the loss can be compared with that of the run."""
     N = len(image_features)
-    first_caption = torch.searchsorted(owner, torch.arange(N, device=owner.device))  # (N,)
+    first_caption = torch.searchsorted(
+        image_of_text, torch.arange(N, device=image_of_text.device)
+    )  # (N,)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     losses = []
     for numbers in order[: N // group * group].split(group):
@@ -281,8 +284,8 @@ def score_pairs(model, tokenizer, samples, workers=0, group=None):
     """Score retrieval among data.Samples, and compute the contrastive loss in groups of `group`
     pairs, if that is given. Print the scores, and return them as a dict. train.py chooses its best
     model by mean_r1, the mean of R@1 over both directions."""
-    images, texts, owner = encode_samples(model, tokenizer, samples, workers)
-    result = retrieval(images, texts, owner)
+    images, texts, image_of_text = encode_samples(model, tokenizer, samples, workers)
+    result = retrieval(images, texts, image_of_text)
     for way, scores in result.items():
         for name, value in scores.items():
             # Print with tqdm, because print would write into the line of train.py's progress bar.
@@ -291,7 +294,7 @@ def score_pairs(model, tokenizer, samples, workers=0, group=None):
     row = {"validation": result, "mean_r1": mean_r1}
     if group is not None:
         group = min(group, len(images))
-        loss = loss_in_groups(model, images, texts, owner, group)
+        loss = loss_in_groups(model, images, texts, image_of_text, group)
         tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
         row |= {"val_group": group, "val_contrastive_loss": loss}
     return row

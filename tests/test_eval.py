@@ -57,9 +57,11 @@ def test_retrieval_by_hand():
     the six captions. The first image finds its captions at ranks 1 and 6, the second at ranks 3 and
     6, and the third at ranks 6 and 3."""
     scores = [[9, 1, 5, 4, 3, 2], [8, 7, 6, 1, 5, 2], [5, 6, 3, 2, 1, 4]]
-    owner = torch.tensor([0, 0, 1, 1, 2, 2])
+    image_of_text = torch.tensor([0, 0, 1, 1, 2, 2])
 
-    result = evaluation.retrieval(torch.tensor(scores).float(), torch.eye(6), owner, (1, 2, 3, 4))
+    result = evaluation.retrieval(
+        torch.tensor(scores).float(), torch.eye(6), image_of_text, (1, 2, 3, 4)
+    )
 
     assert values(result, "image_to_text", 1, 2, 3, 4) == pytest.approx([1 / 3, 1 / 3, 1, 1])
     # By column, the captions find their images at ranks 1, 3, 1, 3, 3 and 1.
@@ -70,13 +72,13 @@ def test_retrieval_by_hand():
     assert result["text_to_image"]["R@1"]["interval"] == pytest.approx([0.125, 0.875], abs=1e-3)
 
 
-OWNER = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])  # the images of 11 captions
+IMAGE_OF_TEXT = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])  # the images of 11 captions
 
 
 def test_chance_is_that_of_answers_drawn_at_random():
     texts = F.normalize(torch.randn(11, 7), dim=1)
 
-    result = evaluation.retrieval(texts[:4], texts, OWNER, range(1, 6))
+    result = evaluation.retrieval(texts[:4], texts, IMAGE_OF_TEXT, range(1, 6))
 
     for k in range(1, 6):
         formula = np.mean([1 - math.comb(11 - n, k) / math.comb(11, k) for n in (3, 1, 2, 5)])
@@ -88,7 +90,7 @@ def test_a_model_that_has_collapsed_scores_chance():
     """If ties counted as hits, the model would score 100 %, and if as misses, 0 %."""
     equal = torch.full((11, 7), 0.3)
 
-    result = evaluation.retrieval(equal[:4], equal, OWNER, (1,))
+    result = evaluation.retrieval(equal[:4], equal, IMAGE_OF_TEXT, (1,))
 
     for way in ("image_to_text", "text_to_image"):
         assert result[way]["R@1"]["value"] == pytest.approx(result[way]["R@1"]["chance"])
@@ -103,9 +105,9 @@ def test_the_loss_of_a_validation_is_that_of_the_model_in_groups(loss):
     model.logit_scale.data.fill_(1.0)
     images = torch.eye(7)
     captions = torch.stack([images, -images], dim=1).flatten(0, 1)
-    owner = torch.arange(14) // 2
+    image_of_text = torch.arange(14) // 2
 
-    found = evaluation.loss_in_groups(model, images, captions, owner, 3)
+    found = evaluation.loss_in_groups(model, images, captions, image_of_text, 3)
 
     scale = math.e
     expected = math.log(1 + 2 * math.exp(-scale))
@@ -135,10 +137,10 @@ def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, ca
     shard = write_shard(tmp_path / "x.tar", samples)
     pairs = data.Samples([shard], ["json.c", "txt", "json.c"])
 
-    images, texts, owner = evaluation.encode_samples(Colours(), TOKENIZER, pairs)
+    images, texts, image_of_text = evaluation.encode_samples(Colours(), TOKENIZER, pairs)
 
-    result = evaluation.retrieval(images, texts, owner)
-    assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    result = evaluation.retrieval(images, texts, image_of_text)
+    assert image_of_text.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert values(result, "text_to_image", 1) == [1]
     assert f"{shard}:0000" in capsys.readouterr().out
 
