@@ -174,8 +174,7 @@ def encode_samples(model, tokenizer, samples, workers=0):
     for i, texts_of_image in enumerate(captions):
         texts += texts_of_image
         image_of_text += [i] * len(texts_of_image)
-    features = encode_texts(model, tokenizer, texts)
-    return images, features, torch.tensor(image_of_text, device=features.device)
+    return images, encode_texts(model, tokenizer, texts), torch.tensor(image_of_text)
 
 
 # -----------------------------------------------------------------------------
@@ -203,19 +202,19 @@ def format_score(name, s):
     return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
-def ranked_hits(questions, question_image, answers, answer_image, k):
-    """Return booleans (Q, k). Column j says whether answer j, in the order of similarity, is right.
-    The search works in chunks, so that the matrix (Q, A) never exists.
+def nearest(questions, answers, k):
+    """Return the numbers (Q, k) of the k answers that are most similar to each question, the most
+    similar first. questions (Q, E), answers (A, E): features. The result is on the CPU. The search
+    works in chunks, so that the matrix (Q, A) never exists.
 
-    The other arguments are those of recall_scores. Of equal answers topk takes any. So a model that
-    has collapsed, which gives the same answers to all questions, scores chance.
+    Of equal answers topk takes any. So a model that has collapsed, which gives the same answers to
+    all questions, scores chance.
     """
     found = []
-    chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
-    for i in progress(range(0, len(questions), chunk), "searching"):
-        similarity = questions[i : i + chunk] @ answers.T
-        best = similarity.topk(min(k, len(answers))).indices
-        found.append((answer_image[best] == question_image[i : i + chunk, None]).cpu())
+    chunk = 2**24 // len(answers)  # 64 MB of similarities
+    for part in progress(questions.split(chunk), "searching"):
+        similarity = part @ answers.T
+        found.append(similarity.topk(min(k, len(answers))).indices.cpu())
     return torch.cat(found)
 
 
@@ -233,20 +232,20 @@ def recall_by_chance(right, n, k):
 
 def recall_scores(questions, question_image, answers, answer_image, ks):
     """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
-    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images. An answer
-    is right if it belongs to the image of the question."""
-    found = ranked_hits(questions, question_image, answers, answer_image, max(ks))
-    right = torch.bincount(answer_image)[question_image].cpu().double()  # (Q,)
-    image = question_image.cpu()
+    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images, on the
+    CPU. An answer is right if it belongs to the image of the question."""
+    best = nearest(questions, answers, max(ks))  # (Q, k)
+    is_right = answer_image[best] == question_image[:, None]  # (Q, k)
+    right = torch.bincount(answer_image)[question_image].double()  # (Q,): number of right answers
 
     def by_image(hits):
         # Each image counts once, with the mean of its questions. The captions of one image are not
         # independent, so an interval must count images and not captions.
-        return torch.bincount(image, weights=hits) / torch.bincount(image)
+        return torch.bincount(question_image, weights=hits) / torch.bincount(question_image)
 
     scores = {}
     for k in ks:
-        hits = found[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
+        hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
         by_chance = recall_by_chance(right, len(answers), k)
         scores[f"R@{k}"] = score(by_image(hits), by_image(by_chance).mean())
     return scores
@@ -255,8 +254,8 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Return R@k from image to text and from text to image, a dict of scores for each direction.
     image_features (N, E); text_features (M, E); image_of_text (M,): the number of each text's
-    image."""
-    numbers = torch.arange(len(image_features), device=image_of_text.device)
+    image, on the CPU."""
+    numbers = torch.arange(len(image_features))
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
         "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
@@ -269,10 +268,8 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     other arguments are those of `retrieval`. An image is paired with its first caption. If groups
     are as large as the batches of a run, the loss can be compared with that of the run."""
     N = len(image_features)
-    first_caption = torch.searchsorted(
-        image_of_text, torch.arange(N, device=image_of_text.device)
-    )  # (N,)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
+    order = data.epoch_order(N, seed=0, epoch=0)
     losses = []
     for numbers in order[: N // group * group].split(group):
         texts = text_features[first_caption[numbers]]
