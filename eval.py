@@ -333,7 +333,7 @@ def class_tokens(model, dataset, workers):
         return model.visual(images)[:, 0]
 
     features, labels = encode_images(model, dataset, workers, encode)
-    return features.float().cpu(), torch.tensor(labels)
+    return features.cpu(), torch.tensor(labels)
 
 
 def fit_linear(x, y, classes, penalty):
@@ -354,26 +354,24 @@ def fit_linear(x, y, classes, penalty):
     return layer
 
 
-def probe(train, test, classes):
-    """Fit a linear probe to `train`, and return its score on `test`. Both are pairs of features
-    (N, D) and labels (N,). A fifth of the training images chooses the penalty of a probe that
-    learns from the others. Then the probe learns from all training images."""
-    x, y = train
-    x_test, y_test = test
+def probe(x, y, x_test, y_test, classes):
+    """Fit a linear probe to the features x (N, D) and the labels y (N,), and return its score on
+    x_test and y_test. classes: the number of classes. A fifth of the training images chooses the
+    penalty of a probe that learns from the others. Then the probe learns from all of them."""
     # Standardise the features, so that one penalty means the same for all of them.
     mean = x.mean(dim=0)
     std = x.std(dim=0).clamp_min(1e-6)
     x = (x - mean) / std
     x_test = (x_test - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = data.epoch_order(len(x), seed=0, epoch=0)
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
-    def accuracy(penalty):
+    def count_right(penalty):
         layer = fit_linear(x[rest], y[rest], classes, penalty)
-        return (layer(x[val]).argmax(dim=1) == y[val]).double().mean()
+        return (layer(x[val]).argmax(dim=1) == y[val]).sum()
 
-    penalties = [10.0**exponent for exponent in range(-6, 1)]
-    penalty = max(progress(penalties, "choosing the penalty"), key=accuracy)
+    penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    penalty = max(progress(penalties, "choosing the penalty"), key=count_right)
     layer = fit_linear(x, y, classes, penalty)
     return score(layer(x_test).argmax(dim=1) == y_test, 1 / classes)
 
@@ -450,13 +448,14 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
-    same = Path(args.train).resolve() == Path(args.test).resolve()
-    check(not same, "--train and --test are the same folder. Name other images to test on.")
+    is_same = Path(args.train).samefile(args.test)
+    check(not is_same, "--train and --test are the same folder. Name other images to test on.")
     train = ClassFolders(args.train, model.config.image_size)
     test = ClassFolders(args.test, model.config.image_size)
-    check(train.classes == test.classes, f"{args.train} and {args.test} hold different classes")
-    fit, held_out = (class_tokens(model, images, args.workers) for images in (train, test))
-    result = probe(fit, held_out, len(train.classes))
+    check(train.classes == test.classes, "--train and --test hold different classes")
+    x, y = class_tokens(model, train, args.workers)
+    x_test, y_test = class_tokens(model, test, args.workers)
+    result = probe(x, y, x_test, y_test, len(train.classes))
     print(format_score("linear probe", result))
     return result
 

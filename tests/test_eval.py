@@ -212,7 +212,7 @@ def test_a_probe_finds_what_is_there_at_any_scale():
     scales = 10 ** torch.linspace(-3, 3, 20)
     x = (torch.randn(400, 20) + 2 * y[:, None]) * scales + 5
 
-    found = evaluation.probe((x[:200], y[:200]), (x[200:], y[200:]), 2)
+    found = evaluation.probe(x[:200], y[:200], x[200:], y[200:], 2)
 
     assert (found["value"], found["n"]) == (1, 200)
 
@@ -221,9 +221,9 @@ def test_the_labels_of_the_test_choose_nothing():
     """The features are noise, so a penalty may do well by chance. If the labels of the test do not
     choose it, the guesses stay when these labels are swapped, and right ones become wrong."""
     x, y = torch.randn(400, 20), torch.arange(400) % 2
-    shown = x[:200], y[:200]
 
-    found, other = (evaluation.probe(shown, (x[200:], test), 2) for test in (y[200:], 1 - y[200:]))
+    found = evaluation.probe(x[:200], y[:200], x[200:], y[200:], 2)
+    other = evaluation.probe(x[:200], y[:200], x[200:], 1 - y[200:], 2)
 
     assert found["value"] + other["value"] == pytest.approx(1)
 
