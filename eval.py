@@ -385,19 +385,19 @@ def top_words(model, tokenizer, images, k=8):
     """Return the k words that the head finds most probable in each of the images (B, 3, S, S), a
     list of (word, probability, id) for each image. The probabilities are a softmax over all tokens.
 
-    Some words are returned only if there are too few others: parts of words, and words such as
-    "the", which more than a fifth of the captions contain.
+    Parts of words, and words such as "the", which more than a fifth of the captions contain, come
+    last. So they are returned only if there are too few others.
     """
-    probabilities = model.word_logits(images.to(device_of(model))).softmax(dim=-1)
+    probabilities = model.word_logits(images.to(device_of(model))).softmax(dim=-1)  # (B, V)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
     result = []
     for p in probabilities:
-        ids = p.topk(min(8 * k, len(p))).indices.tolist()
+        ids = p.topk(8 * k).indices.tolist()
         words = [(token_text(tokenizer, i), p[i].item(), i) for i in ids]
         words = [word for word in words if has_letters(word[0])]  # without punctuation
         # Move common words and parts of words to the end.
         words.sort(key=lambda word: is_common[word[2]] or word[0].endswith("-"))
-        result.append(sorted(words[:k], key=lambda word: -word[1]))
+        result.append(words[:k])
     return result
 
 
