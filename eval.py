@@ -64,7 +64,7 @@ UNREADABLE = (data.BadSample, OSError)  # An image that raises these is None in 
 def read_image(path, size):
     """Return an image file as a uint8 tensor (3, size, size), or None if it cannot be read."""
     try:
-        return data.load_image(Path(path).read_bytes(), size)
+        return data.load_image(path.read_bytes(), size)
     except UNREADABLE as error:
         tqdm.write(f"skipped {path}: {error}")
         return None
@@ -81,20 +81,24 @@ def is_hidden(name):
 
 def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
     return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
 
 
 class ClassFolders(Dataset):
     """Read a folder that holds a folder of images for each class. An item is (image, number of its
-    class). A folder without images is a class, too: images can be mistaken for it."""
+    class). A folder without images is a class, too: images can be mistaken for it. The class is
+    named after its folder, with spaces for underscores."""
 
     def __init__(self, folder, size):
         self.size = size
-        paths = [path for path in sorted(Path(folder).iterdir()) if path.is_dir()]
-        paths = [path for path in paths if not is_hidden(path.name)]
-        self.classes = [path.name for path in paths]
-        self.samples = [(file, c) for c, path in enumerate(paths) for file in images_below(path)]
+        self.classes = []  # their names
+        self.samples = []  # (file, number of its class)
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_dir() and not is_hidden(path.name):
+                c = len(self.classes)
+                self.classes.append(path.name.replace("_", " "))
+                self.samples += [(file, c) for file in images_below(path)]
         check(self.samples, f"{folder} has no folders with images in it, one for each class")
 
     def __len__(self):
@@ -124,29 +128,30 @@ class SampleImages(Dataset):
 
 
 def collate(samples):
-    """Return the images that can be read, stacked (B, 3, S, S), and the list of their B labels. If
-    there are none, return an empty list in place of the stack."""
-    images = [image for image, _ in samples if image is not None]
-    labels = [label for image, label in samples if image is not None]
+    """Return the images that can be read, stacked (B, 3, S, S), and their B labels. If there are
+    none, return None."""
+    readable = [sample for sample in samples if sample[0] is not None]
+    if not readable:
+        return None
+    images, labels = zip(*readable)
     # Stack the images, because each tensor on its way out of a loading process keeps a file open.
-    return torch.stack(images) if images else images, labels
+    return torch.stack(images), labels
 
 
-def batches(dataset, batch_size, workers, description):
-    """Yield the images that can be read, as uint8 (B, 3, S, S), and the list of their B labels."""
+def batches(dataset, batch_size, workers):
+    """Yield the images that can be read, as uint8 (B, 3, S, S), and a tuple of their B labels."""
     loader = make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
-    for images, labels in progress(loader, description, unit="batch"):
-        if labels:
-            yield images, labels
+    for batch in progress(loader, "encoding", unit="batch"):
+        if batch:
+            yield batch
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts):
     """Return the features (M, E) of texts, a list of M strings."""
     features = []
-    for i in progress(range(0, len(texts), 256), "encoding texts"):
-        tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T)
-        features.append(model.encode_text(tokens.to(device_of(model))))
+    for tokens in progress(tokenizer(texts).split(256), "encoding texts"):  # (B, T)
+        features.append(model.encode_text(trim(tokens).to(device_of(model))))
     return torch.cat(features)
 
 
@@ -157,7 +162,7 @@ def encode_images(model, dataset, workers, encode=None):
     encode = encode or model.encode_image
     features = []
     labels = []
-    for images, labels_of_batch in batches(dataset, 128, workers, "encoding"):
+    for images, labels_of_batch in batches(dataset, 128, workers):
         features.append(encode(images.to(device_of(model))))
         labels += labels_of_batch
     check(labels, "none of the images can be used")
@@ -310,7 +315,7 @@ def zeroshot(model, tokenizer, images, names=None, templates=TEMPLATES, workers=
     by default those of the folders; templates: for the prompts."""
     C = len(images.classes)
     if names is None:
-        names = [name.replace("_", " ") for name in images.classes]
+        names = images.classes
     check(len(names) == C, f"there are {C} folders of images, but {len(names)} names of classes")
     unknown = tokenizer.unknown_words(names)
     if unknown:  # they are spelled in bytes, which the model has hardly seen
@@ -406,7 +411,7 @@ def print_words(model, tokenizer, samples):
     if model.head is None:
         return
     dataset = SampleImages(samples, model.config.image_size)
-    pictures, captions = next(batches(dataset, 2, 0, "words"))
+    pictures, captions = next(batches(dataset, 2, 0))
     for words, texts in zip(top_words(model, tokenizer, pictures), captions):
         found = ", ".join(word for word, _, _ in words)
         tqdm.write(f'"{texts[0]}": the head says {found}')

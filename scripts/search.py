@@ -44,7 +44,7 @@ from scripts.pictures import find_pictures
 def encode(model, pictures):
     """Encode pictures. Yield (number, feature (E,)) for each one that can be read."""
     device = evaluation.device_of(model)
-    for pixels, numbers in evaluation.batches(pictures, 128, None, "encoding"):
+    for pixels, numbers in evaluation.batches(pictures, 128, None):
         yield from zip(numbers, model.encode_image(pixels.to(device)).cpu())
 
 
