@@ -27,8 +27,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
-from common import cli
-from common.cli import check, number, progress
+from common.cli import (
+    add_options,
+    check,
+    make_parser,
+    number,
+    optional,
+    output_file,
+    progress,
+    run_command,
+)
 from common.devices import pick_device
 from common.processes import make_loader
 from common.run import read_model, validation_of
@@ -425,20 +433,24 @@ def read_list(path):
     """Return the lines of a file as a list. imagenet stands for the names of ImageNet's classes in
     open_clip, and openai for its templates."""
     if path == "imagenet":
-        return list(cli.optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
+        return optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES
     if path == "openai":
-        published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
+        published = optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
         return [template("{}") for template in published]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in lines if line.strip()]
+
+
+def read_templates(path):
+    """Return the templates that `read_list` reads, and check that each has a place for the name."""
+    templates = read_list(path)
+    check(all("{}" in template for template in templates), f"{path} has a line without {{}}")
+    return templates
 
 
 def command_zeroshot(model, tokenizer, args):
-    names = read_list(args.classes) if args.classes else None
-    templates = read_list(args.templates) if args.templates else TEMPLATES
-    check(all("{}" in t for t in templates), f"{args.templates} has a line without {{}}")
     images = ClassFolders(args.images, model.config.image_size)
-    result = zeroshot(model, tokenizer, images, names, templates, args.workers)
+    result = zeroshot(model, tokenizer, images, args.classes, args.templates, args.workers)
     print(format_score("zero-shot", result))
     return result
 
@@ -466,25 +478,25 @@ def command_probe(model, _, args):
 
 
 def main(argv):
-    parser = cli.make_parser(__doc__)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(function=function)
-        cli.add_options(sub, "checkpoint", "device")
+        add_options(sub, "checkpoint", "device")
         add = sub.add_argument
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
-        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
+        add("--json", type=output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
     # fmt: off
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, metavar="DIR", help="folder with one folder of images per class")
-    add("--classes", metavar="FILE",
+    add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
         "for the names of ImageNet's classes (default: the names of the folders)")
-    add("--templates", metavar="FILE",
+    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
@@ -500,9 +512,9 @@ def main(argv):
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)
-    if args.json is not None:
+    if args.json:
         args.json.write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    run_command(main)
