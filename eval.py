@@ -27,16 +27,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
-from common.cli import (
-    add_options,
-    check,
-    make_parser,
-    number,
-    optional,
-    output_file,
-    progress,
-    run_command,
-)
+from common import cli
+from common.cli import check, number, progress
 from common.devices import pick_device
 from common.processes import make_loader
 from common.run import read_model, validation_of
@@ -433,9 +425,9 @@ def read_list(path):
     """Return the lines of a file as a list. imagenet stands for the names of ImageNet's classes in
     open_clip, and openai for its templates."""
     if path == "imagenet":
-        return optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES
+        return cli.optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES
     if path == "openai":
-        published = optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
+        published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
         return [template("{}") for template in published]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     return [line for line in lines if line.strip()]
@@ -478,16 +470,16 @@ def command_probe(model, _, args):
 
 
 def main(argv):
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(function=function)
-        add_options(sub, "checkpoint", "device")
+        cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
         add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
-        add("--json", type=output_file(".json"), metavar="FILE", help="file for all numbers")
+        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
     # fmt: off
@@ -517,4 +509,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

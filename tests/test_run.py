@@ -13,19 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import material
 import pytest
 import torch
 from children import hook
-from material import (
-    all_rows,
-    cases,
-    checkpoint_of,
-    error_of,
-    result_of,
-    rows_of,
-    short_run,
-    steps_of,
-)
+from material import cases, checkpoint_of, error_of, result_of, rows_of, short_run, steps_of
 
 import eval as evaluation
 import train
@@ -207,7 +199,7 @@ def test_images_per_second_leave_out_a_save_between_validations(
 
     train.main(short_run(shards, tmp_path, "--eval_every", 100))
 
-    [row] = [row for row in all_rows(tmp_path) if row["step"] == 4]
+    [row] = [row for row in material.all_rows(tmp_path) if row["step"] == 4]
     assert row["images_per_second"] > 16 / 100
 
 

@@ -9,15 +9,9 @@ import torch.nn.functional as F
 from children import ROOT
 from material import TINY
 
+import superclip
 from docs.lab import Mistake
-from superclip import (
-    PRESETS,
-    caption_label,
-    classification_loss,
-    contrastive_loss,
-    idf,
-    multi_hot,
-)
+from superclip import PRESETS, caption_label, classification_loss, contrastive_loss, idf
 
 CELLS = json.loads((ROOT / "docs" / "lab.ipynb").read_text())["cells"]
 BLOCKS = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
@@ -63,7 +57,7 @@ def of_rows(u, v, scale):
 
 
 def repeated_words(t, w):
-    return F.normalize(F.one_hot(t, 9).sum(dim=1) * multi_hot(t, 9) * w, p=1)
+    return F.normalize(F.one_hot(t, 9).sum(dim=1) * superclip.multi_hot(t, 9) * w, p=1)
 
 
 def count_twice(model, images, tokens, label_tokens):
