@@ -34,7 +34,7 @@ from statistics import mean, stdev
 import torch
 
 from common.cli import check, make_parser, number, run_command
-from common.devices import pick_device, pick_dtype
+from common.devices import pick_dtype
 from common.processes import cores
 from common.run import DIVERGED, names_of, read_log
 from common.scenes import find_or_make_scenes
@@ -75,7 +75,9 @@ def code_of(command):
 def machine():
     """Return a text that says on what this machine computes. Other machines round differently, so
     the same run ends with other scores there."""
-    device = pick_device(None)
+    # pick_device would not do, because it fails on a GPU that is too old for this torch. The
+    # commands may name the CPU.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, {pick_dtype(device)}, torch {torch.__version__}"
 
@@ -114,9 +116,9 @@ def start(task):
 
 
 def result_of(task, process, folder):
-    """Return the run of a training that has ended, as a dict: the task, the machine, scores, and
-    what the log says of these. A run that has diverged has no scores. Raise InputError if the
-    training failed for another reason."""
+    """Return the run of a training that has ended, as a dict: the task, the machine, the scores,
+    and the conditions of the run from its log. A run that has diverged has no scores. Raise
+    InputError if the training failed for another reason."""
     command, seed, code = task
     output = Path(folder.name, "output.txt").read_text("utf-8", errors="replace")
     last_line = output.strip().rpartition("\n")[2]
@@ -151,7 +153,8 @@ def runs_of(tasks, jobs):
     path = OUT / "runs.jsonl"
     path.touch()
     runs = [json.loads(line) for line in open(path)]
-    runs = [run for run in runs if run.get("machine") == machine()]
+    here = machine()
+    runs = [run for run in runs if run.get("machine") == here]  # older lines name no machine
     found = {(run["command"], run["seed"], run["code"]): run for run in runs}
     todo = [task for task in dict.fromkeys(tasks) if task not in found]
     running = {}  # task: its process and its folder

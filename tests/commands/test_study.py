@@ -47,7 +47,7 @@ def test_the_sign_flip_test_counts_all_patterns_of_signs():
     assert compare.ahead(differences) == "5 of 8"
 
 
-def test_finished_runs_are_kept_and_not_used_for_other_code_or_torch(monkeypatch, tmp_path):
+def test_finished_runs_are_kept_and_not_used_for_other_code_or_machines(monkeypatch, tmp_path):
     """We make up the runs, and what the code of a command is."""
     done = []
 
@@ -74,12 +74,16 @@ def test_finished_runs_are_kept_and_not_used_for_other_code_or_torch(monkeypatch
     compare.main([*argv, "5-7"])
     monkeypatch.setattr(torch, "__version__", "another one")
     compare.main([*argv, "5-6"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    compare.main([*argv, "5-6"])
 
     programs = "train.py", "../fork/train.py"
     kept = [(program, seed, "1") for program in programs for seed in (5, 6, 7)]
     again = [("../fork/train.py", seed, "2") for seed in (5, 6, 7)]
-    other_torch = [(program, seed, code[program]) for program in programs for seed in (5, 6)]
-    assert sorted(done) == sorted(kept + again + other_torch)
+    elsewhere = [(program, seed, code[program]) for program in programs for seed in (5, 6)]
+    assert sorted(done) == sorted(kept + again + 2 * elsewhere)
 
 
 def test_other_text_is_other_code(monkeypatch, tmp_path):
