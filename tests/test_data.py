@@ -107,15 +107,6 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 
 
-def test_a_shard_that_was_cut_is_not_called_a_missing_caption(tmp_path):
-    path = write_captions(tmp_path / "0.tar", "a red dog")
-    shards = Samples([path])
-    open(path, "w").close()
-
-    with pytest.raises(data.BadSample, match="ends too early"):
-        shards.captions(0)
-
-
 # ---- batches
 
 LONG = "a dog sits on the red grass " * 6 + "a dog runs on the"  # 47 tokens
