@@ -140,7 +140,7 @@ class Pairs(Dataset):
         a bad one, so that batches have the same size on every process. A hundred bad samples in a
         row end the run. Each process prints a bad sample once, and a hundred at most."""
         position, i = item
-        rng = random.Random(self.seed << 40 | position)  # no run has 2**40 pairs
+        rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
         for _ in range(100):
             try:
                 return self.draw_pair(i, rng)

@@ -127,10 +127,10 @@ class SampleImages(Dataset):
             return None, None
 
 
-def collate(samples):
+def collate(items):
     """Return the images that can be read, stacked (B, 3, S, S), and their B labels. If there are
     none, return None."""
-    readable = [sample for sample in samples if sample[0] is not None]
+    readable = [item for item in items if item[0] is not None]
     if not readable:
         return None
     images, labels = zip(*readable)
@@ -150,8 +150,9 @@ def batches(dataset, batch_size, workers):
 def encode_texts(model, tokenizer, texts):
     """Return the features (M, E) of texts, a list of M strings."""
     features = []
-    for tokens in progress(tokenizer(texts).split(256), "encoding texts"):  # (B, T)
-        features.append(model.encode_text(trim(tokens).to(device_of(model))))
+    for i in progress(range(0, len(texts), 256), "encoding texts"):
+        tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T)
+        features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
 
@@ -171,7 +172,8 @@ def encode_images(model, dataset, workers, encode=None):
 
 def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
-    captions, and image_of_text (M,), which holds the number of each caption's image."""
+    captions, and image_of_text (M,), which holds the number of each caption's image, in rising
+    order."""
     dataset = SampleImages(samples, model.config.image_size)
     images, captions = encode_images(model, dataset, workers)
     texts = []
@@ -243,7 +245,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     is_right = answer_image[best] == question_image[:, None]  # (Q, k)
     right = torch.bincount(answer_image)[question_image].double()  # (Q,): number of right answers
 
-    def by_image(hits):
+    def mean_of_images(hits):
         # Each image counts once, with the mean of its questions. The captions of one image are not
         # independent, so an interval must count images and not captions.
         return torch.bincount(question_image, weights=hits) / torch.bincount(question_image)
@@ -252,7 +254,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     for k in ks:
         hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
         by_chance = recall_by_chance(right, len(answers), k)
-        scores[f"R@{k}"] = score(by_image(hits), by_image(by_chance).mean())
+        scores[f"R@{k}"] = score(mean_of_images(hits), mean_of_images(by_chance).mean())
     return scores
 
 
@@ -274,7 +276,7 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     are as large as the batches of a run, the loss can be compared with that of the run."""
     N = len(image_features)
     first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
-    order = data.epoch_order(N, seed=0, epoch=0)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     losses = []
     for numbers in order[: N // group * group].split(group):
         texts = text_features[first_caption[numbers]]
@@ -368,7 +370,7 @@ def probe(x, y, x_test, y_test, classes):
     std = x.std(dim=0).clamp_min(1e-6)
     x = (x - mean) / std
     x_test = (x_test - mean) / std
-    order = data.epoch_order(len(x), seed=0, epoch=0)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
     def count_right(penalty):
@@ -388,21 +390,21 @@ def probe(x, y, x_test, y_test, classes):
 @torch.no_grad()
 def top_words(model, tokenizer, images, k=8):
     """Return the k words that the head finds most probable in each of the images (B, 3, S, S), a
-    list of (word, probability, id) for each image. The probabilities are a softmax over all tokens.
-
-    Parts of words, and words such as "the", which more than a fifth of the captions contain, come
-    last. So they are returned only if there are too few others.
-    """
+    list of (word, probability, id) for each image, the most probable first. The probabilities are a
+    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
+    than a fifth of the captions contain."""
     probabilities = model.word_logits(images.to(device_of(model))).softmax(dim=-1)  # (B, V)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
     result = []
     for p in probabilities:
-        ids = p.topk(8 * k).indices.tolist()
-        words = [(token_text(tokenizer, i), p[i].item(), i) for i in ids]
-        words = [word for word in words if has_letters(word[0])]  # without punctuation
-        # Move common words and parts of words to the end.
-        words.sort(key=lambda word: is_common[word[2]] or word[0].endswith("-"))
-        result.append(words[:k])
+        words = []
+        for i in p.argsort(descending=True).tolist():
+            word = token_text(tokenizer, i)
+            if has_letters(word) and not word.endswith("-") and not is_common[i]:
+                words.append((word, p[i].item(), i))
+            if len(words) == k:
+                break
+        result.append(words)
     return result
 
 
@@ -436,7 +438,8 @@ def read_list(path):
 def read_templates(path):
     """Return the templates that `read_list` reads, and check that each has a place for the name."""
     templates = read_list(path)
-    check(all("{}" in template for template in templates), f"{path} has a line without {{}}")
+    is_right = templates and all("{}" in template for template in templates)
+    check(is_right, f"{path} needs lines that contain {{}}")
     return templates
 
 
@@ -493,7 +496,7 @@ def main(argv):
         "templates (default: four similar ones)")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
     add("--data", nargs="+", required=True, metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575}; of both sides those to validate on")
+        help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     add = command("probe", command_probe,

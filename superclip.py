@@ -202,10 +202,10 @@ class SuperCLIP(nn.Module):
         """Compute the loss of a batch. These are all steps of the method.
 
         images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
-        context_length; label_tokens (B, T'): the same captions, not cut, or others whose words are
-        to be predicted, by default the tokens. The last two arguments save time and memory. keep
-        (B, K): indices of the K patches to look at, by default all P; micro_batch_size: pairs that
-        go through the towers at once, by default all.
+        context_length; label_tokens (B, T'): captions whose words the head predicts, usually the
+        same ones but not cut, by default the tokens. The last two arguments save time and memory.
+        keep (B, K): indices of the K patches to look at, by default all P; micro_batch_size: pairs
+        that go through the towers at once, by default all.
 
         Return a dict of scalars: loss, and its terms, contrastive_loss and, with a head,
         classification_loss. If several processes train, the mean of what they return is the loss of
@@ -230,7 +230,8 @@ class SuperCLIP(nn.Module):
             encoded = in_micro_batches(self.encode_pairs, micro_batch_size, *batch)
         image_features, text_features, terms_of_pairs = encoded
 
-        # The pairs of all processes: each image must pick its caption, and each caption its image
+        # The pairs of all processes: each image must pick its caption, and each caption its image.
+        # With one process gather returns what it gets.
         all_image_features, all_text_features = image_features, text_features
         if self.training:  # process 0 evaluates alone
             all_image_features = gather(image_features)
@@ -522,7 +523,7 @@ def gather(features):
     Each process computes the loss of the global batch, but only its own features have a gradient.
     So the sum of the gradients over the processes is the gradient of the loss. But
     DistributedDataParallel takes the mean. Therefore the gradient of a feature is multiplied by the
-    number of processes here.
+    number of processes here. logit_scale has the whole gradient in every process already.
     """
     if not dist.is_initialized():
         return features

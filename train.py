@@ -68,12 +68,12 @@ def train(args):
     cli.check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     if RANK == 0 and args.resume:
         run.cut_log(out, start, eval_due=start in eval_steps)  # drop what is logged again
-    run.log_header(out, header, start)
+    run.log_header(out, header, start)  # the conditions under which all rows are measured
 
     ddp_model = model
     if WORLD > 1:
         # Average the gradients of all processes. A bucket view avoids a copy of all gradients.
-        # Buffers need no broadcast, because all processes count the same tokens.
+        # Buffers need no broadcast, because the counts are sums over all processes.
         ddp_model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -89,7 +89,7 @@ def train(args):
     for step in todo:
         # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
         # fail. Then it validates, and saves best.pt if no score was higher. Without validation
-        # pairs the newest is the best. The others wait in part 3, after the last step in main.
+        # pairs the newest is the best. Meanwhile the others wait for it in part 3, or in main.
         eval_due = step in eval_steps
         if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
             checkpoint = {
@@ -142,7 +142,7 @@ def train(args):
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # CLIP's bounds, also for SigLIP's loss
+            model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU. Process
@@ -202,7 +202,8 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            # If val_contrastive_loss rises while contrastive_loss falls, the model overfits.
+            # The loss of groups as large as a batch can be compared with that of the training. If
+            # val_contrastive_loss rises while contrastive_loss falls, the model overfits.
             group = args.batch_size
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group)
             evaluation.print_words(model, tokenizer, samples)
@@ -282,8 +283,9 @@ def open_data(args, shards, val_shards, model, tokenizer):
 
 
 def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
-    """Return AdamW. Each group of parameters keeps its peak rate. new_parameters: names of those
-    that --init_from lacks, whose peak is RATE_OF_NEW_PARAMETERS at any learning rate."""
+    """Return AdamW. Each group of parameters has its peak learning rate in "peak_rate".
+    new_parameters: names of those that --init_from lacks, whose peak is RATE_OF_NEW_PARAMETERS at
+    any learning rate."""
 
     def two_groups(named, peak):
         # Only matrices decay: no biases, norms, class token or logit scale.
@@ -341,7 +343,8 @@ def load_last(out, header, vocab, model, optimizer, scaler):
 # -----------------------------------------------------------------------------
 # Options. `python train.py --help` explains them. General defaults stand in the parser.
 
-# The defaults without --train_data, for a run on the built-in scenes. They were chosen together.
+# The defaults without --train_data, for a run on the built-in scenes. They were chosen together, so
+# that a CPU learns in minutes.
 SCENES = {
     "train_data": ["scenes/train-*.tar"],
     "val_data": ["scenes/val-*.tar"],
@@ -389,15 +392,15 @@ def make_parser():
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
         help="folders to classify at each validation; each holds a folder of images per class")
     add("--label_captions", nargs="+", metavar="SOURCE",
-        help="where the words to predict come from (default: the caption that was drawn)")
+        help="where the words to predict come from (default: the caption of the step)")
     add("--val_captions", nargs="+", metavar="SOURCE",
         help="where the captions of the validation pairs are (default: --captions)")
     add("--vocab", metavar="FILE",
         help="file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture in a crop; 1: the square in the middle (default 0.9)")
+        help="smallest share of a picture in a crop; 1: its middle square (default %(default)s)")
     add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of the patches that each step leaves out, at random (default 0)")
+        help="share of the patches that each step leaves out, at random (default %(default)s)")
     add("--workers", type=cli.number(int, 0, 999),
         help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
     # the model
@@ -416,16 +419,16 @@ def make_parser():
     length.add_argument("--epochs", type=cli.number(float, 1e-6),
         help="length of the run in passes over the data (default 30)")
     add("--batch_size", type=count, default=256,
-        help="pairs in each step, counted over all processes (default 256)")
+        help="pairs in each step, counted over all processes (default %(default)s)")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
     # That of CLIP's ViT-B, which has batches of 32,768. We did not search another one for 256.
     add("--learning_rate", type=not_negative, default=5e-4,
         help="peak learning rate (default 5e-4, or 5e-5 with --init_from)")
     add("--weight_decay", type=not_negative, default=0.2,
-        help="weight decay of AdamW, which only matrices have (default 0.2)")
+        help="weight decay of AdamW, which only matrices have (default %(default)s)")
     add("--seed", type=cli.number(int, 0, 2**31), default=0,
-        help="seed for weights, order, captions, crops and patch dropout (default 0)")
+        help="seed for weights, order, captions, crops and patch dropout (default %(default)s)")
     # the machine
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="dtype of the steps (default: bfloat16 where there are units for it, else float16 on "
@@ -436,7 +439,7 @@ def make_parser():
     add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
     add("--resume", action="store_true",
         help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
-    add("--log_every", type=count, default=20, help="steps between log rows (default 20)")
+    add("--log_every", type=count, default=20, help="steps between log rows (default %(default)s)")
     add("--eval_every", type=count,
         help="steps between validations (default: steps / 3, at most 2000)")
     # fmt: on

@@ -31,8 +31,8 @@ def prepare_device(name):
         # Code is compiled for one number of threads. The threads of autograd run with one thread
         # each, so with another number here they would compile the code again.
         torch.set_num_threads(1)
-        # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention. It is no
-        # faster, and can give NaN gradients (pull request 264 of kyutai-labs/pocket-tts).
+        # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention, which
+        # gave NaN gradients elsewhere (pull request 264 of kyutai-labs/pocket-tts).
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 

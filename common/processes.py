@@ -44,10 +44,11 @@ def joined_processes():
     try:
         yield
     except Exception as error:
-        # If process 0 ends with a mistake of the user, its sentence is enough. torchrun then ends
-        # the others, which make the same mistake or miss process 0. Give it the time to do so.
-        if RANK > 0 or not isinstance(error, InputError):
-            time.sleep(2)
+        if RANK == 0 and isinstance(error, InputError):
+            raise  # its sentence is enough
+        # Another process may have ended before, so that this one misses it, or has made the same
+        # mistake. Then torchrun ends this process now, before it prints anything.
+        time.sleep(2)
         raise
     from_all(None)  # wait, because process 0 may still validate
     # Free DistributedDataParallel, which is part of a circle of references, before the processes
@@ -92,7 +93,7 @@ def make_loader(dataset, workers, **options):
     the GPUs, at most 16; options: other arguments of DataLoader."""
     if workers is None:
         # Take 16 at most, because each keeps two batches ready in shared memory.
-        workers = min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(16, cores() // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"

@@ -204,8 +204,9 @@ def check_same_run(saved, header, vocab):
 
 
 def cut_log(out, step, eval_due):
-    """Drop the rows of a log, if there is one, that a resumed run logs again: those of steps after
-    `step`, that of last.pt, and the validation of `step` if it is due again. out: the folder."""
+    """Drop the rows of a log, if there is one, that a resumed run logs again. Keep the rows before
+    `step`, the step of last.pt. Of `step` itself keep the losses, and the validation unless it is
+    due again. out: the folder."""
     path = out / "log.jsonl"
     if not path.exists():
         return

@@ -311,9 +311,15 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
 
 
 def find_or_make_scenes(out_dir, seed=0):
-    """Draw a data set into `out_dir`, unless it is there."""
-    if not Path(out_dir).exists():
+    """Draw a data set into `out_dir`, unless it is there. If two runs draw it at once, the second
+    one uses what the first one has drawn."""
+    if Path(out_dir).exists():
+        return
+    try:
         make_scenes(out_dir, seed=seed)
+    except OSError:
+        if not Path(out_dir).exists():
+            raise
 
 
 def main(argv):

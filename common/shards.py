@@ -54,11 +54,12 @@ SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 def by_split(shards):
     """Return two lists of shards, for training and for validation, by the names of the shards. If
     all names are those of validation shards, return all shards as the first list."""
-    sides = {True: [], False: []}
+    training = []
+    validation = []
     for shard in shards:
         split = SPLIT.search(Path(shard).name.lower())
-        sides[split is None or split[0] == "train"].append(shard)
-    training, validation = sides.values()
+        side = training if split is None or split[0] == "train" else validation
+        side.append(shard)
     return (training, validation) if training else (validation, [])
 
 

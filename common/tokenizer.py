@@ -133,12 +133,12 @@ class Tokenizer:
         self.has_whole_words = has_all_bytes and not parts
 
     @classmethod
-    def from_file(cls, path, context_length=77):
+    def from_file(cls, path):
         """Return the tokenizer of a .tiktoken file, or for "clip" that of CLIP's vocabulary."""
         if path == "clip":
-            return cls(clip_vocabulary(), context_length)
+            return cls(clip_vocabulary())
         try:
-            return cls(Path(path).read_text("utf-8"), context_length)
+            return cls(Path(path).read_text("utf-8"))
         except ValueError as error:  # UnicodeDecodeError and base64's errors are among them
             raise InputError(f"{path} is no .tiktoken file: {error}") from error
 

@@ -51,6 +51,7 @@ PHOTOS_AGAIN = arms(SECOND, f"{SHOP} 6")
 # The first round has no control on photos. That of the second round is compared with the SuperCLIP
 # of the second round, the fourth arm.
 PHOTOS = [PHOTOS_6[0], PHOTOS_AGAIN[1], PHOTOS_6[2], PHOTOS_AGAIN[2]]
+LONG_LABELS = (FIRST, "train.py --captions json.short --label_captions json.long")
 NO_IDF, LAMBDA_3 = (FIRST, "-m study.no_idf"), (FIRST, "train.py --cls_weight 3")
 YES_NO = (SECOND, "-m study.yes_no --cls_weight 1")
 HEADS = [
@@ -73,7 +74,7 @@ CLAIMS = [
     ("", "R@1, scenes, short captions", "R@1", SHORT, False),
     ("gains from long captions", f"{ZERO_SHOT}, long captions", OBJECTS, LONG, True),
     ("", "R@1, scenes, long captions", "R@1", LONG, False),
-    ("loses less in small batches", f"{ZERO_SHOT}, batch 8 - 32", OBJECTS, BATCHES, False),
+    ("loses less in small batches", f"{ZERO_SHOT}, batch 8 minus 32", OBJECTS, BATCHES, False),
 ]
 # Names of A and B, what we measured, its score, the arms A and B. Only HEADS was planned.
 OTHERS = [
@@ -81,8 +82,10 @@ OTHERS = [
     ("CLIP, 48,000 samples", "SuperCLIP", ZERO_SHOT, OBJECTS, MIXED_48[0], MIXED_48[2]),
     ("CLIP, 48,000 samples", "SuperCLIP, 32,000", ZERO_SHOT, OBJECTS, MIXED_48[0], MIXED[2]),
     ("control, 48,000 samples", "SuperCLIP", "R@1", "R@1", MIXED_48[1], MIXED_48[2]),
+    ("CLIP, own recipe", "SuperCLIP", "linear probe, scenes", PROBE, TUNED[0], TUNED[2]),
     ("CLIP, photos, 3 epochs", "SuperCLIP", TYPES, "type", PHOTOS_3[0], PHOTOS_3[2]),
     ("CLIP, photos, 3 epochs", "SuperCLIP", "R@5", "R@5", PHOTOS_3[0], PHOTOS_3[2]),
+    ("SuperCLIP, short captions", "head with long ones", ZERO_SHOT, OBJECTS, SHORT[2], LONG_LABELS),
     ("SuperCLIP", "without IDF", ZERO_SHOT, OBJECTS, MIXED[2], NO_IDF),
     ("SuperCLIP", "with `--cls_weight 3`", ZERO_SHOT, OBJECTS, MIXED[2], LAMBDA_3),
     ("SuperCLIP", "with a yes/no head", ZERO_SHOT, OBJECTS, MIXED_AGAIN[2], YES_NO),

@@ -230,6 +230,8 @@ def print_scores(a, b):
     print("\nin percent          a       b     b - a, 95 %     b ahead  exact p  chance")
     scores = max((run["scores"] for run in a + b), key=len)  # of a run that has not diverged
     for name, score in scores.items():
+        if any(run["scores"] and name not in run["scores"] for run in a + b):
+            continue  # a score that one side alone has, such as that of a fork
         first = [value_of(run, name) for run in a]
         second = [value_of(run, name) for run in b]
         differences = [y - x for x, y in zip(first, second)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,18 @@ def test_seed_0_is_the_same_world_on_all_machines_and_another_seed_is_not():
 
     assert hashlib.sha256(content).hexdigest()[:16] == "358ee5b63dffca28"
     assert not any(x in SAMPLES for x in scenes.make_samples("val", range(50), seed=1))
+
+
+def test_of_two_first_runs_at_once_the_second_uses_the_scenes_of_the_first(tmp_path, monkeypatch):
+    """The first one is ready while the second one draws."""
+    first = tmp_path / "scenes" / "first"
+    small = partial(scenes.make_scenes, train=2, val=2, pictures=4)
+    monkeypatch.setattr(scenes, "make_scenes", small)
+    monkeypatch.setattr(scenes, "vocabulary", lambda: first.mkdir(parents=True) or "")
+
+    scenes.find_or_make_scenes(tmp_path / "scenes")
+
+    assert first.exists()
 
 
 def test_each_word_of_a_caption_is_one_token_and_a_caption_fits_the_context():

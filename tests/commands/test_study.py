@@ -347,15 +347,6 @@ def test_the_third_question_has_the_numbers_of_the_runs():
     assert re.findall(r"\d+(?:\.\d+)?", about) == expected
 
 
-def test_question_12_would_not_hold_by_students_t():
-    """The round had four questions, as the second one."""
-    _, middle, half, _ = claims.compare(claims.OBJECTS, *claims.TUNED[1:])
-
-    t = middle / half * compare.QUANTILES[15 - 2]
-
-    assert t < claims.CORRECTED[claims.SECOND, 15]
-
-
 # (mean difference, half of its interval, whether it is planned and significant): the answer
 ANSWERS = {
     (1, 2, True): "confirmed",
