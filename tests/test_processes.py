@@ -44,15 +44,14 @@ def losses_of(out):
     return [row["loss"] for row in rows_of(out, "loss")]
 
 
-@pytest.mark.parametrize("size", [8, 4], ids=["plain", "micro"])
-def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch, size):
+def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch):
     """DistributedDataParallel splits the graphs of the towers, so that it can send some gradients
-    while others are computed. The captions have several lengths."""
+    while others are computed. The captions have several lengths. test_step.py tests compiled towers
+    in micro-batches, and two processes in micro-batches."""
     monkeypatch.setitem(PRESETS, "tiny", WIDE)
     options = "--steps", 5, "--log_every", 1, "--learning_rate", 1e-5, "--val_data", "none"
     train.main(short_run(shards, tmp_path / "one", *options))
-    more = "--compile", "--micro_batch_size", size
-    compiled = short_run(shards, tmp_path / "two", *options, *more), compile_wide_towers
+    compiled = short_run(shards, tmp_path / "two", *options, "--compile"), compile_wide_towers
 
     first, second = children.train_two(compiled, compiled)
 
