@@ -332,17 +332,6 @@ def zeroshot(model, tokenizer, images, names=None, templates=TEMPLATES, workers=
 # A linear probe of the image tower
 
 
-def class_tokens(model, dataset, workers):
-    """Return what a linear probe learns from: the class tokens (N, D) of the images in
-    ClassFolders, and their classes (N,)."""
-
-    def encode(images):
-        return model.visual(images)[:, 0]
-
-    features, labels = encode_images(model, dataset, workers, encode)
-    return features.cpu(), torch.tensor(labels)
-
-
 def fit_linear(x, y, classes, penalty):
     """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, D):
     features; y (N,): labels; penalty: the factor of the sum of squared weights."""
@@ -362,9 +351,12 @@ def fit_linear(x, y, classes, penalty):
 
 
 def probe(x, y, x_test, y_test, classes):
-    """Fit a linear probe to the features x (N, D) and the labels y (N,), and return its score on
+    """Fit a linear probe to the features x (N, D) and their N labels y, and return its score on
     x_test and y_test. classes: the number of classes. A fifth of the training images chooses the
-    penalty of a probe that learns from the others. Then the probe learns from all of them."""
+    penalty of a probe that learns from the others. Then the probe learns from all of them. It
+    computes on the CPU."""
+    x, x_test = x.cpu(), x_test.cpu()
+    y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
     # Standardise the features, so that one penalty means the same for all of them.
     mean = x.mean(dim=0)
     std = x.std(dim=0).clamp_min(1e-6)
@@ -465,8 +457,12 @@ def command_probe(model, _, args):
     train = ClassFolders(args.train, model.config.image_size)
     test = ClassFolders(args.test, model.config.image_size)
     check(train.classes == test.classes, "--train and --test hold different classes")
-    x, y = class_tokens(model, train, args.workers)
-    x_test, y_test = class_tokens(model, test, args.workers)
+
+    def class_tokens(images):
+        return model.visual(images)[:, 0]
+
+    x, y = encode_images(model, train, args.workers, class_tokens)
+    x_test, y_test = encode_images(model, test, args.workers, class_tokens)
     result = probe(x, y, x_test, y_test, len(train.classes))
     print(format_score("linear probe", result))
     return result

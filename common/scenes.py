@@ -15,10 +15,6 @@ asks for the objects in every picture.
 Some combinations of colour and shape never occur in training (HELD_OUT). A model that recognises
 them has learned "red" and "star" as two words.
 
-The drawing is easy for a vision transformer that has two minutes to learn. Objects lie in a 3 x 3
-grid, so that each covers the tiny model's patches (2 x 2 of 6 x 6) in the same way. Every cloth is
-darker than every object, and a white line surrounds each object.
-
 Lengths and positions are shares of the picture's side. x runs to the right and y down.
 """
 
