@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from common.cli import InputError
+from common.cli import sentence_about
 
 # -----------------------------------------------------------------------------
 # Several processes train one model. torchrun starts them, one for each GPU, and each of them runs
@@ -44,7 +44,7 @@ def joined_processes():
     try:
         yield
     except Exception as error:
-        if RANK == 0 and isinstance(error, InputError):
+        if RANK == 0 and sentence_about(error):
             raise  # its sentence is enough
         # Another process may have ended before, so that this one misses it, or has made the same
         # mistake. Then torchrun ends this process now, before it prints anything.
