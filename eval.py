@@ -424,7 +424,7 @@ def read_list(path):
         published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
         return [template("{}") for template in published]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
-    return [line for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_templates(path):

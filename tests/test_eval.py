@@ -117,6 +117,15 @@ def test_the_loss_of_a_validation_is_that_of_the_model_in_groups(loss):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_search_goes_through_the_scores_in_chunks():
+    """The scores need several chunks, and the last one is smaller. Each feature finds itself."""
+    features = F.normalize(torch.randn(5000, 8), dim=1)
+
+    found = evaluation.nearest(features, features, 1)
+
+    assert torch.equal(found[:, 0], torch.arange(5000))
+
+
 def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read does not shift the
     others. The features are perfect, because the model knows the colours."""
