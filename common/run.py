@@ -134,6 +134,23 @@ def claim_folder(out_dir, resume):
     return str(folder)
 
 
+def print_commands(out, model, val_samples):
+    """Print the commands that show what the model of a run has learned. out: the folder;
+    val_samples: data.Samples, or None if the run had no validation pairs."""
+    checkpoint = out / "best.pt"
+    if not checkpoint.exists():
+        checkpoint = out / "last.pt"
+        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
+    options = f"--checkpoint {checkpoint.as_posix()}"
+    if val_samples is None:
+        options += " --images PICTURES"
+    print("\nWhat the model has learned:")
+    print(f'  python -m scripts.search {options} "TEXT"')
+    if model.head is not None:
+        print(f"  python -m scripts.words {options} --out words.png")
+    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")
+
+
 def commit():
     """Return the git commit of this code, or "" outside a git repository."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
@@ -259,20 +276,3 @@ def names_of(folders):
     path, or the whole path if two folders share that part."""
     last = [Path(folder).name for folder in folders]
     return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}
-
-
-def print_commands(out, model, val_samples):
-    """Print the commands that show what the model of a run has learned. out: the folder;
-    val_samples: data.Samples, or None if the run had no validation pairs."""
-    checkpoint = out / "best.pt"
-    if not checkpoint.exists():
-        checkpoint = out / "last.pt"
-        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
-    options = f"--checkpoint {checkpoint.as_posix()}"
-    if val_samples is None:
-        options += " --images PICTURES"
-    print("\nWhat the model has learned:")
-    print(f'  python -m scripts.search {options} "TEXT"')
-    if model.head is not None:
-        print(f"  python -m scripts.words {options} --out words.png")
-    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")
