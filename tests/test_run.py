@@ -199,7 +199,7 @@ def test_images_per_second_leave_out_a_save_between_validations(
 
     train.main(short_run(shards, tmp_path, "--eval_every", 100))
 
-    [row] = [row for row in material.all_rows(tmp_path) if row["step"] == 4]
+    row = material.all_rows(tmp_path)[3]  # behind the header, a validation and step 2
     assert row["images_per_second"] > 16 / 100
 
 

@@ -314,7 +314,7 @@ QUESTIONS = re.findall(r"^\| ([^|]+) \| (\d+: .+) \|$", RESULTS, re.MULTILINE)
 
 
 def test_every_planned_question_is_in_the_table():
-    numbers = re.findall(r"\b(\d+): [+-]", " ".join(answers for _, answers in QUESTIONS))
+    numbers = re.findall(r"\| (\d+): [+-]", RESULTS)
 
     assert numbers == "1 2 3 4 5 7 8 9 10 11 12 13 14".split()
 
