@@ -100,25 +100,36 @@ def read_headers(path, number):
     """Return the index rows of a shard, a list of lists of seven integers, and a list of texts that
     say what is not used. number: that of the shard. A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
+    reasons = {}  # key -> why a member of this sample is not used
     unused = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, extension = split_name(member.name)
-                column = COLUMN.get(extension)
-                is_part = column is not None and key and member.isfile()
-                if is_part and member.size < 2**31:  # an index row holds 32-bit numbers
-                    row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                if not key or not extension.endswith(tuple(COLUMN)) or not member.isfile():
+                    continue
+                row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                if extension not in COLUMN:
+                    reasons[key] = f"{extension} is not used: an extension begins at the first dot"
+                elif member.size >= 2**31:  # an index row holds 32-bit numbers
+                    reasons[key] = f"{extension} has 2 GiB or more"
+                else:
+                    column = COLUMN[extension]
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
             # tarfile stops in silence at a header that it cannot read. A whole tar ends in zeros.
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read().strip(b"\0"):
+            rest = iter(partial(tar.fileobj.read, 2**20), b"")
+            if any(part.strip(b"\0") for part in rest):
                 unused.append(f"{path}: damaged, and not used beyond that")
     except tarfile.TarError as error:
         unused.append(f"{path}: damaged, compressed, or no tar: {error}")
-    has_image = {key: row[IMAGE + 1] > 0 for key, row in rows.items()}
-    unused += [f"{path}:{key}: no image, or an empty one" for key in rows if not has_image[key]]
-    return [row for key, row in rows.items() if has_image[key]], unused
+    used = []
+    for key, row in rows.items():
+        if row[IMAGE + 1] > 0:
+            used.append(row)
+        else:
+            unused.append(f"{path}:{key}: {reasons.get(key, 'no image, or an empty one')}")
+    return used, unused
 
 
 def cache_folder():
@@ -136,7 +147,7 @@ def build_index(shards):
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
     # Increase this number when read_headers changes, so that old caches are ignored.
-    path = f"index-16-{digest}"
+    path = f"index-17-{digest}"
     with suppress(Exception):  # there is no cache, or it is damaged, for which torch has many kinds
         return torch.load(cache_folder() / path, weights_only=True)
     index = []

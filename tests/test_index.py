@@ -3,6 +3,7 @@
 import gzip
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 from material import cases, png, write_captions, write_tar
@@ -90,6 +91,16 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     assert unused.startswith(f"{first}:no image: ")
 
 
+def test_an_image_whose_name_has_two_dots_is_named_unless_the_sample_has_another_one(tmp_path):
+    """The extension begins at the first dot, so a mask can lie beside an image."""
+    mask = {"a.jpg": b"x", "a.mask.png": b"x"}
+    path = write_tar(tmp_path / "0.tar", mask | {"b.2.jpg": b"x", "b.2.txt": b"x"})
+
+    _, [unused] = build_index([path])
+
+    assert unused.startswith(f"{path}:b: .2.")
+
+
 def test_a_member_of_2_gib_is_not_used_and_the_others_are(tmp_path):
     """Most of the member is a hole in the file, which takes no space on the disk."""
     path = tmp_path / "0.tar"
@@ -106,7 +117,7 @@ def test_a_member_of_2_gib_is_not_used_and_the_others_are(tmp_path):
 
     assert [shards.captions(i) for i in range(len(shards))] == [["red"]]
     [unused] = shards.unused
-    assert unused.startswith(f"{path}:large: ")
+    assert unused.startswith(f"{path}:large: ") and "2 GiB" in unused
 
 
 # ---- damage
@@ -145,6 +156,21 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     assert captions == [*left.split(), "grey"]
     [unused] = shards.unused
     assert unused.startswith(f"{damaged}: ")
+
+
+def test_what_follows_the_damage_is_read_in_parts(tmp_path):
+    """Damaged shards may be larger than the memory. Here most is a hole in the file."""
+    path = Path(write_captions(tmp_path / "0.tar", "red"))
+    os.truncate(path, 2**28)
+    with open(path, "ab") as file:
+        file.write(b"?")
+    tracemalloc.start()
+
+    _, [unused] = build_index([str(path)])
+
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "damaged" in unused and peak < 2**24
 
 
 # ---- the cache of the index
