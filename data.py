@@ -12,7 +12,7 @@ optional metadata.
 Shards are not streamed. One pass over the tar headers makes an index, which is cached
 (common/shards.py), and then two or three reads fetch any sample. So the shuffle is global, the
 length is exact, batches have the same size on each process, and a run can be resumed from one
-integer, its step. eval.py makes its own batches, in order and without random crops.
+integer, its step. `Pictures`, at the end, read in order and without random crops, for eval.py.
 
 The axes in comments are those of superclip.py.
 """
@@ -26,7 +26,9 @@ import sys
 import tarfile
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,12 +37,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.cli import InputError
+from common.cli import InputError, check, optional
 from common.processes import make_loader
-from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, split_name
-
-# Pillow warns about odd metadata. torch warns about a read-only array, but nobody writes to it.
-warnings.filterwarnings("ignore", module="PIL|data$")
+from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, cache_folder, split_name
+from common.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # Batches and their order
@@ -81,6 +81,7 @@ def epoch_order(n, seed, epoch):
 # Pairs
 
 
+@dataclass
 class Pairs(Dataset):
     """Draw image-caption pairs from Samples, ready to train on. An item is (position, sample). A
     position numbers the pairs of the whole run: in batches of 32 the first batch has positions 0 to
@@ -92,28 +93,21 @@ class Pairs(Dataset):
     is left out at random.
     """
 
-    def __init__(
-        self,
-        samples,
-        tokenizer,
-        image_size,
-        label_sources=None,
-        seed=0,
-        crop_area=1.0,
-        num_patches=None,
-        patch_dropout=0.0,
-    ):
-        self.samples = samples
-        self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.label_sources = label_sources
-        self.seed = seed
-        self.crop_area = crop_area
-        self.num_patches = num_patches
-        self.patch_dropout = patch_dropout
+    samples: "Samples"
+    tokenizer: Tokenizer
+    image_size: int
+    label_sources: list | None = None
+    seed: int = 0
+    crop_area: float = 1.0
+    num_patches: int | None = None
+    patch_dropout: float = 0.0
+
+    def __post_init__(self):
         self.reported = set()  # bad samples
-        for source in label_sources or ():
-            samples.check_source(source)
+        if self.patch_dropout > 0 and self.num_patches is None:
+            raise ValueError("patch_dropout needs num_patches")
+        for source in self.label_sources or ():
+            self.samples.check_source(source)
 
     def __len__(self):
         return len(self.samples)
@@ -125,7 +119,8 @@ class Pairs(Dataset):
         label = caption
         if self.label_sources:
             label = self.draw_text(i, self.label_sources, rng)
-        image = self.samples.image(i, self.image_size, rng, self.crop_area)
+        picture = self.samples.read(i, IMAGE)
+        image = load_image(picture, self.image_size, rng, self.crop_area)
         keep = None
         if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
             K = max(1, round(self.num_patches * (1 - self.patch_dropout)))
@@ -185,11 +180,18 @@ def padded_length(captions):
 Image.MAX_IMAGE_PIXELS = 50_000_000
 # These formats are those of web images. Pillow reads more, and for some it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pillow warns about odd metadata and half a bomb, torch about a read-only array.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
-    bicubic with antialiasing. picture: the bytes of an image file, or an image of Pillow."""
+    bicubic with antialiasing. picture: the path of an image file, its bytes, or an image of
+    Pillow."""
+    if isinstance(picture, Path):
+        picture = picture.read_bytes()
     try:
         image = picture
         if isinstance(picture, bytes):
@@ -288,6 +290,10 @@ class Samples:
     def __len__(self):
         return len(self.index)
 
+    def __getitem__(self, i):
+        """Return the image of sample i, as the bytes of its file, and a list of its captions."""
+        return self.read(i, IMAGE), self.captions(i)
+
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
         JSON, which is 1, 3 or 5."""
@@ -303,10 +309,6 @@ class Samples:
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
-
-    def image(self, i, size, rng=None, crop_area=1.0):
-        """Return the pixels (3, size, size) of sample i, as `load_image` makes them."""
-        return load_image(self.read(i, IMAGE), size, rng, crop_area)
 
     def texts(self, i, source):
         """Return all texts that sample i has in a source, as a list of strings. source: txt or
@@ -357,3 +359,111 @@ class Samples:
         except (tarfile.TarError, BadSample, OSError):
             key = "?"
         return f"{self.paths[shard]}:{key}"
+
+
+# -----------------------------------------------------------------------------
+# Pictures in order: of samples, files, a folder for each class, or one of torchvision's data sets
+
+UNREADABLE = (BadSample, OSError)  # what reading a picture may raise
+
+
+class Pictures(Dataset):
+    """Read pictures in order, without random crops. An item is (pixels (3, size, size), label). A
+    picture that cannot be read is named, and its item is (None, None).
+
+    source: source[i] is (picture, label), where load_image takes the picture. This holds for a list
+    of (path, label), for Samples, whose labels are lists of captions, and for a data set of
+    torchvision. classes: the names of the classes, if the labels are their numbers.
+    """
+
+    def __init__(self, source, size, classes=None):
+        self.source = source
+        self.size = size
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        try:
+            picture, label = self.source[i]
+            return load_image(picture, self.size), label
+        except UNREADABLE as error:
+            tqdm.write(f"skipped {self.name(i)}: {error}")
+            return None, None
+
+    def name(self, i):
+        """Return the path of a file, SHARD:KEY of a sample, or else the number of the picture."""
+        if isinstance(self.source, Samples):
+            return self.source.name(i)
+        if isinstance(self.source, list):
+            return str(self.source[i][0])
+        return f"picture {i}"
+
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+
+
+def is_hidden(name):
+    """Return whether this is the name of a file or folder that programs hide from people. Examples
+    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
+    return name.startswith((".", "__"))
+
+
+def images_below(folder):
+    """Return a sorted list of the image files in and below a folder, without hidden ones."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
+
+
+def class_folders(folder):
+    """Read a folder that holds a folder of images for each class. Return a list of (path, number of
+    its class), and the names of the classes. A folder without images is a class, too: images can be
+    mistaken for it."""
+    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    folders = [path for path in folders if not is_hidden(path.name)]
+    files = []
+    for c, path in enumerate(folders):
+        files += [(file, c) for file in images_below(path)]
+    check(files, f"{folder} has no folders with images in it, one for each class")
+    return files, [path.name for path in folders]
+
+
+# torchvision downloads these sets. name -> its class there, the argument that chooses a split, and
+# the values of this argument for training and for tests
+STANDARD_SETS = {
+    "cifar10": ("CIFAR10", "train", True, False),
+    "cifar100": ("CIFAR100", "train", True, False),
+    "fashionmnist": ("FashionMNIST", "train", True, False),
+    "dtd": ("DTD", "split", "train", "test"),
+    "fgvcaircraft": ("FGVCAircraft", "split", "trainval", "test"),
+    "flowers102": ("Flowers102", "split", "train", "test"),
+    "food101": ("Food101", "split", "train", "test"),
+    "oxfordiiitpet": ("OxfordIIITPet", "split", "trainval", "test"),
+    "stl10": ("STL10", "split", "train", "test"),
+}
+
+
+def standard_set(name, training):
+    """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
+    Download it into the cache folder, unless it is there."""
+    kind, argument, train_split, test_split = STANDARD_SETS[name]
+    options = {argument: train_split if training else test_split}
+    datasets = optional("torchvision.datasets", "torchvision")  # imported here, because it is slow
+    try:
+        return getattr(datasets, kind)(cache_folder() / "datasets", download=True, **options)
+    except Exception as error:  # the network and torchvision raise many kinds
+        raise InputError(f"{name} can neither be read nor downloaded: {error}") from error
+
+
+def class_pictures(name, size, training=False):
+    """Return Pictures with classes. name: a folder that holds a folder of images for each class, or
+    a name in STANDARD_SETS; training: for such a name, whether to return the split for training."""
+    if Path(name).is_dir():
+        source, classes = class_folders(name)
+    else:
+        names = ", ".join(STANDARD_SETS)
+        check(name in STANDARD_SETS, f"{name} is no folder, and no standard set: {names}")
+        source = standard_set(name, training)
+        classes = source.classes
+    return Pictures(source, size, [c.replace("_", " ") for c in classes])

@@ -1,6 +1,7 @@
 """Score a checkpoint.
 
     python eval.py zeroshot  --checkpoint out/best.pt --images DIR       a folder per class
+    python eval.py zeroshot  --checkpoint out/best.pt --images cifar10   downloaded by torchvision
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
@@ -8,35 +9,30 @@ Every score is printed with its chance level, its 95 % interval, and n, the numb
 which it is a mean. train.py validates with the same functions. Both compute in float32, so a
 checkpoint has one score.
 
-The file reads from top to bottom: a checkpoint becomes a model, images and texts become features,
-and features become scores. Then come the words of the head, and the commands.
+The file reads from top to bottom: pictures and texts become features, and features become scores,
+first of retrieval and then of zero-shot classification. Then come the words of the head, the linear
+probe, and the commands.
 
-Axes: B images of a batch, N images in all, M captions, Q questions, A answers, C classes, D width,
-E embedding.
+Axes: B pictures of a batch, N pictures in all, M captions, Q questions, A answers, C classes, D
+width, E embedding.
 """
 
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
 from common import cli
-from common.cli import check, number, progress
 from common.devices import pick_device
 from common.processes import make_loader
 from common.run import read_model, validation_of
 from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
-
-# Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
-TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
 def load(checkpoint, device="cpu"):
@@ -58,90 +54,22 @@ def device_of(model):
     return model.logit_scale.device
 
 
-UNREADABLE = (data.BadSample, OSError)  # An image that raises these is None in a dataset.
-
-
-def read_image(path, size):
-    """Return an image file as a uint8 tensor (3, size, size), or None if it cannot be read."""
-    try:
-        return data.load_image(path.read_bytes(), size)
-    except UNREADABLE as error:
-        tqdm.write(f"skipped {path}: {error}")
-        return None
-
-
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-
-
-def is_hidden(name):
-    """Return whether this is the name of a file or folder that programs hide from people. Examples
-    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
-    return name.startswith((".", "__"))
-
-
-def images_below(folder):
-    """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
-
-
-class ClassFolders(Dataset):
-    """Read a folder that holds a folder of images for each class. An item is (image, number of its
-    class). A folder without images is a class, too: images can be mistaken for it. The class is
-    named after its folder, with spaces for underscores."""
-
-    def __init__(self, folder, size):
-        self.size = size
-        self.classes = []  # their names
-        self.samples = []  # (file, number of its class)
-        for path in sorted(Path(folder).iterdir()):
-            if path.is_dir() and not is_hidden(path.name):
-                c = len(self.classes)
-                self.classes.append(path.name.replace("_", " "))
-                self.samples += [(file, c) for file in images_below(path)]
-        check(self.samples, f"{folder} has no folders with images in it, one for each class")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        file, c = self.samples[i]
-        return read_image(file, self.size), c
-
-
-@dataclass
-class SampleImages(Dataset):
-    """Read the images of data.Samples in order. An item is (image, list of all its captions)."""
-
-    samples: data.Samples
-    size: int
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        try:
-            return self.samples.image(i, self.size), self.samples.captions(i)
-        except UNREADABLE as error:
-            tqdm.write(f"skipped {self.samples.name(i)}: {error}")
-            return None, None
-
-
 def collate(items):
-    """Return the images that can be read, stacked (B, 3, S, S), and their B labels. If there are
+    """Return the pictures that can be read, stacked (B, 3, S, S), and their B labels. If there are
     none, return None."""
     readable = [item for item in items if item[0] is not None]
     if not readable:
         return None
-    images, labels = zip(*readable)
-    # Stack the images, because each tensor on its way out of a loading process keeps a file open.
-    return torch.stack(images), labels
+    pixels, labels = zip(*readable)
+    # Stack the pixels, because each tensor on its way out of a loading process keeps a file open.
+    return torch.stack(pixels), labels
 
 
-def batches(dataset, batch_size, workers):
-    """Yield the images that can be read, as uint8 (B, 3, S, S), and a tuple of their B labels."""
-    loader = make_loader(dataset, workers, batch_size=batch_size, collate_fn=collate)
-    for batch in progress(loader, "encoding", unit="batch"):
+def batches(pictures, batch_size, workers):
+    """Yield the pictures that can be read, as uint8 (B, 3, S, S), and a tuple of their B labels.
+    pictures: data.Pictures."""
+    loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=collate)
+    for batch in cli.progress(loader, "encoding", unit="batch"):
         if batch:
             yield batch
 
@@ -150,23 +78,23 @@ def batches(dataset, batch_size, workers):
 def encode_texts(model, tokenizer, texts):
     """Return the features (M, E) of texts, a list of M strings."""
     features = []
-    for i in progress(range(0, len(texts), 256), "encoding texts"):
+    for i in cli.progress(range(0, len(texts), 256), "encoding texts"):
         tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T)
         features.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(features)
 
 
 @torch.no_grad()
-def encode_images(model, dataset, workers, encode=None):
-    """Return the features (N, E) of all images in a dataset that can be read, and a list of their N
-    labels. encode: turns images (B, 3, S, S) into other features than those of the model."""
+def encode_pictures(model, pictures, workers, encode=None):
+    """Return the features (N, E) of all data.Pictures that can be read, and a list of their N
+    labels. encode: turns pixels (B, 3, S, S) into other features than model.encode_image."""
     encode = encode or model.encode_image
     features = []
     labels = []
-    for images, labels_of_batch in batches(dataset, 128, workers):
-        features.append(encode(images.to(device_of(model))))
+    for pixels, labels_of_batch in batches(pictures, 128, workers):
+        features.append(encode(pixels.to(device_of(model))))
         labels += labels_of_batch
-    check(labels, "none of the images can be used")
+    cli.check(labels, "none of the images can be used")
     return torch.cat(features), labels
 
 
@@ -174,18 +102,19 @@ def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
     captions, and image_of_text (M,), which holds the number of each caption's image, in rising
     order."""
-    dataset = SampleImages(samples, model.config.image_size)
-    images, captions = encode_images(model, dataset, workers)
+    pictures = data.Pictures(samples, model.config.image_size)
+    image_features, captions = encode_pictures(model, pictures, workers)
     texts = []
     image_of_text = []
     for i, texts_of_image in enumerate(captions):
         texts += texts_of_image
         image_of_text += [i] * len(texts_of_image)
-    return images, encode_texts(model, tokenizer, texts), torch.tensor(image_of_text)
+    text_features = encode_texts(model, tokenizer, texts)
+    return image_features, text_features, torch.tensor(image_of_text)
 
 
 # -----------------------------------------------------------------------------
-# Scores
+# Features -> scores of retrieval
 
 
 def score(hits, chance):
@@ -219,7 +148,7 @@ def nearest(questions, answers, k):
     """
     found = []
     chunk = 2**24 // len(answers)  # 64 MB of similarities
-    for part in progress(questions.split(chunk), "searching"):
+    for part in cli.progress(questions.split(chunk), "searching"):
         similarity = part @ answers.T
         found.append(similarity.topk(min(k, len(answers))).indices.cpu())
     return torch.cat(found)
@@ -271,37 +200,39 @@ def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, image_of_text, group):
-    """Return the contrastive loss of the model, a mean over random groups of `group` pairs. The
-    other arguments are those of `retrieval`. An image is paired with its first caption. If groups
-    are as large as the batches of a run, the loss can be compared with that of the run."""
-    N = len(image_features)
-    first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    losses = []
-    for numbers in order[: N // group * group].split(group):
-        texts = text_features[first_caption[numbers]]
-        losses.append(model.compare(image_features[numbers], texts))
+    """Return the contrastive loss of the model, a mean over groups of `group` images as they come,
+    each with its first caption. The other arguments are those of `retrieval`."""
+    first_caption = torch.searchsorted(image_of_text, torch.arange(len(image_features)))  # (N,)
+    groups = zip(image_features.split(group), text_features[first_caption].split(group))
+    losses = [model.compare(x, y) for x, y in groups if len(x) == group]
     return torch.stack(losses).mean().item()
 
 
 def score_pairs(model, tokenizer, samples, workers=0, group=None):
-    """Score retrieval among data.Samples, and compute the contrastive loss in groups of `group`
-    pairs, if that is given. Print the scores, and return them as a dict. train.py chooses its best
-    model by mean_r1, the mean of R@1 over both directions."""
-    images, texts, image_of_text = encode_samples(model, tokenizer, samples, workers)
-    result = retrieval(images, texts, image_of_text)
+    """Score retrieval among data.Samples. Print the scores, and return them as a dict. train.py
+    chooses its best model by mean_r1, the mean of R@1 over both directions. group: the size of a
+    batch in training, if the contrastive loss of such groups is to be computed, too."""
+    features = encode_samples(model, tokenizer, samples, workers)
+    result = retrieval(*features)
     for way, scores in result.items():
-        for name, value in scores.items():
+        for name, scored in scores.items():
             # Print with tqdm, because print would write into the line of train.py's progress bar.
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), value))
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), scored))
     mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
     row = {"validation": result, "mean_r1": mean_r1}
     if group is not None:
-        group = min(group, len(images))
-        loss = loss_in_groups(model, images, texts, image_of_text, group)
+        group = min(group, len(features[0]))
+        loss = loss_in_groups(model, *features, group)
         tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
         row |= {"val_group": group, "val_contrastive_loss": loss}
     return row
+
+
+# -----------------------------------------------------------------------------
+# Zero-shot classification
+
+# Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -312,20 +243,69 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-def zeroshot(model, tokenizer, images, names=None, templates=TEMPLATES, workers=0):
-    """Classify images, which are ClassFolders. Return the score. names: the names of the classes,
-    by default those of the folders; templates: for the prompts."""
-    C = len(images.classes)
+def usable_templates(tokenizer, templates):
+    """Return the templates whose words are all in the vocabulary, or the name alone if there are
+    none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
+    texts = {template: template.replace("{}", "") for template in templates}
+    unknown = tokenizer.unknown_words(texts.values())
+    usable = [template for template, text in texts.items() if not tokenizer.unknown_words([text])]
+    if unknown:
+        left_out = len(templates) - len(usable)
+        tqdm.write(f"{left_out} templates left out: the vocabulary lacks {', '.join(unknown)}")
+    return usable or ["{}"]
+
+
+def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, workers=0):
+    """Classify data.Pictures that have classes. Return the score. names: the names of the classes,
+    by default those of the pictures; templates: for the prompts."""
+    C = len(pictures.classes)
     if names is None:
-        names = images.classes
-    check(len(names) == C, f"there are {C} folders of images, but {len(names)} names of classes")
+        names = pictures.classes
+    cli.check(len(names) == C, f"there are {C} classes of images, but {len(names)} names")
     unknown = tokenizer.unknown_words(names)
     if unknown:  # they are spelled in bytes, which the model has hardly seen
         tqdm.write(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
+    templates = usable_templates(tokenizer, templates)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
-    features, labels = encode_images(model, images, workers)
+    features, labels = encode_pictures(model, pictures, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()
     return score(guesses == torch.tensor(labels), 1 / C)
+
+
+# -----------------------------------------------------------------------------
+# Words of the head
+
+
+@torch.no_grad()
+def top_words(model, tokenizer, pixels, k=8):
+    """Return the k words that the head finds most probable in each picture (B, 3, S, S), a list of
+    (word, probability, id) for each of them, the most probable first. The probabilities are a
+    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
+    than a fifth of the captions contain."""
+    probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
+    is_common = (model.token_counts > model.num_captions / 5).tolist()
+    result = []
+    for p in probabilities:
+        words = []
+        for i in p.argsort(descending=True).tolist():
+            word = token_text(tokenizer, i)
+            if has_letters(word) and not word.endswith("-") and not is_common[i]:
+                words.append((word, p[i].item(), i))
+            if len(words) == k:
+                break
+        result.append(words)
+    return result
+
+
+def print_words(model, tokenizer, samples):
+    """Print the words that the head, if there is one, finds in the first two pictures."""
+    if model.head is None:
+        return
+    pictures = data.Pictures(samples, model.config.image_size)
+    pixels, captions = next(batches(pictures, 2, 0))
+    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
+        found = ", ".join(word for word, _, _ in words)
+        tqdm.write(f'"{texts[0]}": the head says {found}')
 
 
 # -----------------------------------------------------------------------------
@@ -340,13 +320,13 @@ def fit_linear(x, y, classes, penalty):
         torch.nn.init.zeros_(p)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss():
+    def compute_loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(layer(x), y) + penalty * layer.weight.square().sum()
-        value.backward()
-        return value
+        loss = F.cross_entropy(layer(x), y) + penalty * layer.weight.square().sum()
+        loss.backward()
+        return loss
 
-    optimizer.step(loss)
+    optimizer.step(compute_loss)
     return layer
 
 
@@ -370,49 +350,16 @@ def probe(x, y, x_test, y_test, classes):
         return (layer(x[val]).argmax(dim=1) == y[val]).sum()
 
     penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    penalty = max(progress(penalties, "choosing the penalty"), key=count_right)
+    penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
     layer = fit_linear(x, y, classes, penalty)
     return score(layer(x_test).argmax(dim=1) == y_test, 1 / classes)
 
 
 # -----------------------------------------------------------------------------
-# Words
-
-
-@torch.no_grad()
-def top_words(model, tokenizer, images, k=8):
-    """Return the k words that the head finds most probable in each of the images (B, 3, S, S), a
-    list of (word, probability, id) for each image, the most probable first. The probabilities are a
-    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
-    than a fifth of the captions contain."""
-    probabilities = model.word_logits(images.to(device_of(model))).softmax(dim=-1)  # (B, V)
-    is_common = (model.token_counts > model.num_captions / 5).tolist()
-    result = []
-    for p in probabilities:
-        words = []
-        for i in p.argsort(descending=True).tolist():
-            word = token_text(tokenizer, i)
-            if has_letters(word) and not word.endswith("-") and not is_common[i]:
-                words.append((word, p[i].item(), i))
-            if len(words) == k:
-                break
-        result.append(words)
-    return result
-
-
-def print_words(model, tokenizer, samples):
-    """Print the words that the head, if there is one, finds in the first two pictures."""
-    if model.head is None:
-        return
-    dataset = SampleImages(samples, model.config.image_size)
-    pictures, captions = next(batches(dataset, 2, 0))
-    for words, texts in zip(top_words(model, tokenizer, pictures), captions):
-        found = ", ".join(word for word, _, _ in words)
-        tqdm.write(f'"{texts[0]}": the head says {found}')
-
-
-# -----------------------------------------------------------------------------
 # Commands. Each one prints its scores, and returns them for --json.
+
+CLASSES = "folder with one folder of images per class, or a set that torchvision downloads: "
+CLASSES += ", ".join(data.STANDARD_SETS)
 
 
 def read_list(path):
@@ -427,42 +374,40 @@ def read_list(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_templates(path):
-    """Return the templates that `read_list` reads, and check that each has a place for the name."""
-    templates = read_list(path)
-    is_right = templates and all("{}" in template for template in templates)
-    check(is_right, f"{path} needs lines that contain {{}}")
-    return templates
-
-
 def command_zeroshot(model, tokenizer, args):
-    images = ClassFolders(args.images, model.config.image_size)
-    result = zeroshot(model, tokenizer, images, args.classes, args.templates, args.workers)
+    is_right = args.templates and all("{}" in template for template in args.templates)
+    cli.check(is_right, "--templates needs lines that contain {}")
+    pictures = data.class_pictures(args.images, model.config.image_size)
+    result = zeroshot(model, tokenizer, pictures, args.classes, args.templates, args.workers)
     print(format_score("zero-shot", result))
     return result
 
 
 def command_retrieval(model, tokenizer, args):
-    shards, validation = by_split(find_shards(args.data))
+    shards = find_shards(args.data)
+    _, validation = by_split(shards)
+    if validation:
+        shards = validation
+        print(f"of these shards, those for validation are scored: {', '.join(shards)}")
     _, captions = validation_of(args.checkpoint, shards)
-    samples = data.Samples(validation or shards, args.captions or captions)
+    samples = data.Samples(shards, args.captions or captions)
     result = score_pairs(model, tokenizer, samples, args.workers)
     print_words(model, tokenizer, samples)
     return result
 
 
 def command_probe(model, _, args):
-    is_same = Path(args.train).samefile(args.test)
-    check(not is_same, "--train and --test are the same folder. Name other images to test on.")
-    train = ClassFolders(args.train, model.config.image_size)
-    test = ClassFolders(args.test, model.config.image_size)
-    check(train.classes == test.classes, "--train and --test hold different classes")
+    is_same = Path(args.train).is_dir() and Path(args.train).resolve() == Path(args.test).resolve()
+    cli.check(not is_same, "--train and --test are the same folder. Name other images to test on.")
+    train = data.class_pictures(args.train, model.config.image_size, training=True)
+    test = data.class_pictures(args.test, model.config.image_size)
+    cli.check(train.classes == test.classes, "--train and --test hold different classes")
 
-    def class_tokens(images):
-        return model.visual(images)[:, 0]
+    def class_tokens(pixels):
+        return model.visual(pixels)[:, 0]
 
-    x, y = encode_images(model, train, args.workers, class_tokens)
-    x_test, y_test = encode_images(model, test, args.workers, class_tokens)
+    x, y = encode_pictures(model, train, args.workers, class_tokens)
+    x_test, y_test = encode_pictures(model, test, args.workers, class_tokens)
     result = probe(x, y, x_test, y_test, len(train.classes))
     print(format_score("linear probe", result))
     return result
@@ -477,17 +422,17 @@ def main(argv):
         sub.set_defaults(function=function)
         cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
-        add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
+        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default 2)")
         add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
     # fmt: off
     add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, metavar="DIR", help="folder with one folder of images per class")
+    add("--images", required=True, metavar="DIR", help=CLASSES)
     add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
         "for the names of ImageNet's classes (default: the names of the folders)")
-    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
+    add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")
@@ -497,8 +442,8 @@ def main(argv):
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     add = command("probe", command_probe,
         "fit a linear classifier on the frozen image tower, for some ten thousand images")
-    add("--train", required=True, metavar="DIR", help="folder with one folder of images per class")
-    add("--test", required=True, metavar="DIR", help="folder with the same classes, other images")
+    add("--train", required=True, metavar="DIR", help=CLASSES)
+    add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
     # fmt: on
     args = parser.parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))

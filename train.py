@@ -265,7 +265,7 @@ def open_data(args, shards, val_shards, model, tokenizer):
     if val_shards:
         val_samples = data.Samples(val_shards, args.val_captions or args.captions)
     size = model.config.image_size
-    zeroshot_images = {x: evaluation.ClassFolders(x, size) for x in args.zeroshot_data}
+    zeroshot_images = {x: data.class_pictures(x, size) for x in args.zeroshot_data}
     pairs = data.Pairs(
         data.Samples(shards, args.captions),
         tokenizer,

@@ -6,48 +6,37 @@ import unicodedata
 from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import Dataset
 
 import data
-import eval as evaluation
 from common.cli import check, write_file
 from common.run import validation_of
 from common.shards import find_shards
 
 
-class Pictures(Dataset):
-    """Read pictures. An item is (uint8 tensor (3, S, S), its number), with None in place of the
-    tensor if the picture cannot be read. files: list of paths; samples: data.Samples, or None, in
-    place of files; size: S, pixels a side."""
-
-    def __init__(self, files, samples, size):
-        self.files = files
-        self.samples = samples
-        self.size = size
-
-    def __len__(self):
-        return len(self.files if self.samples is None else self.samples)
+class NumberedPictures(data.Pictures):
+    """Read pictures. An item is (pixels (3, S, S), number of the picture). The pixels are None if
+    the picture cannot be read."""
 
     def __getitem__(self, i):
-        if self.samples is None:
-            return evaluation.read_image(self.files[i], self.size), i
-        image, _ = evaluation.SampleImages(self.samples, self.size)[i]
-        return image, i
+        pixels, _ = super().__getitem__(i)
+        return pixels, i
 
     def title(self, i):
-        """Return the path of a file, or the first caption of a sample."""
-        return str(self.files[i]) if self.samples is None else self.samples.captions(i)[0]
+        """Return the first caption of a sample, or the path of a file."""
+        if isinstance(self.source, data.Samples):
+            return self.source.captions(i)[0]
+        return self.name(i)
 
 
 def find_pictures(path, checkpoint, size):
-    """Return the Pictures at a path, which is a file, or a folder that is searched to the bottom.
-    If path is None, return the validation pictures of the run that wrote the checkpoint."""
+    """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
+    bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
     if path is None:
         shards, captions = validation_of(checkpoint, option="--images")
-        return Pictures([], data.Samples(find_shards(shards), captions), size)
-    files = [path] if path.is_file() else evaluation.images_below(path)
+        return NumberedPictures(data.Samples(find_shards(shards), captions), size)
+    files = [path] if path.is_file() else data.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
-    return Pictures(files, None, size)
+    return NumberedPictures([(file, None) for file in files], size)
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next

@@ -33,7 +33,7 @@ from torch.utils.data import Subset
 from torchvision.io import encode_jpeg
 
 import eval as evaluation
-from common.cli import check, make_parser, number, output_file, run_command, write_file
+from common.cli import InputError, check, make_parser, number, output_file, run_command, write_file
 from common.devices import pick_device
 from scripts.pictures import find_pictures
 
@@ -41,10 +41,10 @@ from scripts.pictures import find_pictures
 # Features
 
 
-def encode(model, pictures):
+def encode(model, pictures, workers):
     """Encode pictures. Yield (number, feature (E,)) for each one that can be read."""
     device = evaluation.device_of(model)
-    for pixels, numbers in evaluation.batches(pictures, 128, None):
+    for pixels, numbers in evaluation.batches(pictures, 128, workers):
         yield from zip(numbers, model.encode_image(pixels.to(device)).cpu())
 
 
@@ -57,22 +57,25 @@ def stamp_of(file):
 def read_features(path, checkpoint):
     """Return the features in a file, a dict {stamp: feature (E,)}. Raise InputError if the file is
     not from the checkpoint with this hash, whose features alone can be compared."""
-    with np.load(path) as content:
-        is_ours = content.get("checkpoint") == checkpoint
-        check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
-        return dict(zip(content["stamps"].tolist(), torch.from_numpy(content["features"])))
+    try:
+        content = dict(np.load(path))
+    except Exception as error:  # a damaged file has many kinds
+        raise InputError(f"{path} is damaged. Delete it, or name another file.") from error
+    is_ours = content.get("checkpoint") == checkpoint
+    check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
+    return dict(zip(content["stamps"].tolist(), torch.from_numpy(content["features"])))
 
 
-def encode_or_read(model, pictures, path, checkpoint):
+def encode_or_read(model, pictures, workers, path, checkpoint):
     """Return the features of image files, as a dict {number: feature (E,)}. Encode those that a
     file of features lacks, and write it again. path: that file; checkpoint: the checkpoint's."""
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
-    stamps = [stamp_of(file) for file in pictures.files]
+    stamps = [stamp_of(file) for file, _ in pictures.source]
     found = {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
     missing = [i for i in range(len(stamps)) if i not in found]
     try:
-        found.update(encode(model, Subset(pictures, missing)))
+        found.update(encode(model, Subset(pictures, missing), workers))
     finally:  # after Ctrl-C, keep those that are done
         if missing and found:
             content = {
@@ -93,15 +96,17 @@ ITEM = '<li><img src="data:image/jpeg;base64,{}" alt="">{}<div>{:.3f}</div></li>
 
 
 def page(text, search, pictures):
-    """Return the page with the pictures that fit a text best, or an empty page if there is none."""
+    """Return the page with the pictures that fit a text best, or an empty page if there is none.
+    search: returns what the vocabulary lacks, and a list of (score, number of a picture)."""
     items = []
-    for score, i in search(text) if text else []:
+    note, found = search(text) if text else ("", [])
+    for score, i in found:
         image, _ = pictures[i]
         if image is None:  # The file has been moved or deleted since it was encoded.
             continue
         jpeg = base64.b64encode(encode_jpeg(image).numpy().tobytes()).decode()
         items.append(ITEM.format(jpeg, html.escape(pictures.title(i)), score))
-    return PAGE.substitute(text=html.escape(text), items="".join(items))
+    return PAGE.substitute(text=html.escape(text), note=html.escape(note), items="".join(items))
 
 
 def serve(search, pictures):
@@ -149,6 +154,7 @@ def main(argv):
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
     add("--k", type=number(int, 1), default=12, help="pictures for each text (default 12)")
     add("--features", type=output_file(".npz"), help="file that keeps the features of --images")
+    add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
     add("--serve", action="store_true", help="serve a page to search with, on this machine alone")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")
@@ -159,23 +165,29 @@ def main(argv):
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     pictures = find_pictures(args.images, args.checkpoint, model.config.image_size)
     if args.features:
-        found = encode_or_read(model, pictures, args.features, args.checkpoint)
+        found = encode_or_read(model, pictures, args.workers, args.features, args.checkpoint)
     else:
-        found = dict(encode(model, pictures))
+        found = dict(encode(model, pictures, args.workers))
     check(found, "none of the pictures can be read")
     numbers = [*found]
     features = torch.stack([*found.values()])  # (N, E)
 
     def search(text):
-        """Return a list of (score, number of a picture), with the highest scores first."""
+        """Return which words the vocabulary lacks, as a sentence, or "" if there are none, and a
+        list of (score, number of a picture), with the highest scores first."""
+        unknown = ", ".join(tokenizer.unknown_words([text]))
+        note = f"The vocabulary lacks these words: {unknown}." if unknown else ""
         [feature] = evaluation.encode_texts(model, tokenizer, [text]).cpu()
         scores, places = (features @ feature).topk(min(args.k, len(features)))
-        return [(score, numbers[i]) for score, i in zip(scores.tolist(), places.tolist())]
+        return note, [(score, numbers[i]) for score, i in zip(scores.tolist(), places.tolist())]
 
     print(f"{len(features):,} pictures; scores are cosine similarities")
     for text in args.texts:
+        note, best = search(text)
         print(f"\n{text}")
-        for score, i in search(text):
+        if note:
+            print(note)
+        for score, i in best:
             print(f"{score:8.3f}  {pictures.title(i)}")
     if args.serve:
         serve(search, pictures)

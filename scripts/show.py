@@ -12,9 +12,8 @@ import torch
 
 import data
 from common.cli import check, make_parser, output_file, progress, run_command
-from common.shards import find_shards
+from common.shards import IMAGE, find_shards
 from common.tokenizer import clean
-from eval import UNREADABLE
 from scripts.pictures import contact_sheet
 
 SHOWN = 8  # samples
@@ -38,12 +37,14 @@ def main(argv):
             captions = samples.captions(i)
             counts.update({clean(caption) for caption in captions})
             if i in chosen:
-                shown.append((samples.image(i, SIDE), captions[0]))
-        except UNREADABLE as error:
+                image = data.load_image(samples.read(i, IMAGE), SIDE)
+                shown.append((image, captions[0]))
+        except data.UNREADABLE as error:
             bad.append(f"{samples.name(i)}: {error}")
     print(f"{len(samples):,} samples")
     if bad:
         print(f"{len(bad):,} of them cannot be used, such as {bad[0]}")
+    check(counts, f"no sample has a caption in each of: {' '.join(args.captions)}")
     # The contrastive loss pushes a picture away from the same caption of another picture, although
     # that caption fits as well.
     repeated = sum(count for count in counts.values() if count > 1)

@@ -80,6 +80,11 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
     assert {len({*keep}) for keep in kept} == {12}
 
 
+def test_patch_dropout_needs_the_number_of_patches(captioned):
+    with pytest.raises(ValueError, match="num_patches"):
+        Pairs(Samples([captioned]), TOKENIZER, 8, patch_dropout=0.5)
+
+
 # ---- bad samples
 
 GIF = encoded(photo(), "GIF")

@@ -3,6 +3,7 @@ the commands of eval.py print."""
 
 import json
 import math
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -11,10 +12,22 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from material import TOKENIZER, png, result_of, small_model, write_checkpoint, write_shard
+import torchvision
+from material import (
+    TOKENIZER,
+    error_of,
+    png,
+    result_of,
+    small_model,
+    write_captions,
+    write_checkpoint,
+    write_shard,
+)
+from torchvision.datasets import CIFAR10
 
 import data
 import eval as evaluation
+from common.tokenizer import Tokenizer
 
 NAMES = ("red", "green", "blue")
 
@@ -168,7 +181,7 @@ def test_zeroshot_by_hand(folders, capsys):
     for name in ("grey", "ring", "thing"):
         (folders / name).mkdir()
 
-    images = evaluation.ClassFolders(folders, 20)
+    images = data.class_pictures(folders, 20)
     result = evaluation.zeroshot(Colours(), TOKENIZER, images)
 
     assert result["value"] == pytest.approx((4 + 3 + 3) / 11)
@@ -179,7 +192,7 @@ def test_zeroshot_by_hand(folders, capsys):
 
 def test_words_of_class_names_that_the_vocabulary_lacks_are_named(folders, capsys):
     """They are spelled in bytes, so classes with such names are hardly ever found."""
-    images = evaluation.ClassFolders(folders, 20)
+    images = data.class_pictures(folders, 20)
 
     evaluation.zeroshot(Colours(), TOKENIZER, images, ["red", "a green zebra", "blue's"])
 
@@ -189,6 +202,18 @@ def test_words_of_class_names_that_the_vocabulary_lacks_are_named(folders, capsy
     assert "green" not in line
 
 
+def test_templates_with_words_that_the_vocabulary_lacks_are_left_out_and_named(folders, capsys):
+    """Of these words TOKENIZER lacks "drawing". If no template is left, the name alone is."""
+    templates = ["a photo of a {}.", "a drawing of a {}."]
+
+    left = evaluation.usable_templates(TOKENIZER, templates)
+
+    assert left == templates[:1]
+    assert "drawing" in capsys.readouterr().out
+    assert evaluation.usable_templates(TOKENIZER, templates[1:]) == ["{}"]
+    assert evaluation.usable_templates(Tokenizer.from_file("clip"), templates) == templates
+
+
 def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
     """Jupyter makes such folders. macOS makes such a file beside a picture, and one in a zip."""
     for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "__MACOSX"):
@@ -196,7 +221,7 @@ def test_what_programs_hide_is_neither_a_class_nor_a_picture(folders):
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):
         shutil.copy(folders / "red" / "0.png", folders / name)
 
-    images = evaluation.ClassFolders(folders, 20)
+    images = data.class_pictures(folders, 20)
     result = evaluation.zeroshot(Colours(), TOKENIZER, images)
 
     assert result["n"] == 12
@@ -265,3 +290,87 @@ def test_zeroshot_takes_the_names_of_classes_from_a_file(folders, tmp_path, caps
 
     result, _ = scores_of(capsys, tmp_path, "zeroshot", "--images", folders)
     assert scores[0] == result["value"] != scores[1]
+
+
+def test_of_shards_with_two_splits_those_for_validation_are_scored_and_named(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model.pt", small_model())
+    train = write_captions(tmp_path / "train-0.tar", "red", "green", "blue")
+    val = write_captions(tmp_path / "val-0.tar", "red", "green")
+
+    result, printed = scores_of(capsys, tmp_path, "retrieval", "--data", tmp_path)
+    _, printed_of_one = scores_of(capsys, tmp_path, "retrieval", "--data", val)
+
+    assert result["validation"]["image_to_text"]["R@1"]["n"] == 2
+    assert val in printed and train not in printed
+    assert val not in printed_of_one
+
+
+# ---- the data sets of torchvision
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """Write files as CIFAR-10 has them, with 10 pictures to train on and 4 for tests, where a
+    download would put them. torchvision compares no checksums, and cannot download."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", None)
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setitem(CIFAR10.meta, "md5", None)
+    folder = tmp_path / "cache" / "superclip" / "datasets" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name, labels in (("data_batch_1", [*range(10)]), ("test_batch", [0, 0, 1, 2])):
+        pixels = np.zeros((len(labels), 3, 1024), np.uint8)
+        for i, label in enumerate(labels):
+            pixels[i, label % 3] = 255  # red, green or blue
+        content = {"data": pixels.reshape(-1, 3072), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = ["red", "green", "blue", *"grey square ring_thing thing the a of".split()]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return folder
+
+
+def test_a_set_of_torchvision_is_scored_by_the_names_of_its_classes(cifar10):
+    pictures = data.class_pictures("cifar10", 8)
+
+    result = evaluation.zeroshot(Colours(), TOKENIZER, pictures)
+
+    assert pictures.classes[5] == "ring thing"
+    assert pictures[3][0][:, 4, 4].tolist() == [0, 0, 255]
+    assert result == evaluation.score(torch.ones(4), 0.1)
+
+
+def test_a_probe_learns_from_the_split_for_training(cifar10, tmp_path, capsys):
+    write_checkpoint(tmp_path / "model.pt", small_model())
+
+    result, _ = scores_of(capsys, tmp_path, "probe", "--train", "cifar10", "--test", "cifar10")
+
+    assert len(data.class_pictures("cifar10", 8, training=True)) == 10
+    assert result["n"] == 4
+
+
+def test_without_files_and_a_network_a_sentence_names_the_set(cifar10, tmp_path, capsys):
+    shutil.rmtree(cifar10)
+    model = write_checkpoint(tmp_path / "model.pt", small_model())
+    argv = ["zeroshot", "--checkpoint", model, "--images", "cifar10"]
+
+    assert "cifar10" in error_of(capsys, evaluation.main, *argv)
+
+
+def test_a_folder_counts_more_than_a_set_of_the_same_name(folders, monkeypatch):
+    folders.rename(folders.parent / "cifar10")
+    monkeypatch.chdir(folders.parent)
+
+    assert data.class_pictures("cifar10", 8).classes == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("name", data.STANDARD_SETS)
+def test_torchvision_has_each_set_and_both_of_its_splits(name, tmp_path):
+    """Without a file each says that it is not there. A split that it lacks would be another
+    error."""
+    kind, argument, *splits = data.STANDARD_SETS[name]
+
+    for split in splits:
+        with pytest.raises(RuntimeError, match="[Dd]ataset not found"):
+            getattr(torchvision.datasets, kind)(tmp_path, **{argument: split})

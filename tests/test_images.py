@@ -3,11 +3,13 @@ Pillow and torchvision do it."""
 
 import io
 import random
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from children import finish
 from material import cases, encoded, photo
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
@@ -55,6 +57,20 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
     assert_looks_like(pixels, picture, data.crop_box(*picture.size))
     assert torch.equal(load_image(Image.open(io.BytesIO(content)), 24), pixels)
+
+
+def warn():
+    warnings.warn_explicit("odd metadata", UserWarning, "x.py", 1, "PIL.TiffImagePlugin")
+    warnings.warn_explicit("it will go", FutureWarning, "x.py", 2, "PIL.Image")
+    warnings.warn_explicit("my warning", UserWarning, "x.py", 3, "my.data")
+
+
+def test_only_pillows_warnings_about_pictures_are_silent(children):
+    """A fork should see its own warnings, and those about functions that will go."""
+    _, printed = finish(children.start("scripts.words", ["--help"], warn))
+
+    assert "odd metadata" not in printed
+    assert "it will go" in printed and "my warning" in printed
 
 
 # ---- crops

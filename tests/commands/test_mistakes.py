@@ -27,12 +27,14 @@ train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
-eval zeroshot MODEL --images hollow --templates list.csv  | list.csv
+eval zeroshot MODEL --images hollow --templates list.csv  | --templates
+eval zeroshot MODEL --images cifar11                      | cifar11 is no folder
 eval probe MODEL --train classes --test classes           | same folder
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
 scripts.search MODEL --images photo.png list.csv          | list.csv
+scripts.search MODEL red --images photo.png --features damaged.npz | damaged.npz
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
@@ -40,6 +42,8 @@ scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
 scripts.show bad.tar --out x.png                          | can be drawn
+scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
+scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 common.scenes --out classes                               | classes
 """
@@ -61,6 +65,10 @@ def world(tmp_path_factory):
     write_shard(world / "pairs.tar", [pair, pair])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
+    apart = [{**pair, "txt": b""}, pair]  # no sample has a caption in both sources
+    apart[0]["json"] = b'{"c": "a red thing"}'
+    write_shard(world / "apart.tar", apart)
+    (world / "damaged.npz").write_bytes(b"no arrays")
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
     (world / "list.csv").write_text("a,c\n1,2\n")

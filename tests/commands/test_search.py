@@ -51,6 +51,15 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     np.testing.assert_allclose(kept["features"], features, atol=1e-5)
 
 
+def test_words_that_the_vocabulary_lacks_are_named(folders, checkpoint, capsys):
+    argv = ["--checkpoint", checkpoint, "--images", "red", "a red zebra", "a red ring"]
+
+    assert not run(search.main, *argv)
+
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "vocabulary" in line]
+    assert "zebra" in line and "red" not in line
+
+
 def test_only_new_and_changed_files_are_encoded(folders, checkpoint):
     """We set all kept features to zero. Features that are still zero were not computed again. A
     search of fewer pictures leaves the file as it is."""
@@ -108,6 +117,7 @@ def test_the_page_shows_pictures_below_a_secret_path_and_names_as_text(children,
 
     page = urllib.request.urlopen(f"{address}?text={quote(HOSTILE)}").read().decode()
 
+    assert "lacks these words: ()&gt;., alert, img" in page
     assert page.count("data:image/jpeg") == 19
     assert page.count(html.escape(HOSTILE)) == 2 and HOSTILE not in page
     root = address[: address.index("/", 8)]
