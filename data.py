@@ -12,7 +12,7 @@ optional metadata.
 Shards are not streamed. One pass over the tar headers makes an index, which is cached
 (common/shards.py), and then two or three reads fetch any sample. So the shuffle is global, the
 length is exact, batches have the same size on each process, and a run can be resumed from one
-integer, its step. `Pictures`, at the end, read in order and without random crops, for eval.py.
+integer, its step. At the end stand the pictures that eval.py reads in order.
 
 The axes in comments are those of superclip.py.
 """
@@ -296,14 +296,12 @@ class Samples:
 
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
-        JSON, which is 1, 3 or 5."""
-        # shard, image block, image size, text block, text size, json block, json size
-        row = self.index[i].tolist()
-        return self.read_at(row[0], row[column], row[column + 1])
+        JSON, which is where its first block and its size stand in the index."""
+        return self.read_at(i, *self.index[i, column : column + 2].tolist())
 
-    def read_at(self, shard, block, size):
-        """Return `size` bytes of a shard. shard: its place in paths; block: where they begin."""
-        with open(self.paths[shard], "rb") as file:
+    def read_at(self, i, block, size):
+        """Return `size` bytes of the shard that holds sample i. block: where they begin."""
+        with open(self.paths[self.index[i, 0]], "rb") as file:
             file.seek(block * BLOCK)
             content = file.read(size)
         if len(content) < size:
@@ -352,13 +350,13 @@ class Samples:
     def name(self, i):
         """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read
         from the tar header, the block before the image. If the shard has changed, it is "?"."""
-        shard, block, *_ = self.index[i].tolist()
+        block = int(self.index[i, IMAGE])
         try:
-            header = self.read_at(shard, block - 1, BLOCK)
+            header = self.read_at(i, block - 1, BLOCK)
             key, _ = split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
         except (tarfile.TarError, BadSample, OSError):
             key = "?"
-        return f"{self.paths[shard]}:{key}"
+        return f"{self.paths[self.index[i, 0]]}:{key}"
 
 
 # -----------------------------------------------------------------------------
@@ -393,40 +391,24 @@ class Pictures(Dataset):
             return None, None
 
     def name(self, i):
-        """Return the path of a file, SHARD:KEY of a sample, or else the number of the picture."""
+        """Return SHARD:KEY of a sample, the path of a file, or else the number of the picture."""
         if isinstance(self.source, Samples):
             return self.source.name(i)
-        if isinstance(self.source, list):
-            return str(self.source[i][0])
-        return f"picture {i}"
+        return str(self.source[i][0]) if isinstance(self.source, list) else f"picture {i}"
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
 
-def is_hidden(name):
-    """Return whether this is the name of a file or folder that programs hide from people. Examples
-    are .ipynb_checkpoints, and __MACOSX in a zip that was made on a Mac."""
-    return name.startswith((".", "__"))
+# So begin the names of what programs hide, such as .ipynb_checkpoints, and __MACOSX in a zip.
+HIDDEN = (".", "__")
 
 
 def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    return [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
-
-
-def class_folders(folder):
-    """Read a folder that holds a folder of images for each class. Return a list of (path, number of
-    its class), and the names of the classes. A folder without images is a class, too: images can be
-    mistaken for it."""
-    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-    folders = [path for path in folders if not is_hidden(path.name)]
-    files = []
-    for c, path in enumerate(folders):
-        files += [(file, c) for file in images_below(path)]
-    check(files, f"{folder} has no folders with images in it, one for each class")
-    return files, [path.name for path in folders]
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+    paths = [path for path in paths if not any(part.startswith(HIDDEN) for part in path.parts)]
+    return [folder / path for path in paths if path.suffix.lower() in SUFFIXES]
 
 
 # torchvision downloads these sets. name -> its class there, the argument that chooses a split, and
@@ -458,12 +440,18 @@ def standard_set(name, training):
 
 def class_pictures(name, size, training=False):
     """Return Pictures with classes. name: a folder that holds a folder of images for each class, or
-    a name in STANDARD_SETS; training: for such a name, whether to return the split for training."""
+    else a name in STANDARD_SETS; training: whether to return the pictures for training of such a
+    set. A folder without images is a class, too: images can be mistaken for it."""
     if Path(name).is_dir():
-        source, classes = class_folders(name)
+        folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
+        classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
+        source = []
+        for c, folder in enumerate(classes):
+            source += [(file, c) for file in images_below(Path(name, folder))]
+        check(source, f"{name} has no folders with images in it, one for each class")
     else:
         names = ", ".join(STANDARD_SETS)
-        check(name in STANDARD_SETS, f"{name} is no folder, and no standard set: {names}")
+        check(name in STANDARD_SETS, f"{name} is no folder, and none of the sets {names}")
         source = standard_set(name, training)
         classes = source.classes
     return Pictures(source, size, [c.replace("_", " ") for c in classes])

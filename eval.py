@@ -7,11 +7,8 @@
 
 Every score is printed with its chance level, its 95 % interval, and n, the number of images over
 which it is a mean. train.py validates with the same functions. Both compute in float32, so a
-checkpoint has one score.
-
-The file reads from top to bottom: pictures and texts become features, and features become scores,
-first of retrieval and then of zero-shot classification. Then come the words of the head, the linear
-probe, and the commands.
+checkpoint has one score. In this file pictures and texts become features, and features become
+scores. Then come the words of the head, the linear probe, and the commands.
 
 Axes: B pictures of a batch, N pictures in all, M captions, Q questions, A answers, C classes, D
 width, E embedding.
@@ -20,6 +17,7 @@ width, E embedding.
 import json
 import math
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,18 +34,13 @@ from common.tokenizer import has_letters, token_text, trim
 
 
 def load(checkpoint, device="cpu"):
-    """Read a checkpoint for inference. Return model, tokenizer and preprocess. The last turns an
-    image of Pillow, or the bytes of an image file, into pixels. An example is
-    `model.encode_image(preprocess(image)[None])`. The parameters need no gradient, so a loop over
-    photographs keeps no graph."""
+    """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
+    which turns an image of Pillow, or an image file, into pixels for
+    `model.encode_image(preprocess(image)[None])`."""
     model, tokenizer = read_model(checkpoint)
     preprocess = partial(data.load_image, size=model.config.image_size)
     model.requires_grad_(False).to(device).eval()
     return model, tokenizer, preprocess
-
-
-# -----------------------------------------------------------------------------
-# Images and texts -> features
 
 
 def device_of(model):
@@ -55,23 +48,19 @@ def device_of(model):
 
 
 def collate(items):
-    """Return the pictures that can be read, stacked (B, 3, S, S), and their B labels. If there are
-    none, return None."""
-    readable = [item for item in items if item[0] is not None]
-    if not readable:
-        return None
-    pixels, labels = zip(*readable)
+    """Return the pictures that can be read, stacked (B, 3, S, S), or None, and their B labels."""
+    pixels = [x for x, _ in items if x is not None]
+    labels = [label for x, label in items if x is not None]
     # Stack the pixels, because each tensor on its way out of a loading process keeps a file open.
-    return torch.stack(pixels), labels
+    return torch.stack(pixels) if pixels else None, labels
 
 
 def batches(pictures, batch_size, workers):
-    """Yield the pictures that can be read, as uint8 (B, 3, S, S), and a tuple of their B labels.
-    pictures: data.Pictures."""
+    """Yield the data.Pictures that can be read, as uint8 (B, 3, S, S), and a list of B labels."""
     loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=collate)
-    for batch in cli.progress(loader, "encoding", unit="batch"):
-        if batch:
-            yield batch
+    for pixels, labels in cli.progress(loader, "encoding", unit="batch"):
+        if labels:
+            yield pixels, labels
 
 
 @torch.no_grad()
@@ -100,8 +89,7 @@ def encode_pictures(model, pictures, workers, encode=None):
 
 def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
-    captions, and image_of_text (M,), which holds the number of each caption's image, in rising
-    order."""
+    captions, and image_of_text (M,), the number of each caption's image, in rising order."""
     pictures = data.Pictures(samples, model.config.image_size)
     image_features, captions = encode_pictures(model, pictures, workers)
     texts = []
@@ -114,7 +102,7 @@ def encode_samples(model, tokenizer, samples, workers=0):
 
 
 # -----------------------------------------------------------------------------
-# Features -> scores of retrieval
+# Features -> scores
 
 
 def score(hits, chance):
@@ -143,8 +131,7 @@ def nearest(questions, answers, k):
     similar first. questions (Q, E), answers (A, E): features. The result is on the CPU. The search
     works in chunks, so that the matrix (Q, A) never exists.
 
-    Of equal answers topk takes any. So a model that has collapsed, which gives the same answers to
-    all questions, scores chance.
+    Of equal answers topk takes any, so a model whose features are all equal scores chance.
     """
     found = []
     chunk = 2**24 // len(answers)  # 64 MB of similarities
@@ -158,9 +145,8 @@ def recall_by_chance(right, n, k):
     """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
     which `right` (Q,) are right.
 
-    The first draw misses with probability (n - right) / n. If it misses, the second one misses with
-    probability (n - right - 1) / (n - 1), and so on. R@k is 1 minus the product of these
-    probabilities.
+    The first draw misses with probability (n - right) / n. If it does, the second one misses with
+    probability (n - right - 1) / (n - 1), and so on. R@k is 1 minus the product of all of them.
     """
     drawn = torch.arange(min(k, n))[:, None]
     return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
@@ -228,9 +214,6 @@ def score_pairs(model, tokenizer, samples, workers=0, group=None):
     return row
 
 
-# -----------------------------------------------------------------------------
-# Zero-shot classification
-
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
@@ -246,12 +229,10 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
 def usable_templates(tokenizer, templates):
     """Return the templates whose words are all in the vocabulary, or the name alone if there are
     none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
-    texts = {template: template.replace("{}", "") for template in templates}
-    unknown = tokenizer.unknown_words(texts.values())
-    usable = [template for template, text in texts.items() if not tokenizer.unknown_words([text])]
-    if unknown:
-        left_out = len(templates) - len(usable)
-        tqdm.write(f"{left_out} templates left out: the vocabulary lacks {', '.join(unknown)}")
+    usable = [template for template in templates if not tokenizer.unknown_words([template])]
+    if len(usable) < len(templates):
+        unknown = ", ".join(tokenizer.unknown_words(templates))
+        tqdm.write(f"templates with words that the vocabulary lacks are left out: {unknown}")
     return usable or ["{}"]
 
 
@@ -284,16 +265,15 @@ def top_words(model, tokenizer, pixels, k=8):
     than a fifth of the captions contain."""
     probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
+
+    def is_telling(i):
+        word = token_text(tokenizer, i)
+        return has_letters(word) and not word.endswith("-") and not is_common[i]
+
     result = []
     for p in probabilities:
-        words = []
-        for i in p.argsort(descending=True).tolist():
-            word = token_text(tokenizer, i)
-            if has_letters(word) and not word.endswith("-") and not is_common[i]:
-                words.append((word, p[i].item(), i))
-            if len(words) == k:
-                break
-        result.append(words)
+        best = islice(filter(is_telling, p.argsort(descending=True).tolist()), k)
+        result.append([(token_text(tokenizer, i), p[i].item(), i) for i in best])
     return result
 
 
@@ -312,9 +292,9 @@ def print_words(model, tokenizer, samples):
 # A linear probe of the image tower
 
 
-def fit_linear(x, y, classes, penalty):
-    """Return a linear layer that L-BFGS has fitted by multinomial logistic regression. x (N, D):
-    features; y (N,): labels; penalty: the factor of the sum of squared weights."""
+def fit_and_guess(x, y, x_test, classes, penalty):
+    """Fit a multinomial logistic regression to features x (N, D) and labels y (N,). Return the
+    classes that it finds in x_test. penalty: the factor of the sum of squared weights."""
     layer = torch.nn.Linear(x.shape[1], classes)
     for p in layer.parameters():
         torch.nn.init.zeros_(p)
@@ -327,14 +307,13 @@ def fit_linear(x, y, classes, penalty):
         return loss
 
     optimizer.step(compute_loss)
-    return layer
+    return layer(x_test).argmax(dim=1)
 
 
 def probe(x, y, x_test, y_test, classes):
-    """Fit a linear probe to the features x (N, D) and their N labels y, and return its score on
-    x_test and y_test. classes: the number of classes. A fifth of the training images chooses the
-    penalty of a probe that learns from the others. Then the probe learns from all of them. It
-    computes on the CPU."""
+    """Fit a linear probe to features x (N, D) and their N labels y, and return its score on x_test
+    and y_test. classes: the number of classes. A fifth of the training images chooses the penalty
+    of a probe that learns from the others. Then it learns from all of them. It runs on the CPU."""
     x, x_test = x.cpu(), x_test.cpu()
     y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
     # Standardise the features, so that one penalty means the same for all of them.
@@ -346,13 +325,11 @@ def probe(x, y, x_test, y_test, classes):
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
     def count_right(penalty):
-        layer = fit_linear(x[rest], y[rest], classes, penalty)
-        return (layer(x[val]).argmax(dim=1) == y[val]).sum()
+        return (fit_and_guess(x[rest], y[rest], x[val], classes, penalty) == y[val]).sum()
 
     penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
-    layer = fit_linear(x, y, classes, penalty)
-    return score(layer(x_test).argmax(dim=1) == y_test, 1 / classes)
+    return score(fit_and_guess(x, y, x_test, classes, penalty) == y_test, 1 / classes)
 
 
 # -----------------------------------------------------------------------------

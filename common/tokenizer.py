@@ -160,12 +160,13 @@ class Tokenizer:
         return ids
 
     def unknown_words(self, texts):
-        """Return the words of texts that a vocabulary of whole words lacks, as a sorted list. In
-        CLIP's vocabulary none is unknown, because it has learned to put words together."""
+        """Return the words of texts, with a letter or a digit, that a vocabulary of whole words
+        lacks, as a sorted list. CLIP's vocabulary puts all words together from parts."""
         if not self.has_whole_words:
             return []
         words = {word for text in texts for word in WORD.findall(clean(text))}
-        return sorted(word for word in words if word.encode() + b" " not in self.ranks)
+        unknown = [word for word in words if word.encode() + b" " not in self.ranks]
+        return sorted(filter(has_letters, unknown))
 
     def decode(self, ids):
         """Return the text of these ids, without start, end and padding."""
