@@ -190,7 +190,7 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     each with its first caption. The other arguments are those of `retrieval`."""
     first_caption = torch.searchsorted(image_of_text, torch.arange(len(image_features)))  # (N,)
     groups = zip(image_features.split(group), text_features[first_caption].split(group))
-    losses = [model.compare(x, y) for x, y in groups if len(x) == group]
+    losses = [model.contrastive_loss(x, y) for x, y in groups if len(x) == group]
     return torch.stack(losses).mean().item()
 
 

@@ -162,7 +162,7 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features (B, E): normalised to length 1; scale: the inverse temperature, a
     scalar that train.py keeps between 1 and 100. The loss begins near ln B, because an untrained
-    tower gives nearly the same feature to everything.
+    tower gives nearly the same feature to everything. B counts the pairs of all processes.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):
@@ -232,15 +232,13 @@ class SuperCLIP(nn.Module):
 
         # The pairs of all processes: each image must pick its caption, and each caption its image.
         # With one process gather returns what it gets.
-        all_image_features, all_text_features = image_features, text_features
-        if self.training:  # process 0 evaluates alone
-            all_image_features = gather(image_features)
-            all_text_features = gather(text_features)
-        terms = {"contrastive_loss": self.compare(all_image_features, all_text_features)}
-        terms.update(terms_of_pairs)
+        all_image_features = gather(image_features)
+        all_text_features = gather(text_features)
+        contrastive = self.contrastive_loss(all_image_features, all_text_features)
+        terms = {"contrastive_loss": contrastive, **terms_of_pairs}
 
         # The sum. docs/fork.md shows how to add a term of your own here.
-        loss = terms["contrastive_loss"]
+        loss = contrastive
         if self.head is not None:
             loss = loss + self.config.cls_weight * terms["classification_loss"]
         return {"loss": loss, **terms}
@@ -263,9 +261,9 @@ class SuperCLIP(nn.Module):
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
-    def compare(self, image_features, text_features):
-        """Compare every image with every caption. Return the contrastive loss, a scalar: CLIP's, or
-        SigLIP's if config.loss is sigmoid. Both arguments (B, E) are features of length 1."""
+    def contrastive_loss(self, image_features, text_features):
+        """Return the contrastive loss of features (B, E), a scalar: CLIP's, or SigLIP's if the
+        configuration says so."""
         scale = self.logit_scale.exp()
         if self.config.loss == "softmax":
             return contrastive_loss(image_features, text_features, scale)
@@ -551,11 +549,11 @@ def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_wei
     terms = []
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
-        part = [images[rows], tokens[rows], label_tokens[rows], token_weights]
-        part.append(None if keep is None else keep[rows])
-        encoded = checkpoint(encode_pairs, *part, use_reentrant=False)
+        pairs = [images[rows], tokens[rows], label_tokens[rows], token_weights]
+        pairs.append(None if keep is None else keep[rows])
+        encoded = checkpoint(encode_pairs, *pairs, use_reentrant=False)
         image_features.append(encoded[0])
         text_features.append(encoded[1])
         terms.append(encoded[2])
-    means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
+    means = {name: torch.stack([x[name] for x in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means
