@@ -4,13 +4,11 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The file begins with the run and its loop. Then come the parts of a step, the parts of the set-up,
-and the options with their defaults. Read superclip.py before this file.
+The file has three parts: the run with its loop, its options, and the functions that it calls.
 
 A step follows from the options and its number: they decide the batch, its crops, the patches that
-are kept, and the learning rate. So last.pt holds only the weights, the token counts, the optimizer,
-and for float16 the loss scaler. On a CPU a run that was killed and resumed ends with the same bits
-as a run that was not. On a GPU it may not, because some CUDA kernels add numbers in no fixed order.
+are kept, and the learning rate. So on a CPU a run that was killed and resumed ends with the same
+bits as a run that was not. Some CUDA kernels add numbers in no fixed order, so a GPU may differ.
 """
 
 import argparse
@@ -19,8 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import data
@@ -44,39 +41,38 @@ def train(args):
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     # Only float16 needs a scaler: without one small gradients would underflow to 0.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
     with processes.one_first():  # the first process draws, indexes and downloads for all
-        if args.scenes:
+        if args.train_data == SCENES["train_data"]:
             find_or_make_scenes("scenes")
         shards, val_shards = shards_of_run(args.train_data, args.val_data)
-        model, tokenizer, new_parameters = build_model(args, shards, device)
+        model, tokenizer, head_is_new = build_model(args, shards, device)
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_parameters)
+    optimizer = make_optimizer(model, args.weight_decay, head_is_new)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
-    eval_steps = {*range(0, steps, eval_every)} | {steps}  # after how many steps a run validates
+    eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps a run validates
 
-    # Process 0 chooses the folder of the run, and writes last.pt, best.pt and the log there.
-    if RANK == 0:
-        args.out_dir = run.claim_folder(args.out_dir, args.resume)
-    args.out_dir = processes.from_all(args.out_dir)[0]
-    out = Path(args.out_dir)
-    header = run.header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
+    # The folder, where process 0 writes last.pt, best.pt and log.jsonl
+    out = run.claim_folder(args.out_dir, args.resume)
+    header = run.header_of(args, steps, dtype, device, model, pairs, val_samples)
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
-        start, best_r1 = load_last(out, header, tokenizer.vocab, model, optimizer, scaler)
-    everywhere = processes.from_all((header["data_fingerprint"], start))
-    cli.check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
-    if RANK == 0 and args.resume:
-        run.cut_log(out, start, eval_due=start in eval_steps)  # drop what is logged again
-    run.log_header(out, header, start)  # the conditions under which all rows are measured
+        last = run.read_last(out / "last.pt", header, tokenizer.vocab, MAY_CHANGE)
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        if last["scaler"]:  # its state is empty without float16
+            scaler.load_state_dict(last["scaler"])
+        start = last["step"]
+        best_r1 = last["best_r1"]
+        if last["eval_due"]:  # last.pt was saved before this validation
+            eval_steps.add(start)
+        del last  # free its memory
+    run.begin_log(out, header, start)
 
     ddp_model = model
-    if WORLD > 1:
-        # Average the gradients of all processes. A bucket view avoids a copy of all gradients.
-        # Buffers need no broadcast, because the counts are sums over all processes.
-        ddp_model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+    if WORLD > 1:  # Average gradients, without a copy of them. Buffers are equal in all processes.
+        ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     B = args.batch_size // WORLD  # pairs of this process
     place = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
     batches = data.load_batches(pairs, args.batch_size, place, start, steps, args.workers, on_gpu)
@@ -84,8 +80,8 @@ def train(args):
     todo = range(start, steps + 1)  # the last round has no step, and only saves and validates
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
-    logged, waited, clock = start, 0.0, time.perf_counter()  # since the last row of the log
-    saved = clock
+    saved = time.perf_counter()
+    clock = None  # when the steps began that the next row of the log measures
     for step in todo:
         # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
         # fail. Then it validates, and saves best.pt if no score was higher. Without validation
@@ -102,24 +98,27 @@ def train(args):
             }
             if step > start:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                run.write_checkpoint(out / "last.pt", {**checkpoint, **states})
+                last = {**checkpoint, **states, "eval_due": eval_due}
+                run.write_checkpoint(out / "last.pt", last)
             if eval_due:
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
                 run.log(out, row)
                 mean_r1 = row.get("mean_r1", 0.0)
                 if mean_r1 >= best_r1:
                     best_r1 = mean_r1
-                    checkpoint["best_r1"] = best_r1
                     if step > 0:  # the weights before training only set the score to beat
-                        run.write_checkpoint(out / "best.pt", checkpoint)
-            # Count images per second from here on, because a save waits for the GPU.
+                        run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
             saved = time.perf_counter()
-            logged, waited, clock = step, 0.0, saved
+            clock = None  # a save is not measured
         if step == steps:
             break
 
         # 2. The batch, a dict of the arguments of SuperCLIP.forward
         asked = time.perf_counter()
+        if clock is None:
+            clock = asked
+            waited = 0.0  # seconds in which the CPU waits for batches. A GPU may be busy then.
+            first = step
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
@@ -133,10 +132,10 @@ def train(args):
         # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_rate"] * factor
+            peak = RATE_OF_NEW_HEAD if group["is_new"] else args.learning_rate
+            group["lr"] = peak * factor
         scaler.unscale_(optimizer)
-        # Clip to length 1, as nanoGPT does. The authors do not clip. Every gradient in the logs of
-        # study/ is longer, so there all get the same length.
+        # Clip to length 1, as nanoGPT does. The authors do not clip.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -145,11 +144,11 @@ def train(args):
             model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # They are read before the clock is, so that the time includes the work of the GPU. Process
-        # 0 writes the row. All processes check that the loss is finite.
+        # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
         if done % args.log_every == 0 or done in eval_steps:
-            means = mean_losses(losses)
+            means = processes.means(losses)
+            cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {run.DIVERGED}")
             seconds = time.perf_counter() - clock
             row = {
                 "step": done,
@@ -158,104 +157,150 @@ def train(args):
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": args.learning_rate * factor,
-                "images_per_second": round((done - logged) * args.batch_size / seconds, 1),
-                # The share of the time in which the CPU waits for a batch. A GPU may be busy then.
-                "data_wait": round(waited / seconds, 3),
+                "images_per_second": round((done - first) * args.batch_size / seconds, 1),
+                "data_wait": round(waited / seconds, 3),  # a share of the time
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
-            logged, waited, clock = done, 0.0, time.perf_counter()
+            clock = None
     run.print_commands(out, model, val_samples)
 
 
 # -----------------------------------------------------------------------------
-# The parts of a step
+# The options. One that has the name of a field of SuperCLIPConfig sets this field.
 
 
-def learning_rate_factor(step, warmup_steps, steps):
-    """Return the learning rate of a step as a share of its peak. The share rises linearly to 1,
-    and then falls to 0 along a cosine. It depends on the step alone, so there is no scheduler."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def make_parser():
+    parser = cli.make_parser(__doc__)
+    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
+    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
+    add = parser.add_argument
+    add_length = parser.add_mutually_exclusive_group().add_argument
+    count = cli.number(int, 1)
+    amount = cli.number(float, 0)
+    share = cli.number(float, 0, 1)
+    # fmt: off
+    # The data. Shards are tar files, folders, globs or {0000..0575}.
+    add("--train_data", nargs="+", help="shards to train on (default: built-in scenes)")
+    add("--val_data", nargs="+", help="shards to validate on, or none (default: named val or test)")
+    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
+    add("--captions", nargs="+", default=["txt"], help="where captions are: txt or json.FIELD")
+    add("--label_captions", nargs="+", help="of the words to predict (default: the step's caption)")
+    add("--val_captions", nargs="+", help="of the validation pairs (default: --captions)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=share, default=0.9, help="least share in a crop; 1: the middle square")
+    add("--patch_dropout", type=share, default=0.0, help="share of patches that a step leaves out")
+    # The model
+    add("--init_from", help="checkpoint whose weights and vocabulary to begin with")
+    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
+    add("--image_size", type=count, help="pixels per side (default: 224, or 72 for tiny)")
+    add("--cls_weight", type=amount,
+        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
+    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's or SigLIP's (default: softmax)")
+    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
+    add_length("--steps", type=count, help="length of the run in steps (default: --epochs)")
+    add_length("--epochs", type=amount, help="the same in passes over the data (default: 30)")
+    add("--batch_size", type=count, default=256, help="pairs per step, over all processes")
+    add("--micro_batch_size", type=count, help="pairs at a time, to save memory (default: all)")
+    add("--learning_rate", type=amount, default=5e-4, help="the peak; 5e-5 with --init_from")
+    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all that is random")
+    # The machine
+    add("--workers", type=cli.number(int, 0, 999),
+        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
+    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the steps (default: bfloat16 where that is fast, else float16 on a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, if torch can")
+    # The run
+    add("--out_dir", help="folder of the run (default: a new one)")
+    add("--resume", action="store_true", help="go on with the run in --out_dir, if it holds one")
+    add("--log_every", type=count, default=20, help="steps between two rows of the log")
+    add("--eval_every", type=count, help="steps between validations (default: a third, max. 2000)")
+    # fmt: on
+    return parser
 
 
-def mean_losses(losses):
-    """Return the loss and its terms as a dict of floats, averaged over all processes. losses: what
-    SuperCLIP.forward returns. Reading them makes the CPU wait for the GPU."""
-    values = torch.stack([x.detach() for x in losses.values()])
-    if WORLD > 1:
-        dist.all_reduce(values)
-        values /= WORLD
-    return dict(zip(losses, values.tolist()))
+# Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
+KINDS = ("colour", "shape", "colour_shape", "held_out")
+SCENES = {
+    "train_data": ["scenes"],
+    "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in KINDS],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
+# Other defaults with --init_from. A larger learning rate would destroy what the weights know.
+FINE_TUNING = {"model": None, "learning_rate": 5e-5}
+RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
+
+# --resume can change these options only. Files may move, so it compares what the data holds.
+MAY_CHANGE = """train_data val_data zeroshot_data vocab steps epochs micro_batch_size learning_rate
+workers device dtype compile out_dir resume log_every eval_every""".split()
 
 
-def validate(args, model, tokenizer, samples, zeroshot_images, step):
-    """Score retrieval among the validation samples, if there are any, and zero-shot classification,
-    in float32. Print the scores, and return them as a row of the log, where mean_r1 is the mean of
-    R@1 over both directions. samples: data.Samples or None; zeroshot_images: a dict {folder of
-    --zeroshot_data: its images}."""
-    tqdm.write(f"\nvalidation after step {step}")
-    row = {"step": step, "zeroshot": {}}
-    model.eval()
-    # Do not use the compiled towers: shapes and dtypes differ from those of training.
-    with torch.compiler.set_stance("force_eager"):
-        if samples is not None:
-            # The loss of groups as large as a batch can be compared with that of the training. If
-            # val_contrastive_loss rises while contrastive_loss falls, the model overfits.
-            group = args.batch_size
-            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group)
-            evaluation.print_words(model, tokenizer, samples)
-        for folder, images in zeroshot_images.items():
-            score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
-            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
-            row["zeroshot"][folder] = score
-    model.train()
-    return row
+def parse(argv):
+    """Return the options of a run."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    if given.train_data is None:
+        parser.set_defaults(**SCENES)
+    if given.init_from is not None:
+        parser.set_defaults(**FINE_TUNING)
+    args = parser.parse_args(argv)
+    if args.init_from is not None:
+        for name in ("model", "image_size", "vocab", "loss"):
+            is_unset = getattr(args, name) is None
+            cli.check(is_unset, f"--init_from sets --{name}. Leave this option out.")
+    if args.steps is None and args.epochs is None:
+        args.epochs = 30.0
+        if given.train_data is None:
+            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps. By
+            # trial this was a good compromise between as many samples and as many steps.
+            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
+    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
+    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
+    print("options:", {name: x for name, x in vars(args).items() if x is not None})
+    return args
 
 
 # -----------------------------------------------------------------------------
-# The parts of the set-up
+# What the run calls, in this order
 
 
 def build_model(args, shards, device):
-    """Return the model on its device, its tokenizer, and the names of the parameters that keep
-    their random weights, because --init_from lacks them."""
-    weights = None
+    """Return the model on its device, its tokenizer, and whether its word head is new, because
+    --init_from names a checkpoint without one."""
+    pretrained = None
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
         pretrained, tokenizer = run.read_model(args.init_from)
-        config = dict(vars(pretrained.config))
-        weights = pretrained.state_dict()
+        config = {**vars(pretrained.config)}
         if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    # These options have the names of fields. If you add a field and an option, name it here, too.
-    for name in ("image_size", "loss", "cls_weight"):
-        value = getattr(args, name)
-        if value is not None:
-            config[name] = value
+    fields = vars(SuperCLIPConfig())
+    config |= {name: x for name, x in vars(args).items() if name in fields and x is not None}
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
     cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
     tokenizer.context_length = config.context_length
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
-    new_parameters = []
-    if weights is not None:
+    if pretrained is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
-        new_parameters = model.load_state_dict(weights, strict=False).missing_keys
-
+        model.load_state_dict(pretrained.state_dict(), strict=False)
+    head_is_new = pretrained is not None and pretrained.head is None
     model.to(device).train()
-    if args.compile or (args.compile is None and devices.can_compile(device)):
-        print("The first steps compile the model, which can take minutes.")
-        # Compile part by part. Otherwise longer captions would recompile the image tower, too.
-        for part in model.children():
-            part.compile()
-    return model, tokenizer, new_parameters
+    devices.compile_parts(model, args.compile)
+    return model, tokenizer, head_is_new
 
 
 def open_data(args, shards, val_shards, model, tokenizer):
@@ -276,34 +321,23 @@ def open_data(args, shards, val_shards, model, tokenizer):
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    is_enough = args.batch_size <= len(pairs)
     too_few = f"--batch_size is {args.batch_size}, but there are only {len(pairs):,} pairs"
-    cli.check(is_enough, too_few)
+    cli.check(len(pairs) >= args.batch_size, too_few)
     return pairs, val_samples, zeroshot_images
 
 
-def make_optimizer(model, learning_rate, weight_decay, new_parameters=()):
-    """Return AdamW. Each group of parameters has its peak learning rate in "peak_rate".
-    new_parameters: names of those that --init_from lacks, whose peak is RATE_OF_NEW_PARAMETERS at
-    any learning rate."""
-
-    def two_groups(named, peak):
-        # Only matrices decay: no biases, norms, class token or logit scale.
-        matrices = [p for _, p in named if p.ndim >= 2]
-        vectors = [p for _, p in named if p.ndim < 2]
-        return [
-            {"params": matrices, "peak_rate": peak, "weight_decay": weight_decay},
-            {"params": vectors, "peak_rate": peak, "weight_decay": 0.0},
-        ]
-
-    named = list(model.named_parameters())
-    groups = two_groups([x for x in named if x[0] not in new_parameters], learning_rate)
-    if new_parameters:
-        new = [x for x in named if x[0] in new_parameters]
-        groups += two_groups(new, RATE_OF_NEW_PARAMETERS)
+def make_optimizer(model, weight_decay, head_is_new=False):
+    """Return AdamW. Its groups of parameters differ in weight decay, and in "is_new", which says
+    whether they belong to a new word head. The loop sets their learning rates."""
+    groups = {}
+    for name, p in model.named_parameters():
+        is_new = head_is_new and name.startswith("head.")
+        is_matrix = p.ndim >= 2  # no biases, norms, class token or logit scale: they do not decay
+        decay = weight_decay if is_matrix else 0.0
+        group = {"params": [], "weight_decay": decay, "is_new": is_new}
+        groups.setdefault((is_new, is_matrix), group)["params"].append(p)
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
-    # The loop sets lr at each step.
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def count_steps(args, num_pairs):
@@ -311,165 +345,42 @@ def count_steps(args, num_pairs):
     distance between two validations. num_pairs: number of training pairs.
 
     The warm-up is half of the run, but 3,000 steps at most. A short one hurts plain CLIP most
-    (study/results.md). The authors' has 500 steps, and the one of CLIP's paper 2,000.
-    """
+    (study/results.md)."""
     steps = args.steps or max(1, round(args.epochs * (num_pairs // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
 
 
-def load_last(out, header, vocab, model, optimizer, scaler):
-    """Load the last.pt in the folder `out` into model, optimizer and scaler. Return its step, and
-    the best score so far. Raise InputError if it is from another training than this one. header,
-    vocab: those of this run."""
-    path = out / "last.pt"
-    saved = run.read_checkpoint(path)
-    cli.check("optimizer" in saved, f"{path} is not the last.pt of a run")
-    run.check_same_run(saved, header, vocab)
-    model.load_state_dict(saved["model"])
-    # Keep the groups of this optimizer, so that a new --learning_rate counts. The file numbers the
-    # moments in the order of the parameters in these groups.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-    if saved["scaler"]:  # its state is empty without float16
-        scaler.load_state_dict(saved["scaler"])
-    best_r1 = saved["best_r1"]
-    if (out / "best.pt").exists():  # last.pt may lack its score, because last.pt is written first
-        best_r1 = run.read_checkpoint(out / "best.pt")["best_r1"]
-    return saved["step"], best_r1
+def learning_rate_factor(step, warmup_steps, steps):
+    """Return the learning rate of a step as a share of its peak. The share rises linearly to 1,
+    and then falls to 0 along a cosine. It depends on the step alone, so there is no scheduler."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# -----------------------------------------------------------------------------
-# Options. `python train.py --help` explains them. General defaults stand in the parser.
-
-# The defaults without --train_data, for a run on the built-in scenes. They were chosen together, so
-# that a CPU learns in minutes.
-SCENES = {
-    "train_data": ["scenes/train-*.tar"],
-    "val_data": ["scenes/val-*.tar"],
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
-# The defaults with --init_from. A larger learning rate would destroy what the weights know.
-FINE_TUNING = {"learning_rate": 5e-5, "model": None}
-# Parameters that the checkpoint lacks, such as those of a new word head, know nothing yet.
-RATE_OF_NEW_PARAMETERS = 5e-4
-
-
-def epochs_on_scenes(batch_size):
-    """Return the default of --epochs for the scenes: 1,000 steps of 32 pairs. A batch four times as
-    large makes half as many steps. By trial this was a good compromise between as many samples and
-    as many steps."""
-    return round(1.6 * math.sqrt(batch_size / 32), 3)
-
-
-def make_parser():
-    parser = cli.make_parser(__doc__, "captions", "device")  # other commands have them, too
-    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
-    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
-    add = parser.add_argument
-    length = parser.add_mutually_exclusive_group()
-    count = cli.number(int, 1)
-    not_negative = cli.number(float, 0)
-    # fmt: off
-    # the data
-    add("--train_data", nargs="+", metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
-    add("--val_data", nargs="+", metavar="SHARDS",
-        help="shards to validate on, or none (default: those of --train_data named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders to classify at each validation; each holds a folder of images per class")
-    add("--label_captions", nargs="+", metavar="SOURCE",
-        help="where the words to predict come from (default: the caption of the step)")
-    add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions of the validation pairs are (default: --captions)")
-    add("--vocab", metavar="FILE",
-        help="file, or clip for CLIP's (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9, metavar="SHARE",
-        help="smallest share of a picture in a crop; 1: its middle square (default %(default)s)")
-    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, metavar="SHARE",
-        help="share of the patches that each step leaves out, at random (default %(default)s)")
-    add("--workers", type=cli.number(int, 0, 999),
-        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
-    # the model
-    add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default ViT-B-16, or that of --init_from)")
-    add("--image_size", type=count, metavar="PIXELS",
-        help="side of the square images (default: that of --model, 224 for all but tiny)")
-    add("--init_from", metavar="FILE", help="checkpoint whose weights and vocabulary to begin with")
-    add("--cls_weight", type=not_negative,
-        help="weight of the classification loss; 0 trains plain CLIP (default 1, or the weight in "
-        "--init_from if that has a word head)")
-    add("--loss", choices=("softmax", "sigmoid"),
-        help="contrastive loss: CLIP's softmax or SigLIP's sigmoid (default softmax)")
-    # the training
-    length.add_argument("--steps", type=count, help="length of the run in steps")
-    length.add_argument("--epochs", type=cli.number(float, 1e-6),
-        help="length of the run in passes over the data (default 30)")
-    add("--batch_size", type=count, default=256,
-        help="pairs in each step, counted over all processes (default %(default)s)")
-    add("--micro_batch_size", type=count,
-        help="pairs in the towers at once: less memory, same gradients (default: all of a process)")
-    # That of CLIP's ViT-B, which has batches of 32,768. We did not search another one for 256.
-    add("--learning_rate", type=not_negative, default=5e-4,
-        help="peak learning rate (default 5e-4, or 5e-5 with --init_from)")
-    add("--weight_decay", type=not_negative, default=0.2,
-        help="weight decay of AdamW, which only matrices have (default %(default)s)")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0,
-        help="seed for weights, order, captions, crops and patch dropout (default %(default)s)")
-    # the machine
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the steps (default: bfloat16 where there are units for it, else float16 on "
-        "a GPU and float32 on a CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and word head (default: on CUDA under Linux, if torch can)")
-    # the run
-    add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
-    add("--resume", action="store_true",
-        help="go on with the run in --out_dir, if it holds one: repeat its command, and add this")
-    add("--log_every", type=count, default=20, help="steps between log rows (default %(default)s)")
-    add("--eval_every", type=count,
-        help="steps between validations (default: steps / 3, at most 2000)")
-    # fmt: on
-    return parser
-
-
-def parse(argv):
-    """Return the options, with the defaults of a run on scenes or from a checkpoint where the user
-    gives none."""
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    on_scenes = given.train_data is None
-    if on_scenes:
-        parser.set_defaults(**SCENES)
-    if given.init_from is not None:
-        parser.set_defaults(**FINE_TUNING)
-    args = parser.parse_args(argv)
-    if args.init_from is not None:
-        for name in ("model", "image_size", "vocab", "loss"):
-            is_free = getattr(args, name) is None
-            cli.check(is_free, f"--init_from sets --{name}. Leave this option out.")
-    if args.steps is None and args.epochs is None:
-        args.epochs = epochs_on_scenes(args.batch_size) if on_scenes else 30.0
-    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
-    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    has_folder = args.out_dir is not None or not args.resume
-    cli.check(has_folder, "--resume needs --out_dir, the folder of the run")
-    print("options:", {name: x for name, x in vars(args).items() if x is not None})
-    args.scenes = on_scenes  # train() draws them; no option, so it is not printed
-    return args
+def validate(args, model, tokenizer, samples, zeroshot_images, step):
+    """Score retrieval among the validation samples, if there are any, and zero-shot classification,
+    in float32. Print the scores, and return them as a row of the log. samples: data.Samples or
+    None; zeroshot_images: a dict {folder of --zeroshot_data: its images}."""
+    tqdm.write(f"\nvalidation after step {step}")
+    row = {"step": step, "zeroshot": {}}
+    model.eval()
+    # Do not use the compiled towers: shapes and dtypes differ from those of training.
+    with torch.compiler.set_stance("force_eager"):
+        if samples is not None:
+            # The loss in groups as large as a batch can be compared with that of the training. If
+            # val_contrastive_loss rises while contrastive_loss falls, the model overfits.
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, args.batch_size)
+            evaluation.print_words(model, tokenizer, samples)
+        for folder, images in zeroshot_images.items():
+            score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
+            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
+            row["zeroshot"][folder] = score
+    model.train()
+    return row
 
 
 def main(argv):

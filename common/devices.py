@@ -50,6 +50,16 @@ def pick_dtype(device):
     return "float32"
 
 
+def compile_parts(model, wanted):
+    """Compile the towers and the word head of a model that is on its device. wanted: --compile, by
+    default where that works."""
+    if wanted or (wanted is None and can_compile(model.logit_scale.device)):
+        print("The first steps compile the model, which can take minutes.")
+        # Compile part by part. Otherwise longer captions would recompile the image tower, too.
+        for part in model.children():
+            part.compile()
+
+
 def can_compile(device):
     """Return whether a run should compile its model on a device: with CUDA under Linux, if
     torch.compile works. If it does not, say why. Many containers lack what it needs, and without

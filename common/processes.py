@@ -67,6 +67,21 @@ def from_all(value):
     return values
 
 
+def from_first(value):
+    """Return the value that process 0 passes to this function."""
+    return from_all(value)[0]
+
+
+def means(scalars):
+    """Return a dict of scalar tensors as a dict of floats, averaged over all processes. Reading
+    them makes the CPU wait for the GPU."""
+    values = torch.stack([x.detach() for x in scalars.values()])
+    if WORLD > 1:
+        dist.all_reduce(values)
+        values /= WORLD
+    return dict(zip(scalars, values.tolist()))
+
+
 @contextmanager
 def one_first():
     """Let one process of each machine go through the block first, and then the others."""

@@ -9,7 +9,6 @@ validation.
 """
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -104,34 +103,40 @@ def write_checkpoint(path, checkpoint):
 # The folder of a run
 
 
-def new_out():
-    """Make the first of the folders out, out_2, out_3 ... that is free, and return its name."""
+def claim_folder(out_dir, resume):
+    """Let process 0 choose and make the folder of the run. Return it as a Path in each process.
+    out_dir, resume: the options."""
+    folder = None
+    if processes.RANK == 0:
+        folder = new_folder() if out_dir is None else folder_of(Path(out_dir), resume)
+    return processes.from_first(folder)
+
+
+def new_folder():
+    """Make the first of the folders out, out_2, out_3 ... that is free, and return its path."""
     for number in count(1):
-        name = "out" if number == 1 else f"out_{number}"
+        folder = Path("out" if number == 1 else f"out_{number}")
         # mkdir checks and creates in one step, so two runs that start at once get two folders.
         with suppress(FileExistsError):
-            Path(name).mkdir()
-            return name
+            folder.mkdir()
+            return folder
 
 
-def claim_folder(out_dir, resume):
-    """Make --out_dir, or a new folder if that is None, and return its name. Refuse a folder that
-    holds a run, unless it is to be resumed."""
-    if out_dir is None:
-        return new_out()
-    folder = Path(out_dir)
+def folder_of(folder, resume):
+    """Make the folder --out_dir, and return its path. Refuse one that holds a run, unless it is to
+    be resumed."""
     has_weights = any(folder.glob("*.pt"))
     if resume:
         # Without weights --resume starts a run. So a scheduler can always give it.
-        can_resume = Path(folder, "last.pt").exists() or not has_weights
+        can_resume = (folder / "last.pt").exists() or not has_weights
         check(can_resume, f"{folder} holds weights, but no last.pt. Name another --out_dir.")
     else:
-        has_run = has_weights or Path(folder, "log.jsonl").exists()
+        has_run = has_weights or (folder / "log.jsonl").exists()
         check(not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # a run was killed while it saved
         temporary.unlink()
-    return str(folder)
+    return folder
 
 
 def print_commands(out, model, val_samples):
@@ -160,22 +165,20 @@ def commit():
         return ""
 
 
-def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device):
+def header_of(args, steps, dtype, device, model, pairs, val_samples):
     """Return the header of the log: the conditions under which the other rows were measured."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.samples.fingerprint
-    # What the options leave to --init_from and to the names of shards. scripts.search reads it.
-    found = {"cls_weight": model.config.cls_weight, "val_data": ["none"]}
+    val_data = ["none"]
     if val_samples is not None:
         fingerprint += f"-{val_samples.fingerprint}"
-        found["val_data"] = val_samples.paths
+        val_data = val_samples.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
-        "eval_every": eval_every,
         "batch_size": args.batch_size,
         "processes": processes.WORLD,
         "device": device_name,
@@ -185,60 +188,45 @@ def header_of(args, steps, eval_every, model, pairs, val_samples, dtype, device)
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": fingerprint,
         "command": sys.argv,
-        "arguments": {**vars(args), **found},
+        "arguments": {**vars(args), "val_data": val_data},  # validation_of reads them
         "config": vars(model.config),
     }
 
 
-# The options that --resume cannot change, besides those that the model or the data show
-FIXED = (
-    "batch_size", "seed", "label_captions", "crop_area", "patch_dropout", "weight_decay",
-    "init_from",  # it decides which parameters are new
-)  # fmt: skip
-
-
-def check_same_run(saved, header, vocab):
-    """Raise InputError if a run was trained otherwise than the options say. saved: the content of
-    its last.pt; header, vocab: those of this run. Files may have moved, so the content of the data
-    is compared."""
-    before = saved["header"]
-    changed = [
-        f"--{name}" for name in FIXED if before["arguments"][name] != header["arguments"][name]
-    ]
-    if before["config"] != header["config"]:
-        changed.append("the model (--model, --image_size, --loss, --cls_weight)")
-    if before["data_fingerprint"] != header["data_fingerprint"]:
-        changed.append("the data (--train_data, --val_data, --captions)")
-    if saved["vocab"] != vocab:
-        changed.append("--vocab")
-    if saved["step"] > header["steps"]:
-        changed.append(f"--steps to less than {saved['step']}, which are done")
-    check(not changed, f"--resume cannot change {', '.join(changed)}")
+def read_last(path, header, vocab, may_change):
+    """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
+    options say. header, vocab: those of this run; may_change: names of options that may differ."""
+    last = read_checkpoint(path)
+    check("optimizer" in last, f"{path} is not the last.pt of a run")
+    check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
+    before = last["header"]
+    # What the options leave open stands in the config.
+    old_values = {**before["arguments"], **before["config"]}
+    values = {**header["arguments"], **header["config"]}
+    for name, value in values.items():
+        old = old_values.get(name)
+        is_allowed = name in may_change or value == old
+        check(is_allowed, f"--resume cannot change --{name} from {old} to {value}")
+    # Files may have moved, so compare what they hold.
+    same_data = before["data_fingerprint"] == header["data_fingerprint"]
+    check(same_data, "--resume cannot change the data (--train_data, --val_data)")
+    is_longer = last["step"] <= header["steps"]
+    check(is_longer, f"--resume cannot make --steps less than {last['step']}, which are done")
+    return last
 
 
 # -----------------------------------------------------------------------------
 # The log
 
 
-def cut_log(out, step, eval_due):
-    """Drop the rows of a log, if there is one, that a resumed run logs again. Keep the rows before
-    `step`, the step of last.pt. Of `step` itself keep the losses, and the validation unless it is
-    due again. out: the folder."""
-    path = out / "log.jsonl"
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        with suppress(ValueError):  # a full disk has cut the last line
-            row = json.loads(line)
-            stays = "loss" in row or ("zeroshot" in row and not eval_due)
-            if row["step"] < step or (row["step"] == step and stays):
-                kept.append(line + "\n")
-    write_file(path, lambda file: file.write("".join(kept).encode()))
+# A run only adds rows. What they mean is up to read_log, also after a run was resumed.
 
 
-def log_header(out, header, step):
-    """Write and print the header of a run that begins at `step`, or goes on from there."""
+def begin_log(out, header, step):
+    """Log and print the header of a run that begins at `step`, or goes on from there. Raise
+    InputError if the processes of this run would not train together."""
+    everywhere = processes.from_all((header["data_fingerprint"], step))
+    check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     log(out, {"header": header, "step": step})
     print(f"out_dir: {out}, from step {step}")
     facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
@@ -247,12 +235,12 @@ def log_header(out, header, step):
 
 def log(out, row):
     """Add a row to log.jsonl in the folder `out`. Print it, too, if it holds the losses of a step.
-    Raise InputError if the loss is not finite. Only process 0 writes and prints."""
-    if "loss" in row:
-        check(math.isfinite(row["loss"]), f"the loss is not finite: {DIVERGED}")
+    Only process 0 writes and prints."""
     if processes.RANK > 0:
         return
     with open(out / "log.jsonl", "a") as file:
+        if "header" in row and file.tell() > 0:
+            file.write("\n")  # a kill or a full disk may have cut the last row
         file.write(json.dumps(row) + "\n")
     if "loss" in row:
         terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
@@ -261,14 +249,24 @@ def log(out, row):
 
 
 def read_log(path):
-    """Return the last header in a log.jsonl, and a list of the other rows."""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-        headers = [row["header"] for row in rows if "header" in row]
-        return headers[-1], [row for row in rows if "header" not in row]
-    except (ValueError, LookupError, TypeError) as error:
-        # Do not print the repr of the error, which may hold the whole file.
-        raise InputError(f"{path} is not a log of train.py: {error}") from error
+    """Return the last header in a log.jsonl, and a list of the other rows that count. A run that
+    was resumed after step s repeats the rows after s, and a validation of s that was due. So at a
+    header with step s forget these."""
+    header = None
+    rows = []
+    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, TypeError, LookupError):  # the line is empty, or cut
+            continue
+        if "header" in row:
+            header = row["header"]
+            rows = [x for x in rows if x["step"] < step or (x["step"] == step and "loss" in x)]
+        else:
+            rows.append(row)
+    check(header is not None, f"{path} is not a log of train.py")
+    return header, rows
 
 
 def names_of(folders):

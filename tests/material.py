@@ -193,17 +193,13 @@ def checkpoint_of(out, name="last.pt"):
     return torch.load(Path(out, name), weights_only=True)
 
 
-def all_rows(out):
-    """Return a list of all rows that a run has logged, in order."""
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-
-
 def rows_of(out, kind):
-    """Return the rows that have the entry `kind`, in the order of their steps: "loss" for steps,
-    "zeroshot" for validations. Entries that may differ between equal runs are left out."""
+    """Return the rows of a log that count and have the entry `kind`, in the order of their steps:
+    "loss" for steps, "zeroshot" for validations. Entries that may differ between equal runs are
+    left out."""
     times = ("images_per_second", "data_wait", "memory_gb")
-    rows = [row for row in all_rows(out) if kind in row]
-    return [{name: x for name, x in row.items() if name not in times} for row in rows]
+    _, rows = runs.read_log(Path(out, "log.jsonl"))
+    return [{k: x for k, x in row.items() if k not in times} for row in rows if kind in row]
 
 
 def steps_of(rows):

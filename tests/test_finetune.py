@@ -78,7 +78,7 @@ def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path
     expected = WEIGHTS[typed, of_file]
     has_head = any("head" in name for name in after["model"])
     assert after["config"]["cls_weight"] == expected
-    assert after["header"]["arguments"]["cls_weight"] == expected
+    assert after["header"]["config"]["cls_weight"] == expected
     assert has_head == (expected > 0)
 
 

@@ -13,15 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import material
 import pytest
 import torch
-from children import hook
+from children import before, finish, hook, killed
 from material import cases, checkpoint_of, error_of, result_of, rows_of, short_run, steps_of
 
 import eval as evaluation
 import train
-from common.run import claim_folder
+from common.run import claim_folder, read_log
 from superclip import SuperCLIP
 
 WAYS = {
@@ -100,7 +99,8 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         folders = [*pool.map(claim_folder, 8 * [None], 8 * [False])]
 
-    assert sorted(folders) == ["out", *(f"out_{number}" for number in range(2, 9))]
+    names = ["out", *(f"out_{number}" for number in range(2, 9))]
+    assert sorted(map(str, folders)) == names
 
 
 # ---- its validations, and its end
@@ -199,7 +199,7 @@ def test_images_per_second_leave_out_a_save_between_validations(
 
     train.main(short_run(shards, tmp_path, "--eval_every", 100))
 
-    row = material.all_rows(tmp_path)[3]  # behind the header, a validation and step 2
+    row = read_log(tmp_path / "log.jsonl")[1][2]  # behind a validation and step 2
     assert row["images_per_second"] > 16 / 100
 
 
@@ -213,6 +213,18 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
     assert "no space left" in message
     assert checkpoint_of(tmp_path)["step"] == 4
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_loading_process_that_dies_is_one_sentence(children, shards, tmp_path):
+    """Docker gives 64 MB of shared memory, and torch kills a process that needs more."""
+    options = short_run(shards, tmp_path, "--workers", 1)
+    dying = before("data.Pairs.collate", 3, killed)
+
+    code, printed = finish(children.start("train", options, dying))
+
+    assert code == 2
+    assert "--workers" in printed.splitlines()[-1]
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
