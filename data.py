@@ -139,7 +139,7 @@ class Pairs(Dataset):
         for _ in range(100):
             try:
                 return self.draw_pair(i, rng)
-            except (BadSample, OSError) as error:
+            except UNREADABLE as error:
                 reason = f"bad sample: {self.samples.name(i)}: {error}"
             if i not in self.reported and len(self.reported) < 100:
                 self.reported.add(i)
@@ -270,6 +270,9 @@ class BadSample(Exception):
     """Say that a sample cannot be used, and why."""
 
 
+UNREADABLE = (BadSample, OSError)  # what reading a sample or a picture may raise
+
+
 class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1.
 
@@ -326,8 +329,7 @@ class Samples:
         return texts
 
     def captions(self, i):
-        """Return all texts that sample i has in its sources. A source that is named twice is read
-        once."""
+        """Return all texts of sample i. A source that is named twice is read once."""
         sources = dict.fromkeys(self.sources)
         return [text for source in sources for text in self.texts(i, source)]
 
@@ -362,9 +364,8 @@ class Samples:
 # -----------------------------------------------------------------------------
 # Pictures in order: of samples, files, a folder for each class, or one of torchvision's data sets
 
-UNREADABLE = (BadSample, OSError)  # what reading a picture may raise
 
-
+@dataclass
 class Pictures(Dataset):
     """Read pictures in order, without random crops. An item is (pixels (3, size, size), label). A
     picture that cannot be read is named, and its item is (None, None).
@@ -374,10 +375,9 @@ class Pictures(Dataset):
     torchvision. classes: the names of the classes, if the labels are their numbers.
     """
 
-    def __init__(self, source, size, classes=None):
-        self.source = source
-        self.size = size
-        self.classes = classes
+    source: object
+    size: int
+    classes: list | None = None
 
     def __len__(self):
         return len(self.source)
@@ -411,27 +411,18 @@ def images_below(folder):
     return [folder / path for path in paths if path.suffix.lower() in SUFFIXES]
 
 
-# torchvision downloads these sets. name -> its class there, the argument that chooses a split, and
-# the values of this argument for training and for tests
-STANDARD_SETS = {
-    "cifar10": ("CIFAR10", "train", True, False),
-    "cifar100": ("CIFAR100", "train", True, False),
-    "fashionmnist": ("FashionMNIST", "train", True, False),
-    "dtd": ("DTD", "split", "train", "test"),
-    "fgvcaircraft": ("FGVCAircraft", "split", "trainval", "test"),
-    "flowers102": ("Flowers102", "split", "train", "test"),
-    "food101": ("Food101", "split", "train", "test"),
-    "oxfordiiitpet": ("OxfordIIITPet", "split", "trainval", "test"),
-    "stl10": ("STL10", "split", "train", "test"),
-}
+# torchvision downloads these data sets, which are the lower case of its classes.
+STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft flowers102 food101 oxfordiiitpet stl10".split()
 
 
 def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
     Download it into the cache folder, unless it is there."""
-    kind, argument, train_split, test_split = STANDARD_SETS[name]
-    options = {argument: train_split if training else test_split}
-    datasets = optional("torchvision.datasets", "torchvision")  # imported here, because it is slow
+    datasets = optional("torchvision.datasets", "torchvision")  # only here: importing it is slow
+    [kind] = [kind for kind in datasets.__all__ if kind.lower() == name]
+    options = {}  # by default each set holds its images for training
+    if not training:
+        options = {"train": False} if name.startswith("cifar") else {"split": "test"}
     try:
         return getattr(datasets, kind)(cache_folder() / "datasets", download=True, **options)
     except Exception as error:  # the network and torchvision raise many kinds
