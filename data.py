@@ -398,10 +398,7 @@ class Pictures(Dataset):
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-
-
-# So begin the names of what programs hide, such as .ipynb_checkpoints, and __MACOSX in a zip.
-HIDDEN = (".", "__")
+HIDDEN = (".", "__")  # begin what programs hide from people: .ipynb_checkpoints, __MACOSX in a zip
 
 
 def images_below(folder):
@@ -418,6 +415,8 @@ STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft flowers102 food101 oxfordiiit
 def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
     Download it into the cache folder, unless it is there."""
+    is_known = name in STANDARD_SETS
+    check(is_known, f"{name} is no folder, and none of the sets {', '.join(STANDARD_SETS)}")
     datasets = optional("torchvision.datasets", "torchvision")  # only here: importing it is slow
     [kind] = [kind for kind in datasets.__all__ if kind.lower() == name]
     options = {}  # by default each set holds its images for training
@@ -431,8 +430,8 @@ def standard_set(name, training):
 
 def class_pictures(name, size, training=False):
     """Return Pictures with classes. name: a folder that holds a folder of images for each class, or
-    else a name in STANDARD_SETS; training: whether to return the pictures for training of such a
-    set. A folder without images is a class, too: images can be mistaken for it."""
+    else a name in STANDARD_SETS; training: whether to return the training images of such a set. A
+    folder without images is a class, too: images can be mistaken for it."""
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
         classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
@@ -441,8 +440,6 @@ def class_pictures(name, size, training=False):
             source += [(file, c) for file in images_below(Path(name, folder))]
         check(source, f"{name} has no folders with images in it, one for each class")
     else:
-        names = ", ".join(STANDARD_SETS)
-        check(name in STANDARD_SETS, f"{name} is no folder, and none of the sets {names}")
         source = standard_set(name, training)
         classes = source.classes
     return Pictures(source, size, [c.replace("_", " ") for c in classes])

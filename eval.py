@@ -335,8 +335,7 @@ def probe(x, y, x_test, y_test, classes):
 # -----------------------------------------------------------------------------
 # Commands. Each one prints its scores, and returns them for --json.
 
-CLASSES = "folder with one folder of images per class, or a set that torchvision downloads: "
-CLASSES += ", ".join(data.STANDARD_SETS)
+CLASSES = f"folder with one folder of images per class, or one of {', '.join(data.STANDARD_SETS)}"
 
 
 def read_list(path):
