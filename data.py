@@ -48,10 +48,8 @@ from common.tokenizer import Tokenizer
 
 def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
-
     place: the slice of the global batch that this process loads; pin: whether batches lie in pinned
-    memory, from which a GPU can copy while it computes.
-    """
+    memory, from which a GPU can copy while it computes."""
     n = len(pairs)
     steps = range(start, stop)
     order = (batch_indices(n, batch_size, pairs.seed, step)[place] for step in steps)
@@ -61,11 +59,8 @@ def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
 
 def batch_indices(n, batch_size, seed, step):
     """Return the global batch of a step, as a list of batch_size pairs (position, sample). The
-    result depends on the arguments alone, so a run can start at any step.
-
-    Every epoch is another permutation of the n samples, cut into n // batch_size batches. The
-    samples that are left over are not used in that epoch.
-    """
+    result depends on the arguments alone, so a run can start at any step. Every epoch is another
+    permutation of the n samples. Those that fill no batch are not used in that epoch."""
     epoch, batch = divmod(step, n // batch_size)
     order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     return list(enumerate(order.tolist(), start=step * batch_size))
@@ -188,8 +183,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
-    bicubic with antialiasing. picture: the path of an image file, its bytes, or an image of
-    Pillow."""
+    bicubic with antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
     if isinstance(picture, Path):
         picture = picture.read_bytes()
     try:
@@ -212,9 +206,8 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels.
 
     With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
-    rectangle, whose share of the area is between crop_area and 1. The random crop is open_clip's
-    only augmentation, and also ours. Images are not mirrored, because captions say "left".
-    """
+    rectangle, whose share of the area is between crop_area and 1. This is open_clip's only
+    augmentation, and also ours. Images are not mirrored, because captions say "left"."""
     w = h = min(width, height)
     if crop_area < 1:
         # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
@@ -274,10 +267,8 @@ UNREADABLE = (BadSample, OSError)  # what reading a sample or a picture may rais
 
 
 class Samples:
-    """Read the samples in tar shards. A sample is a number, from 0 to len - 1.
-
-    paths: the shards; sources: where their captions are, each txt or json.FIELD.
-    """
+    """Read the samples in tar shards. A sample is a number, from 0 to len - 1. paths: the shards;
+    sources: where their captions are, each txt or json.FIELD."""
 
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths

@@ -7,8 +7,7 @@
 
 Every score is printed with its chance level, its 95 % interval, and n, the number of images over
 which it is a mean. train.py validates with the same functions. Both compute in float32, so a
-checkpoint has one score. In this file pictures and texts become features, and features become
-scores. Then come the words of the head, the linear probe, and the commands.
+checkpoint has one score. First features become scores. Then come words, a probe, and commands.
 
 Axes: B pictures of a batch, N pictures in all, M captions, Q questions, A answers, C classes, D
 width, E embedding.
@@ -128,11 +127,9 @@ def format_score(name, s):
 
 def nearest(questions, answers, k):
     """Return the numbers (Q, k) of the k answers that are most similar to each question, the most
-    similar first. questions (Q, E), answers (A, E): features. The result is on the CPU. The search
-    works in chunks, so that the matrix (Q, A) never exists.
-
-    Of equal answers topk takes any, so a model whose features are all equal scores chance.
-    """
+    similar first, on the CPU. questions (Q, E), answers (A, E): features. The search works in
+    chunks, so that the matrix (Q, A) never exists. Of equal answers topk takes any, so a model that
+    has collapsed, which gives the same answers to all questions, scores chance."""
     found = []
     chunk = 2**24 // len(answers)  # 64 MB of similarities
     for part in cli.progress(questions.split(chunk), "searching"):
@@ -143,13 +140,11 @@ def nearest(questions, answers, k):
 
 def recall_by_chance(right, n, k):
     """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
-    which `right` (Q,) are right.
-
-    The first draw misses with probability (n - right) / n. If it does, the second one misses with
-    probability (n - right - 1) / (n - 1), and so on. R@k is 1 minus the product of all of them.
-    """
+    which `right` (Q,) are right. The first draw misses with probability (n - right) / n. If it
+    does, the second one misses with probability (n - right - 1) / (n - 1), and so on."""
     drawn = torch.arange(min(k, n))[:, None]
-    return 1 - ((n - right - drawn) / (n - drawn)).clamp(min=0).prod(dim=0)
+    misses = ((n - right - drawn) / (n - drawn)).clamp(min=0)  # (k, Q): probabilities
+    return 1 - misses.prod(dim=0)
 
 
 def recall_scores(questions, question_image, answers, answer_image, ks):

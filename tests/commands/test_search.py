@@ -32,8 +32,8 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     argv = ["--checkpoint", checkpoint, "--images", ".", *TEXTS, "--k", 7, "--features", "x.npz"]
 
     printed = []
-    for _ in range(2):
-        assert not run(search.main, *argv)
+    for workers in range(2):
+        assert not run(search.main, *argv, "--workers", workers)
         printed.append(capsys.readouterr().out)
 
     assert printed[0] == printed[1]
