@@ -235,8 +235,7 @@ def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, worker
     """Classify data.Pictures that have classes. Return the score. names: the names of the classes,
     by default those of the pictures; templates: for the prompts."""
     C = len(pictures.classes)
-    if names is None:
-        names = pictures.classes
+    names = names or pictures.classes
     cli.check(len(names) == C, f"there are {C} classes of images, but {len(names)} names")
     unknown = tokenizer.unknown_words(names)
     if unknown:  # they are spelled in bytes, which the model has hardly seen
