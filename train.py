@@ -259,8 +259,7 @@ def parse(argv):
     if args.steps is None and args.epochs is None:
         args.epochs = 30.0
         if given.train_data is None:
-            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps. By
-            # trial this was a good compromise between as many samples and as many steps.
+            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
             args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
     is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
@@ -332,20 +331,16 @@ def make_optimizer(model, weight_decay, head_is_new=False):
     groups = {}
     for name, p in model.named_parameters():
         is_new = head_is_new and name.startswith("head.")
-        is_matrix = p.ndim >= 2  # no biases, norms, class token or logit scale: they do not decay
-        decay = weight_decay if is_matrix else 0.0
-        group = {"params": [], "weight_decay": decay, "is_new": is_new}
-        groups.setdefault((is_new, is_matrix), group)["params"].append(p)
+        decays = p.ndim >= 2  # only matrices: no biases, norms, class token or logit scale
+        group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "is_new": is_new}
+        groups.setdefault((is_new, decays), group)["params"].append(p)
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def count_steps(args, num_pairs):
-    """Return three numbers of steps: the length of the run, the length of its warm-up, and the
-    distance between two validations. num_pairs: number of training pairs.
-
-    The warm-up is half of the run, but 3,000 steps at most. A short one hurts plain CLIP most
-    (study/results.md)."""
+    """Return the steps of a run on num_pairs pairs, of its warm-up, and between two validations.
+    A short warm-up hurts plain CLIP most (study/results.md)."""
     steps = args.steps or max(1, round(args.epochs * (num_pairs // args.batch_size)))
     warmup_steps = min(3000, steps // 2)
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
