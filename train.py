@@ -4,8 +4,6 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-The file has three parts: the run with its loop, its options, and the functions that it calls.
-
 A step follows from the options and its number: they decide the batch, its crops, the patches that
 are kept, and the learning rate. So on a CPU a run that was killed and resumed ends with the same
 bits as a run that was not. Some CUDA kernels add numbers in no fixed order, so a GPU may differ.
@@ -52,8 +50,7 @@ def train(args):
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
     eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps a run validates
 
-    # The folder, where process 0 writes last.pt, best.pt and log.jsonl
-    out = run.claim_folder(args.out_dir, args.resume)
+    out = run.claim_folder(args.out_dir, args.resume)  # for last.pt, best.pt and log.jsonl
     header = run.header_of(args, steps, dtype, device, model, pairs, val_samples)
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
@@ -206,11 +203,9 @@ def make_parser():
     add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all that is random")
     # The machine
-    add("--workers", type=cli.number(int, 0, 999),
-        help="loading processes per GPU (default: the cores, divided among the GPUs, at most 16)")
+    add("--workers", type=cli.number(int, 0, 999), help="loading processes (default: cores / GPUs)")
     add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the steps (default: bfloat16 where that is fast, else float16 on a GPU)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what fits the device")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, if torch can")
     # The run
     add("--out_dir", help="folder of the run (default: a new one)")
@@ -254,8 +249,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.init_from is not None:
         for name in ("model", "image_size", "vocab", "loss"):
-            is_unset = getattr(args, name) is None
-            cli.check(is_unset, f"--init_from sets --{name}. Leave this option out.")
+            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
     if args.steps is None and args.epochs is None:
         args.epochs = 30.0
         if given.train_data is None:
@@ -357,9 +351,8 @@ def learning_rate_factor(step, warmup_steps, steps):
 
 
 def validate(args, model, tokenizer, samples, zeroshot_images, step):
-    """Score retrieval among the validation samples, if there are any, and zero-shot classification,
-    in float32. Print the scores, and return them as a row of the log. samples: data.Samples or
-    None; zeroshot_images: a dict {folder of --zeroshot_data: its images}."""
+    """Score retrieval and zero-shot classification, in float32. Print the scores, and return them
+    as a row of the log. samples, zeroshot_images: what open_data returns."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
