@@ -7,6 +7,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.queues import Queue
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,13 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, **options)
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=end_with_a_batch, **options)
+
+
+def end_with_a_batch(_):
+    """Let a loading process end if it cannot send a batch, for want of shared memory. Otherwise
+    torch would print a trace, and wait for that batch for ever."""
+    Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 def call(task):

@@ -215,14 +215,24 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_loading_process_that_dies_is_one_sentence(children, shards, tmp_path):
-    """Docker gives 64 MB of shared memory, and torch kills a process that needs more."""
+def lack_memory():
+    raise RuntimeError("unable to allocate shared memory")
+
+
+LOST = {  # how a loading process loses a batch
+    "killed": before("data.Pairs.collate", 3, killed),
+    "it cannot send": before("torch.UntypedStorage._share_fd_cpu_", 3, lack_memory),
+}
+
+
+@cases("loss", LOST)
+def test_a_lost_batch_ends_the_run_with_one_sentence(children, shards, tmp_path, loss):
+    """Docker gives 64 MB of shared memory. If a batch needs more, torch waits for it for ever."""
     options = short_run(shards, tmp_path, "--workers", 1)
-    dying = before("data.Pairs.collate", 3, killed)
 
-    code, printed = finish(children.start("train", options, dying))
+    code, printed = finish(children.start("train", options, loss))
 
-    assert code == 2
+    assert code == 2, printed
     assert "--workers" in printed.splitlines()[-1]
     assert "Traceback" not in printed
 
