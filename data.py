@@ -12,9 +12,8 @@ optional metadata.
 Shards are not streamed. One pass over the tar headers makes an index, which is cached
 (common/shards.py), and then two or three reads fetch any sample. So the shuffle is global, the
 length is exact, batches have the same size on each process, and a run can be resumed from one
-integer, its step. At the end stand the pictures that eval.py reads in order.
-
-The axes in comments are those of superclip.py.
+integer, its step. At the end stand the pictures that eval.py reads in order. The axes in comments
+are those of superclip.py.
 """
 
 import hashlib
@@ -99,8 +98,7 @@ class Pairs(Dataset):
 
     def __post_init__(self):
         self.reported = set()  # bad samples
-        if self.patch_dropout > 0 and self.num_patches is None:
-            raise ValueError("patch_dropout needs num_patches")
+        check(self.patch_dropout == 0 or self.num_patches, "patch_dropout needs num_patches")
         for source in self.label_sources or ():
             self.samples.check_source(source)
 
@@ -276,8 +274,7 @@ class Samples:
         self.index, self.unused = build_index(paths)  # texts that say what is not used
         if self.unused:
             print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
-        if len(self.index) == 0:
-            raise InputError(f"there are no image-caption pairs in {paths[0]}")
+        check(len(self.index) > 0, f"there are no image-caption pairs in {paths[0]}")
         for source in sources:
             self.check_source(source)
 
@@ -358,12 +355,12 @@ class Samples:
 
 @dataclass
 class Pictures(Dataset):
-    """Read pictures in order, without random crops. An item is (pixels (3, size, size), label). A
-    picture that cannot be read is named, and its item is (None, None).
+    """Read pictures in order, without random crops. An item is pixels (3, size, size) and a label.
+    If a picture cannot be read, it is named, and its item is (None, None).
 
-    source: source[i] is (picture, label), where load_image takes the picture. This holds for a list
-    of (path, label), for Samples, whose labels are lists of captions, and for a data set of
-    torchvision. classes: the names of the classes, if the labels are their numbers.
+    source[i] is a picture, as load_image takes it, and its label. A source is a list of (path,
+    label), or Samples, whose labels are lists of captions, or a data set of torchvision.
+    classes: the names of the classes, if the labels are their numbers.
     """
 
     source: object
@@ -385,7 +382,9 @@ class Pictures(Dataset):
         """Return SHARD:KEY of a sample, the path of a file, or else the number of the picture."""
         if isinstance(self.source, Samples):
             return self.source.name(i)
-        return str(self.source[i][0]) if isinstance(self.source, list) else f"picture {i}"
+        if isinstance(self.source, list):
+            return str(self.source[i][0])
+        return f"picture {i}"
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")

@@ -9,8 +9,7 @@ Every score is printed with its chance level, its 95 % interval, and n, the numb
 which it is a mean. train.py validates with the same functions. Both compute in float32, so a
 checkpoint has one score. First features become scores. Then come words, a probe, and commands.
 
-Axes: B pictures of a batch, N pictures in all, M captions, Q questions, A answers, C classes, D
-width, E embedding.
+Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
 """
 
 import json

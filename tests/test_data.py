@@ -10,6 +10,7 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common.cli import InputError
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
 from superclip import PAD
@@ -81,7 +82,7 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
 
 
 def test_patch_dropout_needs_the_number_of_patches(captioned):
-    with pytest.raises(ValueError, match="num_patches"):
+    with pytest.raises(InputError, match="num_patches"):
         Pairs(Samples([captioned]), TOKENIZER, 8, patch_dropout=0.5)
 
 
