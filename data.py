@@ -288,7 +288,8 @@ class Samples:
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
         JSON, which is where its first block and its size stand in the index."""
-        return self.read_at(i, *self.index[i, column : column + 2].tolist())
+        block, size = self.index[i, column : column + 2].tolist()
+        return self.read_at(i, block, size)
 
     def read_at(self, i, block, size):
         """Return `size` bytes of the shard that holds sample i. block: where they begin."""
@@ -393,9 +394,13 @@ HIDDEN = (".", "__")  # begin what programs hide from people: .ipynb_checkpoints
 
 def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    paths = [path for path in paths if not any(part.startswith(HIDDEN) for part in path.parts)]
-    return [folder / path for path in paths if path.suffix.lower() in SUFFIXES]
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_hidden = any(part.startswith(HIDDEN) for part in parts)
+        if path.suffix.lower() in SUFFIXES and not is_hidden:
+            found.append(path)
+    return found
 
 
 # torchvision downloads these data sets, which are the lower case of its classes.

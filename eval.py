@@ -15,7 +15,6 @@ Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D
 import json
 import math
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -183,8 +182,11 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     """Return the contrastive loss of the model, a mean over groups of `group` images as they come,
     each with its first caption. The other arguments are those of `retrieval`."""
     first_caption = torch.searchsorted(image_of_text, torch.arange(len(image_features)))  # (N,)
-    groups = zip(image_features.split(group), text_features[first_caption].split(group))
-    losses = [model.contrastive_loss(x, y) for x, y in groups if len(x) == group]
+    losses = []
+    for images in torch.arange(len(image_features)).split(group):
+        if len(images) == group:
+            texts = first_caption[images]
+            losses.append(model.contrastive_loss(image_features[images], text_features[texts]))
     return torch.stack(losses).mean().item()
 
 
@@ -258,15 +260,16 @@ def top_words(model, tokenizer, pixels, k=8):
     than a fifth of the captions contain."""
     probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
-
-    def is_telling(i):
-        word = token_text(tokenizer, i)
-        return has_letters(word) and not word.endswith("-") and not is_common[i]
-
     result = []
     for p in probabilities:
-        best = islice(filter(is_telling, p.argsort(descending=True).tolist()), k)
-        result.append([(token_text(tokenizer, i), p[i].item(), i) for i in best])
+        words = []
+        for i in p.argsort(descending=True).tolist():
+            word = token_text(tokenizer, i)
+            if has_letters(word) and not word.endswith("-") and not is_common[i]:
+                words.append((word, p[i].item(), i))
+            if len(words) == k:
+                break
+        result.append(words)
     return result
 
 
@@ -318,11 +321,13 @@ def probe(x, y, x_test, y_test, classes):
     val, rest = order.tensor_split([max(1, len(x) // 5)])
 
     def count_right(penalty):
-        return (fit_and_guess(x[rest], y[rest], x[val], classes, penalty) == y[val]).sum()
+        guesses = fit_and_guess(x[rest], y[rest], x[val], classes, penalty)
+        return (guesses == y[val]).sum()
 
     penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
-    return score(fit_and_guess(x, y, x_test, classes, penalty) == y_test, 1 / classes)
+    guesses = fit_and_guess(x, y, x_test, classes, penalty)
+    return score(guesses == y_test, 1 / classes)
 
 
 # -----------------------------------------------------------------------------
@@ -366,8 +371,10 @@ def command_retrieval(model, tokenizer, args):
 
 
 def command_probe(model, _, args):
-    is_same = Path(args.train).is_dir() and Path(args.train).resolve() == Path(args.test).resolve()
-    cli.check(not is_same, "--train and --test are the same folder. Name other images to test on.")
+    if Path(args.train).is_dir():
+        is_same = Path(args.train).resolve() == Path(args.test).resolve()
+        same = "--train and --test are the same folder. Name other images to test on."
+        cli.check(not is_same, same)
     train = data.class_pictures(args.train, model.config.image_size, training=True)
     test = data.class_pictures(args.test, model.config.image_size)
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
