@@ -186,7 +186,7 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     for images in torch.arange(len(image_features)).split(group):
         if len(images) == group:
             texts = first_caption[images]
-            losses.append(model.contrastive_loss(image_features[images], text_features[texts]))
+            losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
     return torch.stack(losses).mean().item()
 
 
@@ -380,7 +380,8 @@ def command_probe(model, _, args):
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
 
     def class_tokens(pixels):
-        return model.visual(pixels)[:, 0]
+        class_token, _ = model.visual(pixels)
+        return class_token
 
     x, y = encode_pictures(model, train, args.workers, class_tokens)
     x_test, y_test = encode_pictures(model, test, args.workers, class_tokens)

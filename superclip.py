@@ -124,7 +124,7 @@ def multi_hot(label_tokens, vocab_size):
     others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
     words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
     words.scatter_(1, label_tokens, 1.0)
-    words[:, PAD] = 0.0
+    words[:, PAD] = 0.0  # CLIP's "!" has the same id, so it never counts as a word
     words[:, -2:] = 0.0  # start and end
     return words
 
@@ -222,19 +222,23 @@ class SuperCLIP(nn.Module):
                 self.count_tokens(label_tokens)
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
-        # Each pair by itself: two features, and the loss of the head that predicts its words
-        batch = (images, tokens, label_tokens, token_weights, keep)
+        # Each pair by itself: two features, and the loss of the head that predicts its words.
+        # Micro-batches give the same, with less memory.
         if micro_batch_size is None or micro_batch_size == len(images):
-            encoded = self.encode_pairs(*batch)
+            image_features, text_features, terms_of_pairs = self.encode_pairs(
+                images, tokens, label_tokens, token_weights, keep
+            )
         else:
-            encoded = in_micro_batches(self.encode_pairs, micro_batch_size, *batch)
-        image_features, text_features, terms_of_pairs = encoded
+            size = micro_batch_size
+            image_features, text_features, terms_of_pairs = in_micro_batches(
+                self.encode_pairs, size, images, tokens, label_tokens, token_weights, keep
+            )
 
         # The pairs of all processes: each image must pick its caption, and each caption its image.
         # With one process gather returns what it gets.
         all_image_features = gather(image_features)
         all_text_features = gather(text_features)
-        contrastive = self.contrastive_loss(all_image_features, all_text_features)
+        contrastive = self.clip_or_siglip_loss(all_image_features, all_text_features)
         terms = {"contrastive_loss": contrastive, **terms_of_pairs}
 
         # The sum. docs/fork.md shows how to add a term of your own here.
@@ -250,20 +254,17 @@ class SuperCLIP(nn.Module):
         text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
         CLIP has none.
         """
-        # The image tower returns all its tokens, because the head reads the patches, and CLIP the
-        # class token. Of a text only the feature is needed, so the text tower returns that.
-        image_tokens = self.visual(images, keep)  # (B, 1 + P, D)
-        image_features = self.project_image(image_tokens)  # (B, E)
+        class_token, patches = self.visual(images, keep)  # (B, D) for CLIP, (B, P, D) for the head
+        image_features = self.project_image(class_token)  # (B, E)
         text_features = self.encode_text(tokens)  # (B, E)
         terms = {}
         if self.head is not None:
-            logits = self.head(image_tokens[:, 1:])  # (B, V), without the class token
+            logits = self.head(patches)  # (B, V)
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return image_features, text_features, terms
 
-    def contrastive_loss(self, image_features, text_features):
-        """Return the contrastive loss of features (B, E), a scalar: CLIP's, or SigLIP's if the
-        configuration says so."""
+    def clip_or_siglip_loss(self, image_features, text_features):
+        """Return the contrastive loss of features (B, E), a scalar, as the configuration says."""
         scale = self.logit_scale.exp()
         if self.config.loss == "softmax":
             return contrastive_loss(image_features, text_features, scale)
@@ -285,12 +286,12 @@ class SuperCLIP(nn.Module):
     def encode_image(self, images):
         """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
         and std are already removed."""
-        return self.project_image(self.visual(images))
+        class_token, _ = self.visual(images)
+        return self.project_image(class_token)
 
-    def project_image(self, image_tokens):
-        """Return features (B, E) of length 1, which are read at the class token. image_tokens
-        (B, 1 + P, D): what the image tower returns."""
-        features = image_tokens[:, 0] @ self.visual.proj
+    def project_image(self, class_token):
+        """Return features (B, E) of length 1. class_token (B, D): from the image tower."""
+        features = class_token @ self.visual.proj
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, tokens):
@@ -303,7 +304,8 @@ class SuperCLIP(nn.Module):
         all. Raise ValueError if the model is plain CLIP, which has no word head."""
         if self.head is None:
             raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
-        return self.head(self.visual(images, keep)[:, 1:])
+        _, patches = self.visual(images, keep)
+        return self.head(patches)
 
 
 # -----------------------------------------------------------------------------
@@ -333,7 +335,7 @@ class VisionTransformer(nn.Module):
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
         self.ln_post = LayerNorm(width)
-        # SuperCLIP.project_image uses it: the tower returns its tokens without this projection.
+        # SuperCLIP.project_image uses it: the tower returns the class token before this projection.
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -341,9 +343,9 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images, keep=None):
-        """Return tokens (B, 1 + P, D), the class token first. images (B, 3, S, S): uint8, or floats
-        from which mean and std are already removed; keep (B, K): indices of the patches to look at,
-        by default all. With them there are K patches in place of P."""
+        """Return the class token (B, D) and the patch tokens (B, P, D), or (B, K, D) with `keep`.
+        images (B, 3, S, S): uint8, or floats from which mean and std are already removed; keep
+        (B, K): indices of the patches to look at, by default all."""
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
@@ -355,7 +357,8 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + P, D)
         # CLIP normalises the class token alone. Here the word head reads the patches, too.
-        return self.ln_post(self.transformer(self.ln_pre(x)))
+        x = self.ln_post(self.transformer(self.ln_pre(x)))
+        return x[:, 0], x[:, 1:]
 
 
 class TextTransformer(nn.Module):

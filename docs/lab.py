@@ -133,7 +133,7 @@ def check_forward(forward, config, images, tokens):
     check_names("forward", found, 2)
     u = model.encode_image(images[32:64])
     v = model.encode_text(texts)
-    logits = model.head(model.visual(images[32:64])[:, 1:])
+    logits = model.word_logits(images[32:64])
 
     def loss_after(*batches):
         """Return the classification loss of the second batch after these were counted."""

@@ -98,8 +98,9 @@ def test_the_code_in_the_readme_is_the_method():
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     expected = model(images, captions)
 
+    _, patches = model.visual(images)
     names = {
-        "patches": model.visual(images)[:, 1:],
+        "patches": patches,
         "tokens": captions,
         "contrastive_loss": expected["contrastive_loss"],
         "multi_hot": superclip.multi_hot,
