@@ -47,8 +47,9 @@ from common.tokenizer import Tokenizer
 
 def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
-    place: the slice of the global batch that this process loads; pin: whether batches lie in pinned
-    memory, from which a GPU can copy while it computes."""
+    place: the slice of the global batch that this process loads, such as slice(0, 2) for the first
+    of two processes that share batches of 4; pin: whether batches lie in pinned memory, from which
+    a GPU can copy while it computes."""
     n = len(pairs)
     steps = range(start, stop)
     order = (batch_indices(n, batch_size, pairs.seed, step)[place] for step in steps)
@@ -59,7 +60,8 @@ def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
 def batch_indices(n, batch_size, seed, step):
     """Return the global batch of a step, as a list of batch_size pairs (position, sample). The
     result depends on the arguments alone, so a run can start at any step. Every epoch is another
-    permutation of the n samples. Those that fill no batch are not used in that epoch."""
+    permutation of the n samples. Those that fill no batch are not used in that epoch. An example:
+    batch_indices(100, 4, seed=0, step=2) is [(8, 53), (9, 91), (10, 81), (11, 42)]."""
     epoch, batch = divmod(step, n // batch_size)
     order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     return list(enumerate(order.tolist(), start=step * batch_size))
@@ -166,92 +168,6 @@ def padded_length(captions):
 
 
 # -----------------------------------------------------------------------------
-# Images
-
-# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
-# that fills the memory.
-Image.MAX_IMAGE_PIXELS = 50_000_000
-# These formats are those of web images. Pillow reads more, and for some it starts other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Pillow warns about odd metadata and half a bomb, torch about a read-only array.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-
-
-def load_image(picture, size, rng=None, crop_area=1.0):
-    """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
-    bicubic with antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
-    if isinstance(picture, Path):
-        picture = picture.read_bytes()
-    try:
-        image = picture
-        if isinstance(picture, bytes):
-            image = Image.open(io.BytesIO(picture), formats=FORMATS)
-        box = crop_box(*image.size, rng, crop_area)
-        if isinstance(picture, bytes):
-            image, box = decode_smaller(image, box, size)
-        image = upright_rgb(image, box)
-    except Exception as error:  # Pillow raises many kinds, some with an address in memory
-        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
-    # The three values of a pixel stay side by side in memory, as the decoder wrote them ("channels
-    # last"), and stay uint8. torchvision's resize gives the same bits, but takes 7 to 9 % longer.
-    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
-
-
-def crop_box(width, height, rng=None, crop_area=1.0):
-    """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels.
-
-    With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
-    rectangle, whose share of the area is between crop_area and 1. This is open_clip's only
-    augmentation, and also ours. Images are not mirrored, because captions say "left"."""
-    w = h = min(width, height)
-    if crop_area < 1:
-        # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
-        for _ in range(10):
-            area = width * height * rng.uniform(crop_area, 1.0)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w = round(math.sqrt(area * ratio))
-            h = round(math.sqrt(area / ratio))
-            if w <= width and h <= height:
-                x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-                return x, y, x + w, y + h
-        # None of the ten rectangles fits. Take as much of the centre as 4:3 allows.
-        w = min(width, round(height * 4 / 3))
-        h = min(height, round(width * 4 / 3))
-    x, y = (width - w) // 2, (height - h) // 2
-    return x, y, x + w, y + h
-
-
-def decode_smaller(image, box, size):
-    """Let the decoder shrink a JPEG, which saves most of its time, if the crop has at least twice
-    as many pixels on each side as needed. Return the image, and the box in its new pixels."""
-    x0, y0, x1, y1 = box
-    width = image.width
-    scale = max(size / (x1 - x0), size / (y1 - y0))
-    if scale <= 0.5:
-        image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
-    # The width is now 1, 2, 4 or 8 times smaller. It is rounded up, so the quotient is not exact.
-    shrink = 2 ** round(math.log2(width / image.width))
-    return image, [side / shrink for side in box]
-
-
-def upright_rgb(image, box=None):
-    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
-    box (x0, y0, x1, y1): the part of it to return, by default all."""
-    image = image.crop(box)
-    with suppress(Exception):  # keep a picture whose EXIF data is damaged
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# -----------------------------------------------------------------------------
 # Samples: what shards hold, at random access
 
 MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as wide as the longest
@@ -287,8 +203,8 @@ class Samples:
 
     def read(self, i, column):
         """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
-        JSON, which is where its first block and its size stand in the index."""
-        block, size = self.index[i, column : column + 2].tolist()
+        JSON, the column of its first block in the index."""
+        block, size = self.index[i, column : column + 2].tolist()  # the next column has its size
         return self.read_at(i, block, size)
 
     def read_at(self, i, block, size):
@@ -351,6 +267,92 @@ class Samples:
 
 
 # -----------------------------------------------------------------------------
+# Images
+
+# Pillow refuses an image with more than twice this number of pixels. It may be a bomb, a small file
+# that fills the memory.
+Image.MAX_IMAGE_PIXELS = 50_000_000
+# These formats are those of web images. Pillow reads more, and for some it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pillow warns about odd metadata and half a bomb, torch about a read-only array.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+def load_image(picture, size, rng=None, crop_area=1.0):
+    """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
+    bicubic with antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
+    if isinstance(picture, Path):
+        picture = picture.read_bytes()
+    try:
+        image = picture
+        if isinstance(picture, bytes):
+            image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        box = crop_box(*image.size, rng, crop_area)
+        if isinstance(picture, bytes):
+            image, box = decode_smaller(image, box, size)
+        image = upright_rgb(image, box)
+    except Exception as error:  # Pillow raises many kinds, some with an address in memory
+        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
+    # The three values of a pixel stay side by side in memory, as the decoder wrote them ("channels
+    # last"), and stay uint8. torchvision's resize gives the same bits, but takes 7 to 9 % longer.
+    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def crop_box(width, height, rng=None, crop_area=1.0):
+    """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels.
+
+    With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
+    rectangle, whose share of the area is between crop_area and 1. This is open_clip's only
+    augmentation, and also ours. Images are not mirrored, because captions say "left"."""
+    w = h = min(width, height)
+    if crop_area < 1:
+        # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
+        for _ in range(10):
+            area = width * height * rng.uniform(crop_area, 1.0)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w = round(math.sqrt(area * ratio))
+            h = round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+                return x, y, x + w, y + h
+        # None of the ten rectangles fits. Take as much of the centre as 4:3 allows.
+        w = min(width, round(height * 4 / 3))
+        h = min(height, round(width * 4 / 3))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def decode_smaller(image, box, size):
+    """Let the decoder shrink a JPEG, which saves most of its time, if the crop has at least twice
+    as many pixels on each side as needed. Return the image, and the box in its new pixels."""
+    x0, y0, x1, y1 = box
+    width = image.width
+    scale = max(size / (x1 - x0), size / (y1 - y0))
+    if scale <= 0.5:
+        image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
+    # The width is now 1, 2, 4 or 8 times smaller. It is rounded up, so the quotient is not exact.
+    shrink = 2 ** round(math.log2(width / image.width))
+    return image, [side / shrink for side in box]
+
+
+def upright_rgb(image, box=None):
+    """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
+    box (x0, y0, x1, y1): the part of it to return, by default all."""
+    image = image.crop(box)
+    with suppress(Exception):  # keep a picture whose EXIF data is damaged
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# -----------------------------------------------------------------------------
 # Pictures in order: of samples, files, a folder for each class, or one of torchvision's data sets
 
 
@@ -403,8 +405,9 @@ def images_below(folder):
     return found
 
 
-# torchvision downloads these data sets, which are the lower case of its classes.
-STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft flowers102 food101 oxfordiiitpet stl10".split()
+# torchvision downloads these data sets, and needs no other package for them. The names are the
+# lower case of its classes.
+STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft food101 oxfordiiitpet stl10".split()
 
 
 def standard_set(name, training):

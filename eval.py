@@ -7,7 +7,8 @@
 
 Every score is printed with its chance level, its 95 % interval, and n, the number of images over
 which it is a mean. train.py validates with the same functions. Both compute in float32, so a
-checkpoint has one score. First features become scores. Then come words, a probe, and commands.
+checkpoint has one score. The file first turns pictures and texts into features, and features into
+scores. Then come the words of the head, a linear probe, and the commands.
 
 Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
 """
@@ -44,7 +45,7 @@ def device_of(model):
     return model.logit_scale.device
 
 
-def collate(items):
+def stack_readable(items):
     """Return the pictures that can be read, stacked (B, 3, S, S), or None, and their B labels."""
     pixels = [x for x, _ in items if x is not None]
     labels = [label for x, label in items if x is not None]
@@ -52,9 +53,9 @@ def collate(items):
     return torch.stack(pixels) if pixels else None, labels
 
 
-def batches(pictures, batch_size, workers):
+def readable_batches(pictures, batch_size, workers):
     """Yield the data.Pictures that can be read, as uint8 (B, 3, S, S), and a list of B labels."""
-    loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=collate)
+    loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=stack_readable)
     for pixels, labels in cli.progress(loader, "encoding", unit="batch"):
         if labels:
             yield pixels, labels
@@ -77,7 +78,7 @@ def encode_pictures(model, pictures, workers, encode=None):
     encode = encode or model.encode_image
     features = []
     labels = []
-    for pixels, labels_of_batch in batches(pictures, 128, workers):
+    for pixels, labels_of_batch in readable_batches(pictures, 128, workers):
         features.append(encode(pixels.to(device_of(model))))
         labels += labels_of_batch
     cli.check(labels, "none of the images can be used")
@@ -191,9 +192,10 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
 
 
 def score_pairs(model, tokenizer, samples, workers=0, group=None):
-    """Score retrieval among data.Samples. Print the scores, and return them as a dict. train.py
-    chooses its best model by mean_r1, the mean of R@1 over both directions. group: the size of a
-    batch in training, if the contrastive loss of such groups is to be computed, too."""
+    """Score retrieval among data.Samples, print a line for each score, and return them as a dict
+    for a log. Its mean_r1, the mean of R@1 over both directions, is what train.py chooses its best
+    model by. group: a number of pairs, such as the batch size of a training. If it is given, the
+    contrastive loss in groups of so many pairs is computed, too, to compare with the training's."""
     features = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(*features)
     for way, scores in result.items():
@@ -278,7 +280,7 @@ def print_words(model, tokenizer, samples):
     if model.head is None:
         return
     pictures = data.Pictures(samples, model.config.image_size)
-    pixels, captions = next(batches(pictures, 2, 0))
+    pixels, captions = next(readable_batches(pictures, 2, 0))
     for words, texts in zip(top_words(model, tokenizer, pixels), captions):
         found = ", ".join(word for word, _, _ in words)
         tqdm.write(f'"{texts[0]}": the head says {found}')
@@ -310,6 +312,7 @@ def probe(x, y, x_test, y_test, classes):
     """Fit a linear probe to features x (N, D) and their N labels y, and return its score on x_test
     and y_test. classes: the number of classes. A fifth of the training images chooses the penalty
     of a probe that learns from the others. Then it learns from all of them. It runs on the CPU."""
+    cli.check(len(x) > 1, "a probe needs two images or more to train on")
     x, x_test = x.cpu(), x_test.cpu()
     y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
     # Standardise the features, so that one penalty means the same for all of them.

@@ -151,6 +151,7 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
     content = run.read_file(path, read)
+    check(isinstance(content, dict), f"{path} holds no dict of weights")
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))

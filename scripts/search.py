@@ -10,9 +10,9 @@ picture than others. Without --images the command searches the validation pictur
 --serve you search on a page.
 
 --features keeps the features of the pictures in a file. The next search encodes only files that are
-new or have changed. If there are any, it writes the file again, with its own pictures alone. So
-give each set of pictures its own file. Other programs can read the arrays by numpy.load: `names`
-(N,), and `features` (N, E), float32, each of length 1.
+new or have changed. If there are any, it writes the file again, without pictures that have been
+changed or deleted. Other programs can read the arrays by numpy.load: `names` (N,), and `features`
+(N, E), float32, each of length 1.
 """
 
 import base64
@@ -44,7 +44,7 @@ from scripts.pictures import find_pictures
 def encode(model, pictures, workers):
     """Encode pictures. Yield (number, feature (E,)) for each one that can be read."""
     device = evaluation.device_of(model)
-    for pixels, numbers in evaluation.batches(pictures, 128, workers):
+    for pixels, numbers in evaluation.readable_batches(pictures, 128, workers):
         yield from zip(numbers, model.encode_image(pixels.to(device)).cpu())
 
 
@@ -55,15 +55,22 @@ def stamp_of(file):
 
 
 def read_features(path, checkpoint):
-    """Return the features in a file, a dict {stamp: feature (E,)}. Raise InputError if the file is
-    not from the checkpoint with this hash, whose features alone can be compared."""
+    """Return what a file of features holds, a dict {stamp: (name, feature (E,))}, without images
+    that have been changed or deleted. Raise InputError if the file is not from the checkpoint with
+    this hash, whose features alone can be compared."""
     try:
         content = dict(np.load(path))
     except Exception as error:  # a damaged file has many kinds
         raise InputError(f"{path} is damaged. Delete it, or name another file.") from error
     is_ours = content.get("checkpoint") == checkpoint
     check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
-    return dict(zip(content["stamps"].tolist(), torch.from_numpy(content["features"])))
+    known = {}
+    features = torch.from_numpy(content["features"])
+    for stamp, name, feature in zip(content["stamps"].tolist(), content["names"], features):
+        file = Path(stamp.rsplit(" ", 2)[0])
+        if file.exists() and stamp_of(file) == stamp:
+            known[stamp] = name, feature
+    return known
 
 
 def encode_or_read(model, pictures, workers, path, checkpoint):
@@ -72,20 +79,21 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
     stamps = [stamp_of(file) for file, _ in pictures.source]
-    found = {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
-    missing = [i for i in range(len(stamps)) if i not in found]
+    missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
     try:
-        found.update(encode(model, Subset(pictures, missing), workers))
+        for i, feature in encode(model, Subset(pictures, missing), workers):
+            known[stamps[i]] = pictures.title(i), feature
     finally:  # after Ctrl-C, keep those that are done
-        if missing and found:
+        if missing and known:
+            names, features = zip(*known.values())
             content = {
                 "checkpoint": sha256,
-                "stamps": [stamps[i] for i in found],
-                "names": [pictures.title(i) for i in found],
-                "features": torch.stack([*found.values()]).numpy(),
+                "stamps": [*known],
+                "names": names,
+                "features": torch.stack(features).numpy(),
             }
             write_file(path, lambda file: np.savez(file, **content))
-    return found
+    return {i: known[stamp][1] for i, stamp in enumerate(stamps) if stamp in known}
 
 
 # -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -56,7 +57,8 @@ def hash_of(files):
 def split(command):
     """Return the program of a command and its options, two lists of words."""
     words = shlex.split(command)
-    n = 2 if words[0] == "-m" else 1
+    n = 2 if words[:1] == ["-m"] else 1
+    check(len(words) >= n, f'"{command}" names no program')
     return words[:n], words[n:]
 
 
@@ -152,10 +154,17 @@ def runs_of(tasks, jobs):
     OUT.mkdir(exist_ok=True)
     path = OUT / "runs.jsonl"
     path.touch()
-    runs = [json.loads(line) for line in open(path)]
+    text = path.read_text("utf-8", errors="replace")
+    if text and not text.endswith("\n"):  # A full disk has cut the last line.
+        with open(path, "a") as file:
+            file.write("\n")
     here = machine()
-    runs = [run for run in runs if run.get("machine") == here]  # older lines name no machine
-    found = {(run["command"], run["seed"], run["code"]): run for run in runs}
+    found = {}
+    for line in text.splitlines():
+        with suppress(ValueError):  # skip a line that was cut
+            run = json.loads(line)
+            if run.get("machine") == here:  # older lines name no machine
+                found[run["command"], run["seed"], run["code"]] = run
     todo = [task for task in dict.fromkeys(tasks) if task not in found]
     running = {}  # task: its process and its folder
     try:

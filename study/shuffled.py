@@ -3,7 +3,8 @@
     python -m study.shuffled [options of train.py]
 
 The head can learn which words are frequent, but nothing about the picture. So if the control gains
-over CLIP, the right words are not the reason. The other pair is the next one of the micro-batch.
+over CLIP, the right words are not the reason. The other pair is the next one of the micro-batch,
+so a micro-batch needs at least two pairs.
 """
 
 import superclip
