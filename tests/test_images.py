@@ -108,6 +108,12 @@ def test_what_is_not_random_is_in_the_centre():
     assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 65)  # none fits
 
 
+def test_a_crop_of_one_pixel_is_not_empty():
+    boxes = {data.crop_box(1, 1, random.Random(seed), 0.0) for seed in range(9)}
+
+    assert boxes == {(0, 0, 1, 1)}
+
+
 # ---- JPEG files that are decoded at a fraction of their size
 
 

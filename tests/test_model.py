@@ -1,4 +1,4 @@
-"""Test the model: the two towers against open_clip's, the word head, plain CLIP, and the presets.
+"""Test the model: the two towers against open_clip's, plain CLIP, and the presets.
 superclip.py needs nothing but torch."""
 
 import runpy
@@ -8,7 +8,6 @@ import open_clip
 import open_clip.model
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from children import ROOT
 from material import small_model
@@ -49,15 +48,19 @@ def test_a_new_model_starts_with_open_clips_scale_and_spread():
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
+    """The head, which test_authors.py compares with the authors', reads the kept patches alone."""
     model = make_random_model()
     images, tokens = make_pairs(model)
+    keep = torch.tensor([[7, 0, 12]]).expand(4, 3)
     other = open_clip_of(model)
     with_class_token = [0, 8, 1, 13]
     other.visual.patch_dropout.register_forward_hook(lambda _, args, x: x[:, with_class_token])
 
-    class_token, _ = model.visual(images, keep=torch.tensor([[7, 0, 12]]).expand(4, 3))
+    class_token, patches = model.visual(images, keep)
 
     assert_near(model.project_image(class_token), other.encode_image(images, normalize=True))
+    assert patches.shape == (4, 3, 128)
+    assert_near(model.word_logits(images, keep), model.head(patches))
 
 
 def test_uint8_images_are_normalised_by_the_configuration():
@@ -88,23 +91,6 @@ def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32()
 
     assert seen == {torch.bfloat16}
     assert features.norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
-
-
-# ---- the word head
-
-
-def test_the_head_reads_the_mean_of_the_patches_without_the_class_token():
-    """The formula of the logits is `linear(layer_norm(mean))`, with the mean over kept patches."""
-    model = make_random_model()
-    images, _ = make_pairs(model)
-    keep = torch.tensor([[3, 1, 9]]).expand(4, 3)
-
-    logits = model.word_logits(images, keep)
-
-    _, patches = model.visual(images, keep)
-    mean = patches.sum(dim=1) / 3
-    normed = F.layer_norm(mean, (128,), *model.head.ln.parameters())
-    assert_near(logits, F.linear(normed, *model.head.linear.parameters()))
 
 
 # ---- plain CLIP

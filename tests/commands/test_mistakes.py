@@ -38,6 +38,7 @@ scripts.search MODEL red --images photo.png --features damaged.npz | damaged.npz
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
+scripts.convert list.pt x.pt                              | list.pt
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
@@ -76,6 +77,7 @@ def world(tmp_path_factory):
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({}, world / "other" / "pytorch_model.bin")  # no weight has a name that CLIP needs
+    torch.save([1], world / "list.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
