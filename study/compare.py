@@ -1,7 +1,7 @@
 """Compare two commands over several seeds:
 
     python -m study.compare --a "train.py --cls_weight 0" --b "train.py"
-    python -m study.compare --a "train.py" --b "../fork/train.py --my_weight 0.1" --seeds 5-14
+    python -m study.compare --a "train.py" --b "../fork/train.py --cls_weight 3" --seeds 5-14
     python -m study.compare --a "train.py" --b "-m study.shuffled"
 
 Both train with the same seeds. For each score the command prints both means, the mean difference

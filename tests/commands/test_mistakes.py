@@ -46,6 +46,7 @@ scripts.show bad.tar --out x.png                          | can be drawn
 scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
 scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
+study.compare --a "" --b train.py                        | no program
 common.scenes --out classes                               | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
@@ -66,9 +67,9 @@ def world(tmp_path_factory):
     write_shard(world / "pairs.tar", [pair, pair])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
-    apart = [{**pair, "txt": b""}, pair]  # no sample has a caption in both sources
-    apart[0]["json"] = b'{"c": "a red thing"}'
-    write_shard(world / "apart.tar", apart)
+    # No sample of apart.tar has a caption in both sources.
+    other = {**pair, "txt": b"", "json": b'{"c": "a red thing"}'}
+    write_shard(world / "apart.tar", [other, pair])
     (world / "damaged.npz").write_bytes(b"no arrays")
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
