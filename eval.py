@@ -15,7 +15,7 @@ Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D
 
 import json
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -180,14 +180,16 @@ def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, image_of_text, group):
-    """Return the contrastive loss of the model, a mean over groups of `group` images as they come,
-    each with its first caption. The other arguments are those of `retrieval`."""
-    first_caption = torch.searchsorted(image_of_text, torch.arange(len(image_features)))  # (N,)
+    """Return the contrastive loss of the model, a mean over random groups of `group` images, each
+    with its first caption. The other arguments are those of `retrieval`."""
+    N = len(image_features)
+    first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
+    # Neighbours in a shard may be alike, so groups of them would have a higher loss than batches.
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     losses = []
-    for images in torch.arange(len(image_features)).split(group):
-        if len(images) == group:
-            texts = first_caption[images]
-            losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
+    for images in order[: N // group * group].split(group):
+        texts = first_caption[images]
+        losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
     return torch.stack(losses).mean().item()
 
 
@@ -224,13 +226,19 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
+@cache
+def write_once(text):
+    """Write a line above a progress bar, the first time only. train.py validates many times."""
+    tqdm.write(text)
+
+
 def usable_templates(tokenizer, templates):
     """Return the templates whose words are all in the vocabulary, or the name alone if there are
     none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
     usable = [template for template in templates if not tokenizer.unknown_words([template])]
     if len(usable) < len(templates):
         unknown = ", ".join(tokenizer.unknown_words(templates))
-        tqdm.write(f"templates with words that the vocabulary lacks are left out: {unknown}")
+        write_once(f"templates with words that the vocabulary lacks are left out: {unknown}")
     return usable or ["{}"]
 
 
@@ -238,11 +246,12 @@ def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, worker
     """Classify data.Pictures that have classes. Return the score. names: the names of the classes,
     by default those of the pictures; templates: for the prompts."""
     C = len(pictures.classes)
-    names = names or pictures.classes
+    if names is None:
+        names = pictures.classes
     cli.check(len(names) == C, f"there are {C} classes of images, but {len(names)} names")
     unknown = tokenizer.unknown_words(names)
     if unknown:  # they are spelled in bytes, which the model has hardly seen
-        tqdm.write(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
+        write_once(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
     templates = usable_templates(tokenizer, templates)
     classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
     features, labels = encode_pictures(model, pictures, workers)
@@ -348,12 +357,20 @@ def read_list(path):
         published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
         return [template("{}") for template in published]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines if line.strip()]
+    cli.check(lines, f"{path} is empty")
+    return lines
+
+
+def read_templates(path):
+    """Return what `read_list` does, if each line has a place for the name of a class."""
+    templates = read_list(path)
+    for template in templates:
+        cli.check("{}" in template, f"--templates {path}: there is no {{}} in: {template}")
+    return templates
 
 
 def command_zeroshot(model, tokenizer, args):
-    is_right = args.templates and all("{}" in template for template in args.templates)
-    cli.check(is_right, "--templates needs lines that contain {}")
     pictures = data.class_pictures(args.images, model.config.image_size)
     result = zeroshot(model, tokenizer, pictures, args.classes, args.templates, args.workers)
     print(format_score("zero-shot", result))
@@ -412,7 +429,7 @@ def main(argv):
     add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
         "for the names of ImageNet's classes (default: the names of the folders)")
-    add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
+    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
     add = command("retrieval", command_retrieval, "find captions by image and images by caption")

@@ -162,7 +162,8 @@ def main(argv):
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
     add("--k", type=number(int, 1), default=12, help="pictures for each text (default 12)")
     add("--features", type=output_file(".npz"), help="file that keeps the features of --images")
-    add("--workers", type=number(int, 0), default=2, help="loading processes (default 2)")
+    text = "loading processes (default: the cores, at most 16)"
+    add("--workers", type=number(int, 0), help=text)
     add("--serve", action="store_true", help="serve a page to search with, on this machine alone")
     args = parser.parse_intermixed_args(argv)
     check(args.texts or args.serve, "there is no text to look for: add one, or use --serve")

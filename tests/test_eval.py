@@ -115,10 +115,11 @@ def test_the_loss_of_a_validation_is_that_of_the_model_in_groups(loss):
     """Each image has two captions, and the first one counts. The seventh image fills no group."""
     model = small_model(loss=loss)
     images, captions = F.normalize(torch.randn(21, 8), dim=1).split([7, 14])
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
 
     found = evaluation.loss_in_groups(model, images, captions, torch.arange(14) // 2, 3)
 
-    first = captions[::2]
+    images, first = images[order], captions[::2][order]
     groups = []
     for i in (0, 3):
         groups.append(model.clip_or_siglip_loss(images[i : i + 3], first[i : i + 3]))
@@ -202,14 +203,15 @@ def test_words_of_class_names_that_the_vocabulary_lacks_are_named(folders, capsy
     assert "green" not in line
 
 
-def test_templates_with_words_that_the_vocabulary_lacks_are_left_out_and_named(folders, capsys):
+def test_templates_with_words_that_the_vocabulary_lacks_are_left_out_and_named_once(capsys):
     """Of these words TOKENIZER lacks "drawing". If no template is left, the name alone is."""
     templates = ["a photo of a {}.", "a drawing of a {}."]
+    evaluation.write_once.cache_clear()
 
-    left = evaluation.usable_templates(TOKENIZER, templates)
+    left = [evaluation.usable_templates(TOKENIZER, templates) for _ in range(2)]
 
-    assert left == templates[:1]
-    assert "drawing" in capsys.readouterr().out
+    assert left == [templates[:1]] * 2
+    assert capsys.readouterr().out.count("drawing") == 1
     assert evaluation.usable_templates(TOKENIZER, templates[1:]) == ["{}"]
     assert evaluation.usable_templates(Tokenizer.from_file("clip"), templates) == templates
 

@@ -27,7 +27,8 @@ train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
-eval zeroshot MODEL --images hollow --templates list.csv  | --templates
+eval zeroshot MODEL --images classes --templates list.csv | --templates list.csv
+eval zeroshot MODEL --images classes --classes empty.txt  | empty.txt
 eval zeroshot MODEL --images cifar11                      | cifar11 is no folder
 eval probe MODEL --train classes --test classes           | same folder
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
@@ -73,6 +74,7 @@ def world(tmp_path_factory):
     (world / "damaged.npz").write_bytes(b"no arrays")
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
+    (world / "empty.txt").write_text("\n")
     (world / "list.csv").write_text("a,c\n1,2\n")
     (world / "red.tiktoken").write_text(words_to_tiktoken(["red", "thing"]))
     model = write_checkpoint(world / "model.pt", small_model())
