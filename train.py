@@ -9,6 +9,11 @@ are kept, and the learning rate. So on a CPU a run that was killed and resumed e
 bits as a run that was not. Some CUDA kernels add numbers in no fixed order, so a GPU may differ.
 """
 
+import os
+
+# Waiting threads sleep soon. Otherwise trainings side by side would be up to fifty times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch reads it when it is imported
+
 import argparse
 import math
 import time
@@ -27,12 +32,33 @@ from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
+# Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
+KINDS = ("colour", "shape", "colour_shape", "held_out")
+SCENES = {
+    "train_data": ["scenes"],
+    "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in KINDS],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
+# Other defaults with --init_from. A larger learning rate would destroy what the weights know.
+FINE_TUNING = {"model": None, "learning_rate": 5e-5}  # None, because the checkpoint sets the model
+RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
+
+# --resume can change these options only. Files may move, so it compares what the data holds.
+MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs micro_batch_size
+learning_rate workers device dtype compile out_dir log_every eval_every""".split()
+
 # -----------------------------------------------------------------------------
 # The run
 
 
 def train(args):
-    """Train from the first step, or from the last.pt of --resume."""
+    """Train from the first step, or from the last.pt of --resume. args: what `parse` returns."""
     device = devices.prepare_device(args.device)
     on_gpu = device.type == "cuda"
     dtype = args.dtype or devices.pick_dtype(device)
@@ -51,19 +77,19 @@ def train(args):
     eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps a run validates
 
     out = run.claim_folder(args.out_dir, args.resume)  # for last.pt, best.pt and log.jsonl
-    header = run.header_of(args, steps, dtype, device, model, pairs, val_samples)
+    header = run.log_header(args, steps, dtype, device, model, pairs, val_samples)  # compared below
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
-        last = run.read_last(out / "last.pt", header, tokenizer.vocab, MAY_CHANGE)
+        last = run.read_last(out / "last.pt", header, tokenizer.vocab, make_parser(), MAY_CHANGE)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # its state is empty without float16
             scaler.load_state_dict(last["scaler"])
         start = last["step"]
         best_r1 = last["best_r1"]
-        if last["eval_due"]:  # last.pt was saved before this validation
-            eval_steps.add(start)
+        if last["eval_due"]:  # last.pt was saved before a validation, which is made now
+            eval_steps.add(start)  # it lacks `start` if --steps or --eval_every has changed
         del last  # free its memory
     run.begin_log(out, header, start)
 
@@ -71,18 +97,20 @@ def train(args):
     if WORLD > 1:  # Average gradients, without a copy of them. Buffers are equal in all processes.
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     B = args.batch_size // WORLD  # pairs of this process
-    place = slice(RANK * B, (RANK + 1) * B)  # their place in the batch of all processes
-    batches = data.load_batches(pairs, args.batch_size, place, start, steps, args.workers, on_gpu)
+    rows = slice(RANK * B, (RANK + 1) * B)  # which they are in the batch of all processes
+    batches = data.load_batches(pairs, args.batch_size, rows, start, steps, args.workers, on_gpu)
 
     todo = range(start, steps + 1)  # the last round has no step, and only saves and validates
     if RANK == 0:
         todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
     saved = time.perf_counter()
-    clock = None  # when the steps began that the next row of the log measures
+    # The next row of the log measures the steps from `first` on, which begin at `clock`. waited:
+    # seconds in which the CPU waits for their batches. A GPU may be busy then.
+    clock, first, waited = saved, start, 0.0
     for step in todo:
         # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
         # fail. Then it validates, and saves best.pt if no score was higher. Without validation
-        # pairs the newest is the best. Meanwhile the others wait for it in part 3, or in main.
+        # pairs the newest is the best. The others wait for process 0 in part 3, or in main.
         eval_due = step in eval_steps
         if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
             checkpoint = {
@@ -106,16 +134,12 @@ def train(args):
                     if step > 0:  # the weights before training only set the score to beat
                         run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
             saved = time.perf_counter()
-            clock = None  # a save is not measured
+            clock, first, waited = saved, step, 0.0  # a save is not measured
         if step == steps:
             break
 
         # 2. The batch, a dict of the arguments of SuperCLIP.forward
         asked = time.perf_counter()
-        if clock is None:
-            clock = asked
-            waited = 0.0  # seconds in which the CPU waits for batches. A GPU may be busy then.
-            first = step
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
@@ -130,7 +154,7 @@ def train(args):
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
             peak = RATE_OF_NEW_HEAD if group["is_new"] else args.learning_rate
-            group["lr"] = peak * factor
+            group["lr"] = peak * factor  # in the group, --resume would restore the old peak
         scaler.unscale_(optimizer)
         # Clip to length 1, as nanoGPT does. The authors do not clip.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,8 +168,9 @@ def train(args):
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
         if done % args.log_every == 0 or done in eval_steps:
-            means = processes.means(losses)
-            cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {run.DIVERGED}")
+            means = processes.mean_of_all(losses)
+            not_finite = "the loss is not finite. Try a lower --learning_rate or another --dtype."
+            cli.check(math.isfinite(means["loss"]), not_finite)
             seconds = time.perf_counter() - clock
             row = {
                 "step": done,
@@ -159,111 +184,9 @@ def train(args):
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
-            clock = None
+            run.print_step(row)  # the speed, and the losses: what has a name that ends in "loss"
+            clock, first, waited = time.perf_counter(), done, 0.0
     run.print_commands(out, model, val_samples)
-
-
-# -----------------------------------------------------------------------------
-# The options. One that has the name of a field of SuperCLIPConfig sets this field.
-
-
-def make_parser():
-    parser = cli.make_parser(__doc__)
-    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
-    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
-    add = parser.add_argument
-    add_length = parser.add_mutually_exclusive_group().add_argument
-    count = cli.number(int, 1)
-    amount = cli.number(float, 0)
-    share = cli.number(float, 0, 1)
-    # fmt: off
-    # The data. Shards are tar files, folders, globs or {0000..0575}.
-    add("--train_data", nargs="+", help="shards to train on (default: built-in scenes)")
-    add("--val_data", nargs="+", help="shards to validate on, or none (default: named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
-    add("--captions", nargs="+", default=["txt"], help="where captions are: txt or json.FIELD")
-    add("--label_captions", nargs="+", help="of the words to predict (default: the step's caption)")
-    add("--val_captions", nargs="+", help="of the validation pairs (default: --captions)")
-    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=share, default=0.9, help="least share in a crop; 1: the middle square")
-    add("--patch_dropout", type=share, default=0.0, help="share of patches that a step leaves out")
-    # The model
-    add("--init_from", help="checkpoint whose weights and vocabulary to begin with")
-    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
-    add("--image_size", type=count, help="pixels per side (default: 224, or 72 for tiny)")
-    add("--cls_weight", type=amount,
-        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
-    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's or SigLIP's (default: softmax)")
-    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
-    add_length("--steps", type=count, help="length of the run in steps (default: --epochs)")
-    add_length("--epochs", type=amount, help="the same in passes over the data (default: 30)")
-    add("--batch_size", type=count, default=256, help="pairs per step, over all processes")
-    add("--micro_batch_size", type=count, help="pairs at a time, to save memory (default: all)")
-    add("--learning_rate", type=amount, default=5e-4, help="the peak; 5e-5 with --init_from")
-    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all that is random")
-    # The machine
-    add("--workers", type=cli.number(int, 0, 999), help="loading processes (default: cores / GPUs)")
-    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what fits the device")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, if torch can")
-    # The run
-    add("--out_dir", help="folder of the run (default: a new one)")
-    add("--resume", action="store_true", help="go on with the run in --out_dir, if it holds one")
-    add("--log_every", type=count, default=20, help="steps between two rows of the log")
-    add("--eval_every", type=count, help="steps between validations (default: a third, max. 2000)")
-    # fmt: on
-    return parser
-
-
-# Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
-KINDS = ("colour", "shape", "colour_shape", "held_out")
-SCENES = {
-    "train_data": ["scenes"],
-    "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in KINDS],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
-# Other defaults with --init_from. A larger learning rate would destroy what the weights know.
-FINE_TUNING = {"model": None, "learning_rate": 5e-5}
-RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
-
-# --resume can change these options only. Files may move, so it compares what the data holds.
-MAY_CHANGE = """train_data val_data zeroshot_data vocab steps epochs micro_batch_size learning_rate
-workers device dtype compile out_dir resume log_every eval_every""".split()
-
-
-def parse(argv):
-    """Return the options of a run."""
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    if given.train_data is None:
-        parser.set_defaults(**SCENES)
-    if given.init_from is not None:
-        parser.set_defaults(**FINE_TUNING)
-    args = parser.parse_args(argv)
-    if args.init_from is not None:
-        for name in ("model", "image_size", "vocab", "loss"):
-            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
-    if args.steps is None and args.epochs is None:
-        args.epochs = 30.0
-        if given.train_data is None:
-            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
-            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
-    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
-    print("options:", {name: x for name, x in vars(args).items() if x is not None})
-    return args
-
-
-# -----------------------------------------------------------------------------
-# What the run calls, in this order
 
 
 def build_model(args, shards, device):
@@ -292,7 +215,7 @@ def build_model(args, shards, device):
         model.load_state_dict(pretrained.state_dict(), strict=False)
     head_is_new = pretrained is not None and pretrained.head is None
     model.to(device).train()
-    devices.compile_parts(model, args.compile)
+    devices.compile_if_wanted(model, args.compile)
     return model, tokenizer, head_is_new
 
 
@@ -359,9 +282,9 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            # The loss in groups as large as a batch can be compared with that of the training. If
-            # val_contrastive_loss rises while contrastive_loss falls, the model overfits.
-            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, args.batch_size)
+            group = args.batch_size  # so that the loss can be compared with that of the training
+            # If val_contrastive_loss rises while contrastive_loss falls, the model overfits.
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group=group)
             evaluation.print_words(model, tokenizer, samples)
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
@@ -369,6 +292,83 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
             row["zeroshot"][folder] = score
     model.train()
     return row
+
+
+# -----------------------------------------------------------------------------
+# The options. One that has the name of a field of SuperCLIPConfig sets this field.
+
+
+def make_parser():
+    parser = cli.make_parser(__doc__)
+    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
+    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
+    add = parser.add_argument
+    add_length = parser.add_mutually_exclusive_group().add_argument
+    count = cli.number(int, 1)
+    amount = cli.number(float, 0)
+    # fmt: off
+    # The data. Shards are tar files, folders, globs or {0000..0575}.
+    add("--train_data", nargs="+", help="shards to train on (default: built-in scenes)")
+    add("--val_data", nargs="+", help="shards to validate on, or none (default: named val or test)")
+    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
+    add("--captions", nargs="+", default=["txt"], help="where captions are: txt or json.FIELD")
+    add("--label_captions", nargs="+", help="of the words to predict (default: the step's caption)")
+    add("--val_captions", nargs="+", help="of the validation pairs (default: --captions)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
+        help="least share in a crop; 1: the middle square")
+    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, help="share to leave out")
+    # The model
+    add("--init_from", help="checkpoint whose weights and vocabulary to begin with")
+    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
+    add("--image_size", type=count, help="pixels per side (default: 224, or 72 for tiny)")
+    add("--cls_weight", type=amount,
+        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
+    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's or SigLIP's (default: softmax)")
+    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
+    add_length("--steps", type=count, help="length of the run in steps (default: --epochs)")
+    add_length("--epochs", type=cli.number(float, 0.01), help="passes over the data (default: 30)")
+    add("--batch_size", type=count, default=256, help="pairs per step, over all processes")
+    add("--micro_batch_size", type=count, help="pairs at a time, to save memory (default: all)")
+    add("--learning_rate", type=amount, default=5e-4, help="the peak; 5e-5 with --init_from")
+    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all that is random")
+    # The machine
+    add("--workers", type=cli.number(int, 0, 999), help="loading processes (default: cores / GPUs)")
+    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what fits the device")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, if torch can")
+    # The run
+    add("--out_dir", help="folder of the run (default: a new one)")
+    add("--resume", action="store_true", help="go on with the run in --out_dir, if it holds one")
+    add("--log_every", type=count, default=20, help="steps between two rows of the log")
+    add("--eval_every", type=count, help="steps between validations (default: a third, max. 2000)")
+    # fmt: on
+    return parser
+
+
+def parse(argv):
+    """Return the options of a run."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    if given.train_data is None:
+        parser.set_defaults(**SCENES)
+    if given.init_from is not None:
+        parser.set_defaults(**FINE_TUNING)
+    args = parser.parse_args(argv)
+    if args.init_from is not None:
+        for name in ("model", "image_size", "vocab", "loss"):
+            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
+    if args.steps is None and args.epochs is None:
+        args.epochs = 30.0
+        if given.train_data is None:
+            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
+            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
+    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
+    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
+    print("options:", {name: x for name, x in vars(args).items() if x is not None})
+    return args
 
 
 def main(argv):

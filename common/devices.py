@@ -50,7 +50,7 @@ def pick_dtype(device):
     return "float32"
 
 
-def compile_parts(model, wanted):
+def compile_if_wanted(model, wanted):
     """Compile the towers and the word head of a model that is on its device. wanted: --compile, by
     default where that works."""
     if wanted or (wanted is None and can_compile(model.logit_scale.device)):

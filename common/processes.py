@@ -73,7 +73,7 @@ def from_first(value):
     return from_all(value)[0]
 
 
-def means(scalars):
+def mean_of_all(scalars):
     """Return a dict of scalar tensors as a dict of floats, averaged over all processes. Reading
     them makes the CPU wait for the GPU."""
     values = torch.stack([x.detach() for x in scalars.values()])

@@ -85,16 +85,14 @@ def validation_of(checkpoint, shards=None, option="--data"):
     return shards, captions
 
 
-DIVERGED = "try a lower --learning_rate or another --dtype"
-
-
 def write_checkpoint(path, checkpoint):
     """Write a checkpoint, a dict with at least model, config and vocab. Refuse weights that are not
     finite, so that they never replace good ones."""
     # Tensors of a CPU load on every machine.
     weights = {name: x.cpu() for name, x in checkpoint["model"].items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
-    check(is_finite, f"weights are NaN or infinite, so {path} is not written: {DIVERGED}")
+    advice = "Try a lower --learning_rate or another --dtype."
+    check(is_finite, f"weights are not finite, so {path} is not written. {advice}")
     content = {**checkpoint, "model": weights}
     write_file(path, lambda file: torch.save(content, file))
 
@@ -165,7 +163,7 @@ def commit():
         return ""
 
 
-def header_of(args, steps, dtype, device, model, pairs, val_samples):
+def log_header(args, steps, dtype, device, model, pairs, val_samples):
     """Return the header of the log: the conditions under which the other rows were measured."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
@@ -193,20 +191,27 @@ def header_of(args, steps, dtype, device, model, pairs, val_samples):
     }
 
 
-def read_last(path, header, vocab, may_change):
+def read_last(path, header, vocab, parser, may_change):
     """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say. header, vocab: those of this run; may_change: names of options that may differ."""
+    options say, and print what differs. header, vocab: those of this run; parser: of the options;
+    may_change: names of options that may differ."""
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
     before = last["header"]
-    # What the options leave open stands in the config.
-    old_values = {**before["arguments"], **before["config"]}
-    values = {**header["arguments"], **header["config"]}
-    for name, value in values.items():
-        old = old_values.get(name)
-        is_allowed = name in may_change or value == old
-        check(is_allowed, f"--resume cannot change --{name} from {old} to {value}")
+    # What an option leaves open stands in the config, or in the header itself. If a fork has added
+    # an option or a field since, the old value was its default.
+    values = {**header["arguments"], **header["config"], **header}
+    old_values = {**vars(parser.parse_args([])), **vars(SuperCLIPConfig())}
+    old_values |= {**before["arguments"], **before["config"], **before}
+    # The weights are in last.pt, so the file may have moved. But --init_from has other defaults.
+    same_start = (old_values["init_from"] is None) == (values["init_from"] is None)
+    check(same_start, "--resume needs --init_from if the run began with it, and only then")
+    for name in {**header["arguments"], **header["config"]}:
+        old, value = old_values[name], values[name]
+        if value != old and name != "resume":
+            check(name in may_change, f"--resume cannot change --{name} from {old} to {value}")
+            print(f"--{name}: {old} -> {value}")
     # Files may have moved, so compare what they hold.
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
@@ -216,10 +221,7 @@ def read_last(path, header, vocab, may_change):
 
 
 # -----------------------------------------------------------------------------
-# The log
-
-
-# A run only adds rows. What they mean is up to read_log, also after a run was resumed.
+# The log. A run only adds rows. What they mean is up to read_log, also after a run was resumed.
 
 
 def begin_log(out, header, step):
@@ -234,18 +236,20 @@ def begin_log(out, header, step):
 
 
 def log(out, row):
-    """Add a row to log.jsonl in the folder `out`. Print it, too, if it holds the losses of a step.
-    Only process 0 writes and prints."""
+    """Add a row to log.jsonl in the folder `out`. Only process 0 writes."""
     if processes.RANK > 0:
         return
     with open(out / "log.jsonl", "a") as file:
         if "header" in row and file.tell() > 0:
             file.write("\n")  # a kill or a full disk may have cut the last row
         file.write(json.dumps(row) + "\n")
-    if "loss" in row:
-        terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
-        speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-        tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
+
+
+def print_step(row):
+    """Print the row of a step."""
+    terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
+    speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+    tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
 
 
 def read_log(path):

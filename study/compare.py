@@ -37,7 +37,7 @@ import torch
 from common.cli import check, make_parser, number, run_command
 from common.devices import pick_dtype
 from common.processes import cores
-from common.run import DIVERGED, names_of, read_log
+from common.run import names_of, read_log
 from common.scenes import find_or_make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def result_of(task, process, folder):
     command, seed, code = task
     output = Path(folder.name, "output.txt").read_text("utf-8", errors="replace")
     last_line = output.strip().rpartition("\n")[2]
-    has_diverged = process.returncode != 0 and DIVERGED in last_line
+    has_diverged = process.returncode != 0 and "not finite" in last_line
     check(process.returncode == 0 or has_diverged, f"{command}, seed {seed}: {last_line}")
     check(code_of(command) == code, f"the code of {command} has changed meanwhile. Start again.")
     header, rows = read_log(f"{folder.name}/log.jsonl")

@@ -74,8 +74,10 @@ def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
 # ---- what --resume may change
 
 
-def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, tmp_path, device):
-    """A run goes on even if its shards and their vocabulary have moved."""
+def test_a_run_goes_on_with_another_length_rate_and_machine(
+    copied_run, shards, tmp_path, capsys, device
+):
+    """A run goes on even if its shards and their vocabulary have moved. It says what differs."""
     before = checkpoint_of(copied_run)["model"]
     moved = shutil.copytree(shards, tmp_path / "moved")
     more = "--steps 16 --learning_rate 0 --micro_batch_size 4 --workers 1 --dtype bfloat16"
@@ -86,6 +88,9 @@ def test_a_run_goes_on_with_another_length_rate_and_machine(copied_run, shards, 
     assert saved["step"] == 16
     assert saved["model"]["num_captions"] == 16 * 16
     assert torch.equal(saved["model"]["visual.proj"], before["visual.proj"])  # at a rate of 0
+    printed = capsys.readouterr().out
+    for change in ("steps: 12 -> 16", "learning_rate: 0.001 -> 0.0", "dtype: float32 -> bfloat16"):
+        assert f"--{change}\n" in printed
 
 
 def test_a_longer_run_makes_the_last_validation_of_the_shorter_one_again(copied_run, shards):
@@ -112,7 +117,7 @@ def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, c
 
 
 OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
---train_data bad-0.tar, --val_data none, --vocab clip"""
+--train_data bad-0.tar, --val_data none, --val_captions json.captions, --vocab clip"""
 
 
 @pytest.mark.parametrize("other", OTHERS.replace("\n", " ").split(", "))
@@ -129,15 +134,18 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 
 
 def test_an_option_of_a_fork_cannot_be_changed(copied_run, shards, monkeypatch, capsys):
-    """So is every option that MAY_CHANGE does not name. The message has both values."""
+    """So is every option that MAY_CHANGE does not name. The message has both values. At its default
+    an older run goes on."""
     parser = train.make_parser()
-    parser.add_argument("--my_weight", type=float)
+    parser.add_argument("--my_weight", type=float, default=0.2)
     monkeypatch.setattr(train, "make_parser", lambda: parser)
+    options = short_run(shards, copied_run, "--resume", "--steps", 13)
 
-    options = short_run(shards, copied_run, "--resume", "--my_weight", 0.5)
-    message = error_of(capsys, train.main, *options)
+    message = error_of(capsys, train.main, *options, "--my_weight", 0.5)
 
-    assert "--my_weight from None to 0.5" in message
+    assert "--my_weight from 0.2 to 0.5" in message
+    train.main(options)
+    assert checkpoint_of(copied_run)["step"] == 13
 
 
 # ---- the folder

@@ -19,6 +19,9 @@ train --train_data pairs{2..1}.tar                        | {2..1}
 train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
+train TRAIN --crop_area 0                                 | --crop_area
+train TRAIN --patch_dropout 1                             | --patch_dropout
+train TRAIN --epochs 0                                    | --epochs
 train TRAIN --image_size 21                               | patch_size
 train TRAIN --steps 1 --epochs 1                          | --epochs
 train --image_size 96 --init_from model.pt                | --image_size
