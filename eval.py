@@ -235,11 +235,11 @@ def write_once(text):
 def usable_templates(tokenizer, templates):
     """Return the templates whose words are all in the vocabulary, or the name alone if there are
     none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
-    usable = [template for template in templates if not tokenizer.unknown_words([template])]
-    if len(usable) < len(templates):
-        unknown = ", ".join(tokenizer.unknown_words(templates))
-        write_once(f"templates with words that the vocabulary lacks are left out: {unknown}")
-    return usable or ["{}"]
+    unknown = tokenizer.unknown_words(templates)
+    if unknown:
+        lacking = ", ".join(unknown)
+        write_once(f"templates with words that the vocabulary lacks are left out: {lacking}")
+    return [text for text in templates if not tokenizer.unknown_words([text])] or ["{}"]
 
 
 def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, workers=0):
@@ -393,8 +393,7 @@ def command_retrieval(model, tokenizer, args):
 def command_probe(model, _, args):
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
-        same = "--train and --test are the same folder. Name other images to test on."
-        cli.check(not is_same, same)
+        cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
     train = data.class_pictures(args.train, model.config.image_size, training=True)
     test = data.class_pictures(args.test, model.config.image_size)
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
