@@ -235,9 +235,11 @@ class SuperCLIP(nn.Module):
             )
 
         # The pairs of all processes: each image must pick its caption, and each caption its image.
-        # With one process gather returns what it gets.
-        all_image_features = gather(image_features)
-        all_text_features = gather(text_features)
+        # With one process gather returns what it gets. In evaluation it would wait for the others.
+        all_image_features, all_text_features = image_features, text_features
+        if self.training:
+            all_image_features = gather(image_features)
+            all_text_features = gather(text_features)
         contrastive = self.clip_or_siglip_loss(all_image_features, all_text_features)
         terms = {"contrastive_loss": contrastive, **terms_of_pairs}
 

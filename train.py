@@ -327,7 +327,7 @@ def make_parser():
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's or SigLIP's (default: softmax)")
     # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
     add_length("--steps", type=count, help="length of the run in steps (default: --epochs)")
-    add_length("--epochs", type=cli.number(float, 0.01), help="passes over the data (default: 30)")
+    add_length("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
     add("--batch_size", type=count, default=256, help="pairs per step, over all processes")
     add("--micro_batch_size", type=count, help="pairs at a time, to save memory (default: all)")
     add("--learning_rate", type=amount, default=5e-4, help="the peak; 5e-5 with --init_from")

@@ -117,9 +117,14 @@ def make_loader(dataset, workers, **options):
 
 
 def end_with_a_batch(_):
-    """Let a loading process end if it cannot send a batch, for want of shared memory. Otherwise
-    torch would print a trace, and wait for that batch for ever."""
-    Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+    """Let a loading process end if it cannot send a batch, mostly for want of shared memory.
+    Otherwise torch would wait for that batch for ever."""
+
+    def end(error, _):
+        print(f"a loading process cannot send a batch: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    Queue._on_queue_feeder_error = staticmethod(end)
 
 
 def call(task):

@@ -9,6 +9,7 @@ validation.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -196,7 +197,8 @@ def read_last(path, header, vocab, parser, may_change):
     options say, and print what differs. header, vocab: those of this run; parser: of the options;
     may_change: names of options that may differ."""
     last = read_checkpoint(path)
-    check("optimizer" in last, f"{path} is not the last.pt of a run")
+    is_ours = "optimizer" in last and "eval_due" in last
+    check(is_ours, f"{path} is not the last.pt of a run of this version. Use its commit.")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
     before = last["header"]
     # What an option leaves open stands in the config, or in the header itself. If a fork has added
@@ -239,10 +241,12 @@ def log(out, row):
     """Add a row to log.jsonl in the folder `out`. Only process 0 writes."""
     if processes.RANK > 0:
         return
-    with open(out / "log.jsonl", "a") as file:
+    with open(out / "log.jsonl", "ab+") as file:
         if "header" in row and file.tell() > 0:
-            file.write("\n")  # a kill or a full disk may have cut the last row
-        file.write(json.dumps(row) + "\n")
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a kill or a full disk has cut the last row
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def print_step(row):
@@ -254,10 +258,10 @@ def print_step(row):
 
 def read_log(path):
     """Return the last header in a log.jsonl, and a list of the other rows that count. A run that
-    was resumed after step s repeats the rows after s, and a validation of s that was due. So at a
-    header with step s forget these."""
+    was resumed after step s repeats the rows after s, and a validation of s that was due. So a
+    header with step s makes the rows after s forgotten, and a row replaces one of its kind."""
     header = None
-    rows = []
+    rows = {}  # (step, has losses) -> row
     for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -266,11 +270,11 @@ def read_log(path):
             continue
         if "header" in row:
             header = row["header"]
-            rows = [x for x in rows if x["step"] < step or (x["step"] == step and "loss" in x)]
+            rows = {key: x for key, x in rows.items() if x["step"] <= step}
         else:
-            rows.append(row)
+            rows[step, "loss" in row] = row
     check(header is not None, f"{path} is not a log of train.py")
-    return header, rows
+    return header, list(rows.values())
 
 
 def names_of(folders):
