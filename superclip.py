@@ -62,6 +62,8 @@ class SuperCLIPConfig:
     cls_weight: float = 1.0  # the paper's lambda; 0 builds no word head, which leaves plain CLIP
 
     def __post_init__(self):
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss must be softmax or sigmoid, not {self.loss}")
         if self.vision_heads == 0:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:

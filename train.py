@@ -32,10 +32,67 @@ from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
+# -----------------------------------------------------------------------------
+# The options. One that has the name of a field of SuperCLIPConfig sets this field.
+
+
+def make_parser():
+    parser = cli.make_parser(__doc__)
+    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
+    add = parser.add_argument
+    add_length = parser.add_mutually_exclusive_group().add_argument
+    count = cli.number(int, 1)
+    amount = cli.number(float, 0)
+    share = cli.number(float, 0.01, 1)
+    # fmt: off
+    # The data. Shards are tar files, folders, globs or {0000..0575}.
+    add("--train_data", nargs="+", help="shards (default: built-in scenes, with other defaults)")
+    add("--val_data", nargs="+", help="shards, or none (default: those named val or test)")
+    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
+    add("--captions", nargs="+", default=["txt"], help="sources: txt or json.FIELD (default: txt)")
+    add("--label_captions", nargs="+", help="sources of the words to predict (default: as drawn)")
+    add("--val_captions", nargs="+", help="sources for validation (default: --captions)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
+    add("--crop_area", type=share, default=0.9, help="share of the smallest crop; 1: middle square")
+    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
+        help="share of the patches that each step leaves out")
+    # The model and its loss
+    add("--init_from", help="checkpoint to begin with; sets --model, --image_size, --loss, --vocab")
+    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
+    add("--image_size", type=count, help="pixels a side (default: 224, or 72 for tiny)")
+    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
+    add("--cls_weight", type=amount,
+        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
+    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
+    add_length("--steps", type=count, help="length of the run in steps (default: by --epochs)")
+    add_length("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
+    add("--batch_size", type=count, default=256, help="pairs in each step, over all processes")
+    add("--micro_batch_size", type=count,
+        help="pairs in the towers at once: less memory, same gradients (default: all)")
+    add("--learning_rate", type=amount, default=5e-4,
+        help="its peak (default: 5e-4; with --init_from 5e-5, but 5e-4 for a new word head)")
+    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all that is random")
+    # The machine
+    add("--workers", type=cli.number(int, 0),
+        help="loading processes per GPU (default: cores / GPUs, at most 16)")
+    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the steps (default: bfloat16 where it is fast, else float16 on GPUs, or float32)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile towers and head (default: on CUDA under Linux, if torch can)")
+    # The run
+    add("--out_dir", help="folder of the run (default: a new one)")
+    add("--resume", action="store_true", help="go on with the run in --out_dir; repeat its command")
+    add("--log_every", type=count, default=20, help="steps between two rows of the log")
+    add("--eval_every", type=count, help="steps between validations (default: a third, max. 2000)")
+    # fmt: on
+    return parser
+
+
 # Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
 KINDS = ("colour", "shape", "colour_shape", "held_out")
 SCENES = {
-    "train_data": ["scenes"],
     "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in KINDS],
     "captions": ["json.short", "json.long"],
     "val_captions": ["json.long"],
@@ -53,6 +110,31 @@ RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
 MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs micro_batch_size
 learning_rate workers device dtype compile out_dir log_every eval_every""".split()
 
+
+def parse(argv):
+    """Return the options of a run."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    if given.train_data is None:
+        parser.set_defaults(**SCENES)
+    if given.init_from is not None:
+        parser.set_defaults(**FINE_TUNING)
+    args = parser.parse_args(argv)
+    if args.init_from is not None:
+        for name in ("model", "image_size", "vocab", "loss"):
+            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
+    if args.steps is None and args.epochs is None:
+        args.epochs = 30.0
+        if args.train_data is None:
+            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
+            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
+    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
+    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
+    print("options:", {name: x for name, x in vars(args).items() if x is not None})
+    return args
+
+
 # -----------------------------------------------------------------------------
 # The run
 
@@ -67,30 +149,35 @@ def train(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     with processes.one_first():  # the first process draws, indexes and downloads for all
-        if args.train_data == SCENES["train_data"]:
-            find_or_make_scenes("scenes")
-        shards, val_shards = shards_of_run(args.train_data, args.val_data)
+        train_data = args.train_data or [find_or_make_scenes("scenes")]
+        shards, val_shards = shards_of_run(train_data, args.val_data)
         model, tokenizer, head_is_new = build_model(args, shards, device)
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
     optimizer = make_optimizer(model, args.weight_decay, head_is_new)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
-    eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps a run validates
 
-    out = run.claim_folder(args.out_dir, args.resume)  # for last.pt, best.pt and log.jsonl
-    header = run.log_header(args, steps, dtype, device, model, pairs, val_samples)  # compared below
-    start = 0
-    best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
+    args.out_dir = run.claim_folder(args.out_dir, args.resume)
+    out = Path(args.out_dir)  # for last.pt, best.pt and log.jsonl, which begins with a header
+    header = run.make_header(args, steps, dtype, device, model, head_is_new, pairs, val_samples)
+    checkpoint = {  # what best.pt holds, and what last.pt begins with
+        "model": model.state_dict(),  # the tensors of the model, not copies, so always the newest
+        "config": vars(model.config),
+        "vocab": tokenizer.vocab,
+        "header": header,
+        "step": 0,  # steps that are done
+        "best_r1": 0.0,  # the highest score of a validation: the mean of R@1 over both directions
+    }
+    eval_due = True  # the weights before training set the score to beat
     if args.resume and (out / "last.pt").exists():
-        last = run.read_last(out / "last.pt", header, tokenizer.vocab, make_parser(), MAY_CHANGE)
+        last = run.read_last(out / "last.pt", header, tokenizer.vocab, MAY_CHANGE, make_parser())
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # its state is empty without float16
             scaler.load_state_dict(last["scaler"])
-        start = last["step"]
-        best_r1 = last["best_r1"]
-        if last["eval_due"]:  # last.pt was saved before a validation, which is made now
-            eval_steps.add(start)  # it lacks `start` if --steps or --eval_every has changed
+        checkpoint |= {"step": last["step"], "best_r1": last["best_r1"]}
+        eval_due = last["eval_due"]  # last.pt was saved before a validation, which is made now
         del last  # free its memory
+    start = checkpoint["step"]
     run.begin_log(out, header, start)
 
     ddp_model = model
@@ -100,61 +187,31 @@ def train(args):
     rows = slice(RANK * B, (RANK + 1) * B)  # which they are in the batch of all processes
     batches = data.load_batches(pairs, args.batch_size, rows, start, steps, args.workers, on_gpu)
 
-    todo = range(start, steps + 1)  # the last round has no step, and only saves and validates
-    if RANK == 0:
-        todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
+    if RANK == 0 and eval_due:
+        validate(args, out, checkpoint, model, tokenizer, val_samples, zeroshot_images)
     saved = time.perf_counter()
-    # The next row of the log measures the steps from `first` on, which begin at `clock`. waited:
-    # seconds in which the CPU waits for their batches. A GPU may be busy then.
-    clock, first, waited = saved, start, 0.0
-    for step in todo:
-        # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
-        # fail. Then it validates, and saves best.pt if no score was higher. Without validation
-        # pairs the newest is the best. The others wait for process 0 in part 3, or in main.
-        eval_due = step in eval_steps
-        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
-            checkpoint = {
-                "model": model.state_dict(),  # no copy, so it must be written before the next step
-                "config": vars(model.config),
-                "vocab": tokenizer.vocab,
-                "header": header,
-                "step": step,
-                "best_r1": best_r1,
-            }
-            if step > start:
-                states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                last = {**checkpoint, **states, "eval_due": eval_due}
-                run.write_checkpoint(out / "last.pt", last)
-            if eval_due:
-                row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
-                run.log(out, row)
-                mean_r1 = row.get("mean_r1", 0.0)
-                if mean_r1 >= best_r1:
-                    best_r1 = mean_r1
-                    if step > 0:  # the weights before training only set the score to beat
-                        run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
-            saved = time.perf_counter()
-            clock, first, waited = saved, step, 0.0  # a save is not measured
-        if step == steps:
-            break
-
-        # 2. The batch, a dict of the arguments of SuperCLIP.forward
+    # The next row of the log measures from the time `since` and the step `since_step` on. waited:
+    # the seconds in which the CPU waits for batches. A GPU may be busy then.
+    since, since_step, waited = saved, start, 0.0
+    hidden = None if RANK == 0 else True  # None: if the output is no terminal
+    for step in tqdm(range(start, steps), total=steps, initial=start, unit="step", disable=hidden):
+        # 1. The batch, a dict of the arguments of SuperCLIP.forward
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
 
-        # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
+        # 2. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
         # needs all pairs at once, so forward itself splits a batch into micro-batches.
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
 
-        # 4. The update
+        # 3. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
             peak = RATE_OF_NEW_HEAD if group["is_new"] else args.learning_rate
-            group["lr"] = peak * factor  # in the group, --resume would restore the old peak
+            group["lr"] = peak * factor
         scaler.unscale_(optimizer)
         # Clip to length 1, as nanoGPT does. The authors do not clip.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,34 +221,48 @@ def train(args):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
-        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
+        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # They are read before the clock is, so that the time includes the work of the GPU.
         done = step + 1
-        if done % args.log_every == 0 or done in eval_steps:
+        eval_due = done % eval_every == 0 or done == steps
+        if done % args.log_every == 0 or eval_due:
             means = processes.mean_of_all(losses)
             not_finite = "the loss is not finite. Try a lower --learning_rate or another --dtype."
             cli.check(math.isfinite(means["loss"]), not_finite)
-            seconds = time.perf_counter() - clock
+            seconds = time.perf_counter() - since
             row = {
                 "step": done,
-                **means,
+                **means,  # the loss and its terms
                 "logit_scale": model.logit_scale.exp().item(),
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
-                "learning_rate": args.learning_rate * factor,
-                "images_per_second": round((done - first) * args.batch_size / seconds, 1),
+                "learning_rate": args.learning_rate * factor,  # not that of a new head
+                "images_per_second": round((done - since_step) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
-            run.print_step(row)  # the speed, and the losses: what has a name that ends in "loss"
-            clock, first, waited = time.perf_counter(), done, 0.0
+            terms = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+            tqdm.write(f"step {done:6d}: {terms}, {speed}")
+            since, since_step, waited = time.perf_counter(), done, 0.0
+
+        # 5. Process 0 saves last.pt every ten minutes, and before a validation, because that may
+        # fail. The other processes wait for it in their next step, or in main.
+        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
+            checkpoint["step"] = done
+            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            run.write_checkpoint(out / "last.pt", {**checkpoint, **states, "eval_due": eval_due})
+            if eval_due:
+                validate(args, out, checkpoint, model, tokenizer, val_samples, zeroshot_images)
+            saved = time.perf_counter()
+            since, since_step, waited = saved, done, 0.0  # the log does not measure a save
     run.print_commands(out, model, val_samples)
 
 
 def build_model(args, shards, device):
-    """Return the model on its device, its tokenizer, and whether its word head is new, because
-    --init_from names a checkpoint without one."""
+    """Return the model on its device, its tokenizer, and whether its word head is new, because the
+    checkpoint of --init_from has none."""
     pretrained = None
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
@@ -213,7 +284,7 @@ def build_model(args, shards, device):
     if pretrained is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
         model.load_state_dict(pretrained.state_dict(), strict=False)
-    head_is_new = pretrained is not None and pretrained.head is None
+    head_is_new = model.head is not None and pretrained is not None and pretrained.head is None
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     return model, tokenizer, head_is_new
@@ -237,8 +308,7 @@ def open_data(args, shards, val_shards, model, tokenizer):
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    too_few = f"--batch_size is {args.batch_size}, but there are only {len(pairs):,} pairs"
-    cli.check(len(pairs) >= args.batch_size, too_few)
+    cli.check(len(pairs) >= args.batch_size, f"--batch_size exceeds the {len(pairs):,} pairs")
     return pairs, val_samples, zeroshot_images
 
 
@@ -273,9 +343,11 @@ def learning_rate_factor(step, warmup_steps, steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def validate(args, model, tokenizer, samples, zeroshot_images, step):
-    """Score retrieval and zero-shot classification, in float32. Print the scores, and return them
-    as a row of the log. samples, zeroshot_images: what open_data returns."""
+def validate(args, out, checkpoint, model, tokenizer, samples, zeroshot_images):
+    """Score retrieval and zero-shot classification in float32, print the scores, and log them. If
+    no score before was higher, write best.pt, and set "best_r1" in the checkpoint. samples,
+    zeroshot_images: what open_data returns."""
+    step = checkpoint["step"]
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
@@ -283,7 +355,6 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
             group = args.batch_size  # so that the loss can be compared with that of the training
-            # If val_contrastive_loss rises while contrastive_loss falls, the model overfits.
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group=group)
             evaluation.print_words(model, tokenizer, samples)
         for folder, images in zeroshot_images.items():
@@ -291,84 +362,12 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
             row["zeroshot"][folder] = score
     model.train()
-    return row
-
-
-# -----------------------------------------------------------------------------
-# The options. One that has the name of a field of SuperCLIPConfig sets this field.
-
-
-def make_parser():
-    parser = cli.make_parser(__doc__)
-    parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
-    parser.epilog = "The built-in scenes have other defaults. A run prints its options."
-    add = parser.add_argument
-    add_length = parser.add_mutually_exclusive_group().add_argument
-    count = cli.number(int, 1)
-    amount = cli.number(float, 0)
-    # fmt: off
-    # The data. Shards are tar files, folders, globs or {0000..0575}.
-    add("--train_data", nargs="+", help="shards to train on (default: built-in scenes)")
-    add("--val_data", nargs="+", help="shards to validate on, or none (default: named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
-    add("--captions", nargs="+", default=["txt"], help="where captions are: txt or json.FIELD")
-    add("--label_captions", nargs="+", help="of the words to predict (default: the step's caption)")
-    add("--val_captions", nargs="+", help="of the validation pairs (default: --captions)")
-    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share in a crop; 1: the middle square")
-    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, help="share to leave out")
-    # The model
-    add("--init_from", help="checkpoint whose weights and vocabulary to begin with")
-    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
-    add("--image_size", type=count, help="pixels per side (default: 224, or 72 for tiny)")
-    add("--cls_weight", type=amount,
-        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
-    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's or SigLIP's (default: softmax)")
-    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
-    add_length("--steps", type=count, help="length of the run in steps (default: --epochs)")
-    add_length("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
-    add("--batch_size", type=count, default=256, help="pairs per step, over all processes")
-    add("--micro_batch_size", type=count, help="pairs at a time, to save memory (default: all)")
-    add("--learning_rate", type=amount, default=5e-4, help="the peak; 5e-5 with --init_from")
-    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all that is random")
-    # The machine
-    add("--workers", type=cli.number(int, 0, 999), help="loading processes (default: cores / GPUs)")
-    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what fits the device")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, if torch can")
-    # The run
-    add("--out_dir", help="folder of the run (default: a new one)")
-    add("--resume", action="store_true", help="go on with the run in --out_dir, if it holds one")
-    add("--log_every", type=count, default=20, help="steps between two rows of the log")
-    add("--eval_every", type=count, help="steps between validations (default: a third, max. 2000)")
-    # fmt: on
-    return parser
-
-
-def parse(argv):
-    """Return the options of a run."""
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    if given.train_data is None:
-        parser.set_defaults(**SCENES)
-    if given.init_from is not None:
-        parser.set_defaults(**FINE_TUNING)
-    args = parser.parse_args(argv)
-    if args.init_from is not None:
-        for name in ("model", "image_size", "vocab", "loss"):
-            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
-    if args.steps is None and args.epochs is None:
-        args.epochs = 30.0
-        if given.train_data is None:
-            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
-            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
-    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
-    print("options:", {name: x for name, x in vars(args).items() if x is not None})
-    return args
+    run.log(out, row)
+    mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest model is the best
+    if mean_r1 >= checkpoint["best_r1"]:
+        checkpoint["best_r1"] = mean_r1
+        if step > 0:  # the weights before training only set the score to beat
+            run.write_checkpoint(out / "best.pt", checkpoint)
 
 
 def main(argv):

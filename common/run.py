@@ -19,7 +19,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common import processes
 from common.cli import InputError, check, write_file
@@ -103,12 +102,12 @@ def write_checkpoint(path, checkpoint):
 
 
 def claim_folder(out_dir, resume):
-    """Let process 0 choose and make the folder of the run. Return it as a Path in each process.
-    out_dir, resume: the options."""
+    """Let process 0 choose and make the folder of the run. Return its path, a text, in each
+    process. out_dir, resume: the options."""
     folder = None
     if processes.RANK == 0:
         folder = new_folder() if out_dir is None else folder_of(Path(out_dir), resume)
-    return processes.from_first(folder)
+    return processes.from_first(str(folder))
 
 
 def new_folder():
@@ -164,8 +163,8 @@ def commit():
         return ""
 
 
-def log_header(args, steps, dtype, device, model, pairs, val_samples):
-    """Return the header of the log: the conditions under which the other rows were measured."""
+def make_header(args, steps, dtype, device, model, head_is_new, pairs, val_samples):
+    """Return the header of the log: the conditions under which the other rows are measured."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
@@ -177,6 +176,7 @@ def log_header(args, steps, dtype, device, model, pairs, val_samples):
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "head_is_new": head_is_new,
         "steps": steps,
         "batch_size": args.batch_size,
         "processes": processes.WORLD,
@@ -192,23 +192,26 @@ def log_header(args, steps, dtype, device, model, pairs, val_samples):
     }
 
 
-def read_last(path, header, vocab, parser, may_change):
+def read_last(path, header, vocab, may_change, parser):
     """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say, and print what differs. header, vocab: those of this run; parser: of the options;
-    may_change: names of options that may differ."""
+    options say, and print what differs. header, vocab: those of this run; may_change: names of
+    options that may differ; parser: of the options. A run that lacks an option, because a fork has
+    added it since, had its default."""
     last = read_checkpoint(path)
-    is_ours = "optimizer" in last and "eval_due" in last
-    check(is_ours, f"{path} is not the last.pt of a run of this version. Use its commit.")
-    check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
+    check("optimizer" in last, f"{path} is not the last.pt of a run")
     before = last["header"]
-    # What an option leaves open stands in the config, or in the header itself. If a fork has added
-    # an option or a field since, the old value was its default.
+    is_old = "head_is_new" not in before
+    check(not is_old, f"{path} is from another version of this code, commit {before['commit']}")
+    check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
+    # What an option leaves open stands in the config, or in the header itself.
     values = {**header["arguments"], **header["config"], **header}
     old_values = {**vars(parser.parse_args([])), **vars(SuperCLIPConfig())}
     old_values |= {**before["arguments"], **before["config"], **before}
-    # The weights are in last.pt, so the file may have moved. But --init_from has other defaults.
-    same_start = (old_values["init_from"] is None) == (values["init_from"] is None)
-    check(same_start, "--resume needs --init_from if the run began with it, and only then")
+    # The weights are in last.pt, so the file of --init_from may have moved. But this option sets
+    # other defaults, and a head that its file lacks has another learning rate.
+    for fact in ("init_from", "head_is_new"):
+        same_start = bool(old_values[fact]) == bool(values[fact])
+        check(same_start, "--resume needs --init_from as the run had it, and only then")
     for name in {**header["arguments"], **header["config"]}:
         old, value = old_values[name], values[name]
         if value != old and name != "resume":
@@ -247,13 +250,6 @@ def log(out, row):
             if file.read() != b"\n":  # a kill or a full disk has cut the last row
                 file.write(b"\n")
         file.write(json.dumps(row).encode() + b"\n")
-
-
-def print_step(row):
-    """Print the row of a step."""
-    terms = [f"{name} {value:.3f}" for name, value in row.items() if name.endswith("loss")]
-    speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-    tqdm.write(f"step {row['step']:6d}: {', '.join(terms)}, {speed}")
 
 
 def read_log(path):

@@ -307,15 +307,15 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
 
 
 def find_or_make_scenes(out_dir, seed=0):
-    """Draw a data set into `out_dir`, unless it is there. If two runs draw it at once, the second
-    one uses what the first one has drawn."""
-    if Path(out_dir).exists():
-        return
+    """Draw a data set into `out_dir`, unless it is there, and return `out_dir`. If two runs draw it
+    at once, the second one uses what the first one has drawn."""
     try:
-        make_scenes(out_dir, seed=seed)
+        if not Path(out_dir).exists():
+            make_scenes(out_dir, seed=seed)
     except OSError:
         if not Path(out_dir).exists():
             raise
+    return out_dir
 
 
 def main(argv):
