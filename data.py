@@ -6,14 +6,12 @@ to the bytes of a file:
 
 A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC3M, CC12M and
 DataComp. Members of one sample share their name up to the first dot. The rest of the name tells
-what a member is: .jpg, .jpeg, .png or .webp is the image, .txt is the caption, and .json is
-optional metadata.
+what a member is: the image (.jpg, .jpeg, .png or .webp), its caption (.txt), or metadata (.json).
 
-Shards are not streamed. One pass over the tar headers makes an index, which is cached
-(common/shards.py), and then two or three reads fetch any sample. So the shuffle is global, the
-length is exact, batches have the same size on each process, and a run can be resumed from one
-integer, its step. At the end stand the pictures that eval.py reads in order. The axes in comments
-are those of superclip.py.
+Shards are not streamed. One pass over the tar headers makes an index (common/shards.py), and then
+two or three reads fetch any sample. So the shuffle is global, the length is exact, and batches have
+the same size on each process. A run can be resumed from one integer, its step. At the end stand the
+pictures that eval.py reads in order. The axes in comments are those of superclip.py.
 """
 
 import hashlib
@@ -36,7 +34,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.cli import InputError, check, optional
+from common.cli import InputError, check
 from common.processes import make_loader
 from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, cache_folder, split_name
 from common.tokenizer import Tokenizer
@@ -45,23 +43,26 @@ from common.tokenizer import Tokenizer
 # Batches and their order
 
 
-def load_batches(pairs, batch_size, place, start, stop, workers, pin=False):
+def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
-    place: the slice of the global batch that this process loads, such as slice(0, 2) for the first
-    of two processes that share batches of 4; pin: whether batches lie in pinned memory, from which
-    a GPU can copy while it computes."""
+    rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
+    memory, from which a GPU can copy while it computes."""
     n = len(pairs)
     steps = range(start, stop)
-    order = (batch_indices(n, batch_size, pairs.seed, step)[place] for step in steps)
-    options = {"batch_sampler": order, "collate_fn": pairs.collate, "pin_memory": pin}
+    items = (batch_indices(n, batch_size, pairs.seed, step)[rows] for step in steps)
+    options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}
     return iter(make_loader(pairs, workers, **options))
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Return the global batch of a step, as a list of batch_size pairs (position, sample). The
-    result depends on the arguments alone, so a run can start at any step. Every epoch is another
-    permutation of the n samples. Those that fill no batch are not used in that epoch. An example:
-    batch_indices(100, 4, seed=0, step=2) is [(8, 53), (9, 91), (10, 81), (11, 42)]."""
+    """Return the batch of a step, as a list of batch_size pairs (position, sample). A position
+    numbers the pairs of the whole run. The result depends on the arguments alone, so a run can
+    start at any step. Every epoch is another permutation of the n samples. Those that fill no batch
+    are not used in that epoch.
+
+    An example: of 100 samples in batches of 4, step 2 has the positions 8 to 11. With seed 0 it is
+    [(8, 53), (9, 91), (10, 81), (11, 42)]. Of two processes the second one loads rows slice(2, 4),
+    which are (10, 81) and (11, 42)."""
     epoch, batch = divmod(step, n // batch_size)
     order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     return list(enumerate(order.tolist(), start=step * batch_size))
@@ -79,9 +80,8 @@ def epoch_order(n, seed, epoch):
 
 @dataclass
 class Pairs(Dataset):
-    """Draw image-caption pairs from Samples, ready to train on. An item is (position, sample). A
-    position numbers the pairs of the whole run: in batches of 32 the first batch has positions 0 to
-    31. All that is random about a pair follows from the seed and its position.
+    """Draw image-caption pairs from Samples, ready to train on. An item is (position, sample), as
+    in `batch_indices`. All that is random about a pair follows from the seed and its position.
 
     The caption is one text from the sources of the samples. A source that is named twice is drawn
     twice as often. label_sources: the same for the label, by default the text that was drawn as the
@@ -100,7 +100,6 @@ class Pairs(Dataset):
 
     def __post_init__(self):
         self.reported = set()  # bad samples
-        check(self.patch_dropout == 0 or self.num_patches, "patch_dropout needs num_patches")
         for source in self.label_sources or ():
             self.samples.check_source(source)
 
@@ -281,8 +280,8 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 def load_image(picture, size, rng=None, crop_area=1.0):
-    """Return a picture as a uint8 tensor (3, size, size), cropped by `crop_box` and resized,
-    bicubic with antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
+    """Return a picture as uint8 (3, size, size), cropped by `crop_box` and resized, bicubic with
+    antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
     if isinstance(picture, Path):
         picture = picture.read_bytes()
     try:
@@ -295,18 +294,17 @@ def load_image(picture, size, rng=None, crop_area=1.0):
         image = upright_rgb(image, box)
     except Exception as error:  # Pillow raises many kinds, some with an address in memory
         raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
-    # The three values of a pixel stay side by side in memory, as the decoder wrote them ("channels
-    # last"), and stay uint8. torchvision's resize gives the same bits, but takes 7 to 9 % longer.
+    # The three values of a pixel stay side by side in memory, as decoded, and stay uint8.
+    # torchvision's resize gives the same bits, but takes 7 to 9 % longer.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):
-    """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels.
-
-    With a crop_area of 1 this is the largest square in the centre. Otherwise it is a random
-    rectangle, whose share of the area is between crop_area and 1. This is open_clip's only
-    augmentation, and also ours. Images are not mirrored, because captions say "left"."""
+    """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels. With a crop_area of 1
+    this is the largest square in the centre. Otherwise it is a random rectangle, whose share of the
+    area is between crop_area and 1. This is open_clip's only augmentation, and also ours. Images
+    are not mirrored, because captions say "left"."""
     w = h = min(width, height)
     if crop_area < 1:
         # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
@@ -413,9 +411,10 @@ STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft food101 oxfordiiitpet stl10".
 def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
     Download it into the cache folder, unless it is there."""
-    is_known = name in STANDARD_SETS
-    check(is_known, f"{name} is no folder, and none of the sets {', '.join(STANDARD_SETS)}")
-    datasets = optional("torchvision.datasets", "torchvision")  # only here: importing it is slow
+    known = ", ".join(STANDARD_SETS)
+    check(name in STANDARD_SETS, f"{name} is no folder, and none of the sets {known}")
+    from torchvision import datasets  # only here, because this import is slow
+
     [kind] = [kind for kind in datasets.__all__ if kind.lower() == name]
     options = {}  # by default each set holds its images for training
     if not training:

@@ -10,7 +10,6 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
-from common.cli import InputError
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
 from superclip import PAD
@@ -81,11 +80,6 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
     assert {len({*keep}) for keep in kept} == {12}
 
 
-def test_patch_dropout_needs_the_number_of_patches(captioned):
-    with pytest.raises(InputError, match="num_patches"):
-        Pairs(Samples([captioned]), TOKENIZER, 8, patch_dropout=0.5)
-
-
 # ---- bad samples
 
 GIF = encoded(photo(), "GIF")
@@ -132,13 +126,13 @@ def odd_pairs(tmp_path):
 def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
     """This holds for any number of workers, and for a run that begins at any step. Here a process
     loads the last 8 pairs of each batch of 12."""
-    place = slice(4, 12)
+    rows = slice(4, 12)
 
-    loaded = [*data.load_batches(odd_pairs, 12, place, start, 6, workers)]
+    loaded = [*data.load_batches(odd_pairs, 12, rows, start, 6, workers)]
 
     expected = []
     for step in range(start, 6):
-        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[place]]
+        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[rows]]
         expected.append(odd_pairs.collate(items))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
