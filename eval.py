@@ -130,7 +130,7 @@ def nearest(questions, answers, k):
     chunks, so that the matrix (Q, A) never exists. Of equal answers topk takes any, so a model that
     has collapsed, which gives the same answers to all questions, scores chance."""
     found = []
-    chunk = 2**24 // len(answers)  # 64 MB of similarities
+    chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
     for part in cli.progress(questions.split(chunk), "searching"):
         similarity = part @ answers.T
         found.append(similarity.topk(min(k, len(answers))).indices.cpu())
@@ -193,25 +193,23 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     return torch.stack(losses).mean().item()
 
 
-def score_pairs(model, tokenizer, samples, workers=0, group=None):
-    """Score retrieval among data.Samples, print a line for each score, and return them as a dict
-    for a log. Its mean_r1, the mean of R@1 over both directions, is what train.py chooses its best
-    model by. group: a number of pairs, such as the batch size of a training. If it is given, the
-    contrastive loss in groups of so many pairs is computed, too, to compare with the training's."""
+def score_pairs(model, tokenizer, samples, workers=0, group=256):
+    """Score retrieval among data.Samples, print the scores, and return them as a dict for a log.
+    Its mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
+    Its val_contrastive_loss is that of groups of so many pairs. If group is the batch size of a
+    training, it can be compared with the training's."""
     features = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(*features)
     for way, scores in result.items():
         for name, scored in scores.items():
             # Print with tqdm, because print would write into the line of train.py's progress bar.
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), scored))
+    group = min(group, len(features[0]))
+    loss = loss_in_groups(model, *features, group)
+    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
     mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
-    row = {"validation": result, "mean_r1": mean_r1}
-    if group is not None:
-        group = min(group, len(features[0]))
-        loss = loss_in_groups(model, *features, group)
-        tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
-        row |= {"val_group": group, "val_contrastive_loss": loss}
-    return row
+    losses = {"val_group": group, "val_contrastive_loss": loss}
+    return {"validation": result, "mean_r1": mean_r1, **losses}
 
 
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.

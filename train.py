@@ -39,18 +39,19 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 def make_parser():
     parser = cli.make_parser(__doc__)
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
+    parser.epilog = "Shards: tar files, folders, globs or {0000..0575}. A run prints its options."
     add = parser.add_argument
     add_length = parser.add_mutually_exclusive_group().add_argument
     count = cli.number(int, 1)
     amount = cli.number(float, 0)
     share = cli.number(float, 0.01, 1)
     # fmt: off
-    # The data. Shards are tar files, folders, globs or {0000..0575}.
+    # The data
     add("--train_data", nargs="+", help="shards (default: built-in scenes, with other defaults)")
     add("--val_data", nargs="+", help="shards, or none (default: those named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], help="folders with a folder of images per class")
-    add("--captions", nargs="+", default=["txt"], help="sources: txt or json.FIELD (default: txt)")
-    add("--label_captions", nargs="+", help="sources of the words to predict (default: as drawn)")
+    add("--zeroshot_data", nargs="+", default=[], help="folders to score, with a folder per class")
+    add("--captions", nargs="+", default=["txt"], help="sources, txt or json.FIELD (default: txt)")
+    add("--label_captions", nargs="+", help="sources of words to predict (default: the caption)")
     add("--val_captions", nargs="+", help="sources for validation (default: --captions)")
     add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=share, default=0.9, help="share of the smallest crop; 1: middle square")
@@ -70,15 +71,15 @@ def make_parser():
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
-        help="its peak (default: 5e-4; with --init_from 5e-5, but 5e-4 for a new word head)")
-    add("--weight_decay", type=amount, default=0.2, help="AdamW's, on matrices only")
+        help="peak rate (default: 5e-4; with --init_from 5e-5, but 5e-4 for a new word head)")
+    add("--weight_decay", type=amount, default=0.2, help="decay of matrices, in AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all that is random")
     # The machine
     add("--workers", type=cli.number(int, 0),
         help="loading processes per GPU (default: cores / GPUs, at most 16)")
     add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the steps (default: bfloat16 where it is fast, else float16 on GPUs, or float32)")
+        help="dtype of steps (default: bfloat16 if it is fast, else float16 on GPUs, or float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile towers and head (default: on CUDA under Linux, if torch can)")
     # The run
@@ -355,7 +356,7 @@ def validate(args, out, checkpoint, model, tokenizer, samples, zeroshot_images):
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
             group = args.batch_size  # so that the loss can be compared with that of the training
-            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group=group)
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group)
             evaluation.print_words(model, tokenizer, samples)
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
