@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -277,6 +278,8 @@ def main(argv):
     text = "runs at a time (default: the cores, or 1 if there is a GPU)"
     add("--jobs", type=number(int, 1), default=jobs, help=text)
     args = parser.parse_args(argv)
+    # Let a scheduler that ends this command end its trainings, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     check(2 <= len(args.seeds) <= 20, "--seeds: give 2 to 20 seeds")
     sides = [(command, code_of(command)) for command in (args.a, args.b)]
     tasks = [(command, seed, code) for seed in args.seeds for command, code in sides]

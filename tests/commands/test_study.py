@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import signal
 import subprocess
 import time
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import ROOT
-from material import rows_of
+from material import cases, rows_of
 
 import superclip
 import train
@@ -158,11 +159,18 @@ time.sleep(120)
 """
 
 
-@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+ENDS = {  # case -> a signal or None, and what the comparison raises
+    "a training fails": (None, InputError),
+    "Ctrl-C": (signal.SIGINT, KeyboardInterrupt),
+    "a scheduler": (signal.SIGTERM, SystemExit),
+}
+
+
+@cases("number, error", ENDS)
 def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
-    error, monkeypatch, tmp_path
+    number, error, monkeypatch, tmp_path
 ):
-    """It ends because one training fails, or by Ctrl-C. The other training would take minutes."""
+    """The other training would take minutes."""
     monkeypatch.chdir(tmp_path)
     for path, text in (("common/scenes.py", ""), ("a/train.py", WAITS), ("b/train.py", FAILS)):
         Path(path).parent.mkdir()
@@ -176,8 +184,8 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
     def wait(seconds, sleep=time.sleep):
         while not Path("started").exists():
             sleep(seconds)
-        if error is KeyboardInterrupt:
-            raise KeyboardInterrupt
+        if number:
+            signal.raise_signal(number)
 
     monkeypatch.setattr(subprocess, "Popen", note)
     monkeypatch.setattr(time, "sleep", wait)
@@ -186,6 +194,7 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
     with pytest.raises(error):
         compare.main(["--a", commands[0], "--b", commands[1], "--jobs", "2"])
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert len(started) == 2 and all(process.poll() is not None for process in started)
     assert [*Path("out_study").iterdir()] == [Path("out_study/runs.jsonl")]
 
