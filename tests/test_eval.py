@@ -135,6 +135,13 @@ def test_a_search_goes_through_the_scores_in_chunks():
     assert torch.equal(found[:, 0], torch.arange(5000))
 
 
+def test_a_search_can_have_more_answers_than_a_chunk():
+    answers = torch.zeros(2**24 + 1, 1)
+    answers[-1] = 1.0
+
+    assert evaluation.nearest(torch.ones(1, 1), answers, 1) == len(answers) - 1
+
+
 def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, capsys):
     """All captions of all sources count, and an image that cannot be read does not shift the
     others. The features are perfect, because the model knows the colours."""
@@ -239,6 +246,11 @@ def test_the_labels_of_the_test_choose_nothing():
     other = evaluation.probe(x[:200], y[:200], x[200:], 1 - y[200:], 2)
 
     assert found["value"] + other["value"] == pytest.approx(1)
+
+
+def test_a_probe_of_one_image_is_refused():
+    with pytest.raises(InputError):
+        evaluation.probe(torch.ones(1, 2), [0], torch.ones(1, 2), [0], 1)
 
 
 # ---- commands

@@ -67,6 +67,18 @@ def test_a_resumed_run_needs_its_start_which_may_have_moved(
     assert tune("--init_from", moved, "--steps", 4, "--resume")["step"] == 4
 
 
+def test_a_run_with_a_new_head_does_not_go_on_from_a_checkpoint_with_a_head(
+    tune, shards, tmp_path, capsys
+):
+    """A new head has another learning rate."""
+    for weight in (0, 1):
+        write_checkpoint(tmp_path / f"{weight}.pt", small_model(cls_weight=weight))
+    tune("--init_from", tmp_path / "0.pt", "--steps", 1)
+    options = short_run(shards, tmp_path / "out", "--init_from", tmp_path / "1.pt", "--resume")
+
+    assert "--init_from" in error_of(capsys, train.main, *options)
+
+
 # (--cls_weight or None, the weight in the file) -> the weight of the run
 WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0.5, (0.5, 0): 0.5}
 

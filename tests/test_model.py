@@ -116,6 +116,11 @@ def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     assert all(torch.equal(x, superclip[name]) for name, x in clip.items())
 
 
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="Softmax"):
+        SuperCLIPConfig(loss="Softmax")
+
+
 # ---- the presets
 
 

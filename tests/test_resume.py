@@ -1,6 +1,7 @@
 """Test --resume. Whatever has ended a run, --resume goes on from its last save, and ends with the
 bits of a run that nothing has interrupted. A run in a folder is never overwritten by another."""
 
+import json
 import shutil
 import signal
 from functools import partial
@@ -19,6 +20,7 @@ from material import (
 )
 
 import train
+from common.run import read_log
 
 
 @pytest.fixture
@@ -146,6 +148,45 @@ def test_an_option_of_a_fork_cannot_be_changed(copied_run, shards, monkeypatch, 
     assert "--my_weight from 0.2 to 0.5" in message
     train.main(options)
     assert checkpoint_of(copied_run)["step"] == 13
+
+
+def test_a_last_pt_of_another_version_is_refused_with_its_commit(copied_run, shards, capsys):
+    """Older versions did not say in the header whether the head was new."""
+    last = torch.load(copied_run / "last.pt")
+    del last["header"]["head_is_new"]
+    last["header"]["commit"] = "1234567"
+    torch.save(last, copied_run / "last.pt")
+
+    message = error_of(capsys, train.main, *short_run(shards, copied_run, "--resume"))
+
+    assert "last.pt" in message and "1234567" in message
+
+
+# ---- the log
+
+HEADER = {"header": {"steps": 8}, "step": 0}
+RESUMED = {"header": {"steps": 9}, "step": 4}
+ROWS = [{"step": 4, "loss": 1.5}, {"step": 4, "zeroshot": {}}]  # the validation was due
+LATER = {"step": 6, "loss": 1.2}
+
+
+def test_of_the_rows_of_a_resumed_run_those_that_are_repeated_count(tmp_path):
+    """A kill has cut a row, and a disk has damaged another one."""
+    rows = [HEADER, *ROWS, {**LATER, "loss": 1.3}, RESUMED, ROWS[1], LATER]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 8, "lo'
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\n" + text.encode())
+
+    header, found = read_log(tmp_path / "log.jsonl")
+
+    assert header == {"steps": 9}
+    assert found == [*ROWS, LATER]
+
+
+def test_the_log_of_a_resumed_run_is_json_lines(copied_run, shards):
+    train.main(short_run(shards, copied_run, "--resume", "--steps", 13))
+
+    rows = [json.loads(line) for line in open(copied_run / "log.jsonl")]
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == 13
 
 
 # ---- the folder

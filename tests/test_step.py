@@ -170,6 +170,10 @@ def test_each_term_is_a_part_of_the_loss(config):
     assert all(weight > 0 for weight in weights)
 
 
+def evaluated_loss():
+    return make_model_without_zeros().eval()(**make_batch())["loss"].detach()
+
+
 def run_process(rank, folder, device):
     """Run one of two processes. Save {(config, way, size): what first_step returns in it}."""
     torch.set_num_threads(1)
@@ -182,6 +186,8 @@ def run_process(rank, folder, device):
     found = {}
     for (config, way), size in product(CASES, SIZES):
         found[config, way, size] = first_step(config, way, device, SIZES[size], rank, processes=2)
+    if rank == 0:
+        found["evaluated"] = evaluated_loss()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -206,6 +212,11 @@ def test_two_processes_have_the_gradients_of_one(config, way, size, two_processe
 
     assert_same_step((mean_losses, *first[1:]), expected, way, device_of_two)
     assert_same_step((mean_losses, *second[1:]), expected, way, device_of_two)
+
+
+def test_an_evaluation_waits_for_no_other_process(two_processes):
+    """Process 0 may compute the loss of a validation alone."""
+    assert two_processes[0]["evaluated"] == evaluated_loss()
 
 
 @pytest.mark.parametrize("options", [[], ["--micro_batch_size", 4]], ids=SIZES)

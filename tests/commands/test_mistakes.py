@@ -3,6 +3,7 @@ with exit code 2 and one line that names the option or the file."""
 
 import importlib
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from children import ROOT
 from material import error_of, png, run, small_model, write_checkpoint, write_shard
 
+from common.cli import run_command
 from common.tokenizer import words_to_tiktoken
 
 # Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
 train --train_data nowhere.tar                            | nowhere.tar
 train --train_data pairs{2..1}.tar                        | {2..1}
+train --train_data scenes                                 | scenes
 train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
@@ -43,6 +46,7 @@ scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
 scripts.convert list.pt x.pt                              | list.pt
+scripts.convert states.pt x.pt                            | states.pt
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
@@ -84,6 +88,7 @@ def world(tmp_path_factory):
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({}, world / "other" / "pytorch_model.bin")  # no weight has a name that CLIP needs
     torch.save([1], world / "list.pt")
+    torch.save({"state_dict": [1]}, world / "states.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
@@ -98,6 +103,14 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
 
     assert named in error_of(capsys, main, *argv)
     assert not Path("out").exists()  # a run with a mistake leaves no folder
+
+
+def test_a_closed_stdout_is_no_trace(monkeypatch):
+    """A shell closes it by >&-."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "argv", ["a command", "a text"])
+
+    run_command(lambda argv: print(*argv))
 
 
 COMMANDS = "train eval common.scenes study.compare study.claims".split()
