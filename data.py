@@ -81,9 +81,8 @@ def epoch_order(n, seed, epoch):
 @dataclass
 class Pairs(Dataset):
     """Draw image-caption pairs from Samples, ready to train on. An item is (position, sample), as
-    in `batch_indices`. All that is random about a pair follows from the seed and its position.
-
-    The caption is one text from the sources of the samples. A source that is named twice is drawn
+    in `batch_indices`. All that is random about a pair follows from the seed and its position. The
+    caption is one text from the sources of the samples. A source that is named twice is drawn
     twice as often. label_sources: the same for the label, by default the text that was drawn as the
     caption. num_patches: the number of patches in an image; patch_dropout: the share of them that
     is left out at random.
@@ -282,8 +281,8 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as uint8 (3, size, size), cropped by `crop_box` and resized, bicubic with
     antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
-    if isinstance(picture, Path):
-        picture = picture.read_bytes()
+    if isinstance(picture, (str, Path)):
+        picture = Path(picture).read_bytes()
     try:
         image = picture
         if isinstance(picture, bytes):
@@ -358,7 +357,6 @@ def upright_rgb(image, box=None):
 class Pictures(Dataset):
     """Read pictures in order, without random crops. An item is pixels (3, size, size) and a label.
     If a picture cannot be read, it is named, and its item is (None, None).
-
     source[i] is a picture, as load_image takes it, and its label. A source is a list of (path,
     label), or Samples, whose labels are lists of captions, or a data set of torchvision.
     classes: the names of the classes, if the labels are their numbers.

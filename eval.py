@@ -5,10 +5,9 @@
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
     python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
-Every score is printed with its chance level, its 95 % interval, and n, the number of images over
-which it is a mean. train.py validates with the same functions. Both compute in float32, so a
-checkpoint has one score. The file first turns pictures and texts into features, and features into
-scores. Then come the words of the head, a linear probe, and the commands.
+Every score is printed with its chance level, its 95 % interval, and n, the number of images.
+train.py validates with the same functions. Both compute in float32, so a checkpoint has one score.
+Pictures and texts become features, and features become scores. The head's words come after that.
 
 Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
 """
@@ -33,7 +32,7 @@ from common.tokenizer import has_letters, token_text, trim
 
 def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
-    which turns an image of Pillow, or an image file, into pixels for
+    which turns an image of Pillow, or the path or bytes of an image file, into pixels for
     `model.encode_image(preprocess(image)[None])`."""
     model, tokenizer = read_model(checkpoint)
     preprocess = partial(data.load_image, size=model.config.image_size)
@@ -126,11 +125,10 @@ def format_score(name, s):
 
 def nearest(questions, answers, k):
     """Return the numbers (Q, k) of the k answers that are most similar to each question, the most
-    similar first, on the CPU. questions (Q, E), answers (A, E): features. The search works in
-    chunks, so that the matrix (Q, A) never exists. Of equal answers topk takes any, so a model that
-    has collapsed, which gives the same answers to all questions, scores chance."""
+    similar first, on the CPU. questions (Q, E), answers (A, E): features. Of equal answers topk
+    takes any. So a model that has collapsed, which answers all questions alike, scores chance."""
     found = []
-    chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities
+    chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities, because (Q, A) may be too large
     for part in cli.progress(questions.split(chunk), "searching"):
         similarity = part @ answers.T
         found.append(similarity.topk(min(k, len(answers))).indices.cpu())
@@ -155,8 +153,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     right = torch.bincount(answer_image)[question_image].double()  # (Q,): number of right answers
 
     def mean_of_images(hits):
-        # Each image counts once, with the mean of its questions. The captions of one image are not
-        # independent, so an interval must count images and not captions.
+        # An interval counts images, because the captions of one image are not independent.
         return torch.bincount(question_image, weights=hits) / torch.bincount(question_image)
 
     scores = {}
@@ -168,9 +165,8 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 
 
 def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
-    """Return R@k from image to text and from text to image, a dict of scores for each direction.
-    image_features (N, E); text_features (M, E); image_of_text (M,): the number of each text's
-    image, on the CPU."""
+    """Return R@k from image to text and from text to image, two dicts of scores. image_features
+    (N, E); text_features (M, E); image_of_text (M,): the image of each text, on the CPU."""
     numbers = torch.arange(len(image_features))
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
@@ -195,14 +191,12 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
 
 def score_pairs(model, tokenizer, samples, workers=0, group=256):
     """Score retrieval among data.Samples, print the scores, and return them as a dict for a log.
-    Its mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
-    Its val_contrastive_loss is that of groups of so many pairs. If group is the batch size of a
-    training, it can be compared with the training's."""
+    mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
+    val_contrastive_loss has groups of `group` pairs, such as the batches of a training."""
     features = encode_samples(model, tokenizer, samples, workers)
     result = retrieval(*features)
     for way, scores in result.items():
-        for name, scored in scores.items():
-            # Print with tqdm, because print would write into the line of train.py's progress bar.
+        for name, scored in scores.items():  # print would write into train.py's progress bar
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), scored))
     group = min(group, len(features[0]))
     loss = loss_in_groups(model, *features, group)
@@ -224,10 +218,7 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-@cache
-def write_once(text):
-    """Write a line above a progress bar, the first time only. train.py validates many times."""
-    tqdm.write(text)
+write_once = cache(tqdm.write)  # the first time only, because train.py validates many times
 
 
 def usable_templates(tokenizer, templates):
@@ -235,8 +226,7 @@ def usable_templates(tokenizer, templates):
     none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
     unknown = tokenizer.unknown_words(templates)
     if unknown:
-        lacking = ", ".join(unknown)
-        write_once(f"templates with words that the vocabulary lacks are left out: {lacking}")
+        write_once(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
     return [text for text in templates if not tokenizer.unknown_words([text])] or ["{}"]
 
 
@@ -317,8 +307,8 @@ def fit_and_guess(x, y, x_test, classes, penalty):
 
 def probe(x, y, x_test, y_test, classes):
     """Fit a linear probe to features x (N, D) and their N labels y, and return its score on x_test
-    and y_test. classes: the number of classes. A fifth of the training images chooses the penalty
-    of a probe that learns from the others. Then it learns from all of them. It runs on the CPU."""
+    and y_test. classes: their number. A fifth of the training images chooses the penalty of a probe
+    that learns from the others. Then it learns from all of them. It runs on the CPU."""
     cli.check(len(x) > 1, "a probe needs two images or more to train on")
     x, x_test = x.cpu(), x_test.cpu()
     y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
@@ -396,12 +386,11 @@ def command_probe(model, _, args):
     test = data.class_pictures(args.test, model.config.image_size)
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
 
-    def class_tokens(pixels):
-        class_token, _ = model.visual(pixels)
-        return class_token
+    def class_token(pixels):
+        return model.visual(pixels)[0]
 
-    x, y = encode_pictures(model, train, args.workers, class_tokens)
-    x_test, y_test = encode_pictures(model, test, args.workers, class_tokens)
+    x, y = encode_pictures(model, train, args.workers, class_token)
+    x_test, y_test = encode_pictures(model, test, args.workers, class_token)
     result = probe(x, y, x_test, y_test, len(train.classes))
     print(format_score("linear probe", result))
     return result
@@ -416,7 +405,7 @@ def main(argv):
         sub.set_defaults(function=function)
         cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
-        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default 2)")
+        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
         add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 

@@ -68,11 +68,6 @@ def from_all(value):
     return values
 
 
-def from_first(value):
-    """Return the value that process 0 passes to this function."""
-    return from_all(value)[0]
-
-
 def mean_of_all(scalars):
     """Return a dict of scalar tensors as a dict of floats, averaged over all processes. Reading
     them makes the CPU wait for the GPU."""

@@ -72,15 +72,14 @@ def read_model(path):
     return restore(path, content["model"], content["config"], content["vocab"])
 
 
-def validation_of(checkpoint, shards=None, option="--data"):
+def validation_of(checkpoint, shards=None):
     """Return shards with validation pairs, and the sources of their captions. The sources are those
-    of the run that wrote the checkpoint, and so are the shards if none are given. option: the
-    option of the command that names other pictures, for the message."""
+    of the run that wrote the checkpoint, and so are the shards if none are given."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
     shards = shards or arguments.get("val_data")
     if shards in (None, ["none"]):
-        raise InputError(f"{checkpoint} names no validation shards. Name pictures with {option}.")
+        raise InputError(f"{checkpoint} names no validation shards. Name pictures with --images.")
     captions = arguments.get("val_captions") or arguments.get("captions") or ["txt"]
     return shards, captions
 
@@ -106,11 +105,11 @@ def claim_folder(out_dir, resume):
     process. out_dir, resume: the options."""
     folder = None
     if processes.RANK == 0:
-        folder = new_folder() if out_dir is None else folder_of(Path(out_dir), resume)
-    return processes.from_first(str(folder))
+        folder = next_folder() if out_dir is None else folder_of(Path(out_dir), resume)
+    return processes.from_all(str(folder))[0]
 
 
-def new_folder():
+def next_folder():
     """Make the first of the folders out, out_2, out_3 ... that is free, and return its path."""
     for number in count(1):
         folder = Path("out" if number == 1 else f"out_{number}")
@@ -144,14 +143,14 @@ def print_commands(out, model, val_samples):
     if not checkpoint.exists():
         checkpoint = out / "last.pt"
         print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
-    options = f"--checkpoint {checkpoint.as_posix()}"
+    options = f"--checkpoint {checkpoint}"
     if val_samples is None:
         options += " --images PICTURES"
     print("\nWhat the model has learned:")
     print(f'  python -m scripts.search {options} "TEXT"')
     if model.head is not None:
         print(f"  python -m scripts.words {options} --out words.png")
-    print(f"  python -m scripts.curves {(out / 'log.jsonl').as_posix()} --out curves.png")
+    print(f"  python -m scripts.curves {out}/log.jsonl --out curves.png")
 
 
 def commit():
@@ -178,7 +177,6 @@ def make_header(args, steps, dtype, device, model, head_is_new, pairs, val_sampl
         "parameters": sum(p.numel() for p in model.parameters()),
         "head_is_new": head_is_new,
         "steps": steps,
-        "batch_size": args.batch_size,
         "processes": processes.WORLD,
         "device": device_name,
         "dtype": dtype,
@@ -200,8 +198,8 @@ def read_last(path, header, vocab, may_change, parser):
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
     before = last["header"]
-    is_old = "head_is_new" not in before
-    check(not is_old, f"{path} is from another version of this code, commit {before['commit']}")
+    is_ours = "head_is_new" in before
+    check(is_ours, f"{path} is from another version of this code, commit {before['commit']}")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
     # What an option leaves open stands in the config, or in the header itself.
     values = {**header["arguments"], **header["config"], **header}
@@ -271,10 +269,3 @@ def read_log(path):
             rows[step, "loss" in row] = row
     check(header is not None, f"{path} is not a log of train.py")
     return header, list(rows.values())
-
-
-def names_of(folders):
-    """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
-    path, or the whole path if two folders share that part."""
-    last = [Path(folder).name for folder in folders]
-    return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}

@@ -1,8 +1,6 @@
 """Draw the built-in data: scenes with captions, written as real tar shards. So the first
 `python train.py` takes the same path as a run on CC3M, without a download.
 
-    python -m common.scenes --out scenes
-
 A scene has a *setting*, a cloth of some colour and pattern with a border around it. There are 256
 settings. On the cloth lie one or two *objects*, each with a colour and a shape. A scene has two
 captions. The short one is like alt text on the web, which mentions a thing or two. The long one
@@ -28,7 +26,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.cli import make_parser, new_folder, number, progress, run_command
+from common.cli import new_folder, progress
 from common.processes import in_processes
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
@@ -316,17 +314,3 @@ def find_or_make_scenes(out_dir, seed=0):
         if not Path(out_dir).exists():
             raise
     return out_dir
-
-
-def main(argv):
-    parser = make_parser("Draw scenes as shards.")
-    add = parser.add_argument
-    add("--out", default="scenes", help="folder to make (default scenes)")
-    add("--seed", type=number(int, 0), default=0, help="seed of the drawing (default 0)")
-    args = parser.parse_args(argv)
-    make_scenes(args.out, seed=args.seed)
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -70,11 +70,8 @@ def shards_of_run(train_data, val_data):
         return shards, []
     if val_data is not None:
         val_shards = find_shards(val_data)
-        held_out = {os.path.realpath(shard) for shard in val_shards}
-        shards = [shard for shard in shards if os.path.realpath(shard) not in held_out]
+        shards = [shard for shard in shards if shard not in val_shards]
         check(shards, "--val_data names all shards, so none is left to train on")
-    elif not val_shards and len(shards) > 1:
-        print(f"There are no validation pairs. To hold out a shard, add --val_data {shards[-1]}")
     return shards, val_shards
 
 

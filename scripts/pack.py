@@ -68,8 +68,7 @@ def read_table(path):
                 name = os.path.normpath(image)  # a.jpg and ./a.jpg are one image
                 samples.setdefault(name, []).append(row)
     except (UnicodeError, csv.Error) as error:
-        advice = "Is it UTF-8? Is a quotation mark open?"
-        raise InputError(f"{path}: {error}. {advice}") from None
+        raise InputError(f"{path}: {error}. Is it UTF-8? Is a quotation mark open?") from None
     return samples, bad
 
 
@@ -166,15 +165,12 @@ def write_shards(folder, samples):
 def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    # fmt: off
     add("--csv", type=Path, required=True, help="the table: .csv or .tsv")
     add("--images", type=Path, required=True, help="folder with the images")
     add("--out", type=Path, required=True, help="new folder for the shards")
-    add("--size", type=number(int, 1), default=256,
-        help="largest short side in pixels (default 256)")
-    add("--val", type=number(float, 0, 0.99), default=0.05,
-        help="share of images for validation (default 0.05)")
-    # fmt: on
+    add("--size", type=number(int, 1), default=256, help="largest short side in pixels")
+    text = "share of images for validation"
+    add("--val", type=number(float, 0, 0.99), default=0.05, help=text)
     args = parser.parse_args(argv)
     samples, bad = read_table(args.csv)
     with new_folder(args.out) as folder:

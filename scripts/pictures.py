@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-import unicodedata
 from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,7 +31,7 @@ def find_pictures(path, checkpoint, size):
     """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
     bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
     if path is None:
-        shards, captions = validation_of(checkpoint, option="--images")
+        shards, captions = validation_of(checkpoint)
         return NumberedPictures(data.Samples(find_shards(shards), captions), size)
     files = [path] if path.is_file() else data.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
@@ -44,15 +43,12 @@ LETTER = 8  # pixels: about the width of a letter
 
 
 def find_font():
-    """Return a font of Linux, macOS or Windows that has the letters of most alphabets, or None if
-    the system has neither."""
+    """Return a font of Linux, macOS or Windows that has the letters of most alphabets, or else
+    Pillow's, which has those of English."""
     for name in ("DejaVuSans.ttf", "Arial.ttf"):
         with suppress(OSError):
             return ImageFont.truetype(name, 13)
-
-
-def without_accents(text):
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return ImageFont.load_default(13)
 
 
 def contact_sheet(images, captions, path, columns=4):
@@ -60,9 +56,6 @@ def contact_sheet(images, captions, path, columns=4):
     uint8 tensors (3, S, S); captions: list of as many strings."""
     side = images[0].shape[-1]
     font = find_font()
-    if font is None:  # Pillow's own font has no letters beyond ASCII
-        font = ImageFont.load_default(15)
-        captions = map(without_accents, captions)
     wrapped = [textwrap.wrap(text, side // LETTER, max_lines=5) for text in captions]
     rows = math.ceil(len(images) / columns)
     width = side + GAP

@@ -11,8 +11,8 @@ picture than others. Without --images the command searches the validation pictur
 
 --features keeps the features of the pictures in a file. The next search encodes only files that are
 new or have changed. If there are any, it writes the file again, without pictures that have been
-changed or deleted. Other programs can read the arrays by numpy.load: `names` (N,), and `features`
-(N, E), float32, each of length 1.
+changed or deleted. Other programs can read the arrays by numpy.load: `names` (N,), which are whole
+paths, and `features` (N, E), float32, each of length 1.
 """
 
 import base64
@@ -54,9 +54,13 @@ def stamp_of(file):
     return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
+def file_of(stamp):
+    return Path(stamp.rsplit(" ", 2)[0])
+
+
 def read_features(path, checkpoint):
-    """Return what a file of features holds, a dict {stamp: (name, feature (E,))}, without images
-    that have been changed or deleted. Raise InputError if the file is not from the checkpoint with
+    """Return what a file of features holds, a dict {stamp: feature (E,)}, without images that have
+    been changed or deleted. Raise InputError if the file is not from the checkpoint with
     this hash, whose features alone can be compared."""
     try:
         content = dict(np.load(path))
@@ -66,10 +70,10 @@ def read_features(path, checkpoint):
     check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
     known = {}
     features = torch.from_numpy(content["features"])
-    for stamp, name, feature in zip(content["stamps"].tolist(), content["names"], features):
-        file = Path(stamp.rsplit(" ", 2)[0])
+    for stamp, feature in zip(content["stamps"].tolist(), features):
+        file = file_of(stamp)
         if file.exists() and stamp_of(file) == stamp:
-            known[stamp] = name, feature
+            known[stamp] = feature
     return known
 
 
@@ -82,18 +86,17 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
     missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
     try:
         for i, feature in encode(model, Subset(pictures, missing), workers):
-            known[stamps[i]] = pictures.title(i), feature
+            known[stamps[i]] = feature
     finally:  # after Ctrl-C, keep those that are done
         if missing and known:
-            names, features = zip(*known.values())
             content = {
                 "checkpoint": sha256,
                 "stamps": [*known],
-                "names": names,
-                "features": torch.stack(features).numpy(),
+                "names": [str(file_of(stamp)) for stamp in known],
+                "features": torch.stack([*known.values()]).numpy(),
             }
             write_file(path, lambda file: np.savez(file, **content))
-    return {i: known[stamp][1] for i, stamp in enumerate(stamps) if stamp in known}
+    return {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
 
 
 # -----------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def main(argv):
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="texts to look for")
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
-    add("--k", type=number(int, 1), default=12, help="pictures for each text (default 12)")
+    add("--k", type=number(int, 1), default=12, help="pictures for each text")
     add("--features", type=output_file(".npz"), help="file that keeps the features of --images")
     text = "loading processes (default: the cores, at most 16)"
     add("--workers", type=number(int, 0), help=text)

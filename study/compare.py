@@ -38,8 +38,9 @@ import torch
 from common.cli import check, make_parser, number, run_command
 from common.devices import pick_dtype
 from common.processes import cores
-from common.run import names_of, read_log
+from common.run import read_log
 from common.scenes import find_or_make_scenes
+from scripts.curves import names_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # finished runs, and the scenes of each seed

@@ -20,6 +20,7 @@ train --train_data nowhere.tar                            | nowhere.tar
 train --train_data pairs{2..1}.tar                        | {2..1}
 train --train_data scenes                                 | scenes
 train TRAIN --train_data html.tar                         | html.tar
+train TRAIN --resume                                      | --out_dir
 train TRAIN --batch_size 3                                | --batch_size
 train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --crop_area 0                                 | --crop_area
@@ -55,7 +56,6 @@ scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
 scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 study.compare --a "" --b train.py                        | no program
-common.scenes --out classes                               | classes
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {
@@ -113,7 +113,7 @@ def test_a_closed_stdout_is_no_trace(monkeypatch):
     run_command(lambda argv: print(*argv))
 
 
-COMMANDS = "train eval common.scenes study.compare study.claims".split()
+COMMANDS = "train eval study.compare study.claims".split()
 for path in sorted(ROOT.glob("scripts/*.py")):
     if "run_command(main)" in path.read_text():
         COMMANDS.append(f"scripts.{path.stem}")

@@ -1,11 +1,9 @@
 """Test scripts/show.py, which counts and draws what shards hold."""
 
-import torch
 from material import png, run, write_shard
 from PIL import Image
 
 from scripts import show
-from scripts.pictures import contact_sheet
 
 
 def test_it_counts_samples_and_repeated_captions_and_draws_some_pairs(tmp_path, capsys):
@@ -22,12 +20,3 @@ def test_it_counts_samples_and_repeated_captions_and_draws_some_pairs(tmp_path, 
     assert f"2 of them cannot be used, such as {shard}:0006" in printed
     assert f"{2 / 7:.1%}" in printed
     assert Image.open(tmp_path / "pairs.png").width > 4 * show.SIDE
-
-
-def test_letters_beyond_ascii_are_no_equal_boxes(tmp_path):
-    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
-
-    for i, letter in enumerate("ÜÖ"):
-        contact_sheet([image], [letter], tmp_path / f"{i}.png")
-
-    assert Image.open(tmp_path / "0.png") != Image.open(tmp_path / "1.png")
