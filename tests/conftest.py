@@ -107,13 +107,6 @@ def server(cache):
         multiprocessing.forkserver.ensure_running()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def early_server(request):
-    """Start the server early if any test needs it. It imports torch while the first tests run."""
-    if any("server" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("server")
-
-
 @pytest.fixture
 def children(server, tmp_path):
     """Return an object that starts processes (children.py). End them after the test."""

@@ -3,13 +3,11 @@ Pillow and torchvision do it."""
 
 import io
 import random
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from children import finish
 from material import cases, encoded, photo
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
@@ -59,20 +57,6 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     assert torch.equal(load_image(Image.open(io.BytesIO(content)), 24), pixels)
 
 
-def warn():
-    warnings.warn_explicit("odd metadata", UserWarning, "x.py", 1, "PIL.TiffImagePlugin")
-    warnings.warn_explicit("it will go", FutureWarning, "x.py", 2, "PIL.Image")
-    warnings.warn_explicit("my warning", UserWarning, "x.py", 3, "my.data")
-
-
-def test_only_pillows_warnings_about_pictures_are_silent(children):
-    """A fork should see its own warnings, and those about functions that will go."""
-    _, printed = finish(children.start("scripts.words", ["--help"], warn))
-
-    assert "odd metadata" not in printed
-    assert "it will go" in printed and "my warning" in printed
-
-
 # ---- crops
 
 
@@ -106,12 +90,7 @@ def test_what_is_not_random_is_in_the_centre():
     assert data.crop_box(60, 40) == (10, 0, 50, 40)
     assert data.crop_box(30, 90) == (0, 30, 30, 60)
     assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 65)  # none fits
-
-
-def test_a_crop_of_one_pixel_is_not_empty():
-    boxes = {data.crop_box(1, 1, random.Random(seed), 0.0) for seed in range(9)}
-
-    assert boxes == {(0, 0, 1, 1)}
+    assert data.crop_box(1, 1, random.Random(1), 0.01) == (0, 0, 1, 1)
 
 
 # ---- JPEG files that are decoded at a fraction of their size

@@ -8,11 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from children import compile_wide_towers, finish
-from material import WIDE, cases, checkpoint_of, rows_of, short_run, steps_of
+from children import finish
+from material import cases, checkpoint_of, rows_of, short_run, steps_of
 
 import train
-from superclip import PRESETS
 
 
 def test_two_processes_do_what_one_does(children, shards, tmp_path, device_of_two):
@@ -36,30 +35,9 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path, device_of_tw
     torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
     row, other_row = (rows_of(tmp_path / name, "loss")[-1] for name in ("one", "two"))
     assert other_row == pytest.approx(row, rel=tolerance)
-    assert steps_of(rows_of(tmp_path / "two", "loss")) == [2, 4, 6]  # each step once
-
-
-def losses_of(out):
-    return [row["loss"] for row in rows_of(out, "loss")]
-
-
-def test_two_compiled_processes_do_what_one_does(children, shards, tmp_path, monkeypatch):
-    """DistributedDataParallel splits the graphs of the towers, so that it can send some gradients
-    while others are computed. The captions have several lengths. test_step.py tests compiled towers
-    in micro-batches, and two processes in micro-batches."""
-    monkeypatch.setitem(PRESETS, "tiny", WIDE)
-    options = "--steps", 5, "--log_every", 1, "--learning_rate", 1e-5, "--val_data", "none"
-    train.main(short_run(shards, tmp_path / "one", *options))
-    compiled = short_run(shards, tmp_path / "two", *options, "--compile"), compile_wide_towers
-
-    first, second = children.train_two(compiled, compiled)
-
-    code, printed = finish(first)
-    assert (code, finish(second)[0]) == (0, 0), printed
-    assert printed.count("compiled a graph") > 3  # 3 would be whole towers and a head
-    losses = losses_of(tmp_path / "two")
-    assert losses == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
-    assert len(losses) == 5
+    assert steps_of(rows_of(tmp_path / "two", "loss")) == [2, 4, 6]
+    log = (tmp_path / "two" / "log.jsonl").read_text()
+    assert len(log.splitlines()) == 1 + 3 + 3  # a header, losses, validations: each once
 
 
 DIFFERENCES = {  # case -> options of both processes, and more options of the second one

@@ -23,7 +23,6 @@ TRAINING = {"step": 20, "loss": 0, "contrastive_loss": 2.5}
 
 
 def write_log(path, rows):
-    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -33,7 +32,7 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     same last name have their paths as titles."""
     first = [BEGIN, VALIDATION, TRAINING]
     second = [BEGIN, {**TRAINING, "my_loss": -1}]
-    logs = write_log(tmp_path / "a" / "log.jsonl", first), write_log(tmp_path / "B.jsonl", second)
+    logs = write_log(tmp_path / "a.jsonl", first), write_log(tmp_path / "B.jsonl", second)
 
     assert not run(curves.main, *logs, "--out", tmp_path / "curves.png")
 

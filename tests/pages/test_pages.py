@@ -196,4 +196,4 @@ def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
 
     tested = subprocess.run(command, **options)
 
-    assert re.search(r"\b4 passed", tested.stdout), tested.stdout
+    assert re.search(r"\b5 passed", tested.stdout), tested.stdout
