@@ -21,7 +21,7 @@ that they share. At the end is what a first reader can skip: SigLIP's loss, seve
 batches that would not fit into memory. After this file read train.py, data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
-Captions whose words are to be predicted are never cut, and have T' tokens.
+Captions whose words are to be predicted have T' tokens, because they need not be cut.
 """
 
 import math
@@ -164,7 +164,7 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features (B, E): normalised to length 1; scale: the inverse temperature, a
     scalar that train.py keeps between 1 and 100. The loss begins near ln B, because an untrained
-    tower gives nearly the same feature to everything. B counts the pairs of all processes.
+    tower gives nearly the same feature to everything. Here B counts the pairs of all processes.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):
@@ -237,7 +237,7 @@ class SuperCLIP(nn.Module):
             )
 
         # The pairs of all processes: each image must pick its caption, and each caption its image.
-        # With one process gather returns what it gets. In evaluation it would wait for the others.
+        # With one process gather returns what it gets. An evaluation needs no other process.
         all_image_features, all_text_features = image_features, text_features
         if self.training:
             all_image_features = gather(image_features)
@@ -496,10 +496,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# A first reader can skip the rest of this file
-
-# -----------------------------------------------------------------------------
-# SigLIP's loss in place of CLIP's
+# A first reader can skip the rest of this file. It begins with SigLIP's loss in place of CLIP's.
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias):
@@ -526,9 +523,10 @@ def gather(features):
     this process.
 
     Each process computes the loss of the global batch, but only its own features have a gradient.
-    So the sum of the gradients over the processes is the gradient of the loss. But
-    DistributedDataParallel takes the mean. Therefore the gradient of a feature is multiplied by the
-    number of processes here. logit_scale has the whole gradient in every process already.
+    So the gradient of the loss is the sum of the gradients over the processes. But
+    DistributedDataParallel takes their mean, which divides the sum by the number of processes.
+    Therefore the gradient of a feature is multiplied by this number here. logit_scale has the whole
+    gradient in every process already.
     """
     if not dist.is_initialized():
         return features

@@ -4,14 +4,13 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
 
-A step follows from the options and its number: they decide the batch, its crops, the patches that
-are kept, and the learning rate. So on a CPU a run that was killed and resumed ends with the same
-bits as a run that was not. Some CUDA kernels add numbers in no fixed order, so a GPU may differ.
+All that is random in a step follows from the seed and the number of the step. So on a CPU a run
+that was killed and resumed ends with the same bits as a run that was not. A GPU may differ.
 """
 
 import os
 
-# Waiting threads sleep soon. Otherwise trainings side by side would be up to fifty times slower.
+# OpenMP's threads sleep while they wait, or runs side by side would be up to fifty times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch reads it when it is imported
 
 import argparse
@@ -41,7 +40,7 @@ def make_parser():
     parser.usage = "python train.py [options]   (--help explains them)"  # a list would be long
     parser.epilog = "Shards: tar files, folders, globs or {0000..0575}. A run prints its options."
     add = parser.add_argument
-    add_length = parser.add_mutually_exclusive_group().add_argument
+    add_one_of = parser.add_mutually_exclusive_group().add_argument
     count = cli.number(int, 1)
     amount = cli.number(float, 0)
     share = cli.number(float, 0.01, 1)
@@ -55,8 +54,7 @@ def make_parser():
     add("--val_captions", nargs="+", help="sources for validation (default: --captions)")
     add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=share, default=0.9, help="share of the smallest crop; 1: middle square")
-    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
-        help="share of the patches that each step leaves out")
+    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0, help="share to leave out")
     # The model and its loss
     add("--init_from", help="checkpoint to begin with; sets --model, --image_size, --loss, --vocab")
     add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
@@ -65,13 +63,13 @@ def make_parser():
     add("--cls_weight", type=amount,
         help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
     # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
-    add_length("--steps", type=count, help="length of the run in steps (default: by --epochs)")
-    add_length("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
+    add_one_of("--steps", type=count, help="length of the run in steps (default: by --epochs)")
+    add_one_of("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
     add("--batch_size", type=count, default=256, help="pairs in each step, over all processes")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
-        help="peak rate (default: 5e-4; with --init_from 5e-5, but 5e-4 for a new word head)")
+        help="peak (default: 5e-4, or 5e-5 with --init_from); that of a new word head is 5e-4")
     add("--weight_decay", type=amount, default=0.2, help="decay of matrices, in AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all that is random")
     # The machine
@@ -92,9 +90,8 @@ def make_parser():
 
 
 # Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
-KINDS = ("colour", "shape", "colour_shape", "held_out")
 SCENES = {
-    "zeroshot_data": [f"scenes/zeroshot/{kind}" for kind in KINDS],
+    "zeroshot_data": [f"scenes/zeroshot/{x}" for x in "colour shape colour_shape held_out".split()],
     "captions": ["json.short", "json.long"],
     "val_captions": ["json.long"],
     "crop_area": 1.0,  # captions name the border, which a crop cuts off
@@ -104,10 +101,10 @@ SCENES = {
     "compile": False,  # it would take longer than the run
 }
 # Other defaults with --init_from. A larger learning rate would destroy what the weights know.
-FINE_TUNING = {"model": None, "learning_rate": 5e-5}  # None, because the checkpoint sets the model
+FINE_TUNING = {"model": None, "learning_rate": 5e-5}  # the checkpoint sets the model
 RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
 
-# --resume can change these options only. Files may move, so it compares what the data holds.
+# Only these options may differ on --resume. Files may move, so their content is compared.
 MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs micro_batch_size
 learning_rate workers device dtype compile out_dir log_every eval_every""".split()
 
@@ -115,7 +112,7 @@ learning_rate workers device dtype compile out_dir log_every eval_every""".split
 def parse(argv):
     """Return the options of a run."""
     parser = make_parser()
-    given = parser.parse_args(argv)
+    given = parser.parse_args(argv)  # tells which defaults hold
     if given.train_data is None:
         parser.set_defaults(**SCENES)
     if given.init_from is not None:
@@ -146,69 +143,93 @@ def train(args):
     on_gpu = device.type == "cuda"
     dtype = args.dtype or devices.pick_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    # Only float16 needs a scaler: without one small gradients would underflow to 0.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # against underflow to 0
 
     with processes.one_first():  # the first process draws, indexes and downloads for all
         train_data = args.train_data or [find_or_make_scenes("scenes")]
         shards, val_shards = shards_of_run(train_data, args.val_data)
         model, tokenizer, head_is_new = build_model(args, shards, device)
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
+
     optimizer = make_optimizer(model, args.weight_decay, head_is_new)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
+    eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps the run validates
 
+    # The folder of the run, and the header of its log, which --resume compares
     args.out_dir = run.claim_folder(args.out_dir, args.resume)
-    out = Path(args.out_dir)  # for last.pt, best.pt and log.jsonl, which begins with a header
+    out = Path(args.out_dir)
     header = run.make_header(args, steps, dtype, device, model, head_is_new, pairs, val_samples)
-    checkpoint = {  # what best.pt holds, and what last.pt begins with
-        "model": model.state_dict(),  # the tensors of the model, not copies, so always the newest
-        "config": vars(model.config),
-        "vocab": tokenizer.vocab,
-        "header": header,
-        "step": 0,  # steps that are done
-        "best_r1": 0.0,  # the highest score of a validation: the mean of R@1 over both directions
-    }
-    eval_due = True  # the weights before training set the score to beat
+    start = 0
+    best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
         last = run.read_last(out / "last.pt", header, tokenizer.vocab, MAY_CHANGE, make_parser())
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # its state is empty without float16
             scaler.load_state_dict(last["scaler"])
-        checkpoint |= {"step": last["step"], "best_r1": last["best_r1"]}
-        eval_due = last["eval_due"]  # last.pt was saved before a validation, which is made now
-        del last  # free its memory
-    start = checkpoint["step"]
-    run.begin_log(out, header, start)
+        start = last["step"]
+        best_r1 = last["best_r1"]
+        if last["eval_due"]:  # last.pt was saved before a validation, which is made again
+            eval_steps.add(start)
+    run.begin_log(out, header, start)  # it also checks that all processes begin alike
 
     ddp_model = model
     if WORLD > 1:  # Average gradients, without a copy of them. Buffers are equal in all processes.
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    B = args.batch_size // WORLD  # pairs of this process
-    rows = slice(RANK * B, (RANK + 1) * B)  # which they are in the batch of all processes
+    B = args.batch_size // WORLD
+    rows = slice(RANK * B, (RANK + 1) * B)  # the part of each batch that this process loads
     batches = data.load_batches(pairs, args.batch_size, rows, start, steps, args.workers, on_gpu)
 
-    if RANK == 0 and eval_due:
-        validate(args, out, checkpoint, model, tokenizer, val_samples, zeroshot_images)
+    todo = range(start, steps + 1)  # in the last round the run only saves and validates
+    if RANK == 0:
+        todo = tqdm(todo, total=steps, initial=start, unit="step", disable=None)
     saved = time.perf_counter()
-    # The next row of the log measures from the time `since` and the step `since_step` on. waited:
-    # the seconds in which the CPU waits for batches. A GPU may be busy then.
-    since, since_step, waited = saved, start, 0.0
-    hidden = None if RANK == 0 else True  # None: if the output is no terminal
-    for step in tqdm(range(start, steps), total=steps, initial=start, unit="step", disable=hidden):
-        # 1. The batch, a dict of the arguments of SuperCLIP.forward
+    # The next row of the log measures from the time t0 and the step step0 on, without saves and
+    # validations. waited: seconds in which the CPU waits for batches. A GPU may be busy then.
+    t0, step0, waited = saved, start, 0.0
+    for step in todo:
+        # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
+        # fail. Then it saves best.pt if no score was higher. The others wait in part 3, or in main.
+        eval_due = step in eval_steps
+        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
+            checkpoint = {
+                "model": model.state_dict(),  # no copy, so it must be written before the next step
+                "config": vars(model.config),
+                "vocab": tokenizer.vocab,
+                "header": header,
+                "step": step,
+                "best_r1": best_r1,
+            }
+            if step > start:
+                last = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                last |= {**checkpoint, "eval_due": eval_due}
+                run.write_checkpoint(out / "last.pt", last)
+            if eval_due:
+                row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
+                run.log(out, row)
+                mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best
+                if mean_r1 >= best_r1:
+                    best_r1 = mean_r1
+                    if step > 0:  # the weights before training only set the score to beat
+                        run.write_checkpoint(out / "best.pt", {**checkpoint, "best_r1": best_r1})
+            saved = time.perf_counter()
+            t0, step0, waited = saved, step, 0.0
+        if step == steps:
+            break
+
+        # 2. The batch, a dict of the arguments of SuperCLIP.forward
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
 
-        # 2. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
+        # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
         # needs all pairs at once, so forward itself splits a batch into micro-batches.
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
 
-        # 3. The update
+        # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
             peak = RATE_OF_NEW_HEAD if group["is_new"] else args.learning_rate
@@ -222,42 +243,29 @@ def train(args):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
-        # 4. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # They are read before the clock is, so that the time includes the work of the GPU.
+        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
+        # So read them before the clock. The first row includes the compilation, if there is one.
         done = step + 1
-        eval_due = done % eval_every == 0 or done == steps
-        if done % args.log_every == 0 or eval_due:
-            means = processes.mean_of_all(losses)
-            not_finite = "the loss is not finite. Try a lower --learning_rate or another --dtype."
-            cli.check(math.isfinite(means["loss"]), not_finite)
-            seconds = time.perf_counter() - since
+        if done % args.log_every == 0 or done in eval_steps:
+            means = processes.mean_of_all(losses)  # the loss and its terms
+            cli.check(math.isfinite(means["loss"]), "the loss is not finite: lower --learning_rate")
+            seconds = time.perf_counter() - t0
             row = {
                 "step": done,
-                **means,  # the loss and its terms
+                **means,
                 "logit_scale": model.logit_scale.exp().item(),
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": args.learning_rate * factor,  # not that of a new head
-                "images_per_second": round((done - since_step) * args.batch_size / seconds, 1),
+                "images_per_second": round((done - step0) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
-            terms = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-            tqdm.write(f"step {done:6d}: {terms}, {speed}")
-            since, since_step, waited = time.perf_counter(), done, 0.0
-
-        # 5. Process 0 saves last.pt every ten minutes, and before a validation, because that may
-        # fail. The other processes wait for it in their next step, or in main.
-        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
-            checkpoint["step"] = done
-            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            run.write_checkpoint(out / "last.pt", {**checkpoint, **states, "eval_due": eval_due})
-            if eval_due:
-                validate(args, out, checkpoint, model, tokenizer, val_samples, zeroshot_images)
-            saved = time.perf_counter()
-            since, since_step, waited = saved, done, 0.0  # the log does not measure a save
+            tqdm.write(f"step {done:6d}: {text}, {speed}")
+            t0, step0, waited = time.perf_counter(), done, 0.0
     run.print_commands(out, model, val_samples)
 
 
@@ -274,12 +282,11 @@ def build_model(args, shards, device):
         if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    fields = vars(SuperCLIPConfig())
-    config |= {name: x for name, x in vars(args).items() if name in fields and x is not None}
+    # An option that has the name of a field sets the field.
+    config |= {k: x for k, x in vars(args).items() if hasattr(SuperCLIPConfig, k) and x is not None}
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
     cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
-    tokenizer.context_length = config.context_length
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
     if pretrained is not None:
@@ -344,11 +351,9 @@ def learning_rate_factor(step, warmup_steps, steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def validate(args, out, checkpoint, model, tokenizer, samples, zeroshot_images):
-    """Score retrieval and zero-shot classification in float32, print the scores, and log them. If
-    no score before was higher, write best.pt, and set "best_r1" in the checkpoint. samples,
-    zeroshot_images: what open_data returns."""
-    step = checkpoint["step"]
+def validate(args, model, tokenizer, samples, zeroshot_images, step):
+    """Score retrieval and zero-shot classification, without autocast, so in float32. Print the
+    scores, and return them as a row of the log. The samples and images are those of open_data."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
@@ -363,12 +368,7 @@ def validate(args, out, checkpoint, model, tokenizer, samples, zeroshot_images):
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
             row["zeroshot"][folder] = score
     model.train()
-    run.log(out, row)
-    mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest model is the best
-    if mean_r1 >= checkpoint["best_r1"]:
-        checkpoint["best_r1"] = mean_r1
-        if step > 0:  # the weights before training only set the score to beat
-            run.write_checkpoint(out / "best.pt", checkpoint)
+    return row
 
 
 def main(argv):
