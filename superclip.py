@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PAD = 0  # the token id that fills up short captions; CLIP's vocabulary uses it for "!", too
+PAD = 0  # the token id that fills up short captions
 
 
 # -----------------------------------------------------------------------------
@@ -236,13 +236,12 @@ class SuperCLIP(nn.Module):
                 self.encode_pairs, size, images, tokens, label_tokens, token_weights, keep
             )
 
-        # The pairs of all processes: each image must pick its caption, and each caption its image.
-        # With one process gather returns what it gets. An evaluation needs no other process.
-        all_image_features, all_text_features = image_features, text_features
+        # From here on the features are those of all processes: each image must pick its caption out
+        # of the whole batch, and each caption its image. An evaluation needs no other process.
         if self.training:
-            all_image_features = gather(image_features)
-            all_text_features = gather(text_features)
-        contrastive = self.clip_or_siglip_loss(all_image_features, all_text_features)
+            image_features = gather(image_features)
+            text_features = gather(text_features)
+        contrastive = self.clip_or_siglip_loss(image_features, text_features)
         terms = {"contrastive_loss": contrastive, **terms_of_pairs}
 
         # The sum. docs/fork.md shows how to add a term of your own here.
@@ -252,7 +251,7 @@ class SuperCLIP(nn.Module):
         return {"loss": loss, **terms}
 
     def encode_pairs(self, images, tokens, label_tokens, token_weights, keep):
-        """Compute what needs one pair at a time: its features, and the loss of its words.
+        """Compute what a pair needs no other pair for: its features, and the loss of its words.
 
         token_weights (V,): from `idf`; the other arguments are those of `forward`. Return image and
         text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
@@ -556,9 +555,9 @@ def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_wei
         rows = slice(start, start + size)
         pairs = [images[rows], tokens[rows], label_tokens[rows], token_weights]
         pairs.append(None if keep is None else keep[rows])
-        encoded = checkpoint(encode_pairs, *pairs, use_reentrant=False)
-        image_features.append(encoded[0])
-        text_features.append(encoded[1])
-        terms.append(encoded[2])
+        image_part, text_part, terms_part = checkpoint(encode_pairs, *pairs, use_reentrant=False)
+        image_features.append(image_part)
+        text_features.append(text_part)
+        terms.append(terms_part)
     means = {name: torch.stack([x[name] for x in terms]).mean() for name in terms[0]}
     return torch.cat(image_features), torch.cat(text_features), means

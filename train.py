@@ -2,7 +2,7 @@
 
     python train.py                       built-in scenes, one to two minutes on two cores
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
-    torchrun --nproc_per_node 8 train.py --batch_size 4096 --train_data cc3m/ --model ViT-B-16
+    torchrun --nproc_per_node 8 train.py --batch_size 2048 --train_data cc3m/ --model ViT-B-16
 
 All that is random in a step follows from the seed and the number of the step. So on a CPU a run
 that was killed and resumed ends with the same bits as a run that was not. A GPU may differ.
@@ -62,7 +62,7 @@ def make_parser():
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
     add("--cls_weight", type=amount,
         help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
-    # The training. 5e-4 is the rate of CLIP's ViT-B at batch 32,768. We searched none for 256.
+    # The training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. We tried none at 256.
     add_one_of("--steps", type=count, help="length of the run in steps (default: by --epochs)")
     add_one_of("--epochs", type=cli.number(float, 1e-6), help="passes over the data (default: 30)")
     add("--batch_size", type=count, default=256, help="pairs in each step, over all processes")
@@ -189,7 +189,7 @@ def train(args):
     t0, step0, waited = saved, start, 0.0
     for step in todo:
         # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
-        # fail. Then it saves best.pt if no score was higher. The others wait in part 3, or in main.
+        # fail. Then it saves best.pt, if no score was higher. The others wait in part 3.
         eval_due = step in eval_steps
         if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
             checkpoint = {
@@ -304,6 +304,8 @@ def open_data(args, shards, val_shards, model, tokenizer):
     val_samples = None
     if val_shards:
         val_samples = data.Samples(val_shards, args.val_captions or args.captions)
+    else:
+        print("There are no validation pairs (--val_data), so best.pt will be the newest model.")
     size = model.config.image_size
     zeroshot_images = {x: data.class_pictures(x, size) for x in args.zeroshot_data}
     pairs = data.Pairs(
