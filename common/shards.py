@@ -70,7 +70,8 @@ def shards_of_run(train_data, val_data):
         return shards, []
     if val_data is not None:
         val_shards = find_shards(val_data)
-        shards = [shard for shard in shards if shard not in val_shards]
+        real = {os.path.realpath(shard) for shard in val_shards}  # a folder may be a link
+        shards = [shard for shard in shards if os.path.realpath(shard) not in real]
         check(shards, "--val_data names all shards, so none is left to train on")
     return shards, val_shards
 

@@ -42,12 +42,13 @@ def test_the_name_of_a_shard_tells_its_side():
     assert by_split(val) == (val, [])  # so that there is something to train on
 
 
-def test_shards_that_val_data_names_are_not_trained_on(tmp_path):
-    train, val = [f"{tmp_path}/{name}.tar" for name in ("train-0", "train-1")]
+def test_shards_that_val_data_names_are_not_trained_on_even_through_a_link(tmp_path):
+    train, val = tmp_path / "train-0.tar", tmp_path / "link" / "train-1.tar"
+    (tmp_path / "link").symlink_to(tmp_path)
     for path in (train, val):
-        Path(path).touch()
+        path.touch()
 
-    assert shards_of_run([tmp_path], [val]) == ([train], [val])
+    assert shards_of_run([tmp_path], [str(val)]) == ([str(train)], [str(val)])
 
 
 # ---- what the index finds
