@@ -126,7 +126,8 @@ def format_score(name, s):
 def nearest(questions, answers, k):
     """Return the numbers (Q, k) of the k answers that are most similar to each question, the most
     similar first, on the CPU. questions (Q, E), answers (A, E): features. Of equal answers topk
-    takes any. So a model that has collapsed, which answers all questions alike, scores chance."""
+    takes any. So a model that has collapsed scores about chance, or less if images have several
+    captions."""
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities, because (Q, A) may be too large
     for part in cli.progress(questions.split(chunk), "searching"):
@@ -135,12 +136,12 @@ def nearest(questions, answers, k):
     return torch.cat(found)
 
 
-def recall_by_chance(right, n, k):
+def recall_by_chance(num_right, n, k):
     """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
-    which `right` (Q,) are right. The first draw misses with probability (n - right) / n. If it
-    does, the second one misses with probability (n - right - 1) / (n - 1), and so on."""
+    which num_right (Q,) are right. The first draw misses with probability (n - num_right) / n. If
+    it does, the second one misses with probability (n - num_right - 1) / (n - 1), and so on."""
     drawn = torch.arange(min(k, n))[:, None]
-    misses = ((n - right - drawn) / (n - drawn)).clamp(min=0)  # (k, Q): probabilities
+    misses = ((n - num_right - drawn) / (n - drawn)).clamp(min=0)  # (k, Q): probabilities
     return 1 - misses.prod(dim=0)
 
 
@@ -150,7 +151,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     CPU. An answer is right if it belongs to the image of the question."""
     best = nearest(questions, answers, max(ks))  # (Q, k)
     is_right = answer_image[best] == question_image[:, None]  # (Q, k)
-    right = torch.bincount(answer_image)[question_image].double()  # (Q,): number of right answers
+    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,)
 
     def mean_of_images(hits):
         # An interval counts images, because the captions of one image are not independent.
@@ -159,7 +160,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     scores = {}
     for k in ks:
         hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
-        by_chance = recall_by_chance(right, len(answers), k)
+        by_chance = recall_by_chance(num_right, len(answers), k)
         scores[f"R@{k}"] = score(mean_of_images(hits), mean_of_images(by_chance).mean())
     return scores
 
@@ -401,11 +402,11 @@ def main(argv):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, function, text):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub = commands.add_parser(name, help=text, description=text, **cli.OF_ALL_PARSERS)
         sub.set_defaults(function=function)
         cli.add_options(sub, "checkpoint", "device")
         add = sub.add_argument
-        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
+        add("--workers", type=cli.number(int, 0), default=2, help="loading processes")
         add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
