@@ -185,7 +185,7 @@ class Samples:
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths
         self.sources = sources
-        self.index, self.unused = build_index(paths)  # texts that say what is not used
+        self.index, self.unused = build_index(paths)  # unused: texts, what and why
         if self.unused:
             print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
         check(len(self.index) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -228,7 +228,7 @@ class Samples:
         except (ValueError, LookupError, TypeError, AttributeError):  # a field may hold anything
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
-            raise BadSample(f"the caption is empty, or longer than {MAX_CAPTION:,} characters")
+            raise BadSample(f"{source} is missing, empty, or above {MAX_CAPTION:,} characters")
         return texts
 
     def captions(self, i):
@@ -357,21 +357,21 @@ def upright_rgb(image, box=None):
 class Pictures(Dataset):
     """Read pictures in order, without random crops. An item is pixels (3, size, size) and a label.
     If a picture cannot be read, it is named, and its item is (None, None).
-    source[i] is a picture, as load_image takes it, and its label. A source is a list of (path,
-    label), or Samples, whose labels are lists of captions, or a data set of torchvision.
+    labelled[i] is a picture, as load_image takes it, and its label: a list of (path, label), or
+    Samples, whose labels are lists of captions, or a data set of torchvision.
     classes: the names of the classes, if the labels are their numbers.
     """
 
-    source: object
+    labelled: object
     size: int
     classes: list | None = None
 
     def __len__(self):
-        return len(self.source)
+        return len(self.labelled)
 
     def __getitem__(self, i):
         try:
-            picture, label = self.source[i]
+            picture, label = self.labelled[i]
             return load_image(picture, self.size), label
         except UNREADABLE as error:
             tqdm.write(f"skipped {self.name(i)}: {error}")
@@ -379,10 +379,10 @@ class Pictures(Dataset):
 
     def name(self, i):
         """Return SHARD:KEY of a sample, the path of a file, or else the number of the picture."""
-        if isinstance(self.source, Samples):
-            return self.source.name(i)
-        if isinstance(self.source, list):
-            return str(self.source[i][0])
+        if isinstance(self.labelled, Samples):
+            return self.labelled.name(i)
+        if isinstance(self.labelled, list):
+            return str(self.labelled[i][0])
         return f"picture {i}"
 
 
@@ -430,11 +430,11 @@ def class_pictures(name, size, training=False):
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
         classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
-        source = []
+        labelled = []
         for c, folder in enumerate(classes):
-            source += [(file, c) for file in images_below(Path(name, folder))]
-        check(source, f"{name} has no folders with images in it, one for each class")
+            labelled += [(file, c) for file in images_below(Path(name, folder))]
+        check(labelled, f"{name} has no folders with images in it, one for each class")
     else:
-        source = standard_set(name, training)
-        classes = source.classes
-    return Pictures(source, size, [c.replace("_", " ") for c in classes])
+        labelled = standard_set(name, training)
+        classes = labelled.classes
+    return Pictures(labelled, size, [c.replace("_", " ") for c in classes])

@@ -142,7 +142,7 @@ def print_commands(out, model, val_samples):
     checkpoint = out / "best.pt"
     if not checkpoint.exists():
         checkpoint = out / "last.pt"
-        print("There is no best.pt: no validation was as good as the first. Lower --learning_rate.")
+        print("There is no best.pt: no score beat step 0. Train longer, or lower --learning_rate.")
     options = f"--checkpoint {checkpoint}"
     if val_samples is None:
         options += " --images PICTURES"

@@ -19,7 +19,7 @@ import tiktoken.load
 import torch
 
 from common.cli import InputError
-from superclip import PAD
+from superclip import PAD, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
 # Vocabularies
@@ -112,7 +112,7 @@ class Tokenizer:
     every single byte has a token with the space and one without.
     """
 
-    def __init__(self, vocab, context_length=77):
+    def __init__(self, vocab, context_length=SuperCLIPConfig.context_length):
         self.vocab = vocab
         self.context_length = context_length
         lines = [line.split() for line in vocab.splitlines() if line]

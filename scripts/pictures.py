@@ -22,8 +22,8 @@ class NumberedPictures(data.Pictures):
 
     def title(self, i):
         """Return the first caption of a sample, or the path of a file."""
-        if isinstance(self.source, data.Samples):
-            return self.source.captions(i)[0]
+        if isinstance(self.labelled, data.Samples):
+            return self.labelled.captions(i)[0]
         return self.name(i)
 
 

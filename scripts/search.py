@@ -82,7 +82,7 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
     file of features lacks, and write it again. path: that file; checkpoint: the checkpoint's."""
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
-    stamps = [stamp_of(file) for file, _ in pictures.source]
+    stamps = [stamp_of(file) for file, _ in pictures.labelled]
     missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
     try:
         for i, feature in encode(model, Subset(pictures, missing), workers):
