@@ -1,6 +1,6 @@
 """Train CLIP with SuperCLIP's word head, on one CPU or GPU, or with torchrun on many.
 
-    python train.py                       built-in scenes, one to two minutes on two cores
+    python train.py                       built-in scenes, about two minutes on two cores
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 2048 --train_data cc3m/ --model ViT-B-16
 
@@ -282,7 +282,6 @@ def build_model(args, shards, device):
         if pretrained.head is None and args.cls_weight is None:
             print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
             config["cls_weight"] = 1.0
-    # An option that has the name of a field sets the field.
     config |= {k: x for k, x in vars(args).items() if hasattr(SuperCLIPConfig, k) and x is not None}
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
@@ -354,8 +353,7 @@ def learning_rate_factor(step, warmup_steps, steps):
 
 
 def validate(args, model, tokenizer, samples, zeroshot_images, step):
-    """Score retrieval and zero-shot classification, without autocast, so in float32. Print the
-    scores, and return them as a row of the log. The samples and images are those of open_data."""
+    """Score a model in float32, print the scores, and return them as a row of the log."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
