@@ -185,7 +185,7 @@ class Samples:
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths
         self.sources = sources
-        self.index, self.unused = build_index(paths)  # unused: texts, what and why
+        self.index, self.unused = build_index(paths)  # unused: texts that say what and why
         if self.unused:
             print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
         check(len(self.index) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -228,7 +228,7 @@ class Samples:
         except (ValueError, LookupError, TypeError, AttributeError):  # a field may hold anything
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
-            raise BadSample(f"{source} is missing, empty, or above {MAX_CAPTION:,} characters")
+            raise BadSample(f"{source} is missing, empty or longer than {MAX_CAPTION:,} characters")
         return texts
 
     def captions(self, i):

@@ -188,8 +188,8 @@ def train(args):
     # validations. waited: seconds in which the CPU waits for batches. A GPU may be busy then.
     t0, step0, waited = saved, start, 0.0
     for step in todo:
-        # 1. Process 0 saves last.pt every ten minutes, and before a validation, because that may
-        # fail. Then it saves best.pt, if no score was higher. The others wait in part 3.
+        # 1. Process 0 saves last.pt every ten minutes, and before a validation, which may fail.
+        # Then it saves best.pt, if no score was higher. The others wait in part 3, or at the end.
         eval_due = step in eval_steps
         if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
             checkpoint = {
@@ -303,8 +303,6 @@ def open_data(args, shards, val_shards, model, tokenizer):
     val_samples = None
     if val_shards:
         val_samples = data.Samples(val_shards, args.val_captions or args.captions)
-    else:
-        print("There are no validation pairs (--val_data), so best.pt will be the newest model.")
     size = model.config.image_size
     zeroshot_images = {x: data.class_pictures(x, size) for x in args.zeroshot_data}
     pairs = data.Pairs(
@@ -353,7 +351,8 @@ def learning_rate_factor(step, warmup_steps, steps):
 
 
 def validate(args, model, tokenizer, samples, zeroshot_images, step):
-    """Score a model in float32, print the scores, and return them as a row of the log."""
+    """Score retrieval and zero-shot classification, without autocast, so in float32. Print the
+    scores, and return them as a row of the log. The samples and images are those of open_data."""
     tqdm.write(f"\nvalidation after step {step}")
     row = {"step": step, "zeroshot": {}}
     model.eval()
