@@ -17,21 +17,24 @@ caption, and with no other. Rare words count more than common ones.
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
 model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
-that they share. At the end is what a first reader can skip: SigLIP's loss, several processes, and
-batches that would not fit into memory. After this file read train.py, data.py and eval.py.
+that they share. At the end is what a first reader can skip: SigLIP's loss, several processes,
+batches that would not fit into memory, and attention on a CPU. After this file read train.py,
+data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
-Captions whose words are to be predicted have T' tokens, because they need not be cut.
+The text tower reads at most context_length tokens, so a longer caption is cut for it. The words to
+predict come from captions that are not cut. They have T' tokens, which may exceed context_length.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 PAD = 0  # the token id that fills up short captions
 
@@ -87,6 +90,17 @@ PRESETS = {
 
 
 # -----------------------------------------------------------------------------
+# The norm of the word head and of both towers
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalise each token. Return the input's dtype; CUDA's autocast would return float32."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
 # What SuperCLIP adds to CLIP: a head that must predict the words of the caption. A word is a token
 # of the vocabulary, but not padding, start or end. The README has the same in five lines.
 
@@ -102,7 +116,7 @@ class WordHead(nn.Module):
 
     def __init__(self, width, vocab_size):
         super().__init__()
-        self.ln = LayerNorm(width)  # defined below: nn.LayerNorm that keeps the dtype of its input
+        self.ln = LayerNorm(width)
         self.linear = nn.Linear(width, vocab_size)
         nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits of variance 1
         nn.init.zeros_(self.linear.bias)
@@ -224,34 +238,39 @@ class SuperCLIP(nn.Module):
                 self.count_tokens(label_tokens)
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
-        # Each pair by itself: two features, and the loss of the head that predicts its words.
-        # Micro-batches give the same, with less memory.
-        if micro_batch_size is None or micro_batch_size == len(images):
-            image_features, text_features, terms_of_pairs = self.encode_pairs(
-                images, tokens, label_tokens, token_weights, keep
-            )
-        else:
-            size = micro_batch_size
-            image_features, text_features, terms_of_pairs = in_micro_batches(
-                self.encode_pairs, size, images, tokens, label_tokens, token_weights, keep
-            )
+        # What needs one pair at a time: two features, and the loss of the head. Micro-batches give
+        # the same numbers with less memory.
+        encode_pairs = self.encode_pairs
+        if micro_batch_size is not None and micro_batch_size < len(images):
+            encode_pairs = partial(in_micro_batches, encode_pairs, micro_batch_size)
+        image_features, text_features, terms = encode_pairs(
+            images, tokens, label_tokens, token_weights, keep
+        )
 
-        # From here on the features are those of all processes: each image must pick its caption out
-        # of the whole batch, and each caption its image. An evaluation needs no other process.
+        # What needs all pairs: each image must pick its caption out of the whole batch, and each
+        # caption its image. So from here on the features are those of all processes. An evaluation
+        # needs no other process.
         if self.training:
             image_features = gather(image_features)
             text_features = gather(text_features)
-        contrastive = self.clip_or_siglip_loss(image_features, text_features)
-        terms = {"contrastive_loss": contrastive, **terms_of_pairs}
+        terms["contrastive_loss"] = self.clip_or_siglip_loss(image_features, text_features)
 
-        # The sum. docs/fork.md shows how to add a term of your own here.
-        loss = contrastive
-        if self.head is not None:
-            loss = loss + self.config.cls_weight * terms["classification_loss"]
+        # The sum. A term of your own is added here, as docs/fork.md shows.
+        if self.head is None:  # plain CLIP
+            loss = terms["contrastive_loss"]
+        else:
+            loss = terms["contrastive_loss"] + self.config.cls_weight * terms["classification_loss"]
         return {"loss": loss, **terms}
 
+    def count_tokens(self, label_tokens):
+        """Count the captions (B, T') of a batch, and how many of them contain each token."""
+        # In one process these are len(label_tokens) and multi_hot(label_tokens, V).sum(dim=0).
+        num_captions, token_counts = counts_of_batch(label_tokens, self.config.vocab_size)
+        self.num_captions += num_captions
+        self.token_counts += token_counts  # (V,)
+
     def encode_pairs(self, images, tokens, label_tokens, token_weights, keep):
-        """Compute what a pair needs no other pair for: its features, and the loss of its words.
+        """Compute what needs one pair at a time: its features, and the loss of its words.
 
         token_weights (V,): from `idf`; the other arguments are those of `forward`. Return image and
         text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
@@ -273,19 +292,6 @@ class SuperCLIP(nn.Module):
             return contrastive_loss(image_features, text_features, scale)
         return sigmoid_loss(image_features, text_features, scale, self.logit_bias)
 
-    def count_tokens(self, label_tokens):
-        """Count the captions (B, T') of a batch, and the words in them, over all processes."""
-        # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
-        # take a gigabyte.
-        V = len(self.token_counts)
-        counts = sum(multi_hot(part, V).sum(dim=0) for part in label_tokens.split(256)).long()
-        num_captions = len(label_tokens)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            num_captions *= dist.get_world_size()  # every process has as many
-        self.token_counts += counts
-        self.num_captions += num_captions
-
     def encode_image(self, images):
         """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
         and std are already removed."""
@@ -293,7 +299,9 @@ class SuperCLIP(nn.Module):
         return self.project_image(class_token)
 
     def project_image(self, class_token):
-        """Return features (B, E) of length 1. class_token (B, D): from the image tower."""
+        """Return features (B, E) of length 1. class_token (B, D): from the image tower. The tower
+        owns the matrix of this projection, so that published weights load. But it returns the class
+        token as it is before, because a linear probe (eval.py) reads that."""
         features = class_token @ self.visual.proj
         return F.normalize(features.float(), dim=-1)
 
@@ -330,15 +338,13 @@ class VisionTransformer(nn.Module):
         width, layers, heads = config.vision_width, config.vision_layers, config.vision_heads
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size  # patches per side
-        # One linear layer for every patch. It is a convolution only by its name and its
-        # initialisation, so that published weights load.
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
         self.ln_post = LayerNorm(width)
-        # SuperCLIP.project_image uses it: the tower returns the class token before this projection.
+        # The tower does not use this matrix. SuperCLIP.project_image does.
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -352,7 +358,9 @@ class VisionTransformer(nn.Module):
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # This is conv1(images). In this form its backward pass is faster.
+        # This is conv1(images): a convolution that moves by whole patches applies one linear layer
+        # to each patch. Written as a linear layer, its backward pass is faster. conv1 is a Conv2d
+        # so that published weights load, and for its initialisation.
         x = F.linear(patches_of(images, self.patch_size), self.conv1.weight.flatten(1))  # (B, P, D)
         x = x + self.positional_embedding[1:]
         if keep is not None:  # the other patches never enter the transformer, which saves time
@@ -399,26 +407,6 @@ class TextTransformer(nn.Module):
 # One transformer for both towers
 
 
-class LayerNorm(nn.LayerNorm):
-    """Normalise each token. Return the input's dtype; CUDA's autocast would return float32."""
-
-    def forward(self, x):
-        return super().forward(x).to(x.dtype)
-
-
-def attention(q, k, v, causal):
-    """Return what each token takes from the others (B, H, T, D/H), where H is the number of heads.
-    q, k, v have this shape, too. causal: whether a token sees only itself and those before it."""
-    if q.device.type != "cpu":
-        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # On a CPU torch's attention is five times slower in bfloat16. So compute it in float32, and
-    # keep autocast from casting back.
-    with torch.autocast("cpu", enabled=False):
-        x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
-    return x.to(q.dtype)
-
-
 class Attention(nn.Module):
     """Let tokens exchange information: multi-head self-attention. The parameters have the names of
     nn.MultiheadAttention, so that published weights load."""
@@ -438,7 +426,9 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        x = attention(q, k, v, self.causal)
+        # This is F.scaled_dot_product_attention. The end of the file says what differs on a CPU.
+        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels.
+        x = scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, D/H)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
 
@@ -514,18 +504,19 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
 
 
 # -----------------------------------------------------------------------------
-# Batches that need several processes, or several passes through the towers
+# Several processes
 
 
 def gather(features):
     """Return the features of all processes, in the order of their ranks. features (B, E): those of
     this process.
 
-    Each process computes the loss of the global batch, but only its own features have a gradient.
-    So the gradient of the loss is the sum of the gradients over the processes. But
-    DistributedDataParallel takes their mean, which divides the sum by the number of processes.
-    Therefore the gradient of a feature is multiplied by this number here. logit_scale has the whole
-    gradient in every process already.
+    Example: process 0 has the features a, and process 1 has b. Both compute the loss of the whole
+    batch, L(a, b). But b comes to process 0 as a constant, so the gradient of its weights is only
+    the part that comes through a. Process 1 has the part that comes through b. A single process
+    would have the sum of both. DistributedDataParallel takes their mean, which is half of the sum.
+    Therefore the gradient of a feature is doubled here. That of logit_scale is not: each process
+    has all of it, and the mean of two equal numbers is right already.
     """
     if not dist.is_initialized():
         return features
@@ -538,14 +529,33 @@ def gather(features):
     return torch.cat(gathered)
 
 
+def counts_of_batch(label_tokens, vocab_size):
+    """Return how many captions the batch has, and how many of them contain each token (V,), summed
+    over all processes. label_tokens (B, T'): the captions of this process."""
+    num_captions = len(label_tokens)
+    token_counts = torch.zeros(vocab_size, dtype=torch.long, device=label_tokens.device)
+    # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
+    # take a gigabyte.
+    for captions in label_tokens.split(256):
+        token_counts += multi_hot(captions, vocab_size).sum(dim=0).long()
+    if dist.is_initialized():
+        num_captions *= dist.get_world_size()  # every process has as many
+        dist.all_reduce(token_counts)
+    return num_captions, token_counts
+
+
+# -----------------------------------------------------------------------------
+# Batches that would not fit into memory
+
+
 def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_weights, keep):
     """Return what encode_pairs(images, tokens, label_tokens, token_weights, keep) returns, but with
     the memory of `size` pairs (GradCache, arXiv 2101.06983).
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
-    checkpoint keeps its inputs and its features, and forgets all that the towers have computed in
-    between. The backward pass computes that again, one micro-batch after the other, which takes a
-    third more time.
+    recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
+    forgets all that the towers have computed in between. The backward pass computes that again, one
+    micro-batch after the other, which takes a third more time.
     """
     assert len(images) % size == 0  # so that all parts count equally
     image_features = []
@@ -553,11 +563,33 @@ def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_wei
     terms = []
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
-        pairs = [images[rows], tokens[rows], label_tokens[rows], token_weights]
-        pairs.append(None if keep is None else keep[rows])
-        image_part, text_part, terms_part = checkpoint(encode_pairs, *pairs, use_reentrant=False)
+        image_part, text_part, terms_part = recompute_in_backward(
+            encode_pairs,
+            images[rows],
+            tokens[rows],
+            label_tokens[rows],
+            token_weights,
+            None if keep is None else keep[rows],
+            use_reentrant=False,  # the older kind wants inputs that require gradients
+        )
         image_features.append(image_part)
         text_features.append(text_part)
         terms.append(terms_part)
-    means = {name: torch.stack([x[name] for x in terms]).mean() for name in terms[0]}
-    return torch.cat(image_features), torch.cat(text_features), means
+    mean_terms = {}
+    for name in terms[0]:
+        mean_terms[name] = torch.stack([part[name] for part in terms]).mean()
+    return torch.cat(image_features), torch.cat(text_features), mean_terms
+
+
+# -----------------------------------------------------------------------------
+# Attention on a CPU
+
+
+def scaled_dot_product_attention(q, k, v, is_causal):
+    """Return what torch's function of this name returns. On a CPU that is five times slower in
+    bfloat16, so compute it in float32 there."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):  # autocast would cast back to bfloat16
+        x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+    return x.to(q.dtype)
