@@ -169,20 +169,22 @@ def table(*rows):
 
 
 def tables():
-    """Return both tables as Markdown, the claims and the other comparisons."""
-    head = ["the paper's claim", "what we measured", "CLIP", "SuperCLIP", "SuperCLIP - CLIP"]
-    claims = [[*head, "ahead", "control", "SuperCLIP - control", "answer"]]
+    """Return three tables as Markdown: the answers to the claims, the other comparisons, and the
+    scores behind the answers."""
+    answers = [["the paper's claim", "what we measured", "SuperCLIP - CLIP", "ahead", "answer"]]
+    scores = [["what we measured", "CLIP", "control", "SuperCLIP", "SuperCLIP - control"]]
     for claim, measured, score, (clip, control, superclip, *again), is_planned in CLAIMS:
         cells, middle, half, is_significant = compare(score, clip, superclip)
+        of_clip, of_superclip, gain, seeds_ahead = cells
         (of_control, _, lead, _), *_ = compare(score, control, *again or [superclip])
         last = answer(middle, half, is_planned and is_significant)
-        claims.append([claim, measured, *cells, of_control, lead, last])
-    head = ["A", "B", "what we measured", "mean of A", "mean of B", "B - A", "B ahead", "planned"]
-    others = [head]
+        answers.append([claim, measured, gain, seeds_ahead, last])
+        scores.append([measured, of_clip, of_control, of_superclip, lead])
+    others = [["A", "B", "what we measured", "mean of A", "mean of B", "B - A", "B ahead"]]
     for a, b, measured, score, *two_arms in OTHERS:
         cells, *_ = compare(score, *two_arms)
-        others.append([a, b, measured, *cells, "yes" if two_arms == HEADS else "no"])
-    return table(*claims), table(*others)
+        others.append([a, b, measured, *cells])
+    return table(*answers), table(*others), table(*scores)
 
 
 def main(argv):
