@@ -125,7 +125,7 @@ def test_the_lines_of_inference_run(monkeypatch, capsys):
     """They print two cosines without a graph, the first one larger, and then words."""
     monkeypatch.chdir(ROOT)
 
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "weights.md").read_text()
     names = {}
     exec(re.search(r"```python\n(from PIL.+?)```", page, re.DOTALL)[1], names)
 
