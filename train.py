@@ -8,15 +8,13 @@ All that is random in a step follows from the seed and the number of the step. S
 that was killed and resumed ends with the same bits as a run that was not. A GPU may differ.
 """
 
-import os
-
-# OpenMP's threads sleep while they wait, or runs side by side would be up to fifty times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch reads it when it is imported
-
 import argparse
 import math
 import time
 from pathlib import Path
+
+# Before torch, which reads the environment variable that common/__init__.py sets.
+from common import cli, devices, processes, run  # isort: skip
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -24,7 +22,6 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from common import cli, devices, processes, run
 from common.processes import RANK, WORLD
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run

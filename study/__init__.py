@@ -1,5 +1,3 @@
-"""The experiments in this folder import torch before train.py can set this for it."""
+"""The experiments in this folder import torch before train.py, so import common before."""
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads sleep soon, as in train.py
+import common  # noqa: F401, it sets an environment variable that torch reads
