@@ -283,6 +283,7 @@ def build_model(args, shards, device):
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
     cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
+    tokenizer.context_length = config.context_length
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
     if pretrained is not None:

@@ -21,7 +21,7 @@ import eval as evaluation
 import train
 from common.run import claim_folder, read_log
 from data import Pairs
-from superclip import SuperCLIP
+from superclip import PRESETS, SuperCLIP
 
 WAYS = {
     "SigLIP's loss": "--loss sigmoid",
@@ -68,6 +68,18 @@ def test_of_a_folder_with_both_sides_it_trains_on_one_and_the_next_commands_find
     assert row["validation"]["image_to_text"]["R@1"]["n"] == 20
     assert run_commands_in(capsys.readouterr().out) == 3
     assert "20 pictures" in capsys.readouterr().out  # found by scripts.search
+
+
+@pytest.mark.parametrize("context_length", [8, 100])
+def test_captions_have_the_context_length_of_the_model(shards, monkeypatch, context_length):
+    """A longer caption than the text tower reads would end the run. A longer context would stay
+    empty."""
+    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "context_length": context_length})
+    args = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8"])
+
+    _, tokenizer, *_ = train.build_model(args, [shards / "train-0.tar"], torch.device("cpu"))
+
+    assert tokenizer("a red square").shape == (1, context_length)
 
 
 # ---- its folder
