@@ -289,6 +289,10 @@ def build_model(args, shards, device):
     if pretrained is not None:
         # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
         model.load_state_dict(pretrained.state_dict(), strict=False)
+        if model.head is not None:
+            # Count the words anew. One that was rare there may be in every caption here.
+            model.token_counts.zero_()
+            model.num_captions.zero_()
     head_is_new = model.head is not None and pretrained is not None and pretrained.head is None
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
