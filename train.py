@@ -67,6 +67,8 @@ def make_parser():
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
         help="peak (default: 5e-4, or 5e-5 with --init_from); that of a new word head is 5e-4")
+    add("--warmup_steps", type=cli.number(int, 0),
+        help="steps in which the learning rate rises (default: half of all, at most 3000)")
     add("--weight_decay", type=amount, default=0.2, help="decay of matrices, in AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all that is random")
     # The machine
@@ -102,8 +104,8 @@ FINE_TUNING = {"model": None, "learning_rate": 5e-5}  # the checkpoint sets the 
 RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
 
 # Only these options may differ on --resume. Files may move, so their content is compared.
-MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs micro_batch_size
-learning_rate workers device dtype compile out_dir log_every eval_every""".split()
+MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs warmup_steps
+micro_batch_size learning_rate workers device dtype compile out_dir log_every eval_every""".split()
 
 
 def parse(argv):
@@ -338,7 +340,7 @@ def count_steps(args, num_pairs):
     """Return the steps of a run on num_pairs pairs, of its warm-up, and between two validations.
     A short warm-up hurts plain CLIP most (study/results.md)."""
     steps = args.steps or max(1, round(args.epochs * (num_pairs // args.batch_size)))
-    warmup_steps = min(3000, steps // 2)
+    warmup_steps = min(3000, steps // 2) if args.warmup_steps is None else args.warmup_steps
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
     return steps, warmup_steps, eval_every
 

@@ -23,7 +23,7 @@ import train
 from common import scenes
 from common.cli import InputError
 from common.tokenizer import Tokenizer
-from study import claims, compare, shuffled, warmup
+from study import claims, compare, shuffled
 
 # ---- compare
 
@@ -205,7 +205,6 @@ def restored(monkeypatch):
     """After the test, restore the functions that an experiment has replaced."""
     for owner, name in ((superclip, "classification_loss"), (superclip, "idf")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(train, "count_steps", train.count_steps)
 
 
 @pytest.fixture
@@ -254,28 +253,15 @@ def test_an_experiment_trains_with_its_own_loss(command, restored, scenes_folder
     assert row["classification_loss"] != plain["classification_loss"]
 
 
-CONTROLS = [(shuffled, ""), (warmup, "--share 0.5 --shuffled")]
-
-
-@pytest.mark.parametrize("module, options", CONTROLS, ids=["shuffled", "warmup"])
-def test_the_control_is_asked_for_the_words_of_another_pair(replaced, module, options):
+def test_the_control_is_asked_for_the_words_of_another_pair(replaced):
     """The three captions consist of the words 1, 2 and 3. The tokens 4 and 5 are start and end."""
     captions = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
     logits, weights = torch.rand(3, 6), torch.rand(6)
     expected = superclip.classification_loss(logits, captions[[1, 2, 0]], weights)
 
-    module.main(options.split())
+    shuffled.main([])
 
     assert superclip.classification_loss(logits, captions, weights) == expected
-
-
-def test_a_warmup_is_a_share_of_the_steps(replaced):
-    args = train.make_parser().parse_args(["--steps", "12"])
-
-    rest = warmup.main(["--share", "0.7", "--cls_weight", "0"])
-
-    assert train.count_steps(args, 1000) == (12, 8, 4)  # train.py has a warm-up of 6
-    assert rest == ["--cls_weight", "0"]
 
 
 # ---- claims
