@@ -66,7 +66,7 @@ def make_parser():
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
-        help="peak (default: 5e-4, or 5e-5 with --init_from); that of a new word head is 5e-4")
+        help="peak (default: 5e-4, or 5e-5 with --init_from); a new head learns ten times as fast")
     add("--warmup_steps", type=cli.number(int, 0),
         help="steps in which the learning rate rises (default: half of all, at most 3000)")
     add("--weight_decay", type=amount, default=0.2, help="decay of matrices, in AdamW")
@@ -101,7 +101,6 @@ SCENES = {
 }
 # Other defaults with --init_from. A larger learning rate would destroy what the weights know.
 FINE_TUNING = {"model": None, "learning_rate": 5e-5}  # the checkpoint sets the model
-RATE_OF_NEW_HEAD = 5e-4  # a word head that --init_from lacks knows nothing yet
 
 # Only these options may differ on --resume. Files may move, so their content is compared.
 MAY_CHANGE = """train_data val_data zeroshot_data vocab init_from steps epochs warmup_steps
@@ -147,21 +146,23 @@ def train(args):
     with processes.one_first():  # the first process draws, indexes and downloads for all
         train_data = args.train_data or [find_or_make_scenes("scenes")]
         shards, val_shards = shards_of_run(train_data, args.val_data)
-        model, tokenizer, head_is_new = build_model(args, shards, device)
+        model, tokenizer, new_names = build_model(args, shards, device)
         pairs, val_samples, zeroshot_images = open_data(args, shards, val_shards, model, tokenizer)
 
-    optimizer = make_optimizer(model, args.weight_decay, head_is_new)
+    optimizer = make_optimizer(model, args.weight_decay, new_names)
     steps, warmup_steps, eval_every = count_steps(args, len(pairs))
     eval_steps = {*range(0, steps, eval_every), steps}  # after how many steps the run validates
 
     # The folder of the run, and the header of its log, which --resume compares
     args.out_dir = run.claim_folder(args.out_dir, args.resume)
     out = Path(args.out_dir)
-    header = run.make_header(args, steps, dtype, device, model, head_is_new, pairs, val_samples)
+    header = run.make_header(args, steps, dtype, device, model, pairs, val_samples)
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
-        last = run.read_last(out / "last.pt", header, tokenizer.vocab, MAY_CHANGE, make_parser())
+        last = run.read_last(
+            out / "last.pt", header, tokenizer.vocab, optimizer, MAY_CHANGE, make_parser()
+        )
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # its state is empty without float16
@@ -231,8 +232,7 @@ def train(args):
         # 4. The update
         factor = learning_rate_factor(step, warmup_steps, steps)
         for group in optimizer.param_groups:
-            peak = RATE_OF_NEW_HEAD if group["is_new"] else args.learning_rate
-            group["lr"] = peak * factor
+            group["lr"] = args.learning_rate * group["lr_scale"] * factor
         scaler.unscale_(optimizer)
         # Clip to length 1, as nanoGPT does. The authors do not clip.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -255,7 +255,7 @@ def train(args):
                 "logit_scale": model.logit_scale.exp().item(),
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
-                "learning_rate": args.learning_rate * factor,  # not that of a new head
+                "learning_rate": args.learning_rate * factor,
                 "images_per_second": round((done - step0) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
@@ -269,8 +269,8 @@ def train(args):
 
 
 def build_model(args, shards, device):
-    """Return the model on its device, its tokenizer, and whether its word head is new, because the
-    checkpoint of --init_from has none."""
+    """Return the model on its device, its tokenizer, and the names of the tensors that are new,
+    because the checkpoint of --init_from lacks them. (Plain CLIP has no word head.)"""
     pretrained = None
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
@@ -278,9 +278,8 @@ def build_model(args, shards, device):
     else:
         pretrained, tokenizer = run.read_model(args.init_from)
         config = {**vars(pretrained.config)}
-        if pretrained.head is None and args.cls_weight is None:
-            print(f"{args.init_from} has no word head. A new one is trained with --cls_weight 1.")
-            config["cls_weight"] = 1.0
+        if pretrained.head is None:
+            config["cls_weight"] = 1.0  # plain CLIP gets a word head
     config |= {k: x for k, x in vars(args).items() if hasattr(SuperCLIPConfig, k) and x is not None}
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
@@ -288,17 +287,23 @@ def build_model(args, shards, device):
     tokenizer.context_length = config.context_length
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
+    new_names = []
     if pretrained is not None:
-        # Not strict, because the head may be new, or --cls_weight 0 may leave it out.
-        model.load_state_dict(pretrained.state_dict(), strict=False)
+        loaded = model.load_state_dict(pretrained.state_dict(), strict=False)
+        new_names = loaded.missing_keys
+        if new_names:
+            print(f"new, because {args.init_from} lacks them: {', '.join(new_names)}")
+        # --cls_weight 0 leaves out the head and its counts. All else must find its place.
+        head = ("head.", "token_counts", "num_captions")
+        unused = [name for name in loaded.unexpected_keys if not name.startswith(head)]
+        cli.check(not unused, f"the model has no place for {unused} of {args.init_from}")
         if model.head is not None:
             # Count the words anew. One that was rare there may be in every caption here.
             model.token_counts.zero_()
             model.num_captions.zero_()
-    head_is_new = model.head is not None and pretrained is not None and pretrained.head is None
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
-    return model, tokenizer, head_is_new
+    return model, tokenizer, new_names
 
 
 def open_data(args, shards, val_shards, model, tokenizer):
@@ -323,15 +328,18 @@ def open_data(args, shards, val_shards, model, tokenizer):
     return pairs, val_samples, zeroshot_images
 
 
-def make_optimizer(model, weight_decay, head_is_new=False):
-    """Return AdamW. Its groups of parameters differ in weight decay, and in "is_new", which says
-    whether they belong to a new word head. The loop sets their learning rates."""
-    groups = {}
+def make_optimizer(model, weight_decay, new_names=()):
+    """Return AdamW. Its groups of parameters differ in weight decay, and in lr_scale, by which the
+    loop multiplies the learning rate: those in new_names learn ten times as fast as pretrained
+    ones."""
+    groups = {}  # (weight decay, lr_scale) -> group
     for name, p in model.named_parameters():
-        is_new = head_is_new and name.startswith("head.")
-        decays = p.ndim >= 2  # only matrices: no biases, norms, class token or logit scale
-        group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "is_new": is_new}
-        groups.setdefault((is_new, decays), group)["params"].append(p)
+        decay = weight_decay if p.ndim >= 2 else 0.0  # no biases, norms, class token, logit scale
+        lr_scale = 10.0 if name in new_names else 1.0
+        key = (decay, lr_scale)
+        if key not in groups:
+            groups[key] = {"params": [], "weight_decay": decay, "lr_scale": lr_scale}
+        groups[key]["params"].append(p)
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
 

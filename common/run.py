@@ -162,7 +162,7 @@ def commit():
         return ""
 
 
-def make_header(args, steps, dtype, device, model, head_is_new, pairs, val_samples):
+def make_header(args, steps, dtype, device, model, pairs, val_samples):
     """Return the header of the log: the conditions under which the other rows are measured."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
@@ -175,7 +175,6 @@ def make_header(args, steps, dtype, device, model, head_is_new, pairs, val_sampl
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "head_is_new": head_is_new,
         "steps": steps,
         "processes": processes.WORLD,
         "device": device_name,
@@ -190,15 +189,16 @@ def make_header(args, steps, dtype, device, model, head_is_new, pairs, val_sampl
     }
 
 
-def read_last(path, header, vocab, may_change, parser):
+def read_last(path, header, vocab, optimizer, may_change, parser):
     """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say, and print what differs. header, vocab: those of this run; may_change: names of
-    options that may differ; parser: of the options. A run that lacks an option, because a fork has
-    added it since, had its default."""
+    options say, and print what differs. header, vocab, optimizer: those of this run; may_change:
+    names of options that may differ; parser: of the options. A run that lacks an option, because a
+    fork has added it since, had its default."""
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
     before = last["header"]
-    is_ours = "head_is_new" in before
+    lr_scales = [group.get("lr_scale") for group in last["optimizer"]["param_groups"]]
+    is_ours = None not in lr_scales
     check(is_ours, f"{path} is from another version of this code, commit {before['commit']}")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
     # What an option leaves open stands in the config, or in the header itself.
@@ -206,15 +206,15 @@ def read_last(path, header, vocab, may_change, parser):
     old_values = {**vars(parser.parse_args([])), **vars(SuperCLIPConfig())}
     old_values |= {**before["arguments"], **before["config"], **before}
     # The weights are in last.pt, so the file of --init_from may have moved. But this option sets
-    # other defaults, and a head that its file lacks has another learning rate.
-    for fact in ("init_from", "head_is_new"):
-        same_start = bool(old_values[fact]) == bool(values[fact])
-        check(same_start, "--resume needs --init_from as the run had it, and only then")
+    # other defaults, and what its file lacks has another learning rate.
+    start = "--resume needs --init_from as the run had it, and only then"
+    check(bool(old_values["init_from"]) == bool(values["init_from"]), start)
     for name in {**header["arguments"], **header["config"]}:
         old, value = old_values[name], values[name]
         if value != old and name != "resume":
             check(name in may_change, f"--resume cannot change --{name} from {old} to {value}")
             print(f"--{name}: {old} -> {value}")
+    check(lr_scales == [group["lr_scale"] for group in optimizer.param_groups], start)
     # Files may have moved, so compare what they hold.
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
