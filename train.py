@@ -169,8 +169,8 @@ def train(args):
             scaler.load_state_dict(last["scaler"])
         start = last["step"]
         best_r1 = last["best_r1"]
-        if last["eval_due"]:  # last.pt was saved before a validation, which is made again
-            eval_steps.add(start)
+        if (out / "best.pt").exists():  # it may be from the validation after this last.pt
+            best_r1 = max(best_r1, run.read_checkpoint(out / "best.pt")["best_r1"])
     run.begin_log(out, header, start)  # it also checks that all processes begin alike
 
     ddp_model = model
@@ -190,8 +190,8 @@ def train(args):
     for step in todo:
         # 1. Process 0 saves last.pt every ten minutes, and before a validation, which may fail.
         # Then it saves best.pt, if no score was higher. The others wait in part 3, or at the end.
-        eval_due = step in eval_steps
-        if RANK == 0 and (eval_due or time.perf_counter() > saved + 600):
+        # A run that goes on at a step of eval_steps makes this validation again.
+        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
             checkpoint = {
                 "model": model.state_dict(),  # no copy, so it must be written before the next step
                 "config": vars(model.config),
@@ -202,9 +202,9 @@ def train(args):
             }
             if step > start:
                 last = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                last |= {**checkpoint, "eval_due": eval_due}
+                last |= checkpoint
                 run.write_checkpoint(out / "last.pt", last)
-            if eval_due:
+            if step in eval_steps:
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
                 run.log(out, row)
                 mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best

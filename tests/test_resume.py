@@ -12,6 +12,7 @@ import torch
 from children import before, finish, in_step, killed
 from material import assert_ends_like, cases, checkpoint_of, error_of, short_run
 
+import eval as evaluation
 import train
 from common.run import read_log
 
@@ -101,6 +102,23 @@ def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, c
     assert best.read_bytes() == content
     assert f"{best} --out words.png" in capsys.readouterr().out
     assert all(map(json.loads, open(copied_run / "log.jsonl")))
+
+
+def test_a_longer_run_keeps_a_best_pt_from_the_end_of_the_shorter_one(
+    copied_run, shards, monkeypatch
+):
+    """last.pt was saved before the validation that chose this best.pt, and the longer run does not
+    validate at that step. Its own models are worse, because their scores are set to 0."""
+    best = copied_run / "best.pt"
+    last = copied_run / "last.pt"
+    torch.save({**torch.load(last), "best_r1": 0.0}, last)
+    content = best.read_bytes()
+    score_pairs = evaluation.score_pairs
+    monkeypatch.setattr(evaluation, "score_pairs", lambda *x: {**score_pairs(*x), "mean_r1": 0.01})
+
+    train.main(short_run(shards, copied_run, "--resume", "--steps", 13, "--eval_every", 100))
+
+    assert best.read_bytes() == content
 
 
 OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
