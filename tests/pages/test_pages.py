@@ -160,6 +160,22 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
         assert_same(capsys.readouterr().out, expected)
 
 
+def test_the_first_change_on_the_page_of_forks_trains_with_other_weights(monkeypatch):
+    """The file there puts its function in the place of idf, and then calls train.py."""
+    page = (ROOT / "docs" / "fork.md").read_text()
+    names = {"__name__": "study.mine"}
+    counts = torch.tensor(7), torch.tensor([1, 3, 7])
+    expected = superclip.idf(*counts) ** 2
+    monkeypatch.setattr(superclip, "idf", superclip.idf)  # restored after the test
+    weights = []
+    monkeypatch.setattr("train.main", lambda argv: weights.append(superclip.idf(*counts)))
+
+    exec(re.search(r"```python\n(import superclip\n.+?)```", page, re.DOTALL)[1], names)
+    names["main"]([])
+
+    torch.testing.assert_close(weights, [expected])
+
+
 def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
     model = make_random_model().train()
     images, tokens = make_pairs(model)
