@@ -17,6 +17,7 @@ README and docs/.
 import gc
 import multiprocessing.forkserver
 import os
+import signal
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from superclip import PRESETS
 
 torch.set_num_threads(1)  # the models are too small for more, and a busy machine makes threads wait
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 gc.freeze()  # garbage collection then skips the half a million objects that were imported
 
 
