@@ -94,6 +94,18 @@ def test_the_words_are_those_of_the_label_caption():
     assert out["classification_loss"] == expected
 
 
+def test_the_loss_of_a_model_by_hand():
+    """A head without weights gives equal logits for all V tokens, and a scale of 0 gives equal
+    logits for all pairs. The third caption is empty, so its classification loss is 0."""
+    model = small_model(vocab_size=V, cls_weight=0.5).train()
+    torch.nn.init.zeros_(model.head.linear.weight)
+    torch.nn.init.constant_(model.logit_scale, -math.inf)
+
+    loss = model(IMAGES, CAPTIONS)["loss"]
+
+    assert loss.item() == pytest.approx(math.log(3) + 0.5 * (2 / 3 * math.log(V)))
+
+
 # ---- the losses that compare pairs
 
 LOSSES = {  # case -> our loss, open_clip's loss, and a list of the bias if there is one
