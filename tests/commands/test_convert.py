@@ -171,6 +171,8 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
     path = write_checkpoint(tmp_path / "best.pt", model, vocab)
 
     assert not run(main, path, tmp_path / "folder", "--to", "open_clip")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / "folder" / name).touch()  # a folder of the hub has those of transformers, too
     assert not run(main, tmp_path / "folder", tmp_path / "again.pt")
 
     again, tokenizer, _ = load(tmp_path / "again.pt")

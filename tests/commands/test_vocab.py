@@ -17,7 +17,9 @@ def test_a_vocabulary_has_the_most_frequent_words_of_training(tmp_path, capsys):
     val = write_shard(tmp_path / "val-0.tar", [{"png": picture, "txt": b"a cat"}])
 
     assert not run(vocab.main, train, val, "--size", 517)
+    assert not run(vocab.main, train, "--size", 517, "--out", tmp_path / "other.tiktoken")
 
+    assert (tmp_path / "other.tiktoken").read_text() == (tmp_path / "vocab.tiktoken").read_text()
     tokenizer = tokenizer_for([train])  # the file lies beside the shards
     words = [tokenizer.decode([i]) for i in range(512, tokenizer.start)]
     assert words == ["red", "dog", "the"]

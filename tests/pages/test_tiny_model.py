@@ -13,6 +13,18 @@ TINY = ROOT / "assets" / "tiny.pt"
 KINDS = ("colour", "shape")
 
 
+def test_it_says_the_right_words_of_new_scenes():
+    """More than 80 % of the first four words are in the caption."""
+    model, tokenizer, _ = evaluation.load(TINY)
+    right = 0
+    for _, scene, _, caption in scenes.make_samples("val", range(4)):
+        image = data.load_image(scenes.draw(scene), model.config.image_size)
+        [found] = evaluation.top_words(model, tokenizer, image[None], k=4)
+        right += sum(word in caption.strip(".").split() for word, _, _ in found)
+
+    assert right > 0.8 * 16
+
+
 def test_the_map_of_a_word_is_reddest_on_its_object():
     """The map is highest inside the box of the object for at least nine in ten words. The words are
     the colours and shapes in a hundred scenes. The tutorial gives the number that this test
