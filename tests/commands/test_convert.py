@@ -159,6 +159,18 @@ def test_parts_that_we_lack_are_named_though_all_tensors_would_fit(tmp_path, cap
     assert "no_causal_mask" in error
 
 
+def test_a_folder_of_the_hub_holds_other_files_of_weights(tmp_path):
+    """They are in the layout of transformers."""
+    small = make_random_model(cls_weight=0, **CLIPS)
+    torch.save(open_clip_of(small).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "pytorch_model.bin").touch()
+
+    weights, *_ = read_weights(tmp_path)
+
+    assert weights.keys() == small.state_dict().keys()
+
+
 # ---- a checkpoint for open_clip, and back
 
 
@@ -171,8 +183,6 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
     path = write_checkpoint(tmp_path / "best.pt", model, vocab)
 
     assert not run(main, path, tmp_path / "folder", "--to", "open_clip")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        (tmp_path / "folder" / name).touch()  # a folder of the hub has those of transformers, too
     assert not run(main, tmp_path / "folder", tmp_path / "again.pt")
 
     again, tokenizer, _ = load(tmp_path / "again.pt")
