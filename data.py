@@ -22,7 +22,7 @@ import random
 import sys
 import tarfile
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -280,23 +280,40 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as uint8 (3, size, size), cropped by `crop_box` and resized, bicubic with
-    antialiasing. picture: path or bytes of an image file, or an image of Pillow."""
-    if isinstance(picture, (str, Path)):
-        picture = Path(picture).read_bytes()
-    try:
-        image = picture
-        if isinstance(picture, bytes):
-            image = Image.open(io.BytesIO(picture), formats=FORMATS)
-        box = crop_box(*image.size, rng, crop_area)
-        if isinstance(picture, bytes):
-            image, box = decode_smaller(image, box, size)
-        image = upright_rgb(image, box)
-    except Exception as error:  # Pillow raises many kinds, some with an address in memory
-        raise BadSample(f"the image cannot be decoded: {str(error).partition(' <')[0]}") from None
+    antialiasing. picture: path or bytes of an image file, or an image of Pillow, which stays as it
+    is. Raise BadSample if Pillow cannot read it."""
+    is_file = not isinstance(picture, Image.Image)
+    image = open_file(picture) if is_file else picture
+    box = crop_box(*image.size, rng, crop_area)
+    if is_file:
+        box = decode_smaller(image, box, size)
+    with only_pillow():
+        image.load()  # decode the pixels
+    image = upright_rgb(image.crop(box))
     # The three values of a pixel stay side by side in memory, as decoded, and stay uint8.
     # torchvision's resize gives the same bits, but takes 7 to 9 % longer.
     pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
+
+
+@contextmanager
+def only_pillow():
+    """Turn every error in the block into BadSample. Files can be damaged in many ways, and Pillow
+    raises many kinds of errors for them. The block must call Pillow alone, so that a mistake in our
+    own code, or in that of a fork, shows its trace."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition(" <")[0]  # without an address in memory
+        raise BadSample(f"the image cannot be decoded: {reason}") from None
+
+
+def open_file(picture):
+    """Return an image of Pillow that has read the header of a file, but no pixels. picture: path or
+    bytes of an image file."""
+    content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    with only_pillow():
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):
@@ -324,27 +341,31 @@ def crop_box(width, height, rng=None, crop_area=1.0):
 
 def decode_smaller(image, box, size):
     """Let the decoder shrink a JPEG, which saves most of its time, if the crop has at least twice
-    as many pixels on each side as needed. Return the image, and the box in its new pixels."""
+    as many pixels on each side as needed. Change `image` so, and return the box in its new pixels.
+
+    An example: a JPEG of 193 x 193 pixels is wanted with 24 x 24. The decoder can shrink it 8
+    times, which gives 25 x 25 pixels, because it rounds up. So 193 / 25 is not exactly 8.
+    """
     x0, y0, x1, y1 = box
     width = image.width
     scale = max(size / (x1 - x0), size / (y1 - y0))
     if scale <= 0.5:
-        image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
-    # The width is now 1, 2, 4 or 8 times smaller. It is rounded up, so the quotient is not exact.
-    shrink = 2 ** round(math.log2(width / image.width))
-    return image, [side / shrink for side in box]
+        with only_pillow():
+            image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
+    shrink = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8
+    return [side / shrink for side in box]
 
 
-def upright_rgb(image, box=None):
+def upright_rgb(image):
     """Return an image of Pillow as RGB, turned as its EXIF data says, with transparent parts white.
-    box (x0, y0, x1, y1): the part of it to return, by default all."""
-    image = image.crop(box)
+    Its pixels must be decoded."""
     with suppress(Exception):  # keep a picture whose EXIF data is damaged
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 and not scale
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
+        with only_pillow():  # the colours of a palette may be damaged
+            image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 

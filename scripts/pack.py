@@ -89,6 +89,7 @@ def fields_of(name, rows):
 def smaller(image, size):
     """Return the bytes of a JPEG whose short side has at most `size` pixels. image: of Pillow."""
     image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
+    image.load()
     image = upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
     scale = min(1, size / min(image.size))
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)

@@ -2,6 +2,7 @@
 replaces a bad one. A batch does not depend on how it was loaded."""
 
 import json
+import traceback
 from collections import Counter
 from itertools import chain
 
@@ -10,6 +11,7 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common.cli import sentence_about
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
 from superclip import PAD
@@ -105,6 +107,25 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
     assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
+
+
+@pytest.mark.parametrize(
+    "name, workers", [("crop_box", 1), ("decode_smaller", 0), ("upright_rgb", 0)]
+)
+def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, name, workers):
+    """A fork that changes one of these functions sees the trace, not a sentence."""
+
+    def fails(*_):
+        return undefined_name  # noqa: F821
+
+    monkeypatch.setattr(data, name, fails)
+    pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
+
+    with pytest.raises(NameError) as raised:
+        next(data.load_batches(pairs, 1, slice(1), 0, 1, workers))
+
+    assert sentence_about(raised.value) is None
+    traceback.clear_frames(raised.tb)  # frees the loader, which ends its process
 
 
 # ---- batches

@@ -3,6 +3,8 @@ Pillow and torchvision do it."""
 
 import io
 import random
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +57,50 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
     assert_looks_like(pixels, picture, data.crop_box(*picture.size))
     assert torch.equal(load_image(Image.open(io.BytesIO(content)), 24), pixels)
+
+
+# ---- damaged files
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+def png_chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.py does
+def test_a_damaged_file_is_a_bad_sample_whatever_pillow_raises():
+    """Bytes are changed at random, most of them in the header. In the last file a palette of two
+    colours has three degrees of transparency, which Pillow notices after it has decoded."""
+    rng = random.Random(0)
+    damaged = []
+    for i in range(1000):
+        content = bytearray(encoded(photo(1), FORMATS[i % 5]))
+        for _ in range(3):
+            content[rng.randrange(rng.choice((80, len(content))))] = rng.randrange(256)
+        damaged.append(content[: rng.choice((len(content), rng.randrange(len(content))))])
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)
+    parts = {
+        b"IHDR": header,
+        b"PLTE": bytes(6),
+        b"tRNS": bytes(3),
+        b"IDAT": zlib.compress(bytes(2)),
+    }
+    damaged.append(b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, parts, parts.values())))
+
+    bad = 0
+    for content in damaged:
+        try:
+            load_image(bytes(content), 8)
+        except data.BadSample:
+            bad += 1
+
+    assert 500 < bad < 1000
 
 
 # ---- crops
