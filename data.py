@@ -39,6 +39,13 @@ from common.processes import make_loader
 from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, cache_folder, split_name
 from common.tokenizer import Tokenizer
 
+
+class BadSample(Exception):
+    """Say that a sample cannot be used, and why."""
+
+
+UNREADABLE = (BadSample, OSError)  # what reading a sample or a picture may raise
+
 # -----------------------------------------------------------------------------
 # Batches and their order
 
@@ -48,21 +55,31 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
     n = len(pairs)
-    steps = range(start, stop)
-    items = (batch_indices(n, batch_size, pairs.seed, step)[rows] for step in steps)
-    options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}
-    return iter(make_loader(pairs, workers, **options))
+    # For each batch, the list of the items that the loader takes from `pairs`.
+    items_of_batches = (
+        batch_indices(n, batch_size, pairs.seed, step)[rows] for step in range(start, stop)
+    )
+    loader = make_loader(
+        pairs,
+        workers,
+        batch_sampler=items_of_batches,
+        collate_fn=pairs.collate,
+        pin_memory=pin,
+    )
+    return iter(loader)
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Return the batch of a step, as a list of batch_size pairs (position, sample). A position
-    numbers the pairs of the whole run. The result depends on the arguments alone, so a run can
-    start at any step. Every epoch is another permutation of the n samples. Those that fill no batch
-    are not used in that epoch.
+    """Return the batch of a step, as a list of batch_size tuples (position, sample). Positions
+    number the pairs of the whole run, and a position seeds the random draws of its pair.
+
+    Every epoch is another permutation of the n samples. Those that fill no batch are not used in
+    that epoch. The result depends on the arguments alone, so a run can start at any step.
 
     An example: of 100 samples in batches of 4, step 2 has the positions 8 to 11. With seed 0 it is
     [(8, 53), (9, 91), (10, 81), (11, 42)]. Of two processes the second one loads rows slice(2, 4),
-    which are (10, 81) and (11, 42)."""
+    which are (10, 81) and (11, 42).
+    """
     epoch, batch = divmod(step, n // batch_size)
     order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     return list(enumerate(order.tolist(), start=step * batch_size))
@@ -80,12 +97,15 @@ def epoch_order(n, seed, epoch):
 
 @dataclass
 class Pairs(Dataset):
-    """Draw image-caption pairs from Samples, ready to train on. An item is (position, sample), as
-    in `batch_indices`. All that is random about a pair follows from the seed and its position. The
-    caption is one text from the sources of the samples. A source that is named twice is drawn
-    twice as often. label_sources: the same for the label, by default the text that was drawn as the
-    caption. num_patches: the number of patches in an image; patch_dropout: the share of them that
-    is left out at random.
+    """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a pair of
+    sample i. All that is random about it follows from the seed and the position.
+
+    The caption is one text from the sources of the samples. A source that is named twice is drawn
+    twice as often. label_sources: the same for the words to predict, by default the text that was
+    drawn as the caption.
+
+    crop_area: for `crop_box`; num_patches: the number of patches in an image; patch_dropout: the
+    share of them that is left out at random.
     """
 
     samples: "Samples"
@@ -98,7 +118,7 @@ class Pairs(Dataset):
     patch_dropout: float = 0.0
 
     def __post_init__(self):
-        self.reported = set()  # bad samples
+        self.reported = set()  # bad samples that were printed
         for source in self.label_sources or ():
             self.samples.check_source(source)
 
@@ -126,33 +146,39 @@ class Pairs(Dataset):
     def __getitem__(self, item):
         """Return what `draw_pair` returns. item: (position, sample). A random other sample replaces
         a bad one, so that batches have the same size on every process. A hundred bad samples in a
-        row end the run. Each process prints a bad sample once, and a hundred at most."""
+        row end the run."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
         for _ in range(100):
             try:
                 return self.draw_pair(i, rng)
             except UNREADABLE as error:
-                reason = f"bad sample: {self.samples.name(i)}: {error}"
-            if i not in self.reported and len(self.reported) < 100:
-                self.reported.add(i)
-                tqdm.write(reason, sys.stderr)
-            i = rng.randrange(len(self))
-        raise InputError(f"a hundred samples in a row cannot be used. The last one: {reason}")
+                problem = f"{self.samples.name(i)}: {error}"
+                self.report(i, problem)
+                i = rng.randrange(len(self))  # the sample that replaces it
+        raise InputError(f"a hundred samples in a row cannot be used. The last one: {problem}")
+
+    def report(self, i, problem):
+        """Print why sample i is bad. Each process prints a sample once, and a hundred at most."""
+        if i not in self.reported and len(self.reported) < 100:
+            self.reported.add(i)
+            tqdm.write(f"bad sample: {problem}", sys.stderr)
 
     def collate(self, items):
         """Return a batch of B items, each from `draw_pair`, as a dict of the arguments of
         SuperCLIP.forward: images (B, 3, S, S), uint8; tokens (B, T); label_tokens (B, T'); and with
         patch dropout keep (B, K)."""
         images, captions, labels, keep = zip(*items)
-        # pad puts start and end around a caption. If it is too long, its end token stays.
+        # In memory the three values of a pixel lie side by side. Stack the images in this order,
+        # (B, S, S, 3), because copying memory as it is takes a third less time.
+        pixels = torch.stack([image.permute(1, 2, 0) for image in images])
+        # The tokenizer's `pad` puts start and end around each caption. It cuts one that is longer
+        # than the text tower can read, but keeps its end. Labels are never cut.
         length = min(self.tokenizer.context_length, padded_length(captions))
-        # Stacking channels last copies memory as it is, which takes a third less time.
-        images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
         batch = {
-            "images": images,
+            "images": pixels.permute(0, 3, 1, 2),
             "tokens": self.tokenizer.pad(captions, length),
-            "label_tokens": self.tokenizer.pad(labels, padded_length(labels)),  # whole captions
+            "label_tokens": self.tokenizer.pad(labels, padded_length(labels)),
         }
         if self.patch_dropout > 0:
             batch["keep"] = torch.tensor(keep)
@@ -162,7 +188,8 @@ class Pairs(Dataset):
 def padded_length(captions):
     """Return the length to which a batch of captions, lists of ids, is padded: that of the longest
     one with start and end, rounded up to a multiple of 16. Few lengths mean few compilations."""
-    return 16 * math.ceil((max(map(len, captions)) + 2) / 16)
+    longest = max(len(ids) for ids in captions)
+    return 16 * math.ceil((longest + 2) / 16)
 
 
 # -----------------------------------------------------------------------------
@@ -171,16 +198,18 @@ def padded_length(captions):
 MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as wide as the longest
 
 
-class BadSample(Exception):
-    """Say that a sample cannot be used, and why."""
-
-
-UNREADABLE = (BadSample, OSError)  # what reading a sample or a picture may raise
-
-
 class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1. paths: the shards;
-    sources: where their captions are, each txt or json.FIELD."""
+    sources: where their captions are, each txt or json.FIELD.
+
+    The index has a row for each sample. Its seven columns say where the sample lies:
+
+        0      1            2           3           4          5           6
+        shard  image block  image size  text block  text size  json block  json size
+
+    A shard is a number, for paths. A tar consists of blocks of 512 bytes. A member begins at its
+    block, and has its size in bytes. The size is 0 if the sample has no such member.
+    """
 
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths
@@ -200,14 +229,11 @@ class Samples:
         return self.read(i, IMAGE), self.captions(i)
 
     def read(self, i, column):
-        """Return the bytes of one member of sample i, b"" if it is missing. column: IMAGE, TEXT or
-        JSON, the column of its first block in the index."""
-        block, size = self.index[i, column : column + 2].tolist()  # the next column has its size
-        return self.read_at(i, block, size)
-
-    def read_at(self, i, block, size):
-        """Return `size` bytes of the shard that holds sample i. block: where they begin."""
-        with open(self.paths[self.index[i, 0]], "rb") as file:
+        """Return the bytes of a member of sample i, b"" if there is none. column: that of the
+        member's block in the index, IMAGE (1), TEXT (3) or JSON (5)."""
+        row = self.index[i].tolist()
+        shard, block, size = row[0], row[column], row[column + 1]
+        with open(self.paths[shard], "rb") as file:
             file.seek(block * BLOCK)
             content = file.read(size)
         if len(content) < size:
@@ -255,13 +281,16 @@ class Samples:
     def name(self, i):
         """Return SHARD:KEY for sample i. To save memory the index holds no keys, so the key is read
         from the tar header, the block before the image. If the shard has changed, it is "?"."""
-        block = int(self.index[i, IMAGE])
+        shard, image_block, *_ = self.index[i].tolist()
+        path = self.paths[shard]
         try:
-            header = self.read_at(i, block - 1, BLOCK)
-            key, _ = split_name(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
-        except (tarfile.TarError, BadSample, OSError):
+            with open(path, "rb") as file:
+                file.seek((image_block - 1) * BLOCK)
+                header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "replace")
+            key, _ = split_name(header.name)
+        except (tarfile.TarError, OSError):
             key = "?"
-        return f"{self.paths[self.index[i, 0]]}:{key}"
+        return f"{path}:{key}"
 
 
 # -----------------------------------------------------------------------------
