@@ -148,9 +148,10 @@ def multi_hot(label_tokens, vocab_size):
 def caption_label(label_tokens, token_weights):
     """Return what the head should predict, (B, V): the share of each word in its caption.
 
-    The shares are proportional to token_weights (V,), and their sum is 1. If "a" has weight 0.5,
-    "red" 2 and "heart" 2.5, the caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word
-    of a caption (label_tokens, (B, T')) has weight, all its shares are 0.
+    label_tokens (B, T'): the ids of the captions; token_weights (V,): from `idf`. Shares are
+    proportional to weights, and their sum is 1. If "a" has weight 0.5, "red" 2 and "heart" 2.5, the
+    caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word of a caption has weight, all
+    its shares are 0.
     """
     words = multi_hot(label_tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
@@ -161,8 +162,8 @@ def classification_loss(logits, label_tokens, token_weights):
     the words of the caption (paper, equations 2 to 4).
 
     logits (B, V): from the head; label_tokens (B, T'): the whole captions; token_weights (V,): from
-    `idf`. A caption without weight adds 0. The loss begins near ln V + 1/2: equal logits would
-    give ln V, and logits of variance 1 give 1/2 more.
+    `idf`. A caption whose words have no weight adds 0. The loss begins near ln V + 1/2: equal
+    logits would give ln V, and logits of variance 1 give 1/2 more.
     """
     label = caption_label(label_tokens, token_weights)  # (B, V)
     return F.cross_entropy(logits.float(), label)
@@ -425,7 +426,7 @@ class Attention(nn.Module):
         B, T, D = x.shape  # T: tokens in either tower
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each, with H heads
         # This is F.scaled_dot_product_attention. The end of the file says what differs on a CPU.
         # is_causal instead of a mask tensor, because a mask would rule out the flash kernels.
         x = scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, D/H)
@@ -515,8 +516,8 @@ def gather(features):
     batch, L(a, b). But b comes to process 0 as a constant, so the gradient of its weights is only
     the part that comes through a. Process 1 has the part that comes through b. A single process
     would have the sum of both. DistributedDataParallel takes their mean, which is half of the sum.
-    Therefore the gradient of a feature is doubled here. That of logit_scale is not: each process
-    has all of it, and the mean of two equal numbers is right already.
+    Therefore the gradient of a feature is doubled here. That of logit_scale is not: both processes
+    have all of it, so the mean is right already.
     """
     if not dist.is_initialized():
         return features
@@ -586,8 +587,9 @@ def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_wei
 
 
 def scaled_dot_product_attention(q, k, v, is_causal):
-    """Return what torch's function of this name returns. On a CPU that is five times slower in
-    bfloat16, so compute it in float32 there."""
+    """Return what each token takes from the others (B, H, T, D/H), as torch's function of this name
+    does. On a CPU torch's is five times slower in bfloat16, so compute in float32 there. q, k, v
+    (B, H, T, D/H); is_causal: whether a token sees only itself and those before it."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):  # autocast would cast back to bfloat16
