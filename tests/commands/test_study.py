@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from types import SimpleNamespace
 
 import pytest
@@ -320,6 +320,18 @@ def test_a_planned_question_has_the_difference_and_the_p_of_its_runs(measured, a
             differences = claims.differences_of(score, baseline, superclip).values()
             assert difference == expected
             assert p in (f"{compare.sign_flip(differences):.4f}", "no test")
+
+
+def test_the_third_question_has_the_numbers_of_the_runs():
+    clip, control, superclip, *_ = claims.SHORT
+    gains = claims.differences_of(claims.OBJECTS, clip, superclip).values()
+    ends = [claims.values_of(arm, claims.OBJECTS).values() for arm in (clip, control)]
+    bad = [str(sum(value < 40 for value in values)) for values in ends]
+
+    about = re.search(r"(?ms)^- \*Question 3(.+?)\n\n", RESULTS)[1]
+
+    expected = [f"{mean(gains):.1f}", f"{median(gains):.1f}", "40", bad[0], "15", bad[1]]
+    assert re.findall(r"\d+(?:\.\d+)?", about) == expected
 
 
 # (mean difference, half of its interval, whether it is planned and significant): the answer
