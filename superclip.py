@@ -486,7 +486,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# A first reader can skip the rest of this file. It begins with SigLIP's loss in place of CLIP's.
+# A first reader can skip the rest of this file: first SigLIP's loss, which can replace CLIP's
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias):
