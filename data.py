@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.cli import InputError, check
+from common.cli import InputError, check, progress
 from common.processes import make_loader
 from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, cache_folder, split_name
 from common.tokenizer import Tokenizer
@@ -400,15 +400,19 @@ def upright_rgb(image):
 
 
 # -----------------------------------------------------------------------------
-# Pictures in order: of samples, files, a folder for each class, or one of torchvision's data sets
+# Pictures in order, which eval.py and scripts/ read
 
 
 @dataclass
 class Pictures(Dataset):
     """Read pictures in order, without random crops. An item is pixels (3, size, size) and a label.
     If a picture cannot be read, it is named, and its item is (None, None).
-    labelled[i] is a picture, as load_image takes it, and its label: a list of (path, label), or
-    Samples, whose labels are lists of captions, or a data set of torchvision.
+
+    labelled: where the pictures are. labelled[i] is a picture, as load_image takes it, and its
+    label. labelled.name(i) is its name for messages. For example, of image files in a folder for
+    each class, labelled[0] is ("cats/1.jpg", 0), and its name is cats/1.jpg. In Samples, another
+    such object, a label is the list of all captions.
+
     classes: the names of the classes, if the labels are their numbers.
     """
 
@@ -424,16 +428,37 @@ class Pictures(Dataset):
             picture, label = self.labelled[i]
             return load_image(picture, self.size), label
         except UNREADABLE as error:
-            tqdm.write(f"skipped {self.name(i)}: {error}")
+            tqdm.write(f"skipped {self.labelled.name(i)}: {error}")
             return None, None
 
+
+def readable_batches(pictures, batch_size, workers):
+    """Yield Pictures in batches, without those that cannot be read: pixels, uint8 (B, 3, S, S), and
+    a list of B labels."""
+    loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=stack_readable)
+    for pixels, labels in progress(loader, "encoding", unit="batch"):
+        if labels:
+            yield pixels, labels
+
+
+def stack_readable(items):
+    """Return the pixels of the items that can be read, stacked, or None if there are none, and a
+    list of their labels."""
+    items = [(pixels, label) for pixels, label in items if pixels is not None]
+    if not items:
+        return None, []
+    pixels, labels = zip(*items)
+    # Stack them here, in the loading process, because each tensor on its way out of it keeps a file
+    # open.
+    return torch.stack(pixels), list(labels)
+
+
+class Files(list):
+    """A list of tuples (path of an image file, label)."""
+
     def name(self, i):
-        """Return SHARD:KEY of a sample, the path of a file, or else the number of the picture."""
-        if isinstance(self.labelled, Samples):
-            return self.labelled.name(i)
-        if isinstance(self.labelled, list):
-            return str(self.labelled[i][0])
-        return f"picture {i}"
+        path, _ = self[i]
+        return str(path)
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
@@ -451,26 +476,35 @@ def images_below(folder):
     return found
 
 
-# torchvision downloads these data sets, and needs no other package for them. The names are the
-# lower case of its classes.
-STANDARD_SETS = "cifar10 cifar100 dtd fgvcaircraft food101 oxfordiiitpet stl10".split()
+# Data sets that torchvision downloads, and for which it needs no other package. For each, the class
+# of torchvision, and the arguments that choose its images for training, and those for tests.
+STANDARD_SETS = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
+    "fgvcaircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
+    "oxfordiiitpet": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+}
 
 
 def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
-    Download it into the cache folder, unless it is there."""
+    Download it into the cache folder, unless it is there. name: one of STANDARD_SETS; training:
+    whether to return its images for training, or those for tests."""
     known = ", ".join(STANDARD_SETS)
     check(name in STANDARD_SETS, f"{name} is no folder, and none of the sets {known}")
     from torchvision import datasets  # only here, because this import is slow
 
-    [kind] = [kind for kind in datasets.__all__ if kind.lower() == name]
-    options = {}  # by default each set holds its images for training
-    if not training:
-        options = {"train": False} if name.startswith("cifar") else {"split": "test"}
+    kind, for_training, for_tests = STANDARD_SETS[name]
+    options = for_training if training else for_tests
     try:
-        return getattr(datasets, kind)(cache_folder() / "datasets", download=True, **options)
+        images = getattr(datasets, kind)(cache_folder() / "datasets", download=True, **options)
     except Exception as error:  # the network and torchvision raise many kinds
         raise InputError(f"{name} can neither be read nor downloaded: {error}") from error
+    images.name = "picture {}".format  # so images.name(3) is "picture 3"
+    return images
 
 
 def class_pictures(name, size, training=False):
@@ -480,7 +514,7 @@ def class_pictures(name, size, training=False):
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
         classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
-        labelled = []
+        labelled = Files()
         for c, folder in enumerate(classes):
             labelled += [(file, c) for file in images_below(Path(name, folder))]
         check(labelled, f"{name} has no folders with images in it, one for each class")

@@ -7,14 +7,16 @@
 
 Every score is printed with its chance level, its 95 % interval, and n, the number of images.
 train.py validates with the same functions. Both compute in float32, so a checkpoint has one score.
-Pictures and texts become features, and features become scores. The head's words come after that.
+
+The scores come first: retrieval, zero-shot classification, and a linear probe. Then come the
+features of pictures and texts, the words of the head, and the commands.
 
 Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
 """
 
 import json
 import math
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,82 +26,12 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.devices import pick_device
-from common.processes import make_loader
 from common.run import read_model, validation_of
 from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
 
-
-def load(checkpoint, device="cpu"):
-    """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
-    which turns an image of Pillow, or the path or bytes of an image file, into pixels for
-    `model.encode_image(preprocess(image)[None])`."""
-    model, tokenizer = read_model(checkpoint)
-    preprocess = partial(data.load_image, size=model.config.image_size)
-    model.requires_grad_(False).to(device).eval()
-    return model, tokenizer, preprocess
-
-
-def device_of(model):
-    return model.logit_scale.device
-
-
-def stack_readable(items):
-    """Return the pictures that can be read, stacked (B, 3, S, S), or None, and their B labels."""
-    pixels = [x for x, _ in items if x is not None]
-    labels = [label for x, label in items if x is not None]
-    # Stack the pixels, because each tensor on its way out of a loading process keeps a file open.
-    return torch.stack(pixels) if pixels else None, labels
-
-
-def readable_batches(pictures, batch_size, workers):
-    """Yield the data.Pictures that can be read, as uint8 (B, 3, S, S), and a list of B labels."""
-    loader = make_loader(pictures, workers, batch_size=batch_size, collate_fn=stack_readable)
-    for pixels, labels in cli.progress(loader, "encoding", unit="batch"):
-        if labels:
-            yield pixels, labels
-
-
-@torch.no_grad()
-def encode_texts(model, tokenizer, texts):
-    """Return the features (M, E) of texts, a list of M strings."""
-    features = []
-    for i in cli.progress(range(0, len(texts), 256), "encoding texts"):
-        tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T)
-        features.append(model.encode_text(tokens.to(device_of(model))))
-    return torch.cat(features)
-
-
-@torch.no_grad()
-def encode_pictures(model, pictures, workers, encode=None):
-    """Return the features (N, E) of all data.Pictures that can be read, and a list of their N
-    labels. encode: turns pixels (B, 3, S, S) into other features than model.encode_image."""
-    encode = encode or model.encode_image
-    features = []
-    labels = []
-    for pixels, labels_of_batch in readable_batches(pictures, 128, workers):
-        features.append(encode(pixels.to(device_of(model))))
-        labels += labels_of_batch
-    cli.check(labels, "none of the images can be used")
-    return torch.cat(features), labels
-
-
-def encode_samples(model, tokenizer, samples, workers=0):
-    """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
-    captions, and image_of_text (M,), the number of each caption's image, in rising order."""
-    pictures = data.Pictures(samples, model.config.image_size)
-    image_features, captions = encode_pictures(model, pictures, workers)
-    texts = []
-    image_of_text = []
-    for i, texts_of_image in enumerate(captions):
-        texts += texts_of_image
-        image_of_text += [i] * len(texts_of_image)
-    text_features = encode_texts(model, tokenizer, texts)
-    return image_features, text_features, torch.tensor(image_of_text)
-
-
 # -----------------------------------------------------------------------------
-# Features -> scores
+# What every score is
 
 
 def score(hits, chance):
@@ -116,11 +48,35 @@ def score(hits, chance):
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
 
 
-def format_score(name, s):
-    """Return a line of text that shows a score. s: a dict from `score`."""
-    low, high = s["interval"]
-    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
-    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
+# -----------------------------------------------------------------------------
+# Retrieval: an image must find its captions, and a caption its image
+
+
+def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
+    """Return R@k from image to text and from text to image, two dicts of scores. image_features
+    (N, E); text_features (M, E); image_of_text (M,): the image of each text, on the CPU."""
+    numbers = torch.arange(len(image_features))
+    return {
+        "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
+        "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
+    }
+
+
+def recall_scores(questions, question_image, answers, answer_image, ks):
+    """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
+    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images, on the
+    CPU. An answer is right if it belongs to the image of the question."""
+    best = nearest(questions, answers, max(ks))  # (Q, k)
+    is_right = answer_image[best] == question_image[:, None]  # (Q, k)
+    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,)
+    scores = {}
+    for k in ks:
+        hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
+        chance = recall_by_chance(num_right, len(answers), k)  # (Q,)
+        hits = mean_of_images(hits, question_image)
+        chance = mean_of_images(chance, question_image)
+        scores[f"R@{k}"] = score(hits, chance.mean())
+    return scores
 
 
 def nearest(questions, answers, k):
@@ -136,6 +92,17 @@ def nearest(questions, answers, k):
     return torch.cat(found)
 
 
+def mean_of_images(values, image):
+    """Return the mean of the values of each image (N,). values (Q,): those of the questions; image
+    (Q,): the number of each question's image.
+
+    For example, three captions of image 0 have the hits 1, 0 and 0, and a caption of image 1 has
+    the hit 1. Then the means are 1/3 and 1. An interval counts two images, and not four captions,
+    because the captions of one image are not independent.
+    """
+    return torch.bincount(image, weights=values) / torch.bincount(image)
+
+
 def recall_by_chance(num_right, n, k):
     """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
     which num_right (Q,) are right. The first draw misses with probability (n - num_right) / n. If
@@ -145,90 +112,52 @@ def recall_by_chance(num_right, n, k):
     return 1 - misses.prod(dim=0)
 
 
-def recall_scores(questions, question_image, answers, answer_image, ks):
-    """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
-    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images, on the
-    CPU. An answer is right if it belongs to the image of the question."""
-    best = nearest(questions, answers, max(ks))  # (Q, k)
-    is_right = answer_image[best] == question_image[:, None]  # (Q, k)
-    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,)
-
-    def mean_of_images(hits):
-        # An interval counts images, because the captions of one image are not independent.
-        return torch.bincount(question_image, weights=hits) / torch.bincount(question_image)
-
-    scores = {}
-    for k in ks:
-        hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
-        by_chance = recall_by_chance(num_right, len(answers), k)
-        scores[f"R@{k}"] = score(mean_of_images(hits), mean_of_images(by_chance).mean())
-    return scores
-
-
-def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
-    """Return R@k from image to text and from text to image, two dicts of scores. image_features
-    (N, E); text_features (M, E); image_of_text (M,): the image of each text, on the CPU."""
-    numbers = torch.arange(len(image_features))
-    return {
-        "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
-        "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
-    }
-
-
-@torch.no_grad()
-def loss_in_groups(model, image_features, text_features, image_of_text, group):
-    """Return the contrastive loss of the model, a mean over random groups of `group` images, each
-    with its first caption. The other arguments are those of `retrieval`."""
-    N = len(image_features)
-    first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
-    # Neighbours in a shard may be alike, so groups of them would have a higher loss than batches.
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    losses = []
-    for images in order[: N // group * group].split(group):
-        texts = first_caption[images]
-        losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
-    return torch.stack(losses).mean().item()
+# -----------------------------------------------------------------------------
+# A validation of train.py: retrieval, and the contrastive loss
 
 
 def score_pairs(model, tokenizer, samples, workers=0, group=256):
     """Score retrieval among data.Samples, print the scores, and return them as a dict for a log.
     mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
-    val_contrastive_loss has groups of `group` pairs, such as the batches of a training."""
+    val_contrastive_loss has groups of `group` pairs, by train.py as many as in its batches."""
     features = encode_samples(model, tokenizer, samples, workers)
-    result = retrieval(*features)
-    for way, scores in result.items():
-        for name, scored in scores.items():  # print would write into train.py's progress bar
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), scored))
-    group = min(group, len(features[0]))
-    loss = loss_in_groups(model, *features, group)
-    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
-    mean_r1 = sum(scores["R@1"]["value"] for scores in result.values()) / 2
-    losses = {"val_group": group, "val_contrastive_loss": loss}
-    return {"validation": result, "mean_r1": mean_r1, **losses}
+    image_features, text_features, image_of_text = features
+    scores = retrieval(image_features, text_features, image_of_text)
+    to_text = scores["image_to_text"]["R@1"]["value"]
+    to_image = scores["text_to_image"]["R@1"]["value"]
+    group = min(group, len(image_features))
+    row = {
+        "validation": scores,
+        "mean_r1": (to_text + to_image) / 2,
+        "val_group": group,
+        "val_contrastive_loss": loss_in_groups(model, *features, group),
+    }
+    print_pair_scores(row)
+    return row
 
+
+@torch.no_grad()
+def loss_in_groups(model, image_features, text_features, image_of_text, group):
+    """Return the contrastive loss of the model, a mean over random groups of `group` images, each
+    with its first caption. The loss is higher in larger groups, because an image must find its
+    caption among more. The other arguments are those of `retrieval`."""
+    N = len(image_features)
+    first_caption = torch.searchsorted(image_of_text, torch.arange(N))  # (N,)
+    # Neighbours in a shard may be alike, so groups of them would have a higher loss than batches.
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    used = N // group * group  # images that fill whole groups
+    losses = []
+    for images in order[:used].split(group):
+        texts = first_caption[images]
+        losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
+    return torch.stack(losses).mean().item()
+
+
+# -----------------------------------------------------------------------------
+# Zero-shot classification: an image must find the text that names its class
 
 # Templates in the style of CLIP's authors. The feature of a class is the mean over its prompts.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
-
-
-def zeroshot_classifier(model, tokenizer, classes, templates):
-    """Return a feature for each class, (C, E): the normalised mean of the features of its prompts.
-    classes: their names."""
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
-    features = encode_texts(model, tokenizer, prompts).view(len(classes), len(templates), -1)
-    return F.normalize(features.mean(dim=1), dim=1)
-
-
-write_once = cache(tqdm.write)  # the first time only, because train.py validates many times
-
-
-def usable_templates(tokenizer, templates):
-    """Return the templates whose words are all in the vocabulary, or the name alone if there are
-    none. A word that is spelled in bytes would be most of what the text tower reads of a prompt."""
-    unknown = tokenizer.unknown_words(templates)
-    if unknown:
-        write_once(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
-    return [text for text in templates if not tokenizer.unknown_words([text])] or ["{}"]
 
 
 def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, workers=0):
@@ -248,62 +177,36 @@ def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, worker
     return score(guesses == torch.tensor(labels), 1 / C)
 
 
-# -----------------------------------------------------------------------------
-# Words of the head
+def zeroshot_classifier(model, tokenizer, classes, templates):
+    """Return a feature for each class, (C, E): the normalised mean of the features of its prompts.
+    classes: their names."""
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    features = encode_texts(model, tokenizer, prompts).view(len(classes), len(templates), -1)
+    return F.normalize(features.mean(dim=1), dim=1)
 
 
-@torch.no_grad()
-def top_words(model, tokenizer, pixels, k=8):
-    """Return the k words that the head finds most probable in each picture (B, 3, S, S), a list of
-    (word, probability, id) for each of them, the most probable first. The probabilities are a
-    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
-    than a fifth of the captions contain."""
-    probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
-    is_common = (model.token_counts > model.num_captions / 5).tolist()
-    result = []
-    for p in probabilities:
-        words = []
-        for i in p.argsort(descending=True).tolist():
-            word = token_text(tokenizer, i)
-            if has_letters(word) and not word.endswith("-") and not is_common[i]:
-                words.append((word, p[i].item(), i))
-            if len(words) == k:
-                break
-        result.append(words)
-    return result
+def usable_templates(tokenizer, templates):
+    """Return the templates whose words are all in the vocabulary, or the name alone if there are
+    none. A word that is spelled in bytes would be most of what the text tower reads of a prompt.
+    CLIP's vocabulary has no unknown words, because it puts every word together from parts."""
+    unknown = tokenizer.unknown_words(templates)
+    if unknown:
+        write_once(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
+    return [text for text in templates if not tokenizer.unknown_words([text])] or ["{}"]
 
 
-def print_words(model, tokenizer, samples):
-    """Print the words that the head, if there is one, finds in the first two pictures."""
-    if model.head is None:
-        return
-    pictures = data.Pictures(samples, model.config.image_size)
-    pixels, captions = next(readable_batches(pictures, 2, 0))
-    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
-        found = ", ".join(word for word, _, _ in words)
-        tqdm.write(f'"{texts[0]}": the head says {found}')
+written = set()  # texts that write_once has printed
+
+
+def write_once(text):
+    """Print a text the first time only, because train.py validates many times."""
+    if text not in written:
+        written.add(text)
+        tqdm.write(text)
 
 
 # -----------------------------------------------------------------------------
 # A linear probe of the image tower
-
-
-def fit_and_guess(x, y, x_test, classes, penalty):
-    """Fit a multinomial logistic regression to features x (N, D) and labels y (N,). Return the
-    classes that it finds in x_test. penalty: the factor of the sum of squared weights."""
-    layer = torch.nn.Linear(x.shape[1], classes)
-    for p in layer.parameters():
-        torch.nn.init.zeros_(p)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def compute_loss():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + penalty * layer.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(compute_loss)
-    return layer(x_test).argmax(dim=1)
 
 
 def probe(x, y, x_test, y_test, classes):
@@ -329,6 +232,137 @@ def probe(x, y, x_test, y_test, classes):
     penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
     guesses = fit_and_guess(x, y, x_test, classes, penalty)
     return score(guesses == y_test, 1 / classes)
+
+
+def fit_and_guess(x, y, x_test, classes, penalty):
+    """Fit a multinomial logistic regression to features x (N, D) and labels y (N,). Return the
+    classes that it finds in x_test. penalty: the factor of the sum of squared weights."""
+    layer = torch.nn.Linear(x.shape[1], classes)
+    for p in layer.parameters():
+        torch.nn.init.zeros_(p)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def compute_loss():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), y) + penalty * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(compute_loss)
+    return layer(x_test).argmax(dim=1)
+
+
+# -----------------------------------------------------------------------------
+# A checkpoint -> a model -> features of pictures and texts
+
+
+def load(checkpoint, device="cpu"):
+    """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
+    which turns an image of Pillow, or the path or bytes of an image file, into pixels for
+    `model.encode_image(preprocess(image)[None])`."""
+    model, tokenizer = read_model(checkpoint)
+    preprocess = partial(data.load_image, size=model.config.image_size)
+    model.requires_grad_(False).to(device).eval()
+    return model, tokenizer, preprocess
+
+
+def device_of(model):
+    return model.logit_scale.device
+
+
+@torch.no_grad()
+def encode_texts(model, tokenizer, texts):
+    """Return the features (M, E) of texts, a list of M strings."""
+    features = []
+    for i in cli.progress(range(0, len(texts), 256), "encoding texts"):
+        tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T), without columns of mere padding
+        features.append(model.encode_text(tokens.to(device_of(model))))
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def encode_pictures(model, pictures, workers, encode=None):
+    """Return the features (N, E) of all data.Pictures that can be read, and a list of their N
+    labels. encode: turns pixels (B, 3, S, S) into other features than model.encode_image."""
+    encode = encode or model.encode_image
+    features = []
+    labels = []
+    for pixels, labels_of_batch in data.readable_batches(pictures, 128, workers):
+        features.append(encode(pixels.to(device_of(model))))
+        labels += labels_of_batch
+    cli.check(labels, "none of the images can be used")
+    return torch.cat(features), labels
+
+
+def encode_samples(model, tokenizer, samples, workers=0):
+    """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
+    captions, and image_of_text (M,), the number of each caption's image, in rising order."""
+    pictures = data.Pictures(samples, model.config.image_size)
+    image_features, captions = encode_pictures(model, pictures, workers)
+    texts = []
+    image_of_text = []
+    for i, texts_of_image in enumerate(captions):
+        texts += texts_of_image
+        image_of_text += [i] * len(texts_of_image)
+    text_features = encode_texts(model, tokenizer, texts)
+    return image_features, text_features, torch.tensor(image_of_text)
+
+
+# -----------------------------------------------------------------------------
+# Words of the head
+
+
+@torch.no_grad()
+def top_words(model, tokenizer, pixels, k=8):
+    """Return the k words that the head finds most probable in each picture (B, 3, S, S), a list of
+    (word, probability, id) for each of them, the most probable first. The probabilities are a
+    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
+    than a fifth of the captions contain."""
+    probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
+    is_common = (model.token_counts > model.num_captions / 5).tolist()
+    result = []
+    for p in probabilities:
+        words = []
+        for i in p.argsort(descending=True).tolist():
+            word = token_text(tokenizer, i)  # ends in a hyphen if it is only part of a word
+            if has_letters(word) and not word.endswith("-") and not is_common[i]:
+                words.append((word, p[i].item(), i))
+            if len(words) == k:
+                break
+        result.append(words)
+    return result
+
+
+def print_words(model, tokenizer, samples):
+    """Print the words that the head, if there is one, finds in the first two pictures."""
+    if model.head is None:
+        return
+    pictures = data.Pictures(samples, model.config.image_size)
+    pixels, captions = next(data.readable_batches(pictures, 2, 0))
+    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
+        found = ", ".join(word for word, _, _ in words)
+        tqdm.write(f'"{texts[0]}": the head says {found}')
+
+
+# -----------------------------------------------------------------------------
+# Printing
+
+
+def format_score(name, s):
+    """Return a line of text that shows a score. s: a dict from `score`."""
+    low, high = s["interval"]
+    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
+
+
+def print_pair_scores(row):
+    """Print what `score_pairs` returns. print would write into train.py's progress bar."""
+    for way, scores in row["validation"].items():
+        for name, s in scores.items():
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
+    tqdm.write(
+        f"contrastive loss {row['val_contrastive_loss']:.3f} in groups of {row['val_group']}"
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -397,39 +431,66 @@ def command_probe(model, _, args):
     return result
 
 
-def main(argv):
+def add_command(commands, name, function, text):
+    """Add a command to eval.py, with the options that all of them have. Return its parser."""
+    parser = commands.add_parser(name, help=text, description=text, **cli.OF_ALL_PARSERS)
+    parser.set_defaults(function=function)
+    cli.add_options(parser, "checkpoint", "device")
+    add = parser.add_argument
+    add("--workers", type=cli.number(int, 0), default=2, help="loading processes")
+    add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
+    return parser
+
+
+def make_parser():
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, function, text):
-        sub = commands.add_parser(name, help=text, description=text, **cli.OF_ALL_PARSERS)
-        sub.set_defaults(function=function)
-        cli.add_options(sub, "checkpoint", "device")
-        add = sub.add_argument
-        add("--workers", type=cli.number(int, 0), default=2, help="loading processes")
-        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
-        return add
-
-    # fmt: off
-    add = command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, metavar="DIR", help=CLASSES)
-    add("--classes", type=read_list, metavar="FILE",
+    text = "classify images by the names of their classes"
+    for_zeroshot = add_command(commands, "zeroshot", command_zeroshot, text)
+    for_zeroshot.add_argument("--images", required=True, metavar="DIR", help=CLASSES)
+    for_zeroshot.add_argument(
+        "--classes",
+        type=read_list,
+        metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
-        "for the names of ImageNet's classes (default: the names of the folders)")
-    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
+        "for the names of ImageNet's classes (default: the names of the folders)",
+    )
+    for_zeroshot.add_argument(
+        "--templates",
+        type=read_templates,
+        default=TEMPLATES,
+        metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
-        "templates (default: four similar ones)")
-    add = command("retrieval", command_retrieval, "find captions by image and images by caption")
-    add("--data", nargs="+", required=True, metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
-    add("--captions", nargs="+", metavar="SOURCE",
-        help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
-    add = command("probe", command_probe,
-        "fit a linear classifier on the frozen image tower, for some ten thousand images")
-    add("--train", required=True, metavar="DIR", help=CLASSES)
-    add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
-    # fmt: on
-    args = parser.parse_args(argv)
+        "templates (default: four similar ones)",
+    )
+
+    text = "find captions by image and images by caption"
+    for_retrieval = add_command(commands, "retrieval", command_retrieval, text)
+    for_retrieval.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those",
+    )
+    for_retrieval.add_argument(
+        "--captions",
+        nargs="+",
+        metavar="SOURCE",
+        help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)",
+    )
+
+    text = "fit a linear classifier on the frozen image tower, for some ten thousand images"
+    for_probe = add_command(commands, "probe", command_probe, text)
+    for_probe.add_argument("--train", required=True, metavar="DIR", help=CLASSES)
+    text = "folder with other images, or the same set"
+    for_probe.add_argument("--test", required=True, metavar="DIR", help=text)
+    return parser
+
+
+def main(argv):
+    args = make_parser().parse_args(argv)
     model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)
     if args.json:

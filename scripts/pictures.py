@@ -24,7 +24,7 @@ class NumberedPictures(data.Pictures):
         """Return the first caption of a sample, or the path of a file."""
         if isinstance(self.labelled, data.Samples):
             return self.labelled.captions(i)[0]
-        return self.name(i)
+        return self.labelled.name(i)
 
 
 def find_pictures(path, checkpoint, size):
@@ -35,7 +35,7 @@ def find_pictures(path, checkpoint, size):
         return NumberedPictures(data.Samples(find_shards(shards), captions), size)
     files = [path] if path.is_file() else data.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
-    return NumberedPictures([(file, None) for file in files], size)
+    return NumberedPictures(data.Files((file, None) for file in files), size)
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next

@@ -209,7 +209,7 @@ def test_words_of_class_names_that_the_vocabulary_lacks_are_named(folders, capsy
 def test_templates_with_words_that_the_vocabulary_lacks_are_left_out_and_named_once(capsys):
     """Of these words TOKENIZER lacks "drawing". If no template is left, the name alone is."""
     templates = ["a photo of a {}.", "a drawing of a {}."]
-    evaluation.write_once.cache_clear()
+    evaluation.written.clear()
 
     left = [evaluation.usable_templates(TOKENIZER, templates) for _ in range(2)]
 
