@@ -26,8 +26,8 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.devices import pick_device
-from common.run import read_model, validation_of
-from common.shards import by_split, find_shards
+from common.run import caption_sources, read_checkpoint, restore
+from common.shards import find_shards, is_validation
 from common.tokenizer import has_letters, token_text, trim
 
 # -----------------------------------------------------------------------------
@@ -260,10 +260,19 @@ def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
     which turns an image of Pillow, or the path or bytes of an image file, into pixels for
     `model.encode_image(preprocess(image)[None])`."""
-    model, tokenizer = read_model(checkpoint)
+    model, tokenizer, _ = load_with_options(checkpoint, device)
     preprocess = partial(data.load_image, size=model.config.image_size)
-    model.requires_grad_(False).to(device).eval()
     return model, tokenizer, preprocess
+
+
+def load_with_options(checkpoint, device):
+    """Return the model and the tokenizer of a checkpoint, for inference, and the options of the run
+    that wrote it, a dict, which is empty if scripts.convert wrote it."""
+    content = read_checkpoint(checkpoint)
+    model, tokenizer = restore(checkpoint, content["model"], content["config"], content["vocab"])
+    model.requires_grad_(False).to(device).eval()
+    options = content.get("header", {}).get("arguments", {})
+    return model, tokenizer, options
 
 
 def device_of(model):
@@ -393,27 +402,29 @@ def read_templates(path):
     return templates
 
 
-def command_zeroshot(model, tokenizer, args):
+def command_zeroshot(model, tokenizer, args, _):
     pictures = data.class_pictures(args.images, model.config.image_size)
     result = zeroshot(model, tokenizer, pictures, args.classes, args.templates, args.workers)
     print(format_score("zero-shot", result))
     return result
 
 
-def command_retrieval(model, tokenizer, args):
+def command_retrieval(model, tokenizer, args, run_options):
     shards = find_shards(args.data)
-    _, validation = by_split(shards)
-    if validation:
+    validation = [shard for shard in shards if is_validation(shard)]
+    if not validation:
+        print("no shard is named val or test, so all are scored, even if they were trained on")
+    elif len(validation) < len(shards):
         shards = validation
         print(f"of these shards, those for validation are scored: {', '.join(shards)}")
-    _, captions = validation_of(args.checkpoint, shards)
-    samples = data.Samples(shards, args.captions or captions)
-    result = score_pairs(model, tokenizer, samples, args.workers)
+    samples = data.Samples(shards, args.captions or caption_sources(run_options))
+    group = run_options.get("batch_size", 256)  # that of the run's validations
+    result = score_pairs(model, tokenizer, samples, args.workers, group)
     print_words(model, tokenizer, samples)
     return result
 
 
-def command_probe(model, _, args):
+def command_probe(model, tokenizer, args, _):
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
         cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
@@ -491,8 +502,8 @@ def make_parser():
 
 def main(argv):
     args = make_parser().parse_args(argv)
-    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
-    result = args.function(model, tokenizer, args)
+    model, tokenizer, run_options = load_with_options(args.checkpoint, pick_device(args.device))
+    result = args.function(model, tokenizer, args, run_options)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
 

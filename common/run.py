@@ -72,16 +72,20 @@ def read_model(path):
     return restore(path, content["model"], content["config"], content["vocab"])
 
 
-def validation_of(checkpoint, shards=None):
-    """Return shards with validation pairs, and the sources of their captions. The sources are those
-    of the run that wrote the checkpoint, and so are the shards if none are given."""
+def validation_of(checkpoint):
+    """Return the validation shards of the run that wrote a checkpoint, and the sources of their
+    captions."""
     header = read_checkpoint(checkpoint).get("header", {})
     arguments = header.get("arguments", {})
-    shards = shards or arguments.get("val_data")
+    shards = arguments.get("val_data")
     if shards in (None, ["none"]):
         raise InputError(f"{checkpoint} names no validation shards. Name pictures with --images.")
-    captions = arguments.get("val_captions") or arguments.get("captions") or ["txt"]
-    return shards, captions
+    return shards, caption_sources(arguments)
+
+
+def caption_sources(arguments):
+    """Return the sources of the captions that a run validates on. arguments: its options, or {}."""
+    return arguments.get("val_captions") or arguments.get("captions") or ["txt"]
 
 
 def write_checkpoint(path, checkpoint):

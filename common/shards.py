@@ -51,15 +51,17 @@ def find_shards(patterns):
 SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
+def is_validation(shard):
+    """Return whether the name of a shard says that it is for validation, or for a test."""
+    split = SPLIT.search(Path(shard).name.lower())
+    return split is not None and split[0] != "train"
+
+
 def by_split(shards):
     """Return two lists of shards, for training and for validation, by the names of the shards. If
     all names are those of validation shards, return all shards as the first list."""
-    training = []
-    validation = []
-    for shard in shards:
-        split = SPLIT.search(Path(shard).name.lower())
-        side = training if split is None or split[0] == "train" else validation
-        side.append(shard)
+    training = [shard for shard in shards if not is_validation(shard)]
+    validation = [shard for shard in shards if is_validation(shard)]
     return (training, validation) if training else (validation, [])
 
 

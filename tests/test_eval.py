@@ -295,10 +295,13 @@ def test_of_shards_with_two_splits_those_for_validation_are_scored_and_named(tmp
 
     result, printed = scores_of(capsys, tmp_path, "retrieval", "--data", tmp_path)
     _, printed_of_one = scores_of(capsys, tmp_path, "retrieval", "--data", val)
+    _, printed_of_train = scores_of(capsys, tmp_path, "retrieval", "--data", train)
 
     assert result["validation"]["image_to_text"]["R@1"]["n"] == 2
     assert val in printed and train not in printed
     assert val not in printed_of_one
+    assert "trained on" in printed_of_train
+    assert "trained on" not in printed + printed_of_one
 
 
 # ---- the data sets of torchvision
