@@ -404,9 +404,10 @@ def read_templates(path):
 
 def command_zeroshot(model, tokenizer, args, _):
     pictures = data.class_pictures(args.images, model.config.image_size)
-    result = zeroshot(model, tokenizer, pictures, args.classes, args.templates, args.workers)
+    templates = usable_templates(tokenizer, args.templates)
+    result = zeroshot(model, tokenizer, pictures, args.classes, templates, args.workers)
     print(format_score("zero-shot", result))
-    return result
+    return {**result, "templates": templates}
 
 
 def command_retrieval(model, tokenizer, args, run_options):

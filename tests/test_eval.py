@@ -288,6 +288,18 @@ def test_zeroshot_takes_the_names_of_classes_from_a_file(folders, tmp_path, caps
     assert scores[0] == result["value"] != scores[1]
 
 
+def test_the_numbers_of_zeroshot_tell_which_templates_were_used(folders, tmp_path, capsys):
+    """The vocabulary lacks "drawing"."""
+    write_checkpoint(tmp_path / "model.pt", small_model())
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a drawing of a {}\na photo of the {}\n")
+
+    options = "--images", folders, "--templates", templates
+    result, _ = scores_of(capsys, tmp_path, "zeroshot", *options)
+
+    assert result["templates"] == ["a photo of the {}"]
+
+
 def test_of_shards_with_two_splits_those_for_validation_are_scored_and_named(tmp_path, capsys):
     write_checkpoint(tmp_path / "model.pt", small_model())
     train = write_captions(tmp_path / "train-0.tar", "red", "green", "blue")
