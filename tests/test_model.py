@@ -1,6 +1,7 @@
 """Test the model: the two towers against open_clip's, plain CLIP, and the presets.
 superclip.py needs nothing but torch."""
 
+import math
 import runpy
 import sys
 
@@ -8,6 +9,7 @@ import open_clip
 import open_clip.model
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from children import ROOT
 from material import small_model
@@ -21,7 +23,7 @@ from oracle import (
 )
 
 from scripts.convert import open_clip_config, open_clip_state
-from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, scaled_dot_product_attention
 
 # ---- the towers
 
@@ -47,6 +49,14 @@ def test_a_new_model_starts_with_open_clips_scale_and_spread():
     assert ours["logit_scale"] == theirs["logit_scale"]
     for name in ours.keys() - {"logit_scale"}:
         assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.4), name
+
+
+def test_a_new_head_has_the_loss_of_logits_of_variance_1():
+    model = SuperCLIP(SuperCLIPConfig(**SMALL)).train()
+
+    loss = model(*make_pairs(model, B=32))["classification_loss"]
+
+    assert loss.item() == pytest.approx(math.log(60) + 1 / 2, abs=0.4)
 
 
 def test_kept_patches_equal_open_clips_patch_dropout():
@@ -93,6 +103,17 @@ def test_under_autocast_blocks_have_its_dtype_and_features_length_1_in_float32()
 
     assert seen == {torch.bfloat16}
     assert features.norm(dim=1).tolist() == pytest.approx(8 * [1], abs=1e-6)
+
+
+def test_attention_on_a_cpu_is_computed_in_float32():
+    """In bfloat16 torch's attention is five times slower there."""
+    q, k, v = torch.randn(3, 2, 2, 50, 8).bfloat16()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert torch.equal(found, exact.bfloat16())
 
 
 # ---- plain CLIP
