@@ -6,10 +6,11 @@ import re
 from functools import partial
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from common import scenes
-from common.cli import new_folder
+from common.cli import InputError, new_folder
 from common.tokenizer import Tokenizer
 
 SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val", range(300))]
@@ -27,14 +28,34 @@ def test_seed_0_is_the_same_world_on_all_machines_and_another_seed_is_not():
 
 def test_of_two_first_runs_at_once_the_second_uses_the_scenes_of_the_first(tmp_path, monkeypatch):
     """The first one is ready while the second one draws."""
-    first = tmp_path / "scenes" / "first"
+    folder = tmp_path / "scenes"
+    vocabulary = scenes.vocabulary
     small = partial(scenes.make_scenes, train=2, val=2, pictures=4)
-    monkeypatch.setattr(scenes, "make_scenes", small)
-    monkeypatch.setattr(scenes, "vocabulary", lambda: first.mkdir(parents=True) or "")
 
+    def first_is_ready():
+        monkeypatch.setattr(scenes, "vocabulary", vocabulary)
+        small(folder)
+        (folder / "first").touch()
+        return ""
+
+    monkeypatch.setattr(scenes, "make_scenes", small)
+    monkeypatch.setattr(scenes, "vocabulary", first_is_ready)
+
+    scenes.find_or_make_scenes(folder)
+
+    assert (folder / "first").exists()
+
+
+def test_scenes_of_another_version_are_refused(tmp_path, monkeypatch):
+    """Otherwise a run would train on old pictures. Older versions wrote no file drawn_by."""
+    scenes.make_scenes(tmp_path / "scenes", train=2, val=2, pictures=4)
     scenes.find_or_make_scenes(tmp_path / "scenes")
 
-    assert first.exists()
+    monkeypatch.setattr(scenes, "version", lambda: "another")
+
+    for folder in (tmp_path / "scenes", tmp_path):
+        with pytest.raises(InputError, match="this version"):
+            scenes.find_or_make_scenes(folder)
 
 
 def test_a_hidden_folder_that_a_killed_run_has_left_does_not_block(tmp_path):
