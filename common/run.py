@@ -166,7 +166,7 @@ def commit():
         return ""
 
 
-def make_header(args, steps, dtype, device, model, pairs, val_samples):
+def make_header(args, device, model, pairs, val_samples):
     """Return the header of the log: the conditions under which the other rows are measured."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
@@ -179,10 +179,10 @@ def make_header(args, steps, dtype, device, model, pairs, val_samples):
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
+        "steps": args.steps,
         "processes": processes.WORLD,
         "device": device_name,
-        "dtype": dtype,
+        "dtype": args.dtype,
         "torch": str(torch.__version__),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -195,9 +195,12 @@ def make_header(args, steps, dtype, device, model, pairs, val_samples):
 
 def read_last(path, header, vocab, optimizer, may_change, parser):
     """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say, and print what differs. header, vocab, optimizer: those of this run; may_change:
-    names of options that may differ; parser: of the options. A run that lacks an option, because a
-    fork has added it since, had its default."""
+    options say, and print what differs.
+
+    header, vocab, optimizer: those of this run; may_change: names of options that may differ;
+    parser: that of the options. A fork may have added an option since last.pt was written. The run
+    then had the default of this option, which the parser knows.
+    """
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
     before = last["header"]
@@ -205,19 +208,20 @@ def read_last(path, header, vocab, optimizer, may_change, parser):
     is_ours = None not in lr_scales
     check(is_ours, f"{path} is from another version of this code, commit {before['commit']}")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
-    # What an option leaves open stands in the config, or in the header itself.
-    values = {**header["arguments"], **header["config"], **header}
-    old_values = {**vars(parser.parse_args([])), **vars(SuperCLIPConfig())}
-    old_values |= {**before["arguments"], **before["config"], **before}
-    # The weights are in last.pt, so the file of --init_from may have moved. But this option sets
-    # other defaults, and what its file lacks has another learning rate.
+    # --init_from sets other defaults. Its file may have moved, because the weights are in last.pt.
+    has_init, had_init = (bool(x["arguments"]["init_from"]) for x in (header, before))
     start = "--resume needs --init_from as the run had it, and only then"
-    check(bool(old_values["init_from"]) == bool(values["init_from"]), start)
-    for name in {**header["arguments"], **header["config"]}:
-        old, value = old_values[name], values[name]
-        if value != old and name != "resume":
-            check(name in may_change, f"--resume cannot change --{name} from {old} to {value}")
-            print(f"--{name}: {old} -> {value}")
+    check(has_init == had_init, start)
+
+    # An option that is a field of the config has its value there, also if it was left open.
+    config = {**vars(SuperCLIPConfig()), **before["config"]}
+    for name, value in header["config"].items():
+        compare_option(name, config[name], value, may_change)
+    arguments = {**vars(parser.parse_args([])), **before["arguments"]}
+    for name, value in header["arguments"].items():
+        if name not in header["config"] and name != "resume":
+            compare_option(name, arguments[name], value, may_change)
+    # The same config, but other learning rates: the files of --init_from do not lack the same.
     check(lr_scales == [group["lr_scale"] for group in optimizer.param_groups], start)
     # Files may have moved, so compare what they hold.
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
@@ -225,6 +229,13 @@ def read_last(path, header, vocab, optimizer, may_change, parser):
     is_longer = last["step"] <= header["steps"]
     check(is_longer, f"--resume cannot make --steps less than {last['step']}, which are done")
     return last
+
+
+def compare_option(name, old, value, may_change):
+    """Print that an option differs from that of the run, or raise InputError if it may not."""
+    if value != old:
+        check(name in may_change, f"--resume cannot change --{name} from {old} to {value}")
+        print(f"--{name}: {old} -> {value}")
 
 
 # -----------------------------------------------------------------------------
@@ -273,3 +284,33 @@ def read_log(path):
             rows[step, "loss" in row] = row
     check(header is not None, f"{path} is not a log of train.py")
     return header, list(rows.values())
+
+
+class Clock:
+    """Measure the speed of the steps since the last restart."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0  # seconds in which the CPU waited for batches; a GPU may have been busy
+
+    def next(self, batches):
+        """Return the next batch, and count the step and the seconds until the batch is there."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.steps += 1
+        return batch
+
+    def read(self, batch_size):
+        """Return what a row of the log says about the speed, and restart."""
+        seconds = time.perf_counter() - self.began
+        row = {
+            "images_per_second": round(self.steps * batch_size / seconds, 1),
+            "data_wait": round(self.waited / seconds, 3),  # a share of the time
+        }
+        self.restart()
+        return row

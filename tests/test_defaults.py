@@ -9,6 +9,7 @@ import pytest
 from children import ROOT
 
 import train
+from common import run
 
 # Options -> model, crop_area, batch_size, epochs and learning_rate. Published runs have the values
 # in the first row. On the scenes, a batch that is 8 times as large makes the run 8**0.5 times as
@@ -55,11 +56,28 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("options, expected", LENGTHS.items(), ids=LENGTHS)
-def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected):
-    args = train.parse(["--batch_size=16", *options.split()])
+class Stopped(Exception):
+    """End a run before its first step."""
 
-    assert train.count_steps(args, 70) == expected
+
+@pytest.mark.parametrize("options, expected", LENGTHS.items(), ids=LENGTHS)
+def test_warm_up_and_validations_follow_the_length_of_the_run(
+    shards, tmp_path, monkeypatch, options, expected
+):
+    """The log has the values of options that were left open."""
+    run_options = f"--train_data {shards}/train-*.tar --model tiny --batch_size 16 --device cpu"
+
+    def stop(out, header, step):
+        raise Stopped(header["arguments"])
+
+    monkeypatch.setattr(run, "begin_log", stop)
+
+    with pytest.raises(Stopped) as stopped:
+        train.main([*run_options.split(), "--out_dir", str(tmp_path), *options.split()])
+
+    [arguments] = stopped.value.args
+    found = tuple(arguments[name] for name in ("steps", "warmup_steps", "eval_every"))
+    assert found == expected
 
 
 # As torch is imported for the first time, this program ends, and prints the variable.

@@ -77,7 +77,7 @@ def test_captions_have_the_context_length_of_the_model(shards, monkeypatch, cont
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "context_length": context_length})
     args = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8"])
 
-    _, tokenizer, *_ = train.build_model(args, [shards / "train-0.tar"], torch.device("cpu"))
+    _, tokenizer, _ = train.build_model(args, [shards / "train-0.tar"])
 
     assert tokenizer("a red square").shape == (1, context_length)
 
@@ -122,8 +122,10 @@ def test_a_validation_logs_the_mean_of_both_ways_and_the_loss_in_groups_like_bat
     assert rows[-1]["val_contrastive_loss"] < first["val_contrastive_loss"]
 
 
-def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, folders, tmp_path):
-    """Without validation pairs the last model is the best."""
+def test_zero_shot_is_scored_at_every_validation_even_without_pairs(
+    shards, folders, tmp_path, capsys
+):
+    """Without validation pairs the last model is the best, and the run says so."""
     options = "--val_data", "none", "--zeroshot_data", folders
     train.main(short_run(shards, tmp_path, *options))
 
@@ -131,6 +133,7 @@ def test_zero_shot_is_scored_at_every_validation_even_without_pairs(shards, fold
     assert steps_of(rows) == [0, 4, 8, 12]
     assert [row["zeroshot"][str(folders)]["n"] for row in rows] == [12] * 4
     assert checkpoint_of(tmp_path, "best.pt")["step"] == 12
+    assert "--val_data" in capsys.readouterr().out
 
 
 def run_commands_in(printed):
@@ -259,6 +262,6 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     message = error_of(capsys, train.main, *options)
 
-    assert "--learning_rate" in message
+    assert "--learning_rate" in message and "--dtype" in message
     assert checkpoint_of(tmp_path)["step"] == 4
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()

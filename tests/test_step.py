@@ -40,7 +40,9 @@ def make_model_without_zeros(**changes):
 def model_of(shards, *options, device="cpu"):
     """Return the model with which a run with these options begins."""
     args = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8", *options])
-    model, _, _ = train.build_model(args, [shards / "train-0.tar"], torch.device(device))
+    model, _, _ = train.build_model(args, [shards / "train-0.tar"])
+    model.to(device).train()
+    devices.compile_if_wanted(model, args.compile)
     return model
 
 
