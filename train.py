@@ -35,7 +35,7 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 
 def make_parser():
-    parser = cli.make_parser(__doc__)  # whose first paragraph describes the command
+    parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
     add = parser.add_argument
     count = cli.number(int, 1)  # from 1 on
@@ -157,9 +157,9 @@ MAY_CHANGE = [
 
 
 def build_model(args, shards):
-    """Return the model, its tokenizer, and a list of the names of those of its tensors that the
-    checkpoint of --init_from lacks, such as those of a word head if the checkpoint is plain CLIP.
-    Without --init_from the list is empty."""
+    """Return the model, its tokenizer, and a list of names: the tensors that are new, because the
+    checkpoint of --init_from lacks them, as plain CLIP lacks the word head. Without --init_from the
+    list is empty."""
     if args.init_from is None:
         pretrained = None
         tokenizer = tokenizer_for(shards, args.vocab)
@@ -176,7 +176,7 @@ def build_model(args, shards):
     config = SuperCLIPConfig(**config)
     is_multiple = config.image_size % config.patch_size == 0
     cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
-    tokenizer.context_length = config.context_length
+    tokenizer.context_length = config.context_length  # to which it cuts captions
 
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
@@ -263,7 +263,7 @@ def train(args):
     # The model and the data. One process draws, downloads and indexes what is missing, while the
     # others wait. Then they find it.
     with processes.one_first():
-        train_data = args.train_data or [find_or_make_scenes("scenes")]
+        train_data = args.train_data or [find_or_make_scenes("scenes")]  # SCENES has this name, too
         shards, val_shards = shards_of_run(train_data, args.val_data)
         model, tokenizer, new_names = build_model(args, shards)
         image_size = model.config.image_size
@@ -298,7 +298,8 @@ def train(args):
         args.eval_every = min(2000, math.ceil(args.steps / 3))
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}  # 0: before the first step
 
-    # The folder of the run, its log, and what --resume takes from last.pt
+    # The folder of the run, and the header of its log. --resume compares the header with that of
+    # last.pt, and goes on from there.
     args.out_dir = run.claim_folder(args.out_dir, args.resume)
     out = Path(args.out_dir)
     header = run.make_header(args, device, model, pairs, val_samples)
@@ -349,8 +350,8 @@ def train(args):
     no_bar = None if RANK == 0 else True  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. Then
-        # it saves best.pt, if no score was higher. The others wait in part 3. A run that goes on
-        # from a step of eval_steps makes this validation again.
+        # it saves best.pt, if no score was higher. The others wait in part 3, or at the end. A run
+        # that goes on from a step of eval_steps makes this validation again.
         if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
             if step > start:
                 save("last.pt", step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
