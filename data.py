@@ -80,9 +80,10 @@ def batch_indices(n, batch_size, seed, step):
     [(8, 53), (9, 91), (10, 81), (11, 42)]. Of two processes the second one loads rows slice(2, 4),
     which are (10, 81) and (11, 42).
     """
-    epoch, batch = divmod(step, n // batch_size)
-    order = epoch_order(n, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
-    return list(enumerate(order.tolist(), start=step * batch_size))
+    epoch, batch = divmod(step, n // batch_size)  # the step's epoch, and its batch in there
+    first = batch * batch_size
+    samples = epoch_order(n, seed, epoch)[first : first + batch_size].tolist()
+    return list(enumerate(samples, start=step * batch_size))
 
 
 @lru_cache(maxsize=2)
@@ -207,8 +208,8 @@ class Samples:
         0      1            2           3           4          5           6
         shard  image block  image size  text block  text size  json block  json size
 
-    A shard is a number, for paths. A tar consists of blocks of 512 bytes. A member begins at its
-    block, and has its size in bytes. The size is 0 if the sample has no such member.
+    The shard is a place in `paths`. A tar consists of blocks of 512 bytes, so a member begins at a
+    whole block. Its size counts bytes, and is 0 if the sample has no such member.
     """
 
     def __init__(self, paths, sources=("txt",)):
@@ -229,8 +230,8 @@ class Samples:
         return self.read(i, IMAGE), self.captions(i)
 
     def read(self, i, column):
-        """Return the bytes of a member of sample i, b"" if there is none. column: that of the
-        member's block in the index, IMAGE (1), TEXT (3) or JSON (5)."""
+        """Return the bytes of a member of sample i, b"" if there is none. column: IMAGE, TEXT or
+        JSON, which are 1, 3 and 5, the columns of their blocks in the index."""
         row = self.index[i].tolist()
         shard, block, size = row[0], row[column], row[column + 1]
         with open(self.paths[shard], "rb") as file:
@@ -370,10 +371,12 @@ def crop_box(width, height, rng=None, crop_area=1.0):
 
 def decode_smaller(image, box, size):
     """Let the decoder shrink a JPEG, which saves most of its time, if the crop has at least twice
-    as many pixels on each side as needed. Change `image` so, and return the box in its new pixels.
+    as many pixels on each side as needed. This changes `image`, which is not decoded yet. Return
+    the box in its new pixels.
 
-    An example: a JPEG of 193 x 193 pixels is wanted with 24 x 24. The decoder can shrink it 8
-    times, which gives 25 x 25 pixels, because it rounds up. So 193 / 25 is not exactly 8.
+    An example: a crop of 193 x 193 pixels is wanted with 24 x 24. The decoder can shrink the image
+    8 times, and rounds up. If it is as large as the crop, it becomes 25 x 25 pixels, and 193 / 25
+    is 7.72. The nearest power of two is 8.
     """
     x0, y0, x1, y1 = box
     width = image.width
@@ -409,9 +412,9 @@ class Pictures(Dataset):
     If a picture cannot be read, it is named, and its item is (None, None).
 
     labelled: where the pictures are. labelled[i] is a picture, as load_image takes it, and its
-    label. labelled.name(i) is its name for messages. For example, of image files in a folder for
-    each class, labelled[0] is ("cats/1.jpg", 0), and its name is cats/1.jpg. In Samples, another
-    such object, a label is the list of all captions.
+    label. labelled.name(i) is its name for messages. For example, labelled[0] may be the tuple
+    ("cats/1.jpg", 0), whose name is cats/1.jpg. It may also be a sample of Samples, which are such
+    an object, too: then the label is the list of its captions.
 
     classes: the names of the classes, if the labels are their numbers.
     """

@@ -55,7 +55,7 @@ def score(hits, chance):
 def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Return R@k from image to text and from text to image, two dicts of scores. image_features
     (N, E); text_features (M, E); image_of_text (M,): the image of each text, on the CPU."""
-    numbers = torch.arange(len(image_features))
+    numbers = torch.arange(len(image_features))  # each image belongs to itself
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
         "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
@@ -68,14 +68,14 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     CPU. An answer is right if it belongs to the image of the question."""
     best = nearest(questions, answers, max(ks))  # (Q, k)
     is_right = answer_image[best] == question_image[:, None]  # (Q, k)
-    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,)
+    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,): of all answers
     scores = {}
     for k in ks:
-        hits = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
-        chance = recall_by_chance(num_right, len(answers), k)  # (Q,)
-        hits = mean_of_images(hits, question_image)
-        chance = mean_of_images(chance, question_image)
-        scores[f"R@{k}"] = score(hits, chance.mean())
+        found = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
+        by_chance = recall_by_chance(num_right, len(answers), k)  # (Q,)
+        hits = mean_of_images(found, question_image)  # (N,)
+        chance = mean_of_images(by_chance, question_image).mean()
+        scores[f"R@{k}"] = score(hits, chance)
     return scores
 
 
@@ -119,7 +119,8 @@ def recall_by_chance(num_right, n, k):
 def score_pairs(model, tokenizer, samples, workers=0, group=256):
     """Score retrieval among data.Samples, print the scores, and return them as a dict for a log.
     mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
-    val_contrastive_loss has groups of `group` pairs, by train.py as many as in its batches."""
+    val_contrastive_loss is that of `group` pairs at a time: as many as in a batch of the run, so
+    that it can be compared with the loss of the training."""
     features = encode_samples(model, tokenizer, samples, workers)
     image_features, text_features, image_of_text = features
     scores = retrieval(image_features, text_features, image_of_text)
@@ -404,7 +405,7 @@ def read_templates(path):
 
 def command_zeroshot(model, tokenizer, args, _):
     pictures = data.class_pictures(args.images, model.config.image_size)
-    templates = usable_templates(tokenizer, args.templates)
+    templates = usable_templates(tokenizer, args.templates)  # also for the file of --json
     result = zeroshot(model, tokenizer, pictures, args.classes, templates, args.workers)
     print(format_score("zero-shot", result))
     return {**result, "templates": templates}
