@@ -209,20 +209,21 @@ def read_last(path, header, vocab, optimizer, may_change, parser):
     check(is_ours, f"{path} is from another version of this code, commit {before['commit']}")
     check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
     # --init_from sets other defaults. Its file may have moved, because the weights are in last.pt.
-    has_init, had_init = (bool(x["arguments"]["init_from"]) for x in (header, before))
-    start = "--resume needs --init_from as the run had it, and only then"
-    check(has_init == had_init, start)
+    had_init = before["arguments"]["init_from"] is not None
+    has_init = header["arguments"]["init_from"] is not None
+    needs_init = "--resume needs --init_from as the run had it, and only then"
+    check(has_init == had_init, needs_init)
 
     # An option that is a field of the config has its value there, also if it was left open.
-    config = {**vars(SuperCLIPConfig()), **before["config"]}
+    old_config = {**vars(SuperCLIPConfig()), **before["config"]}
     for name, value in header["config"].items():
-        compare_option(name, config[name], value, may_change)
-    arguments = {**vars(parser.parse_args([])), **before["arguments"]}
+        compare_option(name, old_config[name], value, may_change)
+    old_arguments = {**vars(parser.parse_args([])), **before["arguments"]}
     for name, value in header["arguments"].items():
         if name not in header["config"] and name != "resume":
-            compare_option(name, arguments[name], value, may_change)
-    # The same config, but other learning rates: the files of --init_from do not lack the same.
-    check(lr_scales == [group["lr_scale"] for group in optimizer.param_groups], start)
+            compare_option(name, old_arguments[name], value, may_change)
+    # If the file of --init_from now lacks other tensors than before, other ones learn faster.
+    check(lr_scales == [group["lr_scale"] for group in optimizer.param_groups], needs_init)
     # Files may have moved, so compare what they hold.
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
