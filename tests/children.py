@@ -68,7 +68,7 @@ class Children:
 
 def finish(process):
     """Wait for a process. Return its exit code, and the text that it has printed."""
-    process.join(60)
+    process.join(120)  # a busy machine needs one minute for two processes that compile
     assert process.exitcode is not None, "it hangs"
     return process.exitcode, process.output.read_text()
 
