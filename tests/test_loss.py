@@ -15,10 +15,11 @@ from superclip import PAD, classification_loss, contrastive_loss, idf, sigmoid_l
 V = 12
 START = 10
 END = 11
+# The words are the tokens 1 to 9.
 CAPTIONS = torch.tensor(
     [
         [START, 3, 5, 3, END, PAD],  # token 3 twice
-        [START, 5, 7, 7, 2, END],  # token 7 twice, token 5 as in the first caption, no padding
+        [START, 5, 9, 9, 1, END],  # token 9 twice, token 5 as in the first caption, no padding
         [START, END, PAD, PAD, PAD, PAD],  # empty
     ]
 )
@@ -38,7 +39,7 @@ def test_a_training_counts_each_word_of_a_caption_once():
     model.train()(IMAGES, CAPTIONS)
 
     assert model.num_captions.item() == 3
-    assert (model.token_counts - 2**24).tolist() == [0, 0, 1, 1, 0, 2, 0, 1, 0, 0, 0, 0]
+    assert (model.token_counts - 2**24).tolist() == [0, 1, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0]
 
 
 # ---- the weight of each word, and the label of a caption
@@ -55,7 +56,7 @@ def test_the_label_of_a_caption_by_hand():
     """The label is a set: token 3 occurs twice in the first caption, but has one share. The shares
     of a caption add up to 1, even if the weights of its words do not. Padding, start and end have
     no share, although they have weight here."""
-    weights = torch.tensor([9, 0, 4, 1, 0, 3, 0, 1, 0, 0, 9, 9]) / 16
+    weights = torch.tensor([9, 4, 0, 1, 0, 3, 0, 0, 0, 1, 9, 9]) / 16
     logits = torch.zeros(3, V, requires_grad=True)
 
     classification_loss(logits, CAPTIONS, weights).backward()
@@ -64,7 +65,7 @@ def test_the_label_of_a_caption_by_hand():
     is_labelled = torch.tensor([[1.0], [1.0], [0.0]])
     assert (is_labelled / V - 3 * logits.grad).round(decimals=6).tolist() == [
         [0, 0, 0, 0.25, 0, 0.75, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0.5, 0, 0, 0.375, 0, 0.125, 0, 0, 0, 0],
+        [0, 0.5, 0, 0, 0, 0.375, 0, 0, 0, 0.125, 0, 0],
         [0] * V,
     ]
 
