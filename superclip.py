@@ -16,10 +16,10 @@ caption, and with no other. Rare words count more than common ones.
     caption -> text transformer -> end token -> proj -'
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
-model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the transformer
-that they share. At the end is what a first reader can skip: SigLIP's loss, several processes,
-batches that would not fit into memory, and attention on a CPU. After this file read train.py,
-data.py and eval.py.
+model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the class from
+which each of them makes its own transformer. At the end is what a first reader can skip: SigLIP's
+loss, several processes, batches that would not fit into memory, and attention on a CPU. After this
+file read train.py, data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
 The text tower reads at most context_length tokens, so a longer caption is cut for it. The words to
@@ -28,7 +28,6 @@ predict come from captions that are not cut. They have T' tokens, which may exce
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -67,10 +66,14 @@ class SuperCLIPConfig:
     def __post_init__(self):
         if self.loss not in ("softmax", "sigmoid"):
             raise ValueError(f"loss must be softmax or sigmoid, not {self.loss}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size must be a multiple of the patch_size {self.patch_size}")
         if self.vision_heads == 0:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
+        if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
+            raise ValueError("the width of a tower must be a multiple of its heads")
 
 
 # Each size names what differs from the defaults above, which are those of ViT-B-16.
@@ -241,19 +244,23 @@ class SuperCLIP(nn.Module):
 
         # What needs one pair at a time: two features, and the loss of the head. Micro-batches give
         # the same numbers with less memory.
-        encode_pairs = self.encode_pairs
-        if micro_batch_size is not None and micro_batch_size < len(images):
-            encode_pairs = partial(in_micro_batches, encode_pairs, micro_batch_size)
-        image_features, text_features, terms = encode_pairs(
-            images, tokens, label_tokens, token_weights, keep
-        )
+        pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens}
+        if keep is not None:
+            pairs["keep"] = keep
+        if micro_batch_size is None or micro_batch_size == len(images):
+            features, terms = self.encode_pairs(token_weights, **pairs)
+        else:
+            features, terms = in_micro_batches(
+                self.encode_pairs, token_weights, pairs, micro_batch_size
+            )
 
         # What needs all pairs: each image must pick its caption out of the whole batch, and each
         # caption its image. So from here on the features are those of all processes. An evaluation
-        # needs no other process.
+        # waits for no other process, because process 0 may make it alone.
         if self.training:
-            image_features = gather(image_features)
-            text_features = gather(text_features)
+            features = {name: gather(x) for name, x in features.items()}
+        image_features = features["image"]
+        text_features = features["text"]
         terms["contrastive_loss"] = self.clip_or_siglip_loss(image_features, text_features)
 
         # The sum. A term of your own is added here, as docs/fork.md shows.
@@ -264,27 +271,34 @@ class SuperCLIP(nn.Module):
         return {"loss": loss, **terms}
 
     def count_tokens(self, label_tokens):
-        """Count the captions (B, T') of a batch, and how many of them contain each token."""
-        # In one process these are len(label_tokens) and multi_hot(label_tokens, V).sum(dim=0).
-        num_captions, token_counts = counts_of_batch(label_tokens, self.config.vocab_size)
+        """Count the captions (B, T') of a batch, and how many of them contain each token (V,), over
+        all processes."""
+        num_captions = len(label_tokens)
+        counts = torch.zeros_like(self.token_counts)
+        # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
+        # take a gigabyte.
+        for captions in label_tokens.split(256):
+            counts += multi_hot(captions, len(counts)).sum(dim=0).long()
+        if dist.is_initialized():
+            num_captions *= dist.get_world_size()  # every process has as many
+            dist.all_reduce(counts)
         self.num_captions += num_captions
-        self.token_counts += token_counts  # (V,)
+        self.token_counts += counts
 
-    def encode_pairs(self, images, tokens, label_tokens, token_weights, keep):
+    def encode_pairs(self, token_weights, images, tokens, label_tokens, keep=None):
         """Compute what needs one pair at a time: its features, and the loss of its words.
 
-        token_weights (V,): from `idf`; the other arguments are those of `forward`. Return image and
-        text features (B, E), and a dict of terms of the loss, each a mean over the pairs. Plain
-        CLIP has none.
+        token_weights (V,): from `idf`; the other arguments are those of `forward`. Return two
+        dicts: the features of the image and of the text, (B, E) each, and the terms of the loss,
+        each a mean over the pairs. Plain CLIP has no such term.
         """
         class_token, patches = self.visual(images, keep)  # (B, D) for CLIP, (B, P, D) for the head
-        image_features = self.project_image(class_token)  # (B, E)
-        text_features = self.encode_text(tokens)  # (B, E)
+        features = {"image": self.project_image(class_token), "text": self.encode_text(tokens)}
         terms = {}
         if self.head is not None:
             logits = self.head(patches)  # (B, V)
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
-        return image_features, text_features, terms
+        return features, terms
 
     def clip_or_siglip_loss(self, image_features, text_features):
         """Return the contrastive loss of features (B, E), a scalar, as the configuration says."""
@@ -324,13 +338,6 @@ class SuperCLIP(nn.Module):
 # The towers
 
 
-def patches_of(images, patch_size):
-    """Cut images (B, 3, S, S) into patches, row by row. Return their pixels (B, P, 3pp), where p is
-    patch_size. The pixels of a patch are in the order channel, row, column."""
-    pixels = F.pixel_unshuffle(images, patch_size)  # (B, 3pp, S/p, S/p)
-    return pixels.flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     """Turn an image into one token for each patch, and a class token for the whole image."""
 
@@ -359,10 +366,12 @@ class VisionTransformer(nn.Module):
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-        # This is conv1(images): a convolution that moves by whole patches applies one linear layer
-        # to each patch. Written as a linear layer, its backward pass is faster. conv1 is a Conv2d
-        # so that published weights load, and for its initialisation.
-        x = F.linear(patches_of(images, self.patch_size), self.conv1.weight.flatten(1))  # (B, P, D)
+        # The next three lines are self.conv1(images): a convolution that moves by whole patches
+        # applies one linear layer to each patch. As a linear layer its backward pass is faster.
+        # conv1 is a Conv2d so that published weights load, and for its initialisation.
+        x = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: the patch size
+        x = x.flatten(2).transpose(1, 2)  # (B, P, 3pp), the pixels of each patch
+        x = F.linear(x, self.conv1.weight.flatten(1))  # (B, P, D)
         x = x + self.positional_embedding[1:]
         if keep is not None:  # the other patches never enter the transformer, which saves time
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
@@ -427,9 +436,8 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each, with H heads
-        # This is F.scaled_dot_product_attention. The end of the file says what differs on a CPU.
         # is_causal instead of a mask tensor, because a mask would rule out the flash kernels.
-        x = scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, D/H)
+        x = attend(q, k, v, is_causal=self.causal)  # (B, H, T, D/H)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
 
@@ -510,7 +518,7 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
 
 def gather(features):
     """Return the features of all processes, in the order of their ranks. features (B, E): those of
-    this process.
+    this process, which are returned as they are if there is no other.
 
     Example: process 0 has the features a, and process 1 has b. Both compute the loss of the whole
     batch, L(a, b). But b comes to process 0 as a constant, so the gradient of its weights is only
@@ -530,66 +538,47 @@ def gather(features):
     return torch.cat(gathered)
 
 
-def counts_of_batch(label_tokens, vocab_size):
-    """Return how many captions the batch has, and how many of them contain each token (V,), summed
-    over all processes. label_tokens (B, T'): the captions of this process."""
-    num_captions = len(label_tokens)
-    token_counts = torch.zeros(vocab_size, dtype=torch.long, device=label_tokens.device)
-    # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
-    # take a gigabyte.
-    for captions in label_tokens.split(256):
-        token_counts += multi_hot(captions, vocab_size).sum(dim=0).long()
-    if dist.is_initialized():
-        num_captions *= dist.get_world_size()  # every process has as many
-        dist.all_reduce(token_counts)
-    return num_captions, token_counts
-
-
 # -----------------------------------------------------------------------------
 # Batches that would not fit into memory
 
 
-def in_micro_batches(encode_pairs, size, images, tokens, label_tokens, token_weights, keep):
-    """Return what encode_pairs(images, tokens, label_tokens, token_weights, keep) returns, but with
-    the memory of `size` pairs (GradCache, arXiv 2101.06983).
+def in_micro_batches(encode_pairs, token_weights, pairs, size):
+    """Return what encode_pairs(token_weights, **pairs) returns, but with the memory of `size` pairs
+    (GradCache, arXiv 2101.06983). pairs: a dict of tensors with a row for each of the B pairs.
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
     forgets all that the towers have computed in between. The backward pass computes that again, one
     micro-batch after the other, which takes a third more time.
     """
-    assert len(images) % size == 0  # so that all parts count equally
-    image_features = []
-    text_features = []
-    terms = []
-    for start in range(0, len(images), size):
-        rows = slice(start, start + size)
-        image_part, text_part, terms_part = recompute_in_backward(
+    B = len(pairs["images"])
+    assert B % size == 0, f"{B} pairs are no multiple of {size}, so parts would not count equally"
+    all_features = []
+    all_terms = []
+    for start in range(0, B, size):
+        part = {name: x[start : start + size] for name, x in pairs.items()}
+        features, terms = recompute_in_backward(
             encode_pairs,
-            images[rows],
-            tokens[rows],
-            label_tokens[rows],
             token_weights,
-            None if keep is None else keep[rows],
+            **part,
             use_reentrant=False,  # the older kind wants inputs that require gradients
         )
-        image_features.append(image_part)
-        text_features.append(text_part)
-        terms.append(terms_part)
-    mean_terms = {}
-    for name in terms[0]:
-        mean_terms[name] = torch.stack([part[name] for part in terms]).mean()
-    return torch.cat(image_features), torch.cat(text_features), mean_terms
+        all_features.append(features)
+        all_terms.append(terms)
+    features = {name: torch.cat([x[name] for x in all_features]) for name in features}
+    terms = {name: torch.stack([x[name] for x in all_terms]).mean() for name in terms}
+    return features, terms
 
 
 # -----------------------------------------------------------------------------
 # Attention on a CPU
 
 
-def scaled_dot_product_attention(q, k, v, is_causal):
-    """Return what each token takes from the others (B, H, T, D/H), as torch's function of this name
-    does. On a CPU torch's is five times slower in bfloat16, so compute in float32 there. q, k, v
-    (B, H, T, D/H); is_causal: whether a token sees only itself and those before it."""
+def attend(q, k, v, is_causal):
+    """Return what each token takes from the others (B, H, T, D/H). This is torch's
+    scaled_dot_product_attention. On a CPU that is five times slower in bfloat16, so compute in
+    float32 there. q, k, v (B, H, T, D/H); is_causal: whether a token sees only itself and those
+    before it."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):  # autocast would cast back to bfloat16

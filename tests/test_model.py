@@ -23,7 +23,7 @@ from oracle import (
 )
 
 from scripts.convert import open_clip_config, open_clip_state
-from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, scaled_dot_product_attention
+from superclip import PRESETS, SuperCLIP, SuperCLIPConfig, attend
 
 # ---- the towers
 
@@ -112,7 +112,7 @@ def test_attention_on_a_cpu_is_computed_in_float32():
     q, k, v = torch.randn(3, 2, 2, 50, 8).bfloat16()
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = scaled_dot_product_attention(q, k, v, is_causal=True)
+        found = attend(q, k, v, is_causal=True)
 
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     assert torch.equal(found, exact.bfloat16())
