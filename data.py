@@ -1,8 +1,8 @@
-"""Turn tar shards of image-caption pairs into batches. The file follows the way back, from a batch
-to the bytes of a file:
+"""Turn tar shards of image-caption pairs into batches:
 
-    batches <-- Pairs (draw, tokenize, crop, resize) <-- Samples (read) <-- index <-- shards
-                  ^ batch_indices(n, batch_size, seed, step)
+    shards -> index -> Samples (read) -> Pairs (draw, tokenize, crop, resize) -> batches
+
+The file follows this way back, from a batch to the bytes of a file.
 
 A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC3M, CC12M and
 DataComp. Members of one sample share their name up to the first dot. The rest of the name tells
@@ -34,17 +34,15 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common import shards
 from common.cli import InputError, check, progress
 from common.processes import make_loader
-from common.shards import BLOCK, IMAGE, JSON, TEXT, build_index, cache_folder, split_name
 from common.tokenizer import Tokenizer
 
 
 class BadSample(Exception):
-    """Say that a sample cannot be used, and why."""
+    """Say that a sample or a picture cannot be used, and why."""
 
-
-UNREADABLE = (BadSample, OSError)  # what reading a sample or a picture may raise
 
 # -----------------------------------------------------------------------------
 # Batches and their order
@@ -129,31 +127,36 @@ class Pairs(Dataset):
     def draw_pair(self, i, rng):
         """Return the image of sample i, the ids of its caption, the ids of its label caption, and
         the list of the patches to keep, or None for all. rng: the generator that draws them."""
-        caption = self.draw_text(i, self.samples.sources, rng)
+        caption = self.draw_caption(i, self.samples.sources, rng)
         label = caption
         if self.label_sources:
-            label = self.draw_text(i, self.label_sources, rng)
-        picture = self.samples.read(i, IMAGE)
+            label = self.draw_caption(i, self.label_sources, rng)
+        picture = self.samples.image(i)
         image = load_image(picture, self.image_size, rng, self.crop_area)
         keep = None
         if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
             K = max(1, round(self.num_patches * (1 - self.patch_dropout)))
             keep = rng.sample(range(self.num_patches), K)
-        return image, self.tokenizer.encode(caption), self.tokenizer.encode(label), keep
+        return image, caption, label, keep
 
-    def draw_text(self, i, sources, rng):
-        return rng.choice(self.samples.texts(i, rng.choice(sources)))
+    def draw_caption(self, i, sources, rng):
+        """Return the ids of a text that sample i has in one of the sources."""
+        source = rng.choice(sources)
+        return self.tokenizer.encode(rng.choice(self.samples.texts(i, source)))
 
     def __getitem__(self, item):
-        """Return what `draw_pair` returns. item: (position, sample). A random other sample replaces
-        a bad one, so that batches have the same size on every process. A hundred bad samples in a
-        row end the run."""
+        """Return what `draw_pair` returns, and whether another sample was bad. item: (position,
+        sample). A random other sample replaces a bad one, so that batches have the same size on
+        every process. A hundred bad samples in a row end the run."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
-        for _ in range(100):
+        # For what draws from torch and not from rng, such as torchvision's transforms in a fork. It
+        # draws the same in any loading process. manual_seed of torch would also look for GPUs.
+        torch.default_generator.manual_seed(mixed(self.seed, position))
+        for tried in range(100):
             try:
-                return self.draw_pair(i, rng)
-            except UNREADABLE as error:
+                return self.draw_pair(i, rng), tried > 0
+            except BadSample as error:
                 problem = f"{self.samples.name(i)}: {error}"
                 self.report(i, problem)
                 i = rng.randrange(len(self))  # the sample that replaces it
@@ -166,10 +169,11 @@ class Pairs(Dataset):
             tqdm.write(f"bad sample: {problem}", sys.stderr)
 
     def collate(self, items):
-        """Return a batch of B items, each from `draw_pair`, as a dict of the arguments of
+        """Return a batch of B items as two values. The first is a dict of the arguments of
         SuperCLIP.forward: images (B, 3, S, S), uint8; tokens (B, T); label_tokens (B, T'); and with
-        patch dropout keep (B, K)."""
-        images, captions, labels, keep = zip(*items)
+        patch dropout keep (B, K). The second is the number of pairs that replace a bad sample."""
+        pairs, is_replacement = zip(*items)
+        images, captions, labels, keep = zip(*pairs)
         # In memory the three values of a pixel lie side by side. Stack the images in this order,
         # (B, S, S, 3), because copying memory as it is takes a third less time.
         pixels = torch.stack([image.permute(1, 2, 0) for image in images])
@@ -183,7 +187,13 @@ class Pairs(Dataset):
         }
         if self.patch_dropout > 0:
             batch["keep"] = torch.tensor(keep)
-        return batch
+        return batch, sum(is_replacement)
+
+
+def mixed(*numbers):
+    """Return a seed for torch that depends on several integers, such as a seed and a step. On a CPU
+    torch looks at 32 bits of a seed only, so all of the numbers must change these."""
+    return random.Random(str(numbers)).getrandbits(32)
 
 
 def padded_length(captions):
@@ -199,23 +209,28 @@ def padded_length(captions):
 MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as wide as the longest
 
 
+def open_samples(names, sources=("txt",)):
+    """Return the Samples in some shards. names: paths, folders, globs or braces; sources: where the
+    captions are. All commands open their pairs here.
+
+    For data of another kind, return an object of your own. It needs the public methods of Samples,
+    the length, samples[i], and three attributes: sources; paths, a list of texts, which a
+    checkpoint stores, so that other commands can open the same data by them; and fingerprint.
+    """
+    return Samples(shards.find_shards(names), sources)
+
+
 class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1. paths: the shards;
     sources: where their captions are, each txt or json.FIELD.
 
-    The index has a row for each sample. Its seven columns say where the sample lies:
-
-        0      1            2           3           4          5           6
-        shard  image block  image size  text block  text size  json block  json size
-
-    The shard is a place in `paths`. A tar consists of blocks of 512 bytes, so a member begins at a
-    whole block. Its size counts bytes, and is 0 if the sample has no such member.
+    The index has a row for each sample, which says where the sample lies (common/shards.py).
     """
 
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths
         self.sources = sources
-        self.index, self.unused = build_index(paths)  # unused: texts that say what and why
+        self.index, self.unused = shards.build_index(paths)  # unused: texts that say what and why
         if self.unused:
             print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
         check(len(self.index) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -226,17 +241,25 @@ class Samples:
         return len(self.index)
 
     def __getitem__(self, i):
-        """Return the image of sample i, as the bytes of its file, and a list of its captions."""
-        return self.read(i, IMAGE), self.captions(i)
+        """Return the image of sample i and a list of its captions."""
+        return self.image(i), self.captions(i)
+
+    def image(self, i):
+        """Return the image of sample i, as the bytes of its file. Another kind of data may return
+        whatever else load_image takes."""
+        return self.read(i, shards.IMAGE)
 
     def read(self, i, column):
         """Return the bytes of a member of sample i, b"" if there is none. column: IMAGE, TEXT or
-        JSON, which are 1, 3 and 5, the columns of their blocks in the index."""
+        JSON."""
         row = self.index[i].tolist()
         shard, block, size = row[0], row[column], row[column + 1]
-        with open(self.paths[shard], "rb") as file:
-            file.seek(block * BLOCK)
-            content = file.read(size)
+        try:
+            with open(self.paths[shard], "rb") as file:
+                file.seek(block * shards.BLOCK)
+                content = file.read(size)
+        except OSError as error:
+            raise BadSample(f"the shard cannot be read: {error.strerror}") from None
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
@@ -246,13 +269,14 @@ class Samples:
         json.FIELD; a field holds a string or a list of strings."""
         try:
             if source == "txt":
-                value = self.read(i, TEXT).decode("utf-8-sig")
+                value = self.read(i, shards.TEXT).decode("utf-8-sig")
             else:
-                value = json.loads(self.read(i, JSON))[source.removeprefix("json.")]
+                value = json.loads(self.read(i, shards.JSON))[source.removeprefix("json.")]
             texts = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
             texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
-        except (ValueError, LookupError, TypeError, AttributeError):  # a field may hold anything
+        # A field may hold anything. JSON that is nested too deeply gives a RecursionError.
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
         if not texts or max(map(len, texts)) > MAX_CAPTION:
             raise BadSample(f"{source} is missing, empty or longer than {MAX_CAPTION:,} characters")
@@ -286,9 +310,9 @@ class Samples:
         path = self.paths[shard]
         try:
             with open(path, "rb") as file:
-                file.seek((image_block - 1) * BLOCK)
-                header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "replace")
-            key, _ = split_name(header.name)
+                file.seek((image_block - 1) * shards.BLOCK)
+                header = tarfile.TarInfo.frombuf(file.read(shards.BLOCK), "utf-8", "replace")
+            key, _ = shards.split_name(header.name)
         except (tarfile.TarError, OSError):
             key = "?"
         return f"{path}:{key}"
@@ -311,7 +335,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 def load_image(picture, size, rng=None, crop_area=1.0):
     """Return a picture as uint8 (3, size, size), cropped by `crop_box` and resized, bicubic with
     antialiasing. picture: path or bytes of an image file, or an image of Pillow, which stays as it
-    is. Raise BadSample if Pillow cannot read it."""
+    is. Raise BadSample if it cannot be read."""
     is_file = not isinstance(picture, Image.Image)
     image = open_file(picture) if is_file else picture
     box = crop_box(*image.size, rng, crop_area)
@@ -341,16 +365,20 @@ def only_pillow():
 def open_file(picture):
     """Return an image of Pillow that has read the header of a file, but no pixels. picture: path or
     bytes of an image file."""
-    content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     with only_pillow():
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
 
 
 def crop_box(width, height, rng=None, crop_area=1.0):
     """Return the part of an image to look at, as x0, y0, x1 and y1 in pixels. With a crop_area of 1
     this is the largest square in the centre. Otherwise it is a random rectangle, whose share of the
-    area is between crop_area and 1. This is open_clip's only augmentation, and also ours. Images
-    are not mirrored, because captions say "left"."""
+    area is between crop_area and 1, and whose ratio is between 3:4 and 4:3. This is open_clip's
+    only augmentation, and also ours. Images are not mirrored, because captions say "left".
+
+    In a long image no such rectangle fits. Then the box is the largest one of 4:3 in the centre.
+    With a crop_area of 0.9, each image of 3:2 keeps this 89 %, and each one of 16:9 this 75 %.
+    """
     w = h = min(width, height)
     if crop_area < 1:
         # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
@@ -362,7 +390,7 @@ def crop_box(width, height, rng=None, crop_area=1.0):
             if 0 < w <= width and 0 < h <= height:
                 x, y = rng.randint(0, width - w), rng.randint(0, height - h)
                 return x, y, x + w, y + h
-        # None of the ten rectangles fits. Take as much of the centre as 4:3 allows.
+        # None of the ten rectangles fits.
         w = min(width, round(height * 4 / 3))
         h = min(height, round(width * 4 / 3))
     x, y = (width - w) // 2, (height - h) // 2
@@ -372,19 +400,15 @@ def crop_box(width, height, rng=None, crop_area=1.0):
 def decode_smaller(image, box, size):
     """Let the decoder shrink a JPEG, which saves most of its time, if the crop has at least twice
     as many pixels on each side as needed. This changes `image`, which is not decoded yet. Return
-    the box in its new pixels.
-
-    An example: a crop of 193 x 193 pixels is wanted with 24 x 24. The decoder can shrink the image
-    8 times, and rounds up. If it is as large as the crop, it becomes 25 x 25 pixels, and 193 / 25
-    is 7.72. The nearest power of two is 8.
-    """
+    the box in its new pixels."""
     x0, y0, x1, y1 = box
     width = image.width
     scale = max(size / (x1 - x0), size / (y1 - y0))
     if scale <= 0.5:
         with only_pillow():
             image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
-    shrink = 2 ** round(math.log2(width / image.width))  # 1, 2, 4 or 8
+    # 1, 2, 4 or 8. The decoder rounds sizes up: 193 pixels shrunk 8 times are 25, and not 24.125.
+    shrink = 2 ** round(math.log2(width / image.width))
     return [side / shrink for side in box]
 
 
@@ -411,11 +435,8 @@ class Pictures(Dataset):
     """Read pictures in order, without random crops. An item is pixels (3, size, size) and a label.
     If a picture cannot be read, it is named, and its item is (None, None).
 
-    labelled: where the pictures are. labelled[i] is a picture, as load_image takes it, and its
-    label. labelled.name(i) is its name for messages. For example, labelled[0] may be the tuple
-    ("cats/1.jpg", 0), whose name is cats/1.jpg. It may also be a sample of Samples, which are such
-    an object, too: then the label is the list of its captions.
-
+    labelled: labelled[i] is a picture, as load_image takes it, and its label. So it may be a list
+    of such pairs, a data set of torchvision, or Samples, whose labels are lists of captions;
     classes: the names of the classes, if the labels are their numbers.
     """
 
@@ -427,11 +448,14 @@ class Pictures(Dataset):
         return len(self.labelled)
 
     def __getitem__(self, i):
+        name = f"picture {i}"
         try:
             picture, label = self.labelled[i]
+            if isinstance(picture, Path):
+                name = picture
             return load_image(picture, self.size), label
-        except UNREADABLE as error:
-            tqdm.write(f"skipped {self.labelled.name(i)}: {error}")
+        except BadSample as error:
+            tqdm.write(f"skipped {name}: {error}")
             return None, None
 
 
@@ -454,14 +478,6 @@ def stack_readable(items):
     # Stack them here, in the loading process, because each tensor on its way out of it keeps a file
     # open.
     return torch.stack(pixels), list(labels)
-
-
-class Files(list):
-    """A list of tuples (path of an image file, label)."""
-
-    def name(self, i):
-        path, _ = self[i]
-        return str(path)
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
@@ -496,18 +512,15 @@ def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
     Download it into the cache folder, unless it is there. name: one of STANDARD_SETS; training:
     whether to return its images for training, or those for tests."""
-    known = ", ".join(STANDARD_SETS)
-    check(name in STANDARD_SETS, f"{name} is no folder, and none of the sets {known}")
+    check(name in STANDARD_SETS, f"{name} is no folder, and none of {', '.join(STANDARD_SETS)}")
     from torchvision import datasets  # only here, because this import is slow
 
     kind, for_training, for_tests = STANDARD_SETS[name]
     options = for_training if training else for_tests
     try:
-        images = getattr(datasets, kind)(cache_folder() / "datasets", download=True, **options)
+        return getattr(datasets, kind)(shards.cache_folder() / "datasets", download=True, **options)
     except Exception as error:  # the network and torchvision raise many kinds
         raise InputError(f"{name} can neither be read nor downloaded: {error}") from error
-    images.name = "picture {}".format  # so images.name(3) is "picture 3"
-    return images
 
 
 def class_pictures(name, size, training=False):
@@ -517,7 +530,7 @@ def class_pictures(name, size, training=False):
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
         classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
-        labelled = Files()
+        labelled = []
         for c, folder in enumerate(classes):
             labelled += [(file, c) for file in images_below(Path(name, folder))]
         check(labelled, f"{name} has no folders with images in it, one for each class")

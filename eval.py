@@ -16,7 +16,8 @@ Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D
 
 import json
 import math
-from functools import partial
+import re
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.devices import pick_device
-from common.run import caption_sources, read_checkpoint, restore
+from common.run import caption_sources, read_model
 from common.shards import find_shards, is_validation
 from common.tokenizer import has_letters, token_text, trim
 
@@ -53,8 +54,9 @@ def score(hits, chance):
 
 
 def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
-    """Return R@k from image to text and from text to image, two dicts of scores. image_features
-    (N, E); text_features (M, E); image_of_text (M,): the image of each text, on the CPU."""
+    """Return R@k from image to text and from text to image, two dicts of scores. This is the usual
+    R@k if all images have as many captions. image_features (N, E); text_features (M, E);
+    image_of_text (M,): the image of each text, on the CPU."""
     numbers = torch.arange(len(image_features))  # each image belongs to itself
     return {
         "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
@@ -116,25 +118,36 @@ def recall_by_chance(num_right, n, k):
 # A validation of train.py: retrieval, and the contrastive loss
 
 
-def score_pairs(model, tokenizer, samples, workers=0, group=256):
-    """Score retrieval among data.Samples, print the scores, and return them as a dict for a log.
-    mean_r1, the mean of R@1 over both directions, is what train.py chooses its best model by.
-    val_contrastive_loss is that of `group` pairs at a time: as many as in a batch of the run, so
-    that it can be compared with the loss of the training."""
+def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
+    """Score retrieval among data.Samples. Print the scores, and words that the head finds. Return
+    the scores as a dict for a log. By mean_r1, the mean of R@1 over both directions, train.py
+    chooses its best model. batch_size: that of the run. val_contrastive_loss has groups of as many
+    pairs, so that it can be compared with the loss of the training."""
     features = encode_samples(model, tokenizer, samples, workers)
     image_features, text_features, image_of_text = features
     scores = retrieval(image_features, text_features, image_of_text)
+    for way, scores_of_way in scores.items():
+        for name, s in scores_of_way.items():
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
+    group = min(batch_size, len(image_features))
+    loss = loss_in_groups(model, image_features, text_features, image_of_text, group)
+    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
+    print_words(model, tokenizer, samples)
     to_text = scores["image_to_text"]["R@1"]["value"]
     to_image = scores["text_to_image"]["R@1"]["value"]
-    group = min(group, len(image_features))
-    row = {
+    return {
         "validation": scores,
         "mean_r1": (to_text + to_image) / 2,
         "val_group": group,
-        "val_contrastive_loss": loss_in_groups(model, *features, group),
+        "val_contrastive_loss": loss,
     }
-    print_pair_scores(row)
-    return row
+
+
+def format_score(name, s):
+    """Return a line of text that shows a score. s: a dict from `score`."""
+    low, high = s["interval"]
+    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
 @torch.no_grad()
@@ -161,21 +174,40 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
-def zeroshot(model, tokenizer, pictures, names=None, templates=TEMPLATES, workers=0):
-    """Classify data.Pictures that have classes. Return the score. names: the names of the classes,
-    by default those of the pictures; templates: for the prompts."""
+def zeroshot_pictures(name, size, tokenizer, classes=None):
+    """Return the data.Pictures that `name` names, for zero-shot classification, and say which words
+    of their classes are unknown. classes: their names, by default those of the pictures."""
+    pictures = data.class_pictures(name, size)
+    if classes is None:
+        classes = names_of_classes(pictures.classes)
     C = len(pictures.classes)
-    if names is None:
-        names = pictures.classes
-    cli.check(len(names) == C, f"there are {C} classes of images, but {len(names)} names")
-    unknown = tokenizer.unknown_words(names)
+    cli.check(len(classes) == C, f"{name} has {C} classes of images, but {len(classes)} names")
+    unknown = tokenizer.unknown_words(classes)
     if unknown:  # they are spelled in bytes, which the model has hardly seen
-        write_once(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
-    templates = usable_templates(tokenizer, templates)
-    classifier = zeroshot_classifier(model, tokenizer, names, templates)  # (C, E)
+        print(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
+    pictures.classes = classes
+    return pictures
+
+
+def names_of_classes(folders):
+    """Return the names of classes for prompts, a list. folders: the names of their folders. In
+    ImageNet these are numbers of WordNet, such as n01440764, of which a model knows nothing. For
+    its 1,000 classes return open_clip's names, which have the order of the numbers."""
+    numbers = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
+    if not numbers:
+        return folders
+    advice = "Name the folders after their classes, or give eval.py the names with --classes."
+    cli.check(len(numbers) == len(folders) == 1000, f"{numbers[0]} is no name of a class. {advice}")
+    return read_list("imagenet")
+
+
+def zeroshot(model, tokenizer, pictures, templates=TEMPLATES, workers=0):
+    """Classify data.Pictures that have classes. Return the score. templates: for the prompts."""
+    templates = usable_templates(tokenizer, tuple(templates))
+    classifier = zeroshot_classifier(model, tokenizer, pictures.classes, templates)  # (C, E)
     features, labels = encode_pictures(model, pictures, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()
-    return score(guesses == torch.tensor(labels), 1 / C)
+    return score(guesses == torch.tensor(labels), 1 / len(pictures.classes))
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -186,24 +218,18 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
+@lru_cache  # so that train.py, which validates many times, prints this once
 def usable_templates(tokenizer, templates):
-    """Return the templates whose words are all in the vocabulary, or the name alone if there are
-    none. A word that is spelled in bytes would be most of what the text tower reads of a prompt.
-    CLIP's vocabulary has no unknown words, because it puts every word together from parts."""
+    """Return the templates, a tuple, whose words are all in the vocabulary, or the name alone if
+    there are none. Print which words are missing. A word that is spelled in bytes would be most of
+    what the text tower reads of a prompt. CLIP's vocabulary has no unknown words, because it puts
+    every word together from parts."""
     unknown = tokenizer.unknown_words(templates)
-    if unknown:
-        write_once(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
-    return [text for text in templates if not tokenizer.unknown_words([text])] or ["{}"]
-
-
-written = set()  # texts that write_once has printed
-
-
-def write_once(text):
-    """Print a text the first time only, because train.py validates many times."""
-    if text not in written:
-        written.add(text)
-        tqdm.write(text)
+    if not unknown:
+        return templates
+    tqdm.write(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
+    known = tuple(text for text in templates if not tokenizer.unknown_words([text]))
+    return known or ("{}",)
 
 
 # -----------------------------------------------------------------------------
@@ -261,19 +287,10 @@ def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
     which turns an image of Pillow, or the path or bytes of an image file, into pixels for
     `model.encode_image(preprocess(image)[None])`."""
-    model, tokenizer, _ = load_with_options(checkpoint, device)
+    model, tokenizer, _ = read_model(checkpoint)
+    model.requires_grad_(False).to(device).eval()
     preprocess = partial(data.load_image, size=model.config.image_size)
     return model, tokenizer, preprocess
-
-
-def load_with_options(checkpoint, device):
-    """Return the model and the tokenizer of a checkpoint, for inference, and the options of the run
-    that wrote it, a dict, which is empty if scripts.convert wrote it."""
-    content = read_checkpoint(checkpoint)
-    model, tokenizer = restore(checkpoint, content["model"], content["config"], content["vocab"])
-    model.requires_grad_(False).to(device).eval()
-    options = content.get("header", {}).get("arguments", {})
-    return model, tokenizer, options
 
 
 def device_of(model):
@@ -344,35 +361,15 @@ def top_words(model, tokenizer, pixels, k=8):
 
 
 def print_words(model, tokenizer, samples):
-    """Print the words that the head, if there is one, finds in the first two pictures."""
-    if model.head is None:
+    """Print the words that the head finds in the first two pictures, if there is a head, and if it
+    has counted captions, which tell common words."""
+    if model.head is None or model.num_captions == 0:
         return
     pictures = data.Pictures(samples, model.config.image_size)
     pixels, captions = next(data.readable_batches(pictures, 2, 0))
     for words, texts in zip(top_words(model, tokenizer, pixels), captions):
         found = ", ".join(word for word, _, _ in words)
         tqdm.write(f'"{texts[0]}": the head says {found}')
-
-
-# -----------------------------------------------------------------------------
-# Printing
-
-
-def format_score(name, s):
-    """Return a line of text that shows a score. s: a dict from `score`."""
-    low, high = s["interval"]
-    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
-    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
-
-
-def print_pair_scores(row):
-    """Print what `score_pairs` returns. print would write into train.py's progress bar."""
-    for way, scores in row["validation"].items():
-        for name, s in scores.items():
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
-    tqdm.write(
-        f"contrastive loss {row['val_contrastive_loss']:.3f} in groups of {row['val_group']}"
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -403,30 +400,29 @@ def read_templates(path):
     return templates
 
 
-def command_zeroshot(model, tokenizer, args, _):
-    pictures = data.class_pictures(args.images, model.config.image_size)
-    templates = usable_templates(tokenizer, args.templates)  # also for the file of --json
-    result = zeroshot(model, tokenizer, pictures, args.classes, templates, args.workers)
+def command_zeroshot(model, tokenizer, args):
+    size = model.config.image_size
+    pictures = zeroshot_pictures(args.images, size, tokenizer, args.classes)
+    templates = usable_templates(tokenizer, tuple(args.templates))
+    result = zeroshot(model, tokenizer, pictures, templates, args.workers)
     print(format_score("zero-shot", result))
     return {**result, "templates": templates}
 
 
-def command_retrieval(model, tokenizer, args, run_options):
+def command_retrieval(model, tokenizer, args):
     shards = find_shards(args.data)
     validation = [shard for shard in shards if is_validation(shard)]
     if not validation:
-        print("no shard is named val or test, so all are scored, even if they were trained on")
+        print("no shard is named val or test, so all are scored")
     elif len(validation) < len(shards):
         shards = validation
         print(f"of these shards, those for validation are scored: {', '.join(shards)}")
-    samples = data.Samples(shards, args.captions or caption_sources(run_options))
-    group = run_options.get("batch_size", 256)  # that of the run's validations
-    result = score_pairs(model, tokenizer, samples, args.workers, group)
-    print_words(model, tokenizer, samples)
-    return result
+    samples = data.open_samples(shards, args.captions or caption_sources(args.run_options))
+    batch_size = args.run_options.get("batch_size", 256)
+    return score_pairs(model, tokenizer, samples, args.workers, batch_size)
 
 
-def command_probe(model, tokenizer, args, _):
+def command_probe(model, tokenizer, args):
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
         cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
@@ -444,68 +440,49 @@ def command_probe(model, tokenizer, args, _):
     return result
 
 
-def add_command(commands, name, function, text):
-    """Add a command to eval.py, with the options that all of them have. Return its parser."""
-    parser = commands.add_parser(name, help=text, description=text, **cli.OF_ALL_PARSERS)
-    parser.set_defaults(function=function)
-    cli.add_options(parser, "checkpoint", "device")
-    add = parser.add_argument
-    add("--workers", type=cli.number(int, 0), default=2, help="loading processes")
-    add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
-    return parser
-
-
 def make_parser():
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    text = "classify images by the names of their classes"
-    for_zeroshot = add_command(commands, "zeroshot", command_zeroshot, text)
-    for_zeroshot.add_argument("--images", required=True, metavar="DIR", help=CLASSES)
-    for_zeroshot.add_argument(
-        "--classes",
-        type=read_list,
-        metavar="FILE",
+    def add_command(name, function, text):
+        """Return the function that adds options to a new command."""
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        cli.add_options(command, "checkpoint", "device")
+        add = command.add_argument
+        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
+        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
+        return add
+
+    # fmt: off
+    add = add_command("zeroshot", command_zeroshot, "classify images by the names of their classes")
+    add("--images", required=True, metavar="DIR", help=CLASSES)
+    add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders; or imagenet "
-        "for the names of ImageNet's classes (default: the names of the folders)",
-    )
-    for_zeroshot.add_argument(
-        "--templates",
-        type=read_templates,
-        default=TEMPLATES,
-        metavar="FILE",
+        "for the names of ImageNet's classes (default: the names of the folders)")
+    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
-        "templates (default: four similar ones)",
-    )
+        "templates (default: four similar ones)")
 
-    text = "find captions by image and images by caption"
-    for_retrieval = add_command(commands, "retrieval", command_retrieval, text)
-    for_retrieval.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those",
-    )
-    for_retrieval.add_argument(
-        "--captions",
-        nargs="+",
-        metavar="SOURCE",
-        help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)",
-    )
+    add = add_command("retrieval", command_retrieval, "find captions by image, images by caption")
+    add("--data", nargs="+", required=True, metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
+    add("--captions", nargs="+", metavar="SOURCE",
+        help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
 
-    text = "fit a linear classifier on the frozen image tower, for some ten thousand images"
-    for_probe = add_command(commands, "probe", command_probe, text)
-    for_probe.add_argument("--train", required=True, metavar="DIR", help=CLASSES)
-    text = "folder with other images, or the same set"
-    for_probe.add_argument("--test", required=True, metavar="DIR", help=text)
+    add = add_command("probe", command_probe,
+        "fit a linear classifier on the frozen image tower, for some ten thousand images")
+    add("--train", required=True, metavar="DIR", help=CLASSES)
+    add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
+    # fmt: on
     return parser
 
 
 def main(argv):
     args = make_parser().parse_args(argv)
-    model, tokenizer, run_options = load_with_options(args.checkpoint, pick_device(args.device))
-    result = args.function(model, tokenizer, args, run_options)
+    model, tokenizer, args.run_options = read_model(args.checkpoint)
+    model.requires_grad_(False).to(pick_device(args.device)).eval()
+    result = args.function(model, tokenizer, args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
 

@@ -4,7 +4,7 @@
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 2048 --train_data cc3m/ --model ViT-B-16
 
-The file follows a run from top to bottom: its options, then four functions, then `train` with the
+The file follows a run from top to bottom: its options, then five functions, then `train` with the
 loop. All that is random in a step follows from the seed and the number of the step. So on a CPU a
 run that was killed and resumed ends with the same bits as a run that was not. A GPU may differ.
 """
@@ -34,9 +34,33 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 # The options. One that has the name of a field of SuperCLIPConfig sets this field.
 
 
+SCENES_FOLDER = "scenes"  # where the built-in data is drawn
+# The defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
+SCENES = {
+    "zeroshot_data": [
+        f"{SCENES_FOLDER}/zeroshot/colour",
+        f"{SCENES_FOLDER}/zeroshot/shape",
+        f"{SCENES_FOLDER}/zeroshot/colour_shape",
+        f"{SCENES_FOLDER}/zeroshot/held_out",
+    ],
+    "captions": ["json.short", "json.long"],
+    "val_captions": ["json.long"],
+    "crop_area": 1.0,  # captions name the border, which a crop cuts off
+    "model": "tiny",
+    "batch_size": 32,
+    "workers": 0,  # the scenes are small, and the model keeps the cores busy
+    "compile": False,  # it would take longer than the run
+}
+
+
 def make_parser():
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
+    # argparse prints this behind the options.
+    parser.epilog = (
+        f"Without --train_data these options have other defaults: {SCENES}. Then --epochs is 1.6 "
+        "times the square root of batch_size / 32, so 1,000 steps of 32 scenes."
+    )
     add = parser.add_argument
     count = cli.number(int, 1)  # from 1 on
     amount = cli.number(float, 0)  # from 0 on
@@ -57,13 +81,15 @@ def make_parser():
     add("--vocab", metavar="FILE",
         help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share of a picture that a random crop keeps; 1 takes the middle square")
+        help="least share of a picture that a random crop keeps; a picture of 3:2 or longer keeps "
+        "its middle 4:3; 1 takes the middle square (default: 0.9)")
     add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
-        help="share of the patches to leave out at random")
+        help="share of the patches to leave out at random (default: 0)")
     # Model and loss
     add("--init_from", metavar="FILE",
         help="checkpoint to begin with; it sets --model, --image_size, --loss and --vocab")
-    add("--model", choices=PRESETS, default="ViT-B-16", help="size of both towers")
+    add("--model", choices=PRESETS, default="ViT-B-16",
+        help="size of both towers (default: ViT-B-16)")
     add("--image_size", type=count, help="pixels a side (default: 224, or 72 for tiny)")
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
     add("--cls_weight", type=amount,
@@ -72,15 +98,17 @@ def make_parser():
     add("--steps", type=count, help="length of the run in steps (default: by --epochs)")
     add("--epochs", type=cli.number(float, 1e-6),
         help="length of the run in passes over the data (default: 30)")
-    add("--batch_size", type=count, default=256, help="pairs in each step, over all processes")
+    add("--batch_size", type=count, default=256,
+        help="pairs in each step, over all processes (default: 256)")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
-        help="peak (default: 5e-4, or 5e-5 with --init_from); a new head learns ten times as fast")
+        help="peak (default: 5e-4, or 5e-5 with --init_from, whose new parts have 5e-4)")
     add("--warmup_steps", type=cli.number(int, 0),
         help="steps in which the learning rate rises (default: half of all, at most 3000)")
-    add("--weight_decay", type=amount, default=0.2, help="decay of matrices, in AdamW")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all that is random")
+    add("--weight_decay", type=amount, default=0.2, help="AdamW, for matrices (default: 0.2)")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0,
+        help="seed of all that is random (default: 0)")
     # Machine
     add("--workers", type=cli.number(int, 0),
         help="loading processes per GPU (default: cores / GPUs, at most 16)")
@@ -92,29 +120,12 @@ def make_parser():
     # Run
     add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
     add("--resume", action="store_true", help="go on with the run in --out_dir; repeat its command")
-    add("--log_every", type=count, default=20, help="steps between two rows of the log")
+    add("--log_every", type=count, default=20,
+        help="steps between two rows of the log (default: 20)")
     add("--eval_every", type=count,
         help="steps between two validations (default: a third of all, at most 2000)")
     # fmt: on
     return parser
-
-
-# Other defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
-SCENES = {
-    "zeroshot_data": [
-        "scenes/zeroshot/colour",
-        "scenes/zeroshot/shape",
-        "scenes/zeroshot/colour_shape",
-        "scenes/zeroshot/held_out",
-    ],
-    "captions": ["json.short", "json.long"],
-    "val_captions": ["json.long"],
-    "crop_area": 1.0,  # captions name the border, which a crop cuts off
-    "model": "tiny",
-    "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
-    "compile": False,  # it would take longer than the run
-}
 
 
 def parse(argv):
@@ -143,15 +154,6 @@ def parse(argv):
     return args
 
 
-# With --resume, run.read_last compares the options with those of the run. Only these may differ.
-# Files may have moved, so it compares what they hold.
-MAY_CHANGE = [
-    "train_data", "val_data", "zeroshot_data", "vocab", "init_from", "out_dir",
-    "steps", "epochs", "warmup_steps", "learning_rate", "log_every", "eval_every",
-    "micro_batch_size", "workers", "device", "dtype", "compile",
-]  # fmt: skip
-
-
 # -----------------------------------------------------------------------------
 # The model, the optimizer, the learning rate, and a validation
 
@@ -165,7 +167,7 @@ def build_model(args, shards):
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
-        pretrained, tokenizer = run.read_model(args.init_from)
+        pretrained, tokenizer, _ = run.read_model(args.init_from)
         config = {**vars(pretrained.config)}
         if pretrained.head is None:
             config["cls_weight"] = 1.0  # plain CLIP gets a word head
@@ -173,44 +175,60 @@ def build_model(args, shards):
         value = getattr(args, field.name, None)
         if value is not None:  # an option such as --cls_weight
             config[field.name] = value
-    config = SuperCLIPConfig(**config)
-    is_multiple = config.image_size % config.patch_size == 0
-    cli.check(is_multiple, f"--image_size must be a multiple of the patch_size {config.patch_size}")
+    try:
+        config = SuperCLIPConfig(**config)
+    except ValueError as error:  # sizes that do not fit together
+        raise cli.InputError(f"--{error}") from error
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
     torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
     new_names = []
     if pretrained is not None:
-        loaded = model.load_state_dict(pretrained.state_dict(), strict=False)
+        weights = pretrained.state_dict()
+        # Count the words anew. One that was rare there may be in every caption here.
+        weights.pop("token_counts", None)
+        weights.pop("num_captions", None)
+        loaded = model.load_state_dict(weights, strict=False)
         new_names = loaded.missing_keys
-        if new_names:
-            print(f"new, because {args.init_from} lacks them: {', '.join(new_names)}")
-        # --cls_weight 0 leaves out the head and its counts. All else must find its place.
-        head = ("head.", "token_counts", "num_captions")
-        unused = [name for name in loaded.unexpected_keys if not name.startswith(head)]
-        cli.check(not unused, f"the model has no place for {unused} of {args.init_from}")
-        if model.head is not None:
-            # Count the words anew. One that was rare there may be in every caption here.
-            model.token_counts.zero_()
-            model.num_captions.zero_()
+        if pretrained.head is None and model.head is not None:
+            weight = f"--cls_weight {config.cls_weight:g}"
+            print(f"{args.init_from} has no word head. A new one is trained with {weight}.")
+        if loaded.unexpected_keys:
+            print(f"{args.init_from}: not used are {', '.join(loaded.unexpected_keys)}")
     return model, tokenizer, new_names
 
 
-def make_optimizer(model, weight_decay, new_names=()):
-    """Return AdamW. Its groups of parameters differ in weight decay, and in lr_scale, by which the
-    loop multiplies the learning rate: those in new_names learn ten times as fast as pretrained
-    ones."""
-    groups = {}  # (weight decay, lr_scale) -> group
-    for name, p in model.named_parameters():
-        decay = weight_decay if p.ndim >= 2 else 0.0  # no biases, norms, class token, logit scale
-        lr_scale = 10.0 if name in new_names else 1.0
-        key = (decay, lr_scale)
-        if key not in groups:
-            groups[key] = {"params": [], "weight_decay": decay, "lr_scale": lr_scale}
-        groups[key]["params"].append(p)
+RATE_OF_NEW = 5e-4  # what --init_from lacks knows nothing yet, so it learns as from nothing
+
+
+def make_optimizer(model, learning_rate, weight_decay, new_names=()):
+    """Return AdamW. Its groups of parameters differ in weight decay and in peak_lr, the highest
+    learning rate, which is another one for the parameters in new_names."""
+    groups = []
+    for is_new, peak_lr in ((False, learning_rate), (True, RATE_OF_NEW)):
+        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
+        matrices = [p for p in params if p.ndim >= 2]
+        others = [p for p in params if p.ndim < 2]  # biases, norms, class token, logit scale
+        groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": weight_decay})
+        groups.append({"params": others, "peak_lr": peak_lr, "weight_decay": 0.0})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
-    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def count_steps(args, num_pairs):
+    """Return the steps of a run on num_pairs pairs, of its warm-up, and between two validations.
+    Options have them, or they follow from the number of pairs. A short warm-up hurts plain CLIP
+    most (study/results.md)."""
+    steps = args.steps
+    if steps is None:
+        steps = max(1, round(args.epochs * (num_pairs // args.batch_size)))
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(3000, steps // 2)
+    cli.check(warmup_steps <= steps, f"--warmup_steps exceeds the {steps} steps of the run")
+    eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
+    return steps, warmup_steps, eval_every
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -232,9 +250,9 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            group = args.batch_size  # so that the loss can be compared with that of the training
-            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, group)
-            evaluation.print_words(model, tokenizer, samples)
+            row |= evaluation.score_pairs(
+                model, tokenizer, samples, args.workers, batch_size=args.batch_size
+            )
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
@@ -245,6 +263,15 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
 
 # -----------------------------------------------------------------------------
 # The run
+
+# --resume compares all options with those of the run, and only these may differ. Files may have
+# moved, so what they hold is compared. An option of a fork may stand here if a run can go on with
+# another value of it, as with another learning rate.
+MAY_CHANGE = [
+    "train_data", "val_data", "zeroshot_data", "vocab", "init_from", "out_dir",
+    "steps", "epochs", "warmup_steps", "learning_rate", "log_every", "eval_every",
+    "micro_batch_size", "workers", "device", "dtype", "compile",
+]  # fmt: skip
 
 
 def train(args):
@@ -263,12 +290,12 @@ def train(args):
     # The model and the data. One process draws, downloads and indexes what is missing, while the
     # others wait. Then they find it.
     with processes.one_first():
-        train_data = args.train_data or [find_or_make_scenes("scenes")]  # SCENES has this name, too
+        train_data = args.train_data or [find_or_make_scenes(SCENES_FOLDER)]
         shards, val_shards = shards_of_run(train_data, args.val_data)
         model, tokenizer, new_names = build_model(args, shards)
         image_size = model.config.image_size
         pairs = data.Pairs(
-            data.Samples(shards, args.captions),
+            data.open_samples(shards, args.captions),
             tokenizer,
             image_size,
             label_sources=args.label_captions,
@@ -278,24 +305,20 @@ def train(args):
             patch_dropout=args.patch_dropout,
         )
         if val_shards:
-            val_samples = data.Samples(val_shards, args.val_captions or args.captions)
+            val_samples = data.open_samples(val_shards, args.val_captions or args.captions)
         else:
             val_samples = None
-            print("no validation pairs: best.pt is the newest model. Name shards with --val_data.")
-        zeroshot_images = {x: data.class_pictures(x, image_size) for x in args.zeroshot_data}
+            print("no validation pairs, so best.pt will be the newest model (see --val_data)")
+        zeroshot_images = {
+            folder: evaluation.zeroshot_pictures(folder, image_size, tokenizer)
+            for folder in args.zeroshot_data
+        }
     cli.check(len(pairs) >= args.batch_size, f"--batch_size exceeds the {len(pairs):,} pairs")
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
-    optimizer = make_optimizer(model, args.weight_decay, new_names)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
 
-    # The length of the run, its warm-up, and its validations. A short warm-up hurts plain CLIP most
-    # (study/results.md).
-    if args.steps is None:
-        args.steps = max(1, round(args.epochs * (len(pairs) // args.batch_size)))
-    if args.warmup_steps is None:
-        args.warmup_steps = min(3000, args.steps // 2)
-    if args.eval_every is None:
-        args.eval_every = min(2000, math.ceil(args.steps / 3))
+    args.steps, args.warmup_steps, args.eval_every = count_steps(args, len(pairs))
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}  # 0: before the first step
 
     # The folder of the run, and the header of its log. --resume compares the header with that of
@@ -306,18 +329,12 @@ def train(args):
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
     if args.resume and (out / "last.pt").exists():
-        # The parser tells the defaults of options that a fork has added since last.pt was written.
-        last = run.read_last(
-            out / "last.pt", header, tokenizer.vocab, optimizer, MAY_CHANGE, make_parser()
-        )
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        if last["scaler"]:  # its state is empty without float16
-            scaler.load_state_dict(last["scaler"])
+        last = run.read_last(out, header, MAY_CHANGE, make_parser())
+        run.load_states(last, model, optimizer, scaler)
         start = last["step"]
         best_r1 = last["best_r1"]
-        if (out / "best.pt").exists():  # it may be from the validation after this last.pt
-            best_r1 = max(best_r1, run.read_checkpoint(out / "best.pt")["best_r1"])
+        if run.validation_was_due(last):
+            eval_steps.add(start)
     run.begin_log(out, header, start)  # it also checks that all processes begin alike
 
     # Each process loads a part of every batch. DDP averages the gradients, without a copy of them.
@@ -331,9 +348,10 @@ def train(args):
     if WORLD > 1:
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def save(name, step, **more):
+    def save(name, step, best_r1, **more):
         """Write a checkpoint. more: what only last.pt holds, because a run goes on from it."""
         checkpoint = {
+            # The weights that all commands score and use. --resume goes on with them, too.
             "model": model.state_dict(),
             "config": vars(model.config),
             "vocab": tokenizer.vocab,
@@ -345,16 +363,21 @@ def train(args):
         run.write_checkpoint(out / name, checkpoint)
 
     saved = time.perf_counter()
-    clock = run.Clock()  # of the steps between two rows of the log, without saves and validations
-    rounds = range(start, args.steps + 1)  # in the last one the run only saves and validates
+    # A row of the log measures from the time `began` at step `first` on, without saves and
+    # validations. waited: seconds in which the CPU waited for batches. A GPU may have been busy.
+    began = saved
+    first = start
+    waited = 0.0
+    replaced = 0  # pairs of this process that replace a bad sample, since `start`
+    rounds = range(start, args.steps + 1)  # round s: first what is due after s steps, then step s
     no_bar = None if RANK == 0 else True  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. Then
-        # it saves best.pt, if no score was higher. The others wait in part 3, or at the end. A run
-        # that goes on from a step of eval_steps makes this validation again.
+        # it saves best.pt, if no score was higher. The others wait in part 3, or at the end.
         if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
             if step > start:
-                save("last.pt", step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save("last.pt", step, best_r1, **states)
             if step in eval_steps:
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
                 run.log(out, row)
@@ -362,26 +385,34 @@ def train(args):
                 if mean_r1 >= best_r1:
                     best_r1 = mean_r1
                     if step > 0:  # the weights before training only set the score to beat
-                        save("best.pt", step)
+                        save("best.pt", step, best_r1)
             saved = time.perf_counter()
-            clock.restart()
+            began = saved
+            first = step
+            waited = 0.0
         if step == args.steps:
             break
 
         # 2. The batch, a dict of the arguments of SuperCLIP.forward
-        batch = clock.next(batches)
+        asked = time.perf_counter()
+        batch, num_replaced = next(batches)
+        waited += time.perf_counter() - asked
+        replaced += num_replaced
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
 
         # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
-        # needs all pairs at once, so forward itself splits a batch into micro-batches.
+        # needs all pairs at once, so forward itself splits a batch into micro-batches. The seed is
+        # for what a fork draws, such as dropout: a resumed run draws the same.
+        torch.manual_seed(data.mixed(args.seed, step, RANK))
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
 
         # 4. The update. Clip the gradient to length 1, as nanoGPT does. The authors do not clip.
+        # The scaler skips the first optimizer.step after an overflow, so let there be only one.
         factor = learning_rate_factor(step, args.warmup_steps, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * group["lr_scale"] * factor
+            group["lr"] = group["peak_lr"] * factor
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
@@ -397,20 +428,24 @@ def train(args):
             means = processes.mean_of_all(losses)  # the loss and its terms
             advice = "lower --learning_rate, or use another --dtype"
             cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {advice}")
+            seconds = time.perf_counter() - began
             row = {
                 "step": done,
                 **means,
                 "logit_scale": model.logit_scale.exp().item(),
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
-                "learning_rate": args.learning_rate * factor,
-                **clock.read(args.batch_size),  # images_per_second and data_wait
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "images_per_second": round((done - first) * args.batch_size / seconds, 1),
+                "data_wait": round(waited / seconds, 3),  # a share of the time
+                "bad_samples": round(replaced / ((done - start) * B), 4),  # a share of the pairs
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
-            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-            tqdm.write(f"step {done:6d}: {text}, {speed}")  # above the bar
+            tqdm.write(run.line_of(row, means))  # above the bar
+            began = time.perf_counter()
+            first = done
+            waited = 0.0
     run.print_commands(out, model, val_samples)
 
 

@@ -8,6 +8,7 @@ Each line of the log is a row in JSON: a header at each start of the run, the lo
 validation.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -67,9 +68,11 @@ def restore(path, weights, config, vocab):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint."""
+    """Return the model and the tokenizer of a checkpoint, and the options of the run that wrote it,
+    a dict, which is empty if scripts.convert wrote it."""
     content = read_checkpoint(path)
-    return restore(path, content["model"], content["config"], content["vocab"])
+    model, tokenizer = restore(path, content["model"], content["config"], content["vocab"])
+    return model, tokenizer, content.get("header", {}).get("arguments", {})
 
 
 def validation_of(checkpoint):
@@ -171,10 +174,10 @@ def make_header(args, device, model, pairs, val_samples):
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
-    fingerprint = pairs.samples.fingerprint
+    fingerprints = [pairs.samples.fingerprint]
     val_data = ["none"]
     if val_samples is not None:
-        fingerprint += f"-{val_samples.fingerprint}"
+        fingerprints.append(val_samples.fingerprint)
         val_data = val_samples.paths
     return {
         "pairs": len(pairs),
@@ -186,34 +189,26 @@ def make_header(args, device, model, pairs, val_samples):
         "torch": str(torch.__version__),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": "-".join(fingerprints),
+        "vocab_fingerprint": hashlib.sha1(pairs.tokenizer.vocab.encode()).hexdigest()[:12],
         "command": sys.argv,
         "arguments": {**vars(args), "val_data": val_data},  # validation_of reads them
         "config": vars(model.config),
     }
 
 
-def read_last(path, header, vocab, optimizer, may_change, parser):
+def read_last(out, header, may_change, parser):
     """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say, and print what differs.
-
-    header, vocab, optimizer: those of this run; may_change: names of options that may differ;
-    parser: that of the options. A fork may have added an option since last.pt was written. The run
-    then had the default of this option, which the parser knows.
-    """
-    last = read_checkpoint(path)
-    check("optimizer" in last, f"{path} is not the last.pt of a run")
+    options say, and print what differs. out: the folder; header: that of this run; may_change:
+    names of options that may differ; parser: that of the options. A fork may have added an option
+    since last.pt was written, which had its default in that run."""
+    last = read_checkpoint(out / "last.pt")
+    check("optimizer" in last, f"{out}/last.pt is not the last.pt of a run")
     before = last["header"]
-    lr_scales = [group.get("lr_scale") for group in last["optimizer"]["param_groups"]]
-    is_ours = None not in lr_scales
-    check(is_ours, f"{path} is from another version of this code, commit {before['commit']}")
-    check(last["vocab"] == vocab, "--resume cannot change the vocabulary (--vocab)")
-    # --init_from sets other defaults. Its file may have moved, because the weights are in last.pt.
-    had_init = before["arguments"]["init_from"] is not None
-    has_init = header["arguments"]["init_from"] is not None
-    needs_init = "--resume needs --init_from as the run had it, and only then"
-    check(has_init == had_init, needs_init)
 
+    # Files may have moved, so compare what they hold, here and at the end.
+    same_vocab = before["vocab_fingerprint"] == header["vocab_fingerprint"]
+    check(same_vocab, "--resume cannot change the vocabulary (--vocab)")
     # An option that is a field of the config has its value there, also if it was left open.
     old_config = {**vars(SuperCLIPConfig()), **before["config"]}
     for name, value in header["config"].items():
@@ -222,20 +217,39 @@ def read_last(path, header, vocab, optimizer, may_change, parser):
     for name, value in header["arguments"].items():
         if name not in header["config"] and name != "resume":
             compare_option(name, old_arguments[name], value, may_change)
-    # If the file of --init_from now lacks other tensors than before, other ones learn faster.
-    check(lr_scales == [group["lr_scale"] for group in optimizer.param_groups], needs_init)
-    # Files may have moved, so compare what they hold.
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
     is_longer = last["step"] <= header["steps"]
     check(is_longer, f"--resume cannot make --steps less than {last['step']}, which are done")
+    # best.pt may be from a validation after the save of last.pt. Process 0 alone compares scores.
+    if processes.RANK == 0 and (out / "best.pt").exists():
+        last["best_r1"] = max(last["best_r1"], read_checkpoint(out / "best.pt")["best_r1"])
     return last
+
+
+def validation_was_due(last):
+    """Return whether last.pt was saved before a validation, by the options of its own run."""
+    options = last["header"]["arguments"]
+    return last["step"] % options["eval_every"] == 0 or last["step"] == options["steps"]
+
+
+def load_states(last, model, optimizer, scaler):
+    """Give a model, its optimizer and its scaler the states that last.pt holds."""
+    model.load_state_dict(last["model"])
+    # The options of today set the groups of the optimizer, not those with which it was saved.
+    groups_of_today = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(last["optimizer"])
+    for group, of_today in zip(optimizer.param_groups, groups_of_today):
+        group.update(of_today)
+    if last["scaler"]:  # its state is empty without float16
+        scaler.load_state_dict(last["scaler"])
 
 
 def compare_option(name, old, value, may_change):
     """Print that an option differs from that of the run, or raise InputError if it may not."""
     if value != old:
-        check(name in may_change, f"--resume cannot change --{name} from {old} to {value}")
+        same = "Repeat the whole command of the run."
+        check(name in may_change, f"--resume cannot change --{name} from {old} to {value}. {same}")
         print(f"--{name}: {old} -> {value}")
 
 
@@ -266,6 +280,17 @@ def log(out, row):
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def line_of(row, losses):
+    """Return a row of the log as the line that a run prints. losses: the loss and its terms."""
+    text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    text += f", {row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+    if row["bad_samples"] > 0:
+        text += f", {row['bad_samples']:.2%} bad samples"
+    if row["bad_samples"] > 0.01:
+        text += " (more than 1 %, so check the data)"
+    return f"step {row['step']:6d}: {text}"
+
+
 def read_log(path):
     """Return the last header in a log.jsonl, and a list of the other rows that count. A run that
     was resumed after step s repeats the rows after s, and a validation of s that was due. So a
@@ -285,33 +310,3 @@ def read_log(path):
             rows[step, "loss" in row] = row
     check(header is not None, f"{path} is not a log of train.py")
     return header, list(rows.values())
-
-
-class Clock:
-    """Measure the speed of the steps since the last restart."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.began = time.perf_counter()
-        self.steps = 0
-        self.waited = 0.0  # seconds in which the CPU waited for batches; a GPU may have been busy
-
-    def next(self, batches):
-        """Return the next batch, and count the step and the seconds until the batch is there."""
-        asked = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - asked
-        self.steps += 1
-        return batch
-
-    def read(self, batch_size):
-        """Return what a row of the log says about the speed, and restart."""
-        seconds = time.perf_counter() - self.began
-        row = {
-            "images_per_second": round(self.steps * batch_size / seconds, 1),
-            "data_wait": round(self.waited / seconds, 3),  # a share of the time
-        }
-        self.restart()
-        return row

@@ -81,9 +81,14 @@ def shards_of_run(train_data, val_data):
 # -----------------------------------------------------------------------------
 # Where each sample lies
 
-# An index row has seven columns: the number of the shard, and then for each of image, text and json
-# its first block, and in the next column its size in bytes. IMAGE, TEXT and JSON are the blocks.
-IMAGE, TEXT, JSON = 1, 3, 5
+# The index has a row of seven columns for each sample:
+#
+#     0      1            2           3           4          5           6
+#     shard  image block  image size  text block  text size  json block  json size
+#
+# The shard is a place in the list of shards. A tar consists of blocks of 512 bytes, so a member
+# begins at a whole block. Its size counts bytes, and is 0 if the sample has no such member.
+IMAGE, TEXT, JSON = 1, 3, 5  # the columns of the blocks
 COLUMN = {".jpg": IMAGE, ".jpeg": IMAGE, ".png": IMAGE, ".webp": IMAGE, ".txt": TEXT, ".json": JSON}
 BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a terabyte
 

@@ -169,8 +169,9 @@ def main(argv):
     add("--csv", type=Path, required=True, help="the table: .csv or .tsv")
     add("--images", type=Path, required=True, help="folder with the images")
     add("--out", type=Path, required=True, help="new folder for the shards")
-    add("--size", type=number(int, 1), default=256, help="largest short side in pixels")
-    text = "share of images for validation"
+    text = "largest short side in pixels (default: 256)"
+    add("--size", type=number(int, 1), default=256, help=text)
+    text = "share of images for validation (default: 0.05)"
     add("--val", type=number(float, 0, 0.99), default=0.05, help=text)
     args = parser.parse_args(argv)
     samples, bad = read_table(args.csv)

@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from common.cli import check, write_file
 from common.run import validation_of
-from common.shards import find_shards
 
 
 class NumberedPictures(data.Pictures):
@@ -24,7 +23,8 @@ class NumberedPictures(data.Pictures):
         """Return the first caption of a sample, or the path of a file."""
         if isinstance(self.labelled, data.Samples):
             return self.labelled.captions(i)[0]
-        return self.labelled.name(i)
+        path, _ = self.labelled[i]
+        return str(path)
 
 
 def find_pictures(path, checkpoint, size):
@@ -32,10 +32,10 @@ def find_pictures(path, checkpoint, size):
     bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
     if path is None:
         shards, captions = validation_of(checkpoint)
-        return NumberedPictures(data.Samples(find_shards(shards), captions), size)
+        return NumberedPictures(data.open_samples(shards, captions), size)
     files = [path] if path.is_file() else data.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
-    return NumberedPictures(data.Files((file, None) for file in files), size)
+    return NumberedPictures([(file, None) for file in files], size)
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next

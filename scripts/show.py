@@ -12,7 +12,6 @@ import torch
 
 import data
 from common.cli import check, make_parser, output_file, progress, run_command
-from common.shards import IMAGE, find_shards
 from common.tokenizer import clean
 from scripts.pictures import contact_sheet
 
@@ -26,7 +25,7 @@ def main(argv):
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--out", type=output_file(".png"), required=True, help="picture to draw, such as pairs.png")
     args = parser.parse_args(argv)
-    samples = data.Samples(find_shards(args.shards), args.captions)
+    samples = data.open_samples(args.shards, args.captions)
     counts = Counter()  # caption -> number of samples that have it
     bad = []  # names of samples whose captions or picture cannot be read
     shown = []  # (picture, its first caption)
@@ -37,9 +36,9 @@ def main(argv):
             captions = samples.captions(i)
             counts.update({clean(caption) for caption in captions})
             if i in chosen:
-                image = data.load_image(samples.read(i, IMAGE), SIDE)
+                image = data.load_image(samples.image(i), SIDE)
                 shown.append((image, captions[0]))
-        except data.UNREADABLE as error:
+        except data.BadSample as error:
             bad.append(f"{samples.name(i)}: {error}")
     print(f"{len(samples):,} samples")
     if bad:

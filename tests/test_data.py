@@ -54,7 +54,8 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     samples = Samples([captioned], ["txt", "json.odd", "txt"])
     pairs = Pairs(samples, TOKENIZER, 8, ["json.both"])
 
-    _, captions, labels, _ = zip(*(pairs[position, 0] for position in range(400)))
+    drawn, _ = zip(*(pairs[position, 0] for position in range(400)))
+    _, captions, labels, _ = zip(*drawn)
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -70,11 +71,13 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
         pairs = Pairs(samples, TOKENIZER, 8, None, seed, 0.5, 16, 0.25)
         return [pairs[position, 0] for position in range(20)]
 
-    first = draws(seed=0)
+    first, _ = zip(*draws(seed=0))
     images, captions, labels, kept = zip(*first)
-    *_, kept_otherwise = zip(*draws(seed=1))
+    other, _ = zip(*draws(seed=1))
+    *_, kept_otherwise = zip(*other)
 
-    torch.testing.assert_close(draws(seed=0), first, rtol=0, atol=0)
+    again, _ = zip(*draws(seed=0))
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert kept_otherwise != kept
     assert labels == captions  # they have the same sources
     assert len(torch.stack(images).unique(dim=0)) > 15
@@ -90,6 +93,7 @@ BAD = {  # case -> image, caption, JSON with the caption
     "Latin-1": (JPEG, b"caf\xe9", b""),
     "too long": (JPEG, b"a " * 20_000, b""),
     "half of a JSON": (JPEG, b"", b"{"),
+    "JSON nested too deeply": (JPEG, b"", b"[" * 100_000),
     "truncated JPEG": (JPEG[:-200], b"a", b""),
     "no format of the web": (encoded(photo(), "PPM"), b"a", b""),
     "bomb": (GIF[:6] + b"\xff" * 4 + GIF[10:], b"a", b""),  # claims 65,535 pixels on each side
@@ -98,14 +102,17 @@ BAD = {  # case -> image, caption, JSON with the caption
 
 @cases("image, caption, fields", BAD)
 def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, caption, fields):
+    """Each batch counts the pairs that replace one."""
     bad = {"jpg": image, "txt": caption, "json": fields}
     good = {"jpg": JPEG, "txt": b"a red dog", "json": b'{"c": "a red dog"}'}
     path = write_shard(tmp_path / "0.tar", [bad, good])
     pairs = Pairs(Samples([path], ["json.c" if fields else "txt"]), TOKENIZER, 16)
 
-    drawn = [pairs[position, 0] for position in range(5)]
+    items = [pairs[position, i] for position, i in enumerate((0, 0, 1, 0, 0))]
 
-    assert [TOKENIZER.decode(ids) for _, ids, _, _ in drawn] == 5 * ["a red dog"]
+    _, num_replaced = pairs.collate(items)
+    assert [TOKENIZER.decode(ids) for (_, ids, _, _), _ in items] == 5 * ["a red dog"]
+    assert num_replaced == 4
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 
 
@@ -135,18 +142,25 @@ LONG = "a dog sits on the red grass " * 6 + "a dog runs on the"  # 47 tokens
 
 @pytest.fixture
 def odd_pairs(tmp_path):
-    """Return fourteen pairs, of which one is bad and another has a long caption."""
+    """Return fourteen pairs, of which one is bad and another has a long caption. Pictures are
+    turned upside down at random, by a generator of torch, as transforms of torchvision do it."""
+
+    class Flipped(Pairs):
+        def draw_pair(self, i, rng):
+            image, *rest = super().draw_pair(i, rng)
+            return image.flip(1) if torch.rand(()) < 0.5 else image, *rest
+
     odd = [{"jpg": JPEG, "txt": LONG.encode()}, {"jpg": b"bad", "txt": b"a"}]
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
     random = dict(seed=5, crop_area=0.9, num_patches=9, patch_dropout=0.5)
-    return Pairs(Samples([first, second]), TOKENIZER, 24, **random)
+    return Flipped(Samples([first, second]), TOKENIZER, 24, **random)
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
 def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
-    """This holds for any number of workers, and for a run that begins at any step. Here a process
-    loads the last 8 pairs of each batch of 12."""
+    """This holds for any number of workers, and for a run that begins at any step, also for what is
+    drawn from torch. Here a process loads the last 8 pairs of each batch of 12."""
     rows = slice(4, 12)
 
     loaded = [*data.load_batches(odd_pairs, 12, rows, start, 6, workers)]
@@ -163,8 +177,8 @@ def test_images_are_bytes_captions_are_cut_to_the_context_and_labels_are_not(odd
     Lengths are multiples of 16, so that few different lengths are compiled."""
     ids = TOKENIZER.encode(LONG)
 
-    batch = odd_pairs.collate([odd_pairs[0, 0], odd_pairs[1, 5]])
-    short = odd_pairs.collate([odd_pairs[1, 5]])
+    batch, _ = odd_pairs.collate([odd_pairs[0, 0], odd_pairs[1, 5]])
+    short, _ = odd_pairs.collate([odd_pairs[1, 5]])
 
     assert batch["images"].shape == (2, 3, 24, 24)
     assert batch["images"].dtype == torch.uint8
