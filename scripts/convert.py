@@ -191,10 +191,13 @@ def read_published(name):
 
 
 def open_clip_state(model):
-    """Return the weights of the towers under open_clip's names. It has no word head."""
-    ours = ("head.", "token_counts", "num_captions")
-    state = model.state_dict().items()
-    return {name.removeprefix("text."): x for name, x in state if not name.startswith(ours)}
+    """Return the weights that open_clip has, under its names: those of the towers, the scale, and
+    the bias of a sigmoid model. The word head, or a module that a fork adds, is not among them."""
+    weights = {}
+    for name, x in model.state_dict().items():
+        if name.startswith(("visual.", "text.")) or name in ("logit_scale", "logit_bias"):
+            weights[name.removeprefix("text.")] = x
+    return weights
 
 
 def write_open_clip(folder, model, vocab):

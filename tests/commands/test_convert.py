@@ -194,3 +194,12 @@ def test_open_clip_loads_what_to_open_clip_writes(loss, tmp_path):
         assert_same_towers(one, other.eval())
         assert (other.logit_scale, other.logit_bias) == (one.logit_scale, one.logit_bias)
     assert (*preprocess.transforms[-1].mean,) == STATS["image_mean"]
+
+
+def test_a_module_that_a_fork_adds_does_not_go_to_open_clip():
+    model = make_random_model()
+    model.text_decoder = torch.nn.Linear(8, 8)
+
+    other = open_clip_of(model)  # it refuses tensors that it does not know
+
+    assert_same_towers(model, other)
