@@ -15,6 +15,12 @@ from common.cli import check, make_parser, optional, output_file, run_command
 from common.run import read_log
 
 COLUMNS = 4
+# What a row of losses holds besides the terms of the loss. Every other entry of such a row has a
+# panel, so a fork may give its term any name.
+NOT_DRAWN = {
+    "step", "loss", "logit_scale", "grad_norm", "learning_rate", "images_per_second", "data_wait",
+    "bad_samples", "memory_gb",
+}  # fmt: skip
 
 
 def names_of(folders):
@@ -25,10 +31,13 @@ def names_of(folders):
 
 
 def values_of(row):
-    """Return what a row of a log adds to the panels, as a dict of title -> (value, chance). Losses
-    are all values whose names end in _loss, so terms of a fork are among them. The chance of a loss
-    is None. Scores are in percent. R@1 is the mean of both directions."""
-    values = {name: (x, None) for name, x in row.items() if name.endswith("_loss")}
+    """Return what a row of a log adds to the panels, as a dict of title -> (value, chance). The
+    chance of a loss is None. Scores are in percent. R@1 is the mean of both directions."""
+    values = {}
+    for name, x in row.items():
+        is_term = "loss" in row and name not in NOT_DRAWN
+        if is_term or name.endswith("_loss"):  # a validation has val_contrastive_loss
+            values[name] = x, None
     zeroshot = row.get("zeroshot", {})
     for folder, name in names_of(zeroshot).items():
         score = zeroshot[folder]

@@ -5,6 +5,7 @@ import json
 from material import run
 from matplotlib import pyplot as plt
 
+from common.run import read_log
 from scripts import curves
 
 BEGIN = {"header": {"steps": 30}, "step": 0}
@@ -28,10 +29,10 @@ def write_log(path, rows):
 
 
 def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
-    """The panels of losses come first, also the panel of a loss that a fork adds. Folders with the
+    """The panels of losses come first, also the panel of a term that a fork adds. Folders with the
     same last name have their paths as titles."""
     first = [BEGIN, VALIDATION, TRAINING]
-    second = [BEGIN, {**TRAINING, "my_loss": -1}]
+    second = [BEGIN, {**TRAINING, "my_term": -1}]
     logs = write_log(tmp_path / "a.jsonl", first), write_log(tmp_path / "B.jsonl", second)
 
     assert not run(curves.main, *logs, "--out", tmp_path / "curves.png")
@@ -41,9 +42,18 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     for axis in axes:
         found[axis.get_title()] = [[*line.get_ydata()] for line in axis.get_lines()]
     names = [f"zero-shot {name} (%)" for name in ("held out", "a/b", "c/b")]
-    assert [*found] == ["contrastive loss", "my loss", "val contrastive loss", *names, "R@1 (%)"]
+    assert [*found] == ["contrastive loss", "my term", "val contrastive loss", *names, "R@1 (%)"]
     scores = 3 * [[[70], [10, 10]]]
     assert [*found.values()] == [[[2.5], [2.5]], [[-1]], [[1.5]], *scores, [[25], [3, 3]]]
     [legend] = plt.gcf().legends
     assert [text.get_text() for text in legend.get_texts()] == [*map(str, logs)]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_no_measurement_of_a_run_has_a_panel(whole_run):
+    _, rows = read_log(whole_run / "log.jsonl")
+
+    titles = {title for row in rows for title in curves.values_of(row)}
+
+    losses = {"contrastive_loss", "classification_loss", "val_contrastive_loss"}
+    assert titles == {*losses, "R@1 (%)"}
