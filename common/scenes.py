@@ -16,7 +16,6 @@ them has learned "red" and "star" as two words.
 Lengths and positions are shares of the picture's side. x runs to the right and y down.
 """
 
-import hashlib
 import io
 import itertools
 import math
@@ -32,6 +31,7 @@ from common.processes import in_processes
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 
+VERSION = 1  # Increase this number when what is drawn changes, so that no run takes older scenes.
 SIZE = 72  # the side of a picture in pixels
 
 # No colour of a cloth, a border or an object shares its name with another, so each word is clear.
@@ -292,7 +292,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
     pairs; pictures: number for each class; seed: a different seed draws different scenes."""
     print(f"drawing {train:,} scenes to train on into {out_dir}")
     with new_folder(out_dir) as folder:
-        (folder / "drawn_by").write_text(version())
+        (folder / "version").write_text(str(VERSION))
         (folder / "vocab.tiktoken").write_bytes(vocabulary().encode())
         tasks = [
             partial(write_classes, folder / "zeroshot", pictures, seed),
@@ -306,24 +306,18 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
             pass
 
 
-def version():
-    """Return a hash of this file, which changes with what it draws. It also changes with a comment
-    here, and then the scenes must be drawn once more."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
 def find_or_make_scenes(out_dir, seed=0):
     """Draw a data set into `out_dir`, unless it is there, and return `out_dir`. If two runs draw it
-    at once, the second one uses what the first one has drawn. Raise InputError if another version
-    of this file has drawn it."""
+    at once, the second one uses what the first one has drawn. Raise InputError if the scenes there
+    have another VERSION."""
     try:
         if not Path(out_dir).exists():
             make_scenes(out_dir, seed=seed)
     except OSError:
         if not Path(out_dir).exists():
             raise
-    stamp = Path(out_dir, "drawn_by")
-    is_ours = stamp.exists() and stamp.read_text() == version()
+    file = Path(out_dir, "version")
+    is_ours = file.exists() and file.read_text() == str(VERSION)
     advice = "Remove or rename it, and new scenes will be drawn."
     check(is_ours, f"{out_dir} was not drawn by this version of common/scenes.py. {advice}")
     return out_dir

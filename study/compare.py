@@ -39,7 +39,7 @@ from common.cli import check, make_parser, number, run_command
 from common.devices import pick_dtype
 from common.processes import cores
 from common.run import read_log
-from common.scenes import find_or_make_scenes
+from common.scenes import VERSION, find_or_make_scenes
 from scripts.curves import names_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ def folder_of(command, seed):
     with the scenes of the seed, which are drawn if they are not there."""
     if "--train_data" in command:
         return Path()
-    folder = OUT / f"world-{seed}-{hash_of([SCENES])}"
+    folder = OUT / f"world-{seed}-{VERSION}"
     find_or_make_scenes(folder / "scenes", seed=seed)
     return folder
 

@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
+from children import ROOT
+from PIL import Image, ImageChops
 
 from common import scenes
 from common.cli import InputError, new_folder
@@ -17,13 +18,35 @@ SAMPLES = [*scenes.make_samples("train", range(150)), *scenes.make_samples("val"
 
 
 def test_seed_0_is_the_same_world_on_all_machines_and_another_seed_is_not():
-    """Captions and places are equal to the last digit: the numbers in the README need them."""
+    """Captions and places are equal to the last digit: the numbers in the README need them. If you
+    change them or the vocabulary, increase VERSION in common/scenes.py, and write the new number
+    and hash here."""
     fields = [{"short": short, "long": long, "scene": scene} for _, scene, short, long in SAMPLES]
 
-    content = json.dumps(fields).encode()
+    content = json.dumps([fields, scenes.vocabulary()]).encode()
 
-    assert hashlib.sha256(content).hexdigest()[:16] == "358ee5b63dffca28"
+    assert (scenes.VERSION, hashlib.sha256(content).hexdigest()[:16]) == (1, "278ca6f6386eaef4")
     assert not any(x in SAMPLES for x in scenes.make_samples("val", range(50), seed=1))
+
+
+def test_pictures_look_as_before(scenes_folder, tmp_path):
+    """tests/scenes.png shows pictures of all colours, patterns, borders and shapes. If you change
+    how they look, increase VERSION in common/scenes.py, and replace tests/scenes.png by the picture
+    that this test leaves in the folder that it names."""
+    pictures = [scenes.draw(scene) for _, scene, _, _ in SAMPLES[150:174]]  # of the split val
+    for path in sorted(scenes_folder.glob("zeroshot/held_out/*/000.jpg")):
+        pictures.append(Image.open(path))
+    sheet = Image.new("RGB", (8 * 72, 4 * 72))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 8 * 72, i // 8 * 72))
+    sheet.save(tmp_path / "scenes.png")
+    before = Image.open(ROOT / "tests" / "scenes.png")
+
+    difference = ImageChops.difference(sheet.reduce(6), before.reduce(6))
+
+    # Mean colours of 6 x 6 pixels differ by up to 3 levels between versions of Pillow. They differ
+    # by more if a colour has changed by 8 levels, or the size of a shape by 5 %.
+    assert max(high for _, high in difference.getextrema()) <= 4, tmp_path
 
 
 def test_of_two_first_runs_at_once_the_second_uses_the_scenes_of_the_first(tmp_path, monkeypatch):
@@ -47,11 +70,11 @@ def test_of_two_first_runs_at_once_the_second_uses_the_scenes_of_the_first(tmp_p
 
 
 def test_scenes_of_another_version_are_refused(tmp_path, monkeypatch):
-    """Otherwise a run would train on old pictures. Older versions wrote no file drawn_by."""
+    """Otherwise a run would train on old pictures. The first versions wrote no number."""
     scenes.make_scenes(tmp_path / "scenes", train=2, val=2, pictures=4)
     scenes.find_or_make_scenes(tmp_path / "scenes")
 
-    monkeypatch.setattr(scenes, "version", lambda: "another")
+    monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
 
     for folder in (tmp_path / "scenes", tmp_path):
         with pytest.raises(InputError, match="this version"):
