@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as evaluation
 from common import run as runs
 from common.cli import sentence_about
 from common.shards import add_member
@@ -107,13 +106,6 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
     return path
 
 
-def features_of(checkpoint, files):
-    """Return the features (N, E) of image files. They are computed slowly, one after the other."""
-    model, _, preprocess = evaluation.load(checkpoint)
-    images = [preprocess(Path(file).read_bytes()) for file in files]
-    return torch.cat([model.encode_image(image[None]) for image in images])
-
-
 # ---- commands
 
 
@@ -200,10 +192,6 @@ def rows_of(out, kind):
     times = ("images_per_second", "data_wait", "memory_gb")
     _, rows = runs.read_log(Path(out, "log.jsonl"))
     return [{k: x for k, x in row.items() if k not in times} for row in rows if kind in row]
-
-
-def steps_of(rows):
-    return [row["step"] for row in rows]
 
 
 def assert_ends_like(out, whole_run):

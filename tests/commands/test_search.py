@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from material import error_of, features_of, photo, run, small_model, write_checkpoint
+import torch
+from material import error_of, photo, run, small_model, write_checkpoint
 
 import eval as evaluation
 from scripts import search
@@ -40,9 +41,9 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     assert "lacks these words: zebra." in printed[0]
     results = re.findall(r"^ +(-?[01]\.\d{3})  (\S+)$", printed[0], re.M)
     found = [{name: float(score) for score, name in part} for part in (results[:7], results[7:])]
-    model, tokenizer, _ = evaluation.load(checkpoint)
+    model, tokenizer, preprocess = evaluation.load(checkpoint)
     files = sorted(Path().rglob("*.png"))
-    features = features_of(checkpoint, files)
+    features = torch.cat([model.encode_image(preprocess(file)[None]) for file in files])
     for scores_of, query in zip(found, model.encode_text(tokenizer(TEXTS)), strict=True):
         scores = (features @ query).tolist()
         best = sorted(zip(scores, map(str, files)), reverse=True)[:7]
