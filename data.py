@@ -57,14 +57,8 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     items_of_batches = (
         batch_indices(n, batch_size, pairs.seed, step)[rows] for step in range(start, stop)
     )
-    loader = make_loader(
-        pairs,
-        workers,
-        batch_sampler=items_of_batches,
-        collate_fn=pairs.collate,
-        pin_memory=pin,
-    )
-    return iter(loader)
+    options = {"batch_sampler": items_of_batches, "collate_fn": pairs.collate, "pin_memory": pin}
+    return iter(make_loader(pairs, workers, **options))
 
 
 def batch_indices(n, batch_size, seed, step):

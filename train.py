@@ -56,11 +56,8 @@ SCENES = {
 def make_parser():
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
-    # argparse prints this behind the options.
-    parser.epilog = (
-        f"Without --train_data these options have other defaults: {SCENES}. Then --epochs is 1.6 "
-        "times the square root of batch_size / 32, so 1,000 steps of 32 scenes."
-    )
+    # What argparse prints behind the options
+    parser.epilog = f"Without --train_data: {SCENES}, and 1.6 * sqrt(batch_size / 32) epochs"
     add = parser.add_argument
     count = cli.number(int, 1)  # from 1 on
     amount = cli.number(float, 0)  # from 0 on
@@ -250,9 +247,7 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
-            row |= evaluation.score_pairs(
-                model, tokenizer, samples, args.workers, batch_size=args.batch_size
-            )
+            row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, args.batch_size)
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
@@ -363,8 +358,8 @@ def train(args):
         run.write_checkpoint(out / name, checkpoint)
 
     saved = time.perf_counter()
-    # A row of the log measures from the time `began` at step `first` on, without saves and
-    # validations. waited: seconds in which the CPU waited for batches. A GPU may have been busy.
+    # A row of the log measures the speed from step `first` on, at the time `began`. waited: seconds
+    # in which the CPU waited for batches. A GPU may have been busy.
     began = saved
     first = start
     waited = 0.0
@@ -374,7 +369,8 @@ def train(args):
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. Then
         # it saves best.pt, if no score was higher. The others wait in part 3, or at the end.
-        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
+        now = time.perf_counter()
+        if RANK == 0 and (step in eval_steps or now > saved + 600):
             if step > start:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save("last.pt", step, best_r1, **states)
@@ -387,9 +383,7 @@ def train(args):
                     if step > 0:  # the weights before training only set the score to beat
                         save("best.pt", step, best_r1)
             saved = time.perf_counter()
-            began = saved
-            first = step
-            waited = 0.0
+            began += saved - now  # the speed is that of steps alone
         if step == args.steps:
             break
 
@@ -409,7 +403,8 @@ def train(args):
         scaler.scale(losses["loss"]).backward()
 
         # 4. The update. Clip the gradient to length 1, as nanoGPT does. The authors do not clip.
-        # The scaler skips the first optimizer.step after an overflow, so let there be only one.
+        # The scaler skips a step whose gradients have overflowed. Of two optimizers it might skip
+        # only one, so a fork puts both into one object.
         factor = learning_rate_factor(step, args.warmup_steps, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -422,7 +417,7 @@ def train(args):
             model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # So read them before the clock, and the clock before a validation restarts it.
+        # So read them before the clock. Before a validation there is always a row.
         done = step + 1
         if done % args.log_every == 0 or done in eval_steps:
             means = processes.mean_of_all(losses)  # the loss and its terms
