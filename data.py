@@ -253,7 +253,7 @@ class Samples:
                 file.seek(block * shards.BLOCK)
                 content = file.read(size)
         except OSError as error:
-            raise BadSample(f"the shard cannot be read: {error.strerror}") from None
+            raise BadSample(str(error)) from None
         if len(content) < size:
             raise BadSample("the shard ends too early")
         return content
@@ -506,7 +506,7 @@ def standard_set(name, training):
     """Return a data set of torchvision, whose items are (image of Pillow, number of its class).
     Download it into the cache folder, unless it is there. name: one of STANDARD_SETS; training:
     whether to return its images for training, or those for tests."""
-    check(name in STANDARD_SETS, f"{name} is no folder, and none of {', '.join(STANDARD_SETS)}")
+    check(name in STANDARD_SETS, f"{name} is no folder, and none of {[*STANDARD_SETS]}")
     from torchvision import datasets  # only here, because this import is slow
 
     kind, for_training, for_tests = STANDARD_SETS[name]

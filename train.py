@@ -186,13 +186,11 @@ def build_model(args, shards):
         # Count the words anew. One that was rare there may be in every caption here.
         weights.pop("token_counts", None)
         weights.pop("num_captions", None)
-        loaded = model.load_state_dict(weights, strict=False)
-        new_names = loaded.missing_keys
+        new_names, unused = model.load_state_dict(weights, strict=False)
         if pretrained.head is None and model.head is not None:
-            weight = f"--cls_weight {config.cls_weight:g}"
-            print(f"{args.init_from} has no word head. A new one is trained with {weight}.")
-        if loaded.unexpected_keys:
-            print(f"{args.init_from}: not used are {', '.join(loaded.unexpected_keys)}")
+            print(f"{args.init_from} has no word head. A new one has weight {config.cls_weight:g}.")
+        if unused:
+            print(f"{args.init_from}: not used are {', '.join(unused)}")
     return model, tokenizer, new_names
 
 
@@ -343,19 +341,10 @@ def train(args):
     if WORLD > 1:
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def save(name, step, best_r1, **more):
-        """Write a checkpoint. more: what only last.pt holds, because a run goes on from it."""
-        checkpoint = {
-            # The weights that all commands score and use. --resume goes on with them, too.
-            "model": model.state_dict(),
-            "config": vars(model.config),
-            "vocab": tokenizer.vocab,
-            "header": header,
-            "step": step,
-            "best_r1": best_r1,
-            **more,
-        }
-        run.write_checkpoint(out / name, checkpoint)
+    def save(name, step, best_r1, **states):
+        """Write a checkpoint. states: what only last.pt holds, because a run goes on from it."""
+        facts = {"header": header, "step": step, "best_r1": best_r1}
+        run.write_checkpoint(out / name, model, tokenizer.vocab, **facts, **states)
 
     saved = time.perf_counter()
     # A row of the log measures the speed from step `first` on, at the time `began`. waited: seconds

@@ -91,15 +91,15 @@ def caption_sources(arguments):
     return arguments.get("val_captions") or arguments.get("captions") or ["txt"]
 
 
-def write_checkpoint(path, checkpoint):
-    """Write a checkpoint, a dict with at least model, config and vocab. Refuse weights that are not
-    finite, so that they never replace good ones."""
-    # Tensors of a CPU load on every machine.
-    weights = {name: x.cpu() for name, x in checkpoint["model"].items()}
+def write_checkpoint(path, model, vocab, **more):
+    """Write the checkpoint of a model. vocab: the text of its vocabulary; more: what else the
+    checkpoint holds. Refuse weights that are not finite, so that they never replace good ones."""
+    # All commands score and use the weights under "model". Tensors of a CPU load on every machine.
+    weights = {name: x.cpu() for name, x in model.state_dict().items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
     advice = "Try a lower --learning_rate or another --dtype."
     check(is_finite, f"weights are not finite, so {path} is not written. {advice}")
-    content = {**checkpoint, "model": weights}
+    content = {"model": weights, "config": vars(model.config), "vocab": vocab, **more}
     write_file(path, lambda file: torch.save(content, file))
 
 

@@ -236,8 +236,7 @@ def main(argv):
         with new_folder(out) as folder:
             write_open_clip(folder, model, vocab)
     else:
-        content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab}
-        run.write_checkpoint(out, content)
+        run.write_checkpoint(out, model, vocab)
     print(f"wrote {out}: {model.config}")
 
 

@@ -101,8 +101,7 @@ def small_model(**changes):
 
 
 def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
-    content = {"model": model.state_dict(), "config": vars(model.config), "vocab": vocab, **facts}
-    runs.write_checkpoint(path, content)
+    runs.write_checkpoint(path, model, vocab, **facts)
     return path
 
 
