@@ -52,10 +52,9 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
-    n = len(pairs)
     # For each batch, the list of the items that the loader takes from `pairs`.
     items_of_batches = (
-        batch_indices(n, batch_size, pairs.seed, step)[rows] for step in range(start, stop)
+        batch_indices(len(pairs), batch_size, pairs.seed, step)[rows] for step in range(start, stop)
     )
     options = {"batch_sampler": items_of_batches, "collate_fn": pairs.collate, "pin_memory": pin}
     return iter(make_loader(pairs, workers, **options))
@@ -152,15 +151,12 @@ class Pairs(Dataset):
                 return self.draw_pair(i, rng), tried > 0
             except BadSample as error:
                 problem = f"{self.samples.name(i)}: {error}"
-                self.report(i, problem)
+                # Each process prints a sample once, and a hundred at most.
+                if i not in self.reported and len(self.reported) < 100:
+                    self.reported.add(i)
+                    tqdm.write(f"bad sample: {problem}", sys.stderr)
                 i = rng.randrange(len(self))  # the sample that replaces it
         raise InputError(f"a hundred samples in a row cannot be used. The last one: {problem}")
-
-    def report(self, i, problem):
-        """Print why sample i is bad. Each process prints a sample once, and a hundred at most."""
-        if i not in self.reported and len(self.reported) < 100:
-            self.reported.add(i)
-            tqdm.write(f"bad sample: {problem}", sys.stderr)
 
     def collate(self, items):
         """Return a batch of B items as two values. The first is a dict of the arguments of
@@ -523,10 +519,11 @@ def class_pictures(name, size, training=False):
     folder without images is a class, too: images can be mistaken for it."""
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())
-        classes = [path.name for path in folders if not path.name.startswith(HIDDEN)]
+        folders = [path for path in folders if not path.name.startswith(HIDDEN)]
+        classes = [path.name for path in folders]
         labelled = []
-        for c, folder in enumerate(classes):
-            labelled += [(file, c) for file in images_below(Path(name, folder))]
+        for c, folder in enumerate(folders):
+            labelled += [(file, c) for file in images_below(folder)]
         check(labelled, f"{name} has no folders with images in it, one for each class")
     else:
         labelled = standard_set(name, training)
