@@ -247,7 +247,7 @@ class SuperCLIP(nn.Module):
         pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens}
         if keep is not None:
             pairs["keep"] = keep
-        if micro_batch_size is None or micro_batch_size == len(images):
+        if micro_batch_size is None or micro_batch_size >= len(images):
             features, terms = self.encode_pairs(token_weights, **pairs)
         else:
             features, terms = in_micro_batches(
