@@ -203,9 +203,9 @@ def open_samples(names, sources=("txt",)):
     """Return the Samples in some shards. names: paths, folders, globs or braces; sources: where the
     captions are. All commands open their pairs here.
 
-    For data of another kind, return an object of your own. It needs the public methods of Samples,
-    the length, samples[i], and three attributes: sources; paths, a list of texts, which a
-    checkpoint stores, so that other commands can open the same data by them; and fingerprint.
+    For data of another kind, return an object of your own. It needs a length, samples[i], the
+    public methods of Samples except `read`, and three attributes: sources, fingerprint and paths.
+    Paths are texts. A checkpoint stores them, and other commands open the same data by them.
     """
     return Samples(shards.find_shards(names), sources)
 
@@ -367,7 +367,8 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     only augmentation, and also ours. Images are not mirrored, because captions say "left".
 
     In a long image no such rectangle fits. Then the box is the largest one of 4:3 in the centre.
-    With a crop_area of 0.9, each image of 3:2 keeps this 89 %, and each one of 16:9 this 75 %.
+    With a crop_area of 0.9 this happens to every image of 3:2, which keeps 89 %, and of 16:9, which
+    keeps 75 %.
     """
     w = h = min(width, height)
     if crop_area < 1:
@@ -397,7 +398,8 @@ def decode_smaller(image, box, size):
     if scale <= 0.5:
         with only_pillow():
             image.draft("RGB", (math.ceil(width * scale), math.ceil(image.height * scale)))
-    # 1, 2, 4 or 8. The decoder rounds sizes up: 193 pixels shrunk 8 times are 25, and not 24.125.
+    # This is 1, 2, 4 or 8. It must be rounded, because the decoder rounds sizes up: 193 pixels,
+    # shrunk 8 times, become 25.
     shrink = 2 ** round(math.log2(width / image.width))
     return [side / shrink for side in box]
 

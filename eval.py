@@ -120,9 +120,9 @@ def recall_by_chance(num_right, n, k):
 
 def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
     """Score retrieval among data.Samples. Print the scores, and words that the head finds. Return
-    the scores as a dict for a log. By mean_r1, the mean of R@1 over both directions, train.py
-    chooses its best model. batch_size: that of the run. val_contrastive_loss has groups of as many
-    pairs, so that it can be compared with the loss of the training."""
+    the scores as a dict for a log. train.py chooses its best model by mean_r1, the mean of R@1 over
+    both directions. batch_size: that of the run, so that val_contrastive_loss, in groups of as many
+    pairs, can be compared with the loss of the training."""
     features = encode_samples(model, tokenizer, samples, workers)
     image_features, text_features, image_of_text = features
     scores = retrieval(image_features, text_features, image_of_text)
@@ -255,6 +255,7 @@ def probe(x, y, x_test, y_test, classes):
         guesses = fit_and_guess(x[rest], y[rest], x[val], classes, penalty)
         return (guesses == y[val]).sum()
 
+    # Of equally good penalties max takes the first one, which is the weakest.
     penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
     guesses = fit_and_guess(x, y, x_test, classes, penalty)
