@@ -117,18 +117,20 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
 
 @pytest.mark.parametrize(
-    "name, workers", [("crop_box", 1), ("decode_smaller", 0), ("upright_rgb", 0)]
+    "name, error, workers",
+    [("crop_box", NameError, 1), ("decode_smaller", NameError, 0), ("upright_rgb", EOFError, 1)],
 )
-def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, name, workers):
-    """A fork that changes one of these functions sees the trace, not a sentence."""
+def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, name, error, workers):
+    """A fork that changes one of these functions sees the trace, not a sentence. A file that ends
+    too early raises EOFError, as a loading process does that has died."""
 
     def fails(*_):
-        return undefined_name  # noqa: F821
+        raise error
 
     monkeypatch.setattr(data, name, fails)
     pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
 
-    with pytest.raises(NameError) as raised:
+    with pytest.raises(error) as raised:
         next(data.load_batches(pairs, 1, slice(1), 0, 1, workers))
 
     assert sentence_about(raised.value) is None

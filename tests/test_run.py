@@ -15,12 +15,11 @@ from functools import partial
 import pytest
 import torch
 from children import before, finish, hook, killed
-from material import cases, checkpoint_of, error_of, result_of, rows_of, run, short_run
+from material import cases, checkpoint_of, error_of, result_of, rows_of, short_run
 
 import eval as evaluation
 import train
 from common.run import claim_folder, read_log
-from data import Pairs
 from superclip import PRESETS, SuperCLIP
 
 WAYS = {
@@ -211,19 +210,6 @@ def test_a_lost_batch_ends_the_run_with_one_sentence(children, shards, tmp_path,
     assert code == 2, printed
     assert "--workers" in printed.splitlines()[-1]
     assert ("unable to allocate" in printed) == (loss is not LOST["killed"])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_a_data_set_keeps_its_trace(shards, tmp_path, monkeypatch, workers):
-    """A file that ends too early raises EOFError, as a loading process does that has died."""
-
-    def end_too_early(*_):
-        raise EOFError
-
-    monkeypatch.setattr(Pairs, "collate", end_too_early)
-
-    with pytest.raises(EOFError):
-        run(train.main, *short_run(shards, tmp_path, "--workers", workers))
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
