@@ -13,15 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from material import (
-    TOKENIZER,
-    png,
-    result_of,
-    small_model,
-    write_captions,
-    write_checkpoint,
-    write_shard,
-)
+from material import TOKENIZER, png, result_of, small_model, write_captions, write_shard
 from PIL import Image
 
 import data
@@ -257,70 +249,57 @@ def test_the_labels_of_the_test_choose_nothing():
     assert found["value"] + other["value"] == pytest.approx(1)
 
 
-def test_a_probe_of_one_image_is_refused():
-    with pytest.raises(InputError):
-        evaluation.probe(torch.ones(1, 2), [0], torch.ones(1, 2), [0], 1)
-
-
 # ---- commands
 
 
-def scores_of(capsys, folder, command, *argv):
+def scores_of(capsys, checkpoint, command, *argv):
     """Run a command of eval.py. Return what it writes to the file of --json, and what it prints.
     Assert that it prints each score once."""
-    path = folder / "scores.json"
-    argv = [command, "--checkpoint", folder / "model.pt", "--workers", 0, *argv]
+    path = checkpoint.with_name("scores.json")
+    argv = [command, "--checkpoint", checkpoint, "--workers", 0, *argv]
     result, printed = result_of(capsys, evaluation.main, path, *argv)
     assert printed.count("interval") == path.read_text().count('"interval"') > 0
     return result, printed
 
 
-def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, tmp_path, capsys):
-    model = small_model()
-    model.visual.transformer.resblocks[0].attn.out_proj.weight.data.zero_()
-    write_checkpoint(tmp_path / "model.pt", model)
-    test = shutil.copytree(folders, tmp_path / "test")
+def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, checkpoint, capsys):
+    content = torch.load(checkpoint)
+    content["model"]["visual.transformer.resblocks.0.attn.out_proj.weight"].zero_()
+    torch.save(content, checkpoint)
+    test = shutil.copytree(folders, folders.with_name("test"))
 
-    result, _ = scores_of(capsys, tmp_path, "probe", "--train", folders, "--test", test)
+    result, _ = scores_of(capsys, checkpoint, "probe", "--train", folders, "--test", test)
 
     assert result["value"] == pytest.approx(1 / 3)
 
 
-def test_zeroshot_takes_the_names_of_classes_from_a_file(folders, tmp_path, capsys):
-    """The file names the folders in their sorted order. The right names score as the folders do."""
-    write_checkpoint(tmp_path / "model.pt", small_model())
-    names = tmp_path / "names.txt"
+def test_zeroshot_takes_the_names_of_classes_and_templates_from_files(folders, checkpoint, capsys):
+    """The file names the folders in their sorted order. The right names score as the folders do.
+    The vocabulary lacks "drawing", so one template is left out, and the numbers tell which ones
+    were used."""
+    names = checkpoint.with_name("names.txt")
+    templates = checkpoint.with_name("templates.txt")
+    templates.write_text("a drawing of a {}\na picture of the {}\n")
+    options = "--images", folders, "--templates", templates
 
     scores = []
     for text in ("blue\ngreen\nred\n", "red\nblue\ngreen\n"):
         names.write_text(text)
-        result, _ = scores_of(capsys, tmp_path, "zeroshot", "--images", folders, "--classes", names)
+        result, _ = scores_of(capsys, checkpoint, "zeroshot", *options, "--classes", names)
         scores.append(result["value"])
 
-    result, _ = scores_of(capsys, tmp_path, "zeroshot", "--images", folders)
+    result, _ = scores_of(capsys, checkpoint, "zeroshot", *options)
     assert scores[0] == result["value"] != scores[1]
+    assert result["templates"] == ["a picture of the {}"]
 
 
-def test_the_numbers_of_zeroshot_tell_which_templates_were_used(folders, tmp_path, capsys):
-    """The vocabulary lacks "drawing"."""
-    write_checkpoint(tmp_path / "model.pt", small_model())
-    templates = tmp_path / "templates.txt"
-    templates.write_text("a drawing of a {}\na photo of the {}\n")
-
-    options = "--images", folders, "--templates", templates
-    result, _ = scores_of(capsys, tmp_path, "zeroshot", *options)
-
-    assert result["templates"] == ["a photo of the {}"]
-
-
-def test_of_shards_with_two_splits_those_for_validation_are_scored_and_named(tmp_path, capsys):
-    write_checkpoint(tmp_path / "model.pt", small_model())
+def test_of_two_splits_those_for_validation_are_scored_and_named(checkpoint, tmp_path, capsys):
     train = write_captions(tmp_path / "train-0.tar", "red", "green", "blue")
     val = write_captions(tmp_path / "val-0.tar", "red", "green")
 
-    result, printed = scores_of(capsys, tmp_path, "retrieval", "--data", tmp_path)
-    _, printed_of_one = scores_of(capsys, tmp_path, "retrieval", "--data", val)
-    _, printed_of_train = scores_of(capsys, tmp_path, "retrieval", "--data", train)
+    result, printed = scores_of(capsys, checkpoint, "retrieval", "--data", tmp_path)
+    _, printed_of_one = scores_of(capsys, checkpoint, "retrieval", "--data", val)
+    _, printed_of_train = scores_of(capsys, checkpoint, "retrieval", "--data", train)
 
     assert result["validation"]["image_to_text"]["R@1"]["n"] == 2
     assert val in printed and train not in printed
@@ -342,14 +321,13 @@ class Cifar10(list):
         super().__init__((Image.new("RGB", (32, 32), colours[i % 3]), i) for i in labels)
 
 
-def test_a_set_of_torchvision_is_scored_by_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
+def test_a_set_of_torchvision_has_the_names_of_its_classes(checkpoint, monkeypatch, capsys):
     """A probe learns from the split for training."""
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar10)
     pictures = data.class_pictures("cifar10", 8)
-    write_checkpoint(tmp_path / "model.pt", small_model())
 
     result = evaluation.zeroshot(Colours(), TOKENIZER, pictures)
-    probed, _ = scores_of(capsys, tmp_path, "probe", "--train", "cifar10", "--test", "cifar10")
+    probed, _ = scores_of(capsys, checkpoint, "probe", "--train", "cifar10", "--test", "cifar10")
 
     assert pictures.classes[5] == "ring thing"
     assert pictures[3][0][:, 4, 4].tolist() == [0, 0, 255]
