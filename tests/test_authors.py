@@ -30,19 +30,15 @@ def load(path, state):
     return model
 
 
-@pytest.fixture
-def model(tmp_path):
-    """Return the model before its first step. torch's DistributedDataParallel has put "module."
-    before each name in the authors' files."""
-    state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
-    return load(tmp_path / "official.pt", state)
-
-
-def test_three_training_steps_equal_the_authors(model):
+def test_three_training_steps_equal_the_authors(tmp_path):
     """The authors' classification loss also counts padding. Their loss without it is stored as
     class_loss_masked. The three steps do not change the weights, but each step counts the tokens of
     its captions. In the first step their loss counts no padding, so the norms of its gradients are
-    compared, too."""
+    compared, too. In their files torch's DistributedDataParallel has put "module." before each
+    name."""
+    state = {f"module.{name}": x for name, x in OFFICIAL["state_dict"].items()}
+    model = load(tmp_path / "official.pt", state)
+
     for step in OFFICIAL["steps"]:
         out = model(step["image"], step["text"])
         if step is OFFICIAL["steps"][0]:
