@@ -86,13 +86,11 @@ def check_label(label):
     right = superclip.caption_label(TOKENS, WEIGHTS)
     words = superclip.multi_hot(TOKENS, 9)
     occurrences = F.one_hot(TOKENS, 9).sum(dim=1)
+    twice = F.normalize(occurrences * words * WEIGHTS, p=1)
+    all_tokens = F.normalize(occurrences.clamp(max=1) * WEIGHTS, p=1)
     mistakes = {
-        "count a word once, even if it occurs twice.": F.normalize(
-            occurrences * words * WEIGHTS, p=1
-        ),
-        "start, end and padding are no words. Give them no share.": F.normalize(
-            occurrences.clamp(max=1) * WEIGHTS, p=1
-        ),
+        "count a word once, even if it occurs twice.": twice,
+        "start, end and padding are no words. Give them no share.": all_tokens,
         "divide the weights of a caption by their sum.": words * WEIGHTS,
     }
     compare("label", label(TOKENS.clone(), WEIGHTS.clone()), right, mistakes)
