@@ -151,8 +151,6 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         read = optional("safetensors.torch", "safetensors").load_file
     content = run.read_file(path, read)
-    is_right = isinstance(content, dict) and isinstance(content.get("state_dict", {}), dict)
-    check(is_right, f"{path} holds no dict of weights")
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
     weights = rename(content.get("state_dict", content))

@@ -34,7 +34,7 @@ from torchvision.io import encode_jpeg
 
 import data
 import eval as evaluation
-from common.cli import InputError, check, make_parser, number, output_file, run_command, write_file
+from common.cli import check, make_parser, number, output_file, run_command, write_file
 from common.devices import pick_device
 from scripts.pictures import find_pictures
 
@@ -63,10 +63,7 @@ def read_features(path, checkpoint):
     """Return what a file of features holds, a dict {stamp: feature (E,)}, without images that have
     been changed or deleted. Raise InputError if the file is not from the checkpoint with
     this hash, whose features alone can be compared."""
-    try:
-        content = dict(np.load(path))
-    except Exception as error:  # a damaged file has many kinds
-        raise InputError(f"{path} is damaged. Delete it, or name another file.") from error
+    content = dict(np.load(path))
     is_ours = content.get("checkpoint") == checkpoint
     check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
     known = {}

@@ -41,18 +41,13 @@ scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
 scripts.search MODEL --images photo.png list.csv          | list.csv
-scripts.search MODEL red --images photo.png --features damaged.npz | damaged.npz
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
-scripts.convert list.pt x.pt                              | list.pt
-scripts.convert states.pt x.pt                            | states.pt
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
 scripts.show bad.tar --out x.png                          | can be drawn
-scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
-scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 study.compare --a "" --b train.py                        | no program
 """
@@ -74,10 +69,6 @@ def world(tmp_path_factory):
     write_shard(world / "pairs.tar", [pair, pair])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
-    # No sample of apart.tar has a caption in both sources.
-    other = {**pair, "txt": b"", "json": b'{"c": "a red thing"}'}
-    write_shard(world / "apart.tar", [other, pair])
-    (world / "damaged.npz").write_bytes(b"no arrays")
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
     (world / "empty.txt").write_text("\n")
@@ -86,8 +77,6 @@ def world(tmp_path_factory):
     model = write_checkpoint(world / "model.pt", small_model())
     (world / "damaged.pt").write_bytes(model.read_bytes()[:9999])
     torch.save({}, world / "other" / "pytorch_model.bin")  # no weight has a name that CLIP needs
-    torch.save([1], world / "list.pt")
-    torch.save({"state_dict": [1]}, world / "states.pt")
     write_checkpoint(world / "clip.pt", small_model(cls_weight=0))
     return world
 
