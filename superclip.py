@@ -223,9 +223,9 @@ class SuperCLIP(nn.Module):
 
         images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
         context_length; label_tokens (B, T'): captions whose words the head predicts, usually the
-        same ones but not cut, by default the tokens. The last two arguments save time and memory.
-        keep (B, K): indices of the K patches to look at, by default all P; micro_batch_size: pairs
-        that go through the towers at once, by default all.
+        same ones but not cut, by default the tokens; keep (B, K): indices of the K patches to look
+        at, by default all P, to save time; micro_batch_size: pairs that go through the towers at
+        once, by default all, to save memory.
 
         Return a dict of scalars: loss, and its terms, contrastive_loss and, with a head,
         classification_loss. If several processes train, the mean of what they return is the loss of

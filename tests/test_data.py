@@ -55,7 +55,7 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     pairs = Pairs(samples, TOKENIZER, 8, ["json.both"])
 
     drawn, _ = zip(*(pairs[position, 0] for position in range(400)))
-    _, captions, labels, _ = zip(*drawn)
+    _, captions, labels, *_ = zip(*drawn)
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -72,9 +72,9 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
         return [pairs[position, 0] for position in range(20)]
 
     first, _ = zip(*draws(seed=0))
-    images, captions, labels, kept = zip(*first)
+    images, captions, labels, kept, *_ = zip(*first)
     other, _ = zip(*draws(seed=1))
-    *_, kept_otherwise = zip(*other)
+    _, _, _, kept_otherwise, *_ = zip(*other)
 
     again, _ = zip(*draws(seed=0))
     torch.testing.assert_close(again, first, rtol=0, atol=0)
@@ -111,7 +111,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     items = [pairs[position, i] for position, i in enumerate((0, 0, 1, 0, 0))]
 
     _, num_replaced = pairs.collate(items)
-    assert [TOKENIZER.decode(ids) for (_, ids, _, _), _ in items] == 5 * ["a red dog"]
+    assert [TOKENIZER.decode(ids) for (_, ids, *_), _ in items] == 5 * ["a red dog"]
     assert num_replaced == 4
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 

@@ -4,12 +4,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from children import ROOT
 
 import train
 from common import run
+from superclip import SuperCLIPConfig
 
 # Options -> model, crop_area, batch_size, epochs and learning_rate. Published runs have the values
 # in the first row. On the scenes, a batch that is 8 times as large makes the run 8**0.5 times as
@@ -31,6 +33,20 @@ def test_the_defaults_suit_the_data_and_what_is_there(argv, expected):
 
     assert (args.model, args.crop_area, args.batch_size, args.epochs) == expected[:4]
     assert args.learning_rate == pytest.approx(expected[4])
+
+
+# Fields of the configuration that the preset, the vocabulary or a checkpoint sets
+SIZES = """patch_size vision_width vision_layers vision_heads text_width text_layers text_heads
+embed_dim context_length vocab_size quick_gelu image_mean image_std""".split()
+
+
+def test_every_other_field_of_the_configuration_is_an_option():
+    """An option of a fork that misses the name of its field would be accepted, and do nothing."""
+    options = vars(train.make_parser().parse_args([]))
+
+    others = {field.name for field in fields(SuperCLIPConfig)} - options.keys()
+
+    assert others == {*SIZES}
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -70,8 +70,20 @@ def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
     assert_ends_like(tmp_path, whole_run)
 
 
-def test_a_fork_that_draws_from_torch_resumes_to_the_bit(shards, tmp_path, monkeypatch):
+# If you add an option, add a line here.
+OPTIONS = {
+    "CLIP's loss": "",
+    "SigLIP's loss, other captions, fewer patches": "--loss sigmoid --captions json.captions txt "
+    "--label_captions txt --patch_dropout 0.5",
+}
+
+
+@cases("options", OPTIONS)
+def test_options_of_a_fork_that_draws_from_torch_resume_to_the_bit(
+    shards, tmp_path, monkeypatch, options
+):
     """Here the towers have dropout. The second run is stopped in its tenth step."""
+    options = options.split()
     forward = superclip.MLP.forward
 
     def with_dropout(mlp, x):
@@ -79,12 +91,12 @@ def test_a_fork_that_draws_from_torch_resumes_to_the_bit(shards, tmp_path, monke
 
     monkeypatch.setattr(superclip.MLP, "forward", with_dropout)
     monkeypatch.setattr(superclip.SuperCLIP, "forward", superclip.SuperCLIP.forward)  # to restore
-    train.main(short_run(shards, tmp_path / "whole"))
+    train.main(short_run(shards, tmp_path / "whole", *options))
     hook("superclip.SuperCLIP.forward", 10, partial(signal.raise_signal, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        train.main(short_run(shards, tmp_path / "out"))
+        train.main(short_run(shards, tmp_path / "out", *options))
 
-    train.main(short_run(shards, tmp_path / "out", "--resume"))
+    train.main(short_run(shards, tmp_path / "out", *options, "--resume"))
 
     assert_ends_like(tmp_path / "out", tmp_path / "whole")
 
