@@ -30,16 +30,18 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_training_counts_each_word_of_a_caption_once():
-    """The counts are exact even where float32 stops counting, and in a model that was turned into
-    bfloat16 and back. Padding, start and end are no words. An evaluation counts nothing."""
+    """The counts are exact even where float32 stops counting, in a model that was turned into
+    bfloat16 and back, and in a large batch. Padding, start and end are no words. An evaluation
+    counts nothing."""
     model = small_model(vocab_size=V).to(torch.bfloat16).float()
     model.token_counts += 2**24
 
     model.eval()(IMAGES, CAPTIONS)
-    model.train()(IMAGES, CAPTIONS)
+    model.train()(IMAGES.repeat(100, 1, 1, 1), CAPTIONS.repeat(100, 1))
 
-    assert model.num_captions.item() == 3
-    assert (model.token_counts - 2**24).tolist() == [0, 1, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0]
+    assert model.num_captions.item() == 300
+    counts = (model.token_counts - 2**24) / 100
+    assert counts.tolist() == [0, 1, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0]
 
 
 # ---- the weight of each word, and the label of a caption
@@ -149,7 +151,9 @@ def test_under_bfloat16_the_loss_stays_in_float32(ours, _, bias):
 
 def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
     """With these values most answers are "no" at first."""
-    model = small_model(loss="sigmoid")
+    images, texts, _ = make_inputs(1.0, [])
 
-    assert model.logit_scale.exp().item() == pytest.approx(10)
-    assert model.logit_bias.item() == -10
+    loss = small_model(loss="sigmoid").clip_or_siglip_loss(images, texts)
+
+    expected = open_clip.loss.SigLipLoss()(images, texts, logit_scale=10.0, logit_bias=-10.0)
+    torch.testing.assert_close(loss, expected)
