@@ -33,6 +33,7 @@ def test_the_defaults_suit_the_data_and_what_is_there(argv, expected):
 
     assert (args.model, args.crop_area, args.batch_size, args.epochs) == expected[:4]
     assert args.learning_rate == pytest.approx(expected[4])
+    assert (args.weight_decay, args.patch_dropout) == (0.2, 0)
 
 
 # Fields of the configuration that the preset, the vocabulary or a checkpoint sets

@@ -169,7 +169,9 @@ def test_the_classifier_of_published_prompts_is_that_of_open_clip():
 def test_zeroshot_by_hand(folders, capsys):
     """A red picture lies among the blue ones, as a .jfif, and a green picture cannot be read. A
     folder without images is a class, too: images can be mistaken for it. What programs hide is no
-    class and no picture: Jupyter's folders, and what macOS adds beside a picture and in a zip."""
+    class and no picture: Jupyter's folders, and what macOS adds beside a picture and in a zip. Nor
+    is a file among the folders."""
+    (folders / "README.txt").touch()
     for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "__MACOSX"):
         (folders / name).mkdir()
     for name in ("red/._0.png", "red/.ipynb_checkpoints/0-checkpoint.png"):

@@ -21,6 +21,8 @@ train --train_data scenes                                 | scenes
 train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --resume                                      | --out_dir
 train TRAIN --batch_size 3                                | --batch_size
+train TRAIN --micro_batch_size 4                          | --micro_batch_size
+train TRAIN --log_every 0                                 | --log_every
 train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --crop_area 0                                 | --crop_area
 train TRAIN --patch_dropout 1                             | --patch_dropout
