@@ -300,7 +300,9 @@ def test_an_update_clips_the_gradient_to_length_1(shards, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.amp, "GradScaler", small_scale)
     train.main(short_run(shards, tmp_path, "--steps", 1, "--dtype", dtype))
 
-    moments = [state["exp_avg"] for state in checkpoint_of(tmp_path)["optimizer"]["state"].values()]
+    saved = checkpoint_of(tmp_path)
+    moments = [state["exp_avg"] for state in saved["optimizer"]["state"].values()]
+    assert bool(saved["scaler"]) == (dtype == "float16")
     assert 1 < rows_of(tmp_path, "loss")[-1]["grad_norm"] < 100
     assert get_total_norm(moments).item() == pytest.approx(0.1, rel=1e-4)
 
