@@ -33,6 +33,7 @@ from common.tokenizer import words_to_tiktoken
 
 VERSION = 1  # Increase this number when what is drawn changes, so that no run takes older scenes.
 SIZE = 72  # the side of a picture in pixels
+SIDE = 4 * SIZE  # Draw pictures four times as large. Averaged to SIZE they have smooth edges.
 
 # No colour of a cloth, a border or an object shares its name with another, so each word is clear.
 CLOTHS = {
@@ -151,41 +152,38 @@ OUTLINES = {  # corners, from -1 to 1
 
 
 @lru_cache(maxsize=len(SETTINGS))
-def draw_setting(cloth, pattern, border, side):
-    """Return a picture of the cloth with its border, side x side pixels. The pattern has a lighter
+def draw_setting(cloth, pattern, border):
+    """Return a picture of the cloth with its border, SIDE x SIDE pixels. The pattern has a lighter
     shade and lies on a grid of 6 x 6 cells."""
-    image = Image.new("RGB", (side, side), CLOTHS[cloth])
+    image = Image.new("RGB", (SIDE, SIDE), CLOTHS[cloth])
     pen = ImageDraw.Draw(image)
     light = tuple(v + 22 for v in CLOTHS[cloth])
-    step = side // 6
+    step = SIDE // 6
     third = step // 3
-    two_thirds = 2 * step // 3
-    for x, y in itertools.product(range(0, side, step), repeat=2):
+    for x, y in itertools.product(range(0, SIDE, step), repeat=2):
         if pattern == "striped":
             pen.rectangle((x, y, x + third, y + step), fill=light)
         elif pattern == "checked" and (x + y) // step % 2 == 1:
             pen.rectangle((x, y, x + step - 1, y + step - 1), fill=light)
         elif pattern == "dotted":
-            pen.ellipse((x + third, y + third, x + two_thirds, y + two_thirds), fill=light)
-    pen.rectangle((0, 0, side - 1, side - 1), outline=BORDERS[border], width=side // 24)
+            pen.ellipse((x + third, y + third, x + 2 * third, y + 2 * third), fill=light)
+    pen.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=BORDERS[border], width=SIDE // 24)
     return image
 
 
-def draw(scene, size=SIZE):
-    """Return an RGB picture of the scene, size x size pixels. It is drawn four times as large and
-    then averaged, which makes its edges smooth."""
-    side = 4 * size
-    image = draw_setting(scene["cloth"], scene["pattern"], scene["border"], side).copy()
+def draw(scene):
+    """Return an RGB picture of the scene, SIZE x SIZE pixels."""
+    image = draw_setting(scene["cloth"], scene["pattern"], scene["border"]).copy()
     for thing in scene["objects"]:
-        x0, y0, x1, y1 = (round(v * side) for v in thing["box"])
-        sheet, mask = draw_object(thing, x1 - x0, y1 - y0, side // 28)
+        x0, y0, x1, y1 = (round(v * SIDE) for v in thing["box"])
+        sheet, mask = draw_object(thing, x1 - x0, y1 - y0)
         image.paste(sheet, (x0, y0), mask)
     return image.reduce(4)
 
 
-def draw_object(thing, width, height, line):
+def draw_object(thing, width, height):
     """Return two pictures of width x height pixels: the colour of an object with a white outline,
-    and the mask of its shape. line: the width of the outline in pixels."""
+    and the mask of its shape."""
     sheet = Image.new("RGB", (width, height), COLOURS[thing["colour"]])
     mask = Image.new("1", (width, height))
     pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
@@ -198,8 +196,8 @@ def draw_object(thing, width, height, line):
             for x, y in OUTLINES[thing["shape"]]
         ]
         cut.polygon(points, fill=int(scale == 1))
-        # Half of the line lies outside the mask, so about one pixel is left after the averaging.
-        pen.line(points + points[:2], fill="white", width=line, joint="curve")
+        # Half of the line lies outside the mask, so about one pixel of the picture is left.
+        pen.line(points + points[:2], fill="white", width=SIDE // 28, joint="curve")
     return sheet, mask
 
 
@@ -309,7 +307,7 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
 def find_or_make_scenes(out_dir, seed=0):
     """Draw a data set into `out_dir`, unless it is there, and return `out_dir`. If two runs draw it
     at once, the second one uses what the first one has drawn. Raise InputError if the scenes there
-    have another VERSION."""
+    have another VERSION or none."""
     try:
         if not Path(out_dir).exists():
             make_scenes(out_dir, seed=seed)
