@@ -15,14 +15,16 @@ the data. The command runs in their folder, so paths in its options must be abso
 these pairs.
 
 Finished runs are lines of out_study/runs.jsonl, so a comparison that was stopped goes on. A run is
-known by its command, its seed, the text of its code, and the machine: the kind of device, the
-default dtype, and the version of torch. So runs of other code or of another machine are never
-reported. Give a file of data another name when it changes.
+known by its command, its seed, its code, and the machine: the kind of device, the default dtype,
+and the version of torch. The code is the text of the program and of all modules of its folder that
+it imports. So runs of other code or of another machine are never reported. Only a module that is
+imported by a computed name is not seen. Give a file of data another name when it changes.
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -44,16 +46,13 @@ from scripts.curves import names_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # finished runs, and the scenes of each seed
-SCENES = Path("common/scenes.py")  # the code that draws them
+# Statements that import, without their first word: "common.cli import check". A bracket or a
+# backslash continues them. Python's ModuleFinder would not do, because it fails at a folder without
+# __init__.py.
+IMPORTS = re.compile(r"(?:^|[:;])\s*(?:from|import)\b((?:[\w., \t]|\\\n|\([^)]*)+)", re.MULTILINE)
 
 # -----------------------------------------------------------------------------
 # One run. A command is a text, such as "train.py --cls_weight 0" or "-m study.shuffled"
-
-
-def hash_of(files):
-    """Return a hash of the text of some files. Kinds of line ends do not matter to it."""
-    text = "\0".join(file.read_text("utf-8") for file in sorted(files))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def split(command):
@@ -64,16 +63,34 @@ def split(command):
     return words[:n], words[n:]
 
 
+def modules_in(folders, text):
+    """Return the Python files in a list of folders that the words of a text name. For "common.cli
+    import check" these are common/cli.py and common/__init__.py."""
+    files = []
+    for word in re.findall(r"\w+", f"{text} __init__"):
+        for folder in [*folders]:
+            files += folder.glob(f"{word}.py")
+            folders += folder.glob(f"{word}/")  # the next words may name what lies in it
+    return files
+
+
 def code_of(command):
-    """Return a hash of the code of a command: train.py with the files beside it and in common/, the
-    modules beside that of -m, and the code that draws scenes."""
+    """Return a hash of the code of a command: the text of its program and of all modules that it
+    imports from a folder around it, or else from ours. A file that has the name of an imported
+    function counts, too."""
     program, _ = split(command)
-    files = {SCENES}
-    folder = Path(program[0]).parent
+    files = [Path(program[0]).resolve()]
     if program[0] == "-m":
-        folder = Path()
-        files |= {*Path(program[1].replace(".", "/")).parent.glob("*.py")}
-    return hash_of(files | {*folder.glob("*.py"), *folder.glob("common/*.py")})
+        files = modules_in([ROOT], program[1])
+        check(files, f"{command}: there is no module {program[1]} in {ROOT}")
+    digest = hashlib.sha256()
+    for file in files:  # a list that grows
+        text = file.read_text("utf-8-sig")  # with line ends of one kind
+        digest.update(f"\0{text}".encode())
+        for imports in IMPORTS.findall(text):
+            found = modules_in([*file.parents], imports) or modules_in([ROOT], imports)
+            files += [file for file in found if file not in files]
+    return digest.hexdigest()[:8]
 
 
 def machine():

@@ -83,21 +83,43 @@ def test_finished_runs_are_kept_and_not_used_for_other_code_or_machines(monkeypa
     assert len(trained_for("5-6")) == 4
 
 
-def test_other_text_is_other_code(monkeypatch, tmp_path):
-    """The module may import the one beside it."""
+IMPORTED = {  # file: its text
+    "ours/train.py": "def main():\n    from common import (\n        log\n    )",
+    "ours/common/__init__.py": "",
+    "ours/common/log.py": "import mine.loss as loss",
+    "ours/mine/loss.py": "from .words import WORDS",  # in a folder without __init__.py
+    "ours/mine/words.py": "a syntax error",
+}
+OTHERS = {
+    "ours/study/mine.py": "import torch, \\\n    train",
+    "alone/mine.py": "if True: import train",
+    "ours/mine/unused.py": "",
+    "ours/tests/test_loss.py": "import mine.loss",
+}
+PROGRAMS = {  # command: its file
+    "-m study.mine": "ours/study/mine.py",
+    "ours/train.py --my_weight 1": "ours/train.py",
+    "alone/mine.py": "alone/mine.py",
+}
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_the_code_of_a_command_is_all_that_it_imports(command, monkeypatch, tmp_path):
+    """A change of another file does not matter."""
     monkeypatch.chdir(tmp_path)
-    names = ("train.py", "model.py", "common/scenes.py", "common/log.py")
-    files = [Path(name) for name in (*names, "study/mine.py", "study/base.py")]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("x = 1\n")
-    codes = {compare.code_of("-m study.mine --my_weight 1")}
+    monkeypatch.setattr(compare, "ROOT", tmp_path / "ours")
+    for name, text in (IMPORTED | OTHERS).items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    found = set()
 
-    for file in files:
-        file.write_text("x = 2\n")
-        codes.add(compare.code_of("-m study.mine --my_weight 1"))
+    for name, text in (IMPORTED | OTHERS).items():
+        before = compare.code_of(command)
+        Path(name).write_text(text + "\nx = 1\n")
+        if compare.code_of(command) != before:
+            found.add(name)
 
-    assert len(codes) == 1 + len(files)
+    assert found == {PROGRAMS[command], *IMPORTED}
 
 
 @pytest.fixture
@@ -170,7 +192,7 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
 ):
     """The other training would take minutes."""
     monkeypatch.chdir(tmp_path)
-    for path, text in (("common/scenes.py", ""), ("a/train.py", WAITS), ("b/train.py", FAILS)):
+    for path, text in (("a/train.py", WAITS), ("b/train.py", FAILS)):
         Path(path).parent.mkdir()
         Path(path).write_text(text)
     started = []
