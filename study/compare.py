@@ -196,7 +196,8 @@ def runs_of(tasks, jobs):
             for task in ended:
                 process, folder = running.pop(task)
                 with folder:  # which is removed at the end
-                    run = found[task] = result_of(task, process, folder)
+                    run = result_of(task, process, folder)
+                found[task] = run
                 with open(path, "a") as file:
                     file.write(json.dumps(run) + "\n")
                 how = "trained" if run["scores"] else "diverged"
