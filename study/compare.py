@@ -15,16 +15,14 @@ the data. The command runs in their folder, so paths in its options must be abso
 these pairs.
 
 Finished runs are lines of out_study/runs.jsonl, so a comparison that was stopped goes on. A run is
-known by its command, its seed, its code, and the machine: the kind of device, the default dtype,
-and the version of torch. The code is the text of the program and of all modules of its folder that
-it imports. So runs of other code or of another machine are never reported. Only a module that is
-imported by a computed name is not seen. Give a file of data another name when it changes.
+known by its command, its seed, the text of its code, and the machine: the kind of device, the
+default dtype, and the version of torch. So runs of other code or of another machine are never
+reported. Give a file of data another name when it changes.
 """
 
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -46,10 +44,7 @@ from scripts.curves import names_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out_study")  # finished runs, and the scenes of each seed
-# Statements that import, without their first word: "common.cli import check". A bracket or a
-# backslash continues them. Python's ModuleFinder would not do, because it fails at a folder without
-# __init__.py.
-IMPORTS = re.compile(r"(?:^|[:;])\s*(?:from|import)\b((?:[\w., \t]|\\\n|\([^)]*)+)", re.MULTILINE)
+OTHERS = ("tests", "docs", "scripts", "study")  # folders whose code changes no training
 
 # -----------------------------------------------------------------------------
 # One run. A command is a text, such as "train.py --cls_weight 0" or "-m study.shuffled"
@@ -63,33 +58,28 @@ def split(command):
     return words[:n], words[n:]
 
 
-def modules_in(folders, text):
-    """Return the Python files in a list of folders that the words of a text name. For "common.cli
-    import check" these are common/cli.py and common/__init__.py."""
-    files = []
-    for word in re.findall(r"\w+", f"{text} __init__"):
-        for folder in [*folders]:
-            files += folder.glob(f"{word}.py")
-            folders += folder.glob(f"{word}/")  # the next words may name what lies in it
+def code_in(folder):
+    """Return the Python files in a folder and in the folders below it, except OTHERS, hidden
+    folders, and virtual environments."""
+    files = [*folder.glob("*.py")]
+    for path in folder.glob("[!.]*/"):
+        if path.name not in OTHERS and not (path / "pyvenv.cfg").exists():
+            files += path.rglob("*.py")
     return files
 
 
 def code_of(command):
-    """Return a hash of the code of a command: the text of its program and of all modules that it
-    imports from a folder around it, or else from ours. A file that has the name of an imported
-    function counts, too."""
+    """Return a hash of the code of a command: the code around its program, our code, and what lies
+    beside the module of -m."""
     program, _ = split(command)
-    files = [Path(program[0]).resolve()]
     if program[0] == "-m":
-        files = modules_in([ROOT], program[1])
-        check(files, f"{command}: there is no module {program[1]} in {ROOT}")
+        module = Path(ROOT, program[1].replace(".", "/"))
+        files = [*module.parent.glob("*.py")]
+    else:
+        files = code_in(Path(program[0]).resolve().parent)
     digest = hashlib.sha256()
-    for file in files:  # a list that grows
-        text = file.read_text("utf-8-sig")  # with line ends of one kind
-        digest.update(f"\0{text}".encode())
-        for imports in IMPORTS.findall(text):
-            found = modules_in([*file.parents], imports) or modules_in([ROOT], imports)
-            files += [file for file in found if file not in files]
+    for file in sorted({*files, *code_in(ROOT)}):
+        digest.update(file.read_text("utf-8").encode())  # kinds of line ends do not matter
     return digest.hexdigest()[:8]
 
 

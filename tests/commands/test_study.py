@@ -83,43 +83,32 @@ def test_finished_runs_are_kept_and_not_used_for_other_code_or_machines(monkeypa
     assert len(trained_for("5-6")) == 4
 
 
-IMPORTED = {  # file: its text
-    "ours/train.py": "def main():\n    from common import (\n        log\n    )",
-    "ours/common/__init__.py": "",
-    "ours/common/log.py": "import mine.loss as loss",
-    "ours/mine/loss.py": "from .words import WORDS",  # in a folder without __init__.py
-    "ours/mine/words.py": "a syntax error",
-}
-OTHERS = {
-    "ours/study/mine.py": "import torch, \\\n    train",
-    "alone/mine.py": "if True: import train",
-    "ours/mine/unused.py": "",
-    "ours/tests/test_loss.py": "import mine.loss",
-}
-PROGRAMS = {  # command: its file
-    "-m study.mine": "ours/study/mine.py",
-    "ours/train.py --my_weight 1": "ours/train.py",
-    "alone/mine.py": "alone/mine.py",
+COUNTS = {  # file -> does it count for "-m study.mine", and for "fork/train.py"?
+    "ours/train.py": (True, True),
+    "ours/common/run.py": (True, True),
+    "ours/study/mine.py": (True, False),
+    "ours/tests/test_loss.py": (False, False),
+    "ours/.venv/torch.py": (False, False),
+    "fork/train.py": (False, True),
+    "fork/towers/vision/block.py": (False, True),
 }
 
 
-@pytest.mark.parametrize("command", PROGRAMS)
-def test_the_code_of_a_command_is_all_that_it_imports(command, monkeypatch, tmp_path):
-    """A change of another file does not matter."""
+@cases("file, counts", {file: (file, counts) for file, counts in COUNTS.items()})
+def test_the_code_of_a_command_is_in_every_folder_of_a_fork(monkeypatch, tmp_path, file, counts):
+    """If it changes, finished runs are not reported as those of the new code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "ROOT", tmp_path / "ours")
-    for name, text in (IMPORTED | OTHERS).items():
+    for name in COUNTS:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text)
-    found = set()
+        Path(name).write_text("")
+    commands = "-m study.mine", "fork/train.py --my_weight 1"
+    before = [compare.code_of(command) for command in commands]
 
-    for name, text in (IMPORTED | OTHERS).items():
-        before = compare.code_of(command)
-        Path(name).write_text(text + "\nx = 1\n")
-        if compare.code_of(command) != before:
-            found.add(name)
+    Path(file).write_text("x = 1\n")
 
-    assert found == {PROGRAMS[command], *IMPORTED}
+    after = [compare.code_of(command) for command in commands]
+    assert tuple(x != y for x, y in zip(before, after)) == counts
 
 
 @pytest.fixture
