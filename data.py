@@ -89,8 +89,9 @@ def epoch_order(n, seed, epoch):
 
 @dataclass
 class Pairs(Dataset):
-    """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a pair of
-    sample i. All that is random about it follows from the seed and the position.
+    """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a tuple: a
+    pair of sample i, and whether the pair replaces a bad sample. All that is random about it
+    follows from the seed and the position.
 
     The caption is one text from the sources of the samples. A source that is named twice is drawn
     twice as often. label_sources: the same for the words to predict, by default the text that was
@@ -138,9 +139,9 @@ class Pairs(Dataset):
         return self.tokenizer.encode(rng.choice(self.samples.texts(i, source)))
 
     def __getitem__(self, item):
-        """Return what `draw_pair` returns, and whether another sample was bad. item: (position,
-        sample). A random other sample replaces a bad one, so that batches have the same size on
-        every process. A hundred bad samples in a row end the run."""
+        """Return what `draw_pair` returns, and whether this replaces a bad sample. item: (position,
+        sample). A random other sample takes the place of a bad one, so that batches have the same
+        size on every process. A hundred bad samples in a row end the run."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
         # For what draws from torch and not from rng, such as torchvision's transforms in a fork. It

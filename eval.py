@@ -197,7 +197,8 @@ def names_of_classes(folders):
     if not numbers:
         return folders
     advice = "Name the folders after their classes, or give eval.py the names with --classes."
-    cli.check(len(numbers) == len(folders) == 1000, f"{numbers[0]} is no name of a class. {advice}")
+    is_imagenet = len(folders) == 1000 and folders[0] == "n01440764" and folders[-1] == "n15075141"
+    cli.check(is_imagenet, f"{numbers[0]} is no name of a class. {advice}")
     return read_list("imagenet")
 
 
@@ -220,10 +221,9 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
 
 @lru_cache  # so that train.py, which validates many times, prints this once
 def usable_templates(tokenizer, templates):
-    """Return the templates, a tuple, whose words are all in the vocabulary, or the name alone if
-    there are none. Print which words are missing. A word that is spelled in bytes would be most of
-    what the text tower reads of a prompt. CLIP's vocabulary has no unknown words, because it puts
-    every word together from parts."""
+    """With a vocabulary of whole words, return the templates, a tuple, that have no unknown word,
+    or the name alone if there are none. Print the unknown words. Spelled in bytes, a word would be
+    most of what the text tower reads of a prompt. With CLIP's vocabulary return all templates."""
     unknown = tokenizer.unknown_words(templates)
     if not unknown:
         return templates
@@ -404,10 +404,9 @@ def read_templates(path):
 def command_zeroshot(model, tokenizer, args):
     size = model.config.image_size
     pictures = zeroshot_pictures(args.images, size, tokenizer, args.classes)
-    templates = usable_templates(tokenizer, tuple(args.templates))
-    result = zeroshot(model, tokenizer, pictures, templates, args.workers)
+    result = zeroshot(model, tokenizer, pictures, args.templates, args.workers)
     print(format_score("zero-shot", result))
-    return {**result, "templates": templates}
+    return {**result, "templates": usable_templates(tokenizer, tuple(args.templates))}
 
 
 def command_retrieval(model, tokenizer, args):
@@ -465,7 +464,8 @@ def make_parser():
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
 
-    add = add_command("retrieval", command_retrieval, "find captions by image, images by caption")
+    add = add_command("retrieval", command_retrieval,
+        "find captions by image and images by caption")
     add("--data", nargs="+", required=True, metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
     add("--captions", nargs="+", metavar="SOURCE",

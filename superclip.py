@@ -261,13 +261,13 @@ class SuperCLIP(nn.Module):
             features = {name: gather(x) for name, x in features.items()}
         image_features = features["image"]
         text_features = features["text"]
-        terms["contrastive_loss"] = self.clip_or_siglip_loss(image_features, text_features)
+        contrastive = self.clip_or_siglip_loss(image_features, text_features)
+        terms = {"contrastive_loss": contrastive, **terms}
 
         # The sum. A term of your own is added here, as docs/fork.md shows.
-        if self.head is None:  # plain CLIP
-            loss = terms["contrastive_loss"]
-        else:
-            loss = terms["contrastive_loss"] + self.config.cls_weight * terms["classification_loss"]
+        loss = contrastive
+        if self.head is not None:
+            loss = loss + self.config.cls_weight * terms["classification_loss"]
         return {"loss": loss, **terms}
 
     def count_tokens(self, label_tokens):
@@ -565,9 +565,13 @@ def in_micro_batches(encode_pairs, token_weights, pairs, size):
         )
         all_features.append(features)
         all_terms.append(terms)
-    features = {name: torch.cat([x[name] for x in all_features]) for name in features}
-    terms = {name: torch.stack([x[name] for x in all_terms]).mean() for name in terms}
-    return features, terms
+    joined = {}
+    for name in all_features[0]:
+        joined[name] = torch.cat([features[name] for features in all_features])
+    means = {}
+    for name in all_terms[0]:
+        means[name] = torch.stack([terms[name] for terms in all_terms]).mean()
+    return joined, means
 
 
 # -----------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def make_parser():
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
     # What argparse prints behind the options
-    parser.epilog = f"Without --train_data: {SCENES}, and 1.6 * sqrt(batch_size / 32) epochs"
+    rule = "1.6 * sqrt(batch_size / 32) epochs"
+    parser.epilog = f"Without --train_data the defaults are {SCENES}, and {rule}."
     add = parser.add_argument
     count = cli.number(int, 1)  # from 1 on
     amount = cli.number(float, 0)  # from 0 on
@@ -78,8 +79,8 @@ def make_parser():
     add("--vocab", metavar="FILE",
         help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share of a picture that a random crop keeps; a picture of 3:2 or longer keeps "
-        "its middle 4:3; 1 takes the middle square (default: 0.9)")
+        help="least share of a picture that a random crop keeps; at 0.9 a picture of 3:2 or longer "
+        "always keeps its middle 4:3; 1 takes the middle square (default: 0.9)")
     add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
         help="share of the patches to leave out at random (default: 0)")
     # Model and loss
@@ -175,7 +176,7 @@ def build_model(args, shards):
     try:
         config = SuperCLIPConfig(**config)
     except ValueError as error:  # sizes that do not fit together
-        raise cli.InputError(f"--{error}") from error
+        raise cli.InputError(str(error)) from error
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
     torch.manual_seed(args.seed)  # each process begins with the same weights
@@ -190,7 +191,8 @@ def build_model(args, shards):
         if pretrained.head is None and model.head is not None:
             print(f"{args.init_from} has no word head. A new one has weight {config.cls_weight:g}.")
         if unused:
-            print(f"{args.init_from}: not used are {', '.join(unused)}")
+            modules = {name.rpartition(".")[0] for name in unused}
+            print(f"the model has no place for {', '.join(sorted(modules))} of {args.init_from}")
     return model, tokenizer, new_names
 
 
@@ -347,8 +349,8 @@ def train(args):
         run.write_checkpoint(out / name, model, tokenizer.vocab, **facts, **states)
 
     saved = time.perf_counter()
-    # A row of the log measures the speed from step `first` on, at the time `began`. waited: seconds
-    # in which the CPU waited for batches. A GPU may have been busy.
+    # A row of the log measures from the time `began` at step `first` on, without saves and
+    # validations. waited: seconds in which the CPU waited for batches. A GPU may have been busy.
     began = saved
     first = start
     waited = 0.0
@@ -356,13 +358,13 @@ def train(args):
     rounds = range(start, args.steps + 1)  # round s: first what is due after s steps, then step s
     no_bar = None if RANK == 0 else True  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
-        # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. Then
-        # it saves best.pt, if no score was higher. The others wait in part 3, or at the end.
-        now = time.perf_counter()
-        if RANK == 0 and (step in eval_steps or now > saved + 600):
+        # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. The
+        # other processes wait in part 3, or at the end.
+        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
             if step > start:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save("last.pt", step, best_r1, **states)
+            # Then it validates, and saves best.pt if no score was higher.
             if step in eval_steps:
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
                 run.log(out, row)
@@ -372,7 +374,9 @@ def train(args):
                     if step > 0:  # the weights before training only set the score to beat
                         save("best.pt", step, best_r1)
             saved = time.perf_counter()
-            began += saved - now  # the speed is that of steps alone
+            began = saved
+            first = step
+            waited = 0.0
         if step == args.steps:
             break
 
@@ -419,10 +423,11 @@ def train(args):
                 "logit_scale": model.logit_scale.exp().item(),
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 "images_per_second": round((done - first) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
-                "bad_samples": round(replaced / ((done - start) * B), 4),  # a share of the pairs
+                # The share of pairs that replace a bad sample, since the start of this process
+                "bad_samples": round(replaced / ((done - start) * B), 4),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)

@@ -95,6 +95,7 @@ def write_checkpoint(path, model, vocab, **more):
     """Write the checkpoint of a model. vocab: the text of its vocabulary; more: what else the
     checkpoint holds. Refuse weights that are not finite, so that they never replace good ones."""
     # All commands score and use the weights under "model". Tensors of a CPU load on every machine.
+    # If the model is on a CPU, they are no copies, so they are written before the next step.
     weights = {name: x.cpu() for name, x in model.state_dict().items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
     advice = "Try a lower --learning_rate or another --dtype."
@@ -209,14 +210,14 @@ def read_last(out, header, may_change, parser):
     # Files may have moved, so compare what they hold, here and at the end.
     same_vocab = before["vocab_fingerprint"] == header["vocab_fingerprint"]
     check(same_vocab, "--resume cannot change the vocabulary (--vocab)")
-    # An option that is a field of the config has its value there, also if it was left open.
-    old_config = {**vars(SuperCLIPConfig()), **before["config"]}
-    for name, value in header["config"].items():
-        compare_option(name, old_config[name], value, may_change)
     old_arguments = {**vars(parser.parse_args([])), **before["arguments"]}
     for name, value in header["arguments"].items():
         if name not in header["config"] and name != "resume":
             compare_option(name, old_arguments[name], value, may_change)
+    # An option that is a field of the config has its value there, also if it was left open.
+    old_config = {**vars(SuperCLIPConfig()), **before["config"]}
+    for name, value in header["config"].items():
+        compare_option(name, old_config[name], value, may_change)
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
     is_longer = last["step"] <= header["steps"]

@@ -20,11 +20,9 @@ class NumberedPictures(data.Pictures):
         return pixels, i
 
     def title(self, i):
-        """Return the first caption of a sample, or the path of a file."""
-        if isinstance(self.labelled, data.Samples):
-            return self.labelled.captions(i)[0]
-        path, _ = self.labelled[i]
-        return str(path)
+        """Return the first caption of a sample, or the path of a file, which has no captions."""
+        picture, captions = self.labelled[i]
+        return captions[0] if captions else str(picture)
 
 
 def find_pictures(path, checkpoint, size):

@@ -43,6 +43,7 @@ def main(argv):
     print(f"{len(samples):,} samples")
     if bad:
         print(f"{len(bad):,} of them cannot be used, such as {bad[0]}")
+    check(counts, f"no sample has a caption in each of: {' '.join(args.captions)}")
     # The contrastive loss pushes a picture away from the same caption of another picture, although
     # that caption fits as well.
     repeated = sum(count for count in counts.values() if count > 1)

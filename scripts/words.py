@@ -76,7 +76,7 @@ def word_cells(image, maps):
     photo = F.interpolate(image[None].float(), (CELL, CELL), mode="bilinear")
     pale = 0.7 * 255 + 0.3 * photo.mean(dim=1, keepdim=True)  # (1, 1, CELL, CELL)
     # Draw patches as squares, because a smooth map would show detail that nobody has measured.
-    strength = maps[:, None] / maps.abs().max()  # (K, 1, G, G) in -1..1
+    strength = maps[:, None] / maps.abs().max().clamp_min(1e-9)  # (K, 1, G, G) in -1..1
     strength = F.interpolate(strength, (CELL, CELL), mode="nearest")
     opacity = 0.86 * strength.abs()
     colour = torch.where(strength > 0, RED, BLUE)

@@ -188,7 +188,7 @@ def rows_of(out, kind):
     """Return the rows of a log that count and have the entry `kind`, in the order of their steps:
     "loss" for steps, "zeroshot" for validations. Entries that may differ between equal runs are
     left out."""
-    times = ("images_per_second", "data_wait", "memory_gb")
+    times = ("images_per_second", "data_wait", "bad_samples", "memory_gb")
     _, rows = runs.read_log(Path(out, "log.jsonl"))
     return [{k: x for k, x in row.items() if k not in times} for row in rows if kind in row]
 

@@ -88,8 +88,11 @@ WEIGHTS = {(None, 0.3): 0.3, (None, 0): 1, (0, 0): 0, (0, 0.3): 0, (0.5, 0.3): 0
 
 
 @pytest.mark.parametrize("typed, of_file", WEIGHTS)
-def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path, typed, of_file):
-    """A model without a head gets one with weight 1. The log says which weight was used."""
+def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(
+    tune, tmp_path, capsys, typed, of_file
+):
+    """A model without a head gets one with weight 1, and the run says so. The log says which weight
+    was used."""
     write_checkpoint(tmp_path / "start.pt", small_model(cls_weight=of_file))
     options = [] if typed is None else ["--cls_weight", typed]
 
@@ -97,6 +100,8 @@ def test_the_weight_of_the_head_is_that_of_the_file_if_it_has_one(tune, tmp_path
 
     expected = WEIGHTS[typed, of_file]
     has_head = any("head" in name for name in after["model"])
+    has_new_head = has_head and of_file == 0
+    assert (f"weight {expected:g}" in capsys.readouterr().out) == has_new_head
     assert after["config"]["cls_weight"] == expected
     assert after["header"]["config"]["cls_weight"] == expected
     assert has_head == (expected > 0)
@@ -125,4 +130,4 @@ def test_weights_without_a_place_in_the_model_are_named(tune, monkeypatch, capsy
     after = tune("--steps", 1)["model"]
 
     assert not any("adapter" in name for name in after)
-    assert "adapter.weight" in capsys.readouterr().out
+    assert "adapter" in capsys.readouterr().out

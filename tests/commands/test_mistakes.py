@@ -32,6 +32,8 @@ train TRAIN --steps 1 --epochs 1                          | --epochs
 train --image_size 96 --init_from model.pt                | --image_size
 train TRAIN --val_data pairs.tar                          | --val_data
 train TRAIN --zeroshot_data nowhere                       | nowhere
+train TRAIN --zeroshot_data numbers                       | n01440764
+train TRAIN --steps 1 --warmup_steps 2                    | --warmup_steps
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
@@ -50,6 +52,8 @@ scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
 scripts.convert nowhere/a.pt x.pt                         | no file nowhere/a.pt
 scripts.pack --csv list.csv --images . --out x            | image and caption
 scripts.show bad.tar --out x.png                          | can be drawn
+scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
+scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 study.compare --a "" --b train.py                        | no program
 """
@@ -64,13 +68,17 @@ SHORT = {
 def world(tmp_path_factory):
     """Return a folder with all files that TABLE names."""
     world = tmp_path_factory.mktemp("world")
-    for name in ("hollow/empty", "other", "classes"):
+    for name in ("hollow/empty", "other", "classes", "numbers/n01440764"):
         (world / name).mkdir(parents=True)
+    (world / "numbers" / "n01440764" / "0.png").write_bytes(png("red"))
     picture = png("red")
     pair = {"png": picture, "txt": b"a red thing", "json": b"{}"}
     write_shard(world / "pairs.tar", [pair, pair])
     (world / "photo.png").write_bytes(picture)
     write_shard(world / "bad.tar", 2 * [{**pair, "png": b"no image"}])
+    # No sample of apart.tar has a caption in both sources.
+    other = {**pair, "txt": b"", "json": b'{"c": "a red thing"}'}
+    write_shard(world / "apart.tar", [other, pair])
     (world / "html.tar").write_bytes(b"<html>" * 500)
     (world / "new.jsonl").write_text('{"header": {"steps": 9}, "step": 0}')  # no step was logged
     (world / "empty.txt").write_text("\n")
