@@ -382,11 +382,12 @@ CLASSES = f"folder with one folder of images per class, or one of {', '.join(dat
 def read_list(path):
     """Return the lines of a file as a list. imagenet stands for the names of ImageNet's classes in
     open_clip, and openai for its templates."""
-    if path == "imagenet":
-        return cli.optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES
-    if path == "openai":
-        published = cli.optional("open_clip", "open_clip_torch").OPENAI_IMAGENET_TEMPLATES
-        return [template("{}") for template in published]
+    if path in ("imagenet", "openai"):
+        import open_clip
+
+        if path == "imagenet":
+            return open_clip.IMAGENET_CLASSNAMES
+        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     cli.check(lines, f"{path} is empty")
@@ -451,7 +452,7 @@ def make_parser():
         cli.add_options(command, "checkpoint", "device")
         add = command.add_argument
         add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
-        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
+        add("--json", type=cli.output_file, metavar="FILE", help="file for all numbers")
         return add
 
     # fmt: off

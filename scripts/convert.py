@@ -22,7 +22,7 @@ import json
 from pathlib import Path
 
 from common import run
-from common.cli import InputError, check, make_parser, new_folder, optional, run_command
+from common.cli import InputError, check, make_parser, new_folder, run_command
 from common.tokenizer import Tokenizer
 from superclip import SuperCLIPConfig
 
@@ -149,7 +149,9 @@ def read_weights(path):
         path = files[0]
     read = run.read_pickle
     if path.suffix == ".safetensors":
-        read = optional("safetensors.torch", "safetensors").load_file
+        from safetensors.torch import load_file
+
+        read = load_file
     content = run.read_file(path, read)
     if content.keys() >= {"model", "config", "vocab"}:
         return content["model"], content["config"], content["vocab"]
@@ -171,7 +173,8 @@ def read_published(name):
     model, _, tag = name.partition("/")
     # A tag with a dot means a file, because no tag of open_clip has one.
     check(tag and ("." not in tag or Path(tag).exists()), f"there is no file {name}")
-    open_clip = optional("open_clip", "open_clip_torch")
+    import open_clip
+
     check(model in open_clip.list_models(), f"there is no file {name}, and no model {model}")
     published = open_clip.get_pretrained_cfg(model, tag) or {}
     facts = open_clip_facts(name, open_clip.get_model_config(model), published)
@@ -200,8 +203,9 @@ def open_clip_state(model):
 
 def write_open_clip(folder, model, vocab):
     """Write a model into a folder, in the layout of open_clip's models on the hub."""
+    from safetensors.torch import save_file
+
     c = model.config
-    save_file = optional("safetensors.torch", "safetensors").save_file
     save_file(open_clip_state(model), folder / "model.safetensors", {"format": "pt"})
     images = {"mean": c.image_mean, "std": c.image_std}
     config = {"model_cfg": open_clip_config(c), "preprocess_cfg": images}

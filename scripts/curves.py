@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from statistics import mean
 
-from common.cli import check, make_parser, optional, output_file, run_command
+from common.cli import check, make_parser, output_file, run_command
 from common.run import read_log
 
 COLUMNS = 4
@@ -51,7 +51,7 @@ def values_of(row):
 def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of a run")
-    parser.add_argument("--out", type=output_file(".png"), required=True, help="picture to draw")
+    parser.add_argument("--out", type=output_file, required=True, help="picture to draw")
     args = parser.parse_args(argv)
     panels = {}  # title -> run -> list of (step, value, chance)
     for log in args.logs:
@@ -61,7 +61,8 @@ def main(argv):
                 panels.setdefault(title, {}).setdefault(log, []).append((row["step"], *value))
     check(panels, f"there is no loss and no score yet in {', '.join(args.logs)}")
 
-    plt = optional("matplotlib.pyplot", "matplotlib")
+    from matplotlib import pyplot as plt
+
     rows = math.ceil(len(panels) / COLUMNS)
     size = 2.6 * COLUMNS, 2.1 * rows + 0.5
     figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
