@@ -9,9 +9,8 @@ from common.cli import InputError
 
 
 def pick_device(name):
-    """Return --device as a torch.device, or by default CUDA if there is such a GPU, else the CPU.
-    mps is never the default, because it lacks some operations, and a first run must not fail."""
-    if name is None:
+    """Return --device as a torch.device."""
+    if name is None:  # mps is not the default, because it lacks some operations
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.ones(1, device=name).device  # a GPU too old for this torch fails to compute it
@@ -21,8 +20,7 @@ def pick_device(name):
 
 
 def prepare_device(name):
-    """Return --device as a torch.device, and make torch use it as a run needs it. With several
-    processes on GPUs, each gets another GPU."""
+    """Return --device as a torch.device that is ready for a run. Each process gets another GPU."""
     if processes.WORLD > 1 and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{processes.LOCAL_RANK}"
     device = pick_device(name)
@@ -40,8 +38,7 @@ def prepare_device(name):
 def pick_dtype(device):
     """Return the name of the dtype in which steps are computed by default on a device."""
     if device.type == "cuda":
-        # GPUs have had bfloat16 units since Ampere, compute capability 8. On older GPUs use
-        # float16. Its range is small, but the loss scaler makes up for that.
+        # GPUs have had bfloat16 units since Ampere, which is compute capability 8.
         capability = torch.cuda.get_device_capability(device)
         return "bfloat16" if capability[0] >= 8 else "float16"
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
@@ -51,8 +48,7 @@ def pick_dtype(device):
 
 
 def compile_if_wanted(model, wanted):
-    """Compile the towers and the word head of a model that is on its device. wanted: --compile, by
-    default where that works."""
+    """Compile the towers and the word head. wanted: --compile, by default where that works."""
     if wanted or (wanted is None and can_compile(model.logit_scale.device)):
         print("The first steps compile the model, which can take minutes.")
         # Compile part by part. Otherwise longer captions would recompile the image tower, too.
@@ -61,9 +57,8 @@ def compile_if_wanted(model, wanted):
 
 
 def can_compile(device):
-    """Return whether a run should compile its model on a device: with CUDA under Linux, if
-    torch.compile works. If it does not, say why. Many containers lack what it needs, and without
-    this trial a run would end in its first step."""
+    """Return whether torch.compile works with CUDA under Linux, and say why not. Many containers
+    lack what it needs, and without this trial a run would end in its first step."""
     if device.type != "cuda" or sys.platform != "linux":
         return False
     try:
@@ -72,5 +67,4 @@ def can_compile(device):
     except Exception as error:  # each missing part has another kind
         reason = str(error).partition("\n")[0]
         print(f"torch.compile does not work here, so training takes longer. {reason}")
-        print("It needs a C compiler and the headers of Python (gcc and python3-dev).")
         return False
