@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.queues import Queue
+from operator import methodcaller
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,8 @@ from torch.utils.data import DataLoader
 from common.cli import sentence_about
 
 # -----------------------------------------------------------------------------
-# Several processes train one model. torchrun starts them, one for each GPU, and each of them runs
-# all of train.py. They meet in `joined_processes`.
+# torchrun starts a process for each GPU. Each one runs all of train.py.
 
-# torchrun tells each process its number and the number of processes in environment variables.
 # Schedulers set variables with the same names, so read them only if torchrun started this process.
 torchrun = os.environ if dist.is_torchelastic_launched() else {}
 RANK = int(torchrun.get("RANK", 0))
@@ -29,8 +28,7 @@ LOCAL_RANK = int(torchrun.get("LOCAL_RANK", 0))
 
 @contextmanager
 def joined_processes():
-    """Let the processes of torchrun exchange tensors in the block, and wait for each other at its
-    end. Process 0 alone prints. With one process, do nothing."""
+    """Let the processes of torchrun exchange tensors in the block. Process 0 alone prints."""
     if WORLD == 1:
         yield
         return
@@ -59,8 +57,7 @@ def joined_processes():
 
 
 def from_all(value):
-    """Return a list of the values that all processes pass to this function, ordered by rank. So
-    each process waits for all others."""
+    """Wait for all processes, and return the list of their values, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -69,8 +66,7 @@ def from_all(value):
 
 
 def mean_of_all(scalars):
-    """Return a dict of scalar tensors as a dict of floats, averaged over all processes. Reading
-    them makes the CPU wait for the GPU."""
+    """Return a dict of scalar tensors as a dict of floats, averaged over all processes."""
     values = torch.stack([x.detach() for x in scalars.values()])
     if WORLD > 1:
         dist.all_reduce(values)
@@ -100,10 +96,9 @@ def cores():
 
 
 def make_loader(dataset, workers, **options):
-    """Return a DataLoader. workers: the number of its processes, by default the cores divided among
-    the GPUs, at most 16; options: other arguments of DataLoader."""
+    """Return a DataLoader. workers: the number of its processes; options: its other arguments."""
     if workers is None:
-        # Take 16 at most, because each keeps two batches ready in shared memory.
+        # Divide the cores among the GPUs. Each process keeps two batches ready in shared memory.
         workers = min(16, cores() // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
@@ -122,13 +117,9 @@ def end_with_a_batch(_):
     Queue._on_queue_feeder_error = staticmethod(end)
 
 
-def call(task):
-    return task()
-
-
 def in_processes(tasks):
-    """Return an iterable of what the tasks return, a list of functions without arguments. As many
-    processes as there are cores call them."""
+    """Return an iterable of what the tasks return, which are functions without arguments."""
     # A DataLoader that makes no batches is a pool of processes, which also end if this one is
     # killed. Those of multiprocessing.Pool would wait for ever.
+    call = methodcaller("__call__")
     return make_loader(tasks, min(len(tasks), cores()), batch_size=None, collate_fn=call)
