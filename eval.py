@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.devices import pick_device
-from common.run import caption_sources, read_model
+from common.run import read_model
 from common.shards import find_shards, is_validation
 from common.tokenizer import has_letters, token_text, trim
 
@@ -418,7 +418,8 @@ def command_retrieval(model, tokenizer, args):
     elif len(validation) < len(shards):
         shards = validation
         print(f"of these shards, those for validation are scored: {', '.join(shards)}")
-    samples = data.open_samples(shards, args.captions or caption_sources(args.run_options))
+    sources = args.run_options.get("val_captions", ["txt"])  # there are none in a converted file
+    samples = data.open_samples(shards, args.captions or sources)
     batch_size = args.run_options.get("batch_size", 256)
     return score_pairs(model, tokenizer, samples, args.workers, batch_size)
 

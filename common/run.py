@@ -1,11 +1,7 @@
 """What a run leaves behind: checkpoints, and the folder with log.jsonl, last.pt and best.pt.
 
 A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. So a
-command needs no other file to build the model. train.py shows what last.pt and best.pt hold beside
-these.
-
-Each line of the log is a row in JSON: a header at each start of the run, the losses of a step, or a
-validation.
+command needs no other file to build the model. train.py shows what else last.pt and best.pt hold.
 """
 
 import hashlib
@@ -39,8 +35,7 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except Exception as error:  # torch and safetensors raise many kinds
-        reason = "is damaged, or holds code, which is refused. Convert its state_dict instead."
-        raise InputError(f"{path} {reason}") from error
+        raise InputError(f"{path} is damaged, or holds code. Save its state_dict alone.") from error
 
 
 def read_checkpoint(path):
@@ -52,8 +47,7 @@ def read_checkpoint(path):
 
 
 def restore(path, weights, config, vocab):
-    """Return the model and the tokenizer of a checkpoint, built from its parts. path: its file, for
-    messages."""
+    """Build the model and the tokenizer of a checkpoint. path: its file, for messages."""
     try:
         model = SuperCLIP(SuperCLIPConfig(**config))
         model.load_state_dict(weights)
@@ -62,44 +56,24 @@ def restore(path, weights, config, vocab):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} holds no model of this version: {reason}") from error
     V, n = model.config.vocab_size, tokenizer.vocab_size
-    sizes = f"{path} holds a model for {V:,} tokens, but a vocabulary of {n:,}"
-    check(V == n, f"{sizes}. Put its vocabulary beside the weights, as model.tiktoken.")
+    check(V == n, f"{path} needs {V:,} tokens, and not {n:,}. Put model.tiktoken beside it.")
     return model, tokenizer
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint, and the options of the run that wrote it,
-    a dict, which is empty if scripts.convert wrote it."""
+    """Return the model and the tokenizer of a checkpoint, and the options of its run, or {}."""
     content = read_checkpoint(path)
     model, tokenizer = restore(path, content["model"], content["config"], content["vocab"])
     return model, tokenizer, content.get("header", {}).get("arguments", {})
 
 
-def validation_of(checkpoint):
-    """Return the validation shards of the run that wrote a checkpoint, and the sources of their
-    captions."""
-    header = read_checkpoint(checkpoint).get("header", {})
-    arguments = header.get("arguments", {})
-    shards = arguments.get("val_data")
-    if shards in (None, ["none"]):
-        raise InputError(f"{checkpoint} names no validation shards. Name pictures with --images.")
-    return shards, caption_sources(arguments)
-
-
-def caption_sources(arguments):
-    """Return the sources of the captions that a run validates on. arguments: its options, or {}."""
-    return arguments.get("val_captions") or arguments.get("captions") or ["txt"]
-
-
 def write_checkpoint(path, model, vocab, **more):
-    """Write the checkpoint of a model. vocab: the text of its vocabulary; more: what else the
-    checkpoint holds. Refuse weights that are not finite, so that they never replace good ones."""
+    """Write the checkpoint of a model, unless its weights are not finite. more: other entries."""
     # All commands score and use the weights under "model". Tensors of a CPU load on every machine.
     # If the model is on a CPU, they are no copies, so they are written before the next step.
     weights = {name: x.cpu() for name, x in model.state_dict().items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
-    advice = "Try a lower --learning_rate or another --dtype."
-    check(is_finite, f"weights are not finite, so {path} is not written. {advice}")
+    check(is_finite, "weights are not finite. Try a lower --learning_rate or another --dtype.")
     content = {"model": weights, "config": vars(model.config), "vocab": vocab, **more}
     write_file(path, lambda file: torch.save(content, file))
 
@@ -109,8 +83,7 @@ def write_checkpoint(path, model, vocab, **more):
 
 
 def claim_folder(out_dir, resume):
-    """Let process 0 choose and make the folder of the run. Return its path, a text, in each
-    process. out_dir, resume: the options."""
+    """Let process 0 choose and make the folder of the run, and return its path in each process."""
     folder = None
     if processes.RANK == 0:
         folder = next_folder() if out_dir is None else folder_of(Path(out_dir), resume)
@@ -128,16 +101,14 @@ def next_folder():
 
 
 def folder_of(folder, resume):
-    """Make the folder --out_dir, and return its path. Refuse one that holds a run, unless it is to
-    be resumed."""
+    """Make the folder --out_dir, and return it. Refuse one with a run that does not go on."""
     has_weights = any(folder.glob("*.pt"))
     if resume:
         # Without weights --resume starts a run. So a scheduler can always give it.
-        can_resume = (folder / "last.pt").exists() or not has_weights
-        check(can_resume, f"{folder} holds weights, but no last.pt. Name another --out_dir.")
+        is_free = (folder / "last.pt").exists() or not has_weights
     else:
-        has_run = has_weights or (folder / "log.jsonl").exists()
-        check(not has_run, f"{folder} holds a run. Add --resume, or name another --out_dir.")
+        is_free = not has_weights and not (folder / "log.jsonl").exists()
+    check(is_free, f"{folder} holds a run. Name another --out_dir, or --resume from its last.pt.")
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):  # a run was killed while it saved
         temporary.unlink()
@@ -145,8 +116,7 @@ def folder_of(folder, resume):
 
 
 def print_commands(out, model, val_samples):
-    """Print the commands that show what the model of a run has learned. out: the folder;
-    val_samples: data.Samples, or None if the run had no validation pairs."""
+    """Print the commands that show what a model has learned. val_samples: None without pairs."""
     checkpoint = out / "best.pt"
     if not checkpoint.exists():
         checkpoint = out / "last.pt"
@@ -176,10 +146,12 @@ def make_header(args, device, model, pairs, val_samples):
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprints = [pairs.samples.fingerprint]
-    val_data = ["none"]
+    # Other commands read these two, so replace None by what it stands for.
+    arguments = {**vars(args), "val_data": ["none"]}
+    arguments["val_captions"] = args.val_captions or args.captions
     if val_samples is not None:
         fingerprints.append(val_samples.fingerprint)
-        val_data = val_samples.paths
+        arguments["val_data"] = val_samples.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -193,31 +165,30 @@ def make_header(args, device, model, pairs, val_samples):
         "data_fingerprint": "-".join(fingerprints),
         "vocab_fingerprint": hashlib.sha1(pairs.tokenizer.vocab.encode()).hexdigest()[:12],
         "command": sys.argv,
-        "arguments": {**vars(args), "val_data": val_data},  # validation_of reads them
+        "arguments": arguments,
         "config": vars(model.config),
     }
 
 
 def read_last(out, header, may_change, parser):
-    """Return what the last.pt of a run holds. Raise InputError if that run is not the one that the
-    options say, and print what differs. out: the folder; header: that of this run; may_change:
-    names of options that may differ; parser: that of the options. A fork may have added an option
-    since last.pt was written, which had its default in that run."""
+    """Return what the last.pt of a run holds. Print which options differ from those of its run, and
+    refuse it if others differ than may_change names. header: that of this run."""
     last = read_checkpoint(out / "last.pt")
     check("optimizer" in last, f"{out}/last.pt is not the last.pt of a run")
     before = last["header"]
-
     # Files may have moved, so compare what they hold, here and at the end.
     same_vocab = before["vocab_fingerprint"] == header["vocab_fingerprint"]
     check(same_vocab, "--resume cannot change the vocabulary (--vocab)")
-    old_arguments = {**vars(parser.parse_args([])), **before["arguments"]}
-    for name, value in header["arguments"].items():
-        if name not in header["config"] and name != "resume":
-            compare_option(name, old_arguments[name], value, may_change)
-    # An option that is a field of the config has its value there, also if it was left open.
-    old_config = {**vars(SuperCLIPConfig()), **before["config"]}
-    for name, value in header["config"].items():
-        compare_option(name, old_config[name], value, may_change)
+    # An option that is a field of the config has its value there, also if it was left open. An
+    # option that a fork has added since then had its default.
+    defaults = vars(parser.parse_args([])) | vars(SuperCLIPConfig())
+    old = defaults | before["arguments"] | before["config"]
+    new = header["arguments"] | header["config"]
+    for name, value in new.items():
+        if value != old[name] and name != "resume":
+            refusal = f"--resume cannot change --{name} from {old[name]} to {value}"
+            check(name in may_change, f"{refusal}. Repeat the whole command of the run.")
+            print(f"--{name}: {old[name]} -> {value}")
     same_data = before["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data)")
     is_longer = last["step"] <= header["steps"]
@@ -246,21 +217,13 @@ def load_states(last, model, optimizer, scaler):
         scaler.load_state_dict(last["scaler"])
 
 
-def compare_option(name, old, value, may_change):
-    """Print that an option differs from that of the run, or raise InputError if it may not."""
-    if value != old:
-        same = "Repeat the whole command of the run."
-        check(name in may_change, f"--resume cannot change --{name} from {old} to {value}. {same}")
-        print(f"--{name}: {old} -> {value}")
-
-
 # -----------------------------------------------------------------------------
-# The log. A run only adds rows. What they mean is up to read_log, also after a run was resumed.
+# The log. Each line is a row in JSON: a header at each start of the run, the losses of a step, or a
+# validation. A run only adds rows, and read_log says which of them count.
 
 
 def begin_log(out, header, step):
-    """Log and print the header of a run that begins at `step`, or goes on from there. Raise
-    InputError if the processes of this run would not train together."""
+    """Log and print the header of a run that begins at `step`, or goes on from there."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     log(out, {"header": header, "step": step})
@@ -309,5 +272,4 @@ def read_log(path):
             rows = {key: x for key, x in rows.items() if x["step"] <= step}
         else:
             rows[step, "loss" in row] = row
-    check(header is not None, f"{path} is not a log of train.py")
     return header, list(rows.values())

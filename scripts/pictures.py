@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from common.cli import check, write_file
-from common.run import validation_of
+from common.run import read_checkpoint
 
 
 class NumberedPictures(data.Pictures):
@@ -29,8 +29,12 @@ def find_pictures(path, checkpoint, size):
     """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
     bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
     if path is None:
-        shards, captions = validation_of(checkpoint)
-        return NumberedPictures(data.open_samples(shards, captions), size)
+        options = read_checkpoint(checkpoint).get("header", {}).get("arguments", {})
+        shards = options.get("val_data", ["none"])
+        advice = "Name pictures with --images."
+        check(shards != ["none"], f"{checkpoint} names no validation shards. {advice}")
+        samples = data.open_samples(shards, options["val_captions"])
+        return NumberedPictures(samples, size)
     files = [path] if path.is_file() else data.images_below(path)
     check(files, f"there is no image file or folder of images {path}")
     return NumberedPictures([(file, None) for file in files], size)
