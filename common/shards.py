@@ -1,5 +1,4 @@
-"""The tar files that hold pairs: which of them a pattern names, where each sample lies in them, and
-how to write a sample. data.py says what a shard looks like."""
+"""The tar files that hold pairs: which ones a pattern names, where samples lie in them, writing."""
 
 import glob
 import hashlib
@@ -94,8 +93,7 @@ BLOCK = 512  # bytes in a block of a tar; 32 bits can count the blocks of a tera
 
 
 def split_name(name):
-    """Return the key of the sample to which a member belongs, with its folders, and the extension,
-    which begins at the first dot."""
+    """Return a member's key, with its folders, and its extension, which begins at the first dot."""
     folder, slash, name = name.rpartition("/")
     stem, dot, extension = name.partition(".")
     return folder + slash + stem if stem else "", dot + extension.lower()
@@ -105,7 +103,6 @@ def read_headers(path, number):
     """Return the index rows of a shard, a list of lists of seven integers, and a list of texts that
     say what is not used. number: that of the shard. A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
-    reasons = {}  # key -> why a member of this sample is not used
     unused = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -114,11 +111,7 @@ def read_headers(path, number):
                 if not key or not extension.endswith(tuple(COLUMN)) or not member.isfile():
                     continue
                 row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
-                if extension not in COLUMN:
-                    reasons[key] = f"{extension} is not used: an extension begins at the first dot"
-                elif member.size >= 2**31:  # an index row holds 32-bit numbers
-                    reasons[key] = f"{extension} has 2 GiB or more"
-                else:
+                if extension in COLUMN and member.size < 2**31:  # the index has 32-bit numbers
                     column = COLUMN[extension]
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
             # tarfile stops in silence at a header that it cannot read. A whole tar ends in zeros.
@@ -133,13 +126,12 @@ def read_headers(path, number):
         if row[IMAGE + 1] > 0:
             used.append(row)
         else:
-            unused.append(f"{path}:{key}: {reasons.get(key, 'no image, or an empty one')}")
+            unused.append(f"{path}:{key}: its image is missing, empty or 2 GiB, or has two dots")
     return used, unused
 
 
 def cache_folder():
-    """Return the folder for files that can be made again. The folder may not exist. Raise
-    RuntimeError if the user has no home, as in a container."""
+    """Return the folder for files that can be made again."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(parent, "superclip")
 
@@ -147,12 +139,10 @@ def cache_folder():
 def build_index(shards):
     """Return the index, an int32 tensor (N, 7), and a list of texts that say which samples are not
     used. The index is one tensor, because Python objects would be copied to each loading process.
-    It is cached in a file whose name changes with the path, the size or the modification time of a
-    shard."""
+    It is cached until the path, the size or the modification time of a shard changes."""
     stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
     digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
-    # Increase this number when read_headers changes, so that old caches are ignored.
-    path = f"index-17-{digest}"
+    path = f"index-18-{digest}"  # increase this number when read_headers changes
     with suppress(Exception):  # there is no cache, or it is damaged, for which torch has many kinds
         return torch.load(cache_folder() / path, weights_only=True)
     index = []
@@ -162,28 +152,17 @@ def build_index(shards):
         index.append(torch.tensor(rows, dtype=torch.int32).view(-1, 7))
         unused += texts
     index = torch.cat(index)
-    # Go on without a cache if it cannot be written. Two commands may write it at the same time,
-    # because write_file fills a temporary file and then renames it.
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError):  # no space on the disk, or a user without a home
         cache_folder().mkdir(parents=True, exist_ok=True)
         write_file(cache_folder() / path, lambda file: torch.save((index, unused), file))
     return index, unused
 
 
-# -----------------------------------------------------------------------------
-# Writing
-
-
-def add_member(tar, name, content):
-    """Add a member to a tar that is open for writing. content: its bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 def add_sample(tar, key, suffix, image, caption, fields):
-    """Add a sample to a shard that is open for writing. suffix: the suffix of the image file, such
-    as .jpg; image: the bytes of that file; caption: a text; fields: a dict for .json."""
-    add_member(tar, key + suffix, image)
-    add_member(tar, key + ".txt", caption.encode("utf-8", "replace"))
-    add_member(tar, key + ".json", json.dumps(fields).encode())
+    """Add a sample to a shard. suffix: that of the image file, such as .jpg; image: its bytes."""
+    text = caption.encode("utf-8", "replace")
+    metadata = json.dumps(fields).encode()
+    for extension, content in ((suffix, image), (".txt", text), (".json", metadata)):
+        info = tarfile.TarInfo(key + extension)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))

@@ -14,7 +14,6 @@ from PIL import Image
 
 from common import run as runs
 from common.cli import sentence_about
-from common.shards import add_member
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -56,7 +55,9 @@ def write_tar(path, members):
     """Write a tar, and return its path. members: a dict {name: content as bytes}."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
-            add_member(tar, name, content)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return str(path)
 
 

@@ -88,7 +88,7 @@ def test_the_index_finds_what_tarfile_wrote(tmp_path, monkeypatch, format):
     assert len(shards) == 4
     no_image, two_dots = shards.unused
     assert no_image.startswith(f"{first}:no image: ")
-    assert two_dots.startswith(f"{first}:two: .2.")
+    assert two_dots.startswith(f"{first}:two: ") and "two dots" in two_dots
 
 
 def test_a_member_of_2_gib_is_not_used_and_the_others_are(tmp_path):
