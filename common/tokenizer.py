@@ -1,9 +1,6 @@
 """Turn text into token ids, with CLIP's vocabulary or with one of whole words, and back.
 
-    caption --> clean --> words --> token ids
-
-A vocabulary comes from a file. CLIP's file holds byte pairs. A .tiktoken file holds tokens and
-their ranks, and scripts.vocab writes such a file from the words of your captions.
+scripts.vocab makes a vocabulary of whole words, which is a .tiktoken file, from your captions.
 """
 
 import base64
@@ -35,8 +32,7 @@ CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 
 
 def tiktoken_text(tokens):
-    """Return the text of a .tiktoken file, which has a token in base64 and its rank on each line.
-    tokens: bytes objects, in the order of their ranks."""
+    """Return the text of a .tiktoken file, which has a token in base64 and its rank on a line."""
     return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
 
 
@@ -47,8 +43,7 @@ def words_to_tiktoken(words):
 
 
 def clip_vocabulary():
-    """Return CLIP's vocabulary as the text of a .tiktoken file. It is read from an installed
-    open_clip_torch or from tiktoken's cache, or downloaded."""
+    """Return CLIP's vocabulary as the text of a .tiktoken file. tiktoken has a cache for it."""
     spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
     try:
         if spec and spec.origin:
@@ -56,9 +51,7 @@ def clip_vocabulary():
         else:
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
     except Exception as error:  # the disk and the network raise many kinds
-        reason = "CLIP's vocabulary can neither be read nor downloaded."
-        advice = "Install open_clip_torch, or make a vocabulary with scripts.vocab."
-        raise InputError(f"{reason} {advice}") from error
+        raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
     # CLIP's file lists merges of byte pairs. It writes a printable byte as itself, and the end of a
     # word as </w>. For the other bytes it uses the characters from number 256 on.
     others = range(256, 256 + len(BYTES) - len(PRINTABLE))
@@ -70,7 +63,7 @@ def clip_vocabulary():
 
 
 # -----------------------------------------------------------------------------
-# Captions -> words
+# Captions -> words -> ids
 
 START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
 # CLIP splits a caption into suffixes such as 's, runs of letters, single digits, and other runs.
@@ -89,8 +82,7 @@ WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\
 
 def clean(text):
     """Return a caption as CLIP's tokenizer sees it. HTML entities are decoded, and quotes are
-    straight. Letters are composed (NFC), of normal width and in lower case. open_clip uses ftfy,
-    which also repairs text that was decoded with the wrong encoding ("cafÃ©"). We do not."""
+    straight. Letters are composed (NFC), of normal width and in lower case."""
     text = html.unescape(html.unescape(text))  # captions from the web are often escaped twice
     if not text.isascii():
         text = text.translate(QUOTES)
@@ -99,18 +91,10 @@ def clean(text):
     return CONTROL.sub("", text).lower()
 
 
-# -----------------------------------------------------------------------------
-# Words -> ids
-
-
 class Tokenizer:
     """Encode texts as ids by byte-pair encoding, and decode them. vocab: the text of a .tiktoken
-    file; context_length: the number of tokens to which __call__ pads or cuts a text.
-
-    We write CLIP's end-of-word mark as a space byte after the word. Then CLIP's ids are tiktoken's
-    ranks. In a vocabulary of whole words, every token of several bytes ends in that space, and
-    every single byte has a token with the space and one without.
-    """
+    file; context_length: the number of tokens to which __call__ pads or cuts a text. CLIP's mark at
+    the end of a word is a space byte here, so that CLIP's ids are tiktoken's ranks."""
 
     def __init__(self, vocab, context_length=SuperCLIPConfig.context_length):
         self.vocab = vocab
@@ -128,9 +112,9 @@ class Tokenizer:
             mergeable_ranks=self.ranks,
             special_tokens={START: self.start, END: self.end},
         )
+        # In a vocabulary of whole words, tokens of several bytes end in the space.
         parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
-        has_all_bytes = self.ranks.keys() >= {*BYTE_TOKENS}
-        self.has_whole_words = has_all_bytes and not parts
+        self.has_whole_words = not parts
 
     @classmethod
     def from_file(cls, path):
@@ -160,9 +144,8 @@ class Tokenizer:
         return ids
 
     def unknown_words(self, texts):
-        """Return the words of texts, with a letter or a digit, that a vocabulary of whole words
-        lacks, as a sorted list. CLIP's vocabulary puts all words together from parts."""
-        if not self.has_whole_words:
+        """Return a sorted list of the words in texts that a vocabulary of whole words lacks."""
+        if not self.has_whole_words:  # CLIP's vocabulary puts all words together from parts
             return []
         words = {word for text in texts for word in WORD.findall(clean(text))}
         unknown = [word for word in words if word.encode() + b" " not in self.ranks]
@@ -174,8 +157,7 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i != self.start]).strip()
 
     def __call__(self, texts, context_length=None):
-        """Return a LongTensor (B, context_length), in each row start, tokens, end and padding.
-        texts: a list of B strings, or one string, which is a batch of one."""
+        """Return B texts as a LongTensor (B, context_length). One string is a batch of one."""
         if isinstance(texts, str):
             texts = [texts]
         return self.pad(map(self.encode, texts), context_length or self.context_length)
@@ -188,8 +170,7 @@ class Tokenizer:
 
 
 def tokenizer_for(shards, vocab=None):
-    """Return the tokenizer for these shards, and print which vocabulary it has: that of --vocab, or
-    by default vocab.tiktoken beside the first shard if that file exists, else CLIP's."""
+    """Return the tokenizer of --vocab, by default of the file beside these shards, or CLIP's."""
     default = Path(shards[0]).with_name("vocab.tiktoken")
     if vocab is None:
         vocab = default if default.is_file() else "clip"
@@ -199,18 +180,15 @@ def tokenizer_for(shards, vocab=None):
 
 
 def trim(tokens):
-    """Return the columns of tokens (B, T) up to the last end token, which argmax finds because its
-    id is the largest. Tokens after it change nothing, because attention is causal."""
+    """Return tokens (B, T) without the columns after the last end token. Its id is the largest."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
 
 
 def token_text(tokenizer, i):
     """Return a token as a word. A token that does not end a word gets a hyphen, as in "skate-"."""
-    text = tokenizer.decode([i])
-    ends_a_word = tokenizer.encoding.decode_single_token_bytes(i).endswith(b" ")
-    return text if ends_a_word else text + "-"
+    text = tokenizer.encoding.decode([i])
+    return text.strip() if text.endswith(" ") else text + "-"
 
 
 def has_letters(word):
-    """Return whether a word has a letter or a digit."""
     return any(character.isalnum() for character in word)
