@@ -161,7 +161,7 @@ def test_a_due_validation_is_made_and_keeps_a_best_pt_that_was_written_after_it(
     assert best.read_bytes() == content
 
 
-OTHERS = """--batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
+OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
 --train_data bad-0.tar, --val_data none, --val_captions json.captions, --vocab clip"""
 
 
