@@ -260,8 +260,8 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
 # The run
 
 # --resume compares all options with those of the run, and only these may differ. Files may have
-# moved, so what they hold is compared. An option of a fork may stand here if a run can go on with
-# another value of it, as with another learning rate.
+# moved, so what they hold is compared. What the optimizer's groups keep, such as --weight_decay,
+# would stay as it was. So it may not stand here, unless it changes peak_lr alone.
 MAY_CHANGE = [
     "train_data", "val_data", "zeroshot_data", "vocab", "init_from", "out_dir",
     "steps", "epochs", "warmup_steps", "learning_rate", "log_every", "eval_every",
@@ -354,7 +354,7 @@ def train(args):
     began = saved
     first = start
     waited = 0.0
-    replaced = 0  # pairs of this process that replace a bad sample, since `start`
+    replaced = 0  # pairs of this process that replace a bad sample
     rounds = range(start, args.steps + 1)  # round s: first what is due after s steps, then step s
     no_bar = None if RANK == 0 else True  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
@@ -377,6 +377,7 @@ def train(args):
             began = saved
             first = step
             waited = 0.0
+            replaced = 0
         if step == args.steps:
             break
 
@@ -426,8 +427,7 @@ def train(args):
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 "images_per_second": round((done - first) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
-                # The share of pairs that replace a bad sample, since the start of this process
-                "bad_samples": round(replaced / ((done - start) * B), 4),
+                "bad_samples": round(replaced / ((done - first) * B), 4),  # a share of the pairs
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
@@ -435,6 +435,7 @@ def train(args):
             began = time.perf_counter()
             first = done
             waited = 0.0
+            replaced = 0
     run.print_commands(out, model, val_samples)
 
 

@@ -176,6 +176,8 @@ def read_last(out, header, may_change, parser):
     last = read_checkpoint(out / "last.pt")
     check("optimizer" in last, f"{out}/last.pt is not the last.pt of a run")
     before = last["header"]
+    version = f"{out}/last.pt is from another version of this code, commit {before['commit']}"
+    check(before.keys() >= header.keys(), version)
     # Files may have moved, so compare what they hold, here and at the end.
     same_vocab = before["vocab_fingerprint"] == header["vocab_fingerprint"]
     check(same_vocab, "--resume cannot change the vocabulary (--vocab)")
@@ -208,11 +210,15 @@ def validation_was_due(last):
 def load_states(last, model, optimizer, scaler):
     """Give a model, its optimizer and its scaler the states that last.pt holds."""
     model.load_state_dict(last["model"])
-    # The options of today set the groups of the optimizer, not those with which it was saved.
     groups_of_today = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(last["optimizer"])
+    try:
+        optimizer.load_state_dict(last["optimizer"])
+    except ValueError as error:  # the groups have other sizes
+        raise InputError("--resume needs --init_from as the run had it") from error
     for group, of_today in zip(optimizer.param_groups, groups_of_today):
-        group.update(of_today)
+        for name in of_today.keys() - group.keys():
+            group[name] = of_today[name]  # a fork has added it since then
+        group["peak_lr"] = of_today["peak_lr"]  # --learning_rate may change
     if last["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(last["scaler"])
 

@@ -180,7 +180,8 @@ def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, c
 
 def test_an_option_of_a_fork_cannot_be_changed(copied_run, shards, monkeypatch, capsys):
     """So is every option that MAY_CHANGE does not name. The message has both values. At its default
-    an older run goes on, also if the fork has added an entry to the optimizer's groups."""
+    an older run goes on, also if the optimizer's groups have an entry that those in last.pt lack.
+    What the optimizer itself has put there stays."""
     parser = train.make_parser()
     parser.add_argument("--my_weight", type=float, default=0.2)
     monkeypatch.setattr(train, "make_parser", lambda: parser)
@@ -191,10 +192,13 @@ def test_an_option_of_a_fork_cannot_be_changed(copied_run, shards, monkeypatch, 
     assert "--my_weight from 0.2 to 0.5" in message
     last = torch.load(copied_run / "last.pt")
     for group in last["optimizer"]["param_groups"]:
-        del group["peak_lr"]
+        del group["eps"]
+        group["lr_of_an_average"] = 7
     torch.save(last, copied_run / "last.pt")
     train.main(options)
-    assert checkpoint_of(copied_run)["step"] == 13
+    last = checkpoint_of(copied_run)
+    assert last["step"] == 13
+    assert {group["lr_of_an_average"] for group in last["optimizer"]["param_groups"]} == {7}
 
 
 # ---- the log
