@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "study" / "
 LAB = ROOT / "docs" / "lab.ipynb"
 README = PAGES[0].read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+FORK = (ROOT / "docs" / "fork.md").read_text()
 
 
 def anchors_of(page):
@@ -118,11 +119,12 @@ def test_the_code_in_the_readme_is_the_method():
         torch.testing.assert_close(names[name], expected[name])
 
 
-PRINTED = r"tensor\(\[\[(.+),(.+)\]\]\)\n\[\[\(.+\)\]\]\n"
+PRINTED = r"tensor\(\[\[(.+),(.+)\]\]\)\n\[\[\('brown', .+, \('red', .+\)\]\]\n"
 
 
 def test_the_lines_of_inference_run(monkeypatch, capsys):
-    """They print two cosines without a graph, the first one larger, and then words."""
+    """They print two cosines without a graph, the first one larger, and then the words that the
+    page names."""
     monkeypatch.chdir(ROOT)
 
     page = (ROOT / "docs" / "weights.md").read_text()
@@ -162,7 +164,6 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
 
 def test_the_first_change_on_the_page_of_forks_trains_with_other_weights(monkeypatch):
     """The file there puts its function in the place of idf, and then calls train.py."""
-    page = (ROOT / "docs" / "fork.md").read_text()
     names = {"__name__": "study.mine"}
     counts = torch.tensor(7), torch.tensor([1, 3, 7])
     expected = superclip.idf(*counts) ** 2
@@ -170,7 +171,7 @@ def test_the_first_change_on_the_page_of_forks_trains_with_other_weights(monkeyp
     weights = []
     monkeypatch.setattr("train.main", lambda argv: weights.append(superclip.idf(*counts)))
 
-    exec(re.search(r"```python\n(import superclip\n.+?)```", page, re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(import superclip\n.+?)```", FORK, re.DOTALL)[1], names)
     names["main"]([])
 
     torch.testing.assert_close(weights, [expected])
@@ -182,16 +183,15 @@ def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
     expected = model(images, tokens)
     monkeypatch.setattr("open_clip.create_model", lambda name: open_clip_of(model))
 
-    page = (ROOT / "docs" / "fork.md").read_text()
     names = {}
-    exec(re.search(r"```python\n(import open_clip.+?)```", page, re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(import open_clip.+?)```", FORK, re.DOTALL)[1], names)
     names["head"].load_state_dict(model.head.state_dict())
     padded = F.pad(tokens, (0, names["clip"].context_length - tokens.shape[1]))
 
     torch.testing.assert_close(names["loss_of"](images, padded), expected["loss"])
 
 
-DIFF = re.search("```diff\n(.*?)```", (ROOT / "docs" / "fork.md").read_text(), re.DOTALL)[1]
+DIFF = re.search("```diff\n(.*?)```", FORK, re.DOTALL)[1]
 
 
 def apply_diff(folder, *options):
