@@ -21,7 +21,6 @@ DEFAULTS = {
     "--train_data=a.tar --init_from=model.pt": (None, 0.9, 256, 30, 5e-5),
     "": ("tiny", 1, 32, 1.6, 5e-4),
     "--batch_size=256": ("tiny", 1, 256, 4.525, 5e-4),
-    "--batch_size=8": ("tiny", 1, 8, 0.8, 5e-4),
     "--batch_size=256 --epochs=1 --learning_rate=0": ("tiny", 1, 256, 1, 0),
     "--init_from=model.pt --crop_area=0.5 --learning_rate=0": (None, 0.5, 32, 1.6, 0),
 }
@@ -65,7 +64,6 @@ def test_the_learning_rate_rises_and_falls():
 LENGTHS = {
     "--epochs=2.5": (10, 5, 4),
     "--epochs=0.1": (1, 0, 1),
-    "--steps=1000": (1000, 500, 334),
     "--steps=6000": (6000, 3000, 2000),
     "--steps=340000": (340_000, 3000, 2000),
     "--steps=9 --eval_every=4": (9, 4, 4),

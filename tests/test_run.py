@@ -30,7 +30,6 @@ WAYS = {
     "bfloat16": "--dtype bfloat16",
     "float16": "--dtype float16",
     "whole pictures": "--crop_area 1",
-    "another order": "--seed 1",
 }
 
 
