@@ -13,7 +13,6 @@ from eval import load
 from scripts.convert import read_weights
 
 MODEL = small_model()
-WEIGHTS = MODEL.state_dict()
 CONFIG = vars(MODEL.config)
 MISFITS = {  # case -> entries of the file, and what the message must name
     "a tensor is missing": ({"model": {}}, "visual.proj"),
@@ -46,7 +45,7 @@ class Evil:
 @pytest.mark.parametrize("read", [load, read_weights])
 def test_a_pickle_that_holds_code_is_refused_with_what_to_do(tmp_path, monkeypatch, read):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": WEIGHTS, "optimizer": Evil()}, "model.pt")
+    torch.save({"model": MODEL.state_dict(), "optimizer": Evil()}, "model.pt")
 
     with pytest.raises(InputError, match="model.pt .* state_dict"):
         read(Path("model.pt"))

@@ -4,15 +4,7 @@ import shutil
 
 import pytest
 import torch
-from material import (
-    TOKENIZER,
-    checkpoint_of,
-    error_of,
-    rows_of,
-    short_run,
-    small_model,
-    write_checkpoint,
-)
+from material import checkpoint_of, error_of, rows_of, short_run, small_model, write_checkpoint
 
 import train
 from common import run as runs
@@ -121,11 +113,11 @@ def test_what_the_checkpoint_lacks_learns_at_a_rate_of_its_own(tune, tmp_path, r
     assert rows_of(tmp_path / "out", "loss")[-1]["learning_rate"] == rate
 
 
-def test_weights_without_a_place_in_the_model_are_named(tune, monkeypatch, capsys):
+def test_weights_without_a_place_in_the_model_are_named(tune, checkpoint, monkeypatch, capsys):
     """An option of a fork may leave out a module of the checkpoint, as --cls_weight 0 does."""
-    model = small_model()
+    model, tokenizer, _ = runs.read_model(checkpoint)
     model.adapter = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(runs, "read_model", lambda path: (model, TOKENIZER, {}))
+    monkeypatch.setattr(runs, "read_model", lambda path: (model, tokenizer, {}))
 
     after = tune("--steps", 1)["model"]
 

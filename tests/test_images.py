@@ -39,16 +39,12 @@ PICTURES = {  # case -> a file, and its picture, or None if Pillow reads the rig
 }
 
 
-def as_seen(image):
-    """Return a picture as a viewer shows it on a white page."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-
-
 @cases("content, picture", PICTURES)
 def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content, picture):
-    """The crop is the largest square in the centre. An image of Pillow gives the same pixels."""
-    picture = as_seen(picture or Image.open(io.BytesIO(content)))
+    """The picture is as a viewer shows it on a white page. The crop is the largest square in the
+    centre. An image of Pillow gives the same pixels."""
+    picture = ImageOps.exif_transpose(picture or Image.open(io.BytesIO(content))).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
     pixels = load_image(content, 24)
 
