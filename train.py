@@ -183,16 +183,7 @@ def build_model(args, shards):
     model = SuperCLIP(config)
     new_names = []
     if pretrained is not None:
-        weights = pretrained.state_dict()
-        # Count the words anew. One that was rare there may be in every caption here.
-        weights.pop("token_counts", None)
-        weights.pop("num_captions", None)
-        new_names, unused = model.load_state_dict(weights, strict=False)
-        if pretrained.head is None and model.head is not None:
-            print(f"{args.init_from} has no word head. A new one has weight {config.cls_weight:g}.")
-        if unused:
-            modules = {name.rpartition(".")[0] for name in unused}
-            print(f"the model has no place for {', '.join(sorted(modules))} of {args.init_from}")
+        new_names = run.load_pretrained(model, pretrained, args.init_from)
     return model, tokenizer, new_names
 
 

@@ -67,6 +67,23 @@ def read_model(path):
     return model, tokenizer, content.get("header", {}).get("arguments", {})
 
 
+def load_pretrained(model, pretrained, path):
+    """Give a new model the weights of the checkpoint `path`, as far as it has a place for them.
+    Print what is not used, and return the names of the tensors that stay new."""
+    weights = pretrained.state_dict()
+    # Count the words anew. One that was rare there may be in every caption here.
+    weights.pop("token_counts", None)
+    weights.pop("num_captions", None)
+    new_names, unused = model.load_state_dict(weights, strict=False)
+    if pretrained.head is None and model.head is not None:
+        weight = model.config.cls_weight
+        print(f"{path} has no word head. A new one has weight {weight:g}.")
+    if unused:
+        modules = {name.rpartition(".")[0] for name in unused}
+        print(f"the model has no place for {', '.join(sorted(modules))} of {path}")
+    return new_names
+
+
 def write_checkpoint(path, model, vocab, **more):
     """Write the checkpoint of a model, unless its weights are not finite. more: other entries."""
     # All commands score and use the weights under "model". Tensors of a CPU load on every machine.
