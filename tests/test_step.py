@@ -53,6 +53,7 @@ def make_captions(T, generator):
     for i in range(N):
         captions[i, T - 1 - i] = V - 1
         captions[i, T - i :] = PAD
+    captions[0, 2] = PAD  # CLIP's "!" has the same id, so only the end token tells where padding is
     return captions
 
 
@@ -71,7 +72,7 @@ def make_batch(local=slice(None), keep=None, T=12):
 
 def losses_and_gradients(model, batch, size=None, autocast=FLOAT32, scaler=NOT_SCALED):
     """Make a step as train.py does, on the device of the model. size: pairs in a micro-batch.
-    Return a dict of losses, and a dict of all gradients, both on the CPU."""
+    Return a dict of the loss and its terms, and a dict of all gradients, both on the CPU."""
     model.zero_grad()
     ddp_model = model
     if dist.is_initialized():
@@ -80,16 +81,23 @@ def losses_and_gradients(model, batch, size=None, autocast=FLOAT32, scaler=NOT_S
     with autocast:
         losses = ddp_model(**batch, micro_batch_size=size)
     scaler.scale(losses["loss"]).backward()
-    losses = {name: x.detach().cpu() for name, x in losses.items() if name.endswith("_loss")}
+    losses = {name: x.detach().cpu() for name, x in losses.items()}
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
     return losses, gradients
 
 
-# How much a device may differ from float32 on the CPU. bfloat16 has 8 bits, and float16 has 11. A
-# GPU gets more, because its kernels add numbers in another order.
-TOLERANCES = {
+# How much a device may differ from float32 on the CPU. bfloat16 has 8 bits, and float16 has 11.
+# Gradients differ more than losses, because the features of an untrained model are nearly equal, so
+# that much of a gradient cancels. None of 200 other seeds exceeds the tolerances of a CPU: their
+# gradients differ by up to 0.15 in bfloat16, 0.01 in float16 and 5e-6 in float32. Those of a GPU,
+# whose kernels add numbers in another order, are guesses.
+LOSS_TOLERANCES = {
     "cpu": {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.005},
     "cuda": {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01},
+}
+GRADIENT_TOLERANCES = {
+    "cpu": {"float32": 1e-5, "bfloat16": 0.2, "float16": 0.025},
+    "cuda": {"float32": 1e-4, "bfloat16": 0.4, "float16": 0.05},
 }
 DTYPES = ("bfloat16", "float16")
 
@@ -144,11 +152,12 @@ def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
 
 def assert_same_step(step, expected, way, device):
     """Assert that losses, gradients and counts of two steps are equal, up to rounding."""
-    tolerance = TOLERANCES[device][way if way in DTYPES else "float32"]
+    dtype = way if way in DTYPES else "float32"
+    tolerance = LOSS_TOLERANCES[device][dtype]
     losses, gradients, buffers = step
     expected_losses, expected_gradients, expected_buffers = expected
-    assert_same_gradients(gradients, expected_gradients, tolerance)
     torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
+    assert_same_gradients(gradients, expected_gradients, GRADIENT_TOLERANCES[device][dtype])
     torch.testing.assert_close(buffers, expected_buffers, rtol=0, atol=0)
 
 
@@ -166,13 +175,15 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config, way, device
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_term_is_a_part_of_the_loss(config):
-    """A term that is in the dict, but was not added to the loss, would train nothing."""
+    """The weights of the terms are 1 and the numbers of the configuration, such as cls_weight. A
+    term that was not added to the loss would train nothing."""
     losses = make_model_without_zeros(**CONFIGS[config])(**make_batch())
-    terms = [value for name, value in losses.items() if name.endswith("_loss")]
+    loss = losses.pop("loss")
 
-    weights = torch.autograd.grad(losses["loss"], terms)
+    weights = torch.autograd.grad(loss, [*losses.values()])
 
-    assert all(weight > 0 for weight in weights)
+    numbers = {x for x in CONFIGS[config].values() if isinstance(x, float)}
+    assert {round(weight.item(), 6) for weight in weights} == {1.0, *numbers}
 
 
 def evaluated_loss():
@@ -256,7 +267,7 @@ def test_compiled_equals_eager(shards, monkeypatch, device):
         losses, gradients = losses_and_gradients(compiled, batch, size=4)
 
         expected_losses, expected_gradients = losses_and_gradients(eager, batch, size=4)
-        tolerance = TOLERANCES[device]["float32"]
+        tolerance = GRADIENT_TOLERANCES[device]["float32"]
         assert_same_gradients(gradients, expected_gradients, tolerance)
         torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
 
