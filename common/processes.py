@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from common.cli import sentence_about
 
 # -----------------------------------------------------------------------------
-# torchrun starts a process for each GPU. Each one runs all of train.py.
+# torchrun starts a process for each GPU, and each of them runs all of train.py.
 
 # Schedulers set variables with the same names, so read them only if torchrun started this process.
 torchrun = os.environ if dist.is_torchelastic_launched() else {}

@@ -188,8 +188,8 @@ def make_header(args, device, model, pairs, val_samples):
 
 
 def read_last(out, header, may_change, parser):
-    """Return what the last.pt of a run holds. Print which options differ from those of its run, and
-    refuse it if others differ than may_change names. header: that of this run."""
+    """Return what the last.pt of a run holds. Print each option that now differs, and raise
+    InputError if may_change does not name it. header: that of this run; parser: for defaults."""
     last = read_checkpoint(out / "last.pt")
     check("optimizer" in last, f"{out}/last.pt is not the last.pt of a run")
     before = last["header"]

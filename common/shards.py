@@ -126,7 +126,7 @@ def read_headers(path, number):
         if row[IMAGE + 1] > 0:
             used.append(row)
         else:
-            unused.append(f"{path}:{key}: its image is missing, empty or 2 GiB, or has two dots")
+            unused.append(f"{path}:{key}: no image, an empty one, one of 2 GiB, or two dots")
     return used, unused
 
 
