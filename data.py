@@ -204,9 +204,9 @@ def open_samples(names, sources=("txt",)):
     """Return the Samples in some shards. names: paths, folders, globs or braces; sources: where the
     captions are. All commands open their pairs here.
 
-    For data of another kind, return an object of your own. It needs a length, samples[i], the
-    public methods of Samples except `read`, and three attributes: sources, fingerprint and paths.
-    Paths are texts. A checkpoint stores them, and other commands open the same data by them.
+    For data of another kind, return an object of a subclass of Samples. It needs its own __init__,
+    __len__, image, texts, name and fingerprint. It sets `sources` and `paths`, a list of texts. A
+    checkpoint stores the paths, and other commands open the same data by them.
     """
     return Samples(shards.find_shards(names), sources)
 
@@ -237,7 +237,7 @@ class Samples:
 
     def image(self, i):
         """Return the image of sample i, as the bytes of its file. Another kind of data may return
-        whatever else load_image takes."""
+        a Path, or whatever else load_image takes."""
         return self.read(i, shards.IMAGE)
 
     def read(self, i, column):

@@ -46,6 +46,7 @@ scripts.words MODEL --out x.png                           | --images
 scripts.search MODEL "a text"                             | --images
 scripts.search MODEL --images photo.png list.csv          | list.csv
 scripts.curves new.jsonl --out x.png                      | new.jsonl
+scripts.curves new.jsonl --out model.pt                   | model.pt
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
 scripts.convert ViT-B-32/none x.pt                        | ViT-B-32/none
