@@ -10,7 +10,7 @@ what a member is: the image (.jpg, .jpeg, .png or .webp), its caption (.txt), or
 
 Shards are not streamed. One pass over the tar headers makes an index (common/shards.py), and then
 two or three reads fetch any sample. So the shuffle is global, the length is exact, and batches have
-the same size on each process. A run can be resumed from one integer, its step. At the end stand the
+the same size on each process. The order goes on from one integer, the step. At the end stand the
 pictures that eval.py reads in order. The axes in comments are those of superclip.py.
 """
 
@@ -146,7 +146,7 @@ class Pairs(Dataset):
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
         # For what draws from torch and not from rng, such as torchvision's transforms in a fork. It
         # draws the same in any loading process. manual_seed of torch would also look for GPUs.
-        torch.default_generator.manual_seed(mixed(self.seed, position))
+        torch.default_generator.manual_seed(torch_seed(self.seed, position))
         for tried in range(100):
             try:
                 return self.draw_pair(i, rng), tried > 0
@@ -181,7 +181,7 @@ class Pairs(Dataset):
         return batch, sum(is_replacement)
 
 
-def mixed(*numbers):
+def torch_seed(*numbers):
     """Return a seed for torch that depends on several integers, such as a seed and a step. On a CPU
     torch looks at 32 bits of a seed only, so all of the numbers must change these."""
     return random.Random(str(numbers)).getrandbits(32)
@@ -285,7 +285,8 @@ class Samples:
             with suppress(BadSample):
                 self.texts(i, source)
                 return
-        raise InputError(f"the first samples of {self.paths[0]} have no captions in {source}")
+        advice = "Name others with --captions."
+        raise InputError(f"there are no captions in {source} of {self.paths[0]}. {advice}")
 
     @cached_property
     def fingerprint(self):
@@ -367,9 +368,9 @@ def crop_box(width, height, rng=None, crop_area=1.0):
     area is between crop_area and 1, and whose ratio is between 3:4 and 4:3. This is open_clip's
     only augmentation, and also ours. Images are not mirrored, because captions say "left".
 
-    In a long image no such rectangle fits. Then the box is the largest one of 4:3 in the centre.
-    With a crop_area of 0.9 this happens to every image of 3:2, which keeps 89 %, and of 16:9, which
-    keeps 75 %.
+    In a long image no such rectangle fits. Then the box is the largest one of 4:3 or 3:4 in the
+    centre. With a crop_area of 0.9 this happens to every image of 3:2, which keeps 89 %, and of
+    16:9, which keeps 75 %.
     """
     w = h = min(width, height)
     if crop_area < 1:

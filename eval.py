@@ -20,12 +20,14 @@ import re
 from functools import lru_cache, partial
 from pathlib import Path
 
+# Before torch, which reads the environment variable that common/__init__.py sets.
+from common import cli  # isort: skip
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from common import cli
 from common.devices import pick_device
 from common.run import read_model
 from common.shards import find_shards, is_validation
@@ -55,7 +57,7 @@ def score(hits, chance):
 
 def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Return R@k from image to text and from text to image, two dicts of scores. This is the usual
-    R@k if all images have as many captions. image_features (N, E); text_features (M, E);
+    R@k if all images have equally many captions. image_features (N, E); text_features (M, E);
     image_of_text (M,): the image of each text, on the CPU."""
     numbers = torch.arange(len(image_features))  # each image belongs to itself
     return {

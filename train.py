@@ -92,7 +92,7 @@ def make_parser():
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
     add("--cls_weight", type=amount,
         help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
-    # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. We tried none at 256.
+    # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. For ViT-B at 256 we tried none.
     add("--steps", type=count, help="length of the run in steps (default: by --epochs)")
     add("--epochs", type=cli.number(float, 1e-6),
         help="length of the run in passes over the data (default: 30)")
@@ -129,7 +129,7 @@ def make_parser():
 def parse(argv):
     """Return the options of a run."""
     parser = make_parser()
-    given = parser.parse_args(argv)  # tells which defaults hold
+    given = parser.parse_args(argv)  # tells which defaults hold; then parse again
     if given.train_data is None:
         parser.set_defaults(**SCENES)
     if given.init_from is not None:
@@ -319,6 +319,7 @@ def train(args):
         run.load_states(last, model, optimizer, scaler)
         start = last["step"]
         best_r1 = last["best_r1"]
+        # last.pt is saved before a validation, which may be missing then. So make it again.
         if run.validation_was_due(last):
             eval_steps.add(start)
     run.begin_log(out, header, start)  # it also checks that all processes begin alike
@@ -339,11 +340,11 @@ def train(args):
         facts = {"header": header, "step": step, "best_r1": best_r1}
         run.write_checkpoint(out / name, model, tokenizer.vocab, **facts, **states)
 
-    saved = time.perf_counter()
-    # A row of the log measures from the time `began` at step `first` on, without saves and
+    saved_at = time.perf_counter()
+    # A row of the log measures from the time `row_began` at step `row_first` on, without saves and
     # validations. waited: seconds in which the CPU waited for batches. A GPU may have been busy.
-    began = saved
-    first = start
+    row_began = saved_at
+    row_first = start
     waited = 0.0
     replaced = 0  # pairs of this process that replace a bad sample
     rounds = range(start, args.steps + 1)  # round s: first what is due after s steps, then step s
@@ -351,7 +352,7 @@ def train(args):
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. The
         # other processes wait in part 3, or at the end.
-        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved + 600):
+        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved_at + 600):
             if step > start:
                 states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save("last.pt", step, best_r1, **states)
@@ -364,9 +365,9 @@ def train(args):
                     best_r1 = mean_r1
                     if step > 0:  # the weights before training only set the score to beat
                         save("best.pt", step, best_r1)
-            saved = time.perf_counter()
-            began = saved
-            first = step
+            saved_at = time.perf_counter()
+            row_began = saved_at
+            row_first = step
             waited = 0.0
             replaced = 0
         if step == args.steps:
@@ -382,7 +383,7 @@ def train(args):
         # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
         # needs all pairs at once, so forward itself splits a batch into micro-batches. The seed is
         # for what a fork draws, such as dropout: a resumed run draws the same.
-        torch.manual_seed(data.mixed(args.seed, step, RANK))
+        torch.manual_seed(data.torch_seed(args.seed, step, RANK))
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
@@ -408,7 +409,7 @@ def train(args):
             means = processes.mean_of_all(losses)  # the loss and its terms
             advice = "lower --learning_rate, or use another --dtype"
             cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {advice}")
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - row_began
             row = {
                 "step": done,
                 **means,
@@ -416,15 +417,15 @@ def train(args):
                 # None if float16's gradients have overflowed. Then the optimizer skips the step.
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
-                "images_per_second": round((done - first) * args.batch_size / seconds, 1),
+                "images_per_second": round((done - row_first) * args.batch_size / seconds, 1),
                 "data_wait": round(waited / seconds, 3),  # a share of the time
-                "bad_samples": round(replaced / ((done - first) * B), 4),  # a share of the pairs
+                "bad_samples": round(replaced / ((done - row_first) * B), 4),  # of the pairs
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
             tqdm.write(run.line_of(row, means))  # above the bar
-            began = time.perf_counter()
-            first = done
+            row_began = time.perf_counter()
+            row_first = done
             waited = 0.0
             replaced = 0
     run.print_commands(out, model, val_samples)

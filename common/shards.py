@@ -38,7 +38,7 @@ def find_shards(patterns):
     shards = set()
     for pattern in chain.from_iterable(expand_braces(str(p)) for p in patterns):
         if os.path.isdir(pattern):
-            pattern = f"{glob.escape(pattern)}/*.tar"
+            pattern = os.path.join(glob.escape(pattern), "*.tar")
         found = glob.glob(glob.escape(pattern)) or glob.glob(pattern)  # a name may hold brackets
         check(found, f"no shards match {pattern}")
         shards.update(map(os.path.abspath, found))
@@ -120,7 +120,8 @@ def read_headers(path, number):
             if any(part.strip(b"\0") for part in rest):
                 unused.append(f"{path}: damaged, and not used beyond that")
     except tarfile.TarError as error:
-        unused.append(f"{path}: damaged, compressed, or no tar: {error}")
+        reason = "damaged, and not used beyond that" if rows else "damaged, compressed, or no tar"
+        unused.append(f"{path}: {reason}: {error}")
     used = []
     for key, row in rows.items():
         if row[IMAGE + 1] > 0:

@@ -272,7 +272,7 @@ def print_scores(a, b):
 def seeds(text):
     """Return range(15, 30) for "15-29". A type for argparse."""
     first, _, last = text.partition("-")
-    return range(int(first), int(last) + 1)
+    return range(int(first), int(last or first) + 1)
 
 
 def main(argv):
