@@ -285,8 +285,7 @@ class Samples:
             with suppress(BadSample):
                 self.texts(i, source)
                 return
-        advice = "Name others with --captions."
-        raise InputError(f"there are no captions in {source} of {self.paths[0]}. {advice}")
+        raise InputError(f"no captions in {source} of {self.paths[0]}: name others by --captions")
 
     @cached_property
     def fingerprint(self):
@@ -482,8 +481,7 @@ def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
     found = []
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        is_hidden = any(part.startswith(HIDDEN) for part in parts)
+        is_hidden = any(x.startswith(HIDDEN) for x in path.relative_to(folder).parts)
         if path.suffix.lower() in SUFFIXES and not is_hidden:
             found.append(path)
     return found

@@ -5,7 +5,6 @@ import json
 from material import run
 from matplotlib import pyplot as plt
 
-from common.run import read_log
 from scripts import curves
 
 BEGIN = {"header": {"steps": 30}, "step": 0}
@@ -48,12 +47,3 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     [legend] = plt.gcf().legends
     assert [text.get_text() for text in legend.get_texts()] == [*map(str, logs)]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_no_measurement_of_a_run_has_a_panel(whole_run):
-    _, rows = read_log(whole_run / "log.jsonl")
-
-    titles = {title for row in rows for title in curves.values_of(row)}
-
-    losses = {"contrastive_loss", "classification_loss", "val_contrastive_loss"}
-    assert titles == {*losses, "R@1 (%)"}
