@@ -7,14 +7,12 @@ import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.queues import Queue
-from operator import methodcaller
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from common.cli import sentence_about
+from common.cli import InputError, sentence_about
 
 # -----------------------------------------------------------------------------
 # torchrun starts a process for each GPU, and each of them runs all of train.py.
@@ -103,23 +101,29 @@ def make_loader(dataset, workers, **options):
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=end_with_a_batch, **options)
+    return DataLoader(dataset, num_workers=workers, **options)
 
 
-def end_with_a_batch(_):
-    """Let a loading process end if it cannot send a batch, mostly for want of shared memory.
-    Otherwise torch would wait for that batch for ever."""
+def to_shared_memory(*tensors):
+    """Move the tensors of a batch to shared memory, if this is a loading process. torch would do so
+    in a thread. An error there is lost, and the training waits for the batch for ever."""
+    if get_worker_info() is None:
+        return
+    try:
+        for x in tensors:
+            x.share_memory_()
+    except RuntimeError as error:
+        advice = "Try --workers 0, or Docker's --shm-size 8g."
+        raise InputError(f"a loading process lacks shared memory: {error}. {advice}") from error
 
-    def end(error, _):
-        print(f"a loading process cannot send a batch: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
 
-    Queue._on_queue_feeder_error = staticmethod(end)
+def in_processes(functions):
+    """Return an iterable of what functions without arguments return. Each core calls some."""
+    # A loader's processes also end if this one is killed. Those of a Pool would wait for ever. This
+    # loader makes no batches. Where it would, it calls a function.
+    workers = min(len(functions), cores())
+    return make_loader(functions, workers, batch_size=None, collate_fn=call)
 
 
-def in_processes(tasks):
-    """Return an iterable of what the tasks return, which are functions without arguments."""
-    # A DataLoader that makes no batches is a pool of processes, which also end if this one is
-    # killed. Those of multiprocessing.Pool would wait for ever.
-    call = methodcaller("__call__")
-    return make_loader(tasks, min(len(tasks), cores()), batch_size=None, collate_fn=call)
+def call(function):
+    return function()
