@@ -21,8 +21,9 @@ from superclip import PAD, SuperCLIPConfig
 # -----------------------------------------------------------------------------
 # Vocabularies
 
-# CLIP's order of the 256 bytes: printable ones first. The id of a byte is its place in this order.
-# At the end of a word the same byte has its place plus 256.
+# Every vocabulary begins with the 256 bytes, so that it can spell any word, in CLIP's order, which
+# has the printable bytes first. Behind them come the same bytes at the end of a word. CLIP marks
+# the end by </w>, and we by a space.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
@@ -52,14 +53,18 @@ def clip_vocabulary():
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
     except Exception as error:  # the disk and the network raise many kinds
         raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
-    # CLIP's file lists merges of byte pairs. It writes a printable byte as itself, and the end of a
-    # word as </w>. For the other bytes it uses the characters from number 256 on.
-    others = range(256, 256 + len(BYTES) - len(PRINTABLE))
-    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES)) | {" ": 32}
-    text = gzip.decompress(content).decode()
-    merges = text.replace(" ", "").replace("</w>", " ").split("\n")
-    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
-    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
+    # A line of CLIP's file is a merge, such as "t h" or "th e</w>", which makes the tokens "th" and
+    # "the ". It writes a printable byte as its character. For the others it uses the characters
+    # from number 256 on.
+    byte_of = {chr(b): b for b in PRINTABLE}
+    for i, b in enumerate(BYTES[len(PRINTABLE) :]):
+        byte_of[chr(256 + i)] = b
+    byte_of[" "] = 32
+    tokens = []
+    for merge in gzip.decompress(content).decode().split("\n")[1:48895]:  # CLIP uses only these
+        text = merge.replace(" ", "").replace("</w>", " ")
+        tokens.append(bytes(byte_of[character] for character in text))
+    return tiktoken_text(BYTE_TOKENS + tokens)
 
 
 # -----------------------------------------------------------------------------
@@ -91,6 +96,20 @@ def clean(text):
     return CONTROL.sub("", text).lower()
 
 
+def read_ranks(vocab):
+    """Return a dict {token as bytes: its rank}. Raise ValueError if the vocabulary is damaged."""
+    ranks = {}
+    for line in vocab.strip().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    # tiktoken checks neither. Start and end have the ranks behind the last one.
+    if sorted(ranks.values()) != [*range(len(ranks))]:
+        raise ValueError("the ranks are not 0, 1, 2 ...")
+    if not ranks.keys() >= {*BYTE_TOKENS}:
+        raise ValueError("it lacks single bytes, which spell unknown words")
+    return ranks
+
+
 class Tokenizer:
     """Encode texts as ids by byte-pair encoding, and decode them. vocab: the text of a .tiktoken
     file; context_length: the number of tokens to which __call__ pads or cuts a text. CLIP's mark at
@@ -99,10 +118,7 @@ class Tokenizer:
     def __init__(self, vocab, context_length=SuperCLIPConfig.context_length):
         self.vocab = vocab
         self.context_length = context_length
-        lines = [line.split() for line in vocab.splitlines() if line]
-        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}  # of bytes
-        if sorted(self.ranks.values()) != [*range(len(self.ranks))]:  # tiktoken does not check them
-            raise ValueError("the ranks are not 0, 1, 2 ...")
+        self.ranks = read_ranks(vocab)
         self.start = len(self.ranks)
         self.end = self.start + 1
         self.vocab_size = self.start + 2

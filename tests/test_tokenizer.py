@@ -91,10 +91,17 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
     assert WORDS.decode(ids) == f"red {word} in"
 
 
-def test_a_vocabulary_with_a_missing_line_is_refused(tmp_path):
-    """Otherwise the ids of words would run into those of start and end."""
-    lines = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
-    (tmp_path / "v.tiktoken").write_text("".join(lines[:-2] + lines[-1:]))
+LINES = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
+DAMAGED = {
+    "a line is missing": LINES[:-2] + LINES[-1:],  # ids of words would run into that of start
+    "no single bytes": ["ZG9nIA== 0\n", "Y2F0IA== 1\n"],  # no other word could be spelled
+    "a table": ["image,caption\n"],
+}
 
-    with pytest.raises(InputError):
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_vocabulary_is_refused(case, tmp_path):
+    (tmp_path / "v.tiktoken").write_text("".join(DAMAGED[case]))
+
+    with pytest.raises(InputError, match="v.tiktoken"):
         Tokenizer.from_file(tmp_path / "v.tiktoken")
