@@ -8,33 +8,26 @@
 Every score is printed with its chance level, its 95 % interval, and n, the number of images.
 train.py validates with the same functions. Both compute in float32, so a checkpoint has one score.
 
-The scores come first: retrieval, zero-shot classification, and a linear probe. Then come the
-features of pictures and texts, the words of the head, and the commands.
-
 Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
 """
 
 import json
 import math
 import re
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-
-# Before torch, which reads the environment variable that common/__init__.py sets.
-from common import cli  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from common import cli
 from common.devices import pick_device
-from common.run import read_model
-from common.shards import find_shards, is_validation
+from common.images import STANDARD_SETS, Pictures, class_pictures, load_image, readable_batches
+from common.run import read_model, read_options
+from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
-
-# -----------------------------------------------------------------------------
-# What every score is
 
 
 def score(hits, chance):
@@ -49,6 +42,13 @@ def score(hits, chance):
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     interval = [max(0.0, centre - half), min(1.0, centre + half)]
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
+
+
+def format_score(name, s):
+    """Return a line of text that shows a score. s: a dict from `score`."""
+    low, high = s["interval"]
+    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
 # -----------------------------------------------------------------------------
@@ -85,9 +85,7 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
 
 def nearest(questions, answers, k):
     """Return the numbers (Q, k) of the k answers that are most similar to each question, the most
-    similar first, on the CPU. questions (Q, E), answers (A, E): features. Of equal answers topk
-    takes any. So a model that has collapsed scores about chance, or less if images have several
-    captions."""
+    similar first, on the CPU. Of equal answers topk takes any, so a collapsed model guesses."""
     found = []
     chunk = max(1, 2**24 // len(answers))  # 64 MB of similarities, because (Q, A) may be too large
     for part in cli.progress(questions.split(chunk), "searching"):
@@ -97,20 +95,16 @@ def nearest(questions, answers, k):
 
 
 def mean_of_images(values, image):
-    """Return the mean of the values of each image (N,). values (Q,): those of the questions; image
-    (Q,): the number of each question's image.
-
-    For example, three captions of image 0 have the hits 1, 0 and 0, and a caption of image 1 has
-    the hit 1. Then the means are 1/3 and 1. An interval counts two images, and not four captions,
-    because the captions of one image are not independent.
-    """
+    """Return the mean of the values of each image (N,). values (Q,): those of questions; image
+    (Q,): the number of each question's image. A score counts images, and not captions, because the
+    captions of one image are not independent."""
     return torch.bincount(image, weights=values) / torch.bincount(image)
 
 
 def recall_by_chance(num_right, n, k):
-    """Return R@k of each question (Q,) if its k answers are drawn at random from n answers, of
-    which num_right (Q,) are right. The first draw misses with probability (n - num_right) / n. If
-    it does, the second one misses with probability (n - num_right - 1) / (n - 1), and so on."""
+    """Return the probability (Q,) that k of n answers, drawn at random, hold one of the num_right
+    (Q,) right ones. The first draw misses with probability (n - num_right) / n. If it does, the
+    second one misses with probability (n - num_right - 1) / (n - 1), and so on."""
     drawn = torch.arange(min(k, n))[:, None]
     misses = ((n - num_right - drawn) / (n - drawn)).clamp(min=0)  # (k, Q): probabilities
     return 1 - misses.prod(dim=0)
@@ -121,35 +115,22 @@ def recall_by_chance(num_right, n, k):
 
 
 def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
-    """Score retrieval among data.Samples. Print the scores, and words that the head finds. Return
-    the scores as a dict for a log. train.py chooses its best model by mean_r1, the mean of R@1 over
-    both directions. batch_size: that of the run, so that val_contrastive_loss, in groups of as many
-    pairs, can be compared with the loss of the training."""
+    """Return what a validation logs of data.Samples. mean_r1 is the mean of R@1 over both
+    directions, by which train.py chooses its best model. batch_size: that of the run, so that
+    val_contrastive_loss can be compared with the loss of the training."""
     features = encode_samples(model, tokenizer, samples, workers)
     image_features, text_features, image_of_text = features
     scores = retrieval(image_features, text_features, image_of_text)
-    for way, scores_of_way in scores.items():
-        for name, s in scores_of_way.items():
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
-    group = min(batch_size, len(image_features))
-    loss = loss_in_groups(model, image_features, text_features, image_of_text, group)
-    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
-    print_words(model, tokenizer, samples)
     to_text = scores["image_to_text"]["R@1"]["value"]
     to_image = scores["text_to_image"]["R@1"]["value"]
+    group = min(batch_size, len(image_features))
+    loss = loss_in_groups(model, image_features, text_features, image_of_text, group)
     return {
         "validation": scores,
         "mean_r1": (to_text + to_image) / 2,
         "val_group": group,
         "val_contrastive_loss": loss,
     }
-
-
-def format_score(name, s):
-    """Return a line of text that shows a score. s: a dict from `score`."""
-    low, high = s["interval"]
-    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
-    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
 
 
 @torch.no_grad()
@@ -176,37 +157,10 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a photo of the {}.", "a {}.")
 
 
-def zeroshot_pictures(name, size, tokenizer, classes=None):
-    """Return the data.Pictures that `name` names, for zero-shot classification, and say which words
-    of their classes are unknown. classes: their names, by default those of the pictures."""
-    pictures = data.class_pictures(name, size)
-    if classes is None:
-        classes = names_of_classes(pictures.classes)
-    C = len(pictures.classes)
-    cli.check(len(classes) == C, f"{name} has {C} classes of images, but {len(classes)} names")
-    unknown = tokenizer.unknown_words(classes)
-    if unknown:  # they are spelled in bytes, which the model has hardly seen
-        print(f"the vocabulary lacks words of the class names: {', '.join(unknown)}")
-    pictures.classes = classes
-    return pictures
-
-
-def names_of_classes(folders):
-    """Return the names of classes for prompts, a list. folders: the names of their folders. In
-    ImageNet these are numbers of WordNet, such as n01440764, of which a model knows nothing. For
-    its 1,000 classes return open_clip's names, which have the order of the numbers."""
-    numbers = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
-    if not numbers:
-        return folders
-    advice = "Name the folders after their classes, or give eval.py the names with --classes."
-    is_imagenet = len(folders) == 1000 and folders[0] == "n01440764" and folders[-1] == "n15075141"
-    cli.check(is_imagenet, f"{numbers[0]} is no name of a class. {advice}")
-    return read_list("imagenet")
-
-
 def zeroshot(model, tokenizer, pictures, templates=TEMPLATES, workers=0):
-    """Classify data.Pictures that have classes. Return the score. templates: for the prompts."""
-    templates = usable_templates(tokenizer, tuple(templates))
+    """Return the score of Pictures that have classes. templates: for the prompts; those with words
+    that the vocabulary lacks are left out."""
+    templates = known_templates(tokenizer, templates)
     classifier = zeroshot_classifier(model, tokenizer, pictures.classes, templates)  # (C, E)
     features, labels = encode_pictures(model, pictures, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()
@@ -221,17 +175,41 @@ def zeroshot_classifier(model, tokenizer, classes, templates):
     return F.normalize(features.mean(dim=1), dim=1)
 
 
-@lru_cache  # so that train.py, which validates many times, prints this once
-def usable_templates(tokenizer, templates):
-    """With a vocabulary of whole words, return the templates, a tuple, that have no unknown word,
-    or the name alone if there are none. Print the unknown words. Spelled in bytes, a word would be
-    most of what the text tower reads of a prompt. With CLIP's vocabulary return all templates."""
-    unknown = tokenizer.unknown_words(templates)
-    if not unknown:
-        return templates
-    tqdm.write(f"templates left out, because the vocabulary lacks {', '.join(unknown)}")
-    known = tuple(text for text in templates if not tokenizer.unknown_words([text]))
-    return known or ("{}",)
+def known_templates(tokenizer, templates):
+    """Return the templates without unknown words, or else the name of the class alone. Spelled in
+    bytes, an unknown word would be most of what the text tower reads of a prompt."""
+    known = [template for template in templates if not tokenizer.unknown_words([template])]
+    return known or ["{}"]
+
+
+def zeroshot_pictures(name, size, tokenizer, classes=None, templates=TEMPLATES):
+    """Return the Pictures that `name` names, and print which words of their prompts the vocabulary
+    lacks. classes: the names of their classes, by default those of their folders."""
+    pictures = class_pictures(name, size)
+    if classes is None:
+        classes = names_of_classes(pictures.classes)
+    C = len(pictures.classes)
+    cli.check(len(classes) == C, f"{name} has {C} classes of images, but {len(classes)} names")
+    unknown = tokenizer.unknown_words([*classes, *templates])
+    if unknown:
+        words = ", ".join(unknown)
+        print(f"{name}: the vocabulary lacks {words}. Templates with such words are left out.")
+    pictures.classes = classes
+    return pictures
+
+
+def names_of_classes(folders):
+    """Return the names of classes for prompts. In ImageNet, folders are named by numbers such as
+    n01440764, of which a model knows nothing. open_clip has its 1,000 names in the same order."""
+    numbers = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
+    if not numbers:
+        return folders
+    is_imagenet = len(folders) == 1000 and folders[0] == "n01440764" and folders[-1] == "n15075141"
+    advice = "Name the folders after their classes, or give eval.py the names with --classes."
+    cli.check(is_imagenet, f"{numbers[0]} is no name of a class. {advice}")
+    import open_clip
+
+    return open_clip.IMAGENET_CLASSNAMES
 
 
 # -----------------------------------------------------------------------------
@@ -242,6 +220,7 @@ def probe(x, y, x_test, y_test, classes):
     """Fit a linear probe to features x (N, D) and their N labels y, and return its score on x_test
     and y_test. classes: their number. A fifth of the training images chooses the penalty of a probe
     that learns from the others. Then it learns from all of them. It runs on the CPU."""
+    cli.check(len(x) > 1, "a probe needs two images to learn from")
     x, x_test = x.cpu(), x_test.cpu()
     y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
     # Standardise the features, so that one penalty means the same for all of them.
@@ -266,23 +245,22 @@ def probe(x, y, x_test, y_test, classes):
 def fit_and_guess(x, y, x_test, classes, penalty):
     """Fit a multinomial logistic regression to features x (N, D) and labels y (N,). Return the
     classes that it finds in x_test. penalty: the factor of the sum of squared weights."""
-    layer = torch.nn.Linear(x.shape[1], classes)
-    for p in layer.parameters():
-        torch.nn.init.zeros_(p)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def compute_loss():
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + penalty * layer.weight.square().sum()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + penalty * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(compute_loss)
-    return layer(x_test).argmax(dim=1)
+    return F.linear(x_test, weight, bias).argmax(dim=1)
 
 
 # -----------------------------------------------------------------------------
-# A checkpoint -> a model -> features of pictures and texts
+# A checkpoint -> a model -> features of pictures and texts, and words of the head
 
 
 def load(checkpoint, device="cpu"):
@@ -291,8 +269,7 @@ def load(checkpoint, device="cpu"):
     `model.encode_image(preprocess(image)[None])`."""
     model, tokenizer, _ = read_model(checkpoint)
     model.requires_grad_(False).to(device).eval()
-    preprocess = partial(data.load_image, size=model.config.image_size)
-    return model, tokenizer, preprocess
+    return model, tokenizer, partial(load_image, size=model.config.image_size)
 
 
 def device_of(model):
@@ -301,7 +278,7 @@ def device_of(model):
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts):
-    """Return the features (M, E) of texts, a list of M strings."""
+    """Return the features (M, E) of M strings."""
     features = []
     for i in cli.progress(range(0, len(texts), 256), "encoding texts"):
         tokens = trim(tokenizer(texts[i : i + 256]))  # (B, T), without columns of mere padding
@@ -311,12 +288,12 @@ def encode_texts(model, tokenizer, texts):
 
 @torch.no_grad()
 def encode_pictures(model, pictures, workers, encode=None):
-    """Return the features (N, E) of all data.Pictures that can be read, and a list of their N
-    labels. encode: turns pixels (B, 3, S, S) into other features than model.encode_image."""
+    """Return the features (N, E) of all Pictures that can be read, and a list of their N labels.
+    encode: turns pixels (B, 3, S, S) into other features than model.encode_image."""
     encode = encode or model.encode_image
     features = []
     labels = []
-    for pixels, labels_of_batch in data.readable_batches(pictures, 128, workers):
+    for pixels, labels_of_batch in readable_batches(pictures, 128, workers):
         features.append(encode(pixels.to(device_of(model))))
         labels += labels_of_batch
     cli.check(labels, "none of the images can be used")
@@ -326,7 +303,7 @@ def encode_pictures(model, pictures, workers, encode=None):
 def encode_samples(model, tokenizer, samples, workers=0):
     """Return the image features (N, E) of data.Samples, the text features (M, E) of all their
     captions, and image_of_text (M,), the number of each caption's image, in rising order."""
-    pictures = data.Pictures(samples, model.config.image_size)
+    pictures = Pictures(samples, model.config.image_size)
     image_features, captions = encode_pictures(model, pictures, workers)
     texts = []
     image_of_text = []
@@ -335,10 +312,6 @@ def encode_samples(model, tokenizer, samples, workers=0):
         image_of_text += [i] * len(texts_of_image)
     text_features = encode_texts(model, tokenizer, texts)
     return image_features, text_features, torch.tensor(image_of_text)
-
-
-# -----------------------------------------------------------------------------
-# Words of the head
 
 
 @torch.no_grad()
@@ -362,13 +335,17 @@ def top_words(model, tokenizer, pixels, k=8):
     return result
 
 
-def print_words(model, tokenizer, samples):
-    """Print the words that the head finds in the first two pictures, if there is a head, and if it
-    has counted captions, which tell common words."""
-    if model.head is None or model.num_captions == 0:
+def print_pairs(row, model, tokenizer, samples):
+    """Print what score_pairs returns, and the words that the head finds in the first pictures."""
+    for way, scores in row["validation"].items():
+        for name, s in scores.items():
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
+    loss, group = row["val_contrastive_loss"], row["val_group"]
+    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
+    if model.head is None or model.num_captions == 0:  # without counts all words are common
         return
-    pictures = data.Pictures(samples, model.config.image_size)
-    pixels, captions = next(data.readable_batches(pictures, 2, 0))
+    pictures = Pictures(samples, model.config.image_size)
+    pixels, captions = next(readable_batches(pictures, 2, 0))
     for words, texts in zip(top_words(model, tokenizer, pixels), captions):
         found = ", ".join(word for word, _, _ in words)
         tqdm.write(f'"{texts[0]}": the head says {found}')
@@ -377,18 +354,8 @@ def print_words(model, tokenizer, samples):
 # -----------------------------------------------------------------------------
 # Commands. Each one prints its scores, and returns them for --json.
 
-CLASSES = f"folder with one folder of images per class, or one of {', '.join(data.STANDARD_SETS)}"
 
-
-def read_list(path):
-    """Return the lines of a file as a list. imagenet stands for the names of ImageNet's classes in
-    open_clip, and openai for its templates."""
-    if path in ("imagenet", "openai"):
-        import open_clip
-
-        if path == "imagenet":
-            return open_clip.IMAGENET_CLASSNAMES
-        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+def read_lines(path):
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     cli.check(lines, f"{path} is empty")
@@ -396,8 +363,12 @@ def read_list(path):
 
 
 def read_templates(path):
-    """Return what `read_list` does, if each line has a place for the name of a class."""
-    templates = read_list(path)
+    """Return the templates in a file, or for "openai" those of CLIP's authors."""
+    if path == "openai":
+        import open_clip
+
+        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    templates = read_lines(path)
     for template in templates:
         cli.check("{}" in template, f"--templates {path}: there is no {{}} in: {template}")
     return templates
@@ -405,32 +376,30 @@ def read_templates(path):
 
 def command_zeroshot(model, tokenizer, args):
     size = model.config.image_size
-    pictures = zeroshot_pictures(args.images, size, tokenizer, args.classes)
+    pictures = zeroshot_pictures(args.images, size, tokenizer, args.classes, args.templates)
     result = zeroshot(model, tokenizer, pictures, args.templates, args.workers)
     print(format_score("zero-shot", result))
-    return {**result, "templates": usable_templates(tokenizer, tuple(args.templates))}
+    return {**result, "templates": known_templates(tokenizer, args.templates)}
 
 
 def command_retrieval(model, tokenizer, args):
-    shards = find_shards(args.data)
-    validation = [shard for shard in shards if is_validation(shard)]
-    if not validation:
-        print("no shard is named val or test, so all are scored")
-    elif len(validation) < len(shards):
-        shards = validation
-        print(f"of these shards, those for validation are scored: {', '.join(shards)}")
-    sources = args.run_options.get("val_captions", ["txt"])  # there are none in a converted file
-    samples = data.open_samples(shards, args.captions or sources)
-    batch_size = args.run_options.get("batch_size", 256)
-    return score_pairs(model, tokenizer, samples, args.workers, batch_size)
+    training, validation = by_split(find_shards(args.data))
+    shards = validation or training
+    print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
+    options = read_options(args.checkpoint)
+    samples = data.open_samples(shards, args.captions or options.get("val_captions") or ["txt"])
+    batch_size = options.get("batch_size", 256)
+    row = score_pairs(model, tokenizer, samples, args.workers, batch_size)
+    print_pairs(row, model, tokenizer, samples)
+    return row
 
 
 def command_probe(model, tokenizer, args):
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
         cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
-    train = data.class_pictures(args.train, model.config.image_size, training=True)
-    test = data.class_pictures(args.test, model.config.image_size)
+    train = class_pictures(args.train, model.config.image_size, training=True)
+    test = class_pictures(args.test, model.config.image_size)
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
 
     def class_token(pixels):
@@ -457,12 +426,12 @@ def make_parser():
         add("--json", type=cli.output_file, metavar="FILE", help="file for all numbers")
         return add
 
+    classes = f"folder with one folder of images per class, or one of {', '.join(STANDARD_SETS)}"
     # fmt: off
     add = add_command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, metavar="DIR", help=CLASSES)
-    add("--classes", type=read_list, metavar="FILE",
-        help="file with a class name on each line, in the sorted order of the folders; or imagenet "
-        "for the names of ImageNet's classes (default: the names of the folders)")
+    add("--images", required=True, metavar="DIR", help=classes)
+    add("--classes", type=read_lines, metavar="FILE",
+        help="file with a class name on each line, in the sorted order of the folders")
     add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
@@ -476,7 +445,7 @@ def make_parser():
 
     add = add_command("probe", command_probe,
         "fit a linear classifier on the frozen image tower, for some ten thousand images")
-    add("--train", required=True, metavar="DIR", help=CLASSES)
+    add("--train", required=True, metavar="DIR", help=classes)
     add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
     # fmt: on
     return parser
@@ -484,8 +453,7 @@ def make_parser():
 
 def main(argv):
     args = make_parser().parse_args(argv)
-    model, tokenizer, args.run_options = read_model(args.checkpoint)
-    model.requires_grad_(False).to(pick_device(args.device)).eval()
+    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     result = args.function(model, tokenizer, args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))

@@ -239,6 +239,7 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
     with torch.compiler.set_stance("force_eager"):
         if samples is not None:
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, args.batch_size)
+            evaluation.print_pairs(row, model, tokenizer, samples)
         for folder, images in zeroshot_images.items():
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
             tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))

@@ -67,6 +67,11 @@ def read_model(path):
     return model, tokenizer, content.get("header", {}).get("arguments", {})
 
 
+def read_options(path):
+    """Return the options of the run that wrote a checkpoint, or {} if it was converted."""
+    return read_checkpoint(path).get("header", {}).get("arguments", {})
+
+
 def load_pretrained(model, pretrained, path):
     """Give a new model the weights of the checkpoint `path`, as far as it has a place for them.
     Print what is not used, and return the names of the tensors that stay new."""

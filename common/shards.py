@@ -68,12 +68,13 @@ def shards_of_run(train_data, val_data):
     """Return two lists of shards, to train on and to validate on, by these options of train.py."""
     shards, val_shards = by_split(find_shards(train_data))
     if val_data == ["none"]:
-        return shards, []
-    if val_data is not None:
+        val_shards = []
+    elif val_data is not None:
         val_shards = find_shards(val_data)
         real = {os.path.realpath(shard) for shard in val_shards}  # a folder may be a link
         shards = [shard for shard in shards if os.path.realpath(shard) not in real]
         check(shards, "--val_data names all shards, so none is left to train on")
+    print(f"shards: {len(shards)} to train on, {len(val_shards)} to validate on")
     return shards, val_shards
 
 

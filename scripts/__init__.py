@@ -1,3 +1,1 @@
-"""The commands in this folder import torch before the core, so import common before."""
-
-import common  # noqa: F401, it sets an environment variable that torch reads
+"""Commands for pairs, pictures and checkpoints. Each one begins with how it is called."""

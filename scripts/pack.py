@@ -27,9 +27,9 @@ from pathlib import Path
 from PIL import Image
 
 from common.cli import InputError, check, make_parser, new_folder, number, progress, run_command
+from common.images import FORMATS, upright_rgb
 from common.processes import cores
 from common.shards import add_sample
-from data import FORMATS, upright_rgb
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}

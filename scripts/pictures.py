@@ -8,10 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from common.cli import check, write_file
-from common.run import read_checkpoint
+from common.images import Pictures, images_below
+from common.run import read_options
 
 
-class NumberedPictures(data.Pictures):
+class NumberedPictures(Pictures):
     """Read pictures. An item is (pixels (3, S, S), number of the picture). The pixels are None if
     the picture cannot be read."""
 
@@ -20,24 +21,23 @@ class NumberedPictures(data.Pictures):
         return pixels, i
 
     def title(self, i):
-        """Return the first caption of a sample, or the path of a file, which has no captions."""
-        picture, captions = self.labelled[i]
-        return captions[0] if captions else str(picture)
+        """Return the path of a file, or the first caption of a sample."""
+        _, titles = self.labelled[i]
+        return titles[0]
 
 
 def find_pictures(path, checkpoint, size):
     """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
     bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
     if path is None:
-        options = read_checkpoint(checkpoint).get("header", {}).get("arguments", {})
+        options = read_options(checkpoint)
         shards = options.get("val_data", ["none"])
         advice = "Name pictures with --images."
         check(shards != ["none"], f"{checkpoint} names no validation shards. {advice}")
-        samples = data.open_samples(shards, options["val_captions"])
-        return NumberedPictures(samples, size)
-    files = [path] if path.is_file() else data.images_below(path)
+        return NumberedPictures(data.open_samples(shards, options["val_captions"]), size)
+    files = [path] if path.is_file() else images_below(path)
     check(files, f"there is no image file or folder of images {path}")
-    return NumberedPictures([(file, None) for file in files], size)
+    return NumberedPictures([(file, [str(file)]) for file in files], size)
 
 
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next

@@ -32,10 +32,10 @@ import torch
 from torch.utils.data import Subset
 from torchvision.io import encode_jpeg
 
-import data
 import eval as evaluation
 from common.cli import check, make_parser, number, output_file, run_command, write_file
 from common.devices import pick_device
+from common.images import readable_batches
 from scripts.pictures import find_pictures
 
 # -----------------------------------------------------------------------------
@@ -45,7 +45,7 @@ from scripts.pictures import find_pictures
 def encode(model, pictures, workers):
     """Encode pictures. Yield (number, feature (E,)) for each one that can be read."""
     device = evaluation.device_of(model)
-    for pixels, numbers in data.readable_batches(pictures, 128, workers):
+    for pixels, numbers in readable_batches(pictures, 128, workers):
         yield from zip(numbers, model.encode_image(pixels.to(device)).cpu())
 
 

@@ -12,6 +12,8 @@ import torch
 
 import data
 from common.cli import check, make_parser, output_file, progress, run_command
+from common.images import BadSample, load_image
+from common.shards import find_shards
 from common.tokenizer import clean
 from scripts.pictures import contact_sheet
 
@@ -25,7 +27,7 @@ def main(argv):
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
     add("--out", type=output_file, required=True, help="picture to draw, such as pairs.png")
     args = parser.parse_args(argv)
-    samples = data.open_samples(args.shards, args.captions)
+    samples = data.open_samples(find_shards(args.shards), args.captions)
     counts = Counter()  # caption -> number of samples that have it
     bad = []  # names of samples whose captions or picture cannot be read
     shown = []  # (picture, its first caption)
@@ -36,9 +38,9 @@ def main(argv):
             captions = samples.captions(i)
             counts.update({clean(caption) for caption in captions})
             if i in chosen:
-                image = data.load_image(samples.image(i), SIDE)
+                image = load_image(samples.image(i), SIDE)
                 shown.append((image, captions[0]))
-        except data.BadSample as error:
+        except BadSample as error:
             bad.append(f"{samples.name(i)}: {error}")
     print(f"{len(samples):,} samples")
     if bad:

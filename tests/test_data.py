@@ -11,6 +11,7 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common import images
 from common.cli import sentence_about
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
@@ -54,8 +55,7 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     samples = Samples([captioned], ["txt", "json.odd", "txt"])
     pairs = Pairs(samples, TOKENIZER, 8, ["json.both"])
 
-    drawn, _ = zip(*(pairs[position, 0] for position in range(400)))
-    _, captions, labels, *_ = zip(*drawn)
+    _, captions, labels, *_ = zip(*(pairs[position, 0] for position in range(400)))
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -71,16 +71,14 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
         pairs = Pairs(samples, TOKENIZER, 8, None, seed, 0.5, 16, 0.25)
         return [pairs[position, 0] for position in range(20)]
 
-    first, _ = zip(*draws(seed=0))
-    images, captions, labels, kept, *_ = zip(*first)
-    other, _ = zip(*draws(seed=1))
-    _, _, _, kept_otherwise, *_ = zip(*other)
+    first = draws(seed=0)
 
-    again, _ = zip(*draws(seed=0))
-    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    torch.testing.assert_close(draws(seed=0), first, rtol=0, atol=0)
+    pixels, captions, labels, kept, *_ = zip(*first)
+    _, _, _, kept_otherwise, *_ = zip(*draws(seed=1))
     assert kept_otherwise != kept
     assert labels == captions  # they have the same sources
-    assert len(torch.stack(images).unique(dim=0)) > 15
+    assert len(torch.stack(pixels).unique(dim=0)) > 15
     assert len({*map(tuple, captions)}) == 2
     assert {len({*keep}) for keep in kept} == {12}
 
@@ -111,23 +109,29 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     items = [pairs[position, i] for position, i in enumerate((0, 0, 1, 0, 0))]
 
     _, num_replaced = pairs.collate(items)
-    assert [TOKENIZER.decode(ids) for (_, ids, *_), _ in items] == 5 * ["a red dog"]
+    assert [TOKENIZER.decode(ids) for _, ids, *_ in items] == 5 * ["a red dog"]
     assert num_replaced == 4
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 
 
 @pytest.mark.parametrize(
-    "name, error, workers",
-    [("crop_box", NameError, 1), ("decode_smaller", NameError, 0), ("upright_rgb", EOFError, 1)],
+    "module, name, error, workers",
+    [
+        (data, "crop_box", NameError, 1),
+        (images, "decode_smaller", NameError, 0),
+        (images, "upright_rgb", EOFError, 1),
+    ],
 )
-def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, name, error, workers):
+def test_a_mistake_in_the_code_is_no_bad_sample(
+    captioned, monkeypatch, module, name, error, workers
+):
     """A fork that changes one of these functions sees the trace, not a sentence. A file that ends
     too early raises EOFError, as a loading process does that has died."""
 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(data, name, fails)
+    monkeypatch.setattr(module, name, fails)
     pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
 
     with pytest.raises(error) as raised:

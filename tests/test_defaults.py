@@ -110,7 +110,7 @@ importlib.import_module(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "scripts.words", "study.shuffled"])
+@pytest.mark.parametrize("module", ["train", "study.shuffled"])
 def test_waiting_threads_sleep(module, monkeypatch):
     """torch reads the variable when it is imported, so it must be set before. Otherwise runs side
     by side would be up to fifty times slower."""

@@ -3,6 +3,7 @@ Pillow and torchvision do it."""
 
 import io
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,8 @@ from material import cases, encoded, photo
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-import data
-from data import FORMATS, load_image
+from common.images import FORMATS, BadSample, centre_square, load_image
+from data import crop_box
 
 
 def assert_looks_like(pixels, picture, box, most=1):
@@ -49,14 +50,14 @@ def test_every_kind_of_picture_is_cropped_and_resized_as_pillow_does_it(content,
     pixels = load_image(content, 24)
 
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
-    assert_looks_like(pixels, picture, data.crop_box(*picture.size))
+    assert_looks_like(pixels, picture, centre_square(*picture.size))
     assert torch.equal(load_image(Image.open(io.BytesIO(content)), 24), pixels)
 
 
 # ---- damaged files
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.py does
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_damaged_file_is_a_bad_sample_whatever_pillow_raises():
     """Bytes are changed at random, most of them in the header."""
     rng = random.Random(0)
@@ -71,7 +72,7 @@ def test_a_damaged_file_is_a_bad_sample_whatever_pillow_raises():
     for content in damaged:
         try:
             load_image(bytes(content), 8)
-        except data.BadSample:
+        except BadSample:
             bad += 1
 
     assert 500 < bad < 1000
@@ -82,7 +83,7 @@ def test_a_damaged_palette_is_a_bad_sample():
     picture = Image.new("P", (1, 1))
     picture.info["transparency"] = bytes(257)  # of 256 colours
 
-    with pytest.raises(data.BadSample):
+    with pytest.raises(BadSample):
         load_image(picture, 8)
 
 
@@ -92,7 +93,7 @@ def test_a_damaged_palette_is_a_bad_sample():
 @pytest.mark.parametrize("width, height, share", [(300, 200, 8 / 9), (1600, 900, 3 / 4)])
 def test_a_long_picture_is_always_cropped_to_its_middle_4_to_3(width, height, share):
     """No rectangle with 90 % of it has a ratio of at most 4:3."""
-    boxes = {data.crop_box(width, height, random.Random(seed), 0.9) for seed in range(100)}
+    boxes = {crop_box(width, height, 0.9, random.Random(seed)) for seed in range(100)}
 
     [(x0, y0, x1, y1)] = boxes
     assert x0 == pytest.approx(width - x1, abs=1)
@@ -110,7 +111,7 @@ def test_random_crops_have_torchvisions_sizes(width, height):
     image = torch.empty(3, height, width)
     for seed in range(100):
         torch.manual_seed(seed)
-        x0, y0, x1, y1 = data.crop_box(width, height, numbers, 0.9)
+        x0, y0, x1, y1 = crop_box(width, height, 0.9, numbers)
         torch.manual_seed(seed)
         expected = RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
 
@@ -119,7 +120,7 @@ def test_random_crops_have_torchvisions_sizes(width, height):
 
 def test_a_random_crop_may_lie_anywhere():
     """In a picture of 8 x 6 pixels, crops begin at every pixel at which they fit."""
-    boxes = [data.crop_box(8, 6, random.Random(seed), 0.3) for seed in range(3000)]
+    boxes = [crop_box(8, 6, 0.3, random.Random(seed)) for seed in range(3000)]
 
     for first, last, side in ((0, 2, 8), (1, 3, 6)):  # x0 and x1 in the width, y0 and y1
         found = {(box[last] - box[first], box[first]) for box in boxes}
@@ -127,10 +128,10 @@ def test_a_random_crop_may_lie_anywhere():
 
 
 def test_what_is_not_random_is_in_the_centre():
-    assert data.crop_box(60, 40) == (10, 0, 50, 40)
-    assert data.crop_box(30, 90) == (0, 30, 30, 60)
-    assert data.crop_box(30, 90, random.Random(0), 0.9) == (0, 25, 30, 65)  # none fits
-    assert data.crop_box(1, 1, random.Random(1), 0.01) == (0, 0, 1, 1)
+    assert centre_square(60, 40) == (10, 0, 50, 40)
+    assert centre_square(30, 90) == crop_box(30, 90, 1.0, None) == (0, 30, 30, 60)
+    assert crop_box(30, 90, 0.9, random.Random(0)) == (0, 25, 30, 65)  # none fits
+    assert crop_box(1, 1, 0.01, random.Random(1)) == (0, 0, 1, 1)
 
 
 # ---- JPEG files that are decoded at a fraction of their size
@@ -153,7 +154,8 @@ def test_a_jpeg_decoded_at_a_fraction_is_never_cropped_past_its_edge():
     """Beyond the edge of a white picture there would be black pixels."""
     for seed in range(60):
         white = Image.new("RGB", random.Random(seed).choices(range(60, 400), k=2), "white")
+        crop = partial(crop_box, crop_area=0.9, rng=random.Random(seed))
 
-        pixels = load_image(encoded(white), 24, random.Random(seed), 0.9)
+        pixels = load_image(encoded(white), 24, crop)
 
         assert pixels.min() == 255, white.size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from material import cases, png, write_captions, write_tar
 
-import data
+from common.images import BadSample
 from common.shards import IMAGE, JSON, TEXT, build_index, by_split, find_shards, shards_of_run
 from data import Samples
 
@@ -141,7 +141,7 @@ def test_a_damaged_shard_is_named_and_used_up_to_the_damage(tmp_path, damage, le
     for i in range(len(shards)):
         try:
             captions += shards.captions(i)
-        except data.BadSample:  # its caption lies behind the end of the file
+        except BadSample:  # its caption lies behind the end of the file
             captions.append("?")
     assert captions == [*left.split(), "grey"]
     [unused] = shards.unused
