@@ -423,7 +423,7 @@ def make_parser():
         cli.add_options(command, "checkpoint", "device")
         add = command.add_argument
         add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
-        add("--json", type=cli.output_file, metavar="FILE", help="file for all numbers")
+        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
     classes = f"folder with one folder of images per class, or one of {', '.join(STANDARD_SETS)}"

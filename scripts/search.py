@@ -162,7 +162,7 @@ def main(argv):
     add("texts", nargs="*", metavar="TEXT", help="texts to look for")
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
     add("--k", type=number(int, 1), default=12, help="pictures for each text (default: 12)")
-    add("--features", type=output_file, help="file that keeps the features of --images")
+    add("--features", type=output_file(".npz"), help="file that keeps the features of --images")
     text = "loading processes (default: the cores, at most 16)"
     add("--workers", type=number(int, 0), help=text)
     add("--serve", action="store_true", help="serve a page to search with, on this machine alone")

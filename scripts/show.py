@@ -25,7 +25,7 @@ def main(argv):
     parser = make_parser(__doc__, "captions")
     add = parser.add_argument
     add("shards", nargs="+", help="tar shards: paths, folders, globs or braces")
-    add("--out", type=output_file, required=True, help="picture to draw, such as pairs.png")
+    add("--out", type=output_file(".png"), required=True, help="picture to draw, such as pairs.png")
     args = parser.parse_args(argv)
     samples = data.open_samples(find_shards(args.shards), args.captions)
     counts = Counter()  # caption -> number of samples that have it

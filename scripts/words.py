@@ -88,7 +88,7 @@ def main(argv):
     parser = make_parser(__doc__, "checkpoint", "device")
     add = parser.add_argument
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
-    add("--out", type=output_file, required=True, help="picture to draw, such as words.png")
+    add("--out", type=output_file(".png"), required=True, help="picture to draw, such as words.png")
     args = parser.parse_args(argv)
     model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
