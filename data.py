@@ -6,9 +6,8 @@ A shard is a tar file as img2dataset writes it, and as Hugging Face's hub has CC
 DataComp. A sample is an image, 00042.jpg, its caption, 00042.txt, and metadata, 00042.json.
 
 Shards are not streamed. One pass over the tar headers makes an index (common/shards.py), and then
-two or three reads fetch any sample. So the shuffle is global, the length is exact, and batches have
-the same size on each process. The order goes on from one integer, the step. The axes in comments
-are those of superclip.py.
+two or three reads fetch any sample. So the shuffle is global, batches have the same size on each
+process, and the order goes on from one integer, the step. Axes in comments are as in superclip.py.
 """
 
 import hashlib
@@ -46,9 +45,9 @@ class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1. paths: the shards;
     sources: where their captions are, each txt or json.FIELD.
 
-    For data of another kind, let open_samples return an object of a subclass. It needs its own
-    __init__, which sets `paths` and `sources`, and its own __len__, image, texts, name and
-    fingerprint. A checkpoint stores the paths, and other commands open the same data by them.
+    For data of another kind, open_samples returns an object of a subclass that has its own
+    __init__, __len__, image, texts, name and fingerprint. It also sets `paths` and `sources`. A
+    checkpoint stores the paths, and other commands open the same data by them.
     """
 
     def __init__(self, paths, sources=("txt",)):
@@ -147,16 +146,15 @@ class Samples:
 @dataclass
 class Pairs(Dataset):
     """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a pair of
-    sample i. A position is the place of a pair in the whole run, and it seeds all that is random
-    about the pair. So sample i is another pair in each epoch, and the same one after a resume.
+    sample i. A position is the place of the pair in the whole run, and it seeds all that is random
+    about the pair. So sample i is another pair in each epoch, but the same one after --resume.
 
-    An example: in batches of 4, step 2 has the positions 8 to 11. With seed 0 and 100 samples it
-    takes pairs[8, 53], pairs[9, 91], pairs[10, 81] and pairs[11, 42].
+    An example: in batches of 4, step 2 has the positions 8 to 11. Of 100 samples it takes, with
+    seed 0, the pairs[8, 53], pairs[9, 91], pairs[10, 81] and pairs[11, 42].
 
     The caption is one text from the sources of the samples. A source that is named twice is drawn
-    twice as often. label_sources: the same for the words to predict, by default the text that was
-    drawn as the caption; crop_area: for crop_box; num_patches: the number of patches in an image;
-    patch_dropout: the share of them that is left out at random.
+    twice as often. label_sources: the same for the words to predict, by default the caption itself;
+    crop_area: for crop_box; patch_dropout: the share of the num_patches patches that is left out.
     """
 
     samples: Samples
@@ -169,7 +167,7 @@ class Pairs(Dataset):
     patch_dropout: float = 0.0
 
     def __post_init__(self):
-        self.reported = set()  # bad samples that were printed
+        self.reported = set()  # bad samples that this process has printed, a hundred at most
         for source in self.label_sources or ():
             self.samples.check_source(source)
 
@@ -177,20 +175,18 @@ class Pairs(Dataset):
         return len(self.samples)
 
     def __getitem__(self, item):
-        """Return what draw_pair returns, and whether the pair replaces a bad sample. A random other
-        sample takes the place of a bad one, so that batches have the same size on every process. A
-        hundred bad samples in a row end the run."""
+        """Return what draw_pair returns, and whether the pair replaces a bad sample. Another sample
+        takes the place of a bad one, so that batches keep their size. A hundred in a row end it."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
-        # What a fork draws from torch, as torchvision's transforms do, follows from the position,
-        # too. torch.manual_seed would also look for GPUs, which a loading process may not.
+        # For what a fork draws from torch, as torchvision's transforms do. torch.manual_seed would
+        # also look for GPUs.
         torch.default_generator.manual_seed(torch_seed(self.seed, position))
         for tried in range(100):
             try:
                 return *self.draw_pair(i, rng), tried > 0
             except BadSample as error:
                 problem = f"{self.samples.name(i)}: {error}"
-                # Each process prints a sample once, and a hundred at most.
                 if i not in self.reported and len(self.reported) < 100:
                     self.reported.add(i)
                     tqdm.write(f"bad sample: {problem}", sys.stderr)
@@ -245,10 +241,8 @@ def crop_box(width, height, crop_area, rng):
     """Return the part of an image to train on, as x0, y0, x1 and y1 in pixels. With a crop_area of
     1 this is the largest square in the centre. Otherwise it is a random rectangle, whose share of
     the area is between crop_area and 1, and whose ratio is between 3:4 and 4:3. In a long image,
-    such as 3:2 with a crop_area of 0.9, none fits. Then the box is the largest in the centre.
-
-    This is open_clip's only augmentation. Images are not mirrored, because captions say "left".
-    """
+    such as 3:2 with a crop_area of 0.9, none fits. Then the box is the largest in the centre. This
+    is open_clip's only augmentation. Images are not mirrored, because captions say "left"."""
     if crop_area == 1:
         return centre_square(width, height)
     # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
@@ -287,27 +281,19 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
 
-    def items_of_batches():
-        """Yield a list for each batch: the items that the loader takes from `pairs`."""
+    def items():
+        """Yield for each batch the list of what the loader takes from `pairs`."""
         for step in range(start, stop):
             yield batch_indices(len(pairs), batch_size, pairs.seed, step)[rows]
 
-    loader = make_loader(
-        pairs,
-        workers,
-        batch_sampler=items_of_batches(),
-        collate_fn=pairs.collate,
-        pin_memory=pin,
-    )
-    return iter(loader)
+    options = {"batch_sampler": items(), "collate_fn": pairs.collate, "pin_memory": pin}
+    return iter(make_loader(pairs, workers, **options))
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Return the batch of a step, as a list of batch_size tuples (position, sample).
-
-    Every epoch is another permutation of the n samples. Those that fill no batch are not used in
-    that epoch. The result depends on the arguments alone, so a run can start at any step.
-    """
+    """Return the batch of a step, as a list of batch_size tuples (position, sample). Every epoch is
+    another permutation of the n samples. Those that fill no batch are not used in that epoch. The
+    result depends on the arguments alone, so a run can start at any step."""
     epoch, batch = divmod(step, n // batch_size)  # the step's epoch, and its batch in there
     first = batch * batch_size
     samples = epoch_order(n, seed, epoch)[first : first + batch_size].tolist()

@@ -186,8 +186,7 @@ def zeroshot_pictures(name, size, tokenizer, classes=None, templates=TEMPLATES):
     """Return the Pictures that `name` names, and print which words of their prompts the vocabulary
     lacks. classes: the names of their classes, by default those of their folders."""
     pictures = class_pictures(name, size)
-    if classes is None:
-        classes = names_of_classes(pictures.classes)
+    classes = classes or names_of_classes(pictures.classes)
     C = len(pictures.classes)
     cli.check(len(classes) == C, f"{name} has {C} classes of images, but {len(classes)} names")
     unknown = tokenizer.unknown_words([*classes, *templates])
@@ -265,8 +264,7 @@ def fit_and_guess(x, y, x_test, classes, penalty):
 
 def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
-    which turns an image of Pillow, or the path or bytes of an image file, into pixels for
-    `model.encode_image(preprocess(image)[None])`."""
+    which makes pixels of a picture, for `model.encode_image(preprocess(picture)[None])`."""
     model, tokenizer, _ = read_model(checkpoint)
     model.requires_grad_(False).to(device).eval()
     return model, tokenizer, partial(load_image, size=model.config.image_size)
@@ -316,10 +314,9 @@ def encode_samples(model, tokenizer, samples, workers=0):
 
 @torch.no_grad()
 def top_words(model, tokenizer, pixels, k=8):
-    """Return the k words that the head finds most probable in each picture (B, 3, S, S), a list of
-    (word, probability, id) for each of them, the most probable first. The probabilities are a
-    softmax over all tokens. Parts of words are left out, and so are words such as "the", which more
-    than a fifth of the captions contain."""
+    """Return for each picture (B, 3, S, S) a list of the k words that the head finds most probable,
+    as (word, probability, id). The probabilities are a softmax over all tokens. Parts of words are
+    left out, and so are words such as "the", which more than a fifth of the captions contain."""
     probabilities = model.word_logits(pixels.to(device_of(model))).softmax(dim=-1)  # (B, V)
     is_common = (model.token_counts > model.num_captions / 5).tolist()
     result = []
@@ -355,26 +352,21 @@ def print_pairs(row, model, tokenizer, samples):
 # Commands. Each one prints its scores, and returns them for --json.
 
 
-def read_lines(path):
+def read_list(path):
+    """Return the lines of a file, or for "openai" the templates of CLIP's authors."""
+    if path == "openai":
+        import open_clip
+
+        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     cli.check(lines, f"{path} is empty")
     return lines
 
 
-def read_templates(path):
-    """Return the templates in a file, or for "openai" those of CLIP's authors."""
-    if path == "openai":
-        import open_clip
-
-        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    templates = read_lines(path)
-    for template in templates:
-        cli.check("{}" in template, f"--templates {path}: there is no {{}} in: {template}")
-    return templates
-
-
 def command_zeroshot(model, tokenizer, args):
+    for template in args.templates:
+        cli.check("{}" in template, f"--templates: there is no {{}} in: {template}")
     size = model.config.image_size
     pictures = zeroshot_pictures(args.images, size, tokenizer, args.classes, args.templates)
     result = zeroshot(model, tokenizer, pictures, args.templates, args.workers)
@@ -388,8 +380,7 @@ def command_retrieval(model, tokenizer, args):
     print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
     options = read_options(args.checkpoint)
     samples = data.open_samples(shards, args.captions or options.get("val_captions") or ["txt"])
-    batch_size = options.get("batch_size", 256)
-    row = score_pairs(model, tokenizer, samples, args.workers, batch_size)
+    row = score_pairs(model, tokenizer, samples, args.workers, options.get("batch_size", 256))
     print_pairs(row, model, tokenizer, samples)
     return row
 
@@ -417,7 +408,6 @@ def make_parser():
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add_command(name, function, text):
-        """Return the function that adds options to a new command."""
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
         cli.add_options(command, "checkpoint", "device")
@@ -430,21 +420,19 @@ def make_parser():
     # fmt: off
     add = add_command("zeroshot", command_zeroshot, "classify images by the names of their classes")
     add("--images", required=True, metavar="DIR", help=classes)
-    add("--classes", type=read_lines, metavar="FILE",
+    add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders")
-    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
+    add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
         "templates (default: four similar ones)")
 
-    add = add_command("retrieval", command_retrieval,
-        "find captions by image and images by caption")
+    add = add_command("retrieval", command_retrieval, "find captions by image, and back")
     add("--data", nargs="+", required=True, metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
 
-    add = add_command("probe", command_probe,
-        "fit a linear classifier on the frozen image tower, for some ten thousand images")
+    add = add_command("probe", command_probe, "fit a linear classifier on the frozen image tower")
     add("--train", required=True, metavar="DIR", help=classes)
     add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
     # fmt: on

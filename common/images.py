@@ -50,7 +50,9 @@ def load_image(picture, size, crop=centre_square):
         image = picture
         box = crop(*image.size)
     else:
-        image = open_image(picture)
+        file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+        with only_pillow():
+            image = Image.open(file, formats=FORMATS)  # reads the header
         box = decode_smaller(image, crop(*image.size), size)
     with only_pillow():
         image.load()  # decode the pixels
@@ -72,13 +74,6 @@ def only_pillow():
         raise BadSample(f"the image cannot be decoded: {reason}") from None
 
 
-def open_image(picture):
-    """Return an image of Pillow that has read the header of a file, but no pixels."""
-    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-    with only_pillow():
-        return Image.open(file, formats=FORMATS)
-
-
 def decode_smaller(image, box, size):
     """Let the decoder shrink a JPEG if the box has at least twice as many pixels a side as needed,
     which saves most of its time. Return the box in the pixels that will be decoded."""
@@ -89,8 +84,8 @@ def decode_smaller(image, box, size):
         return box
     with only_pillow():
         image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-    # `draft` has shrunk the image by 2, 4 or 8, or not at all. Round the quotient, because sizes
-    # are rounded up: 193 pixels, shrunk by 8, become 25.
+    # The factor by which `draft` has shrunk the image: 1, 2, 4 or 8. Round the quotient, because
+    # sizes are rounded up: 193 pixels become 25.
     factor = 2 ** round(math.log2(width / image.width))
     return [side / factor for side in box]
 
@@ -207,12 +202,12 @@ def class_pictures(name, size, training=False):
 
 def images_below(folder):
     """Return a sorted list of the image files in and below a folder, without hidden ones."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not is_hidden:
-            found.append(path)
-    return found
+
+    def is_hidden(path):
+        return any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts)
+
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in files if not is_hidden(path))
 
 
 def standard_set(name, training):

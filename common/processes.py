@@ -105,22 +105,20 @@ def make_loader(dataset, workers, **options):
 
 
 def to_shared_memory(*tensors):
-    """Move the tensors of a batch to shared memory, if this is a loading process. torch would do so
-    in a thread. An error there is lost, and the training waits for the batch for ever."""
-    if get_worker_info() is None:
-        return
-    try:
-        for x in tensors:
-            x.share_memory_()
-    except RuntimeError as error:
-        advice = "Try --workers 0, or Docker's --shm-size 8g."
-        raise InputError(f"a loading process lacks shared memory: {error}. {advice}") from error
+    """Move a batch to shared memory, if this is a loading process. torch would do so in a thread,
+    where an error is lost, and the training would wait for the batch for ever."""
+    if get_worker_info() is not None:
+        try:
+            for x in tensors:
+                x.share_memory_()
+        except RuntimeError as error:
+            advice = "Try --workers 0, or Docker's --shm-size 8g."
+            raise InputError(f"no shared memory for a batch: {error}. {advice}") from error
 
 
 def in_processes(functions):
     """Return an iterable of what functions without arguments return. Each core calls some."""
-    # A loader's processes also end if this one is killed. Those of a Pool would wait for ever. This
-    # loader makes no batches. Where it would, it calls a function.
+    # The processes of a loader also end if this one is killed. Those of a Pool would wait for ever.
     workers = min(len(functions), cores())
     return make_loader(functions, workers, batch_size=None, collate_fn=call)
 

@@ -21,9 +21,8 @@ from superclip import PAD, SuperCLIPConfig
 # -----------------------------------------------------------------------------
 # Vocabularies
 
-# Every vocabulary begins with the 256 bytes, so that it can spell any word, in CLIP's order, which
-# has the printable bytes first. Behind them come the same bytes at the end of a word. CLIP marks
-# the end by </w>, and we by a space.
+# Every vocabulary begins with the 256 bytes, in CLIP's order: printable ones first. Then come the
+# same bytes at the end of a word, which CLIP's file marks by </w>, and ours by a space.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
@@ -53,18 +52,14 @@ def clip_vocabulary():
             content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
     except Exception as error:  # the disk and the network raise many kinds
         raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
-    # A line of CLIP's file is a merge, such as "t h" or "th e</w>", which makes the tokens "th" and
-    # "the ". It writes a printable byte as its character. For the others it uses the characters
-    # from number 256 on.
-    byte_of = {chr(b): b for b in PRINTABLE}
-    for i, b in enumerate(BYTES[len(PRINTABLE) :]):
-        byte_of[chr(256 + i)] = b
+    # A line of CLIP's file is a merge, such as "th e</w>" for the token "the ". A printable byte is
+    # written as itself. The others are the characters from number 256 on.
+    others = range(256, 512 - len(PRINTABLE))
+    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES))
     byte_of[" "] = 32
-    tokens = []
-    for merge in gzip.decompress(content).decode().split("\n")[1:48895]:  # CLIP uses only these
-        text = merge.replace(" ", "").replace("</w>", " ")
-        tokens.append(bytes(byte_of[character] for character in text))
-    return tiktoken_text(BYTE_TOKENS + tokens)
+    merges = gzip.decompress(content).decode().replace(" ", "").replace("</w>", " ").split("\n")
+    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
+    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
 
 
 # -----------------------------------------------------------------------------
@@ -97,16 +92,14 @@ def clean(text):
 
 
 def read_ranks(vocab):
-    """Return a dict {token as bytes: its rank}. Raise ValueError if the vocabulary is damaged."""
-    ranks = {}
-    for line in vocab.strip().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    # tiktoken checks neither. Start and end have the ranks behind the last one.
+    """Return a dict {token as bytes: its rank}. vocab: the text of a .tiktoken file."""
+    lines = [line.split() for line in vocab.splitlines() if line]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    # tiktoken checks neither.
     if sorted(ranks.values()) != [*range(len(ranks))]:
         raise ValueError("the ranks are not 0, 1, 2 ...")
     if not ranks.keys() >= {*BYTE_TOKENS}:
-        raise ValueError("it lacks single bytes, which spell unknown words")
+        raise ValueError("it lacks single bytes")
     return ranks
 
 

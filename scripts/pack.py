@@ -55,7 +55,7 @@ def read_table(path):
         rows = csv.DictReader(io.StringIO(text), **look)
         names = [name for name in rows.fieldnames or [] if name]  # A spreadsheet has some without.
         check({"image", "caption"} <= {*names}, f"{path} must have the columns image and caption")
-        is_clear = len({*names, "captions"}) == len(names) + 1
+        is_clear = len({*names}) == len(names) and "captions" not in names
         check(is_clear, f"{path}: each column needs its own name, and not captions")
         for row in rows:
             image = (row.get("image") or "").strip()
@@ -120,28 +120,17 @@ def encode(item, folder, size, val):
     return split, suffix, content, fields_of(name, rows)
 
 
-def encode_all(samples, **options):
-    """Yield what `encode` returns for each of the samples. options: those of `encode`.
-
-    Only 256 samples are encoded at a time, so that a slow disk does not fill the memory."""
+def encode_all(samples, bad, **options):
+    """Yield what `encode` returns for each sample that can be used. Add (image, reason) for each
+    row of the others to the list `bad`. options: those of `encode`."""
     items = iter(samples.items())
     with ThreadPool(cores()) as pool:
-        while part := [*islice(items, 256)]:
-            yield from pool.map(partial(encode, **options), part)
-
-
-# -----------------------------------------------------------------------------
-# Shards
-
-
-def usable(samples, results, bad):
-    """Yield the samples among the results of `encode`, and add (image, reason) for each row of the
-    others to the list `bad`."""
-    for (name, rows), result in zip(samples.items(), results):
-        if isinstance(result, str):
-            bad += [(name, result)] * len(rows)
-        else:
-            yield result
+        while part := [*islice(items, 256)]:  # so many at a time have space in the memory
+            for (name, rows), result in zip(part, pool.map(partial(encode, **options), part)):
+                if isinstance(result, str):
+                    bad += [(name, result)] * len(rows)
+                else:
+                    yield result
 
 
 def write_shards(folder, samples):
@@ -176,9 +165,8 @@ def main(argv):
     args = parser.parse_args(argv)
     samples, bad = read_table(args.csv)
     with new_folder(args.out) as folder:
-        results = encode_all(samples, folder=args.images, size=args.size, val=args.val)
-        results = progress(results, "packing", len(samples), unit="image")
-        counts = write_shards(folder, usable(samples, results, bad))
+        encoded = encode_all(samples, bad, folder=args.images, size=args.size, val=args.val)
+        counts = write_shards(folder, progress(encoded, "packing", len(samples), unit="image"))
         reason = bad[0][1] if bad else "it has none"
         check(counts, f"none of the rows of {args.csv} can be used: {reason}")
         if bad:

@@ -13,8 +13,7 @@ from common.run import read_options
 
 
 class NumberedPictures(Pictures):
-    """Read pictures. An item is (pixels (3, S, S), number of the picture). The pixels are None if
-    the picture cannot be read."""
+    """Pictures whose labels are their numbers, also of those that cannot be read."""
 
     def __getitem__(self, i):
         pixels, _ = super().__getitem__(i)
@@ -45,8 +44,7 @@ LETTER = 8  # pixels: about the width of a letter
 
 
 def find_font():
-    """Return a font of Linux, macOS or Windows that has the letters of most alphabets, or else
-    Pillow's, which has those of English."""
+    """Return a font that has the letters of most alphabets, or else Pillow's."""
     for name in ("DejaVuSans.ttf", "Arial.ttf"):
         with suppress(OSError):
             return ImageFont.truetype(name, 13)

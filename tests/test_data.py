@@ -11,7 +11,6 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
-from common import images
 from common.cli import sentence_about
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
@@ -114,24 +113,22 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
 
 
-@pytest.mark.parametrize(
-    "module, name, error, workers",
-    [
-        (data, "crop_box", NameError, 1),
-        (images, "decode_smaller", NameError, 0),
-        (images, "upright_rgb", EOFError, 1),
-    ],
-)
-def test_a_mistake_in_the_code_is_no_bad_sample(
-    captioned, monkeypatch, module, name, error, workers
-):
+MISTAKES = [
+    ("data.crop_box", NameError, 1),
+    ("common.images.decode_smaller", NameError, 0),
+    ("common.images.upright_rgb", EOFError, 1),
+]
+
+
+@pytest.mark.parametrize("function, error, workers", MISTAKES)
+def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function, error, workers):
     """A fork that changes one of these functions sees the trace, not a sentence. A file that ends
     too early raises EOFError, as a loading process does that has died."""
 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(module, name, fails)
+    monkeypatch.setattr(function, fails)
     pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
 
     with pytest.raises(error) as raised:

@@ -90,17 +90,6 @@ def test_a_damaged_palette_is_a_bad_sample():
 # ---- crops
 
 
-@pytest.mark.parametrize("width, height, share", [(300, 200, 8 / 9), (1600, 900, 3 / 4)])
-def test_a_long_picture_is_always_cropped_to_its_middle_4_to_3(width, height, share):
-    """No rectangle with 90 % of it has a ratio of at most 4:3."""
-    boxes = {crop_box(width, height, 0.9, random.Random(seed)) for seed in range(100)}
-
-    [(x0, y0, x1, y1)] = boxes
-    assert x0 == pytest.approx(width - x1, abs=1)
-    assert (y0, y1) == (0, height)
-    assert (x1 - x0) * (y1 - y0) == pytest.approx(share * width * height, rel=0.01)
-
-
 @pytest.mark.parametrize("width, height", [(400, 300), (60, 40), (31, 90)])
 def test_random_crops_have_torchvisions_sizes(width, height):
     """The sizes are the same also if no random crop fits, as in a long picture."""

@@ -95,7 +95,6 @@ LINES = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
 DAMAGED = {
     "a line is missing": LINES[:-2] + LINES[-1:],  # ids of words would run into that of start
     "no single bytes": ["ZG9nIA== 0\n", "Y2F0IA== 1\n"],  # no other word could be spelled
-    "a table": ["image,caption\n"],
 }
 
 

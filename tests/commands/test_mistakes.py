@@ -39,7 +39,7 @@ train TRAIN --steps 1 --warmup_steps 2                    | --warmup_steps
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
 train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
-eval zeroshot MODEL --images classes --templates list.csv | --templates list.csv
+eval zeroshot MODEL --images classes --templates list.csv | --templates
 eval zeroshot MODEL --images classes --classes empty.txt  | empty.txt
 eval zeroshot MODEL --images classes --json new.jsonl     | new.jsonl
 eval zeroshot MODEL --images cifar11                      | cifar11 is no folder
