@@ -146,7 +146,7 @@ def loss_in_groups(model, image_features, text_features, image_of_text, group):
     losses = []
     for images in order[:used].split(group):
         texts = first_caption[images]
-        losses.append(model.clip_or_siglip_loss(image_features[images], text_features[texts]))
+        losses.append(model.pair_loss(image_features[images], text_features[texts]))
     return torch.stack(losses).mean().item()
 
 
@@ -394,7 +394,7 @@ def command_probe(model, tokenizer, args):
     cli.check(train.classes == test.classes, "--train and --test hold different classes")
 
     def class_token(pixels):
-        return model.visual(pixels)[0]
+        return model.visual.tokens(pixels)[:, 0]
 
     x, y = encode_pictures(model, train, args.workers, class_token)
     x_test, y_test = encode_pictures(model, test, args.workers, class_token)

@@ -35,7 +35,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-PAD = 0  # the token id that fills up short captions
+# The token ids that are no words
+PAD = 0  # fills up short captions
+START = -2  # as an index: start and end of text are the last two of the vocabulary
+END = -1
 
 
 # -----------------------------------------------------------------------------
@@ -56,7 +59,7 @@ class SuperCLIPConfig:
     text_heads: int = 0  # 0 means width / 64
     embed_dim: int = 512  # E, the space in which images and texts meet
     context_length: int = 77  # the most tokens that the text tower can read
-    vocab_size: int = 49408  # V; the last two ids are start and end of text
+    vocab_size: int = 49408  # V
     quick_gelu: bool = False  # x * sigmoid(1.702 x): OpenAI's weights need it
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's R, G, B, between 0 and 1
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # CLIP's standard deviations
@@ -93,17 +96,6 @@ PRESETS = {
 
 
 # -----------------------------------------------------------------------------
-# The norm of the word head and of both towers
-
-
-class LayerNorm(nn.LayerNorm):
-    """Normalise each token. Return the input's dtype; CUDA's autocast would return float32."""
-
-    def forward(self, x):
-        return super().forward(x).to(x.dtype)
-
-
-# -----------------------------------------------------------------------------
 # What SuperCLIP adds to CLIP: a head that must predict the words of the caption. A word is a token
 # of the vocabulary, but not padding, start or end. The README has the same in five lines.
 
@@ -119,7 +111,7 @@ class WordHead(nn.Module):
 
     def __init__(self, width, vocab_size):
         super().__init__()
-        self.ln = LayerNorm(width)
+        self.ln = nn.LayerNorm(width)
         self.linear = nn.Linear(width, vocab_size)
         nn.init.normal_(self.linear.weight, std=width**-0.5)  # logits of variance 1
         nn.init.zeros_(self.linear.bias)
@@ -138,37 +130,37 @@ def idf(num_captions, token_counts):
     return ((num_captions + 1) / (token_counts + 1)).log()
 
 
-def multi_hot(label_tokens, vocab_size):
+def multi_hot(tokens, vocab_size):
     """Return (B, V): 1 for each word that a caption contains, once or more often, and 0 for the
-    others. label_tokens (B, T'): the ids of the captions, with start, end and padding."""
-    words = torch.zeros(len(label_tokens), vocab_size, device=label_tokens.device)
-    words.scatter_(1, label_tokens, 1.0)
-    words[:, PAD] = 0.0  # CLIP's "!" has the same id, so it never counts as a word
-    words[:, -2:] = 0.0  # start and end
+    others. tokens (B, T): the ids of the captions."""
+    words = torch.zeros(len(tokens), vocab_size, device=tokens.device)
+    words.scatter_(1, tokens, 1.0)
+    for i in (PAD, START, END):  # CLIP's "!" has the id of PAD, so it never counts as a word
+        words[:, i] = 0.0
     return words
 
 
-def caption_label(label_tokens, token_weights):
+def caption_label(tokens, token_weights):
     """Return what the head should predict, (B, V): the share of each word in its caption.
 
-    label_tokens (B, T'): the ids of the captions; token_weights (V,): from `idf`. Shares are
-    proportional to weights, and their sum is 1. If "a" has weight 0.5, "red" 2 and "heart" 2.5, the
-    caption "a red heart" has the shares 0.1, 0.4 and 0.5. If no word of a caption has weight, all
-    its shares are 0.
+    tokens (B, T): the ids of the captions; token_weights (V,): from `idf`. Shares are proportional
+    to weights, and their sum is 1. If "a" has weight 0.5, "red" 2 and "heart" 2.5, the caption "a
+    red heart" has the shares 0.1, 0.4 and 0.5. If no word of a caption has weight, all its shares
+    are 0.
     """
-    words = multi_hot(label_tokens, len(token_weights))  # (B, V)
+    words = multi_hot(tokens, len(token_weights))  # (B, V)
     return F.normalize(words * token_weights, p=1, dim=1)
 
 
-def classification_loss(logits, label_tokens, token_weights):
+def classification_loss(logits, tokens, token_weights):
     """Return SuperCLIP's loss, a scalar: softmax cross-entropy between the head's prediction and
     the words of the caption (paper, equations 2 to 4).
 
-    logits (B, V): from the head; label_tokens (B, T'): the whole captions; token_weights (V,): from
+    logits (B, V): from the head; tokens (B, T): the ids of the captions; token_weights (V,): from
     `idf`. A caption whose words have no weight adds 0. The loss begins near ln V + 1/2: equal
     logits would give ln V, and logits of variance 1 give 1/2 more.
     """
-    label = caption_label(label_tokens, token_weights)  # (B, V)
+    label = caption_label(tokens, token_weights)  # (B, V)
     return F.cross_entropy(logits.float(), label)
 
 
@@ -219,53 +211,35 @@ class SuperCLIP(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images, tokens, label_tokens=None, keep=None, micro_batch_size=None):
-        """Compute the loss of a batch. These are all steps of the method.
+        """Return the loss of a batch and its terms, a dict of scalars. This is the whole method.
 
-        images (B, 3, S, S) and tokens (B, T): pairs of an image and its caption, which is cut to
-        context_length; label_tokens (B, T'): captions whose words the head predicts, usually the
-        same ones but not cut, by default the tokens; keep (B, K): indices of the K patches to look
-        at, by default all P, to save time; micro_batch_size: pairs that go through the towers at
-        once, by default all, to save memory.
+        images (B, 3, S, S) and tokens (B, T): images and their captions; label_tokens (B, T'): the
+        captions whose words the head predicts, usually the same but not cut, by default the tokens.
+        With several processes the mean of their losses is that of the whole batch. Only training
+        counts captions. Before the first one no word has weight, so classification_loss is 0.
 
-        Return a dict of scalars: loss, and its terms, contrastive_loss and, with a head,
-        classification_loss. If several processes train, the mean of what they return is the loss of
-        the whole batch. Only training counts captions. In a model that has counted none, all words
-        have weight 0, and classification_loss is 0.
+        keep (B, K): indices of the patches to look at, by default all P, to save time
+        micro_batch_size: pairs that go through the towers at once, by default all, to save memory
         """
         if label_tokens is None:
             label_tokens = tokens
 
         # Count first, so that the weights of the words know this batch, as in the authors' code.
-        token_weights = None
-        if self.head is not None:
-            if self.training:
-                self.count_tokens(label_tokens)
-            token_weights = idf(self.num_captions, self.token_counts)  # (V,)
+        if self.training and self.head is not None:
+            self.count_tokens(label_tokens)
 
-        # What needs one pair at a time: two features, and the loss of the head. Micro-batches give
-        # the same numbers with less memory.
-        pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens}
-        if keep is not None:
-            pairs["keep"] = keep
-        if micro_batch_size is None or micro_batch_size >= len(images):
-            features, terms = self.encode_pairs(token_weights, **pairs)
-        else:
-            features, terms = in_micro_batches(
-                self.encode_pairs, token_weights, pairs, micro_batch_size
-            )
+        # What needs one pair at a time: two features, and the loss of the head.
+        pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens, "keep": keep}
+        features, terms = in_micro_batches(self.encode_pairs, pairs, micro_batch_size)
 
-        # What needs all pairs: each image must pick its caption out of the whole batch, and each
-        # caption its image. So from here on the features are those of all processes. An evaluation
-        # waits for no other process, because process 0 may make it alone.
+        # What needs all pairs: each image must find its caption among those of all processes. An
+        # evaluation gathers nothing, because it may run on process 0 alone.
         if self.training:
             features = {name: gather(x) for name, x in features.items()}
-        image_features = features["image"]
-        text_features = features["text"]
-        contrastive = self.clip_or_siglip_loss(image_features, text_features)
-        terms = {"contrastive_loss": contrastive, **terms}
+        loss = self.pair_loss(features["image"], features["text"])
+        terms = {"contrastive_loss": loss, **terms}
 
         # The sum. A term of your own is added here, as docs/fork.md shows.
-        loss = contrastive
         if self.head is not None:
             loss = loss + self.config.cls_weight * terms["classification_loss"]
         return {"loss": loss, **terms}
@@ -274,34 +248,32 @@ class SuperCLIP(nn.Module):
         """Count the captions (B, T') of a batch, and how many of them contain each token (V,), over
         all processes."""
         num_captions = len(label_tokens)
-        counts = torch.zeros_like(self.token_counts)
-        # Count in parts. A batch that needs micro-batches may be so large that (B, V) numbers would
-        # take a gigabyte.
-        for captions in label_tokens.split(256):
-            counts += multi_hot(captions, len(counts)).sum(dim=0).long()
+        counts = multi_hot(label_tokens, self.config.vocab_size).sum(dim=0).long()  # (V,)
         if dist.is_initialized():
             num_captions *= dist.get_world_size()  # every process has as many
             dist.all_reduce(counts)
         self.num_captions += num_captions
         self.token_counts += counts
 
-    def encode_pairs(self, token_weights, images, tokens, label_tokens, keep=None):
-        """Compute what needs one pair at a time: its features, and the loss of its words.
-
-        token_weights (V,): from `idf`; the other arguments are those of `forward`. Return two
-        dicts: the features of the image and of the text, (B, E) each, and the terms of the loss,
-        each a mean over the pairs. Plain CLIP has no such term.
-        """
-        class_token, patches = self.visual(images, keep)  # (B, D) for CLIP, (B, P, D) for the head
-        features = {"image": self.project_image(class_token), "text": self.encode_text(tokens)}
+    def encode_pairs(self, images, tokens, label_tokens, keep=None):
+        """Return two dicts: the features of the images and of the texts, (B, E) each, and the terms
+        of the loss that need one pair at a time, each a mean over the pairs. Plain CLIP has no such
+        term. The arguments are those of `forward`."""
+        image_features, patches = self.visual(images, keep)  # (B, E) and (B, P, D)
+        features = {
+            "image": F.normalize(image_features.float(), dim=-1),
+            "text": self.encode_text(tokens),
+        }
         terms = {}
         if self.head is not None:
-            logits = self.head(patches)  # (B, V)
-            terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
+            # (V,), the same in a recomputation, because the counts do not change until then
+            token_weights = idf(self.num_captions, self.token_counts)
+            loss = classification_loss(self.head(patches), label_tokens, token_weights)
+            terms["classification_loss"] = loss
         return features, terms
 
-    def clip_or_siglip_loss(self, image_features, text_features):
-        """Return the contrastive loss of features (B, E), a scalar, as the configuration says."""
+    def pair_loss(self, image_features, text_features):
+        """Return the contrastive loss of features (B, E): CLIP's, or SigLIP's."""
         scale = self.logit_scale.exp()
         if self.config.loss == "softmax":
             return contrastive_loss(image_features, text_features, scale)
@@ -310,14 +282,7 @@ class SuperCLIP(nn.Module):
     def encode_image(self, images):
         """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
         and std are already removed."""
-        class_token, _ = self.visual(images)
-        return self.project_image(class_token)
-
-    def project_image(self, class_token):
-        """Return features (B, E) of length 1. class_token (B, D): from the image tower. The tower
-        owns the matrix of this projection, so that published weights load. But it returns the class
-        token as it is before, because a linear probe (eval.py) reads that."""
-        features = class_token @ self.visual.proj
+        features, _ = self.visual(images)
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, tokens):
@@ -326,10 +291,7 @@ class SuperCLIP(nn.Module):
 
     def word_logits(self, images, keep=None):
         """Return a logit for each token of the vocabulary (B, V): which words would a caption of
-        these images (B, 3, S, S) use? keep (B, K): indices of the patches to look at, by default
-        all. Raise ValueError if the model is plain CLIP, which has no word head."""
-        if self.head is None:
-            raise ValueError("this model is plain CLIP (cls_weight 0) and has no word head")
+        these images use? The arguments are those of `forward`. Plain CLIP has no word head."""
         _, patches = self.visual(images, keep)
         return self.head(patches)
 
@@ -349,10 +311,9 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2 + 1, width))
-        self.ln_pre = LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=False)
-        self.ln_post = LayerNorm(width)
-        # The tower does not use this matrix. SuperCLIP.project_image does.
+        self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         mean = torch.tensor(config.image_mean).view(3, 1, 1)
         std = torch.tensor(config.image_std).view(3, 1, 1)
@@ -360,15 +321,20 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images, keep=None):
-        """Return the class token (B, D) and the patch tokens (B, P, D), or (B, K, D) with `keep`.
+        """Return the feature (B, E) of the image, and its patch tokens (B, P, D)."""
+        x = self.tokens(images, keep)
+        return x[:, 0] @ self.proj, x[:, 1:]
+
+    def tokens(self, images, keep=None):
+        """Return the class token and the patch tokens, (B, 1 + P, D), or (B, 1 + K, D) with `keep`.
         images (B, 3, S, S): uint8, or floats from which mean and std are already removed; keep
         (B, K): indices of the patches to look at, by default all."""
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
         # The next three lines are self.conv1(images): a convolution that moves by whole patches
-        # applies one linear layer to each patch. As a linear layer its backward pass is faster.
-        # conv1 is a Conv2d so that published weights load, and for its initialisation.
+        # applies one linear layer to each patch. Written like this, a step on a CPU takes a fifth
+        # less time. conv1 is a Conv2d so that published weights load.
         x = F.pixel_unshuffle(images, self.patch_size)  # (B, 3pp, S/p, S/p), p: the patch size
         x = x.flatten(2).transpose(1, 2)  # (B, P, 3pp), the pixels of each patch
         x = F.linear(x, self.conv1.weight.flatten(1))  # (B, P, D)
@@ -378,8 +344,7 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding + self.positional_embedding[0]  # (D,)
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + P, D)
         # CLIP normalises the class token alone. Here the word head reads the patches, too.
-        x = self.ln_post(self.transformer(self.ln_pre(x)))
-        return x[:, 0], x[:, 1:]
+        return self.ln_post(self.transformer(self.ln_pre(x)))
 
 
 class TextTransformer(nn.Module):
@@ -392,7 +357,7 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.transformer = Transformer(width, layers, heads, config.quick_gelu, causal=True)
-        self.ln_final = LayerNorm(width)
+        self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         # CLIP's choice for its text tower: the deeper the tower, the smaller are the weights whose
@@ -464,9 +429,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, quick_gelu, causal):
         super().__init__()
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)
-        self.ln_2 = LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, quick_gelu)
 
     def forward(self, x):
@@ -517,15 +482,12 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
 
 
 def gather(features):
-    """Return the features of all processes, in the order of their ranks. features (B, E): those of
-    this process, which are returned as they are if there is no other.
+    """Return the features (B, E) of all processes, in the order of their ranks.
 
-    Example: process 0 has the features a, and process 1 has b. Both compute the loss of the whole
-    batch, L(a, b). But b comes to process 0 as a constant, so the gradient of its weights is only
-    the part that comes through a. Process 1 has the part that comes through b. A single process
-    would have the sum of both. DistributedDataParallel takes their mean, which is half of the sum.
-    Therefore the gradient of a feature is doubled here. That of logit_scale is not: both processes
-    have all of it, so the mean is right already.
+    Each process computes the loss of the whole batch, but only its own features carry gradients.
+    DistributedDataParallel then takes the mean over the processes where the sum would be right. So
+    multiply the gradient of the features by the number of processes. That of logit_scale needs no
+    factor, because each process has all of it.
     """
     if not dist.is_initialized():
         return features
@@ -542,9 +504,9 @@ def gather(features):
 # Batches that would not fit into memory
 
 
-def in_micro_batches(encode_pairs, token_weights, pairs, size):
-    """Return what encode_pairs(token_weights, **pairs) returns, but with the memory of `size` pairs
-    (GradCache, arXiv 2101.06983). pairs: a dict of tensors with a row for each of the B pairs.
+def in_micro_batches(encode_pairs, pairs, size):
+    """Return what encode_pairs(**pairs) returns, but with the memory of `size` pairs (GradCache,
+    arXiv 2101.06983). pairs: a dict of tensors with a row for each of the B pairs, or None.
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
@@ -552,17 +514,16 @@ def in_micro_batches(encode_pairs, token_weights, pairs, size):
     micro-batch after the other, which takes a third more time.
     """
     B = len(pairs["images"])
+    if size is None or size >= B:
+        return encode_pairs(**pairs)
     assert B % size == 0, f"{B} pairs are no multiple of {size}, so parts would not count equally"
+    pairs = {name: x for name, x in pairs.items() if x is not None}
     all_features = []
     all_terms = []
     for start in range(0, B, size):
         part = {name: x[start : start + size] for name, x in pairs.items()}
-        features, terms = recompute_in_backward(
-            encode_pairs,
-            token_weights,
-            **part,
-            use_reentrant=False,  # the older kind wants inputs that require gradients
-        )
+        # use_reentrant=False: the older kind wants inputs that require gradients.
+        features, terms = recompute_in_backward(encode_pairs, **part, use_reentrant=False)
         all_features.append(features)
         all_terms.append(terms)
     joined = {}

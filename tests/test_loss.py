@@ -153,7 +153,7 @@ def test_a_sigmoid_loss_starts_with_siglips_scale_and_bias():
     """With these values most answers are "no" at first."""
     images, texts, _ = make_inputs(1.0, [])
 
-    loss = small_model(loss="sigmoid").clip_or_siglip_loss(images, texts)
+    loss = small_model(loss="sigmoid").pair_loss(images, texts)
 
     expected = open_clip.loss.SigLipLoss()(images, texts, logit_scale=10.0, logit_bias=-10.0)
     torch.testing.assert_close(loss, expected)

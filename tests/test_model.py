@@ -64,9 +64,9 @@ def test_kept_patches_equal_open_clips_patch_dropout():
     with_class_token = [0, 8, 1, 13]
     other.visual.patch_dropout.register_forward_hook(lambda _, args, x: x[:, with_class_token])
 
-    class_token, patches = model.visual(images, keep)
+    features, patches = model.visual(images, keep)
 
-    assert_near(model.project_image(class_token), other.encode_image(images, normalize=True))
+    assert_near(features, other.encode_image(images))
     assert patches.shape == (4, 3, 128)
     assert_near(model.word_logits(images, keep), model.head(patches))
 
@@ -123,8 +123,6 @@ def test_with_cls_weight_0_the_model_is_clip():
 
     assert torch.equal(out["loss"], out["contrastive_loss"])
     assert "classification_loss" not in out
-    with pytest.raises(ValueError, match="cls_weight 0"):
-        clip.word_logits(images)
 
 
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
