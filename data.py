@@ -18,7 +18,7 @@ import sys
 import tarfile
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch.utils.data import Dataset
@@ -179,8 +179,8 @@ class Pairs(Dataset):
         takes the place of a bad one, so that batches keep their size. A hundred in a row end it."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
-        # For what a fork draws from torch, as torchvision's transforms do. torch.manual_seed would
-        # also look for GPUs.
+        # This is for what a fork draws from torch, by torchvision's transforms. torch.manual_seed
+        # would also look for GPUs.
         torch.default_generator.manual_seed(torch_seed(self.seed, position))
         for tried in range(100):
             try:
@@ -200,10 +200,7 @@ class Pairs(Dataset):
         label = caption
         if self.label_sources:
             label = self.draw_caption(i, self.label_sources, rng)
-
-        def crop(width, height):
-            return crop_box(width, height, self.crop_area, rng)
-
+        crop = partial(crop_box, crop_area=self.crop_area, rng=rng)
         image = load_image(self.samples.image(i), self.image_size, crop)
         keep = None
         if self.patch_dropout > 0:  # FLIP, arXiv 2212.00794
@@ -240,9 +237,8 @@ class Pairs(Dataset):
 def crop_box(width, height, crop_area, rng):
     """Return the part of an image to train on, as x0, y0, x1 and y1 in pixels. With a crop_area of
     1 this is the largest square in the centre. Otherwise it is a random rectangle, whose share of
-    the area is between crop_area and 1, and whose ratio is between 3:4 and 4:3. In a long image,
-    such as 3:2 with a crop_area of 0.9, none fits. Then the box is the largest in the centre. This
-    is open_clip's only augmentation. Images are not mirrored, because captions say "left"."""
+    the area is between crop_area and 1, and whose ratio is between 3:4 and 4:3. This is open_clip's
+    only augmentation, and also ours. Images are not mirrored, because captions say "left"."""
     if crop_area == 1:
         return centre_square(width, height)
     # Draw as torchvision's RandomResizedCrop does, but from `rng`, in any process the same.
@@ -254,6 +250,7 @@ def crop_box(width, height, crop_area, rng):
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             return x, y, x + w, y + h
+    # None of the ten fits, as in every image of 3:2 with a crop_area of 0.9. Take the middle.
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     return centre_box(width, height, w, h)

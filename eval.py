@@ -337,8 +337,8 @@ def print_pairs(row, model, tokenizer, samples):
     for way, scores in row["validation"].items():
         for name, s in scores.items():
             tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
-    loss, group = row["val_contrastive_loss"], row["val_group"]
-    tqdm.write(f"contrastive loss {loss:.3f} in groups of {group}")
+    loss = row["val_contrastive_loss"]
+    tqdm.write(f"contrastive loss {loss:.3f} in groups of {row['val_group']}")
     if model.head is None or model.num_captions == 0:  # without counts all words are common
         return
     pictures = Pictures(samples, model.config.image_size)
