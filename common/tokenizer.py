@@ -19,88 +19,7 @@ from common.cli import InputError
 from superclip import PAD, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
-# Vocabularies
-
-# Every vocabulary begins with the 256 bytes, in CLIP's order: printable ones first. Then come the
-# same bytes at the end of a word, which CLIP's file marks by </w>, and ours by a space.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
-
-CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
-CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-
-
-def tiktoken_text(tokens):
-    """Return the text of a .tiktoken file, which has a token in base64 and its rank on a line."""
-    return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
-
-
-def words_to_tiktoken(words):
-    """Return the text of a .tiktoken file: first all single bytes, then each word as one token."""
-    words = [word.encode() + b" " for word in words]
-    return tiktoken_text(dict.fromkeys(BYTE_TOKENS + words))
-
-
-def clip_vocabulary():
-    """Return CLIP's vocabulary as the text of a .tiktoken file. tiktoken has a cache for it."""
-    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
-    try:
-        if spec and spec.origin:
-            content = Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-        else:
-            content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
-    except Exception as error:  # the disk and the network raise many kinds
-        raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
-    # A line of CLIP's file is a merge, such as "th e</w>" for the token "the ". A printable byte is
-    # written as itself. The others are the characters from number 256 on.
-    others = range(256, 512 - len(PRINTABLE))
-    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES))
-    byte_of[" "] = 32
-    merges = gzip.decompress(content).decode().replace(" ", "").replace("</w>", " ").split("\n")
-    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
-    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
-
-
-# -----------------------------------------------------------------------------
-# Captions -> words -> ids
-
-START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
-# CLIP splits a caption into suffixes such as 's, runs of letters, single digits, and other runs.
-OTHER = r"[^\s\p{L}\p{N}]+"
-CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
-# With a vocabulary of whole words, a word consists of letters and digits, with hyphens and
-# apostrophes between them, as in "women's". In scripts without spaces each character is a word.
-ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
-PART = rf"(?:(?!{ALONE})[\p{{L}}\p{{M}}\p{{N}}])+"
-WORD = regex.compile(rf"{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")
-QUOTES = str.maketrans("‘’‚‛ʼ“”„‟", "'''''\"\"\"\"")
-CONTROL = regex.compile("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
-# WIDE finds ligatures, and letters of full and half width.
-WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\uffef]+"
-
-
-def clean(text):
-    """Return a caption as CLIP's tokenizer sees it. HTML entities are decoded, and quotes are
-    straight. Letters are composed (NFC), of normal width and in lower case."""
-    text = html.unescape(html.unescape(text))  # captions from the web are often escaped twice
-    if not text.isascii():
-        text = text.translate(QUOTES)
-        text = regex.sub(WIDE, lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
-        text = unicodedata.normalize("NFC", text)
-    return CONTROL.sub("", text).lower()
-
-
-def read_ranks(vocab):
-    """Return a dict {token as bytes: its rank}. vocab: the text of a .tiktoken file."""
-    lines = [line.split() for line in vocab.splitlines() if line]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    # tiktoken checks neither.
-    if sorted(ranks.values()) != [*range(len(ranks))]:
-        raise ValueError("the ranks are not 0, 1, 2 ...")
-    if not ranks.keys() >= {*BYTE_TOKENS}:
-        raise ValueError("it lacks single bytes")
-    return ranks
+# Texts <-> ids
 
 
 class Tokenizer:
@@ -178,16 +97,6 @@ class Tokenizer:
         return torch.tensor(rows)
 
 
-def tokenizer_for(shards, vocab=None):
-    """Return the tokenizer of --vocab, by default of the file beside these shards, or CLIP's."""
-    default = Path(shards[0]).with_name("vocab.tiktoken")
-    if vocab is None:
-        vocab = default if default.is_file() else "clip"
-    tokenizer = Tokenizer.from_file(vocab)
-    print(f"vocabulary: {vocab}, {tokenizer.vocab_size:,} entries")
-    return tokenizer
-
-
 def trim(tokens):
     """Return tokens (B, T) without the columns after the last end token. Its id is the largest."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
@@ -201,3 +110,96 @@ def token_text(tokenizer, i):
 
 def has_letters(word):
     return any(character.isalnum() for character in word)
+
+
+# -----------------------------------------------------------------------------
+# Captions -> words
+
+START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
+# CLIP splits a caption into suffixes such as 's, runs of letters, single digits, and other runs.
+OTHER = r"[^\s\p{L}\p{N}]+"
+CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
+# With a vocabulary of whole words, a word consists of letters and digits, with hyphens and
+# apostrophes between them, as in "women's". In scripts without spaces each character is a word.
+ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
+PART = rf"(?:(?!{ALONE})[\p{{L}}\p{{M}}\p{{N}}])+"
+WORD = regex.compile(rf"{ALONE}\p{{M}}*|{PART}(?:[-']{PART})*|{OTHER}")
+QUOTES = str.maketrans("‘’‚‛ʼ“”„‟", "'''''\"\"\"\"")
+CONTROL = regex.compile("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+# WIDE finds ligatures, and letters of full and half width.
+WIDE = "[\u0132\u0133\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb04\ufb06\uff01-\uffef]+"
+
+
+def clean(text):
+    """Return a caption as CLIP's tokenizer sees it. HTML entities are decoded, and quotes are
+    straight. Letters are composed (NFC), of normal width and in lower case."""
+    text = html.unescape(html.unescape(text))  # captions from the web are often escaped twice
+    if not text.isascii():
+        text = text.translate(QUOTES)
+        text = regex.sub(WIDE, lambda wide: unicodedata.normalize("NFKC", wide[0]), text)
+        text = unicodedata.normalize("NFC", text)
+    return CONTROL.sub("", text).lower()
+
+
+# -----------------------------------------------------------------------------
+# Vocabularies, which are .tiktoken files
+
+# Every vocabulary begins with the 256 bytes, in CLIP's order: printable ones first. Then come the
+# same bytes at the end of a word, which CLIP's file marks by </w>, and ours by a space.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
+BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
+
+CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+CLIP_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+
+
+def tiktoken_text(tokens):
+    """Return the text of a .tiktoken file, which has a token in base64 and its rank on a line."""
+    return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
+
+
+def words_to_tiktoken(words):
+    """Return the text of a .tiktoken file: first all single bytes, then each word as one token."""
+    words = [word.encode() + b" " for word in words]
+    return tiktoken_text(dict.fromkeys(BYTE_TOKENS + words))
+
+
+def clip_vocabulary():
+    """Return CLIP's vocabulary as the text of a .tiktoken file. tiktoken has a cache for it."""
+    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
+    try:
+        if spec and spec.origin:
+            content = Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+        else:
+            content = tiktoken.load.read_file_cached(CLIP_VOCAB_URL, CLIP_VOCAB_SHA256)
+    except Exception as error:  # the disk and the network raise many kinds
+        raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
+    # A line of CLIP's file is a merge, such as "th e</w>" for the token "the ". A printable byte is
+    # written as itself. The others are the characters from number 256 on.
+    others = range(256, 512 - len(PRINTABLE))
+    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES))
+    byte_of[" "] = 32
+    merges = gzip.decompress(content).decode().replace(" ", "").replace("</w>", " ").split("\n")
+    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
+    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
+
+
+def read_ranks(vocab):
+    """Return a dict {token as bytes: its rank}. vocab: the text of a .tiktoken file."""
+    lines = [line.split() for line in vocab.splitlines() if line]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    # tiktoken checks neither.
+    if sorted(ranks.values()) != [*range(len(ranks))] or not ranks.keys() >= {*BYTE_TOKENS}:
+        raise ValueError("it needs the ranks 0, 1, 2 ... and all single bytes")
+    return ranks
+
+
+def tokenizer_for(shards, vocab=None):
+    """Return the tokenizer of --vocab, by default of the file beside these shards, or CLIP's."""
+    default = Path(shards[0]).with_name("vocab.tiktoken")
+    if vocab is None:
+        vocab = default if default.is_file() else "clip"
+    tokenizer = Tokenizer.from_file(vocab)
+    print(f"vocabulary: {vocab}, {tokenizer.vocab_size:,} entries")
+    return tokenizer

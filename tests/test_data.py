@@ -125,7 +125,7 @@ def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function
     """A fork that changes one of these functions sees the trace, not a sentence. A file that ends
     too early raises EOFError, as a loading process does that has died."""
 
-    def fails(*_):
+    def fails(*_, **options):
         raise error
 
     monkeypatch.setattr(function, fails)

@@ -9,7 +9,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from common.cli import InputError
-from common.tokenizer import BYTES, Tokenizer, words_to_tiktoken
+from common.tokenizer import BYTES, Tokenizer, tiktoken_text, words_to_tiktoken
 
 CLIP = Tokenizer.from_file("clip")
 ORACLE = SimpleTokenizer()
@@ -93,14 +93,14 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
 
 LINES = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
 DAMAGED = {
-    "a line is missing": LINES[:-2] + LINES[-1:],  # ids of words would run into that of start
-    "no single bytes": ["ZG9nIA== 0\n", "Y2F0IA== 1\n"],  # no other word could be spelled
+    "a line is missing": "".join(LINES[:-2] + LINES[-1:]),  # the last id would be that of start
+    "no single bytes": tiktoken_text([b"dog ", b"cat "]),  # no other word could be spelled
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_vocabulary_is_refused(case, tmp_path):
-    (tmp_path / "v.tiktoken").write_text("".join(DAMAGED[case]))
+    (tmp_path / "v.tiktoken").write_text(DAMAGED[case])
 
     with pytest.raises(InputError, match="v.tiktoken"):
         Tokenizer.from_file(tmp_path / "v.tiktoken")
