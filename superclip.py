@@ -35,10 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-# The token ids that are no words
-PAD = 0  # fills up short captions
-START = -2  # as an index: start and end of text are the last two of the vocabulary
-END = -1
+PAD = 0  # the token id that fills up short captions
+START, END = -2, -1  # start and end of text have the last two ids of a vocabulary
 
 
 # -----------------------------------------------------------------------------
@@ -59,7 +57,7 @@ class SuperCLIPConfig:
     text_heads: int = 0  # 0 means width / 64
     embed_dim: int = 512  # E, the space in which images and texts meet
     context_length: int = 77  # the most tokens that the text tower can read
-    vocab_size: int = 49408  # V
+    vocab_size: int = 49408  # V, the number of tokens that captions are made of
     quick_gelu: bool = False  # x * sigmoid(1.702 x): OpenAI's weights need it
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's R, G, B, between 0 and 1
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # CLIP's standard deviations
@@ -218,8 +216,8 @@ class SuperCLIP(nn.Module):
         With several processes the mean of their losses is that of the whole batch. Only training
         counts captions. Before the first one no word has weight, so classification_loss is 0.
 
-        keep (B, K): indices of the patches to look at, by default all P, to save time
-        micro_batch_size: pairs that go through the towers at once, by default all, to save memory
+        keep (B, K): indices of the patches to look at, to save time. By default all P.
+        micro_batch_size: pairs that go through the towers at once, to save memory. By default all.
         """
         if label_tokens is None:
             label_tokens = tokens
@@ -266,8 +264,8 @@ class SuperCLIP(nn.Module):
         }
         terms = {}
         if self.head is not None:
-            # (V,), the same in a recomputation, because the counts do not change until then
-            token_weights = idf(self.num_captions, self.token_counts)
+            # Only the next step changes the counts, so recomputed weights are the same.
+            token_weights = idf(self.num_captions, self.token_counts)  # (V,)
             loss = classification_loss(self.head(patches), label_tokens, token_weights)
             terms["classification_loss"] = loss
         return features, terms
@@ -401,7 +399,8 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each, with H heads
-        # is_causal instead of a mask tensor, because a mask would rule out the flash kernels.
+        # attend is torch's scaled_dot_product_attention, but fast on a CPU, too. It takes is_causal
+        # instead of a mask tensor, because a mask would rule out the flash kernels.
         x = attend(q, k, v, is_causal=self.causal)  # (B, H, T, D/H)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -540,10 +539,8 @@ def in_micro_batches(encode_pairs, pairs, size):
 
 
 def attend(q, k, v, is_causal):
-    """Return what each token takes from the others (B, H, T, D/H). This is torch's
-    scaled_dot_product_attention. On a CPU that is five times slower in bfloat16, so compute in
-    float32 there. q, k, v (B, H, T, D/H); is_causal: whether a token sees only itself and those
-    before it."""
+    """Return torch's scaled_dot_product_attention. On a CPU that is five times slower in bfloat16,
+    so compute in float32 there."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):  # autocast would cast back to bfloat16

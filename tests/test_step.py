@@ -37,15 +37,6 @@ def make_model_without_zeros(**changes):
     return model
 
 
-def model_of(shards, *options, device="cpu"):
-    """Return the model with which a run with these options begins."""
-    args = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8", *options])
-    model, _, _ = train.build_model(args, [shards / "train-0.tar"])
-    model.to(device).train()
-    devices.compile_if_wanted(model, args.compile)
-    return model
-
-
 def make_captions(T, generator):
     """Return captions (N, T), each one token shorter than the one before it."""
     captions = torch.randint(1, V - 2, (N, T), generator=generator)
@@ -254,13 +245,14 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
 # ---- the same gradients by other ways to compute them
 
 
-def test_compiled_equals_eager(shards, monkeypatch, device):
+def test_compiled_equals_eager(monkeypatch, device):
     """On a CPU torch's compiler does all but the code for the machine, which would take minutes.
     When captions get another length, it compiles for all lengths."""
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    compiled, eager = (model_of(shards, x, device=device) for x in ("--compile", "--no-compile"))
+    compiled, eager = (make_model_without_zeros().to(device) for _ in range(2))
+    devices.compile_if_wanted(compiled, True)
     for T in (12, 16, 10):
         batch = make_batch(keep=KEEP, T=T)
 
