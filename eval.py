@@ -265,7 +265,7 @@ def fit_and_guess(x, y, x_test, classes, penalty):
 def load(checkpoint, device="cpu"):
     """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
     which makes pixels of a picture, for `model.encode_image(preprocess(picture)[None])`."""
-    model, tokenizer, _ = read_model(checkpoint)
+    model, tokenizer = read_model(checkpoint)
     model.requires_grad_(False).to(device).eval()
     return model, tokenizer, partial(load_image, size=model.config.image_size)
 
@@ -379,7 +379,7 @@ def command_retrieval(model, tokenizer, args):
     shards = validation or training
     print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
     options = read_options(args.checkpoint)
-    samples = data.open_samples(shards, args.captions or options.get("val_captions") or ["txt"])
+    samples = data.open_samples(shards, args.captions or options["val_captions"])
     row = score_pairs(model, tokenizer, samples, args.workers, options.get("batch_size", 256))
     print_pairs(row, model, tokenizer, samples)
     return row

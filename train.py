@@ -3,6 +3,7 @@
     python train.py                       built-in scenes, about two minutes on two cores
     python train.py --batch_size 256 --train_data cc3m/ --model ViT-B-16
     torchrun --nproc_per_node 8 train.py --batch_size 2048 --train_data cc3m/ --model ViT-B-16
+    python train.py --resume out          goes on with the run in the folder out
 
 The file follows a run from top to bottom: its options, then five functions, then `train` with the
 loop. All that is random in a step follows from the seed and the number of the step. So on a CPU a
@@ -11,12 +12,15 @@ run that was killed and resumed ends with the same bits as a run that was not. A
 
 import argparse
 import math
+import os
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-# Before torch, which reads the environment variable that common/__init__.py sets.
-from common import cli, devices, processes, run  # isort: skip
+# Let threads of OpenMP sleep while they wait. Otherwise runs side by side would be up to fifty
+# times slower. torch reads this variable when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -24,7 +28,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from common.processes import RANK, WORLD
+from common import cli, devices, run
+from common.processes import RANK, WORLD, joined_processes, mean_of_all, one_first
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
@@ -32,7 +37,6 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
 # The options. One that has the name of a field of SuperCLIPConfig sets this field.
-
 
 SCENES_FOLDER = "scenes"  # where the built-in data is drawn
 # The defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
@@ -48,7 +52,6 @@ SCENES = {
     "crop_area": 1.0,  # captions name the border, which a crop cuts off
     "model": "tiny",
     "batch_size": 32,
-    "workers": 0,  # the scenes are small, and the model keeps the cores busy
     "compile": False,  # it would take longer than the run
 }
 
@@ -56,38 +59,37 @@ SCENES = {
 def make_parser():
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
-    # What argparse prints behind the options
-    rule = "1.6 * sqrt(batch_size / 32) epochs"
-    parser.epilog = f"Without --train_data the defaults are {SCENES}, and {rule}."
     add = parser.add_argument
     count = cli.number(int, 1)  # from 1 on
     amount = cli.number(float, 0)  # from 0 on
     # fmt: off
     # Data
     add("--train_data", nargs="+", metavar="SHARDS", help="pairs to train on: tar files, folders, "
-        "globs or {0000..0575} (default: built-in scenes, for which other defaults change, too)")
+        "globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
         help="pairs to validate on, or none (default: the shards that are named val or test)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="pictures to classify in each validation: folders that hold a folder for each class")
+        help="pictures to classify in each validation: folders that hold a folder for each class "
+        "(default: none; of scenes: four)")
     add("--captions", nargs="+", default=["txt"], metavar="SOURCE",
-        help="where the captions are: txt or json.FIELD, one or more (default: txt)")
+        help="where the captions are: txt or json.FIELD, one or more (default: txt; of scenes: "
+        "json.short json.long)")
     add("--label_captions", nargs="+", metavar="SOURCE",
         help="where the words to predict are (default: in the caption itself)")
     add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions for validation are (default: --captions)")
+        help="where the captions for validation are (default: --captions; of scenes: json.long)")
     add("--vocab", metavar="FILE",
         help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share of a picture that a random crop keeps; at 0.9 a picture of 3:2 or longer "
-        "always keeps its middle 4:3; 1 takes the middle square (default: 0.9)")
+        help="least share of a picture that a random crop keeps; 1 takes the middle square "
+        "(default: 0.9; for scenes: 1)")
     add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
         help="share of the patches to leave out at random (default: 0)")
     # Model and loss
     add("--init_from", metavar="FILE",
         help="checkpoint to begin with; it sets --model, --image_size, --loss and --vocab")
     add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default: ViT-B-16)")
+        help="size of both towers (default: ViT-B-16; for scenes: tiny)")
     add("--image_size", type=count, help="pixels a side (default: 224, or 72 for tiny)")
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
     add("--cls_weight", type=amount,
@@ -95,9 +97,10 @@ def make_parser():
     # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. For ViT-B at 256 we tried none.
     add("--steps", type=count, help="length of the run in steps (default: by --epochs)")
     add("--epochs", type=cli.number(float, 1e-6),
-        help="length of the run in passes over the data (default: 30)")
+        help="length of the run in passes over the data (default: 30; for scenes: "
+        "1.6 * sqrt(batch_size / 32))")
     add("--batch_size", type=count, default=256,
-        help="pairs in each step, over all processes (default: 256)")
+        help="pairs in each step, over all processes (default: 256; for scenes: 32)")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
@@ -109,15 +112,17 @@ def make_parser():
         help="seed of all that is random (default: 0)")
     # Machine
     add("--workers", type=cli.number(int, 0),
-        help="loading processes per GPU (default: cores / GPUs, at most 16)")
+        help="loading processes per GPU (default: cores / GPUs, at most 16; without a GPU: 0)")
     add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="dtype of steps (default: bfloat16 if it is fast, else float16 on GPUs, or float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and head (default: on CUDA under Linux, if torch can)")
+        help="compile towers and head (default: on CUDA under Linux, if torch can; for scenes: no)")
     # Run
     add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
-    add("--resume", action="store_true", help="go on with the run in --out_dir; repeat its command")
+    add("--resume", metavar="DIR",
+        help="folder of a run to go on with; its options hold, and those that you give replace "
+        "them; if nothing is saved there, the run starts")
     add("--log_every", type=count, default=20,
         help="steps between two rows of the log (default: 20)")
     add("--eval_every", type=count,
@@ -127,29 +132,44 @@ def make_parser():
 
 
 def parse(argv):
-    """Return the options of a run."""
+    """Return the options of a run, and what the last.pt in the folder of --resume holds, or None if
+    the run starts. Of options that have no value yet, `train` chooses it."""
     parser = make_parser()
-    given = parser.parse_args(argv)  # tells which defaults hold; then parse again
-    if given.train_data is None:
-        parser.set_defaults(**SCENES)
-    if given.init_from is not None:
+    options = vars(parser.parse_args([]))  # the defaults
+    open = object()  # stands for every option that the user has not typed
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, open))))
+    typed = {name: x for name, x in typed.items() if x is not open}
+    for one, other in (("resume", "out_dir"), ("steps", "epochs")):
+        cli.check(not {one, other} <= typed.keys(), f"give --{one} or --{other}, but not both")
+    last = None
+    if "resume" in typed:
+        last = run.read_last(typed["resume"])
+    elif "out_dir" in typed:
+        run.check_is_new(typed["out_dir"])
+
+    # What comes later replaces what came before.
+    if "train_data" not in typed:
+        options.update(SCENES)
+    if "init_from" in typed:
         # The checkpoint sets the model. A higher learning rate would destroy what it knows.
-        parser.set_defaults(model=None, learning_rate=5e-5)
-    args = parser.parse_args(argv)
+        options.update(model=None, learning_rate=5e-5)
+    if last is not None:
+        options.update(last["options"])
+        run.print_changes(last, options, typed)
+    if "steps" in typed:
+        options["epochs"] = None
+    if "epochs" in typed:
+        options["steps"] = None
+    options.update(typed)
+
+    args = argparse.Namespace(**options)
     if args.init_from is not None:
         for name in ("model", "image_size", "loss", "vocab"):
             cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
-    cli.check(args.steps is None or args.epochs is None, "give --steps or --epochs, but not both")
-    if args.steps is None and args.epochs is None:
-        args.epochs = 30.0
-        if args.train_data is None:
-            # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
-            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
     is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    cli.check(args.out_dir or not args.resume, "--resume needs --out_dir, the folder of the run")
-    print("options:", {name: x for name, x in vars(args).items() if x is not None})
-    return args
+    print("options:", {name: x for name, x in options.items() if x is not None})
+    return args, last
 
 
 # -----------------------------------------------------------------------------
@@ -157,15 +177,15 @@ def parse(argv):
 
 
 def build_model(args, shards):
-    """Return the model, its tokenizer, and a list of names: the tensors that are new, because the
-    checkpoint of --init_from lacks them, as plain CLIP lacks the word head. Without --init_from the
-    list is empty."""
+    """Return the model of a new run, its tokenizer, and a list of names: the tensors that are new,
+    because the checkpoint of --init_from lacks them, as plain CLIP lacks the word head. Without
+    --init_from the list is empty."""
     if args.init_from is None:
         pretrained = None
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
-        pretrained, tokenizer, _ = run.read_model(args.init_from)
+        pretrained, tokenizer = run.read_model(args.init_from)
         config = {**vars(pretrained.config)}
         if pretrained.head is None:
             config["cls_weight"] = 1.0  # plain CLIP gets a word head
@@ -187,32 +207,35 @@ def build_model(args, shards):
     return model, tokenizer, new_names
 
 
-RATE_OF_NEW = 5e-4  # what --init_from lacks knows nothing yet, so it learns as from nothing
-
-
-def make_optimizer(model, learning_rate, weight_decay, new_names=()):
+def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new=5e-4):
     """Return AdamW. Its groups of parameters differ in weight decay and in peak_lr, the highest
-    learning rate, which is another one for the parameters in new_names."""
+    learning rate. The parameters in new_names know nothing yet, so they learn as from nothing, at
+    rate_of_new."""
+    params = dict(model.named_parameters())
+    new = [params.pop(name) for name in new_names if name in params]  # the others are buffers
     groups = []
-    for is_new, peak_lr in ((False, learning_rate), (True, RATE_OF_NEW)):
-        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
-        matrices = [p for p in params if p.ndim >= 2]
-        others = [p for p in params if p.ndim < 2]  # biases, norms, class token, logit scale
-        groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": weight_decay})
-        groups.append({"params": others, "peak_lr": peak_lr, "weight_decay": 0.0})
+    for some, peak_lr in ((params.values(), learning_rate), (new, rate_of_new)):
+        matrices = [p for p in some if p.ndim >= 2]
+        others = [p for p in some if p.ndim < 2]  # biases, norms, class token, logit scale
+        for part, decay in ((matrices, weight_decay), (others, 0.0)):
+            if part:
+                groups.append({"params": part, "peak_lr": peak_lr, "weight_decay": decay})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def count_steps(args, num_pairs):
-    """Return the steps of a run on num_pairs pairs, of its warm-up, and between two validations.
-    Options have them, or they follow from the number of pairs. A short warm-up hurts plain CLIP
-    most (study/results.md)."""
-    steps = args.steps
-    if steps is None:
-        steps = max(1, round(args.epochs * (num_pairs // args.batch_size)))
+    """Return three numbers of steps: the length of a run on num_pairs pairs, the length of its
+    warm-up, and the distance between two validations. Options have them, or these rules."""
+    epochs = args.epochs
+    if epochs is None and args.train_data is None:
+        # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
+        epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    elif epochs is None:
+        epochs = 30
+    steps = args.steps or max(1, round(epochs * (num_pairs // args.batch_size)))
     warmup_steps = args.warmup_steps
-    if warmup_steps is None:
+    if warmup_steps is None:  # a short one hurts plain CLIP most (study/results.md)
         warmup_steps = min(3000, steps // 2)
     cli.check(warmup_steps <= steps, f"--warmup_steps exceeds the {steps} steps of the run")
     eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
@@ -251,23 +274,17 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
 # -----------------------------------------------------------------------------
 # The run
 
-# --resume compares all options with those of the run, and only these may differ. Files may have
-# moved, so what they hold is compared. What the optimizer's groups keep, such as --weight_decay,
-# would stay as it was. So it may not stand here, unless it changes peak_lr alone.
-MAY_CHANGE = [
-    "train_data", "val_data", "zeroshot_data", "vocab", "init_from", "out_dir",
-    "steps", "epochs", "warmup_steps", "learning_rate", "log_every", "eval_every",
-    "micro_batch_size", "workers", "device", "dtype", "compile",
-]  # fmt: skip
 
+def train(args, last):
+    """Train from the first step, or go on from `last`. The arguments are what `parse` returns."""
+    options = {**vars(args)}  # as they are given. Below, args gets the values of the others.
 
-def train(args):
-    """Train from the first step, or with --resume from the last.pt of the run. args: what `parse`
-    returns. Options that were left open are filled in here, so that the log has their values."""
     # How to compute. float16 needs a scaler, because small gradients would underflow to 0. With
     # another dtype the scaler does nothing.
     device = devices.prepare_device(args.device)
     on_gpu = device.type == "cuda"
+    if args.workers is None and device.type == "cpu":
+        args.workers = 0  # the model keeps the cores busy
     if args.dtype is None:
         args.dtype = devices.pick_dtype(device)
     dtype = getattr(torch, args.dtype)
@@ -276,53 +293,56 @@ def train(args):
 
     # The model and the data. One process draws, downloads and indexes what is missing, while the
     # others wait. Then they find it.
-    with processes.one_first():
+    with one_first():
         train_data = args.train_data or [find_or_make_scenes(SCENES_FOLDER)]
         shards, val_shards = shards_of_run(train_data, args.val_data)
-        model, tokenizer, new_names = build_model(args, shards)
+        if last is None:
+            model, tokenizer, new_names = build_model(args, shards)
+        else:
+            parts = last["model"], last["config"], last["vocab"]
+            model, tokenizer = run.restore(f"{args.resume}/last.pt", *parts)
+            new_names = last["new_names"]
         image_size = model.config.image_size
-        pairs = data.Pairs(
-            data.open_samples(shards, args.captions),
-            tokenizer,
-            image_size,
-            label_sources=args.label_captions,
-            seed=args.seed,
-            crop_area=args.crop_area,
-            num_patches=model.visual.grid**2,
-            patch_dropout=args.patch_dropout,
-        )
+        samples = data.open_samples(shards, args.captions)
+        val_samples = None
         if val_shards:
             val_samples = data.open_samples(val_shards, args.val_captions or args.captions)
-        else:
-            val_samples = None
-            print("no validation pairs, so best.pt will be the newest model (see --val_data)")
         zeroshot_images = {
             folder: evaluation.zeroshot_pictures(folder, image_size, tokenizer)
             for folder in args.zeroshot_data
         }
+    pairs = data.Pairs(
+        samples,
+        tokenizer,
+        image_size,
+        label_sources=args.label_captions,
+        seed=args.seed,
+        crop_area=args.crop_area,
+        num_patches=model.visual.grid**2,
+        patch_dropout=args.patch_dropout,
+    )
     cli.check(len(pairs) >= args.batch_size, f"--batch_size exceeds the {len(pairs):,} pairs")
+    if val_samples is None:
+        print("no validation pairs, so best.pt will be the newest model (see --val_data)")
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
 
+    # From which step to which, and when to validate. Step 0 is before the first update.
     args.steps, args.warmup_steps, args.eval_every = count_steps(args, len(pairs))
-    eval_steps = {*range(0, args.steps, args.eval_every), args.steps}  # 0: before the first step
-
-    # The folder of the run, and the header of its log. --resume compares the header with that of
-    # last.pt, and goes on from there.
-    args.out_dir = run.claim_folder(args.out_dir, args.resume)
-    out = Path(args.out_dir)
-    header = run.make_header(args, device, model, pairs, val_samples)
+    eval_steps = {*range(0, args.steps, args.eval_every), args.steps}
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
-    if args.resume and (out / "last.pt").exists():
-        last = run.read_last(out, header, MAY_CHANGE, make_parser())
-        run.load_states(last, model, optimizer, scaler)
+    header = run.make_header(args, device, model, pairs, val_samples)
+    if last is not None:
+        run.check_data_and_steps(last, header)
+        run.load_states(last, optimizer, scaler)
         start = last["step"]
-        best_r1 = last["best_r1"]
+        best_r1 = run.score_to_beat(last, args.resume)
         # last.pt is saved before a validation, which may be missing then. So make it again.
         if run.validation_was_due(last):
             eval_steps.add(start)
+    out = run.make_folder(args.resume or args.out_dir)
     run.begin_log(out, header, start)  # it also checks that all processes begin alike
 
     # Each process loads a part of every batch. DDP averages the gradients, without a copy of them.
@@ -336,62 +356,61 @@ def train(args):
     if WORLD > 1:
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def save(name, step, best_r1, **states):
-        """Write a checkpoint. states: what only last.pt holds, because a run goes on from it."""
-        facts = {"header": header, "step": step, "best_r1": best_r1}
-        run.write_checkpoint(out / name, model, tokenizer.vocab, **facts, **states)
-
     saved_at = time.perf_counter()
-    # A row of the log measures from the time `row_began` at step `row_first` on, without saves and
-    # validations. waited: seconds in which the CPU waited for batches. A GPU may have been busy.
-    row_began = saved_at
-    row_first = start
-    waited = 0.0
-    replaced = 0  # pairs of this process that replace a bad sample
-    rounds = range(start, args.steps + 1)  # round s: first what is due after s steps, then step s
-    no_bar = None if RANK == 0 else True  # None: there is a bar if the output is a terminal
-    for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
-        # 1. Process 0 saves last.pt every ten minutes and before a validation, which may fail. The
-        # other processes wait in part 3, or at the end.
-        if RANK == 0 and (step in eval_steps or time.perf_counter() > saved_at + 600):
-            if step > start:
-                states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save("last.pt", step, best_r1, **states)
-            # Then it validates, and saves best.pt if no score was higher.
-            if step in eval_steps:
-                row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
-                run.log(out, row)
-                mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best
-                if mean_r1 >= best_r1:
-                    best_r1 = mean_r1
-                    if step > 0:  # the weights before training only set the score to beat
-                        save("best.pt", step, best_r1)
+    since_row = Counter()  # sums over the steps since the last row of the log
+    bar = tqdm(
+        range(start, args.steps + 1),  # after the last step it only saves and validates
+        initial=start,
+        total=args.steps,
+        unit="step",
+        disable=RANK > 0 or None,  # None: there is a bar if the output is a terminal
+    )
+    for step in bar:
+        # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
+        # validates. The other processes wait in part 3, or at the end.
+        is_due = step in eval_steps or time.perf_counter() > saved_at + 600
+        if RANK == 0 and is_due and step > start:
+            run.write_checkpoint(
+                out / "last.pt",
+                model,
+                tokenizer.vocab,
+                header=header,
+                step=step,
+                best_r1=best_r1,
+                options=options,
+                new_names=new_names,
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+            )
             saved_at = time.perf_counter()
-            row_began = saved_at
-            row_first = step
-            waited = 0.0
-            replaced = 0
+        if RANK == 0 and step in eval_steps:
+            row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
+            run.log(out, row)
+            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best
+            if mean_r1 >= best_r1:
+                best_r1 = mean_r1
+                if step > 0:  # the weights before training only set the score to beat
+                    facts = {"header": header, "step": step, "best_r1": best_r1}
+                    run.write_checkpoint(out / "best.pt", model, tokenizer.vocab, **facts)
         if step == args.steps:
             break
 
         # 2. The batch, a dict of the arguments of SuperCLIP.forward
-        asked = time.perf_counter()
-        batch, num_replaced = next(batches)
-        waited += time.perf_counter() - asked
-        replaced += num_replaced
+        began = time.perf_counter()
+        batch, num_replaced = next(batches)  # some pairs may replace bad samples
+        waited = time.perf_counter() - began  # the GPU may have been busy meanwhile
         batch = {name: x.to(device, non_blocking=on_gpu) for name, x in batch.items()}
 
         # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
-        # needs all pairs at once, so forward itself splits a batch into micro-batches. The seed is
-        # for what a fork draws, such as dropout: a resumed run draws the same.
+        # needs all pairs at once, so forward itself splits a batch into micro-batches. Seed what a
+        # model may draw, such as dropout, so that a resumed run draws the same.
         torch.manual_seed(data.torch_seed(args.seed, step, RANK))
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
 
         # 4. The update. Clip the gradient to length 1, as nanoGPT does. The authors do not clip.
-        # The scaler skips a step whose gradients have overflowed. Of two optimizers it might skip
-        # only one, so a fork puts both into one object.
+        # The scaler skips a step whose gradients have overflowed.
         factor = learning_rate_factor(step, args.warmup_steps, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -406,35 +425,37 @@ def train(args):
         # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
         # So read them before the clock. Before a validation there is always a row.
         done = step + 1
-        if done % args.log_every == 0 or done in eval_steps:
-            means = processes.mean_of_all(losses)  # the loss and its terms
+        is_logged = done % args.log_every == 0 or done in eval_steps
+        if is_logged:
+            means = mean_of_all(losses)  # the loss and its terms
+        seconds = time.perf_counter() - began  # without saves and validations
+        since_row.update(steps=1, seconds=seconds, waited=waited, replaced=num_replaced)
+        if is_logged:
             advice = "lower --learning_rate, or use another --dtype"
             cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {advice}")
-            seconds = time.perf_counter() - row_began
+            speed = since_row["steps"] * args.batch_size / since_row["seconds"]
             row = {
                 "step": done,
                 **means,
                 "logit_scale": model.logit_scale.exp().item(),
-                # None if float16's gradients have overflowed. Then the optimizer skips the step.
+                # None if float16's gradients have overflowed
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
-                "images_per_second": round((done - row_first) * args.batch_size / seconds, 1),
-                "data_wait": round(waited / seconds, 3),  # a share of the time
-                "bad_samples": round(replaced / ((done - row_first) * B), 4),  # of the pairs
+                "images_per_second": round(speed, 1),
+                "data_wait": round(since_row["waited"] / since_row["seconds"], 3),  # a share
+                # The share of the pairs of this process
+                "bad_samples": round(since_row["replaced"] / (since_row["steps"] * B), 4),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }
             run.log(out, row)
             tqdm.write(run.line_of(row, means))  # above the bar
-            row_began = time.perf_counter()
-            row_first = done
-            waited = 0.0
-            replaced = 0
+            since_row.clear()
     run.print_commands(out, model, val_samples)
 
 
 def main(argv):
-    with processes.joined_processes():
-        train(parse(argv))
+    with joined_processes():
+        train(*parse(argv))
 
 
 if __name__ == "__main__":

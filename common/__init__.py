@@ -8,8 +8,3 @@ tokenizer  text <-> token ids
 run        checkpoints, and the folder and the log of a run
 scenes     the built-in data
 """
-
-import os
-
-# OpenMP's threads sleep while they wait, or runs side by side would be up to fifty times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch reads it when it is imported

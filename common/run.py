@@ -4,7 +4,6 @@ A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "voc
 command needs no other file to build the model. train.py shows what else last.pt and best.pt hold.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -61,15 +60,17 @@ def restore(path, weights, config, vocab):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint, and the options of its run, or {}."""
+    """Return the model and the tokenizer of a checkpoint."""
     content = read_checkpoint(path)
-    model, tokenizer = restore(path, content["model"], content["config"], content["vocab"])
-    return model, tokenizer, content.get("header", {}).get("arguments", {})
+    return restore(path, content["model"], content["config"], content["vocab"])
 
 
 def read_options(path):
-    """Return the options of the run that wrote a checkpoint, or {} if it was converted."""
-    return read_checkpoint(path).get("header", {}).get("arguments", {})
+    """Return the options of the run that wrote a checkpoint. A converted one has val_captions."""
+    options = read_checkpoint(path).get("header", {}).get("arguments", {})
+    # Older runs have None if their validation had the captions of the training.
+    val_captions = options.get("val_captions") or options.get("captions", ["txt"])
+    return {**options, "val_captions": val_captions}
 
 
 def load_pretrained(model, pretrained, path):
@@ -104,37 +105,32 @@ def write_checkpoint(path, model, vocab, **more):
 # The folder of a run
 
 
-def claim_folder(out_dir, resume):
-    """Let process 0 choose and make the folder of the run, and return its path in each process."""
-    folder = None
-    if processes.RANK == 0:
-        folder = next_folder() if out_dir is None else folder_of(Path(out_dir), resume)
-    return processes.from_all(str(folder))[0]
+def check_is_new(folder):
+    """Refuse a folder of --out_dir that holds a run."""
+    found = [*Path(folder).glob("*.pt"), *Path(folder).glob("log.jsonl")]
+    check(not found, f"{folder} holds a run. Name another --out_dir, or --resume {folder}.")
 
 
-def next_folder():
-    """Make the first of the folders out, out_2, out_3 ... that is free, and return its path."""
+def make_folder(folder):
+    """Let process 0 make the folder of the run, and return its path in each process. folder: its
+    path, or None for the first of out, out_2, out_3 ... that is free."""
+    if processes.RANK == 0 and folder is None:
+        folder = make_next_folder()
+    elif processes.RANK == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            for temporary in Path(folder).glob(f".{name}.*.tmp"):  # of a run that was killed
+                temporary.unlink()
+    return Path(processes.from_all(str(folder))[0])
+
+
+def make_next_folder():
     for number in count(1):
         folder = Path("out" if number == 1 else f"out_{number}")
         # mkdir checks and creates in one step, so two runs that start at once get two folders.
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
-
-
-def folder_of(folder, resume):
-    """Make the folder --out_dir, and return it. Refuse one with a run that does not go on."""
-    has_weights = any(folder.glob("*.pt"))
-    if resume:
-        # Without weights --resume starts a run. So a scheduler can always give it.
-        is_free = (folder / "last.pt").exists() or not has_weights
-    else:
-        is_free = not has_weights and not (folder / "log.jsonl").exists()
-    check(is_free, f"{folder} holds a run. Name another --out_dir, or --resume from its last.pt.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for temporary in folder.glob(".*.tmp"):  # a run was killed while it saved
-        temporary.unlink()
-    return folder
 
 
 def print_commands(out, model, val_samples):
@@ -185,64 +181,81 @@ def make_header(args, device, model, pairs, val_samples):
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": "-".join(fingerprints),
-        "vocab_fingerprint": hashlib.sha1(pairs.tokenizer.vocab.encode()).hexdigest()[:12],
         "command": sys.argv,
         "arguments": arguments,
         "config": vars(model.config),
     }
 
 
-def read_last(out, header, may_change, parser):
-    """Return what the last.pt of a run holds. Print each option that now differs, and raise
-    InputError if may_change does not name it. header: that of this run; parser: for defaults."""
-    last = read_checkpoint(out / "last.pt")
-    check("optimizer" in last, f"{out}/last.pt is not the last.pt of a run")
-    before = last["header"]
-    version = f"{out}/last.pt is from another version of this code, commit {before['commit']}"
-    check(before.keys() >= header.keys(), version)
-    # Files may have moved, so compare what they hold, here and at the end.
-    same_vocab = before["vocab_fingerprint"] == header["vocab_fingerprint"]
-    check(same_vocab, "--resume cannot change the vocabulary (--vocab)")
-    # An option that is a field of the config has its value there, also if it was left open. An
-    # option that a fork has added since then had its default.
-    defaults = vars(parser.parse_args([])) | vars(SuperCLIPConfig())
-    old = defaults | before["arguments"] | before["config"]
-    new = header["arguments"] | header["config"]
-    for name, value in new.items():
-        if value != old[name] and name != "resume":
-            refusal = f"--resume cannot change --{name} from {old[name]} to {value}"
-            check(name in may_change, f"{refusal}. Repeat the whole command of the run.")
-            print(f"--{name}: {old[name]} -> {value}")
-    same_data = before["data_fingerprint"] == header["data_fingerprint"]
-    check(same_data, "--resume cannot change the data (--train_data, --val_data)")
+# -----------------------------------------------------------------------------
+# --resume
+
+
+def read_last(folder):
+    """Return what the last.pt of a run holds. Return None if nothing is saved in its folder yet, so
+    that the run starts, and a scheduler can always give --resume."""
+    path = Path(folder, "last.pt")
+    if not path.exists():
+        check(not any(Path(folder).glob("*.pt")), f"{folder} has no last.pt to --resume from")
+        print(f"there is no {path} yet, so the run starts")
+        return None
+    last = read_checkpoint(path)
+    commit = last.get("header", {}).get("commit")
+    is_ours = {"options", "optimizer"} <= last.keys()
+    check(
+        is_ours, f"{path} is not the last.pt of a run by this version of the code, but of {commit}"
+    )
+    return last
+
+
+def print_changes(last, options, typed):
+    """Print how the options that the user has typed differ from those of the run. Raise InputError
+    if they define another model."""
+    # Say also what the run has chosen for an option that was left open.
+    chosen = {name: x for name, x in last["header"]["arguments"].items() if options[name] is None}
+    config = vars(SuperCLIPConfig()) | last["config"]  # a fork may have added a field since then
+    before = options | chosen | config
+    for name, value in typed.items():
+        if name != "resume" and value != before[name]:
+            defines_model = name in config or name in ("model", "init_from", "vocab")
+            change = f"--{name}: {before[name]} -> {value}"
+            check(not defines_model, f"--resume cannot change the model ({change})")
+            print(change)
+
+
+def check_data_and_steps(last, header):
+    """Refuse to go on with other data, or to steps that are done. header: that of today."""
+    same_data = last["header"]["data_fingerprint"] == header["data_fingerprint"]
+    check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
     is_longer = last["step"] <= header["steps"]
     check(is_longer, f"--resume cannot make --steps less than {last['step']}, which are done")
-    # best.pt may be from a validation after the save of last.pt. Process 0 alone compares scores.
-    if processes.RANK == 0 and (out / "best.pt").exists():
-        last["best_r1"] = max(last["best_r1"], read_checkpoint(out / "best.pt")["best_r1"])
-    return last
+
+
+def load_states(last, optimizer, scaler):
+    """Give an optimizer and a scaler the states that last.pt holds."""
+    groups_of_today = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(last["optimizer"])
+    for group, today in zip(optimizer.param_groups, groups_of_today):
+        # Options may have changed, and a fork may have added an entry since then.
+        added = {name: x for name, x in today.items() if name not in group}
+        group.update(added, peak_lr=today["peak_lr"], weight_decay=today["weight_decay"])
+    if last["scaler"]:  # its state is empty without float16
+        scaler.load_state_dict(last["scaler"])
+
+
+def score_to_beat(last, folder):
+    """Return the best score of a run so far. best.pt may be newer than last.pt."""
+    best = Path(folder, "best.pt")
+    # Process 0 alone compares scores.
+    if processes.RANK > 0 or not best.exists():
+        return last["best_r1"]
+    return max(last["best_r1"], read_checkpoint(best).get("best_r1", 0.0))
 
 
 def validation_was_due(last):
     """Return whether last.pt was saved before a validation, by the options of its own run."""
     options = last["header"]["arguments"]
     return last["step"] % options["eval_every"] == 0 or last["step"] == options["steps"]
-
-
-def load_states(last, model, optimizer, scaler):
-    """Give a model, its optimizer and its scaler the states that last.pt holds."""
-    model.load_state_dict(last["model"])
-    groups_of_today = [dict(group) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(last["optimizer"])
-    except ValueError as error:  # the groups have other sizes
-        raise InputError("--resume needs --init_from as the run had it") from error
-    for group, of_today in zip(optimizer.param_groups, groups_of_today):
-        for name in of_today.keys() - group.keys():
-            group[name] = of_today[name]  # a fork has added it since then
-        group["peak_lr"] = of_today["peak_lr"]  # --learning_rate may change
-    if last["scaler"]:  # its state is empty without float16
-        scaler.load_state_dict(last["scaler"])
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,12 @@ def copied_run(whole_run, tmp_path):
     return shutil.copytree(whole_run, tmp_path / "copied")
 
 
-# ---- killed
+def change_last(folder, **changes):
+    """Change entries of a last.pt."""
+    torch.save({**checkpoint_of(folder), **changes}, folder / "last.pt")
+
+
+# ---- the same bits
 
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
 # file its name. Its calls are for last.pt and best.pt in turn, at steps 4, 8 and 12.
@@ -38,21 +43,25 @@ MOMENTS = {
 
 
 @cases("moment, step", MOMENTS)
-def test_a_killed_run_ends_as_if_it_had_not_been(
+def test_a_scheduler_repeats_a_command_until_the_run_has_ended(
     children, shards, whole_run, tmp_path, capsys, moment, step
 ):
+    """The command starts a run, and goes on with it after a kill. A file of another program in the
+    folder stays."""
     out = tmp_path / "out"
-    options = short_run(shards, out)
-    code, _ = finish(children.start("train", options, moment))
+    out.mkdir()
+    (out / ".other.tmp").touch()
+    command = [x.replace("--out_dir", "--resume") for x in short_run(shards, out)]
+    code, _ = finish(children.start("train", command, moment))
     assert code == -signal.SIGKILL
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')  # a row that was cut
 
-    train.main([*options, "--resume"])
+    train.main(command)
 
     assert_ends_like(out, whole_run)
     assert f"from step {step}\n" in capsys.readouterr().out
-    assert not list(out.glob(".*.tmp"))
+    assert [path.name for path in out.glob(".*")] == [".other.tmp"]
     assert (out / "log.jsonl").read_text().count('\n{"header"') == 1  # not behind the cut row
 
 
@@ -66,7 +75,7 @@ def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
     assert code == 130, printed
     assert printed.count("stopped by Ctrl-C") == 1
     assert "Traceback" not in printed
-    train.main([*options, "--resume"])
+    train.main(["--resume", str(tmp_path), "--workers", "0"])
     assert_ends_like(tmp_path, whole_run)
 
 
@@ -97,56 +106,115 @@ def test_options_of_a_fork_that_draws_from_torch_resume_to_the_bit(
     with pytest.raises(KeyboardInterrupt):
         train.main(short_run(shards, tmp_path / "out", *options))
 
-    train.main(short_run(shards, tmp_path / "out", *options, "--resume"))
+    train.main(["--resume", str(tmp_path / "out")])
 
     assert_ends_like(tmp_path / "out", tmp_path / "whole")
 
 
-# ---- what --resume may change
+def test_two_processes_go_on_to_the_bit(children, shards, tmp_path):
+    """Both are killed in their tenth step."""
+    for name, moment in (("whole", []), ("out", [in_step(10, killed)])):
+        run = [short_run(shards, tmp_path / name), *moment]
+        for process in children.train_two(run, run):
+            finish(process)
+
+    for process in children.train_two(*2 * [[["--resume", tmp_path / "out"]]]):
+        code, printed = finish(process)
+        assert code == 0, printed
+
+    assert_ends_like(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_run_goes_on_with_another_length_rate_and_machine(
+# ---- what may change
+
+
+def test_what_is_typed_replaces_the_options_of_the_run(
     copied_run, shards, tmp_path, capsys, device
 ):
-    """A run goes on even if its shards and their vocabulary have moved. It says what differs."""
+    """What differs is printed. The shards and their vocabulary have moved, and the vocabulary in
+    last.pt holds. An option that defines the model may be typed, if it has the same value."""
     before = checkpoint_of(copied_run)["model"]
     moved = shutil.copytree(shards, tmp_path / "moved")
-    more = "--steps 16 --learning_rate 0 --micro_batch_size 4 --workers 1 --dtype bfloat16"
+    (moved / "vocab.tiktoken").unlink()
+    data = f"--train_data {moved}/train-*.tar --val_data {moved}/val-*.tar"
+    more = "--epochs 4 --learning_rate 0 --weight_decay 0.3 --workers 1 --dtype bfloat16"
+    same = f"--model tiny --loss softmax --micro_batch_size 4 --device {device}"
 
-    train.main(short_run(moved, copied_run, "--resume", *more.split(), "--device", device))
+    train.main(["--resume", str(copied_run), *f"{data} {more} {same}".split()])
 
     saved = checkpoint_of(copied_run)
-    assert saved["step"] == 16
+    assert saved["step"] == 16  # four epochs of four batches
     assert saved["model"]["num_captions"] == 16 * 16
     assert torch.equal(saved["model"]["visual.proj"], before["visual.proj"])  # at a rate of 0
+    decays = {group["weight_decay"] for group in saved["optimizer"]["param_groups"]}
+    assert decays == {0.3, 0.0}
     printed = capsys.readouterr().out
-    for change in ("steps: 12 -> 16", "learning_rate: 0.001 -> 0.0", "dtype: float32 -> bfloat16"):
-        assert f"--{change}\n" in printed
+    assert "--learning_rate: 0.001 -> 0.0\n" in printed
+    assert "--dtype: float32 -> bfloat16\n" in printed
+    assert "--model:" not in printed
 
 
-def test_a_resumed_run_keeps_a_best_pt_that_it_cannot_beat(copied_run, shards, capsys):
-    """The commands that the run prints at its end use best.pt. Each line of its log is JSON."""
-    best = copied_run / "best.pt"
-    last = copied_run / "last.pt"
-    torch.save({**torch.load(last), "best_r1": 1.0}, last)
-    content = best.read_bytes()
+def test_what_the_run_chose_for_an_open_option_is_printed(shards, tmp_path, capsys):
+    """Typed steps replace the epochs of the run."""
+    data = f"--train_data {shards}/train-*.tar --val_data none --model tiny --batch_size 16"
+    train.main([*data.split(), "--epochs=0.5", "--device=cpu", "--out_dir", str(tmp_path)])
 
-    train.main(short_run(shards, copied_run, "--resume", "--steps", 13))
+    train.main(["--resume", str(tmp_path), "--steps=3"])
 
-    assert best.read_bytes() == content
-    assert f"{best} --out words.png" in capsys.readouterr().out
-    assert all(map(json.loads, open(copied_run / "log.jsonl")))
+    assert "--steps: 2 -> 3\n" in capsys.readouterr().out
+    assert checkpoint_of(tmp_path)["step"] == 3
+
+
+OTHERS = """--steps 11, --loss sigmoid, --cls_weight 0, --model ViT-B-16, --init_from best.pt,
+--vocab clip, --train_data bad-0.tar, --val_data none, --val_captions json.captions"""
+
+
+@pytest.mark.parametrize("other", OTHERS.replace("\n", " ").split(", "))
+def test_the_model_and_the_data_cannot_be_changed(copied_run, shards, monkeypatch, capsys, other):
+    monkeypatch.chdir(shards)
+    option, value = other.split()
+    before = (copied_run / "last.pt").read_bytes()
+
+    message = error_of(capsys, train.main, "--resume", copied_run, option, value)
+
+    assert re.search(rf"{option.replace('val_c', 'c')}\b", message)
+    assert (copied_run / "last.pt").read_bytes() == before
+
+
+def test_a_run_of_an_older_fork_goes_on(copied_run, monkeypatch, capsys):
+    """The fork has a new option, a new field of the configuration and a new entry of the groups of
+    the optimizer. What the optimizer itself has put there stays."""
+    parser = train.make_parser()
+    parser.add_argument("--my_weight", type=float, default=0.2)
+    monkeypatch.setattr(train, "make_parser", lambda: parser)
+    last = checkpoint_of(copied_run)
+    del last["config"]["quick_gelu"]
+    for group in last["optimizer"]["param_groups"]:
+        del group["eps"]
+        group["lr_of_an_average"] = 7
+    change_last(copied_run, **last)
+
+    train.main(["--resume", str(copied_run), "--steps", "13", "--my_weight", "0.5"])
+
+    assert "--my_weight: 0.2 -> 0.5\n" in capsys.readouterr().out
+    last = checkpoint_of(copied_run)
+    assert last["step"] == 13
+    for group in last["optimizer"]["param_groups"]:
+        assert (group["eps"], group["lr_of_an_average"]) == (1e-6, 7)
+
+
+# ---- best.pt
 
 
 def test_a_due_validation_is_made_and_keeps_a_best_pt_that_was_written_after_it(
-    copied_run, shards, monkeypatch
+    copied_run, monkeypatch, capsys
 ):
     """last.pt was saved before the validation of step 12, in which the run may have been killed.
     With other steps the run would not validate there. best.pt holds the score to beat, because
-    last.pt is older. Scores of the longer run are lower here."""
+    last.pt is older. Scores of the longer run are lower here. The commands that it prints at its
+    end use best.pt."""
     best = copied_run / "best.pt"
-    last = copied_run / "last.pt"
-    torch.save({**torch.load(last), "best_r1": 0.0}, last)
+    change_last(copied_run, best_r1=0.0)
     content = best.read_bytes()
     lower = {"mean_r1": 0.01}
     score_pairs = evaluation.score_pairs
@@ -154,51 +222,13 @@ def test_a_due_validation_is_made_and_keeps_a_best_pt_that_was_written_after_it(
         evaluation, "score_pairs", lambda *x, **options: score_pairs(*x, **options) | lower
     )
 
-    train.main(short_run(shards, copied_run, "--resume", "--steps", 13, "--eval_every", 100))
+    train.main(["--resume", str(copied_run), "--steps=13", "--eval_every=100"])
 
     rows = {row["step"]: row["mean_r1"] for row in rows_of(copied_run, "zeroshot")}
     assert rows[12] == rows[13] == 0.01
     assert best.read_bytes() == content
-
-
-OTHERS = """--steps 11, --batch_size 8, --seed 1, --label_captions json.captions, --loss sigmoid,
---train_data bad-0.tar, --val_data none, --val_captions json.captions, --vocab clip"""
-
-
-@pytest.mark.parametrize("other", OTHERS.replace("\n", " ").split(", "))
-def test_what_defines_a_run_cannot_be_changed(copied_run, shards, monkeypatch, capsys, other):
-    monkeypatch.chdir(shards)
-    option, value = other.split()
-    before = (copied_run / "last.pt").read_bytes()
-
-    options = short_run(shards, copied_run, "--resume", option, value)
-    message = error_of(capsys, train.main, *options)
-
-    assert re.search(rf"{option}\b", message)  # not --vocab_size
-    assert (copied_run / "last.pt").read_bytes() == before
-
-
-def test_an_option_of_a_fork_cannot_be_changed(copied_run, shards, monkeypatch, capsys):
-    """So is every option that MAY_CHANGE does not name. The message has both values. At its default
-    an older run goes on, also if the optimizer's groups have an entry that those in last.pt lack.
-    What the optimizer itself has put there stays."""
-    parser = train.make_parser()
-    parser.add_argument("--my_weight", type=float, default=0.2)
-    monkeypatch.setattr(train, "make_parser", lambda: parser)
-    options = short_run(shards, copied_run, "--resume", "--steps", 13)
-
-    message = error_of(capsys, train.main, *options, "--my_weight", 0.5)
-
-    assert "--my_weight from 0.2 to 0.5" in message
-    last = torch.load(copied_run / "last.pt")
-    for group in last["optimizer"]["param_groups"]:
-        del group["eps"]
-        group["lr_of_an_average"] = 7
-    torch.save(last, copied_run / "last.pt")
-    train.main(options)
-    last = checkpoint_of(copied_run)
-    assert last["step"] == 13
-    assert {group["lr_of_an_average"] for group in last["optimizer"]["param_groups"]} == {7}
+    assert f"{best} --out words.png" in capsys.readouterr().out
+    assert all(map(json.loads, open(copied_run / "log.jsonl")))
 
 
 # ---- the log
@@ -223,23 +253,34 @@ def test_of_the_rows_of_a_resumed_run_those_that_are_repeated_count(tmp_path):
 
 # ---- the folder
 
-FILES = {  # case -> a name in the folder, the file of a run that has this name, --resume or nothing
-    "a run, not resumed": ("last.pt", "last.pt", []),
-    "best.pt, not resumed": ("best.pt", "best.pt", []),
-    "best.pt alone": ("best.pt", "best.pt", ["--resume"]),
-    "weights alone": ("last.pt", "best.pt", ["--resume"]),
-    "a log alone, not resumed": ("log.jsonl", "log.jsonl", []),
+FILES = {  # case -> a name in the folder, the file of a run that has this name, the option
+    "a run, not resumed": ("last.pt", "last.pt", "--out_dir"),
+    "best.pt, not resumed": ("best.pt", "best.pt", "--out_dir"),
+    "best.pt alone": ("best.pt", "best.pt", "--resume"),
+    "weights alone": ("last.pt", "best.pt", "--resume"),
+    "a log alone, not resumed": ("log.jsonl", "log.jsonl", "--out_dir"),
 }
 
 
-@cases("name, source, resume", FILES)
+@cases("name, source, option", FILES)
 def test_what_cannot_be_resumed_is_refused_and_kept(
-    whole_run, shards, tmp_path, capsys, name, source, resume
+    whole_run, tmp_path, capsys, name, source, option
 ):
     content = (whole_run / source).read_bytes()
     (tmp_path / name).write_bytes(content)
 
-    message = error_of(capsys, train.main, *short_run(shards, tmp_path, *resume))
+    message = error_of(capsys, train.main, option, tmp_path)
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_last_pt_of_an_older_version_is_refused_with_its_commit(copied_run, capsys):
+    last = checkpoint_of(copied_run)
+    del last["options"]
+    last["header"]["commit"] = "7117ec6"
+    torch.save(last, copied_run / "last.pt")
+
+    message = error_of(capsys, train.main, "--resume", copied_run)
+
+    assert "last.pt" in message and "7117ec6" in message
