@@ -18,6 +18,9 @@ from material import TOKENIZER, small_model
 from oracle import make_pairs, make_random_model, open_clip_of
 
 import superclip
+from common import scenes
+from common.tokenizer import Tokenizer
+from study import some_words
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "study" / "results.md"]
 LAB = ROOT / "docs" / "lab.ipynb"
@@ -106,7 +109,7 @@ def test_the_code_in_the_readme_is_the_method():
         **vars(superclip),
         "patches": patches,
         "tokens": captions,
-        "contrastive_loss": expected["contrastive_loss"],
+        "clip_loss": expected["contrastive_loss"],
         "vocab_size": TOKENIZER.vocab_size,
         "cls_weight": 1.0,
         "head": model.head,
@@ -116,8 +119,8 @@ def test_the_code_in_the_readme_is_the_method():
 
     exec(re.search(r"```python\n(logits = .+?)```", README, re.DOTALL)[1], names)
 
-    for name in ("classification_loss", "loss"):
-        torch.testing.assert_close(names[name], expected[name])
+    torch.testing.assert_close(names["cls_loss"], expected["classification_loss"])
+    torch.testing.assert_close(names["loss"], expected["loss"])
 
 
 PRINTED = r"tensor\(\[\[(.+),(.+)\]\]\)\n\[\[\('brown', .+, \('red', .+\)\]\]\n"
@@ -163,19 +166,29 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
         assert_same(capsys.readouterr().out, expected)
 
 
-def test_the_first_change_on_the_page_of_forks_trains_with_other_weights(monkeypatch):
-    """The file there puts its function in the place of idf, and then calls train.py."""
+def test_the_first_change_on_the_page_of_forks_is_the_head_for_colours(monkeypatch):
+    """The file there replaces idf, and has the loss of study.some_words, which replaces the loss
+    itself."""
+    tokenizer = Tokenizer(scenes.vocabulary())
+    tokens = tokenizer(["a red star and a blue ring on brown with mint"], 16)
+    logits = torch.rand(1, tokenizer.vocab_size)
+    losses = []
+
+    def train_main(argv):
+        weights = superclip.idf(600, torch.arange(tokenizer.vocab_size))
+        losses.append(superclip.classification_loss(logits, tokens, weights))
+
+    monkeypatch.setattr("train.main", train_main)
     names = {"__name__": "study.mine"}
-    counts = torch.tensor(7), torch.tensor([1, 3, 7])
-    expected = superclip.idf(*counts) ** 2
-    monkeypatch.setattr(superclip, "idf", superclip.idf)  # restored after the test
-    weights = []
-    monkeypatch.setattr("train.main", lambda argv: weights.append(superclip.idf(*counts)))
 
-    exec(re.search(r"```python\n(import superclip\n.+?)```", FORK, re.DOTALL)[1], names)
-    names["main"]([])
+    with monkeypatch.context() as here:
+        here.setattr(superclip, "idf", superclip.idf)  # restored behind this block
+        exec(re.search(r"```python\n(import torch\n\nimport sup.+?)```", FORK, re.DOTALL)[1], names)
+        names["main"]([])
+    monkeypatch.setattr(superclip, "classification_loss", superclip.classification_loss)
+    some_words.main(["--hears", "colours"])
 
-    torch.testing.assert_close(weights, [expected])
+    assert losses[0] == losses[1] > 0
 
 
 def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
