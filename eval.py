@@ -423,8 +423,7 @@ def make_parser():
     add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders")
     add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
-        help="file with a template on each line, {} for the class name; or openai for CLIP's 80 "
-        "templates (default: four similar ones)")
+        help="file with a template on each line, {} for the class, or openai (default: four)")
 
     add = add_command("retrieval", command_retrieval, "find captions by image, and back")
     add("--data", nargs="+", required=True, metavar="SHARDS",

@@ -206,8 +206,8 @@ def images_below(folder):
     def is_hidden(path):
         return any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts)
 
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    return sorted(path for path in files if not is_hidden(path))
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in paths if path.is_file() and not is_hidden(path))
 
 
 def standard_set(name, training):

@@ -51,7 +51,7 @@ def encode(model, pictures, workers):
 
 def stamp_of(file):
     """Return a text that tells an image file from all others, and changes when the file does."""
-    stat = file.stat() if file.exists() else file.lstat()  # of a broken link, the link
+    stat = file.stat()
     return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
