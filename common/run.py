@@ -124,12 +124,12 @@ def make_folder(folder):
     return Path(processes.from_all(str(folder))[0])
 
 
-def make_next_folder():
+def make_next_folder(first="out"):
     for number in count(1):
-        folder = Path("out" if number == 1 else f"out_{number}")
+        folder = Path(first if number == 1 else f"{first}_{number}")
         # mkdir checks and creates in one step, so two runs that start at once get two folders.
         with suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
 
 

@@ -38,8 +38,8 @@ def arms(commit, options=""):
     return [(commit, f"{model} {options}".strip()) for model in MODELS]
 
 
-# Each model has the warm-up and the learning rate that its own search has found. In the commit of
-# these runs study.warmup set the warm-up. Now an option of train.py does, --warmup_steps.
+# Each model has the warm-up and the learning rate that its own search has found. These commands are
+# older than --warmup_steps. study.warmup, which is gone, did what this option does now.
 WARMUP = "-m study.warmup --share 0.7"
 TUNED = [(THIRD, f"{WARMUP}{option}") for option in (" --cls_weight 0", " --shuffled", "")]
 MIXED, MIXED_AGAIN = arms(FIRST), arms(SECOND)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common import run as runs
-from common.cli import sentence_about
+from common.cli import run_command
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from superclip import SuperCLIP, SuperCLIPConfig
 
@@ -111,19 +111,17 @@ def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):
 
 def run(main, *argv):
     """Run a command as a user does, but in this process. Return its exit code."""
-    try:
-        return main([str(a) for a in argv])
-    except SystemExit as ended:  # argparse raises it
-        return ended.code
-    except Exception as error:
-        sentence = sentence_about(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        # The traceback keeps a failed loader alive in a cycle of references. If the loader is freed
-        # late, torch waits ten seconds for the loading processes.
-        traceback.clear_frames(error.__traceback__)
-        return 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["a command", *map(str, argv)])
+        try:
+            run_command(main)
+        except SystemExit as ended:
+            # The traceback keeps a failed loader alive in a cycle of references. If the loader is
+            # freed late, torch waits for the loading processes.
+            if ended.__context__:
+                traceback.clear_frames(ended.__context__.__traceback__)
+            return ended.code
+    return 0
 
 
 def error_of(capsys, main, *argv):

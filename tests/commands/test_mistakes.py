@@ -61,6 +61,7 @@ scripts.show apart.tar --captions txt json.c --out x.png  | txt json.c
 scripts.vocab apart.tar --captions txt json.c             | txt json.c
 scripts.vocab pairs.tar --captions json.caption           | json.caption
 study.compare --a train.py                                | --b
+study.compare --resume hollow                             | hollow
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
 SHORT = {

@@ -210,27 +210,20 @@ def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
 DIFF = re.search("```diff\n(.*?)```", FORK, re.DOTALL)[1]
 
 
-def apply_diff(folder, *options):
-    """Apply the diff of fork.md to a copy of the project. Return whether that was possible. Line
-    numbers may be off."""
-    command = ["git", "apply", *options]
-    return not subprocess.run(command, input=DIFF, text=True, cwd=folder).returncode
-
-
 def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
     """We leave out the test with two processes. It would take six seconds more, mostly to start."""
-    if not apply_diff(ROOT, "--check"):
-        assert "CI" not in os.environ, "the diff in docs/fork.md does not fit the code"
-        pytest.skip("the diff on the page does not fit this fork")
     folder = tmp_path / "fork"
     for name in ("common", "tests"):
         shutil.copytree(ROOT / name, folder / name)
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, folder)
-    assert apply_diff(folder)
-    chosen = ["-k", "uniformity and micro_batches and cpu", "tests/test_step.py"]
+    applied = subprocess.run(["git", "apply"], input=DIFF, text=True, cwd=folder)
+    if applied.returncode != 0:
+        assert "CI" not in os.environ, "the diff in docs/fork.md does not fit the code"
+        pytest.skip("the diff on the page does not fit this fork")
+    chosen = ["-k", "uniformity and micro_batches and cpu and not compiled", "tests/test_step.py"]
     command = [sys.executable, "-m", "pytest", *chosen]
 
     tested = subprocess.run(command, cwd=folder, text=True, capture_output=True)
 
-    assert re.search(r"\b5 passed", tested.stdout), tested.stdout
+    assert re.search(r"\b4 passed", tested.stdout), tested.stdout
