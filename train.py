@@ -42,10 +42,8 @@ SCENES_FOLDER = "scenes"  # where the built-in data is drawn
 # The defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
 SCENES = {
     "zeroshot_data": [
-        f"{SCENES_FOLDER}/zeroshot/colour",
-        f"{SCENES_FOLDER}/zeroshot/shape",
-        f"{SCENES_FOLDER}/zeroshot/colour_shape",
-        f"{SCENES_FOLDER}/zeroshot/held_out",
+        f"{SCENES_FOLDER}/zeroshot/{name}"
+        for name in ("colour", "shape", "colour_shape", "held_out")
     ],
     "captions": ["json.short", "json.long"],
     "val_captions": ["json.long"],
@@ -63,33 +61,28 @@ def make_parser():
     count = cli.number(int, 1)  # from 1 on
     amount = cli.number(float, 0)  # from 0 on
     # fmt: off
-    # Data
-    add("--train_data", nargs="+", metavar="SHARDS", help="pairs to train on: tar files, folders, "
-        "globs or {0000..0575} (default: built-in scenes)")
+    # Data. In the lists of defaults, "scenes:" stands before those without --train_data.
+    add("--train_data", nargs="+", metavar="SHARDS",
+        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
     add("--val_data", nargs="+", metavar="SHARDS",
         help="pairs to validate on, or none (default: the shards that are named val or test)")
     add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="pictures to classify in each validation: folders that hold a folder for each class "
-        "(default: none; of scenes: four)")
+        help="folders that hold a folder of pictures for each class, to classify in validations")
     add("--captions", nargs="+", default=["txt"], metavar="SOURCE",
-        help="where the captions are: txt or json.FIELD, one or more (default: txt; of scenes: "
-        "json.short json.long)")
+        help="one or more of txt and json.FIELD (default: txt; scenes: json.short json.long)")
     add("--label_captions", nargs="+", metavar="SOURCE",
-        help="where the words to predict are (default: in the caption itself)")
+        help="sources of the words to predict (default: the caption itself)")
     add("--val_captions", nargs="+", metavar="SOURCE",
-        help="where the captions for validation are (default: --captions; of scenes: json.long)")
-    add("--vocab", metavar="FILE",
-        help="vocabulary, or clip (default: vocab.tiktoken beside the shards, else clip)")
+        help="sources of the captions in validations (default: --captions; scenes: json.long)")
+    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
     add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share of a picture that a random crop keeps; 1 takes the middle square "
-        "(default: 0.9; for scenes: 1)")
+        help="least share of a picture to keep; 1: the middle square (default: 0.9; scenes: 1)")
     add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
         help="share of the patches to leave out at random (default: 0)")
     # Model and loss
-    add("--init_from", metavar="FILE",
-        help="checkpoint to begin with; it sets --model, --image_size, --loss and --vocab")
+    add("--init_from", help="checkpoint, which sets --model, --image_size, --loss and --vocab")
     add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default: ViT-B-16; for scenes: tiny)")
+        help="size of both towers (default: ViT-B-16; scenes: tiny)")
     add("--image_size", type=count, help="pixels a side (default: 224, or 72 for tiny)")
     add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
     add("--cls_weight", type=amount,
@@ -97,10 +90,9 @@ def make_parser():
     # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. For ViT-B at 256 we tried none.
     add("--steps", type=count, help="length of the run in steps (default: by --epochs)")
     add("--epochs", type=cli.number(float, 1e-6),
-        help="length of the run in passes over the data (default: 30; for scenes: "
-        "1.6 * sqrt(batch_size / 32))")
+        help="passes over the data (default: 30; scenes: 1.6 * sqrt(batch_size / 32))")
     add("--batch_size", type=count, default=256,
-        help="pairs in each step, over all processes (default: 256; for scenes: 32)")
+        help="pairs in each step, over all processes (default: 256; scenes: 32)")
     add("--micro_batch_size", type=count,
         help="pairs in the towers at once: less memory, same gradients (default: all)")
     add("--learning_rate", type=amount, default=5e-4,
@@ -108,8 +100,7 @@ def make_parser():
     add("--warmup_steps", type=cli.number(int, 0),
         help="steps in which the learning rate rises (default: half of all, at most 3000)")
     add("--weight_decay", type=amount, default=0.2, help="AdamW, for matrices (default: 0.2)")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0,
-        help="seed of all that is random (default: 0)")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all draws (default: 0)")
     # Machine
     add("--workers", type=cli.number(int, 0),
         help="loading processes per GPU (default: cores / GPUs, at most 16; without a GPU: 0)")
@@ -117,14 +108,12 @@ def make_parser():
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="dtype of steps (default: bfloat16 if it is fast, else float16 on GPUs, or float32)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and head (default: on CUDA under Linux, if torch can; for scenes: no)")
+        help="compile towers and head (default: on CUDA under Linux, if torch can; scenes: no)")
     # Run
     add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
     add("--resume", metavar="DIR",
-        help="folder of a run to go on with; its options hold, and those that you give replace "
-        "them; if nothing is saved there, the run starts")
-    add("--log_every", type=count, default=20,
-        help="steps between two rows of the log (default: 20)")
+        help="go on with the run in this folder, or start it; typed options replace its own")
+    add("--log_every", type=count, default=20, help="steps between rows of the log (default: 20)")
     add("--eval_every", type=count,
         help="steps between two validations (default: a third of all, at most 2000)")
     # fmt: on
@@ -132,13 +121,13 @@ def make_parser():
 
 
 def parse(argv):
-    """Return the options of a run, and what the last.pt in the folder of --resume holds, or None if
-    the run starts. Of options that have no value yet, `train` chooses it."""
+    """Return the options of a run, and what the last.pt of --resume holds, or None if the run
+    starts. `train` chooses the value of those options that are None."""
     parser = make_parser()
     options = vars(parser.parse_args([]))  # the defaults
-    open = object()  # stands for every option that the user has not typed
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, open))))
-    typed = {name: x for name, x in typed.items() if x is not open}
+    no_value = object()  # argparse leaves it to the options that are not typed
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, no_value)))
+    typed = {name: x for name, x in vars(found).items() if x is not no_value}
     for one, other in (("resume", "out_dir"), ("steps", "epochs")):
         cli.check(not {one, other} <= typed.keys(), f"give --{one} or --{other}, but not both")
     last = None
@@ -153,19 +142,16 @@ def parse(argv):
     if "init_from" in typed:
         # The checkpoint sets the model. A higher learning rate would destroy what it knows.
         options.update(model=None, learning_rate=5e-5)
+        for name in ("model", "image_size", "loss", "vocab"):
+            cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
     if last is not None:
-        options.update(last["options"])
+        options.update(last["header"]["options"])
         run.print_changes(last, options, typed)
-    if "steps" in typed:
-        options["epochs"] = None
-    if "epochs" in typed:
-        options["steps"] = None
+    if "steps" in typed or "epochs" in typed:  # one of them replaces the other
+        options.update(steps=None, epochs=None)
     options.update(typed)
 
     args = argparse.Namespace(**options)
-    if args.init_from is not None:
-        for name in ("model", "image_size", "loss", "vocab"):
-            cli.check(getattr(args, name) is None, f"--init_from sets --{name}. Leave this out.")
     is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
     print("options:", {name: x for name, x in options.items() if x is not None})
@@ -292,7 +278,7 @@ def train(args, last):
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     # The model and the data. One process draws, downloads and indexes what is missing, while the
-    # others wait. Then they find it.
+    # others wait.
     with one_first():
         train_data = args.train_data or [find_or_make_scenes(SCENES_FOLDER)]
         shards, val_shards = shards_of_run(train_data, args.val_data)
@@ -301,7 +287,7 @@ def train(args, last):
         else:
             parts = last["model"], last["config"], last["vocab"]
             model, tokenizer = run.restore(f"{args.resume}/last.pt", *parts)
-            new_names = last["new_names"]
+            new_names = last["header"]["new_names"]
         image_size = model.config.image_size
         samples = data.open_samples(shards, args.captions)
         val_samples = None
@@ -328,17 +314,17 @@ def train(args, last):
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
 
-    # From which step to which, and when to validate. Step 0 is before the first update.
+    # Its steps, and those after which it validates. 0 is before the first one.
     args.steps, args.warmup_steps, args.eval_every = count_steps(args, len(pairs))
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
-    header = run.make_header(args, device, model, pairs, val_samples)
+    header = run.make_header(args, options, device, model, pairs, val_samples, new_names)
     if last is not None:
         run.check_data_and_steps(last, header)
         run.load_states(last, optimizer, scaler)
         start = last["step"]
-        best_r1 = run.score_to_beat(last, args.resume)
+        best_r1 = last["best_r1"]
         # last.pt is saved before a validation, which may be missing then. So make it again.
         if run.validation_was_due(last):
             eval_steps.add(start)
@@ -358,30 +344,16 @@ def train(args, last):
 
     saved_at = time.perf_counter()
     since_row = Counter()  # sums over the steps since the last row of the log
-    bar = tqdm(
-        range(start, args.steps + 1),  # after the last step it only saves and validates
-        initial=start,
-        total=args.steps,
-        unit="step",
-        disable=RANK > 0 or None,  # None: there is a bar if the output is a terminal
-    )
-    for step in bar:
+    rounds = range(start, args.steps + 1)  # the last one only saves and validates
+    no_bar = RANK > 0 or None  # None: there is a bar if the output is a terminal
+    for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
         is_due = step in eval_steps or time.perf_counter() > saved_at + 600
         if RANK == 0 and is_due and step > start:
-            run.write_checkpoint(
-                out / "last.pt",
-                model,
-                tokenizer.vocab,
-                header=header,
-                step=step,
-                best_r1=best_r1,
-                options=options,
-                new_names=new_names,
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-            )
+            facts = {"header": header, "step": step, "best_r1": best_r1}
+            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
             saved_at = time.perf_counter()
         if RANK == 0 and step in eval_steps:
             row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)

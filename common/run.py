@@ -158,8 +158,9 @@ def commit():
         return ""
 
 
-def make_header(args, device, model, pairs, val_samples):
-    """Return the header of the log: the conditions under which the other rows are measured."""
+def make_header(args, options, device, model, pairs, val_samples, new_names):
+    """Return the header of the log: the conditions under which the other rows are measured. A run
+    goes on with its options, as they were given, and with its new_names."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
@@ -182,7 +183,9 @@ def make_header(args, device, model, pairs, val_samples):
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": "-".join(fingerprints),
         "command": sys.argv,
-        "arguments": arguments,
+        "options": options,
+        "arguments": arguments,  # the options, with the values of those that were left open
+        "new_names": new_names,
         "config": vars(model.config),
     }
 
@@ -200,25 +203,28 @@ def read_last(folder):
         print(f"there is no {path} yet, so the run starts")
         return None
     last = read_checkpoint(path)
-    commit = last.get("header", {}).get("commit")
-    is_ours = {"options", "optimizer"} <= last.keys()
-    check(
-        is_ours, f"{path} is not the last.pt of a run by this version of the code, but of {commit}"
-    )
+    header = last.get("header", {})
+    is_ours = "optimizer" in last and "options" in header
+    version = f"this version of the code (it names commit {header.get('commit')})"
+    check(is_ours, f"{path} is not the last.pt of a run by {version}")
+    best = Path(folder, "best.pt")
+    if best.exists():  # it may be newer than last.pt
+        last["best_r1"] = max(last["best_r1"], read_checkpoint(best).get("best_r1", 0.0))
     return last
 
 
 def print_changes(last, options, typed):
     """Print how the options that the user has typed differ from those of the run. Raise InputError
     if they define another model."""
-    # Say also what the run has chosen for an option that was left open.
-    chosen = {name: x for name, x in last["header"]["arguments"].items() if options[name] is None}
     config = vars(SuperCLIPConfig()) | last["config"]  # a fork may have added a field since then
-    before = options | chosen | config
+    chosen = last["header"]["arguments"]  # with a value for what was left open
     for name, value in typed.items():
-        if name != "resume" and value != before[name]:
+        old = config.get(name, options[name])
+        if old is None:
+            old = chosen.get(name)
+        if name != "resume" and value != old:
             defines_model = name in config or name in ("model", "init_from", "vocab")
-            change = f"--{name}: {before[name]} -> {value}"
+            change = f"--{name}: {old} -> {value}"
             check(not defines_model, f"--resume cannot change the model ({change})")
             print(change)
 
@@ -241,15 +247,6 @@ def load_states(last, optimizer, scaler):
         group.update(added, peak_lr=today["peak_lr"], weight_decay=today["weight_decay"])
     if last["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(last["scaler"])
-
-
-def score_to_beat(last, folder):
-    """Return the best score of a run so far. best.pt may be newer than last.pt."""
-    best = Path(folder, "best.pt")
-    # Process 0 alone compares scores.
-    if processes.RANK > 0 or not best.exists():
-        return last["best_r1"]
-    return max(last["best_r1"], read_checkpoint(best).get("best_r1", 0.0))
 
 
 def validation_was_due(last):

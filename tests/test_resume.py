@@ -277,7 +277,7 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
 def test_a_last_pt_of_an_older_version_is_refused_with_its_commit(copied_run, capsys):
     last = checkpoint_of(copied_run)
-    del last["options"]
+    del last["header"]["options"]
     last["header"]["commit"] = "7117ec6"
     torch.save(last, copied_run / "last.pt")
 
