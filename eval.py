@@ -133,6 +133,22 @@ def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
     }
 
 
+def print_pairs(row, model, tokenizer, samples):
+    """Print what score_pairs returns, and the words that the head finds in the first pictures."""
+    for way, scores in row["validation"].items():
+        for name, s in scores.items():
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
+    loss = row["val_contrastive_loss"]
+    tqdm.write(f"contrastive loss {loss:.3f} in groups of {row['val_group']}")
+    if model.head is None or model.num_captions == 0:  # without counts all words are common
+        return
+    pictures = Pictures(samples, model.config.image_size)
+    pixels, captions = next(readable_batches(pictures, 2, 0))
+    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
+        found = ", ".join(word for word, _, _ in words)
+        tqdm.write(f'"{texts[0]}": the head says {found}')
+
+
 @torch.no_grad()
 def loss_in_groups(model, image_features, text_features, image_of_text, group):
     """Return the contrastive loss of the model, a mean over random groups of `group` images, each
@@ -168,8 +184,7 @@ def zeroshot(model, tokenizer, pictures, templates=TEMPLATES, workers=0):
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
-    """Return a feature for each class, (C, E): the normalised mean of the features of its prompts.
-    classes: their names."""
+    """Return a feature for each class (C, E): the normalised mean over its prompts."""
     prompts = [template.replace("{}", name) for name in classes for template in templates]
     features = encode_texts(model, tokenizer, prompts).view(len(classes), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=1)
@@ -330,22 +345,6 @@ def top_words(model, tokenizer, pixels, k=8):
                 break
         result.append(words)
     return result
-
-
-def print_pairs(row, model, tokenizer, samples):
-    """Print what score_pairs returns, and the words that the head finds in the first pictures."""
-    for way, scores in row["validation"].items():
-        for name, s in scores.items():
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
-    loss = row["val_contrastive_loss"]
-    tqdm.write(f"contrastive loss {loss:.3f} in groups of {row['val_group']}")
-    if model.head is None or model.num_captions == 0:  # without counts all words are common
-        return
-    pictures = Pictures(samples, model.config.image_size)
-    pixels, captions = next(readable_batches(pictures, 2, 0))
-    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
-        found = ", ".join(word for word, _, _ in words)
-        tqdm.write(f'"{texts[0]}": the head says {found}')
 
 
 # -----------------------------------------------------------------------------
