@@ -209,12 +209,12 @@ class SuperCLIP(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images, tokens, label_tokens=None, keep=None, micro_batch_size=None):
-        """Return the loss of a batch and its terms, a dict of scalars. This is the whole method.
+        """Return a dict of scalars: the loss of a batch, and its terms. This is the whole method.
 
         images (B, 3, S, S) and tokens (B, T): images and their captions; label_tokens (B, T'): the
-        captions whose words the head predicts, usually the same but not cut, by default the tokens.
-        With several processes the mean of their losses is that of the whole batch. Only training
-        counts captions. Before the first one no word has weight, so classification_loss is 0.
+        captions whose words the head predicts, usually the same ones, but not cut. By default they
+        are the tokens. The mean over several processes is the loss of the whole batch. Only
+        training counts captions. In a model that has counted none, classification_loss is 0.
 
         keep (B, K): indices of the patches to look at, to save time. By default all P.
         micro_batch_size: pairs that go through the towers at once, to save memory. By default all.
@@ -243,8 +243,8 @@ class SuperCLIP(nn.Module):
         return {"loss": loss, **terms}
 
     def count_tokens(self, label_tokens):
-        """Count the captions (B, T') of a batch, and how many of them contain each token (V,), over
-        all processes."""
+        """Count the captions (B, T') of a batch, and how many of them contain each token. The
+        batches of all processes are counted."""
         num_captions = len(label_tokens)
         counts = multi_hot(label_tokens, self.config.vocab_size).sum(dim=0).long()  # (V,)
         if dist.is_initialized():
@@ -264,7 +264,7 @@ class SuperCLIP(nn.Module):
         }
         terms = {}
         if self.head is not None:
-            # Only the next step changes the counts, so recomputed weights are the same.
+            # The backward pass may compute this again. Until then the counts stay the same.
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
             loss = classification_loss(self.head(patches), label_tokens, token_weights)
             terms["classification_loss"] = loss
@@ -299,7 +299,8 @@ class SuperCLIP(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Turn an image into one token for each patch, and a class token for the whole image."""
+    """Turn an image into one token for each patch, and into one feature. It is read at the class
+    token, which stands for the whole image."""
 
     def __init__(self, config):
         super().__init__()
@@ -319,14 +320,15 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images, keep=None):
-        """Return the feature (B, E) of the image, and its patch tokens (B, P, D)."""
-        x = self.tokens(images, keep)
+        """Return features (B, E), and patch tokens (B, P, D), or (B, K, D) with `keep`. The
+        arguments are those of `tokens`."""
+        x = self.tokens(images, keep)  # (B, 1 + P, D)
         return x[:, 0] @ self.proj, x[:, 1:]
 
     def tokens(self, images, keep=None):
-        """Return the class token and the patch tokens, (B, 1 + P, D), or (B, 1 + K, D) with `keep`.
-        images (B, 3, S, S): uint8, or floats from which mean and std are already removed; keep
-        (B, K): indices of the patches to look at, by default all."""
+        """Return the class token, and after it the patch tokens: (B, 1 + P, D), or (B, 1 + K, D)
+        with `keep`. images (B, 3, S, S): uint8, or floats from which mean and std are already
+        removed; keep (B, K): indices of the patches to look at, by default all."""
         if images.dtype == torch.uint8:
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
