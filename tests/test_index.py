@@ -42,13 +42,14 @@ def test_the_name_of_a_shard_tells_its_side():
     assert by_split(val) == (val, [])  # so that there is something to train on
 
 
-def test_shards_that_val_data_names_are_not_trained_on_even_through_a_link(tmp_path):
+def test_shards_that_val_data_names_are_not_trained_on_even_through_a_link(tmp_path, capsys):
     train, val = tmp_path / "train-0.tar", tmp_path / "link" / "train-1.tar"
     (tmp_path / "link").symlink_to(tmp_path)
     for path in (train, val):
         path.touch()
 
     assert shards_of_run([tmp_path], [str(val)]) == ([str(train)], [str(val)])
+    assert "1 to train on, 1 to validate on" in capsys.readouterr().out
 
 
 # ---- what the index finds
