@@ -507,7 +507,7 @@ def gather(features):
 
 def in_micro_batches(encode_pairs, pairs, size):
     """Return what encode_pairs(**pairs) returns, but with the memory of `size` pairs (GradCache,
-    arXiv 2101.06983). pairs: a dict of tensors with a row for each of the B pairs, or None.
+    arXiv 2101.06983). pairs: a dict of its arguments, each a tensor with B rows, or None.
 
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
@@ -518,11 +518,10 @@ def in_micro_batches(encode_pairs, pairs, size):
     if size is None or size >= B:
         return encode_pairs(**pairs)
     assert B % size == 0, f"{B} pairs are no multiple of {size}, so parts would not count equally"
-    pairs = {name: x for name, x in pairs.items() if x is not None}
     all_features = []
     all_terms = []
     for start in range(0, B, size):
-        part = {name: x[start : start + size] for name, x in pairs.items()}
+        part = {name: x[start : start + size] for name, x in pairs.items() if x is not None}
         # use_reentrant=False: the older kind wants inputs that require gradients.
         features, terms = recompute_in_backward(encode_pairs, **part, use_reentrant=False)
         all_features.append(features)
