@@ -195,17 +195,15 @@ def build_model(args, shards):
 
 def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new=5e-4):
     """Return AdamW. Its groups of parameters differ in weight decay and in peak_lr, the highest
-    learning rate. The parameters in new_names know nothing yet, so they learn as from nothing, at
-    rate_of_new."""
-    params = dict(model.named_parameters())
-    new = [params.pop(name) for name in new_names if name in params]  # the others are buffers
+    learning rate. The parameters in new_names know nothing yet, so they learn as from nothing."""
     groups = []
-    for some, peak_lr in ((params.values(), learning_rate), (new, rate_of_new)):
-        matrices = [p for p in some if p.ndim >= 2]
-        others = [p for p in some if p.ndim < 2]  # biases, norms, class token, logit scale
-        for part, decay in ((matrices, weight_decay), (others, 0.0)):
-            if part:
-                groups.append({"params": part, "peak_lr": peak_lr, "weight_decay": decay})
+    for is_new, peak_lr in ((False, learning_rate), (True, rate_of_new)):
+        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
+        matrices = [p for p in params if p.ndim >= 2]
+        others = [p for p in params if p.ndim < 2]  # biases, norms, class token, logit scale
+        if params:
+            groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": weight_decay})
+            groups.append({"params": others, "peak_lr": peak_lr, "weight_decay": 0.0})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -213,12 +211,11 @@ def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new
 def count_steps(args, num_pairs):
     """Return three numbers of steps: the length of a run on num_pairs pairs, the length of its
     warm-up, and the distance between two validations. Options have them, or these rules."""
-    epochs = args.epochs
-    if epochs is None and args.train_data is None:
+    usual = 30
+    if args.train_data is None:
         # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
-        epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-    elif epochs is None:
-        epochs = 30
+        usual = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+    epochs = args.epochs or usual
     steps = args.steps or max(1, round(epochs * (num_pairs // args.batch_size)))
     warmup_steps = args.warmup_steps
     if warmup_steps is None:  # a short one hurts plain CLIP most (study/results.md)
@@ -414,8 +411,8 @@ def train(args, last):
                 "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 "images_per_second": round(speed, 1),
-                "data_wait": round(since_row["waited"] / since_row["seconds"], 3),  # a share
-                # The share of the pairs of this process
+                # Shares of the time, and of the pairs of this process
+                "data_wait": round(since_row["waited"] / since_row["seconds"], 3),
                 "bad_samples": round(since_row["replaced"] / (since_row["steps"] * B), 4),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             }

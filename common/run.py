@@ -68,7 +68,7 @@ def read_model(path):
 def read_options(path):
     """Return the options of the run that wrote a checkpoint. A converted one has val_captions."""
     options = read_checkpoint(path).get("header", {}).get("arguments", {})
-    # Older runs have None if their validation had the captions of the training.
+    # In older checkpoints None stands for the captions of the training.
     val_captions = options.get("val_captions") or options.get("captions", ["txt"])
     return {**options, "val_captions": val_captions}
 
@@ -195,8 +195,8 @@ def make_header(args, options, device, model, pairs, val_samples, new_names):
 
 
 def read_last(folder):
-    """Return what the last.pt of a run holds. Return None if nothing is saved in its folder yet, so
-    that the run starts, and a scheduler can always give --resume."""
+    """Return what the last.pt of a run holds, or None if nothing is saved yet. Then the run starts,
+    so a scheduler can always give --resume."""
     path = Path(folder, "last.pt")
     if not path.exists():
         check(not any(Path(folder).glob("*.pt")), f"{folder} has no last.pt to --resume from")
@@ -205,8 +205,8 @@ def read_last(folder):
     last = read_checkpoint(path)
     header = last.get("header", {})
     is_ours = "optimizer" in last and "options" in header
-    version = f"this version of the code (it names commit {header.get('commit')})"
-    check(is_ours, f"{path} is not the last.pt of a run by {version}")
+    version = f"by this version of the code (its commit is {header.get('commit')})"
+    check(is_ours, f"{path} is not the last.pt of a run {version}")
     best = Path(folder, "best.pt")
     if best.exists():  # it may be newer than last.pt
         last["best_r1"] = max(last["best_r1"], read_checkpoint(best).get("best_r1", 0.0))
