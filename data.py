@@ -179,9 +179,6 @@ class Pairs(Dataset):
         takes the place of a bad one, so that batches keep their size. A hundred in a row end it."""
         position, i = item
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
-        # This is for what a fork draws from torch, by torchvision's transforms. torch.manual_seed
-        # would also look for GPUs.
-        torch.default_generator.manual_seed(torch_seed(self.seed, position))
         for tried in range(100):
             try:
                 return *self.draw_pair(i, rng), tried > 0
@@ -254,12 +251,6 @@ def crop_box(width, height, crop_area, rng):
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     return centre_box(width, height, w, h)
-
-
-def torch_seed(*numbers):
-    """Return a seed for torch that depends on several integers, such as a seed and a step. On a CPU
-    torch looks at 32 bits of a seed only, so all of the numbers must change these."""
-    return random.Random(str(numbers)).getrandbits(32)
 
 
 def padded_length(captions):

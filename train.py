@@ -373,7 +373,7 @@ def train(args, last):
         # 3. The losses and their gradient. Gradients are not accumulated here: the contrastive loss
         # needs all pairs at once, so forward itself splits a batch into micro-batches. Seed what a
         # model may draw, such as dropout, so that a resumed run draws the same.
-        torch.manual_seed(data.torch_seed(args.seed, step, RANK))
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
         scaler.scale(losses["loss"]).backward()
