@@ -1,4 +1,4 @@
-"""Test the study: how two commands are compared, and that the pages show what the runs say."""
+"""Test the study: how two commands are compared, and what the experiments train with."""
 
 import importlib
 import re
@@ -12,7 +12,6 @@ from statistics import mean
 import pytest
 import torch
 import torch.nn.functional as F
-from children import ROOT
 from material import cases, rows_of
 
 import superclip
@@ -20,7 +19,7 @@ import train
 from common import scenes
 from common.cli import InputError
 from common.tokenizer import Tokenizer
-from study import claims, compare, shuffled
+from study import compare, shuffled
 
 # ---- compare
 
@@ -217,57 +216,3 @@ def test_the_control_is_asked_for_the_words_of_another_pair(replaced):
     shuffled.main([])
 
     assert superclip.classification_loss(logits, captions, weights) == expected
-
-
-# ---- claims
-
-
-def test_the_results_have_the_tables_of_the_study():
-    page = (ROOT / "study" / "results.md").read_text("utf-8")
-
-    for table in claims.tables():
-        assert f"\n\n{table}\n\n" in page
-
-
-def test_the_readme_has_the_scores_of_the_study():
-    *_, table = claims.tables()
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    page = " ".join((ROOT / "README.md").read_text("utf-8").split())
-
-    shown = re.findall(r"SuperCLIP names ([\d.]+) % and CLIP ([\d.]+) %", page)
-
-    assert len(shown) == 2 and {*shown} <= {(ours, clip) for _, clip, _, ours, _ in rows}
-
-
-def test_a_planned_question_has_the_difference_and_the_p_of_its_runs():
-    """In a row, the difference and p of CLIP come first, and then those of the control. A cell
-    without a colon has no question. Product photos have no p."""
-    page = (ROOT / "study" / "results.md").read_text("utf-8")
-    planned = {measured: (score, arms) for _, measured, score, arms, _ in claims.CLAIMS}
-    planned[claims.ZERO_SHOT] = claims.OBJECTS, claims.MIXED  # question 1, which is no claim now
-    rows = re.findall(r"^\| ([^|]+) \| (\d+: .+) \|$", page, re.MULTILINE)
-    assert len(rows) == 8
-    for measured, answers in rows:
-        score, (clip, control, superclip, *_) = planned[measured]
-        cells = [cell.strip().rpartition(": ")[2] for cell in answers.split("|")]
-        for baseline, difference, p in ((clip, *cells[:2]), (control, *cells[3:5])):
-            if difference:
-                (_, _, expected, _), *_ = claims.compare(score, baseline, superclip)
-                differences = claims.differences_of(score, baseline, superclip).values()
-                assert difference == expected
-                assert p in (f"{compare.sign_flip(differences):.4f}", "no test")
-
-
-# (mean difference, half of its interval, whether it is planned and significant): the answer
-ANSWERS = {
-    (1, 2, True): "confirmed",
-    (3, 2, False): "suggested",
-    (1, 2, False): "not seen",
-    (-1, 2, True): "not seen",
-    (-3, 2, True): "against",
-}
-
-
-@pytest.mark.parametrize("facts", ANSWERS)
-def test_a_claim_has_one_of_four_answers(facts):
-    assert claims.answer(*facts) == ANSWERS[facts]
