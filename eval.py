@@ -14,7 +14,6 @@ Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +23,8 @@ from tqdm import tqdm
 import data
 from common import cli
 from common.devices import pick_device
-from common.images import STANDARD_SETS, Pictures, class_pictures, load_image, readable_batches
-from common.run import read_model, read_options
+from common.images import STANDARD_SETS, Pictures, class_pictures, readable_batches
+from common.run import read_model
 from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
 
@@ -278,11 +277,11 @@ def fit_and_guess(x, y, x_test, classes, penalty):
 
 
 def load(checkpoint, device="cpu"):
-    """Read a checkpoint for inference, without gradients. Return model, tokenizer and preprocess,
-    which makes pixels of a picture, for `model.encode_image(preprocess(picture)[None])`."""
-    model, tokenizer = read_model(checkpoint)
+    """Read a checkpoint for inference, without gradients. Return the model, the tokenizer, and the
+    options of its run, a dict that is empty if the checkpoint was converted."""
+    model, tokenizer, options = read_model(checkpoint)
     model.requires_grad_(False).to(device).eval()
-    return model, tokenizer, partial(load_image, size=model.config.image_size)
+    return model, tokenizer, options
 
 
 def device_of(model):
@@ -363,7 +362,8 @@ def read_list(path):
     return lines
 
 
-def command_zeroshot(model, tokenizer, args):
+def command_zeroshot(args):
+    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
     for template in args.templates:
         cli.check("{}" in template, f"--templates: there is no {{}} in: {template}")
     size = model.config.image_size
@@ -373,18 +373,20 @@ def command_zeroshot(model, tokenizer, args):
     return {**result, "templates": known_templates(tokenizer, args.templates)}
 
 
-def command_retrieval(model, tokenizer, args):
+def command_retrieval(args):
+    model, tokenizer, options = load(args.checkpoint, pick_device(args.device))
     training, validation = by_split(find_shards(args.data))
     shards = validation or training
     print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
-    options = read_options(args.checkpoint)
-    samples = data.open_samples(shards, args.captions or options["val_captions"])
+    sources = args.captions or options.get("val_captions", ["txt"])
+    samples = data.open_samples(shards, sources)
     row = score_pairs(model, tokenizer, samples, args.workers, options.get("batch_size", 256))
     print_pairs(row, model, tokenizer, samples)
     return row
 
 
-def command_probe(model, tokenizer, args):
+def command_probe(args):
+    model, _, _ = load(args.checkpoint, pick_device(args.device))
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
         cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
@@ -439,8 +441,7 @@ def make_parser():
 
 def main(argv):
     args = make_parser().parse_args(argv)
-    model, tokenizer, _ = load(args.checkpoint, pick_device(args.device))
-    result = args.function(model, tokenizer, args)
+    result = args.function(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
 

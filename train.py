@@ -171,7 +171,7 @@ def build_model(args, shards):
         tokenizer = tokenizer_for(shards, args.vocab)
         config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
-        pretrained, tokenizer = run.read_model(args.init_from)
+        pretrained, tokenizer, _ = run.read_model(args.init_from)
         config = {**vars(pretrained.config)}
         if pretrained.head is None:
             config["cls_weight"] = 1.0  # plain CLIP gets a word head

@@ -60,17 +60,11 @@ def restore(path, weights, config, vocab):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint."""
+    """Return the model and the tokenizer of a checkpoint, and the options of the run that wrote it,
+    a dict. A converted checkpoint has none."""
     content = read_checkpoint(path)
-    return restore(path, content["model"], content["config"], content["vocab"])
-
-
-def read_options(path):
-    """Return the options of the run that wrote a checkpoint. A converted one has val_captions."""
-    options = read_checkpoint(path).get("header", {}).get("arguments", {})
-    # In older checkpoints None stands for the captions of the training.
-    val_captions = options.get("val_captions") or options.get("captions", ["txt"])
-    return {**options, "val_captions": val_captions}
+    model, tokenizer = restore(path, content["model"], content["config"], content["vocab"])
+    return model, tokenizer, content.get("header", {}).get("arguments", {})
 
 
 def load_pretrained(model, pretrained, path):

@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from common.cli import check, write_file
 from common.images import Pictures, images_below
-from common.run import read_options
 
 
 class NumberedPictures(Pictures):
@@ -25,14 +24,13 @@ class NumberedPictures(Pictures):
         return titles[0]
 
 
-def find_pictures(path, checkpoint, size):
+def find_pictures(path, options, size):
     """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
-    bottom. If path is None, return the validation pictures of the run that wrote the checkpoint."""
+    bottom. If path is None, return the validation pictures of the run with these options."""
     if path is None:
-        options = read_options(checkpoint)
         shards = options.get("val_data", ["none"])
         advice = "Name pictures with --images."
-        check(shards != ["none"], f"{checkpoint} names no validation shards. {advice}")
+        check(shards != ["none"], f"the checkpoint names no validation shards. {advice}")
         return NumberedPictures(data.open_samples(shards, options["val_captions"]), size)
     files = [path] if path.is_file() else images_below(path)
     check(files, f"there is no image file or folder of images {path}")

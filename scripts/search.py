@@ -172,8 +172,8 @@ def main(argv):
     for text in args.texts:  # such as the other files of --images photos/*.jpg
         check(not os.path.isfile(text), f"{text} is a file. Name its folder with --images.")
 
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
-    pictures = find_pictures(args.images, args.checkpoint, model.config.image_size)
+    model, tokenizer, options = evaluation.load(args.checkpoint, pick_device(args.device))
+    pictures = find_pictures(args.images, options, model.config.image_size)
     if args.features:
         found = encode_or_read(model, pictures, args.workers, args.features, args.checkpoint)
     else:

@@ -90,9 +90,9 @@ def main(argv):
     add("--images", type=Path, help="image, or folder of images (default: validation pictures)")
     add("--out", type=output_file(".png"), required=True, help="picture to draw, such as words.png")
     args = parser.parse_args(argv)
-    model, tokenizer, _ = evaluation.load(args.checkpoint, pick_device(args.device))
+    model, tokenizer, options = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
-    pictures = find_pictures(args.images, args.checkpoint, model.config.image_size)
+    pictures = find_pictures(args.images, options, model.config.image_size)
     window = default_window(model)
 
     cells = []  # images of the sheet

@@ -14,6 +14,7 @@ import torch
 from material import error_of, photo, run, small_model, write_checkpoint
 
 import eval as evaluation
+from common.images import load_image
 from scripts import search
 
 TEXTS = ["a photo of the red zebra", "blue thing " * 200]  # the second is longer than the context
@@ -41,9 +42,9 @@ def test_the_ranking_is_the_slow_and_obvious_one(folders, checkpoint, capsys):
     assert "lacks these words: zebra." in printed[0]
     results = re.findall(r"^ +(-?[01]\.\d{3})  (\S+)$", printed[0], re.M)
     found = [{name: float(score) for score, name in part} for part in (results[:7], results[7:])]
-    model, tokenizer, preprocess = evaluation.load(checkpoint)
+    model, tokenizer, _ = evaluation.load(checkpoint)
     files = sorted(Path().rglob("*.png"))
-    features = torch.cat([model.encode_image(preprocess(file)[None]) for file in files])
+    features = torch.cat([model.encode_image(load_image(file, 16)[None]) for file in files])
     for scores_of, query in zip(found, model.encode_text(tokenizer(TEXTS)), strict=True):
         scores = (features @ query).tolist()
         best = sorted(zip(scores, map(str, files)), reverse=True)[:7]
