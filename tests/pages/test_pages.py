@@ -135,7 +135,7 @@ def test_the_lines_of_inference_run(monkeypatch, capsys):
 
     page = (ROOT / "docs" / "weights.md").read_text()
     names = {}
-    exec(re.search(r"```python\n(from PIL.+?)```", page, re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(from common.images.+?)```", page, re.DOTALL)[1], names)
 
     red_heart, green_star = re.fullmatch(PRINTED, capsys.readouterr().out).groups()
     assert float(red_heart) > float(green_star)
