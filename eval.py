@@ -3,12 +3,11 @@
     python eval.py zeroshot  --checkpoint out/best.pt --images DIR       a folder per class
     python eval.py zeroshot  --checkpoint out/best.pt --images cifar10   downloaded by torchvision
     python eval.py retrieval --checkpoint out/best.pt --data SHARDS      R@1, R@5, R@10, both ways
-    python eval.py probe     --checkpoint out/best.pt --train DIR --test DIR
 
 Every score is printed with its chance level, its 95 % interval, and n, the number of images.
 train.py validates with the same functions. Both compute in float32, so a checkpoint has one score.
 
-Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, D width, E embedding.
+Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, E embedding.
 """
 
 import json
@@ -29,10 +28,10 @@ from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
 
 
-def score(hits, chance):
-    """Return a score, the mean of hits, as a dict of value, chance, n and interval. hits (n,):
-    numbers between 0 and 1; chance: the value that a guess would have. Wilson's 95 % interval
-    remains valid for scores near 0 or 1."""
+def make_score(hits, chance):
+    """Return a score, a dict of value, chance, n and interval. The value is the mean of hits (n,),
+    numbers between 0 and 1. chance: the value that a guess would have. Wilson's 95 % interval
+    remains valid for values near 0 or 1."""
     n = len(hits)
     p = float(hits.double().mean())
     z = 1.96  # 95 % of a normal distribution lie within 1.96 standard deviations of its mean
@@ -43,11 +42,11 @@ def score(hits, chance):
     return {"value": p, "chance": float(chance), "n": n, "interval": interval}
 
 
-def format_score(name, s):
-    """Return a line of text that shows a score. s: a dict from `score`."""
-    low, high = s["interval"]
-    text = f"{name:24s}{100 * s['value']:7.2f} %   chance {100 * s['chance']:6.2f} %"
-    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {s['n']:,}"
+def format_score(name, score):
+    """Return a line of text that shows a score."""
+    low, high = score["interval"]
+    text = f"{name:24s}{100 * score['value']:7.2f} %   chance {100 * score['chance']:6.2f} %"
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {score['n']:,}"
 
 
 # -----------------------------------------------------------------------------
@@ -58,14 +57,14 @@ def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Return R@k from image to text and from text to image, two dicts of scores. This is the usual
     R@k if all images have equally many captions. image_features (N, E); text_features (M, E);
     image_of_text (M,): the image of each text, on the CPU."""
-    numbers = torch.arange(len(image_features))  # each image belongs to itself
+    image_ids = torch.arange(len(image_features))  # each image belongs to itself
     return {
-        "image_to_text": recall_scores(image_features, numbers, text_features, image_of_text, ks),
-        "text_to_image": recall_scores(text_features, image_of_text, image_features, numbers, ks),
+        "image_to_text": recall(image_features, image_ids, text_features, image_of_text, ks),
+        "text_to_image": recall(text_features, image_of_text, image_features, image_ids, ks),
     }
 
 
-def recall_scores(questions, question_image, answers, answer_image, ks):
+def recall(questions, question_image, answers, answer_image, ks):
     """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
     (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images, on the
     CPU. An answer is right if it belongs to the image of the question."""
@@ -75,10 +74,9 @@ def recall_scores(questions, question_image, answers, answer_image, ks):
     scores = {}
     for k in ks:
         found = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
-        by_chance = recall_by_chance(num_right, len(answers), k)  # (Q,)
-        hits = mean_of_images(found, question_image)  # (N,)
-        chance = mean_of_images(by_chance, question_image).mean()
-        scores[f"R@{k}"] = score(hits, chance)
+        # This is exact if one answer is right. If several are, a guess may find two of them.
+        chance = (k * num_right / len(answers)).clamp(max=1).mean()
+        scores[f"R@{k}"] = make_score(mean_of_images(found, question_image), chance)
     return scores
 
 
@@ -98,15 +96,6 @@ def mean_of_images(values, image):
     (Q,): the number of each question's image. A score counts images, and not captions, because the
     captions of one image are not independent."""
     return torch.bincount(image, weights=values) / torch.bincount(image)
-
-
-def recall_by_chance(num_right, n, k):
-    """Return the probability (Q,) that k of n answers, drawn at random, hold one of the num_right
-    (Q,) right ones. The first draw misses with probability (n - num_right) / n. If it does, the
-    second one misses with probability (n - num_right - 1) / (n - 1), and so on."""
-    drawn = torch.arange(min(k, n))[:, None]
-    misses = ((n - num_right - drawn) / (n - drawn)).clamp(min=0)  # (k, Q): probabilities
-    return 1 - misses.prod(dim=0)
 
 
 # -----------------------------------------------------------------------------
@@ -133,13 +122,13 @@ def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
 
 
 def print_pairs(row, model, tokenizer, samples):
-    """Print what score_pairs returns, and the words that the head finds in the first pictures."""
+    """Print what score_pairs returns, and the words that the head finds in two pictures."""
     for way, scores in row["validation"].items():
-        for name, s in scores.items():
-            tqdm.write(format_score(f"{way} {name}".replace("_", " "), s))
+        for name, score in scores.items():
+            tqdm.write(format_score(f"{way} {name}".replace("_", " "), score))
     loss = row["val_contrastive_loss"]
     tqdm.write(f"contrastive loss {loss:.3f} in groups of {row['val_group']}")
-    if model.head is None or model.num_captions == 0:  # without counts all words are common
+    if model.head is None or model.num_captions == 0:  # it has not learned from any caption yet
         return
     pictures = Pictures(samples, model.config.image_size)
     pixels, captions = next(readable_batches(pictures, 2, 0))
@@ -179,7 +168,7 @@ def zeroshot(model, tokenizer, pictures, templates=TEMPLATES, workers=0):
     classifier = zeroshot_classifier(model, tokenizer, pictures.classes, templates)  # (C, E)
     features, labels = encode_pictures(model, pictures, workers)
     guesses = (features @ classifier.T).argmax(dim=1).cpu()
-    return score(guesses == torch.tensor(labels), 1 / len(pictures.classes))
+    return make_score(guesses == torch.tensor(labels), 1 / len(pictures.classes))
 
 
 def zeroshot_classifier(model, tokenizer, classes, templates):
@@ -223,53 +212,6 @@ def names_of_classes(folders):
     import open_clip
 
     return open_clip.IMAGENET_CLASSNAMES
-
-
-# -----------------------------------------------------------------------------
-# A linear probe of the image tower
-
-
-def probe(x, y, x_test, y_test, classes):
-    """Fit a linear probe to features x (N, D) and their N labels y, and return its score on x_test
-    and y_test. classes: their number. A fifth of the training images chooses the penalty of a probe
-    that learns from the others. Then it learns from all of them. It runs on the CPU."""
-    cli.check(len(x) > 1, "a probe needs two images to learn from")
-    x, x_test = x.cpu(), x_test.cpu()
-    y, y_test = torch.as_tensor(y), torch.as_tensor(y_test)
-    # Standardise the features, so that one penalty means the same for all of them.
-    mean = x.mean(dim=0)
-    std = x.std(dim=0).clamp_min(1e-6)
-    x = (x - mean) / std
-    x_test = (x_test - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    val, rest = order.tensor_split([max(1, len(x) // 5)])
-
-    def count_right(penalty):
-        guesses = fit_and_guess(x[rest], y[rest], x[val], classes, penalty)
-        return (guesses == y[val]).sum()
-
-    # Of equally good penalties max takes the first one, which is the weakest.
-    penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    penalty = max(cli.progress(penalties, "choosing the penalty"), key=count_right)
-    guesses = fit_and_guess(x, y, x_test, classes, penalty)
-    return score(guesses == y_test, 1 / classes)
-
-
-def fit_and_guess(x, y, x_test, classes, penalty):
-    """Fit a multinomial logistic regression to features x (N, D) and labels y (N,). Return the
-    classes that it finds in x_test. penalty: the factor of the sum of squared weights."""
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def compute_loss():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(compute_loss)
-    return F.linear(x_test, weight, bias).argmax(dim=1)
 
 
 # -----------------------------------------------------------------------------
@@ -380,28 +322,10 @@ def command_retrieval(args):
     print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
     sources = args.captions or options.get("val_captions", ["txt"])
     samples = data.open_samples(shards, sources)
-    row = score_pairs(model, tokenizer, samples, args.workers, options.get("batch_size", 256))
+    batch_size = options.get("batch_size", 256)
+    row = score_pairs(model, tokenizer, samples, args.workers, batch_size)
     print_pairs(row, model, tokenizer, samples)
     return row
-
-
-def command_probe(args):
-    model, _, _ = load(args.checkpoint, pick_device(args.device))
-    if Path(args.train).is_dir():
-        is_same = Path(args.train).resolve() == Path(args.test).resolve()
-        cli.check(not is_same, "--train and --test are the same folder. Name others to test on.")
-    train = class_pictures(args.train, model.config.image_size, training=True)
-    test = class_pictures(args.test, model.config.image_size)
-    cli.check(train.classes == test.classes, "--train and --test hold different classes")
-
-    def class_token(pixels):
-        return model.visual.tokens(pixels)[:, 0]
-
-    x, y = encode_pictures(model, train, args.workers, class_token)
-    x_test, y_test = encode_pictures(model, test, args.workers, class_token)
-    result = probe(x, y, x_test, y_test, len(train.classes))
-    print(format_score("linear probe", result))
-    return result
 
 
 def make_parser():
@@ -411,16 +335,15 @@ def make_parser():
     def add_command(name, function, text):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
-        cli.add_options(command, "checkpoint", "device")
+        cli.add_options(command, "checkpoint", "device", "workers")
         add = command.add_argument
-        add("--workers", type=cli.number(int, 0), default=2, help="loading processes (default: 2)")
         add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
         return add
 
-    classes = f"folder with one folder of images per class, or one of {', '.join(STANDARD_SETS)}"
     # fmt: off
     add = add_command("zeroshot", command_zeroshot, "classify images by the names of their classes")
-    add("--images", required=True, metavar="DIR", help=classes)
+    add("--images", required=True, metavar="DIR",
+        help=f"folder with a folder of images for each class, or one of {', '.join(STANDARD_SETS)}")
     add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders")
     add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
@@ -431,10 +354,6 @@ def make_parser():
         help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
-
-    add = add_command("probe", command_probe, "fit a linear classifier on the frozen image tower")
-    add("--train", required=True, metavar="DIR", help=classes)
-    add("--test", required=True, metavar="DIR", help="folder with other images, or the same set")
     # fmt: on
     return parser
 

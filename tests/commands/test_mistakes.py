@@ -43,7 +43,7 @@ eval zeroshot MODEL --images classes --templates list.csv | --templates
 eval zeroshot MODEL --images classes --classes empty.txt  | empty.txt
 eval zeroshot MODEL --images classes --json new.jsonl     | new.jsonl
 eval zeroshot MODEL --images cifar11                      | cifar11 is no folder
-eval probe MODEL --train classes --test classes           | same folder
+scripts.probe MODEL --train classes --test classes           | same folder
 scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.words MODEL --images photo.png --out photo.jpg    | photo.jpg
@@ -119,7 +119,7 @@ def test_a_closed_stdout_is_no_trace(monkeypatch):
 
 # ---- help
 
-COMMANDS = ["train", "eval zeroshot", "eval retrieval", "eval probe"]
+COMMANDS = ["train", "eval zeroshot", "eval retrieval"]
 for folder in ("scripts", "study"):
     for path in sorted(ROOT.glob(f"{folder}/*.py")):
         if "run_command(main)" in path.read_text():
