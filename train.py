@@ -12,15 +12,10 @@ run that was killed and resumed ends with the same bits as a run that was not. A
 
 import argparse
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-
-# Let threads of OpenMP sleep while they wait. Otherwise runs side by side would be up to fifty
-# times slower. torch reads this variable when it is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP

@@ -2,12 +2,9 @@
 
 --help states the rules. The expected values were worked out from them by hand."""
 
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
-from children import ROOT
 
 import train
 from common import run
@@ -95,29 +92,3 @@ def test_warm_up_and_validations_follow_the_length_of_the_run(
     [arguments] = stopped.value.args
     found = tuple(arguments[name] for name in ("steps", "warmup_steps", "eval_every"))
     assert found == expected
-
-
-# As torch is imported for the first time, this program ends, and prints the variable.
-PROGRAM = """
-import importlib, os, sys
-
-class Finder:
-    def find_spec(name, *_):
-        if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
-            os._exit(0)
-
-sys.meta_path.insert(0, Finder)
-importlib.import_module("train")
-"""
-
-
-def test_waiting_threads_sleep(monkeypatch):
-    """torch reads the variable when it is imported, so it must be set before. Otherwise runs side
-    by side would be up to fifty times slower."""
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-
-    command = [sys.executable, "-c", PROGRAM]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    assert ended.stdout == "1000\n", ended.stderr
