@@ -48,6 +48,7 @@ scripts.words --checkpoint clip.pt --images photo.png --out x.png | clip.pt
 scripts.words MODEL --out x.png                           | --images
 scripts.words MODEL --images photo.png --out photo.jpg    | photo.jpg
 scripts.search MODEL "a text"                             | --images
+scripts.search MODEL --images photo.png                   | TEXT
 scripts.search MODEL --images photo.png list.csv          | list.csv
 scripts.curves new.jsonl --out x.png                      | new.jsonl
 scripts.curves new.jsonl --out model.pt                   | model.pt
