@@ -114,24 +114,23 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
 
 MISTAKES = [
-    ("data.crop_box", NameError, 1),
-    ("common.images.decode_smaller", NameError, 0),
-    ("common.images.upright_rgb", EOFError, 1),
+    ("data.crop_box", 1),
+    ("common.images.decode_smaller", 0),
+    ("common.images.upright_rgb", 1),
 ]
 
 
-@pytest.mark.parametrize("function, error, workers", MISTAKES)
-def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function, error, workers):
-    """A fork that changes one of these functions sees the trace, not a sentence. A file that ends
-    too early raises EOFError, as a loading process does that has died."""
+@pytest.mark.parametrize("function, workers", MISTAKES)
+def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function, workers):
+    """A fork that changes one of these functions sees the trace, not a sentence."""
 
     def fails(*_, **options):
-        raise error
+        raise NameError
 
     monkeypatch.setattr(function, fails)
     pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
 
-    with pytest.raises(error) as raised:
+    with pytest.raises(NameError) as raised:
         next(data.load_batches(pairs, 1, slice(1), 0, 1, workers))
 
     assert sentence_about(raised.value) is None

@@ -5,7 +5,6 @@ import argparse
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from material import error_of, png, run, small_model, write_checkpoint, write_sh
 
 import eval as evaluation
 import superclip
-from common.cli import run_command
 from common.tokenizer import words_to_tiktoken
 
 # Each line holds a command with its arguments, and the text that the message must contain.
@@ -108,14 +106,6 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
 
     assert named in error_of(capsys, main, *argv)
     assert not Path("out").exists()  # a run with a mistake leaves no folder
-
-
-def test_a_closed_stdout_is_no_trace(monkeypatch):
-    """A shell closes it by >&-."""
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "argv", ["a command", "a text"])
-
-    run_command(lambda argv: print(*argv))
 
 
 # ---- help
