@@ -331,17 +331,13 @@ def command_retrieval(args):
 def make_parser():
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add_command(name, function, text):
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(function=function)
-        cli.add_options(command, "checkpoint", "device", "workers")
-        add = command.add_argument
-        add("--json", type=cli.output_file(".json"), metavar="FILE", help="file for all numbers")
-        return add
-
+    both = cli.make_parser("", "checkpoint", "device", "workers", add_help=False)
+    both.add_argument("--json", type=cli.output_file(".json"), help="file for all numbers")
+    options = {"parents": [both], "allow_abbrev": False}
     # fmt: off
-    add = add_command("zeroshot", command_zeroshot, "classify images by the names of their classes")
+    command = commands.add_parser("zeroshot", help="find the class of an image", **options)
+    command.set_defaults(function=command_zeroshot)
+    add = command.add_argument
     add("--images", required=True, metavar="DIR",
         help=f"folder with a folder of images for each class, or one of {', '.join(STANDARD_SETS)}")
     add("--classes", type=read_list, metavar="FILE",
@@ -349,7 +345,9 @@ def make_parser():
     add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class, or openai (default: four)")
 
-    add = add_command("retrieval", command_retrieval, "find captions by image, and back")
+    command = commands.add_parser("retrieval", help="find captions by image, and back", **options)
+    command.set_defaults(function=command_retrieval)
+    add = command.add_argument
     add("--data", nargs="+", required=True, metavar="SHARDS",
         help="tar files, folders, globs or {0000..0575}; if some are named val or test, only those")
     add("--captions", nargs="+", metavar="SOURCE",
