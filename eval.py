@@ -13,7 +13,9 @@ Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, E
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -106,18 +108,14 @@ def score_pairs(model, tokenizer, samples, workers=0, batch_size=256):
     """Return what a validation logs of data.Samples. mean_r1 is the mean of R@1 over both
     directions, by which train.py chooses its best model. batch_size: that of the run, so that
     val_contrastive_loss can be compared with the loss of the training."""
-    features = encode_samples(model, tokenizer, samples, workers)
-    image_features, text_features, image_of_text = features
-    scores = retrieval(image_features, text_features, image_of_text)
-    to_text = scores["image_to_text"]["R@1"]["value"]
-    to_image = scores["text_to_image"]["R@1"]["value"]
-    group = min(batch_size, len(image_features))
-    loss = loss_in_groups(model, image_features, text_features, image_of_text, group)
+    images, texts, image_of_text = encode_samples(model, tokenizer, samples, workers)
+    scores = retrieval(images, texts, image_of_text)
+    group = min(batch_size, len(images))
     return {
         "validation": scores,
-        "mean_r1": (to_text + to_image) / 2,
+        "mean_r1": mean(way["R@1"]["value"] for way in scores.values()),
         "val_group": group,
-        "val_contrastive_loss": loss,
+        "val_contrastive_loss": loss_in_groups(model, images, texts, image_of_text, group),
     }
 
 
@@ -132,9 +130,9 @@ def print_pairs(row, model, tokenizer, samples):
         return
     pictures = Pictures(samples, model.config.image_size)
     pixels, captions = next(readable_batches(pictures, 2, 0))
-    for words, texts in zip(top_words(model, tokenizer, pixels), captions):
+    for words, captions_of_image in zip(top_words(model, tokenizer, pixels), captions):
         found = ", ".join(word for word, _, _ in words)
-        tqdm.write(f'"{texts[0]}": the head says {found}')
+        tqdm.write(f'"{captions_of_image[0]}": the head says {found}')
 
 
 @torch.no_grad()
@@ -259,13 +257,9 @@ def encode_samples(model, tokenizer, samples, workers=0):
     captions, and image_of_text (M,), the number of each caption's image, in rising order."""
     pictures = Pictures(samples, model.config.image_size)
     image_features, captions = encode_pictures(model, pictures, workers)
-    texts = []
-    image_of_text = []
-    for i, texts_of_image in enumerate(captions):
-        texts += texts_of_image
-        image_of_text += [i] * len(texts_of_image)
-    text_features = encode_texts(model, tokenizer, texts)
-    return image_features, text_features, torch.tensor(image_of_text)
+    text_features = encode_texts(model, tokenizer, [*chain.from_iterable(captions)])
+    counts = torch.tensor([len(captions_of_image) for captions_of_image in captions])
+    return image_features, text_features, torch.repeat_interleave(counts)
 
 
 @torch.no_grad()
@@ -322,8 +316,7 @@ def command_retrieval(args):
     print(f"scoring {len(shards)} of {len(training + validation)} shards, such as {shards[0]}")
     sources = args.captions or options.get("val_captions", ["txt"])
     samples = data.open_samples(shards, sources)
-    batch_size = options.get("batch_size", 256)
-    row = score_pairs(model, tokenizer, samples, args.workers, batch_size)
+    row = score_pairs(model, tokenizer, samples, args.workers, options.get("batch_size", 256))
     print_pairs(row, model, tokenizer, samples)
     return row
 
