@@ -22,8 +22,6 @@ loss, several processes, batches that would not fit into memory, and attention o
 file read train.py, data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
-The text tower reads at most context_length tokens, so a longer caption is cut for it. The words to
-predict come from captions that are not cut. They have T' tokens, which may exceed context_length.
 """
 
 import math
@@ -65,16 +63,11 @@ class SuperCLIPConfig:
     cls_weight: float = 1.0  # the paper's lambda; 0 builds no word head, which leaves plain CLIP
 
     def __post_init__(self):
-        if self.loss not in ("softmax", "sigmoid"):
-            raise ValueError(f"loss must be softmax or sigmoid, not {self.loss}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of the patch_size {self.patch_size}")
+        assert self.loss in ("softmax", "sigmoid"), self.loss
         if self.vision_heads == 0:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
-        if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
-            raise ValueError("the width of a tower must be a multiple of its heads")
 
 
 # Each size names what differs from the defaults above, which are those of ViT-B-16.
@@ -133,7 +126,7 @@ def multi_hot(tokens, vocab_size):
     others. tokens (B, T): the ids of the captions."""
     words = torch.zeros(len(tokens), vocab_size, device=tokens.device)
     words.scatter_(1, tokens, 1.0)
-    for i in (PAD, START, END):  # CLIP's "!" has the id of PAD, so it never counts as a word
+    for i in (PAD, START, END):  # PAD is also CLIP's id of "!", so "!" is never a word
         words[:, i] = 0.0
     return words
 
@@ -230,23 +223,26 @@ class SuperCLIP(nn.Module):
         pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens, "keep": keep}
         features, terms = in_micro_batches(self.encode_pairs, pairs, micro_batch_size)
 
-        # What needs all pairs: each image must find its caption among those of all processes. An
-        # evaluation gathers nothing, because it may run on process 0 alone.
+        # What needs all pairs: each image must find its caption among those of all processes. Only
+        # training gathers them, because an evaluation may run on process 0 alone.
         if self.training:
             features = {name: gather(x) for name, x in features.items()}
-        loss = self.pair_loss(features["image"], features["text"])
-        terms = {"contrastive_loss": loss, **terms}
+        contrastive = self.pair_loss(features["image"], features["text"])
+        terms = {"contrastive_loss": contrastive, **terms}
 
         # The sum. A term of your own is added here, as docs/fork.md shows.
+        total = contrastive
         if self.head is not None:
-            loss = loss + self.config.cls_weight * terms["classification_loss"]
-        return {"loss": loss, **terms}
+            total = total + self.config.cls_weight * terms["classification_loss"]
+        return {"loss": total, **terms}
 
     def count_tokens(self, label_tokens):
         """Count the captions (B, T') of a batch, and how many of them contain each token. The
         batches of all processes are counted."""
         num_captions = len(label_tokens)
-        counts = multi_hot(label_tokens, self.config.vocab_size).sum(dim=0).long()  # (V,)
+        counts = torch.zeros_like(self.token_counts)  # (V,)
+        for part in label_tokens.split(1024):  # a whole batch may take gigabytes
+            counts += multi_hot(part, self.config.vocab_size).sum(dim=0).long()
         if dist.is_initialized():
             num_captions *= dist.get_world_size()  # every process has as many
             dist.all_reduce(counts)
@@ -264,10 +260,9 @@ class SuperCLIP(nn.Module):
         }
         terms = {}
         if self.head is not None:
-            # The backward pass may compute this again. Until then the counts stay the same.
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
-            loss = classification_loss(self.head(patches), label_tokens, token_weights)
-            terms["classification_loss"] = loss
+            logits = self.head(patches)  # (B, V)
+            terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return features, terms
 
     def pair_loss(self, image_features, text_features):
@@ -321,11 +316,11 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, keep=None):
         """Return features (B, E), and patch tokens (B, P, D), or (B, K, D) with `keep`. The
-        arguments are those of `tokens`."""
-        x = self.tokens(images, keep)  # (B, 1 + P, D)
+        arguments are those of `class_and_patches`."""
+        x = self.class_and_patches(images, keep)  # (B, 1 + P, D)
         return x[:, 0] @ self.proj, x[:, 1:]
 
-    def tokens(self, images, keep=None):
+    def class_and_patches(self, images, keep=None):
         """Return the class token, and after it the patch tokens: (B, 1 + P, D), or (B, 1 + K, D)
         with `keep`. images (B, 3, S, S): uint8, or floats from which mean and std are already
         removed; keep (B, K): indices of the patches to look at, by default all."""
@@ -512,7 +507,8 @@ def in_micro_batches(encode_pairs, pairs, size):
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
     forgets all that the towers have computed in between. The backward pass computes that again, one
-    micro-batch after the other, which takes a third more time.
+    micro-batch after the other, which takes a third more time. The weights of the words are then
+    the same, because the counts change at the begin of a step only.
     """
     B = len(pairs["images"])
     if size is None or size >= B:

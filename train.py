@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train.py --batch_size 2048 --train_data cc3m/ --model ViT-B-16
     python train.py --resume out          goes on with the run in the folder out
 
-The file follows a run from top to bottom: its options, then five functions, then `train` with the
+The file follows a run from top to bottom: its options, then a few functions, then `train` with the
 loop. All that is random in a step follows from the seed and the number of the step. So on a CPU a
 run that was killed and resumed ends with the same bits as a run that was not. A GPU may differ.
 """
@@ -31,160 +31,181 @@ from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
-# The options. One that has the name of a field of SuperCLIPConfig sets this field.
+# The options. An option with the name of a field of SuperCLIPConfig sets this field.
 
-SCENES_FOLDER = "scenes"  # where the built-in data is drawn
-# The defaults without --train_data. They were chosen together, so that a CPU learns in minutes.
+# What argparse takes for each kind of option
+names = {"nargs": "+"}
+text = {"type": str}
+flag = {"action": argparse.BooleanOptionalAction}
+count = {"type": cli.number(int, 1)}
+count_or_0 = {"type": cli.number(int, 0)}
+amount = {"type": cli.number(float, 0)}
+above_0 = {"type": cli.number(float, 1e-6)}
+share = {"type": cli.number(float, 0, 0.99)}
+DTYPES = ("float32", "bfloat16", "float16")
+
+# name: (default, kind, meaning). If the default is None, the meaning says how the run chooses.
+OPTIONS = {
+    # Data
+    "train_data": (None, names, "tars, folders, globs or {0000..0575}; else built-in scenes"),
+    "val_data": (None, names, "shards to validate on, or none; else those named val or test"),
+    "zeroshot_data": ([], names, "folders with a folder of pictures per class, for validations"),
+    "captions": (["txt"], names, "sources of captions, one or more of txt and json.FIELD"),
+    "label_captions": (None, names, "sources of the words to predict; else the caption itself"),
+    "val_captions": (None, names, "sources of captions in validations; else --captions"),
+    "vocab": (None, text, "file, or clip; else vocab.tiktoken beside the shards, or clip"),
+    "crop_area": (0.9, {"type": cli.number(float, 0.01, 1)}, "least share of a picture to keep"),
+    "patch_dropout": (0.0, share, "share of the patches to leave out at random"),
+    # Model and loss
+    "init_from": (None, text, "checkpoint, which sets --model, --image_size, --loss and --vocab"),
+    "model": ("ViT-B-16", {"choices": PRESETS}, "size of both towers"),
+    "image_size": (None, count, "pixels a side; else 72 for tiny, and 224 for other models"),
+    "loss": (None, {"choices": ("softmax", "sigmoid")}, "CLIP's loss, or SigLIP's; else CLIP's"),
+    "cls_weight": (None, amount, "weight of the words' loss; else 1, or as in --init_from"),
+    # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. It is untuned for 256.
+    "steps": (None, count, "length of the run in steps; else --epochs decides"),
+    "epochs": (30, above_0, "passes over the data; for scenes 1.6 * sqrt(batch_size / 32)"),
+    "batch_size": (256, count, "pairs in each step, over all processes"),
+    "micro_batch_size": (None, count, "pairs in the towers at once, to save memory; else all"),
+    "learning_rate": (5e-4, amount, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
+    "warmup_steps": (None, count_or_0, "steps in which the rate rises; else half, at most 3000"),
+    "weight_decay": (0.2, amount, "of AdamW, for matrices"),
+    "seed": (0, count_or_0, "of all draws"),
+    # Machine
+    "workers": (None, count_or_0, "loaders per GPU; else 0 on a CPU, and cores / GPUs on GPUs"),
+    "device": (None, text, "cuda, mps or cpu; else cuda if there is such a GPU, or cpu"),
+    "dtype": (None, {"choices": DTYPES}, "dtype of steps; else the fastest one here"),
+    "compile": (None, flag, "compile towers and head; else on CUDA under Linux, if torch can"),
+    # Run
+    "out_dir": (None, text, "folder of the run; else a new one"),
+    "resume": (None, text, "folder of a run to go on with; typed options replace its own"),
+    "log_every": (20, count, "steps between rows of the log"),
+    "eval_every": (None, count, "steps between validations; else a third of all, at most 2000"),
+}
+DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
+
+# Other defaults without --train_data, chosen together so that a CPU learns in minutes
 SCENES = {
     "zeroshot_data": [
-        f"{SCENES_FOLDER}/zeroshot/{name}"
-        for name in ("colour", "shape", "colour_shape", "held_out")
+        "scenes/zeroshot/colour",
+        "scenes/zeroshot/shape",
+        "scenes/zeroshot/colour_shape",
+        "scenes/zeroshot/held_out",
     ],
     "captions": ["json.short", "json.long"],
     "val_captions": ["json.long"],
     "crop_area": 1.0,  # captions name the border, which a crop cuts off
     "model": "tiny",
+    "epochs": None,  # 1.6 * sqrt(batch_size / 32), see `resolve`
     "batch_size": 32,
     "compile": False,  # it would take longer than the run
 }
+# Other defaults with --init_from. A higher learning rate would destroy what the checkpoint knows.
+FINE_TUNING = {"model": None, "learning_rate": 5e-5}
 
 
 def make_parser():
+    """Return a parser that returns only the options that are typed."""
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
-    add = parser.add_argument
-    count = cli.number(int, 1)  # from 1 on
-    amount = cli.number(float, 0)  # from 0 on
-    # fmt: off
-    # Data. In the lists of defaults, "scenes:" stands before those without --train_data.
-    add("--train_data", nargs="+", metavar="SHARDS",
-        help="tar files, folders, globs or {0000..0575} (default: built-in scenes)")
-    add("--val_data", nargs="+", metavar="SHARDS",
-        help="pairs to validate on, or none (default: the shards that are named val or test)")
-    add("--zeroshot_data", nargs="+", default=[], metavar="DIR",
-        help="folders that hold a folder of pictures for each class, to classify in validations")
-    add("--captions", nargs="+", default=["txt"], metavar="SOURCE",
-        help="one or more of txt and json.FIELD (default: txt; scenes: json.short json.long)")
-    add("--label_captions", nargs="+", metavar="SOURCE",
-        help="sources of the words to predict (default: the caption itself)")
-    add("--val_captions", nargs="+", metavar="SOURCE",
-        help="sources of the captions in validations (default: --captions; scenes: json.long)")
-    add("--vocab", help="file, or clip (default: vocab.tiktoken beside the shards, else clip)")
-    add("--crop_area", type=cli.number(float, 0.01, 1), default=0.9,
-        help="least share of a picture to keep; 1: the middle square (default: 0.9; scenes: 1)")
-    add("--patch_dropout", type=cli.number(float, 0, 0.99), default=0.0,
-        help="share of the patches to leave out at random (default: 0)")
-    # Model and loss
-    add("--init_from", help="checkpoint, which sets --model, --image_size, --loss and --vocab")
-    add("--model", choices=PRESETS, default="ViT-B-16",
-        help="size of both towers (default: ViT-B-16; scenes: tiny)")
-    add("--image_size", type=count, help="pixels a side (default: 224, or 72 for tiny)")
-    add("--loss", choices=("softmax", "sigmoid"), help="CLIP's loss or SigLIP's (default: softmax)")
-    add("--cls_weight", type=amount,
-        help="weight of the classification loss; 0: plain CLIP (default: 1, or as in --init_from)")
-    # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. For ViT-B at 256 we tried none.
-    add("--steps", type=count, help="length of the run in steps (default: by --epochs)")
-    add("--epochs", type=cli.number(float, 1e-6),
-        help="passes over the data (default: 30; scenes: 1.6 * sqrt(batch_size / 32))")
-    add("--batch_size", type=count, default=256,
-        help="pairs in each step, over all processes (default: 256; scenes: 32)")
-    add("--micro_batch_size", type=count,
-        help="pairs in the towers at once: less memory, same gradients (default: all)")
-    add("--learning_rate", type=amount, default=5e-4,
-        help="peak (default: 5e-4, or 5e-5 with --init_from, whose new parts have 5e-4)")
-    add("--warmup_steps", type=cli.number(int, 0),
-        help="steps in which the learning rate rises (default: half of all, at most 3000)")
-    add("--weight_decay", type=amount, default=0.2, help="AdamW, for matrices (default: 0.2)")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all draws (default: 0)")
-    # Machine
-    add("--workers", type=cli.number(int, 0),
-        help="loading processes per GPU (default: cores / GPUs, at most 16; without a GPU: 0)")
-    add("--device", help="cuda, mps or cpu (default: cuda if there is such a GPU, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of steps (default: bfloat16 if it is fast, else float16 on GPUs, or float32)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile towers and head (default: on CUDA under Linux, if torch can; scenes: no)")
-    # Run
-    add("--out_dir", metavar="DIR", help="folder of the run (default: a new one)")
-    add("--resume", metavar="DIR",
-        help="go on with the run in this folder, or start it; typed options replace its own")
-    add("--log_every", type=count, default=20, help="steps between rows of the log (default: 20)")
-    add("--eval_every", type=count,
-        help="steps between two validations (default: a third of all, at most 2000)")
-    # fmt: on
+    parser.argument_default = argparse.SUPPRESS
+    for name, (default, kind, meaning) in OPTIONS.items():
+        if default is not None:
+            meaning += f" (default: {default})"
+        if SCENES.get(name) is not None:
+            meaning += f" (without --train_data: {SCENES[name]})"
+        parser.add_argument(f"--{name}", help=meaning, **kind)
     return parser
 
 
 def parse(argv):
-    """Return the options of a run, and what the last.pt of --resume holds, or None if the run
-    starts. `train` chooses the value of those options that are None."""
-    parser = make_parser()
-    options = vars(parser.parse_args([]))  # the defaults
-    no_value = object()  # argparse leaves it to the options that are not typed
-    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options, no_value)))
-    typed = {name: x for name, x in vars(found).items() if x is not no_value}
+    """Return the options of a run as they are given, and what the last.pt of --resume holds, or
+    None if the run starts."""
+    typed = vars(make_parser().parse_args(argv))
     for one, other in (("resume", "out_dir"), ("steps", "epochs")):
         cli.check(not {one, other} <= typed.keys(), f"give --{one} or --{other}, but not both")
+
+    # What comes later replaces what came before.
+    given = {**DEFAULTS}
+    if "train_data" not in typed:
+        given |= SCENES
+    if "init_from" in typed:
+        given |= FINE_TUNING
+        for name in ("model", "image_size", "loss", "vocab"):
+            cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
     last = None
     if "resume" in typed:
         last = run.read_last(typed["resume"])
     elif "out_dir" in typed:
         run.check_is_new(typed["out_dir"])
-
-    # What comes later replaces what came before.
-    if "train_data" not in typed:
-        options.update(SCENES)
-    if "init_from" in typed:
-        # The checkpoint sets the model. A higher learning rate would destroy what it knows.
-        options.update(model=None, learning_rate=5e-5)
-        for name in ("model", "image_size", "loss", "vocab"):
-            cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
     if last is not None:
-        options.update(last["header"]["options"])
-        run.print_changes(last, options, typed)
+        given |= last["header"]["given"]
+        run.print_changes(last, typed)
     if "steps" in typed or "epochs" in typed:  # one of them replaces the other
-        options.update(steps=None, epochs=None)
-    options.update(typed)
+        given |= {"steps": None, "epochs": None}
+    given |= typed
 
-    args = argparse.Namespace(**options)
-    is_multiple = args.batch_size % (WORLD * (args.micro_batch_size or 1)) == 0
+    is_multiple = given["batch_size"] % (WORLD * (given["micro_batch_size"] or 1)) == 0
     cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    print("options:", {name: x for name, x in options.items() if x is not None})
-    return args, last
+    print("options:", {name: x for name, x in given.items() if x is not None})
+    return argparse.Namespace(**given), last
+
+
+def resolve(given, device, num_pairs):
+    """Return the options with a value for most of those that are None. num_pairs: the number of
+    pairs to train on."""
+    args = argparse.Namespace(**vars(given))
+    if args.val_captions is None:
+        args.val_captions = args.captions
+    if args.workers is None and device.type == "cpu":
+        args.workers = 0  # the model keeps the cores busy
+    if args.dtype is None:
+        args.dtype = devices.pick_dtype(device)
+    if args.steps is None:
+        # Scenes have 1,000 steps in batches of 32, and half as many in batches of 128.
+        epochs = args.epochs or round(1.6 * math.sqrt(args.batch_size / 32), 3)
+        args.steps = max(1, round(epochs * (num_pairs // args.batch_size)))
+    if args.warmup_steps is None:  # a short warm-up hurts plain CLIP most (study/results.md)
+        args.warmup_steps = min(3000, args.steps // 2)
+    if args.eval_every is None:
+        args.eval_every = min(2000, math.ceil(args.steps / 3))
+    cli.check(num_pairs >= args.batch_size, f"--batch_size exceeds the {num_pairs:,} pairs")
+    is_short = args.warmup_steps <= args.steps
+    cli.check(is_short, f"--warmup_steps exceeds the {args.steps} steps of the run")
+    return args
 
 
 # -----------------------------------------------------------------------------
 # The model, the optimizer, the learning rate, and a validation
 
 
-def build_model(args, shards):
+def build_model(given, shards):
     """Return the model of a new run, its tokenizer, and a list of names: the tensors that are new,
     because the checkpoint of --init_from lacks them, as plain CLIP lacks the word head. Without
     --init_from the list is empty."""
-    if args.init_from is None:
+    if given.init_from is None:
         pretrained = None
-        tokenizer = tokenizer_for(shards, args.vocab)
-        config = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
+        tokenizer = tokenizer_for(shards, given.vocab)
+        config = {**PRESETS[given.model], "vocab_size": tokenizer.vocab_size}
     else:
-        pretrained, tokenizer, _ = run.read_model(args.init_from)
+        pretrained, tokenizer, _ = run.read_model(given.init_from)
         config = {**vars(pretrained.config)}
         if pretrained.head is None:
             config["cls_weight"] = 1.0  # plain CLIP gets a word head
     for field in fields(SuperCLIPConfig):
-        value = getattr(args, field.name, None)
+        value = vars(given).get(field.name)
         if value is not None:  # an option such as --cls_weight
             config[field.name] = value
-    try:
-        config = SuperCLIPConfig(**config)
-    except ValueError as error:  # sizes that do not fit together
-        raise cli.InputError(str(error)) from error
+    config = SuperCLIPConfig(**config)
+    fits = config.image_size % config.patch_size == 0
+    cli.check(fits, f"--image_size must be a multiple of the patch_size {config.patch_size}")
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
-    torch.manual_seed(args.seed)  # each process begins with the same weights
+    torch.manual_seed(given.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
     new_names = []
     if pretrained is not None:
-        new_names = run.load_pretrained(model, pretrained, args.init_from)
+        new_names = run.load_pretrained(model, pretrained, given.init_from)
     return model, tokenizer, new_names
 
 
@@ -201,23 +222,6 @@ def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new
             groups.append({"params": others, "peak_lr": peak_lr, "weight_decay": 0.0})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def count_steps(args, num_pairs):
-    """Return three numbers of steps: the length of a run on num_pairs pairs, the length of its
-    warm-up, and the distance between two validations. Options have them, or these rules."""
-    usual = 30
-    if args.train_data is None:
-        # 1,000 steps of 32 scenes. A batch four times as large makes half as many steps.
-        usual = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-    epochs = args.epochs or usual
-    steps = args.steps or max(1, round(epochs * (num_pairs // args.batch_size)))
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:  # a short one hurts plain CLIP most (study/results.md)
-        warmup_steps = min(3000, steps // 2)
-    cli.check(warmup_steps <= steps, f"--warmup_steps exceeds the {steps} steps of the run")
-    eval_every = args.eval_every or min(2000, math.ceil(steps / 3))
-    return steps, warmup_steps, eval_every
 
 
 def learning_rate_factor(step, warmup_steps, steps):
@@ -253,38 +257,27 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
 # The run
 
 
-def train(args, last):
+def train(given, last):
     """Train from the first step, or go on from `last`. The arguments are what `parse` returns."""
-    options = {**vars(args)}  # as they are given. Below, args gets the values of the others.
-
-    # How to compute. float16 needs a scaler, because small gradients would underflow to 0. With
-    # another dtype the scaler does nothing.
-    device = devices.prepare_device(args.device)
+    device = devices.prepare_device(given.device)
     on_gpu = device.type == "cuda"
-    if args.workers is None and device.type == "cpu":
-        args.workers = 0  # the model keeps the cores busy
-    if args.dtype is None:
-        args.dtype = devices.pick_dtype(device)
-    dtype = getattr(torch, args.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=args.dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     # The model and the data. One process draws, downloads and indexes what is missing, while the
     # others wait.
     with one_first():
-        train_data = args.train_data or [find_or_make_scenes(SCENES_FOLDER)]
-        shards, val_shards = shards_of_run(train_data, args.val_data)
+        train_data = given.train_data or [find_or_make_scenes("scenes")]
+        shards, val_shards = shards_of_run(train_data, given.val_data)
         if last is None:
-            model, tokenizer, new_names = build_model(args, shards)
+            model, tokenizer, new_names = build_model(given, shards)
         else:
-            parts = last["model"], last["config"], last["vocab"]
-            model, tokenizer = run.restore(f"{args.resume}/last.pt", *parts)
+            model, tokenizer = run.restore(f"{given.resume}/last.pt", last)
             new_names = last["header"]["new_names"]
         image_size = model.config.image_size
-        samples = data.open_samples(shards, args.captions)
+        samples = data.open_samples(shards, given.captions)
+        args = resolve(given, device, len(samples))
         val_samples = None
         if val_shards:
-            val_samples = data.open_samples(val_shards, args.val_captions or args.captions)
+            val_samples = data.open_samples(val_shards, args.val_captions)
         zeroshot_images = {
             folder: evaluation.zeroshot_pictures(folder, image_size, tokenizer)
             for folder in args.zeroshot_data
@@ -299,26 +292,29 @@ def train(args, last):
         num_patches=model.visual.grid**2,
         patch_dropout=args.patch_dropout,
     )
-    cli.check(len(pairs) >= args.batch_size, f"--batch_size exceeds the {len(pairs):,} pairs")
     if val_samples is None:
         print("no validation pairs, so best.pt will be the newest model (see --val_data)")
+
+    # How to compute. float16 needs a scaler, because small gradients would underflow to 0. With
+    # another dtype the scaler does nothing.
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
+    dtype = getattr(torch, args.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=args.dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
-    # Its steps, and those after which it validates. 0 is before the first one.
-    args.steps, args.warmup_steps, args.eval_every = count_steps(args, len(pairs))
+    # Where the run begins, and the steps after which it validates. 0 is before the first step.
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
-    header = run.make_header(args, options, device, model, pairs, val_samples, new_names)
+    header = run.make_header(given, args, device, model, pairs, val_samples, new_names)
     if last is not None:
         run.check_data_and_steps(last, header)
         run.load_states(last, optimizer, scaler)
         start = last["step"]
         best_r1 = last["best_r1"]
-        # last.pt is saved before a validation, which may be missing then. So make it again.
-        if run.validation_was_due(last):
+        if last["is_validated"]:  # the run may have ended before this validation
             eval_steps.add(start)
     out = run.make_folder(args.resume or args.out_dir)
     run.begin_log(out, header, start)  # it also checks that all processes begin alike
@@ -337,24 +333,25 @@ def train(args, last):
     saved_at = time.perf_counter()
     since_row = Counter()  # sums over the steps since the last row of the log
     rounds = range(start, args.steps + 1)  # the last one only saves and validates
-    no_bar = RANK > 0 or None  # None: there is a bar if the output is a terminal
+    no_bar = True if RANK else None  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
-        is_due = step in eval_steps or time.perf_counter() > saved_at + 600
-        if RANK == 0 and is_due and step > start:
-            facts = {"header": header, "step": step, "best_r1": best_r1}
+        is_validated = step in eval_steps
+        is_saved = is_validated or time.perf_counter() > saved_at + 600
+        facts = {"header": header, "step": step}
+        if RANK == 0 and is_saved and step > start:
             states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            states |= {"best_r1": best_r1, "is_validated": is_validated}
             run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
             saved_at = time.perf_counter()
-        if RANK == 0 and step in eval_steps:
+        if RANK == 0 and is_validated:
             row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
             run.log(out, row)
             mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best
             if mean_r1 >= best_r1:
                 best_r1 = mean_r1
                 if step > 0:  # the weights before training only set the score to beat
-                    facts = {"header": header, "step": step, "best_r1": best_r1}
                     run.write_checkpoint(out / "best.pt", model, tokenizer.vocab, **facts)
         if step == args.steps:
             break
@@ -386,8 +383,8 @@ def train(args, last):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # open_clip's bounds
 
-        # 5. The log, at few steps only, because reading the losses makes the CPU wait for the GPU.
-        # So read them before the clock. Before a validation there is always a row.
+        # 5. The log, at few steps only. Read the losses before stopping the clock, because the read
+        # waits for the GPU. Before a validation there is always a row.
         done = step + 1
         is_logged = done % args.log_every == 0 or done in eval_steps
         if is_logged:
@@ -395,15 +392,17 @@ def train(args, last):
         seconds = time.perf_counter() - began  # without saves and validations
         since_row.update(steps=1, seconds=seconds, waited=waited, replaced=num_replaced)
         if is_logged:
+            # The scaler of float16 skips such a step and halves its scale, from 2**16 on. Without
+            # float16 the scale is always 1.
+            is_well = math.isfinite(means["loss"]) or scaler.get_scale() > 1
             advice = "lower --learning_rate, or use another --dtype"
-            cli.check(math.isfinite(means["loss"]), f"the loss is not finite: {advice}")
+            cli.check(is_well, f"the loss is not finite: {advice}")
             speed = since_row["steps"] * args.batch_size / since_row["seconds"]
             row = {
                 "step": done,
                 **means,
                 "logit_scale": model.logit_scale.exp().item(),
-                # None if float16's gradients have overflowed
-                "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
+                "grad_norm": grad_norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 "images_per_second": round(speed, 1),
                 # Shares of the time, and of the pairs of this process

@@ -5,7 +5,6 @@ command needs no other file to build the model. train.py shows what else last.pt
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -45,12 +44,12 @@ def read_checkpoint(path):
     return content
 
 
-def restore(path, weights, config, vocab):
-    """Build the model and the tokenizer of a checkpoint. path: its file, for messages."""
+def restore(path, content):
+    """Return the model and the tokenizer of a checkpoint. content: what the file `path` holds."""
     try:
-        model = SuperCLIP(SuperCLIPConfig(**config))
-        model.load_state_dict(weights)
-        tokenizer = Tokenizer(vocab, model.config.context_length)
+        model = SuperCLIP(SuperCLIPConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+        tokenizer = Tokenizer(content["vocab"], model.config.context_length)
     except Exception as error:  # such as an unknown field or a missing tensor
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} holds no model of this version: {reason}") from error
@@ -63,8 +62,7 @@ def read_model(path):
     """Return the model and the tokenizer of a checkpoint, and the options of the run that wrote it,
     a dict. A converted checkpoint has none."""
     content = read_checkpoint(path)
-    model, tokenizer = restore(path, content["model"], content["config"], content["vocab"])
-    return model, tokenizer, content.get("header", {}).get("arguments", {})
+    return *restore(path, content), content.get("header", {}).get("resolved", {})
 
 
 def load_pretrained(model, pretrained, path):
@@ -112,7 +110,7 @@ def make_folder(folder):
         folder = make_next_folder()
     elif processes.RANK == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "best.pt"):
+        for name in ("last.pt", "best.pt", "log.jsonl"):
             for temporary in Path(folder).glob(f".{name}.*.tmp"):  # of a run that was killed
                 temporary.unlink()
     return Path(processes.from_all(str(folder))[0])
@@ -152,19 +150,17 @@ def commit():
         return ""
 
 
-def make_header(args, options, device, model, pairs, val_samples, new_names):
+def make_header(given, args, device, model, pairs, val_samples, new_names):
     """Return the header of the log: the conditions under which the other rows are measured. A run
-    goes on with its options, as they were given, and with its new_names."""
+    goes on with the options as they were given. Other commands read those that are resolved."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
-    fingerprints = [pairs.samples.fingerprint]
-    # Other commands read these two, so replace None by what it stands for.
-    arguments = {**vars(args), "val_data": ["none"]}
-    arguments["val_captions"] = args.val_captions or args.captions
+    fingerprint = pairs.samples.fingerprint
+    val_data = ["none"]
     if val_samples is not None:
-        fingerprints.append(val_samples.fingerprint)
-        arguments["val_data"] = val_samples.paths
+        fingerprint += f"-{val_samples.fingerprint}"
+        val_data = val_samples.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -175,10 +171,10 @@ def make_header(args, options, device, model, pairs, val_samples, new_names):
         "torch": str(torch.__version__),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": "-".join(fingerprints),
+        "data_fingerprint": fingerprint,
         "command": sys.argv,
-        "options": options,
-        "arguments": arguments,  # the options, with the values of those that were left open
+        "given": vars(given),
+        "resolved": {**vars(args), "val_data": val_data},
         "new_names": new_names,
         "config": vars(model.config),
     }
@@ -197,29 +193,22 @@ def read_last(folder):
         print(f"there is no {path} yet, so the run starts")
         return None
     last = read_checkpoint(path)
-    header = last.get("header", {})
-    is_ours = "optimizer" in last and "options" in header
-    version = f"by this version of the code (its commit is {header.get('commit')})"
-    check(is_ours, f"{path} is not the last.pt of a run {version}")
-    best = Path(folder, "best.pt")
-    if best.exists():  # it may be newer than last.pt
-        last["best_r1"] = max(last["best_r1"], read_checkpoint(best).get("best_r1", 0.0))
+    check("optimizer" in last, f"{path} is not the last.pt of a run")
     return last
 
 
-def print_changes(last, options, typed):
+def print_changes(last, typed):
     """Print how the options that the user has typed differ from those of the run. Raise InputError
-    if they define another model."""
-    config = vars(SuperCLIPConfig()) | last["config"]  # a fork may have added a field since then
-    chosen = last["header"]["arguments"]  # with a value for what was left open
+    if they change the model, the order of the pairs or the learning rate of a step."""
+    given, resolved = last["header"]["given"], last["header"]["resolved"]
+    fixed = {"model", "init_from", "vocab", "batch_size", "seed", *last["config"]}
     for name, value in typed.items():
-        old = config.get(name, options[name])
+        old = last["config"].get(name, given[name])
         if old is None:
-            old = chosen.get(name)
+            old = resolved[name]  # what the run has chosen
         if name != "resume" and value != old:
-            defines_model = name in config or name in ("model", "init_from", "vocab")
             change = f"--{name}: {old} -> {value}"
-            check(not defines_model, f"--resume cannot change the model ({change})")
+            check(name not in fixed, f"--resume cannot change this option ({change})")
             print(change)
 
 
@@ -232,32 +221,33 @@ def check_data_and_steps(last, header):
 
 
 def load_states(last, optimizer, scaler):
-    """Give an optimizer and a scaler the states that last.pt holds."""
-    groups_of_today = [dict(group) for group in optimizer.param_groups]
+    """Give an optimizer and a scaler the states that last.pt holds. Rates and decay stay those of
+    today's options."""
+    today = [(group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(last["optimizer"])
-    for group, today in zip(optimizer.param_groups, groups_of_today):
-        # Options may have changed, and a fork may have added an entry since then.
-        added = {name: x for name, x in today.items() if name not in group}
-        group.update(added, peak_lr=today["peak_lr"], weight_decay=today["weight_decay"])
+    for group, (peak_lr, weight_decay) in zip(optimizer.param_groups, today):
+        group.update(peak_lr=peak_lr, weight_decay=weight_decay)
     if last["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(last["scaler"])
 
 
-def validation_was_due(last):
-    """Return whether last.pt was saved before a validation, by the options of its own run."""
-    options = last["header"]["arguments"]
-    return last["step"] % options["eval_every"] == 0 or last["step"] == options["steps"]
-
-
 # -----------------------------------------------------------------------------
 # The log. Each line is a row in JSON: a header at each start of the run, the losses of a step, or a
-# validation. A run only adds rows, and read_log says which of them count.
+# validation.
 
 
 def begin_log(out, header, step):
-    """Log and print the header of a run that begins at `step`, or goes on from there."""
+    """Log and print the header of a run that begins at `step`, or goes on from there. Then the rows
+    that it repeats are removed from the log: those after `step`, and the validation of `step`."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
+    if processes.RANK == 0 and (out / "log.jsonl").exists():
+        rows = read_rows(out / "log.jsonl")
+        kept = [
+            row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_file(out / "log.jsonl", lambda file: file.write(text.encode()))
     log(out, {"header": header, "step": step})
     print(f"out_dir: {out}, from step {step}")
     facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
@@ -266,14 +256,9 @@ def begin_log(out, header, step):
 
 def log(out, row):
     """Add a row to log.jsonl in the folder `out`. Only process 0 writes."""
-    if processes.RANK > 0:
-        return
-    with open(out / "log.jsonl", "ab+") as file:
-        if "header" in row and file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a kill or a full disk has cut the last row
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+    if processes.RANK == 0:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def line_of(row, losses):
@@ -287,21 +272,16 @@ def line_of(row, losses):
     return f"step {row['step']:6d}: {text}"
 
 
+def read_rows(path):
+    rows = []
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError):  # a kill has cut the row
+            rows.append(json.loads(line))
+    return rows
+
+
 def read_log(path):
-    """Return the last header in a log.jsonl, and a list of the other rows that count. A run that
-    was resumed after step s repeats the rows after s, and a validation of s that was due. So a
-    header with step s makes the rows after s forgotten, and a row replaces one of its kind."""
-    header = None
-    rows = {}  # (step, has losses) -> row
-    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            step = row["step"]
-        except (ValueError, TypeError, LookupError):  # the line is empty, or cut
-            continue
-        if "header" in row:
-            header = row["header"]
-            rows = {key: x for key, x in rows.items() if x["step"] <= step}
-        else:
-            rows[step, "loss" in row] = row
-    return header, list(rows.values())
+    """Return the last header in a log.jsonl, and a list of the other rows."""
+    rows = read_rows(path)
+    headers = [row["header"] for row in rows if "header" in row]
+    return headers[-1], [row for row in rows if "header" not in row]

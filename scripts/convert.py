@@ -233,7 +233,8 @@ def main(argv):
         weights, config, vocab = read_published(args.input)
     if vocab is None:
         vocab = Tokenizer.from_file("clip").vocab
-    model, _ = run.restore(args.input, weights, config, vocab)
+    content = {"model": weights, "config": config, "vocab": vocab}
+    model, _ = run.restore(args.input, content)
     if args.to:
         with new_folder(out) as folder:
             write_open_clip(folder, model, vocab)

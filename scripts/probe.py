@@ -79,7 +79,7 @@ def main(argv):
     check(train.classes == test.classes, "--train and --test hold different classes")
 
     def class_token(pixels):
-        return model.visual.tokens(pixels)[:, 0]
+        return model.visual.class_and_patches(pixels)[:, 0]
 
     x, y = evaluation.encode_pictures(model, train, args.workers, class_token)
     x_test, y_test = evaluation.encode_pictures(model, test, args.workers, class_token)

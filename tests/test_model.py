@@ -134,7 +134,7 @@ def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match="Softmax"):
+    with pytest.raises(AssertionError, match="Softmax"):
         SuperCLIPConfig(loss="Softmax")
 
 

@@ -3,6 +3,7 @@ checkpoint that was saved before a failure stays."""
 
 import errno
 import importlib
+import itertools
 import math
 import os
 import re
@@ -53,9 +54,9 @@ def test_captions_have_the_context_length_of_the_model(shards, monkeypatch, cont
     """A longer caption than the text tower reads would end the run. A longer context would stay
     empty."""
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "context_length": context_length})
-    args, _ = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8"])
+    given, _ = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8"])
 
-    _, tokenizer, _ = train.build_model(args, [shards / "train-0.tar"])
+    _, tokenizer, _ = train.build_model(given, [shards / "train-0.tar"])
 
     assert tokenizer("a red square").shape == (1, context_length)
 
@@ -224,3 +225,34 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert "--learning_rate" in message and "--dtype" in message
     assert checkpoint_of(tmp_path)["step"] == 4
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+OVERFLOWS = {  # case -> the first and the last step whose loss overflows, and whether the run ends
+    "one step": (2, 2, False),
+    "all steps from the third on": (3, 12, True),
+}
+
+
+@cases("first, last, ends", OVERFLOWS)
+def test_float16_skips_steps_that_overflow_but_not_all(
+    shards, tmp_path, monkeypatch, capsys, first, last, ends
+):
+    """The scale falls from 16 to 1 in four such steps."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=16))
+    steps = itertools.count(1)
+    forward = SuperCLIP.forward
+
+    def overflow(*args, **options):
+        losses = forward(*args, **options)
+        if first <= next(steps) <= last:
+            losses["loss"] = losses["loss"] * math.inf
+        return losses
+
+    monkeypatch.setattr(SuperCLIP, "forward", overflow)
+    options = short_run(shards, tmp_path, "--dtype", "float16")
+    if ends:
+        assert "not finite" in error_of(capsys, train.main, *options)
+        assert rows_of(tmp_path, "loss")[-1]["step"] == 4
+    else:
+        train.main(options)
+        assert checkpoint_of(tmp_path)["step"] == 12

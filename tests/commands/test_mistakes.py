@@ -135,7 +135,7 @@ def test_help_says_the_defaults_of_the_parser(command, monkeypatch):
     assert "options:" in parser.format_help()
     for action in parser._actions:
         typed = re.search(r"default: ([^),;]+)", action.help)
-        if typed and action.default not in (None, [], evaluation.TEMPLATES):
+        if typed and action.default not in (None, argparse.SUPPRESS, evaluation.TEMPLATES):
             words = typed[1].split()
             values = [action.type(word) for word in words] if action.type else words
             default = action.default if isinstance(action.default, list) else [action.default]
