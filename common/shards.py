@@ -51,14 +51,16 @@ SPLIT = regex.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
 def is_validation(shard):
-    """Return whether the name of a shard says that it is for validation, or for a test."""
-    split = SPLIT.search(Path(shard).name.lower())
+    """Return whether a shard is for validation, or for a test. Its name says so, as val-0000.tar
+    does, or else that of its folder, as val/0000.tar does."""
+    path = Path(shard.lower())
+    split = SPLIT.search(path.name) or SPLIT.search(path.parent.name)
     return split is not None and split[0] != "train"
 
 
 def by_split(shards):
-    """Return two lists of shards, for training and for validation, by the names of the shards. If
-    all names are those of validation shards, return all shards as the first list."""
+    """Return two lists of shards, for training and for validation, by their names. If all names are
+    those of validation shards, return all shards as the first list."""
     training = [shard for shard in shards if not is_validation(shard)]
     validation = [shard for shard in shards if is_validation(shard)]
     return (training, validation) if training else (validation, [])

@@ -116,9 +116,9 @@ def test_what_the_checkpoint_lacks_learns_at_a_rate_of_its_own(tune, tmp_path, r
 
 def test_weights_without_a_place_in_the_model_are_named(tune, checkpoint, monkeypatch, capsys):
     """An option of a fork may leave out a module of the checkpoint, as --cls_weight 0 does."""
-    model, tokenizer = runs.read_model(checkpoint)
+    model, *others = runs.read_model(checkpoint)
     model.adapter = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(runs, "read_model", lambda path: (model, tokenizer))
+    monkeypatch.setattr(runs, "read_model", lambda path: (model, *others))
 
     after = tune("--steps", 1)["model"]
 

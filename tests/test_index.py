@@ -34,9 +34,11 @@ VALIDATION += ["val_test-shop-0000.tar", "test-val2017-0.tar"]
 TRAINING += ["train_test-shop-0000.tar", "train-val2017-0.tar"]
 
 
-def test_the_name_of_a_shard_tells_its_side():
-    train = [f"val/{name}" for name in TRAINING]
-    val = [f"train/{name}" for name in VALIDATION]
+def test_the_name_of_a_shard_tells_its_side_or_else_that_of_its_folder():
+    train = ["train/00000.tar", "val/train-0.tar", "val/cc3m/00000.tar"]
+    train += [f"latest/{name}" for name in TRAINING]
+    val = ["val/00000.tar", "cc3m-test/00000.tar"]
+    val += [f"train/{name}" for name in VALIDATION]
 
     assert by_split(train + val) == (train, val)
     assert by_split(val) == (val, [])  # so that there is something to train on
