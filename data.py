@@ -37,18 +37,15 @@ MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as
 
 
 def open_samples(paths, sources=("txt",)):
-    """Return the Samples in these shards. All commands open their samples here."""
+    """Return the Samples in files that the options name. All commands call this function, so here
+    a fork returns data of another kind: a subclass with its own __init__, which sets `paths` and
+    `sources`, and its own __len__, image, captions_in, name and fingerprint."""
     return Samples(paths, sources)
 
 
 class Samples:
     """Read the samples in tar shards. A sample is a number, from 0 to len - 1. paths: the shards;
-    sources: where their captions are, each txt or json.FIELD.
-
-    For data of another kind, open_samples returns an object of a subclass that has its own
-    __init__, __len__, image, texts, name and fingerprint. It also sets `paths` and `sources`. A
-    checkpoint stores the paths, and other commands open the same data by them.
-    """
+    sources: where captions are, each txt or json.FIELD."""
 
     def __init__(self, paths, sources=("txt",)):
         self.paths = paths
@@ -72,27 +69,29 @@ class Samples:
         return self.read(i, shards.IMAGE)
 
     def captions(self, i):
-        """Return all texts of sample i. A source that is named twice is read once."""
+        """Return all captions of sample i. A source that is named twice is read once."""
         sources = dict.fromkeys(self.sources)
-        return [text for source in sources for text in self.texts(i, source)]
+        return [caption for source in sources for caption in self.captions_in(i, source)]
 
-    def texts(self, i, source):
-        """Return all texts that sample i has in a source, as a list of strings. A field of .json
-        holds a string or a list of strings."""
+    def captions_in(self, i, source):
+        """Return the captions that sample i has in a source, a list of strings."""
         try:
-            if source == "txt":
-                value = self.read(i, shards.TEXT).decode("utf-8-sig")
-            else:
-                value = json.loads(self.read(i, shards.JSON))[source.removeprefix("json.")]
-            texts = value if isinstance(value, list) else [value]
+            value = self.read_source(i, source)
+            captions = value if isinstance(value, list) else [value]
             # JSON may hold half of a surrogate pair, which cannot be printed or written.
-            texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
+            captions = [x.encode("utf-8", "replace").decode() for x in captions if x.strip()]
         # A field may hold anything. JSON that is nested too deeply gives a RecursionError.
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise BadSample(f"{source} is missing, or no UTF-8 text or list of texts") from None
-        if not texts or max(map(len, texts)) > MAX_CAPTION:
+            raise BadSample(f"{source} is missing, or holds no caption in UTF-8") from None
+        if not captions or max(map(len, captions)) > MAX_CAPTION:
             raise BadSample(f"{source} is missing, empty or longer than {MAX_CAPTION:,} characters")
-        return texts
+        return captions
+
+    def read_source(self, i, source):
+        """Return what a source holds: a string, or in a field of .json also a list of strings."""
+        if source == "txt":
+            return self.read(i, shards.TEXT).decode("utf-8-sig")
+        return json.loads(self.read(i, shards.JSON))[source.removeprefix("json.")]
 
     def read(self, i, column):
         """Return the bytes of a member of sample i, b"" if there is none. column: IMAGE, TEXT or
@@ -110,10 +109,10 @@ class Samples:
         return content
 
     def check_source(self, source):
-        """Raise InputError if none of the first hundred samples has a caption in a source."""
-        for i in range(min(100, len(self))):
+        """Raise InputError if none of up to a hundred samples has a caption in a source."""
+        for i in range(0, len(self), 1 + len(self) // 100):
             with suppress(BadSample):
-                self.texts(i, source)
+                self.captions_in(i, source)
                 return
         raise InputError(f"no captions in {source} of {self.paths[0]}: name others by --captions")
 
@@ -146,13 +145,11 @@ class Samples:
 @dataclass
 class Pairs(Dataset):
     """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a pair of
-    sample i. A position is the place of the pair in the whole run, and it seeds all that is random
-    about the pair. So sample i is another pair in each epoch, but the same one after --resume.
+    sample i. The position is the place of the pair in the whole run: in batches of 4, step 2 has
+    the positions 8 to 11. It seeds all that is random about the pair. So sample i is another pair
+    in each epoch, but the same one after --resume.
 
-    An example: in batches of 4, step 2 has the positions 8 to 11. Of 100 samples it takes, with
-    seed 0, the pairs[8, 53], pairs[9, 91], pairs[10, 81] and pairs[11, 42].
-
-    The caption is one text from the sources of the samples. A source that is named twice is drawn
+    The caption is drawn from the sources of the samples. A source that is named twice is drawn
     twice as often. label_sources: the same for the words to predict, by default the caption itself;
     crop_area: for crop_box; patch_dropout: the share of the num_patches patches that is left out.
     """
@@ -206,9 +203,9 @@ class Pairs(Dataset):
         return image, caption, label, keep
 
     def draw_caption(self, i, sources, rng):
-        """Return the ids of a text that sample i has in one of the sources."""
-        source = rng.choice(sources)
-        return self.tokenizer.encode(rng.choice(self.samples.texts(i, source)))
+        """Return the ids of a caption that sample i has in one of the sources."""
+        captions = self.samples.captions_in(i, rng.choice(sources))
+        return self.tokenizer.encode(rng.choice(captions))
 
     def collate(self, items):
         """Return a batch of B items as two values. The first is a dict of the arguments of
