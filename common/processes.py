@@ -56,9 +56,9 @@ def joined_processes():
 
 def from_all(value):
     """Wait for all processes, and return the list of their values, ordered by rank."""
-    if not dist.is_initialized():
+    if WORLD == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * WORLD
     dist.all_gather_object(values, value)
     return values
 
@@ -116,12 +116,9 @@ def to_shared_memory(*tensors):
             raise InputError(f"no shared memory for a batch: {error}. {advice}") from error
 
 
-def in_processes(functions):
-    """Return an iterable of what functions without arguments return. Each core calls some."""
-    # The processes of a loader also end if this one is killed. Those of a Pool would wait for ever.
-    workers = min(len(functions), cores())
-    return make_loader(functions, workers, batch_size=None, collate_fn=call)
-
-
-def call(function):
-    return function()
+def map_in_processes(function, items):
+    """Return an iterable of function(item) for each item of a list. Each core computes some."""
+    # A loader without batches calls collate_fn for each item. Its processes also end if this one is
+    # killed. Those of a Pool would wait for ever.
+    workers = min(len(items), cores())
+    return make_loader(items, workers, batch_size=None, collate_fn=function)

@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from common.cli import check, new_folder, progress
-from common.processes import in_processes
+from common.processes import map_in_processes
 from common.shards import add_sample
 from common.tokenizer import words_to_tiktoken
 
@@ -300,8 +300,12 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
             path = folder / f"train-{k:05d}.tar"
             numbers = range(start, min(start + 1000, train))
             tasks.append(partial(write_shard, path, "train", numbers, seed))
-        for _ in progress(in_processes(tasks), "drawing scenes", unit="shard"):
+        for _ in progress(map_in_processes(run_task, tasks), "drawing scenes", unit="shard"):
             pass
+
+
+def run_task(task):
+    task()
 
 
 def find_or_make_scenes(out_dir, seed=0):

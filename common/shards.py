@@ -15,7 +15,7 @@ import regex
 import torch
 
 from common.cli import check, progress, write_file
-from common.processes import in_processes
+from common.processes import map_in_processes
 
 # -----------------------------------------------------------------------------
 # Which shards
@@ -102,9 +102,9 @@ def split_name(name):
     return folder + slash + stem if stem else "", dot + extension.lower()
 
 
-def read_headers(path, number):
-    """Return the index rows of a shard, a list of lists of seven integers, and a list of texts that
-    say what is not used. number: that of the shard. A damaged shard is used up to the damage."""
+def read_headers(path):
+    """Return the index rows of a shard, a list of lists of seven integers, the first of which is 0,
+    and a list of texts that say what is not used. A damaged shard is used up to the damage."""
     rows = {}  # key -> index row
     unused = []
     try:
@@ -113,7 +113,7 @@ def read_headers(path, number):
                 key, extension = split_name(member.name)
                 if not key or not extension.endswith(tuple(COLUMN)) or not member.isfile():
                     continue
-                row = rows.setdefault(key, [number, 0, 0, 0, 0, 0, 0])
+                row = rows.setdefault(key, [0, 0, 0, 0, 0, 0, 0])
                 if extension in COLUMN and member.size < 2**31:  # the index has 32-bit numbers
                     column = COLUMN[extension]
                     row[column : column + 2] = member.offset_data // BLOCK, member.size
@@ -151,9 +151,11 @@ def build_index(shards):
         return torch.load(cache_folder() / path, weights_only=True)
     index = []
     unused = []
-    tasks = [partial(read_headers, shard, number) for number, shard in enumerate(shards)]
-    for rows, texts in progress(in_processes(tasks), "indexing shards", unit="shard"):
-        index.append(torch.tensor(rows, dtype=torch.int32).view(-1, 7))
+    results = progress(map_in_processes(read_headers, shards), "indexing shards", unit="shard")
+    for number, (rows, texts) in enumerate(results):
+        rows = torch.tensor(rows, dtype=torch.int32).view(-1, 7)
+        rows[:, 0] = number
+        index.append(rows)
         unused += texts
     index = torch.cat(index)
     with suppress(OSError, RuntimeError):  # no space on the disk, or a user without a home
