@@ -36,9 +36,9 @@ class Tokenizer:
         self.vocab_size = self.start + 2
         self.encoding = tiktoken.Encoding(
             "superclip",
-            pat_str="[^ ]+ ",
+            pat_str="[^ ]+ ",  # a word, with the space behind it
             mergeable_ranks=self.ranks,
-            special_tokens={START: self.start, END: self.end},
+            special_tokens={"<start_of_text>": self.start, "<end_of_text>": self.end},
         )
         # In a vocabulary of whole words, tokens of several bytes end in the space.
         parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
@@ -58,7 +58,7 @@ class Tokenizer:
         """Return the ids of a text as a list of any length, without start and end."""
         if not self.has_whole_words:
             words = CLIP_WORD.findall(clean(text))
-            return self.encoding.encode(" ".join(words) + " ", allowed_special={START, END})
+            return self.encoding.encode(" ".join(words) + " ", allowed_special="all")
         # Spell an unknown word in bytes. If it ended in a known word, tiktoken would use the token
         # of that word: "pumpkin" would contain "in", and the head would learn to see "in".
         ids = []
@@ -115,10 +115,10 @@ def has_letters(word):
 # -----------------------------------------------------------------------------
 # Captions -> words
 
-START, END = "<start_of_text>", "<end_of_text>"  # the last two ids of every vocabulary
-# CLIP splits a caption into suffixes such as 's, runs of letters, single digits, and other runs.
+# CLIP splits a caption into endings such as 's, runs of letters, single digits, and other runs.
 OTHER = r"[^\s\p{L}\p{N}]+"
-CLIP_WORD = regex.compile(rf"(?i){START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|{OTHER}")
+ENDING = "'s|'t|'re|'ve|'m|'ll|'d"
+CLIP_WORD = regex.compile(rf"(?i)<start_of_text>|<end_of_text>|{ENDING}|\p{{L}}+|\p{{N}}|{OTHER}")
 # With a vocabulary of whole words, a word consists of letters and digits, with hyphens and
 # apostrophes between them, as in "women's". In scripts without spaces each character is a word.
 ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]"
