@@ -20,15 +20,13 @@ import os
 import tarfile
 from collections import Counter
 from functools import partial
-from itertools import islice
-from multiprocessing.pool import ThreadPool  # threads: Pillow releases Python's global lock
 from pathlib import Path
 
 from PIL import Image
 
 from common.cli import InputError, check, make_parser, new_folder, number, progress, run_command
 from common.images import FORMATS, upright_rgb
-from common.processes import cores
+from common.processes import map_in_processes
 from common.shards import add_sample
 
 # The formats that shards hold. MPO is a JPEG with a second picture behind it. Some phones make it.
@@ -123,14 +121,13 @@ def encode(item, folder, size, val):
 def encode_all(samples, bad, **options):
     """Yield what `encode` returns for each sample that can be used. Add (image, reason) for each
     row of the others to the list `bad`. options: those of `encode`."""
-    items = iter(samples.items())
-    with ThreadPool(cores()) as pool:
-        while part := [*islice(items, 256)]:  # so many at a time have space in the memory
-            for (name, rows), result in zip(part, pool.map(partial(encode, **options), part)):
-                if isinstance(result, str):
-                    bad += [(name, result)] * len(rows)
-                else:
-                    yield result
+    items = [*samples.items()]
+    results = map_in_processes(partial(encode, **options), items)
+    for (name, rows), result in zip(items, results):
+        if isinstance(result, str):
+            bad += [(name, result)] * len(rows)
+        else:
+            yield result
 
 
 def write_shards(folder, samples):

@@ -43,27 +43,24 @@ def encode(model, pictures, workers):
 # The file of features
 
 
-def stamp_of(file):
-    """Return a text that tells an image file from all others, and changes when the file does."""
-    stat = file.stat()
-    return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def file_of(stamp):
-    return Path(stamp.rsplit(" ", 2)[0])
+def stamp_of(name):
+    """Return a text that changes when a file does. It is empty if there is no such file."""
+    if not os.path.exists(name):
+        return ""
+    stat = os.stat(name)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def read_features(path, checkpoint):
-    """Return what a file of features holds, a dict {stamp: feature (E,)}, without images that have
-    been changed or deleted. checkpoint: the hash of the checkpoint, whose features alone can be
-    compared."""
+    """Return what a file of features holds, a dict {path of an image: feature (E,)}, without images
+    that have been changed or deleted. checkpoint: a hash, because the features of two checkpoints
+    cannot be compared."""
     content = dict(np.load(path))
     is_ours = content.get("checkpoint") == checkpoint
     check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
-    features = torch.from_numpy(content["features"])
-    known = dict(zip(content["stamps"].tolist(), features))
-    files = {stamp: file_of(stamp) for stamp in known}
-    return {s: known[s] for s, file in files.items() if file.exists() and stamp_of(file) == s}
+    names = content["names"].tolist()
+    rows = zip(names, content["stamps"].tolist(), torch.from_numpy(content["features"]))
+    return {name: feature for name, stamp, feature in rows if stamp == stamp_of(name)}
 
 
 def encode_or_read(model, pictures, workers, path, checkpoint):
@@ -71,21 +68,22 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
     file of features lacks, and write it again. path: that file; checkpoint: the checkpoint's."""
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
-    stamps = [stamp_of(file) for file, _ in pictures.labelled]
-    missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
+    names = [str(file.resolve()) for file, _ in pictures.labelled]
+    stamps = {name: stamp_of(name) for name in [*known, *names]}
+    missing = [i for i, name in enumerate(names) if name not in known]
     try:
         for i, feature in encode(model, Subset(pictures, missing), workers):
-            known[stamps[i]] = feature
+            known[names[i]] = feature
     finally:  # after Ctrl-C, keep those that are done
         if missing and known:
             content = {
                 "checkpoint": sha256,
-                "stamps": [*known],
-                "names": [str(file_of(stamp)) for stamp in known],
+                "names": [*known],
+                "stamps": [stamps[name] for name in known],
                 "features": torch.stack([*known.values()]).numpy(),
             }
             write_file(path, lambda file: np.savez(file, **content))
-    return {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
+    return {i: known[name] for i, name in enumerate(names) if name in known}
 
 
 def main(argv):
