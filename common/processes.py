@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, get_worker_info
 
-from common.cli import InputError, sentence_about
+from common.cli import InputError
 
 # -----------------------------------------------------------------------------
 # torchrun starts a process for each GPU, and each of them runs all of train.py.
@@ -40,12 +40,11 @@ def joined_processes():
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield
-    except Exception as error:
-        if RANK == 0 and sentence_about(error):
-            raise  # its sentence is enough
-        # Another process may have ended before, so that this one misses it, or has made the same
-        # mistake. Then torchrun ends this process now, before it prints anything.
-        time.sleep(2)
+    except Exception:
+        if RANK > 0:
+            # Process 0 may have made the same mistake, and says so. Then torchrun ends this process
+            # now, before it prints the same.
+            time.sleep(2)
         raise
     from_all(None)  # wait, because process 0 may still validate
     # Free DistributedDataParallel, which is part of a circle of references, before the processes

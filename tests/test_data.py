@@ -11,7 +11,6 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
-from common.cli import sentence_about
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
 from superclip import PAD
@@ -122,7 +121,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("function, workers", MISTAKES)
 def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function, workers):
-    """A fork that changes one of these functions sees the trace, not a sentence."""
+    """A fork that changes one of these functions sees the trace, and loses no samples."""
 
     def fails(*_, **options):
         raise NameError
@@ -133,7 +132,6 @@ def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function
     with pytest.raises(NameError) as raised:
         next(data.load_batches(pairs, 1, slice(1), 0, 1, workers))
 
-    assert sentence_about(raised.value) is None
     traceback.clear_frames(raised.tb)  # frees the loader, which ends its process
 
 
