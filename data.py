@@ -109,7 +109,7 @@ class Samples:
         return content
 
     def check_source(self, source):
-        """Raise InputError if none of up to a hundred samples has a caption in a source."""
+        """Raise InputError if a source has no captions. It tries a hundred samples at most."""
         for i in range(0, len(self), 1 + len(self) // 100):
             with suppress(BadSample):
                 self.captions_in(i, source)
@@ -265,13 +265,9 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
-
-    def items():
-        """Yield for each batch the list of what the loader takes from `pairs`."""
-        for step in range(start, stop):
-            yield batch_indices(len(pairs), batch_size, pairs.seed, step)[rows]
-
-    options = {"batch_sampler": items(), "collate_fn": pairs.collate, "pin_memory": pin}
+    steps = range(start, stop)
+    items = (batch_indices(len(pairs), batch_size, pairs.seed, step)[rows] for step in steps)
+    options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}
     return iter(make_loader(pairs, workers, **options))
 
 
