@@ -324,9 +324,9 @@ def command_retrieval(args):
 def make_parser():
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    both = cli.make_parser("", "checkpoint", "device", "workers", add_help=False)
+    both = cli.make_parser(__doc__, "checkpoint", "device", "workers")
     both.add_argument("--json", type=cli.output_file(".json"), help="file for all numbers")
-    options = {"parents": [both], "allow_abbrev": False}
+    options = {"parents": [both], "conflict_handler": "resolve", "allow_abbrev": False}
     # fmt: off
     command = commands.add_parser("zeroshot", help="find the class of an image", **options)
     command.set_defaults(function=command_zeroshot)
