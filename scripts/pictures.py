@@ -37,6 +37,7 @@ def find_pictures(path, options, size):
     return NumberedPictures([(file, [str(file)]) for file in files], size)
 
 
+SIDE = 240  # pixels of an image on a sheet
 GAP, LINE = 16, 19  # pixels between images, and from one line of text to the next
 LETTER = 8  # pixels: about the width of a letter
 

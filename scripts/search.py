@@ -27,9 +27,7 @@ import eval as evaluation
 from common.cli import check, make_parser, number, output_file, run_command, write_file
 from common.devices import pick_device
 from common.images import readable_batches
-from scripts.pictures import NumberedPictures, contact_sheet, find_pictures
-
-SIDE = 240  # pixels of an image that --out draws
+from scripts.pictures import SIDE, NumberedPictures, contact_sheet, find_pictures
 
 
 def encode(model, pictures, workers):

@@ -15,10 +15,9 @@ from common.cli import check, make_parser, output_file, progress, run_command
 from common.images import BadSample, load_image
 from common.shards import find_shards
 from common.tokenizer import clean
-from scripts.pictures import contact_sheet
+from scripts.pictures import SIDE, contact_sheet
 
 SHOWN = 8  # samples
-SIDE = 240  # pixels of an image in the picture
 
 
 def main(argv):

@@ -26,12 +26,6 @@ SHOWN = 6  # pictures
 # Maps that show where the head sees a word
 
 
-def default_window(model):
-    """Return the side of the window that word_maps leaves out, in patches. It is about a quarter of
-    the image's side. In the tiny model an object is about as large."""
-    return max(1, round(model.visual.grid / 4))
-
-
 @torch.no_grad()
 def word_maps(model, image, ids, window, batch_size=64):
     """Compute where an image shows each of K tokens, by leaving out patches.
@@ -93,7 +87,7 @@ def main(argv):
     model, tokenizer, options = evaluation.load(args.checkpoint, pick_device(args.device))
     check(model.head is not None, f"{args.checkpoint} is plain CLIP: it has no word head")
     pictures = find_pictures(args.images, options, model.config.image_size)
-    window = default_window(model)
+    window = max(1, round(model.visual.grid / 4))  # in the tiny model about as large as an object
 
     cells = []  # images of the sheet
     titles = []  # texts below them
