@@ -1,18 +1,17 @@
 """Test the study: how two commands are compared, and what the experiments train with."""
 
+import copy
 import importlib
 import re
 import signal
 import subprocess
 import time
-from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
 import torch.nn.functional as F
-from material import cases, rows_of
+from material import cases, small_model
 
 import superclip
 import train
@@ -30,18 +29,11 @@ def test_an_interval_is_students():
 
 
 def test_the_sign_flip_test_counts_all_patterns_of_signs():
-    """The slow formula makes each of the 2**8 patterns. A tie is not ahead."""
-    differences = [3.1, -0.5, 0.0, 2.2, 0.7, -1.1, 4.0, 0.7]
-    sums = [
-        abs(sum(sign * x for sign, x in zip(signs, differences)))
-        for signs in product((1, -1), repeat=8)
-    ]
-
-    p = compare.sign_flip(differences)
-
-    assert p == mean(x >= sum(differences) - 1e-6 for x in sums)
-    assert compare.sign_flip([1, 2, 3, 4]) == 2 / 2**4  # this pattern and its opposite
-    assert compare.ahead(differences) == "5 of 8"
+    """Of 16 patterns, those with the sum 6 or more are the two of 1 + 2 + 3 with 0 added or taken,
+    and their opposites. A tie is not ahead."""
+    assert compare.sign_flip([1, 2, 3, 0]) == 4 / 16
+    assert compare.sign_flip([-1, 2, 3, 4]) == 4 / 16  # 8 and 10, and their opposites
+    assert compare.ahead([1, -2, 3, 0]) == "2 of 4"
 
 
 @pytest.fixture
@@ -90,7 +82,8 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
     assert re.search(r"R@10 .* 0\.0 .* 0 of 2", printed), printed
     assert trained == ["a-5", "b-5", "a-6", "b-6"]
     folder = Path("out_study/compare_2")
-    assert {file.name for file in (folder / "a-5").iterdir()} == KEPT
+    kept = {file.name for file in (folder / "a-5").iterdir()}
+    assert kept == {"log.jsonl", "output.txt", "scores.json"}
     (folder / "a-6" / "scores.json").unlink()
     trained.clear()
 
@@ -101,7 +94,6 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
     assert capsys.readouterr().out.partition("in percent")[2] == table
 
 
-KEPT = {"log.jsonl", "output.txt", "scores.json"}
 FAILS = "raise SystemExit('error: no such file')"
 WAITS = """
 import time
@@ -110,8 +102,6 @@ from pathlib import Path
 Path("started").touch()
 time.sleep(120)
 """
-
-
 ENDS = {  # case -> a signal or None, and what the comparison raises
     "a training fails": (None, InputError),
     "Ctrl-C": (signal.SIGINT, KeyboardInterrupt),
@@ -153,66 +143,51 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
 
 # ---- experiments
 
-
-@pytest.fixture
-def restored(monkeypatch):
-    """After the test, restore the functions that an experiment has replaced."""
-    for owner, name in ((superclip, "classification_loss"), (superclip, "idf")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-
-
-@pytest.fixture
-def replaced(restored, monkeypatch):
-    """Let train.main train nothing."""
-    monkeypatch.setattr(train, "main", lambda argv: argv)
-
-
 TOKENIZER = Tokenizer(scenes.vocabulary())
-V = TOKENIZER.vocab_size
 RED, STAR = TOKENIZER.encode("red star")
-LOGITS = torch.randn(V)
-LOG_P = LOGITS.log_softmax(dim=0)
-# Experiment: its loss for the caption "red star". Its words weigh ln 4 and ln 2 by IDF.
+IMAGES = torch.arange(3 * 3 * 16 * 16).view(3, 3, 16, 16) % 256
+# Experiment: the loss of the head for the caption "red star". x: its logits, p: their log softmax
 EXPERIMENTS = {
-    "no_idf": -(LOG_P[RED] + LOG_P[STAR]) / 2,
-    "some_words --hears colours": -LOG_P[RED],
-    "some_words --hears shapes": -LOG_P[STAR],
-    "yes_no": F.softplus(LOGITS[1:-2]).sum() - LOGITS[RED] - LOGITS[STAR],
+    "no_idf": lambda x, p: -(p[RED] + p[STAR]) / 2,
+    "some_words --hears colours": lambda x, p: -p[RED],
+    "some_words --hears shapes": lambda x, p: -p[STAR],
+    "yes_no": lambda x, p: F.softplus(x[1:-2]).sum() - x[RED] - x[STAR],
 }
 
 
-def first_row(main, options, scenes_folder, out):
-    """Train two steps with main(argv). Return what the first step logs."""
-    data = f"--train_data {scenes_folder}/train-*.tar --val_data none --captions json.long"
-    run = f"{data} --model tiny --batch_size 8 --steps 2 --log_every 1 --workers 0 --device cpu"
-    main([*options, *run.split(), "--dtype", "float32", "--out_dir", str(out)])
-    return rows_of(out, "loss")[0]
+@pytest.fixture
+def model(monkeypatch):
+    """Return a model in training. Let train.main train nothing, and after the test restore the
+    functions that an experiment has replaced."""
+    monkeypatch.setattr(train, "main", lambda argv: argv)
+    for name in ("classification_loss", "idf"):
+        monkeypatch.setattr(superclip, name, getattr(superclip, name))
+    return small_model(vocab_size=TOKENIZER.vocab_size).train()
 
 
 @pytest.mark.parametrize("command", EXPERIMENTS)
-def test_an_experiment_trains_with_its_own_loss(command, restored, scenes_folder, tmp_path):
-    """In the first step the weights are still equal, so only the loss of the head differs."""
+def test_an_experiment_trains_with_its_own_loss(command, model):
+    """After this batch, IDF gives "red" the weight ln 4, and "star" ln 2."""
     name, *options = command.split()
-    experiment = importlib.import_module(f"study.{name}")
-    token_counts = torch.full((V,), 7)
-    token_counts[RED], token_counts[STAR] = 1, 3
+    model.num_captions.fill_(6)
+    model.token_counts.fill_(6)
+    model.token_counts[RED], model.token_counts[STAR] = 0, 2
+    images = IMAGES[:1].byte()
+    [logits] = model.word_logits(images)
 
-    plain = first_row(train.main, [], scenes_folder, tmp_path / "plain")
-    row = first_row(experiment.main, options, scenes_folder, tmp_path / "experiment")
+    rest = importlib.import_module(f"study.{name}").main([*options, "--steps", "2"])
 
-    token_weights = superclip.idf(torch.tensor(7), token_counts)
-    loss = superclip.classification_loss(LOGITS[None], TOKENIZER(["red star"], 8), token_weights)
-    torch.testing.assert_close(loss, EXPERIMENTS[command])
-    assert row["contrastive_loss"] == plain["contrastive_loss"]
-    assert row["classification_loss"] != plain["classification_loss"]
+    losses = model(images, TOKENIZER(["red star"], 8))
+    expected = EXPERIMENTS[command](logits, logits.log_softmax(dim=0))
+    torch.testing.assert_close(losses["classification_loss"], expected)
+    assert rest == ["--steps", "2"]
 
 
-def test_the_control_is_asked_for_the_words_of_another_pair(replaced):
-    """The three captions consist of the words 1, 2 and 3. The tokens 4 and 5 are start and end."""
-    captions = torch.tensor([[4, 1, 2, 5], [4, 3, 5, 0], [4, 1, 5, 0]])
-    logits, weights = torch.rand(3, 6), torch.rand(6)
-    expected = superclip.classification_loss(logits, captions[[1, 2, 0]], weights)
+def test_the_control_is_asked_for_the_words_of_the_next_pair(model):
+    images = IMAGES.byte()
+    tokens = TOKENIZER(["a red star", "a blue ring", "a cross"], 8)
+    expected = copy.deepcopy(model)(images, tokens, label_tokens=tokens[[1, 2, 0]])
 
     shuffled.main([])
 
-    assert superclip.classification_loss(logits, captions, weights) == expected
+    assert model(images, tokens) == expected
