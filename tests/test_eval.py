@@ -81,7 +81,8 @@ def test_retrieval_by_hand():
 IMAGE_OF_TEXT = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3])  # the images of 11 captions
 
 
-def test_chance_is_that_of_answers_drawn_at_random():
+def test_chance_is_k_times_the_share_of_right_answers():
+    """Two of the images have so many captions that it reaches 1."""
     texts = F.normalize(torch.randn(11, 7), dim=1)
 
     result = evaluation.retrieval(texts[:4], texts, IMAGE_OF_TEXT, range(1, 6))
