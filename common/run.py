@@ -110,9 +110,8 @@ def make_folder(folder):
         folder = make_next_folder()
     elif processes.RANK == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "best.pt", "log.jsonl"):
-            for temporary in Path(folder).glob(f".{name}.*.tmp"):  # of a run that was killed
-                temporary.unlink()
+        for temporary in Path(folder).glob(".*.*.*.tmp"):  # what cli.write_file left at a kill
+            temporary.unlink()
     return Path(processes.from_all(str(folder))[0])
 
 
@@ -157,10 +156,10 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     fingerprint = pairs.samples.fingerprint
-    val_data = ["none"]
+    val_shards = []
     if val_samples is not None:
         fingerprint += f"-{val_samples.fingerprint}"
-        val_data = val_samples.paths
+        val_shards = val_samples.paths
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -174,7 +173,7 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
         "data_fingerprint": fingerprint,
         "command": sys.argv,
         "given": vars(given),
-        "resolved": {**vars(args), "val_data": val_data},
+        "resolved": {**vars(args), "val_shards": val_shards},
         "new_names": new_names,
         "config": vars(model.config),
     }
@@ -200,14 +199,11 @@ def read_last(folder):
 def print_changes(last, typed):
     """Print how the options that the user has typed differ from those of the run. Raise InputError
     if they change the model, the order of the pairs or the learning rate of a step."""
-    given, resolved = last["header"]["given"], last["header"]["resolved"]
+    old = {**last["header"]["resolved"], **last["config"]}
     fixed = {"model", "init_from", "vocab", "batch_size", "seed", *last["config"]}
     for name, value in typed.items():
-        old = last["config"].get(name, given[name])
-        if old is None:
-            old = resolved[name]  # what the run has chosen
-        if name != "resume" and value != old:
-            change = f"--{name}: {old} -> {value}"
+        if name != "resume" and value != old[name]:
+            change = f"--{name}: {old[name]} -> {value}"
             check(name not in fixed, f"--resume cannot change this option ({change})")
             print(change)
 
@@ -221,32 +217,28 @@ def check_data_and_steps(last, header):
 
 
 def load_states(last, optimizer, scaler):
-    """Give an optimizer and a scaler the states that last.pt holds. Rates and decay stay those of
+    """Give an optimizer and a scaler the states that last.pt holds. Rates and decay are those of
     today's options."""
-    today = [(group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for saved, group in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
+        saved.update(peak_lr=group["peak_lr"], weight_decay=group["weight_decay"])
     optimizer.load_state_dict(last["optimizer"])
-    for group, (peak_lr, weight_decay) in zip(optimizer.param_groups, today):
-        group.update(peak_lr=peak_lr, weight_decay=weight_decay)
     if last["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(last["scaler"])
 
 
 # -----------------------------------------------------------------------------
-# The log. Each line is a row in JSON: a header at each start of the run, the losses of a step, or a
-# validation.
+# The log. Each line is a row in JSON: a header, the losses of a step, or a validation.
 
 
 def begin_log(out, header, step):
-    """Log and print the header of a run that begins at `step`, or goes on from there. Then the rows
-    that it repeats are removed from the log: those after `step`, and the validation of `step`."""
+    """Remove the rows that the run will repeat: those after `step`, and the validation of `step`.
+    Then log and print the header."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     if processes.RANK == 0 and (out / "log.jsonl").exists():
         rows = read_rows(out / "log.jsonl")
-        kept = [
-            row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        rows = [x for x in rows if x["step"] < step or (x["step"] == step and "loss" in x)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         write_file(out / "log.jsonl", lambda file: file.write(text.encode()))
     log(out, {"header": header, "step": step})
     print(f"out_dir: {out}, from step {step}")
@@ -267,8 +259,6 @@ def line_of(row, losses):
     text += f", {row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
     if row["bad_samples"] > 0:
         text += f", {row['bad_samples']:.2%} bad samples"
-    if row["bad_samples"] > 0.01:
-        text += " (more than 1 %, so check the data)"
     return f"step {row['step']:6d}: {text}"
 
 

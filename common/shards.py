@@ -76,7 +76,7 @@ def shards_of_run(train_data, val_data):
         real = {os.path.realpath(shard) for shard in val_shards}  # a folder may be a link
         shards = [shard for shard in shards if os.path.realpath(shard) not in real]
         check(shards, "--val_data names all shards, so none is left to train on")
-    print(f"shards: {len(shards)} to train on, {len(val_shards)} to validate on")
+    print(f"shards: {len(shards)} to train on, {len(val_shards)} to validate on (see --val_data)")
     return shards, val_shards
 
 

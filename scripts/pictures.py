@@ -28,9 +28,8 @@ def find_pictures(path, options, size):
     """Return the NumberedPictures at a path, which is a file, or a folder that is searched to the
     bottom. If path is None, return the validation pictures of the run with these options."""
     if path is None:
-        shards = options.get("val_data", ["none"])
-        advice = "Name pictures with --images."
-        check(shards != ["none"], f"the checkpoint names no validation shards. {advice}")
+        shards = options.get("val_shards")
+        check(shards, "the checkpoint names no validation shards. Name pictures with --images.")
         return NumberedPictures(data.open_samples(shards, options["val_captions"]), size)
     files = [path] if path.is_file() else images_below(path)
     check(files, f"there is no image file or folder of images {path}")
