@@ -217,8 +217,7 @@ def main(argv):
     parser = make_parser(__doc__)
     add = parser.add_argument
     # IN stays a string, because on Windows a Path would turn the / of a name around.
-    text = "file of weights, folder of open_clip, or MODEL/TAG of open_clip"
-    add("input", metavar="IN", help=text)
+    add("input", metavar="IN", help="file of weights, or folder or MODEL/TAG of open_clip")
     add("output", metavar="OUT", type=Path, help="new .pt file, or with --to a new folder")
     add("--to", choices=["open_clip"], help="write a folder for open_clip, without the word head")
     args = parser.parse_args(argv)

@@ -155,10 +155,8 @@ def main(argv):
     add("--csv", type=Path, required=True, help="the table: .csv or .tsv")
     add("--images", type=Path, required=True, help="folder with the images")
     add("--out", type=Path, required=True, help="new folder for the shards")
-    text = "largest short side in pixels (default: 256)"
-    add("--size", type=number(int, 1), default=256, help=text)
-    text = "share of images for validation (default: 0.05)"
-    add("--val", type=number(float, 0, 0.99), default=0.05, help=text)
+    add("--size", type=number(int, 1), default=256, help="largest short side (default: 256)")
+    add("--val", type=number(float, 0, 0.99), default=0.05, help="validation share (default: 0.05)")
     args = parser.parse_args(argv)
     samples, bad = read_table(args.csv)
     with new_folder(args.out) as folder:
