@@ -16,10 +16,9 @@ caption, and with no other. Rare words count more than common ones.
     caption -> text transformer -> end token -> proj -'
 
 After the configuration the method comes first: the word head with its loss, CLIP's loss, and the
-model, whose `forward` adds both. Then come the parts of CLIP: the two towers, and the class from
-which each of them makes its own transformer. At the end is what a first reader can skip: SigLIP's
-loss, several processes, batches that would not fit into memory, and attention on a CPU. After this
-file read train.py, data.py and eval.py.
+model, whose `forward` adds both. Then come CLIP's two towers, and the class from which each of them
+makes its own transformer. At the end is what a first reader can skip. After this file read
+train.py, data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
 """
@@ -455,12 +454,12 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# A first reader can skip the rest of this file: first SigLIP's loss, which can replace CLIP's
+# A first reader can skip the rest: SigLIP's loss, which can replace CLIP's, then several processes,
+# batches that would not fit into memory, and attention on a CPU.
 
 
 def sigmoid_loss(image_features, text_features, scale, logit_bias):
-    """Return SigLIP's loss (arXiv 2303.15343), a scalar: does this image belong to this caption,
-    yes or no?
+    """Return SigLIP's loss (arXiv 2303.15343), a scalar: is this the caption of the image?
 
     The arguments are those of contrastive_loss, and logit_bias, a scalar that is learned. It starts
     at -10, so that most answers are "no" at first. That is right, because only one of the B
@@ -471,10 +470,6 @@ def sigmoid_loss(image_features, text_features, scale, logit_bias):
         logits = scale * image_features.float() @ text_features.float().T + logit_bias  # (B, B)
     answers = torch.eye(len(logits), device=logits.device)  # yes on the diagonal, else no
     return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / len(logits)
-
-
-# -----------------------------------------------------------------------------
-# Several processes
 
 
 def gather(features):
@@ -496,10 +491,6 @@ def gather(features):
     return torch.cat(gathered)
 
 
-# -----------------------------------------------------------------------------
-# Batches that would not fit into memory
-
-
 def in_micro_batches(encode_pairs, pairs, size):
     """Return what encode_pairs(**pairs) returns, but with the memory of `size` pairs (GradCache,
     arXiv 2101.06983). pairs: a dict of its arguments, each a tensor with B rows, or None.
@@ -507,32 +498,26 @@ def in_micro_batches(encode_pairs, pairs, size):
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
     recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
     forgets all that the towers have computed in between. The backward pass computes that again, one
-    micro-batch after the other, which takes a third more time. The weights of the words are then
-    the same, because the counts change at the begin of a step only.
+    micro-batch after the other, which takes a third more time. Until then the counts of tokens, and
+    so the weights of the words, stay the same.
     """
     B = len(pairs["images"])
     if size is None or size >= B:
         return encode_pairs(**pairs)
     assert B % size == 0, f"{B} pairs are no multiple of {size}, so parts would not count equally"
-    all_features = []
-    all_terms = []
+    parts = []
     for start in range(0, B, size):
         part = {name: x[start : start + size] for name, x in pairs.items() if x is not None}
         # use_reentrant=False: the older kind wants inputs that require gradients.
-        features, terms = recompute_in_backward(encode_pairs, **part, use_reentrant=False)
-        all_features.append(features)
-        all_terms.append(terms)
-    joined = {}
+        parts.append(recompute_in_backward(encode_pairs, **part, use_reentrant=False))
+    all_features, all_terms = zip(*parts)
+    features = {}
     for name in all_features[0]:
-        joined[name] = torch.cat([features[name] for features in all_features])
-    means = {}
+        features[name] = torch.cat([x[name] for x in all_features])
+    terms = {}
     for name in all_terms[0]:
-        means[name] = torch.stack([terms[name] for terms in all_terms]).mean()
-    return joined, means
-
-
-# -----------------------------------------------------------------------------
-# Attention on a CPU
+        terms[name] = torch.stack([x[name] for x in all_terms]).mean()
+    return features, terms
 
 
 def attend(q, k, v, is_causal):

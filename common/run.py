@@ -1,7 +1,7 @@
 """What a run leaves behind: checkpoints, and the folder with log.jsonl, last.pt and best.pt.
 
-A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. So a
-command needs no other file to build the model. train.py shows what else last.pt and best.pt hold.
+A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. train.py
+shows what else last.pt and best.pt hold.
 """
 
 import json
@@ -59,8 +59,7 @@ def restore(path, content):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint, and the options of the run that wrote it,
-    a dict. A converted checkpoint has none."""
+    """Return the model and the tokenizer of a checkpoint, and the options of its run, a dict."""
     content = read_checkpoint(path)
     return *restore(path, content), content.get("header", {}).get("resolved", {})
 
@@ -84,8 +83,7 @@ def load_pretrained(model, pretrained, path):
 
 def write_checkpoint(path, model, vocab, **more):
     """Write the checkpoint of a model, unless its weights are not finite. more: other entries."""
-    # All commands score and use the weights under "model". Tensors of a CPU load on every machine.
-    # If the model is on a CPU, they are no copies, so they are written before the next step.
+    # All commands use the weights under "model". Tensors of a CPU load on every machine.
     weights = {name: x.cpu() for name, x in model.state_dict().items()}
     is_finite = all(x.isfinite().all() for x in weights.values())
     check(is_finite, "weights are not finite. Try a lower --learning_rate or another --dtype.")
@@ -104,13 +102,11 @@ def check_is_new(folder):
 
 
 def make_folder(folder):
-    """Let process 0 make the folder of the run, and return its path in each process. folder: its
-    path, or None for the first of out, out_2, out_3 ... that is free."""
-    if processes.RANK == 0 and folder is None:
-        folder = make_next_folder()
-    elif processes.RANK == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for temporary in Path(folder).glob(".*.*.*.tmp"):  # what cli.write_file left at a kill
+    """Let process 0 make the folder of a run, by default a new one. Return it in each process."""
+    if processes.RANK == 0:
+        folder = Path(folder) if folder else make_next_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for temporary in folder.glob(".*.*.*.tmp"):  # what cli.write_file has left at a kill
             temporary.unlink()
     return Path(processes.from_all(str(folder))[0])
 
@@ -150,16 +146,12 @@ def commit():
 
 
 def make_header(given, args, device, model, pairs, val_samples, new_names):
-    """Return the header of the log: the conditions under which the other rows are measured. A run
-    goes on with the options as they were given. Other commands read those that are resolved."""
+    """Return the header of the log: the conditions of its rows, and what --resume needs."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
-    fingerprint = pairs.samples.fingerprint
-    val_shards = []
-    if val_samples is not None:
-        fingerprint += f"-{val_samples.fingerprint}"
-        val_shards = val_samples.paths
+    val_shards = val_samples.paths if val_samples is not None else []
+    fingerprints = [x.fingerprint for x in (pairs.samples, val_samples) if x is not None]
     return {
         "pairs": len(pairs),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -170,7 +162,7 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
         "torch": str(torch.__version__),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": "-".join(fingerprints),
         "command": sys.argv,
         "given": vars(given),
         "resolved": {**vars(args), "val_shards": val_shards},
@@ -184,8 +176,7 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
 
 
 def read_last(folder):
-    """Return what the last.pt of a run holds, or None if nothing is saved yet. Then the run starts,
-    so a scheduler can always give --resume."""
+    """Return what the last.pt of a run holds, or None if nothing is saved yet."""
     path = Path(folder, "last.pt")
     if not path.exists():
         check(not any(Path(folder).glob("*.pt")), f"{folder} has no last.pt to --resume from")
@@ -197,8 +188,7 @@ def read_last(folder):
 
 
 def print_changes(last, typed):
-    """Print how the options that the user has typed differ from those of the run. Raise InputError
-    if they change the model, the order of the pairs or the learning rate of a step."""
+    """Print which options of the run are typed anew. Refuse those of the model and the order."""
     old = {**last["header"]["resolved"], **last["config"]}
     fixed = {"model", "init_from", "vocab", "batch_size", "seed", *last["config"]}
     for name, value in typed.items():
@@ -212,13 +202,11 @@ def check_data_and_steps(last, header):
     """Refuse to go on with other data, or to steps that are done. header: that of today."""
     same_data = last["header"]["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
-    is_longer = last["step"] <= header["steps"]
-    check(is_longer, f"--resume cannot make --steps less than {last['step']}, which are done")
+    check(last["step"] <= header["steps"], f"--steps: {last['step']} are done. Give no fewer.")
 
 
 def load_states(last, optimizer, scaler):
-    """Give an optimizer and a scaler the states that last.pt holds. Rates and decay are those of
-    today's options."""
+    """Load what last.pt holds, but with the rates and the decay of today's options."""
     for saved, group in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
         saved.update(peak_lr=group["peak_lr"], weight_decay=group["weight_decay"])
     optimizer.load_state_dict(last["optimizer"])
@@ -231,8 +219,7 @@ def load_states(last, optimizer, scaler):
 
 
 def begin_log(out, header, step):
-    """Remove the rows that the run will repeat: those after `step`, and the validation of `step`.
-    Then log and print the header."""
+    """Log and print the header. Remove rows that the run repeats: after `step`, or its validation."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     if processes.RANK == 0 and (out / "log.jsonl").exists():
