@@ -219,7 +219,7 @@ def load_states(last, optimizer, scaler):
 
 
 def begin_log(out, header, step):
-    """Log and print the header. Remove rows that the run repeats: after `step`, or its validation."""
+    """Drop the rows that the run repeats: after `step`, and its validation. Log the header."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
     if processes.RANK == 0 and (out / "log.jsonl").exists():
