@@ -26,8 +26,8 @@ def prepare_device(name):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and memory_gb use the current device
-        # Code is compiled for one number of threads. The threads of autograd run with one thread
-        # each, so with another number here they would compile the code again.
+        # torch compiles code for a number of threads. Each thread of autograd has one, so have one
+        # here, too. Otherwise they would compile everything again.
         torch.set_num_threads(1)
         # Take the flash kernels on an H100, too. There torch prefers cuDNN's attention, which
         # gave NaN gradients elsewhere (pull request 264 of kyutai-labs/pocket-tts).
