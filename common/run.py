@@ -68,13 +68,11 @@ def load_pretrained(model, pretrained, path):
     """Give a new model the weights of the checkpoint `path`, as far as it has a place for them.
     Print what is not used, and return the names of the tensors that stay new."""
     weights = pretrained.state_dict()
-    # Count the words anew. One that was rare there may be in every caption here.
-    weights.pop("token_counts", None)
-    weights.pop("num_captions", None)
+    for name in ("token_counts", "num_captions"):  # a word that was rare there may not be so here
+        weights.pop(name, None)
     new_names, unused = model.load_state_dict(weights, strict=False)
     if pretrained.head is None and model.head is not None:
-        weight = model.config.cls_weight
-        print(f"{path} has no word head. A new one has weight {weight:g}.")
+        print(f"{path} has no word head. A new one has weight {model.config.cls_weight:g}.")
     if unused:
         modules = {name.rpartition(".")[0] for name in unused}
         print(f"the model has no place for {', '.join(sorted(modules))} of {path}")
