@@ -119,7 +119,12 @@ def parse(argv):
             cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
     if "out_dir" in typed:
         run.check_is_new(typed["out_dir"])
-    last = run.read_last(typed["resume"]) if "resume" in typed else None
+    last = None
+    if "resume" in typed:
+        last = run.read_last(typed["resume"])
+        # A scheduler may always give --resume, with the command that starts the run.
+        is_start = last is None and len(typed) > 1
+        cli.check(last or is_start, f"there is no run in {typed['resume']}")
     if last is not None:
         given |= last["header"]["given"]
         run.print_changes(last, typed)
@@ -301,7 +306,7 @@ def train(given, last):
         is_validated = step in eval_steps
         is_saved = is_validated or time.perf_counter() > saved_at + 600
         facts = {"header": header, "step": step}
-        if RANK == 0 and is_saved and step > start:
+        if RANK == 0 and is_saved and (step > start or last is None):
             states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             states |= {"best_r1": best_r1, "is_validated": is_validated}
             run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)

@@ -188,10 +188,10 @@ def read_last(folder):
 def print_changes(last, typed):
     """Print which options of the run are typed anew. Refuse those of the model and the order."""
     old = {**last["header"]["resolved"], **last["config"]}
-    fixed = {"model", "init_from", "vocab", "batch_size", "seed", *last["config"]}
+    fixed = {"model", "init_from", "vocab", "batch_size", "seed", "label_captions", *last["config"]}
     for name, value in typed.items():
-        if name != "resume" and value != old[name]:
-            change = f"--{name}: {old[name]} -> {value}"
+        if name != "resume" and value != old.get(name):  # a fork may have added it since then
+            change = f"--{name}: {old.get(name)} -> {value}"
             check(name not in fixed, f"--resume cannot change this option ({change})")
             print(change)
 
@@ -201,6 +201,9 @@ def check_data_and_steps(last, header):
     same_data = last["header"]["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
     check(last["step"] <= header["steps"], f"--steps: {last['step']} are done. Give no fewer.")
+    for name in ("device", "dtype", "processes", "torch", "commit"):
+        if header[name] != last["header"][name]:
+            print(f"{name}: {last['header'][name]} -> {header[name]}")
 
 
 def load_states(last, optimizer, scaler):

@@ -26,11 +26,11 @@ def copied_run(whole_run, tmp_path):
 # ---- the same bits
 
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
-# file its name. Its calls are for last.pt and best.pt in turn, at steps 4, 8 and 12.
+# file its name. Its calls are for last.pt at step 0, and then for last.pt and best.pt in turn.
 MOMENTS = {
-    "before anything is saved": (in_step(3, killed), 0),
-    "as last.pt is written": (before("os.replace", 3, killed), 4),
-    "as best.pt is written": (before("os.replace", 4, killed), 8),
+    "after the save of step 0": (in_step(3, killed), 0),
+    "as last.pt is written": (before("os.replace", 4, killed), 4),
+    "as best.pt is written": (before("os.replace", 5, killed), 8),
     "after best.pt is written": (in_step(9, killed), 8),
     "in the last validation": (before("eval.retrieval", 4, killed), 12),
 }
@@ -211,3 +211,11 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
 
     assert str(tmp_path) in message
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_folder_without_a_run_is_refused_if_nothing_else_is_typed(tmp_path, capsys):
+    """A typo in the name of the folder starts no run on scenes."""
+    message = error_of(capsys, train.main, "--resume", tmp_path)
+
+    assert str(tmp_path) in message
+    assert not any(tmp_path.iterdir())
