@@ -28,54 +28,62 @@ from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
-# The options. One with the name of a field of SuperCLIPConfig sets this field.
+# The options. One with the name of a field of SuperCLIPConfig sets this field. What is typed counts
+# most, then the options of a run that goes on, then those of SCENES for a run without --train_data,
+# and then the defaults of this table. `resolve` and `build_model` fill in what is still open.
 
 # Kinds of options, as argparse takes them
-text = {"type": str}
-names = {"nargs": "+"}
-count = {"type": cli.number(int, 1)}
-count_or_0 = {"type": cli.number(int, 0)}
-amount = {"type": cli.number(float, 0)}
-share = {"type": cli.number(float, 0, 1)}
-dtypes = {"choices": ("float32", "bfloat16", "float16")}
-flag = {"action": argparse.BooleanOptionalAction}
+TEXT = {"type": str}
+NAMES = {"nargs": "+"}
+COUNT = {"type": cli.number(int, 1)}
+COUNT_OR_0 = {"type": cli.number(int, 0)}
+AMOUNT = {"type": cli.number(float, 0)}
+EPOCHS = {"type": cli.number(float, 0.001)}
+CROP = {"type": cli.number(float, 0.01, 1)}
+DROPOUT = {"type": cli.number(float, 0, 0.99)}
+DTYPES = {"choices": ("float32", "bfloat16", "float16")}
+FLAG = {"action": argparse.BooleanOptionalAction}
 
 # name: (default, kind, meaning). None: the run chooses, by the rule in the meaning.
 OPTIONS = {
     # Data
-    "train_data": (None, names, "tars, folders, globs or {0000..0575}; by default built-in scenes"),
-    "val_data": (None, names, "shards to validate on, or none; by default those named val or test"),
-    "zeroshot_data": ([], names, "folders with a folder of pictures per class, for validations"),
-    "captions": (["txt"], names, "sources of captions, one or more of txt and json.FIELD"),
-    "label_captions": (None, names, "sources of the words to predict; by default the caption"),
-    "val_captions": (None, names, "sources of captions in validations; by default --captions"),
-    "vocab": (None, text, "file, or clip; by default vocab.tiktoken beside the shards, else clip"),
-    "crop_area": (0.9, share, "least share of a picture to keep; 1: the middle square"),
-    "patch_dropout": (0.0, share, "share of the patches to leave out at random"),
+    "train_data": (None, NAMES, "tars, folders, globs or {0000..0575}; by default built-in scenes"),
+    "val_data": (None, NAMES, "shards to validate on, or none; by default those named val or test"),
+    "zeroshot_data": ([], NAMES, "folders with a folder of pictures per class, or none"),
+    "captions": (["txt"], NAMES, "sources of captions, one or more of txt and json.FIELD"),
+    "label_captions": (None, NAMES, "sources of the words to predict; by default the caption"),
+    "val_captions": (None, NAMES, "sources of captions in validations; by default --captions"),
+    "vocab": (None, TEXT, "file, or clip; by default vocab.tiktoken beside the shards, else clip"),
+    "crop_area": (0.9, CROP, "least share of a picture to keep; 1: the middle square"),
+    "patch_dropout": (0.0, DROPOUT, "share of the patches to leave out at random"),
     # Model and loss
-    "init_from": (None, text, "checkpoint, which sets --model, --image_size, --loss and --vocab"),
+    "init_from": (None, TEXT, "checkpoint, which sets --model, --image_size, --loss and --vocab"),
     "model": ("ViT-B-16", {"choices": PRESETS}, "size of both towers"),
-    "image_size": (None, count, "pixels a side; by default 72 for tiny, else 224"),
+    "image_size": (None, COUNT, "pixels a side; by default 72 for tiny, else 224"),
     "loss": (None, {"choices": ("softmax", "sigmoid")}, "CLIP's (the default) or SigLIP's"),
-    "cls_weight": (None, amount, "weight of the classification loss; 0: plain CLIP; by default 1"),
+    "cls_weight": (None, AMOUNT, "weight of the classification loss; 0: plain CLIP; by default 1"),
     # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. It is untuned for 256.
-    "steps": (None, count, "length of the run; by default --epochs decides"),
-    "epochs": (None, amount, "passes; by default 30, and for scenes 1.6 * sqrt(batch_size / 32)"),
-    "batch_size": (256, count, "pairs in each step, over all processes"),
-    "micro_batch_size": (None, count, "pairs in the towers at once to save memory; by default all"),
-    "learning_rate": (5e-4, amount, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
-    "warmup_steps": (None, count_or_0, "steps with a rising rate; by default half, at most 3000"),
-    "weight_decay": (0.2, amount, "of AdamW, for matrices"),
-    "seed": (0, count_or_0, "of all draws"),
+    "steps": (None, COUNT, "length of the run; by default --epochs decides"),
+    "epochs": (None, EPOCHS, "passes; by default 30, and for scenes 1.6 * sqrt(batch_size / 32)"),
+    "batch_size": (256, COUNT, "pairs in each step, over all processes"),
+    "micro_batch_size": (None, COUNT, "pairs in the towers at once to save memory; by default all"),
+    "learning_rate": (5e-4, AMOUNT, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
+    "warmup_steps": (None, COUNT_OR_0, "steps with a rising rate; by default half, at most 3000"),
+    "weight_decay": (0.2, AMOUNT, "of AdamW, for matrices"),
+    "seed": (0, COUNT_OR_0, "of all draws"),
     # Machine and folder
-    "workers": (None, count_or_0, "loaders per GPU; by default cores / GPUs; on a CPU 0"),
-    "device": (None, text, "cuda, mps or cpu; by default cuda if there is such a GPU, else cpu"),
-    "dtype": (None, dtypes, "dtype of steps; by default a fast one of this device"),
-    "compile": (None, flag, "compile towers and head; by default on CUDA under Linux, if it works"),
-    "out_dir": (None, text, "folder of the run; by default a new one"),
-    "resume": (None, text, "folder of a run to go on with; typed options replace its own"),
-    "log_every": (20, count, "steps between rows of the log"),
-    "eval_every": (None, count, "steps between validations; by default a third, at most 2000"),
+    "workers": (
+        None,
+        COUNT_OR_0,
+        "loaders per GPU; by default cores / GPUs, at most 16; scenes on a CPU: 0",
+    ),
+    "device": (None, TEXT, "cuda, mps or cpu; by default cuda if there is such a GPU, else cpu"),
+    "dtype": (None, DTYPES, "dtype of steps; by default a fast one of this device"),
+    "compile": (None, FLAG, "compile towers and head; by default on CUDA under Linux, if it works"),
+    "out_dir": (None, TEXT, "folder of the run; by default a new one"),
+    "resume": (None, TEXT, "folder of a run to go on with; typed options replace its own"),
+    "log_every": (20, COUNT, "steps between rows of the log"),
+    "eval_every": (None, COUNT, "steps between validations; by default a third, at most 2000"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 SCENES = {  # other defaults without --train_data, chosen so that a CPU learns in minutes
@@ -95,7 +103,8 @@ SCENES = {  # other defaults without --train_data, chosen so that a CPU learns i
 
 
 def parse(argv):
-    """Return the options as they are given, and what last.pt holds, or None if the run starts."""
+    """Return all options of a run, a dict in which None is still open, and what its last.pt holds,
+    or None if the run starts."""
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
     parser.argument_default = argparse.SUPPRESS  # so it returns only what is typed
@@ -108,48 +117,51 @@ def parse(argv):
     typed = vars(parser.parse_args(argv))
     for one, other in (("resume", "out_dir"), ("steps", "epochs")):
         cli.check(not {one, other} <= typed.keys(), f"give --{one} or --{other}, but not both")
-
-    # What comes later replaces what came before.
-    given = {**DEFAULTS}
-    if "train_data" not in typed:
-        given |= SCENES
     if "init_from" in typed:
-        given |= {"model": None, "learning_rate": 5e-5}  # a higher rate would destroy what it knows
         for name in ("model", "image_size", "loss", "vocab"):
             cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
     if "out_dir" in typed:
         run.check_is_new(typed["out_dir"])
-    last = None
-    if "resume" in typed:
-        last = run.read_last(typed["resume"])
-        # A scheduler may always give --resume, with the command that starts the run.
-        is_start = last is None and len(typed) > 1
-        cli.check(last or is_start, f"there is no run in {typed['resume']}")
-    if last is not None:
-        given |= last["header"]["given"]
-        run.print_changes(last, typed)
-    if "epochs" in typed:
-        given["steps"] = None  # those of the run that goes on
-    given |= typed
-    is_multiple = given["batch_size"] % (WORLD * (given["micro_batch_size"] or 1)) == 0
-    cli.check(is_multiple, "--batch_size must be a multiple of processes times --micro_batch_size")
-    print("options:", {name: x for name, x in given.items() if x is not None})
-    return argparse.Namespace(**given), last
+
+    known, last = run.find_run(typed)  # with --resume the run's own options, and what is typed
+    options = {**DEFAULTS}
+    if known.get("train_data") is None:
+        options |= SCENES
+    if known.get("init_from") is not None:  # a higher rate would destroy what the model knows
+        options |= {"model": None, "learning_rate": 5e-5}
+    options |= known
+
+    B, part = options["batch_size"], options["micro_batch_size"]
+    cli.check(B % WORLD == 0, f"--batch_size must be a multiple of the {WORLD} processes")
+    is_whole = part is None or part >= B // WORLD
+    cli.check(is_whole or B // WORLD % part == 0, "--micro_batch_size must divide a GPU's pairs")
+    print("options:", {name: x for name, x in options.items() if x is not None})
+    return options, last
 
 
-def resolve(given, device, num_pairs):
-    """Return the options with values for those that were left open."""
-    args = argparse.Namespace(**vars(given))
-    args.val_captions = args.val_captions or args.captions
-    args.dtype = args.dtype or devices.pick_dtype(device)
-    if args.workers is None and device.type == "cpu":
-        args.workers = 0  # the model keeps the cores busy
-    if args.epochs is None:  # scenes: a batch four times as large makes half as many steps
-        args.epochs = 30 if args.train_data else round(1.6 * math.sqrt(args.batch_size / 32), 3)
-    args.steps = args.steps or max(1, round(args.epochs * (num_pairs // args.batch_size)))
+def resolve(options, device, num_pairs):
+    """Return the options as a namespace, in which those of the data, the machine and the length of
+    the run are no longer open. num_pairs: those to train on."""
+    args = argparse.Namespace(**options)
+    if args.val_captions is None:
+        args.val_captions = args.captions
+    if args.zeroshot_data == ["none"]:
+        args.zeroshot_data = []
+    if args.dtype is None:
+        args.dtype = devices.pick_dtype(device)
+    if args.workers is None and args.train_data is None and device.type == "cpu":
+        args.workers = 0  # scenes are small, and the model keeps the cores busy
+    if args.steps is None:
+        if args.epochs is None and args.train_data is None:
+            # A batch that is four times as large makes half as many steps.
+            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+        elif args.epochs is None:
+            args.epochs = 30
+        args.steps = max(1, round(args.epochs * (num_pairs // args.batch_size)))
     if args.warmup_steps is None:  # a short warm-up hurts plain CLIP most (study/results.md)
         args.warmup_steps = min(3000, args.steps // 2)
-    args.eval_every = args.eval_every or min(2000, math.ceil(args.steps / 3))
+    if args.eval_every is None:
+        args.eval_every = min(2000, math.ceil(args.steps / 3))
     cli.check(num_pairs >= args.batch_size, f"--batch_size exceeds the {num_pairs:,} pairs")
     cli.check(args.warmup_steps <= args.steps, f"--warmup_steps exceeds the {args.steps} steps")
     return args
@@ -159,30 +171,31 @@ def resolve(given, device, num_pairs):
 # The model, the optimizer, the learning rate, and a validation
 
 
-def build_model(given, shards):
+def build_model(args, shards):
     """Return the model of a new run, its tokenizer, and the names of the tensors that --init_from
     lacks, as a checkpoint of plain CLIP lacks the word head."""
-    if given.init_from is None:
-        tokenizer = tokenizer_for(shards, given.vocab)
-        config = vars(SuperCLIPConfig(**PRESETS[given.model], vocab_size=tokenizer.vocab_size))
+    if args.init_from is None:
+        tokenizer = tokenizer_for(shards, args.vocab)
+        config = vars(SuperCLIPConfig(**PRESETS[args.model], vocab_size=tokenizer.vocab_size))
     else:
-        pretrained, tokenizer, _ = run.read_model(given.init_from)
+        pretrained, tokenizer, _ = run.read_model(args.init_from)
         config = vars(pretrained.config).copy()
-        if pretrained.head is None:
-            config["cls_weight"] = 1.0  # plain CLIP gets a word head
-    for name, value in vars(given).items():
-        if name in config and value is not None:  # an option such as --cls_weight
+        if pretrained.head is None:  # plain CLIP gets a word head
+            config["cls_weight"] = SuperCLIPConfig.cls_weight
+    for name in config:
+        value = getattr(args, name, None)  # an option such as --cls_weight
+        if value is not None:
             config[name] = value
     config = SuperCLIPConfig(**config)
     fits = config.image_size % config.patch_size == 0
     cli.check(fits, f"--image_size must be a multiple of the patch_size {config.patch_size}")
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
-    torch.manual_seed(given.seed)  # each process begins with the same weights
+    torch.manual_seed(args.seed)  # each process begins with the same weights
     model = SuperCLIP(config)
-    if given.init_from is None:
+    if args.init_from is None:
         return model, tokenizer, []
-    return model, tokenizer, run.load_pretrained(model, pretrained, given.init_from)
+    return model, tokenizer, run.load_pretrained(model, pretrained, args.init_from)
 
 
 def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new=5e-4):
@@ -231,24 +244,24 @@ def validate(args, model, tokenizer, samples, zeroshot_images, step):
 # The run
 
 
-def train(given, last):
+def train(options, last):
     """Train from the first step, or go on from `last`. The arguments are what `parse` returns."""
-    device = devices.prepare_device(given.device)
+    device = devices.prepare_device(options["device"])
     on_gpu = device.type == "cuda"
 
-    # The model and the data. One process draws, downloads and indexes what is missing first.
+    # The data and the model. One process draws, downloads and indexes what is missing first.
     with one_first():
-        train_data = given.train_data or [find_or_make_scenes("scenes")]
-        shards, val_shards = shards_of_run(train_data, given.val_data)
+        train_data = options["train_data"] or [find_or_make_scenes("scenes")]
+        shards, val_shards = shards_of_run(train_data, options["val_data"])
+        samples = data.open_samples(shards, options["captions"])
+        args = resolve(options, device, len(samples))
+        val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
         if last is None:
-            model, tokenizer, new_names = build_model(given, shards)
+            model, tokenizer, new_names = build_model(args, shards)
         else:
-            model, tokenizer = run.restore(f"{given.resume}/last.pt", last)
+            model, tokenizer = run.restore(f"{args.resume}/last.pt", last)
             new_names = last["header"]["new_names"]
         image_size = model.config.image_size
-        samples = data.open_samples(shards, given.captions)
-        args = resolve(given, device, len(samples))
-        val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
         zeroshot_images = {}
         for folder in args.zeroshot_data:
             zeroshot_images[folder] = evaluation.zeroshot_pictures(folder, image_size, tokenizer)
@@ -267,6 +280,7 @@ def train(given, last):
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
+    groups = optimizer.state_dict()["param_groups"]  # their settings, before any step
     dtype = getattr(torch, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -275,16 +289,18 @@ def train(given, last):
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}
     start = 0
     best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
-    header = run.make_header(given, args, device, model, pairs, val_samples, new_names)
+    log_size = 0
+    header = run.make_header(args, device, model, pairs, val_samples, new_names)
     if last is not None:
-        run.check_data_and_steps(last, header)
+        run.check_goes_on(last, header)
         run.load_states(last, optimizer, scaler)
         start = last["step"]
         best_r1 = last["best_r1"]
+        log_size = last["log_size"]
         if last["is_validated"]:  # the run may have ended before this validation
             eval_steps.add(start)
-    out = run.make_folder(args.resume or args.out_dir)
-    run.begin_log(out, header, start)  # it also checks that all processes begin alike
+    out = run.make_folder(args)
+    run.begin_log(out, header, start, log_size)  # it also checks that all processes begin alike
 
     # Each process loads a part of every batch, and DDP averages the gradients.
     B = args.batch_size // WORLD
@@ -296,19 +312,32 @@ def train(given, last):
     if WORLD > 1:
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
+    # A round first saves and validates what the steps before it have learned, and then makes a
+    # step. The last round only saves and validates.
     saved_at = time.perf_counter()
     sums = Counter()  # over the steps since the last row of the log
-    rounds = range(start, args.steps + 1)  # the last one only saves and validates
+    rounds = range(start, args.steps + 1)
     no_bar = True if RANK else None  # None: there is a bar if the output is a terminal
     for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
         is_saved = is_validated or time.perf_counter() > saved_at + 600
+        comes_from_disk = step == start and last is not None
+        if is_saved and on_gpu:
+            began = time.perf_counter()
+            torch.cuda.synchronize()  # the steps that it still computes count as training
+            sums.update(seconds=time.perf_counter() - began)
         facts = {"header": header, "step": step}
-        if RANK == 0 and is_saved and (step > start or last is None):
-            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            states |= {"best_r1": best_r1, "is_validated": is_validated}
+        if RANK == 0 and is_saved and not comes_from_disk:
+            states = {
+                "optimizer": optimizer.state_dict(),
+                "groups": groups,
+                "scaler": scaler.state_dict(),
+                "best_r1": best_r1,
+                "is_validated": is_validated,
+                "log_size": (out / "log.jsonl").stat().st_size,
+            }
             run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
             saved_at = time.perf_counter()
         if RANK == 0 and is_validated:
@@ -330,6 +359,7 @@ def train(given, last):
 
         # 3. The losses and their gradient. The contrastive loss needs all pairs at once, so forward
         # itself splits a batch into micro-batches. The seed is for what a fork draws, for dropout.
+        # The prime number keeps the seeds of two runs apart.
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         with autocast:
             losses = ddp_model(**batch, micro_batch_size=args.micro_batch_size)
@@ -352,7 +382,7 @@ def train(given, last):
         done = step + 1
         is_logged = done % args.log_every == 0 or done in eval_steps
         if is_logged:
-            means = mean_of_all(losses)  # the loss and its terms
+            means = mean_of_all(losses)  # the loss and its terms, of this step
         seconds = time.perf_counter() - began  # without saves and validations
         sums.update(steps=1, seconds=seconds, waited=waited, replaced=num_replaced)
         if is_logged:
@@ -365,10 +395,12 @@ def train(given, last):
                 "logit_scale": model.logit_scale.exp().item(),
                 "grad_norm": grad_norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
+                # All steps since the last row
                 "images_per_second": round(sums["steps"] * args.batch_size / sums["seconds"], 1),
                 "data_wait": round(sums["waited"] / sums["seconds"], 3),  # a share
                 "bad_samples": round(sums["replaced"] / (sums["steps"] * B), 4),
-                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
+                # The most since the run began, also in validations; 0 on a CPU
+                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             }
             run.log(out, row)
             tqdm.write(run.line_of(row, means))  # above the bar

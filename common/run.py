@@ -5,6 +5,7 @@ shows what else last.pt and best.pt hold.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -59,9 +60,14 @@ def restore(path, content):
 
 
 def read_model(path):
-    """Return the model and the tokenizer of a checkpoint, and the options of its run, a dict."""
+    """Return the model and the tokenizer of a checkpoint, and the options of its run, a dict, with
+    the shards that it has validated on as val_shards. A converted checkpoint has no options."""
     content = read_checkpoint(path)
-    return *restore(path, content), content.get("header", {}).get("resolved", {})
+    model, tokenizer = restore(path, content)
+    if "header" not in content:
+        return model, tokenizer, {}
+    header = content["header"]
+    return model, tokenizer, {**header["options"], "val_shards": header["val_shards"]}
 
 
 def load_pretrained(model, pretrained, path):
@@ -99,11 +105,14 @@ def check_is_new(folder):
     check(not found, f"{folder} holds a run. Name another --out_dir, or --resume {folder}.")
 
 
-def make_folder(folder):
+def make_folder(args):
     """Let process 0 make the folder of a run, by default a new one. Return it in each process."""
+    folder = args.resume or args.out_dir
     if processes.RANK == 0:
         folder = Path(folder) if folder else make_next_folder()
         folder.mkdir(parents=True, exist_ok=True)
+        if args.resume is None:  # of two runs that begin in a folder, one ends here
+            (folder / "log.jsonl").touch(exist_ok=False)
         for temporary in folder.glob(".*.*.*.tmp"):  # what cli.write_file has left at a kill
             temporary.unlink()
     return Path(processes.from_all(str(folder))[0])
@@ -143,7 +152,7 @@ def commit():
         return ""
 
 
-def make_header(given, args, device, model, pairs, val_samples, new_names):
+def make_header(args, device, model, pairs, val_samples, new_names):
     """Return the header of the log: the conditions of its rows, and what --resume needs."""
     device_name = f"{device.type} ({processes.cores()} cores)"
     if device.type == "cuda":
@@ -162,8 +171,8 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "data_fingerprint": "-".join(fingerprints),
         "command": sys.argv,
-        "given": vars(given),
-        "resolved": {**vars(args), "val_shards": val_shards},
+        "options": vars(args),
+        "val_shards": val_shards,
         "new_names": new_names,
         "config": vars(model.config),
     }
@@ -172,44 +181,67 @@ def make_header(given, args, device, model, pairs, val_samples, new_names):
 # -----------------------------------------------------------------------------
 # --resume
 
+# What a run keeps, beside the fields of its configuration: its model, and the order of its pairs.
+FIXED = ("model", "init_from", "vocab", "batch_size", "seed", "label_captions")
 
-def read_last(folder):
-    """Return what the last.pt of a run holds, or None if nothing is saved yet."""
-    path = Path(folder, "last.pt")
+
+def find_run(typed):
+    """Return the options that are known of a run, a dict, and what its last.pt holds. typed: the
+    options that are typed. A run that starts has these options, and None in place of last.pt.
+
+    With --resume a run goes on with its own options, and what is typed replaces them. If the folder
+    holds no run, --train_data must be typed to start one there. So a scheduler can repeat the
+    command that starts a run, but a typo in the folder's name starts nothing.
+    """
+    if "resume" not in typed:
+        return typed, None
+    folder = Path(typed["resume"])
+    path = folder / "last.pt"
     if not path.exists():
-        check(not any(Path(folder).glob("*.pt")), f"{folder} has no last.pt to --resume from")
+        check(not any(folder.glob("*.pt")), f"{folder} has no last.pt to --resume from")
+        advice = "To start one there, give its --train_data, too."
+        check("train_data" in typed, f"there is no run in {folder} yet. {advice}")
         print(f"there is no {path} yet, so the run starts")
-        return None
+        return typed, None
+
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
-    return last
-
-
-def print_changes(last, typed):
-    """Print which options of the run are typed anew. Refuse those of the model and the order."""
-    old = {**last["header"]["resolved"], **last["config"]}
-    fixed = {"model", "init_from", "vocab", "batch_size", "seed", "label_captions", *last["config"]}
+    config = {**vars(SuperCLIPConfig()), **last["config"]}  # a fork may have added a field
+    own = {**last["header"]["options"], **config}
     for name, value in typed.items():
-        if name != "resume" and value != old.get(name):  # a fork may have added it since then
-            change = f"--{name}: {old.get(name)} -> {value}"
-            check(name not in fixed, f"--resume cannot change this option ({change})")
-            print(change)
+        if name in config or name in FIXED:
+            change = f"--{name} from {own.get(name)} to {value}"
+            check(value == own.get(name), f"--resume cannot change {change}. Leave it out.")
+    known = {**last["header"]["options"], **typed}
+    if "steps" in typed:
+        known["epochs"] = None
+    if "epochs" in typed:
+        known["steps"] = None  # to be computed again
+    return known, last
 
 
-def check_data_and_steps(last, header):
-    """Refuse to go on with other data, or to steps that are done. header: that of today."""
+def check_goes_on(last, header):
+    """Print what differs between a run and how it goes on, as `header` has it. Refuse other data,
+    and an end that lies before the steps that are done."""
     same_data = last["header"]["data_fingerprint"] == header["data_fingerprint"]
     check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
-    check(last["step"] <= header["steps"], f"--steps: {last['step']} are done. Give no fewer.")
-    for name in ("device", "dtype", "processes", "torch", "commit"):
-        if header[name] != last["header"][name]:
-            print(f"{name}: {last['header'][name]} -> {header[name]}")
+    is_later = last["step"] <= header["steps"]
+    check(is_later, f"--steps: {last['step']} are done, so {header['steps']} are too few")
+    before = {**last["header"]["options"], **last["header"]}
+    now = {**header["options"], **header}
+    for name in (*header["options"], "processes", "torch", "commit"):
+        if name != "resume" and now[name] != before.get(name):
+            print(f"{name}: {before.get(name)} -> {now[name]}")
 
 
 def load_states(last, optimizer, scaler):
-    """Load what last.pt holds, but with the rates and the decay of today's options."""
-    for saved, group in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
-        saved.update(peak_lr=group["peak_lr"], weight_decay=group["weight_decay"])
+    """Load the states that last.pt holds. A setting of the optimizer that an option or a fork makes
+    differently today has today's value. The others are as the optimizer has left them."""
+    today = optimizer.state_dict()["param_groups"]
+    for saved, made, group in zip(last["optimizer"]["param_groups"], last["groups"], today):
+        for name, value in group.items():
+            if name not in made or value != made[name]:
+                saved[name] = value
     optimizer.load_state_dict(last["optimizer"])
     if last["scaler"]:  # its state is empty without float16
         scaler.load_state_dict(last["scaler"])
@@ -219,16 +251,15 @@ def load_states(last, optimizer, scaler):
 # The log. Each line is a row in JSON: a header, the losses of a step, or a validation.
 
 
-def begin_log(out, header, step):
-    """Drop the rows that the run repeats: after `step`, and its validation. Log the header."""
+def begin_log(out, header, step, size):
+    """Cut the log to the size that it had when last.pt was saved, because the run repeats what came
+    later. Then add the header."""
     everywhere = processes.from_all((header["data_fingerprint"], step))
     check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
-    if processes.RANK == 0 and (out / "log.jsonl").exists():
-        rows = read_rows(out / "log.jsonl")
-        rows = [x for x in rows if x["step"] < step or (x["step"] == step and "loss" in x)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_file(out / "log.jsonl", lambda file: file.write(text.encode()))
-    log(out, {"header": header, "step": step})
+    if processes.RANK == 0:
+        with open(out / "log.jsonl", "ab") as file:
+            file.truncate(min(size, file.tell()))
+    log(out, {"header": header})
     print(f"out_dir: {out}, from step {step}")
     facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -236,6 +267,9 @@ def begin_log(out, header, step):
 
 def log(out, row):
     """Add a row to log.jsonl in the folder `out`. Only process 0 writes."""
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row = {**row, name: None}  # as JSON has neither infinity nor NaN
     if processes.RANK == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

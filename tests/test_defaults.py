@@ -18,15 +18,16 @@ DEFAULTS = {
     "--train_data=a.tar --init_from=model.pt": (None, 0.9, 256, 5e-5, 30 * 78),
     "": ("tiny", 1, 32, 5e-4, 1000),
     "--batch_size=256": ("tiny", 1, 256, 5e-4, 353),
+    "--micro_batch_size=64": ("tiny", 1, 32, 5e-4, 1000),  # more than a batch: no parts
     "--batch_size=256 --epochs=1 --learning_rate=0": ("tiny", 1, 256, 0, 78),
     "--init_from=model.pt --crop_area=0.5 --learning_rate=0": (None, 0.5, 32, 0, 1000),
 }
 
 
 def resolved(options, num_pairs):
-    given, last = train.parse(options.split())
+    options, last = train.parse(options.split())
     assert last is None
-    return train.resolve(given, torch.device("cpu"), num_pairs)
+    return train.resolve(options, torch.device("cpu"), num_pairs)
 
 
 @pytest.mark.parametrize("options, expected", DEFAULTS.items(), ids=DEFAULTS)
@@ -35,7 +36,16 @@ def test_the_defaults_suit_the_data_and_what_is_there(options, expected):
 
     found = (args.model, args.crop_area, args.batch_size, args.learning_rate, args.steps)
     assert found == expected
-    assert (args.weight_decay, args.patch_dropout, args.workers) == (0.2, 0, 0)
+    assert (args.weight_decay, args.patch_dropout) == (0.2, 0)
+    assert args.workers == (None if args.train_data else 0)  # scenes leave the cores to the model
+
+
+@pytest.mark.parametrize("option", ["--epochs=0", "--patch_dropout=1", "--crop_area=0"])
+def test_a_value_that_leaves_nothing_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([option])
+
+    assert option.partition("=")[0] in capsys.readouterr().err
 
 
 # Fields of the configuration that the preset, the vocabulary or a checkpoint sets

@@ -16,6 +16,8 @@ from material import assert_ends_like, cases, checkpoint_of, error_of, rows_of, 
 import eval as evaluation
 import superclip
 import train
+from common import run
+from common.run import read_log
 
 
 @pytest.fixture
@@ -28,6 +30,7 @@ def copied_run(whole_run, tmp_path):
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
 # file its name. Its calls are for last.pt at step 0, and then for last.pt and best.pt in turn.
 MOMENTS = {
+    "before the save of step 0": (before("os.replace", 1, killed), 0),
     "after the save of step 0": (in_step(3, killed), 0),
     "as last.pt is written": (before("os.replace", 4, killed), 4),
     "as best.pt is written": (before("os.replace", 5, killed), 8),
@@ -41,7 +44,7 @@ def test_a_scheduler_repeats_a_command_until_the_run_has_ended(
     children, shards, whole_run, tmp_path, capsys, moment, step
 ):
     """The command starts a run, and goes on with it after a kill. A file of another program in the
-    folder stays."""
+    folder stays. A fork's row of the log may have no step."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".other.tmp").touch()
@@ -49,7 +52,7 @@ def test_a_scheduler_repeats_a_command_until_the_run_has_ended(
     code, _ = finish(children.start("train", command, moment))
     assert code == -signal.SIGKILL
     with open(out / "log.jsonl", "ab") as log:
-        log.write(b'{"step": 6, "lo\xff')  # a row that was cut
+        log.write(b'{"fork": 1}\n{"step": 6, "lo\xff')  # the second row was cut
 
     train.main(command)
 
@@ -107,8 +110,8 @@ def test_options_of_a_fork_that_draws_from_torch_resume_to_the_bit(
 def test_two_processes_go_on_to_the_bit(children, shards, tmp_path):
     """Both are killed in their tenth step."""
     for name, moment in (("whole", []), ("out", [in_step(10, killed)])):
-        run = [short_run(shards, tmp_path / name), *moment]
-        for process in children.train_two(run, run):
+        both = [short_run(shards, tmp_path / name), *moment]
+        for process in children.train_two(both, both):
             finish(process)
 
     for process in children.train_two(*2 * [[["--resume", tmp_path / "out"]]]):
@@ -142,9 +145,71 @@ def test_what_is_typed_replaces_the_options_of_the_run(
     decays = {group["weight_decay"] for group in saved["optimizer"]["param_groups"]}
     assert decays == {0.3, 0.0}
     printed = capsys.readouterr().out
-    for change in ("learning_rate: 0.001 -> 0.0", "dtype: float32 -> bfloat16", "steps: 6 -> 1"):
-        assert f"{change}\n" in printed
-    assert "--model:" not in printed
+    for change in ("learning_rate: 0.001 -> 0.0", "dtype: float32 -> bfloat16", "steps: 12 -> 16"):
+        assert f"\n{change}\n" in printed
+    assert "\nmodel:" not in printed
+
+
+def test_a_run_keeps_its_length_when_its_scenes_have_moved(
+    scenes_folder, tmp_path, monkeypatch, capsys
+):
+    """Where no length is typed, it follows from the data: two steps on these scenes. It would be 30
+    epochs on other data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "find_or_make_scenes", partial(shutil.copytree, scenes_folder))
+    train.main("--device cpu --dtype float32 --zeroshot_data none".split())
+    before = checkpoint_of("out")["header"]["options"]
+    shutil.move("scenes", "moved")
+    capsys.readouterr()
+
+    train.main("--resume out --train_data moved".split())
+
+    header, _ = read_log("out/log.jsonl")
+    assert header["options"] == {**before, "train_data": ["moved"], "resume": "out"}
+    assert checkpoint_of("out")["step"] == 2
+    assert "\ntrain_data: None -> ['moved']\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def older_run(copied_run):
+    """Return a run of code that lacked two options. One of them is a field of the configuration."""
+    last = checkpoint_of(copied_run)
+    for name in ("cls_weight", "crop_area"):
+        del last["header"]["options"][name]
+    del last["config"]["cls_weight"]
+    torch.save(last, copied_run / "last.pt")
+    return copied_run
+
+
+def test_an_option_that_a_fork_has_added_has_its_default_or_is_typed(older_run, capsys):
+    train.main(["--resume", str(older_run), "--steps", "13", "--crop_area", "0.5"])
+
+    saved = checkpoint_of(older_run)
+    assert saved["config"]["cls_weight"] == 1.0
+    assert saved["header"]["options"]["crop_area"] == 0.5
+    assert "\ncrop_area: None -> 0.5\n" in capsys.readouterr().out
+
+
+def test_a_field_that_a_fork_has_added_cannot_be_changed(older_run, capsys):
+    message = error_of(capsys, train.main, "--resume", older_run, "--cls_weight", "0.5")
+
+    assert "--cls_weight" in message
+
+
+def test_what_a_fork_changes_in_the_optimizer_counts_and_what_the_optimizer_changes_stays():
+    """Some optimizers keep a state in their groups, such as the `d` of Prodigy."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    old = torch.optim.AdamW([{"params": [weight], "d": 1.0}], eps=1e-6)
+    groups = old.state_dict()["param_groups"]
+    old.param_groups[0]["d"] = 2.0
+    last = {"optimizer": old.state_dict(), "groups": groups, "scaler": scaler.state_dict()}
+    new = torch.optim.AdamW([{"params": [weight], "d": 1.0, "peak_lr": 0.5}], eps=1e-8)
+
+    run.load_states(last, new, scaler)
+
+    [group] = new.param_groups
+    assert (group["d"], group["eps"], group["peak_lr"]) == (2.0, 1e-8, 0.5)
 
 
 OTHERS = """--steps 11, --loss sigmoid, --cls_weight 0, --model ViT-B-16, --init_from best.pt,
@@ -213,9 +278,21 @@ def test_what_cannot_be_resumed_is_refused_and_kept(
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_a_folder_without_a_run_is_refused_if_nothing_else_is_typed(tmp_path, capsys):
-    """A typo in the name of the folder starts no run on scenes."""
-    message = error_of(capsys, train.main, "--resume", tmp_path)
+@pytest.mark.parametrize("more", ["", "--batch_size 256"])
+def test_a_typo_in_the_name_of_the_folder_starts_no_run(tmp_path, capsys, more):
+    message = error_of(capsys, train.main, "--resume", tmp_path, *more.split())
 
     assert str(tmp_path) in message
     assert not any(tmp_path.iterdir())
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_second_ends(shards, tmp_path):
+    """The folder was free when they read their options."""
+    first, second = (train.parse(short_run(shards, tmp_path)) for _ in range(2))
+    train.train(*first)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    with pytest.raises(OSError, match="log.jsonl"):
+        train.train(*second)
+
+    assert (tmp_path / "last.pt").read_bytes() == before

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -54,9 +55,9 @@ def test_captions_have_the_context_length_of_the_model(shards, monkeypatch, cont
     """A longer caption than the text tower reads would end the run. A longer context would stay
     empty."""
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "context_length": context_length})
-    given, _ = train.parse(["--train_data=x", "--model=tiny", "--batch_size=8"])
+    options, _ = train.parse(["--train_data=x", "--model=tiny"])
 
-    _, tokenizer, _ = train.build_model(given, [shards / "train-0.tar"])
+    _, tokenizer, _ = train.build_model(Namespace(**options), [shards / "train-0.tar"])
 
     assert tokenizer("a red square").shape == (1, context_length)
 
@@ -77,7 +78,7 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
 
     with ThreadPoolExecutor(8) as pool:
-        folders = [*pool.map(make_folder, 8 * [None])]
+        folders = [*pool.map(make_folder, 8 * [Namespace(resume=None, out_dir=None)])]
 
     names = ["out", *(f"out_{number}" for number in range(2, 9))]
     assert sorted(map(str, folders)) == names
@@ -231,7 +232,8 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_float16_survives_a_step_that_overflows_but_not_all(
     shards, tmp_path, monkeypatch, capsys, last
 ):
-    """Steps overflow from the second to the last one of these. Each halves the scale of 8."""
+    """Steps overflow from the second to the last one of these. Each halves the scale of 8. Their
+    losses are null in the log, because JSON has no infinity."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=8))
     forward = SuperCLIP.forward
     steps = itertools.count(1)
@@ -249,4 +251,6 @@ def test_float16_survives_a_step_that_overflows_but_not_all(
     else:
         assert "not finite" in error_of(capsys, train.main, *options)
 
-    assert rows_of(tmp_path, "loss")[-1]["step"] == (12 if last == 2 else 2)
+    rows = rows_of(tmp_path, "loss")
+    assert rows[-1]["step"] == (12 if last == 2 else 2)
+    assert rows[0]["loss"] is None
