@@ -29,11 +29,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 PAD = 0  # the token id that fills up short captions
-START, END = -2, -1  # start and end of text have the last two ids of a vocabulary
+# Start and end of text have the last two ids of a vocabulary. So END, the last of its columns, is
+# also the largest id of a caption, and argmax finds where a caption ends.
+START, END = -2, -1
 
 
 # -----------------------------------------------------------------------------
@@ -67,6 +69,9 @@ class SuperCLIPConfig:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
+        assert self.image_size % self.patch_size == 0, "patches must fill the image"
+        assert self.vision_width % self.vision_heads == 0, "each head gets a part of vision_width"
+        assert self.text_width % self.text_heads == 0, "each head gets a part of text_width"
 
 
 # Each size names what differs from the defaults above, which are those of ViT-B-16.
@@ -125,7 +130,8 @@ def multi_hot(tokens, vocab_size):
     others. tokens (B, T): the ids of the captions."""
     words = torch.zeros(len(tokens), vocab_size, device=tokens.device)
     words.scatter_(1, tokens, 1.0)
-    for i in (PAD, START, END):  # PAD is also CLIP's id of "!", so "!" is never a word
+    # PAD is also CLIP's id of a "!" inside a word, which is no loss. A "!" alone has another id.
+    for i in (PAD, START, END):
         words[:, i] = 0.0
     return words
 
@@ -218,7 +224,8 @@ class SuperCLIP(nn.Module):
         if self.training and self.head is not None:
             self.count_tokens(label_tokens)
 
-        # What needs one pair at a time: two features, and the loss of the head.
+        # What needs one pair at a time: two features, and the loss of the head. Without a size of
+        # micro-batches, the second line is self.encode_pairs(**pairs).
         pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens, "keep": keep}
         features, terms = in_micro_batches(self.encode_pairs, pairs, micro_batch_size)
 
@@ -272,8 +279,8 @@ class SuperCLIP(nn.Module):
         return sigmoid_loss(image_features, text_features, scale, self.logit_bias)
 
     def encode_image(self, images):
-        """Return features (B, E) of length 1. images (B, 3, S, S): uint8, or floats from which mean
-        and std are already removed."""
+        """Return features (B, E) of length 1. images (B, 3, S, S): uint8, as our data has them, or
+        floats that are already normalised, as other code has them."""
         features, _ = self.visual(images)
         return F.normalize(features.float(), dim=-1)
 
@@ -321,9 +328,9 @@ class VisionTransformer(nn.Module):
 
     def class_and_patches(self, images, keep=None):
         """Return the class token, and after it the patch tokens: (B, 1 + P, D), or (B, 1 + K, D)
-        with `keep`. images (B, 3, S, S): uint8, or floats from which mean and std are already
-        removed; keep (B, K): indices of the patches to look at, by default all."""
-        if images.dtype == torch.uint8:
+        with `keep`. images (B, 3, S, S): uint8, as our data has them, or floats that are already
+        normalised; keep (B, K): indices of the patches to look at, by default all."""
+        if images.dtype == torch.uint8:  # normalise them
             # Work in place on the new float tensor, because copying a batch is slow on a CPU.
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
         # The next three lines are self.conv1(images): a convolution that moves by whole patches
@@ -367,7 +374,7 @@ class TextTransformer(nn.Module):
         token change nothing, because attention is causal, so captions may be trimmed after it."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, T, D)
         x = self.transformer(x)
-        # argmax finds the end token, which has the largest id. Of two it finds the first.
+        # argmax finds the end token, which has the largest id. Of two it finds the first one.
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # (B, D)
         return self.ln_final(x) @ self.text_projection
 
@@ -486,7 +493,7 @@ def gather(features):
     constant = features.detach()
     gathered = [torch.empty_like(constant) for _ in range(world)]
     dist.all_gather(gathered, constant)
-    # The difference is 0, so the values stay the same. But its gradient is multiplied by `world`.
+    # The difference is 0, so this has the value of the features, and `world` times their gradient.
     gathered[dist.get_rank()] = constant + world * (features - constant)
     return torch.cat(gathered)
 
@@ -495,11 +502,11 @@ def in_micro_batches(encode_pairs, pairs, size):
     """Return what encode_pairs(**pairs) returns, but with the memory of `size` pairs (GradCache,
     arXiv 2101.06983). pairs: a dict of its arguments, each a tensor with B rows, or None.
 
-    The loss needs the features of all pairs at once, but the towers do not. For each micro-batch,
-    recompute_in_backward, which is torch's `checkpoint`, keeps the inputs and the features, and
-    forgets all that the towers have computed in between. The backward pass computes that again, one
-    micro-batch after the other, which takes a third more time. Until then the counts of tokens, and
-    so the weights of the words, stay the same.
+    The loss needs the features of all pairs at once, but the towers do not. For each micro-batch
+    torch's checkpoint keeps the inputs and the features, and forgets all that the towers have
+    computed in between. The backward pass computes that again, one micro-batch after the other,
+    which takes a third more time. It must come before the next call of `forward`, which counts
+    captions and so changes the weights of the words.
     """
     B = len(pairs["images"])
     if size is None or size >= B:
@@ -509,7 +516,8 @@ def in_micro_batches(encode_pairs, pairs, size):
     for start in range(0, B, size):
         part = {name: x[start : start + size] for name, x in pairs.items() if x is not None}
         # use_reentrant=False: the older kind wants inputs that require gradients.
-        parts.append(recompute_in_backward(encode_pairs, **part, use_reentrant=False))
+        results = torch.utils.checkpoint.checkpoint(encode_pairs, **part, use_reentrant=False)
+        parts.append(results)
     all_features, all_terms = zip(*parts)
     features = {}
     for name in all_features[0]:

@@ -186,9 +186,9 @@ def build_model(args, shards):
         value = getattr(args, name, None)  # an option such as --cls_weight
         if value is not None:
             config[name] = value
+    fits = config["image_size"] % config["patch_size"] == 0
+    cli.check(fits, f"--image_size must be a multiple of the patch_size {config['patch_size']}")
     config = SuperCLIPConfig(**config)
-    fits = config.image_size % config.patch_size == 0
-    cli.check(fits, f"--image_size must be a multiple of the patch_size {config.patch_size}")
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
     torch.manual_seed(args.seed)  # each process begins with the same weights

@@ -24,7 +24,7 @@ train --train_data scenes                                 | scenes
 train TRAIN --train_data html.tar                         | html.tar
 train TRAIN --resume a --out_dir b                        | --out_dir
 train TRAIN --batch_size 3                                | --batch_size
-train TRAIN --micro_batch_size 4                          | --micro_batch_size
+train --batch_size 256 --micro_batch_size 60               | --micro_batch_size
 train TRAIN --log_every 0                                 | --log_every
 train TRAIN --learning_rate nan                           | --learning_rate
 train TRAIN --image_size 21                               | patch_size
