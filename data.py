@@ -97,7 +97,8 @@ class Samples:
         """Return the bytes of a member of sample i, b"" if there is none. column: IMAGE, TEXT or
         JSON of common/shards.py."""
         row = self.index[i].tolist()
-        shard, block, size = row[0], row[column], row[column + 1]
+        shard = row[0]
+        block, size = row[column : column + 2]
         try:
             with open(self.paths[shard], "rb") as file:
                 file.seek(block * shards.BLOCK)
@@ -190,10 +191,10 @@ class Pairs(Dataset):
     def draw_pair(self, i, rng):
         """Return the image of sample i, the ids of its caption, the ids of its label caption, and
         the list of the patches to keep, or None for all. rng: the generator that draws them."""
-        caption = self.draw_caption(i, self.samples.sources, rng)
+        caption = self.draw_ids(i, self.samples.sources, rng)
         label = caption
         if self.label_sources:
-            label = self.draw_caption(i, self.label_sources, rng)
+            label = self.draw_ids(i, self.label_sources, rng)
         crop = partial(crop_box, crop_area=self.crop_area, rng=rng)
         image = load_image(self.samples.image(i), self.image_size, crop)
         keep = None
@@ -202,7 +203,7 @@ class Pairs(Dataset):
             keep = rng.sample(range(self.num_patches), K)
         return image, caption, label, keep
 
-    def draw_caption(self, i, sources, rng):
+    def draw_ids(self, i, sources, rng):
         """Return the ids of a caption that sample i has in one of the sources."""
         captions = self.samples.captions_in(i, rng.choice(sources))
         return self.tokenizer.encode(rng.choice(captions))
@@ -263,6 +264,7 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
+    # For each list of items that batch_sampler yields, a loader collates pairs[item] of all items.
     steps = range(start, stop)
     items = (batch_indices(len(pairs), batch_size, pairs.seed, step)[rows] for step in steps)
     options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}

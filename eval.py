@@ -29,28 +29,6 @@ from common.run import read_model
 from common.shards import by_split, find_shards
 from common.tokenizer import has_letters, token_text, trim
 
-
-def make_score(hits, chance):
-    """Return a score, a dict of value, chance, n and interval. The value is the mean of hits (n,),
-    numbers between 0 and 1. chance: the value that a guess would have. Wilson's 95 % interval
-    remains valid for values near 0 or 1."""
-    n = len(hits)
-    p = float(hits.double().mean())
-    z = 1.96  # 95 % of a normal distribution lie within 1.96 standard deviations of its mean
-    shrink = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    interval = [max(0.0, centre - half), min(1.0, centre + half)]
-    return {"value": p, "chance": float(chance), "n": n, "interval": interval}
-
-
-def format_score(name, score):
-    """Return a line of text that shows a score."""
-    low, high = score["interval"]
-    text = f"{name:24s}{100 * score['value']:7.2f} %   chance {100 * score['chance']:6.2f} %"
-    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {score['n']:,}"
-
-
 # -----------------------------------------------------------------------------
 # Retrieval: an image must find its captions, and a caption its image
 
@@ -66,19 +44,19 @@ def retrieval(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     }
 
 
-def recall(questions, question_image, answers, answer_image, ks):
+def recall(questions, image_of_question, answers, image_of_answer, ks):
     """Return R@k of a search as a dict of scores, one for each k in ks. questions (Q, E), answers
-    (A, E): features; question_image (Q,), answer_image (A,): the numbers of their images, on the
-    CPU. An answer is right if it belongs to the image of the question."""
+    (A, E): features; image_of_question (Q,), image_of_answer (A,): the numbers of their images, on
+    the CPU. An answer is right if it belongs to the image of the question."""
     best = nearest(questions, answers, max(ks))  # (Q, k)
-    is_right = answer_image[best] == question_image[:, None]  # (Q, k)
-    num_right = torch.bincount(answer_image)[question_image].double()  # (Q,): of all answers
+    is_right = image_of_answer[best] == image_of_question[:, None]  # (Q, k)
+    num_right = torch.bincount(image_of_answer)[image_of_question].double()  # (Q,): of all answers
     scores = {}
     for k in ks:
         found = is_right[:, :k].any(dim=1).double()  # (Q,): is a right answer among the first k?
         # This is exact if one answer is right. If several are, a guess may find two of them.
         chance = (k * num_right / len(answers)).clamp(max=1).mean()
-        scores[f"R@{k}"] = make_score(mean_of_images(found, question_image), chance)
+        scores[f"R@{k}"] = make_score(mean_of_images(found, image_of_question), chance)
     return scores
 
 
@@ -213,6 +191,31 @@ def names_of_classes(folders):
 
 
 # -----------------------------------------------------------------------------
+# A score: a share of images, with its chance level and its uncertainty
+
+
+def make_score(hits, chance):
+    """Return a score, a dict of value, chance, n and interval. The value is the mean of hits (n,),
+    numbers between 0 and 1. chance: the value that a guess would have. Wilson's 95 % interval
+    remains valid for values near 0 or 1."""
+    n = len(hits)
+    p = float(hits.double().mean())
+    z = 1.96  # 95 % of a normal distribution lie within 1.96 standard deviations of its mean
+    shrink = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    interval = [max(0.0, centre - half), min(1.0, centre + half)]
+    return {"value": p, "chance": float(chance), "n": n, "interval": interval}
+
+
+def format_score(name, score):
+    """Return a line of text that shows a score."""
+    low, high = score["interval"]
+    text = f"{name:24s}{100 * score['value']:7.2f} %   chance {100 * score['chance']:6.2f} %"
+    return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {score['n']:,}"
+
+
+# -----------------------------------------------------------------------------
 # A checkpoint -> a model -> features of pictures and texts, and words of the head
 
 
@@ -324,11 +327,8 @@ def command_retrieval(args):
 def make_parser():
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    both = cli.make_parser(__doc__, "checkpoint", "device", "workers")
-    both.add_argument("--json", type=cli.output_file(".json"), help="file for all numbers")
-    options = {"parents": [both], "conflict_handler": "resolve", "allow_abbrev": False}
     # fmt: off
-    command = commands.add_parser("zeroshot", help="find the class of an image", **options)
+    command = commands.add_parser("zeroshot", help="find the class of an image", allow_abbrev=False)
     command.set_defaults(function=command_zeroshot)
     add = command.add_argument
     add("--images", required=True, metavar="DIR",
@@ -338,7 +338,8 @@ def make_parser():
     add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class, or openai (default: four)")
 
-    command = commands.add_parser("retrieval", help="find captions by image, and back", **options)
+    command = commands.add_parser("retrieval", help="find captions by image, and back",
+                                  allow_abbrev=False)
     command.set_defaults(function=command_retrieval)
     add = command.add_argument
     add("--data", nargs="+", required=True, metavar="SHARDS",
@@ -346,6 +347,10 @@ def make_parser():
     add("--captions", nargs="+", metavar="SOURCE",
         help="where captions are: txt or json.FIELD, one or more (default: as in the run, or txt)")
     # fmt: on
+    for command in commands.choices.values():
+        for name in ("checkpoint", "device", "workers"):
+            command.add_argument(f"--{name}", **cli.OPTIONS[name])
+        command.add_argument("--json", type=cli.output_file(".json"), help="file for all numbers")
     return parser
 
 

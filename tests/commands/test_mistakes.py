@@ -35,7 +35,7 @@ train TRAIN --zeroshot_data nowhere                       | nowhere
 train TRAIN --zeroshot_data numbers                       | n01440764
 train TRAIN --steps 1 --warmup_steps 2                    | --warmup_steps
 train TRAIN --train_data bad.tar --workers 1 --out_dir run | bad.tar
-train --train_data pairs.tar --init_from damaged.pt       | damaged.pt
+train --train_data pairs.tar --batch_size 2 --init_from damaged.pt | damaged.pt
 eval zeroshot MODEL --images hollow                       | hollow
 eval zeroshot MODEL --images classes --templates list.csv | --templates
 eval zeroshot MODEL --images classes --classes empty.txt  | empty.txt
