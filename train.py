@@ -131,10 +131,11 @@ def parse(argv):
         options |= {"model": None, "learning_rate": 5e-5}
     options |= known
 
-    B, part = options["batch_size"], options["micro_batch_size"]
-    cli.check(B % WORLD == 0, f"--batch_size must be a multiple of the {WORLD} processes")
-    is_whole = part is None or part >= B // WORLD
-    cli.check(is_whole or B // WORLD % part == 0, "--micro_batch_size must divide a GPU's pairs")
+    B, rest = divmod(options["batch_size"], WORLD)  # B: pairs of one process
+    cli.check(rest == 0, f"--batch_size must be a multiple of the {WORLD} processes")
+    micro_batch_size = options["micro_batch_size"] or B
+    fits = micro_batch_size >= B or B % micro_batch_size == 0
+    cli.check(fits, f"--micro_batch_size must divide the {B} pairs of a process")
     print("options:", {name: x for name, x in options.items() if x is not None})
     return options, last
 
@@ -151,12 +152,11 @@ def resolve(options, device, num_pairs):
         args.dtype = devices.pick_dtype(device)
     if args.workers is None and args.train_data is None and device.type == "cpu":
         args.workers = 0  # scenes are small, and the model keeps the cores busy
+    if args.steps is None and args.epochs is None:
+        # On scenes a batch that is four times as large makes half as many steps.
+        on_scenes = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+        args.epochs = 30 if args.train_data else on_scenes
     if args.steps is None:
-        if args.epochs is None and args.train_data is None:
-            # A batch that is four times as large makes half as many steps.
-            args.epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-        elif args.epochs is None:
-            args.epochs = 30
         args.steps = max(1, round(args.epochs * (num_pairs // args.batch_size)))
     if args.warmup_steps is None:  # a short warm-up hurts plain CLIP most (study/results.md)
         args.warmup_steps = min(3000, args.steps // 2)
