@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from material import cases, small_model
+from material import cases, run, small_model
 
 import superclip
 import train
@@ -37,24 +39,23 @@ def test_the_sign_flip_test_counts_all_patterns_of_signs():
 
 
 @pytest.fixture
-def trained(children, monkeypatch, tmp_path):
-    """Fork the trainings of a comparison, because each new process would take seconds to import
-    torch. Return a list, to which each of them adds the name of its folder."""
+def trained(monkeypatch, tmp_path):
+    """Let a comparison train in this process, because a new one would take seconds to import torch.
+    Return a list, to which each training adds the name of its folder."""
     trained = []
 
     class Popen:
         def __init__(self, words, stdout, **_):
-            self.process = children.start(Path(words[1]).stem, words[2:])
-            self.output = Path(stdout.name)
-            trained.append(self.output.parent.name)
+            trained.append(Path(stdout.name).parent.name)
+            with redirect_stdout(stdout), redirect_stderr(stdout):
+                self.returncode = run(train.main, *words[2:])
 
         def poll(self):
-            self.returncode = self.process.exitcode
-            if self.returncode is not None:
-                self.output.write_text(self.process.output.read_text())
             return self.returncode
 
-    monkeypatch.setattr(subprocess, "Popen", Popen)
+    # Replace Popen here alone, because a training calls git.
+    stub = SimpleNamespace(Popen=Popen, DEVNULL=None, STDOUT=None)
+    monkeypatch.setattr(compare, "subprocess", stub)
     monkeypatch.chdir(tmp_path)
     return trained
 
