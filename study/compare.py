@@ -40,7 +40,7 @@ from common.run import make_next_folder, read_log
 from common.scenes import VERSION, find_or_make_scenes
 from scripts.curves import names_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[1]
 OUT = Path("out_study")  # comparisons, and the scenes of each seed
 
 # -----------------------------------------------------------------------------
@@ -55,12 +55,11 @@ class Run(NamedTuple):
 
 def start(run):
     """Start the training of a run, or go on with it. Return its process."""
-    words = shlex.split(run.command)
-    if words[0] != "-m":
-        words[0] = str(Path(words[0]).resolve())
     # Validate before the first step and at the end only.
-    words += ["--seed", str(run.seed), "--eval_every", str(10**9)]
-    words += ["--resume", str(run.folder.resolve())]
+    words = shlex.split(f"{run.command} --seed {run.seed} --eval_every {10**9}")
+    if words[0] != "-m":
+        words[0] = Path(words[0]).resolve()
+    words += ["--resume", run.folder.resolve()]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not torch.cuda.is_available():
         variables["OMP_NUM_THREADS"] = "1"  # because each core has a run
@@ -92,8 +91,8 @@ def finish(run, exit_code):
         scores = scores_of(rows[-1])  # the last row is a validation
         check(scores, f"{run.command} has no score. Add --val_data or --zeroshot_data.")
     else:
-        has_diverged = "not finite" in last_line
-        check(has_diverged, f"{run.command}, seed {run.seed}: {last_line} ({output})")
+        # Any other message than that of a diverged run is a mistake.
+        check("not finite" in last_line, f"{run.command}, seed {run.seed}: {last_line} ({output})")
     (run.folder / "scores.json").write_text(json.dumps(scores))
     for checkpoint in run.folder.glob("*.pt"):
         checkpoint.unlink()
@@ -121,8 +120,7 @@ def train(runs, jobs):
                 run = todo.pop(0)
                 running[run] = start(run)
             run = first_that_ends(running)
-            process = running.pop(run)
-            finish(run, process.returncode)
+            finish(run, running.pop(run).returncode)
     finally:
         for process in running.values():
             process.kill()
@@ -175,9 +173,9 @@ def sign_flip(differences):
 # The command
 
 
-def value_of(scores, name):
-    """Return a score of a run in percent, or 0 if the run has diverged."""
-    return 100 * scores[name]["value"] if scores else 0.0
+def in_percent(side, name):
+    """Return one score of all runs of a side. It is 0 if a run has diverged."""
+    return [100 * scores[name]["value"] if scores else 0.0 for scores in side]
 
 
 def print_scores(a, b):
@@ -187,8 +185,8 @@ def print_scores(a, b):
     for name in names:
         if any(scores and name not in scores for scores in a + b):
             continue  # a score that one side alone has, such as that of a fork
-        first = [value_of(scores, name) for scores in a]
-        second = [value_of(scores, name) for scores in b]
+        first = in_percent(a, name)
+        second = in_percent(b, name)
         differences = [y - x for x, y in zip(first, second)]
         middle, half = interval(differences)
         print(
@@ -213,11 +211,7 @@ def begin(args):
     # Eight seeds, because with five p cannot be below 0.0625.
     numbers = args.seeds or range(5, 13)
     check(2 <= len(numbers) <= 20, "--seeds: give 2 to 20 seeds")
-    if args.out_dir is None:
-        folder = make_next_folder(OUT / "compare")
-    else:
-        folder = Path(args.out_dir)
-        folder.mkdir(parents=True)
+    folder = make_next_folder(OUT / "compare")
     plan = {"a": args.a, "b": args.b, "seeds": [*numbers]}
     (folder / "comparison.json").write_text(json.dumps(plan))
     return folder
@@ -228,17 +222,12 @@ def main(argv):
     add = parser.add_argument
     add("--a", metavar="COMMAND", help='such as "train.py --cls_weight 0"')
     add("--b", metavar="COMMAND", help='such as "../fork/train.py"')
-    text = "seeds of both commands, 2 to 20 of them (default: 5-12)"
-    add("--seeds", type=seeds, metavar="FIRST-LAST", help=text)
-    text = "runs at a time (default: the cores, or 1 if there is a GPU)"
-    add("--jobs", type=number(int, 1), help=text)
-    add("--out_dir", metavar="DIR", help="folder of the comparison (default: a new one)")
-    text = "go on with the comparison in this folder, with its commands and seeds"
-    add("--resume", metavar="DIR", help=text)
+    add("--seeds", type=seeds, metavar="FIRST-LAST", help="2 to 20 seeds (default: 5-12)")
+    add("--jobs", type=number(int, 1), help="runs at a time (default: the cores, or 1 on a GPU)")
+    add("--resume", metavar="DIR", help="go on with the comparison in this folder")
     args = parser.parse_args(argv)
     if args.resume:
-        others = args.a or args.b or args.seeds or args.out_dir
-        check(not others, "--resume finds commands and seeds in its folder. Do not repeat them.")
+        check(not (args.a or args.b or args.seeds), "give no --a, --b or --seeds with --resume")
         folder = Path(args.resume)
     else:
         folder = begin(args)
@@ -259,7 +248,7 @@ def main(argv):
     print_scores(scores[::2], scores[1::2])
     diverged = [run.folder.name for run, found in zip(runs, scores) if not found]
     if diverged:
-        print(f"These have diverged, and count as 0: {', '.join(diverged)}")
+        print("These have diverged, and count as 0:", *diverged)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
 
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("R@1", "R@10", folders.name))
-    assert "count as 0: b-5, b-6" in printed
+    assert "count as 0: b-5 b-6" in printed
     assert re.search(r"R@10 .* 0\.0 .* 0 of 2", printed), printed
     assert trained == ["a-5", "b-5", "a-6", "b-6"]
     folder = Path("out_study/compare_2")
