@@ -201,8 +201,10 @@ def print_scores(a, b):
 
 def seeds(text):
     """Return range(15, 30) for "15-29". A type for argparse."""
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    first, last = map(int, text.split("-"))
+    numbers = range(first, last + 1)
+    check(2 <= len(numbers) <= 20, f"--seeds {text}: give 2 to 20 seeds, such as 5-12")
+    return numbers
 
 
 def begin(args):
@@ -210,7 +212,6 @@ def begin(args):
     check(args.a and args.b, "give two commands, --a and --b")
     # Eight seeds, because with five p cannot be below 0.0625.
     numbers = args.seeds or range(5, 13)
-    check(2 <= len(numbers) <= 20, "--seeds: give 2 to 20 seeds")
     folder = make_next_folder(OUT / "compare")
     plan = {"a": args.a, "b": args.b, "seeds": [*numbers]}
     (folder / "comparison.json").write_text(json.dumps(plan))
