@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.cli import check, make_parser, number, progress, run_command
+from common.cli import check, make_parser, number, progress, run_command, write_file
 from common.processes import cores
 from common.run import make_next_folder, read_log
 from common.scenes import VERSION, find_or_make_scenes
@@ -93,10 +93,14 @@ def finish(run, exit_code):
     else:
         # Any other message than that of a diverged run is a mistake.
         check("not finite" in last_line, f"{run.command}, seed {run.seed}: {last_line} ({output})")
-    (run.folder / "scores.json").write_text(json.dumps(scores))
+    write_json(run.folder / "scores.json", scores)
     for checkpoint in run.folder.glob("*.pt"):
         checkpoint.unlink()
     tqdm.write(f"{run.folder}: {'trained' if scores else 'diverged'}")
+
+
+def write_json(path, content):
+    write_file(path, lambda file: file.write(json.dumps(content).encode()))
 
 
 def scores_of(row):
@@ -214,7 +218,7 @@ def begin(args):
     numbers = args.seeds or range(5, 13)
     folder = make_next_folder(OUT / "compare")
     plan = {"a": args.a, "b": args.b, "seeds": [*numbers]}
-    (folder / "comparison.json").write_text(json.dumps(plan))
+    write_json(folder / "comparison.json", plan)
     return folder
 
 
