@@ -16,8 +16,10 @@ the data. The command runs in their folder, so paths in its options must be abso
 these pairs.
 
 A comparison has a folder. There comparison.json has the commands and the seeds, and a-5 is the run
-of the first command with seed 5. --resume goes on with a comparison that was stopped. Each run
-reads the code when it starts, so change no code before the comparison has ended.
+of the first command with seed 5. --resume goes on with a comparison that was stopped. It works in
+any folder, because comparison.json also names the folder in which the comparison began.
+
+Each run reads the code when it starts, so change no code before the comparison has ended.
 """
 
 import json
@@ -59,7 +61,7 @@ def start(run):
     words = shlex.split(f"{run.command} --seed {run.seed} --eval_every {10**9}")
     if words[0] != "-m":
         words[0] = Path(words[0]).resolve()
-    words += ["--resume", run.folder.resolve()]
+    words += ["--resume", run.folder]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not torch.cuda.is_available():
         variables["OMP_NUM_THREADS"] = "1"  # because each core has a run
@@ -96,7 +98,7 @@ def finish(run, exit_code):
     write_json(run.folder / "scores.json", scores)
     for checkpoint in run.folder.glob("*.pt"):
         checkpoint.unlink()
-    tqdm.write(f"{run.folder}: {'trained' if scores else 'diverged'}")
+    tqdm.write(f"{run.folder.name}: {'trained' if scores else 'diverged'}")
 
 
 def write_json(path, content):
@@ -217,7 +219,7 @@ def begin(args):
     # Eight seeds, because with five p cannot be below 0.0625.
     numbers = args.seeds or range(5, 13)
     folder = make_next_folder(OUT / "compare")
-    plan = {"a": args.a, "b": args.b, "seeds": [*numbers]}
+    plan = {"a": args.a, "b": args.b, "seeds": [*numbers], "folder": os.getcwd()}
     write_json(folder / "comparison.json", plan)
     return folder
 
@@ -240,7 +242,9 @@ def main(argv):
     # Let a scheduler that ends this command end its trainings, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+    folder = folder.absolute()
     plan = json.loads((folder / "comparison.json").read_text())
+    os.chdir(plan["folder"])  # where paths of the commands begin
     runs = []
     for seed in plan["seeds"]:
         for side in ("a", "b"):

@@ -142,6 +142,36 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
     assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
+TRAINS = """
+import json
+import sys
+
+[data, folder] = [sys.argv[sys.argv.index(name) + 1] for name in ("--train_data", "--resume")]
+header = {"commit": "old", "device": "cpu", "dtype": "float32", "torch": "2"}
+row = {"zeroshot": {"shape": {"value": len(open(data).read()) / 100, "chance": 0.1}}}
+with open(f"{folder}/log.jsonl", "w") as log:
+    print(json.dumps({"header": header}), file=log)
+    print(json.dumps(row), file=log)
+"""
+
+
+def test_a_comparison_goes_on_from_another_folder(monkeypatch, tmp_path, capsys):
+    """The program and its data have relative paths. The data is missing at first."""
+    monkeypatch.chdir(tmp_path)
+    Path("fork").mkdir()
+    Path("fork/train.py").write_text(TRAINS)
+    command = "fork/train.py --train_data fork/data"
+    argv = ["--a", command, "--b", command, "--seeds", "5-6", "--jobs", "1"]
+    with pytest.raises(InputError, match="fork/data"):
+        compare.main(argv)
+    Path("fork/data").write_text("four")
+    monkeypatch.chdir("out_study/compare")
+
+    compare.main(["--resume", "."])
+
+    assert re.search(r"shape +4\.0 +4\.0", capsys.readouterr().out)
+
+
 # ---- experiments
 
 TOKENIZER = Tokenizer(scenes.vocabulary())
