@@ -15,6 +15,9 @@ the data. The command runs in their folder, so paths in its options must be abso
 --train_data runs here, and has the same pairs with each seed. Then interval and p hold only for
 these pairs.
 
+The commands must not contain --seed, --eval_every, --out_dir and --resume, which are set here. A
+run validates before its first step and after its last one.
+
 A comparison has a folder. There comparison.json has the commands and the seeds, and a-5 is the run
 of the first command with seed 5. --resume goes on with a comparison that was stopped. It works in
 any folder, because comparison.json also names the folder in which the comparison began.
@@ -61,7 +64,6 @@ def start(run):
     words = shlex.split(f"{run.command} --seed {run.seed} --eval_every {10**9}")
     if words[0] != "-m":
         words[0] = Path(words[0]).resolve()
-    words += ["--resume", run.folder]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not torch.cuda.is_available():
         variables["OMP_NUM_THREADS"] = "1"  # because each core has a run
@@ -71,6 +73,12 @@ def start(run):
         data_folder = OUT / f"world-{run.seed}-{VERSION}"
         find_or_make_scenes(data_folder / "scenes", seed=run.seed)
     run.folder.mkdir(exist_ok=True)
+    if (run.folder / "last.pt").exists():
+        words += ["--resume", run.folder]
+    else:
+        # A training that was killed before its first save leaves a log alone.
+        (run.folder / "log.jsonl").unlink(missing_ok=True)
+        words += ["--out_dir", run.folder]
     with open(run.folder / "output.txt", "w") as output:
         return subprocess.Popen(
             [sys.executable, *words],

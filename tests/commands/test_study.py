@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -70,7 +71,8 @@ def options(shards, folders):
 def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
     options, folders, trained, capsys
 ):
-    """A run that diverges counts as 0. Before the second call we let one run look unfinished."""
+    """A run that diverges counts as 0. Before the second call, a-5 looks as if it was killed before
+    its first save, and a-6 as if the comparison was killed when a-6 had trained."""
     large = "--learning_rate 1e12 --weight_decay 1e12"
     sides = ["--a", f"train.py {options}", "--b", f"train.py {large} {options}"]
     Path("out_study/compare").mkdir(parents=True)  # there is another comparison
@@ -85,13 +87,17 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
     folder = Path("out_study/compare_2")
     kept = {file.name for file in (folder / "a-5").iterdir()}
     assert kept == {"log.jsonl", "output.txt", "scores.json"}
-    (folder / "a-6" / "scores.json").unlink()
+    (folder / "a-5" / "scores.json").unlink()
+    shutil.rmtree(folder / "a-6")
+    last = f"--seed 6 --eval_every {10**9} --out_dir {folder}/a-6"
+    train.main(f"{options} {last}".split())
     trained.clear()
+    capsys.readouterr()
 
     compare.main(["--resume", str(folder)])
 
     table = printed.partition("in percent")[2]
-    assert trained == ["a-6"]
+    assert trained == ["a-5", "a-6"]
     assert capsys.readouterr().out.partition("in percent")[2] == table
 
 
@@ -146,7 +152,7 @@ TRAINS = """
 import json
 import sys
 
-[data, folder] = [sys.argv[sys.argv.index(name) + 1] for name in ("--train_data", "--resume")]
+[data, folder] = [sys.argv[sys.argv.index(name) + 1] for name in ("--train_data", "--out_dir")]
 header = {"commit": "old", "device": "cpu", "dtype": "float32", "torch": "2"}
 row = {"zeroshot": {"shape": {"value": len(open(data).read()) / 100, "chance": 0.1}}}
 with open(f"{folder}/log.jsonl", "w") as log:
