@@ -39,7 +39,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.cli import check, make_parser, number, progress, run_command, write_file
+from common.cli import (
+    InputError,
+    check,
+    make_parser,
+    number,
+    progress,
+    run_command,
+    write_file,
+)
 from common.processes import cores
 from common.run import make_next_folder, read_log
 from common.scenes import VERSION, find_or_make_scenes
@@ -73,13 +81,15 @@ def start(run):
         data_folder = OUT / f"world-{run.seed}-{VERSION}"
         find_or_make_scenes(data_folder / "scenes", seed=run.seed)
     run.folder.mkdir(exist_ok=True)
-    if (run.folder / "last.pt").exists():
-        words += ["--resume", run.folder]
-    else:
-        # A training that was killed before its first save leaves a log alone.
-        (run.folder / "log.jsonl").unlink(missing_ok=True)
-        words += ["--out_dir", run.folder]
-    with open(run.folder / "output.txt", "w") as output:
+    # Append, because a training that still goes on may write there, too.
+    with open(run.folder / "output.txt", "a") as output:
+        lock(output)
+        if (run.folder / "last.pt").exists():
+            words += ["--resume", run.folder]
+        else:
+            # A training that was killed before its first save leaves a log alone.
+            (run.folder / "log.jsonl").unlink(missing_ok=True)
+            words += ["--out_dir", run.folder]
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=data_folder,
@@ -88,6 +98,19 @@ def start(run):
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def lock(output):
+    """Lock the output of a run. Its training inherits the lock, and keeps it as long as it lives,
+    also if this command is killed. Raise InputError if a training of the run still goes on."""
+    if sys.platform == "win32":
+        return  # there are no such locks
+    import fcntl
+
+    try:
+        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"a training still writes {output.name}. Wait, or end it.") from error
 
 
 def finish(run, exit_code):

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -103,10 +105,12 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
 
 FAILS = "raise SystemExit('error: no such file')"
 WAITS = """
+import os
 import time
 from pathlib import Path
 
-Path("started").touch()
+Path("started.tmp").write_text(str(os.getpid()))
+Path("started.tmp").rename("started")
 time.sleep(120)
 """
 ENDS = {  # case -> a signal or None, and what the comparison raises
@@ -146,6 +150,27 @@ def test_a_comparison_that_ends_early_ends_the_trainings_that_it_has_started(
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_no_training_starts_while_another_one_goes_on_in_its_folder(monkeypatch, tmp_path):
+    """A comparison that is killed cannot end its training. A second training would end at once."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(WAITS)
+    command = "train.py --train_data none"
+    argv = ["--a", command, "--b", command, "--jobs", "1"]
+    comparison = multiprocessing.get_context("fork").Process(target=compare.main, args=(argv,))
+    comparison.start()
+    while not Path("started").exists():
+        time.sleep(0.01)
+    comparison.kill()
+    comparison.join()
+    Path("train.py").write_text("")
+
+    try:
+        with pytest.raises(InputError, match="output.txt"):
+            compare.main(["--resume", "out_study/compare"])
+    finally:
+        os.kill(int(Path("started").read_text()), signal.SIGKILL)
 
 
 TRAINS = """
