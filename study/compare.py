@@ -22,7 +22,9 @@ A comparison has a folder. There comparison.json has the commands and the seeds,
 of the first command with seed 5. --resume goes on with a comparison that was stopped. It works in
 any folder, because comparison.json also names the folder in which the comparison began.
 
-Each run reads the code when it starts, so change no code before the comparison has ended.
+Each run reads the code when it starts, so change no code before the comparison has ended. A WARNING
+below the table says if runs of one command had different commits, or if any runs had different
+devices, dtypes or versions of torch. It does not notice changes that were not committed.
 """
 
 import json
@@ -49,7 +51,7 @@ from common.cli import (
     write_file,
 )
 from common.processes import cores
-from common.run import make_next_folder, read_log
+from common.run import make_next_folder, read_log, read_rows
 from common.scenes import VERSION, find_or_make_scenes
 from scripts.curves import names_of
 
@@ -236,6 +238,19 @@ def print_scores(a, b):
         )
 
 
+def warn_of_mixture(runs, fact):
+    """Warn if runs differ in a fact from the headers of their logs, such as "torch"."""
+    found = {}  # value: names of runs. A run that was resumed has several headers.
+    for run in runs:
+        for row in read_rows(run.folder / "log.jsonl"):
+            if "header" in row:
+                found.setdefault(row["header"][fact], set()).add(run.folder.name)
+    if len(found) > 1:
+        print(f"WARNING: these runs do not have the same {fact}, which may change their scores:")
+        for value, names in found.items():
+            print(f"  {value}:", *sorted(names))
+
+
 def seeds(text):
     """Return range(15, 30) for "15-29". A type for argparse."""
     first, last = map(int, text.split("-"))
@@ -289,6 +304,10 @@ def main(argv):
     diverged = [run.folder.name for run, found in zip(runs, scores) if not found]
     if diverged:
         print("These have diverged, and count as 0:", *diverged)
+    warn_of_mixture(runs[::2], "commit")
+    warn_of_mixture(runs[1::2], "commit")  # b may be a fork, so its commit may be another
+    for fact in ("device", "dtype", "torch"):
+        warn_of_mixture(runs, fact)
 
 
 if __name__ == "__main__":

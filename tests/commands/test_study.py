@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -201,6 +202,37 @@ def test_a_comparison_goes_on_from_another_folder(monkeypatch, tmp_path, capsys)
     compare.main(["--resume", "."])
 
     assert re.search(r"shape +4\.0 +4\.0", capsys.readouterr().out)
+
+
+OLD = {"commit": "old", "device": "cpu", "dtype": "float32", "torch": "2"}
+NEW = {**OLD, "commit": "new"}
+HALF = {**OLD, "dtype": "float16"}
+MIXTURES = {  # case -> {run: its headers, if not OLD alone}, what differs, and in which runs
+    "code that changed": ({"a-6": [NEW]}, "commit", ["old: a-5", "new: a-6"]),
+    "a resumed run": ({"b-5": [OLD, NEW], "b-6": [NEW]}, "commit", ["old: b-5", "new: b-5 b-6"]),
+    "a fork": ({"b-5": [NEW], "b-6": [NEW]}, "", []),
+    "sides": ({"b-5": [HALF], "b-6": [HALF]}, "dtype", ["float32: a-5 a-6", "float16: b-5 b-6"]),
+}
+
+
+@cases("headers, fact, lines", MIXTURES)
+def test_a_warning_below_the_table_names_what_runs_do_not_share(
+    headers, fact, lines, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(TRAINS)
+    command = "train.py --train_data train.py"
+    compare.main(["--a", command, "--b", command, "--seeds", "5-6", "--jobs", "4"])
+    assert "WARNING" not in capsys.readouterr().out
+    for name, several in headers.items():
+        rows = [json.dumps({"header": header}) for header in several]
+        Path("out_study/compare", name, "log.jsonl").write_text("\n".join(rows))
+
+    compare.main(["--resume", "out_study/compare"])
+
+    warning = capsys.readouterr().out.partition("WARNING")[2]
+    assert fact in warning
+    assert [line.strip() for line in warning.splitlines()[1:]] == lines
 
 
 # ---- experiments
