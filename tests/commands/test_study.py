@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from material import cases, run, small_model
+from material import cases, error_of, run, small_model
 
 import superclip
 import train
@@ -40,6 +40,13 @@ def test_the_sign_flip_test_counts_all_patterns_of_signs():
     assert compare.sign_flip([1, 2, 3, 0]) == 4 / 16
     assert compare.sign_flip([-1, 2, 3, 4]) == 4 / 16  # 8 and 10, and their opposites
     assert compare.ahead([1, -2, 3, 0]) == "2 of 4"
+
+
+@pytest.mark.parametrize("text", ["9-5", "5-5", "5-25", "5", "five"])
+def test_seeds_that_cannot_be_compared_are_refused(text, capsys):
+    argv = ["--a", "train.py", "--b", "train.py", "--seeds", text]
+
+    assert "--seeds" in error_of(capsys, compare.main, *argv)
 
 
 @pytest.fixture
