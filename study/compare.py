@@ -159,7 +159,8 @@ def train(runs, jobs):
                 run = todo.pop(0)
                 running[run] = start(run)
             run = first_that_ends(running)
-            finish(run, running.pop(run).returncode)
+            process = running.pop(run)
+            finish(run, process.returncode)
     finally:
         for process in running.values():
             process.kill()
