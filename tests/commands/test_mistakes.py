@@ -2,7 +2,10 @@
 with exit code 2 and one line that names the option or the file."""
 
 import argparse
+import errno
 import importlib
+import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -10,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from children import ROOT
-from material import error_of, png, run, small_model, write_checkpoint, write_shard
+from material import cases, error_of, png, run, small_model, write_checkpoint, write_shard
 
 import eval as evaluation
 import superclip
+from common.processes import make_loader
 from common.tokenizer import words_to_tiktoken
 
 # Each line holds a command with its arguments, and the text that the message must contain.
@@ -106,6 +110,30 @@ def test_a_mistake_is_one_line_that_names_it(command, named, world, capsys, monk
 
     assert named in error_of(capsys, main, *argv)
     assert not Path("out").exists()  # a run with a mistake leaves no folder
+
+
+# ---- errors that happen while a command runs
+
+
+class FullDisk(io.BytesIO):
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def in_a_loading_process(act):
+    list(make_loader([0], workers=1, batch_size=None, collate_fn=lambda _: act()))
+
+
+ERRORS = {  # case -> what the command does, and the text that the message must contain
+    "a full disk": (lambda: FullDisk().write(b"x"), "disk"),
+    "a full disk, and torch.save": (lambda: torch.save(torch.ones(9), FullDisk()), "disk"),
+    "a dead loading process": (lambda: in_a_loading_process(lambda: os._exit(1)), "--workers"),
+}
+
+
+@cases("act, named", ERRORS)
+def test_an_error_of_the_machine_is_one_line(act, named, capsys):
+    assert named in error_of(capsys, lambda argv: act())
 
 
 # ---- help
