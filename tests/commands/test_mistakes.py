@@ -17,6 +17,7 @@ from material import cases, error_of, png, run, small_model, write_checkpoint, w
 
 import eval as evaluation
 import superclip
+from common.cli import check
 from common.processes import make_loader
 from common.tokenizer import words_to_tiktoken
 
@@ -134,6 +135,15 @@ ERRORS = {  # case -> what the command does, and the text that the message must 
 @cases("act, named", ERRORS)
 def test_an_error_of_the_machine_is_one_line(act, named, capsys):
     assert named in error_of(capsys, lambda argv: act())
+
+
+@cases("around", {"here": lambda act: act(), "in a loading process": in_a_loading_process})
+def test_all_lines_of_a_message_are_printed_and_no_trace(around, capsys):
+    message = "a.tar is wrong:\nrepair it"
+
+    assert run(lambda argv: around(lambda: check(False, message))) == 2
+
+    assert capsys.readouterr().err.strip() == f"error: {message}"
 
 
 # ---- help
