@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import superclip
 from common.cli import check
 from common.processes import make_loader
 from common.tokenizer import words_to_tiktoken
+from scripts import convert
 
 # Each line holds a command with its arguments, and the text that the message must contain.
 TABLE = """
@@ -144,6 +146,17 @@ def test_all_lines_of_a_message_are_printed_and_no_trace(around, capsys):
     assert run(lambda argv: around(lambda: check(False, message))) == 2
 
     assert capsys.readouterr().err.strip() == f"error: {message}"
+
+
+def test_a_missing_package_is_named_if_a_requirements_file_has_it(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # so that it cannot be imported
+
+    message = error_of(capsys, convert.main, "ViT-B-32/none", "x.pt")
+
+    assert "open_clip" in message and "requirements-dev.txt" in message
+    with pytest.raises(ModuleNotFoundError):  # a mistake in the code of a fork
+        run(lambda argv: importlib.import_module("opne_clip"))
 
 
 # ---- help
