@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, get_worker_info
 
-from common.cli import InputError
+from common.cli import InputError, sentence_about
 
 # -----------------------------------------------------------------------------
 # torchrun starts a process for each GPU, and each of them runs all of train.py.
@@ -40,10 +40,11 @@ def joined_processes():
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield
-    except Exception:
-        if RANK > 0:
-            # Process 0 may have made the same mistake, and says so. Then torchrun ends this process
-            # now, before it prints the same.
+    except Exception as error:
+        # One process prints, and torchrun ends the others while they wait. Process 0 prints what is
+        # wrong in all of them. An error without a sentence may be its lost connection to a process
+        # that has failed, and that one prints the reason.
+        if RANK > 0 or sentence_about(error) is None:
             time.sleep(2)
         raise
     from_all(None)  # wait, because process 0 may still validate

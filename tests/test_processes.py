@@ -90,3 +90,18 @@ def test_a_mistake_of_the_user_is_one_sentence(children, tmp_path):
     assert "Traceback" not in printed
     # With torch 2.8 gloo prints "[Gloo] Rank 1 is connected to ...".
     assert [line for line in other_printed.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+def test_process_0_adds_no_trace_to_the_mistake_of_another(children, shards, tmp_path):
+    """Only the second process misses its shards. The first one loses the connection to it."""
+    out = tmp_path / "out"
+
+    first, second = children.train_two([short_run(shards, out)], [short_run(tmp_path, out)])
+
+    code, printed = finish(second)
+    first.join(0.5)
+    first.terminate()  # torchrun does so when one process has failed
+    _, printed_by_first = finish(first)
+    assert code == 2
+    assert tmp_path.name in printed
+    assert "Traceback" not in printed + printed_by_first
