@@ -20,7 +20,9 @@ from common.shards import cache_folder
 
 # The formats of web images. Pillow reads more, and for some it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about odd metadata
+MAX_PIXELS = 100_000_000  # A file that claims more may be small, and still fill the memory.
+# Pillow warns of odd metadata, and of large images, which load_image refuses by itself.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 class BadSample(Exception):
@@ -53,6 +55,8 @@ def load_image(picture, size, crop=centre_square):
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with only_pillow():
             image = Image.open(file, formats=FORMATS)  # reads the header
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample(f"the image has more than {MAX_PIXELS:,} pixels")
         box = decode_smaller(image, crop(*image.size), size)
     with only_pillow():
         image.load()  # decode the pixels

@@ -78,6 +78,15 @@ def test_a_damaged_file_is_a_bad_sample_whatever_pillow_raises():
     assert 500 < bad < 1000
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_file_of_more_than_100_megapixels_is_a_bad_sample():
+    """It has 12 KB, and would fill 100 MB. Pillow itself decodes it."""
+    content = encoded(Image.new("1", (10_001, 10_000)), "PNG")
+
+    with pytest.raises(BadSample, match="pixels"):
+        load_image(content, 8)
+
+
 def test_a_damaged_palette_is_a_bad_sample():
     """Pillow notices the damage after it has decoded the picture."""
     picture = Image.new("P", (1, 1))
