@@ -51,7 +51,8 @@ def values_of(row):
 def main(argv):
     parser = make_parser(__doc__)
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of a run")
-    parser.add_argument("--out", type=output_file(".png"), required=True, help="picture to draw")
+    picture = output_file(".png", ".svg", ".pdf")
+    parser.add_argument("--out", type=picture, required=True, help="picture: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     panels = {}  # title -> run -> list of (step, value, chance)
     for log in args.logs:
