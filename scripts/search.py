@@ -17,6 +17,7 @@ paths, and `features` (N, E), float32, each of length 1.
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,11 @@ def read_features(path, checkpoint):
     """Return what a file of features holds, a dict {path of an image: feature (E,)}, without images
     that have been changed or deleted. checkpoint: a hash, because the features of two checkpoints
     cannot be compared."""
-    content = dict(np.load(path))
+    content = {}
+    with suppress(Exception):  # the file is damaged, for which NumPy has many kinds
+        content = dict(np.load(path))
     is_ours = content.get("checkpoint") == checkpoint
-    check(is_ours, f"{path} is not from this checkpoint. Name another file, or delete it.")
+    check(is_ours, f"{path} is not from this checkpoint, or damaged. Delete it, or name another.")
     names = content["names"].tolist()
     rows = zip(names, content["stamps"].tolist(), torch.from_numpy(content["features"]))
     return {name: feature for name, stamp, feature in rows if stamp == stamp_of(name)}
@@ -66,6 +69,7 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
     file of features lacks, and write it again. path: that file; checkpoint: the checkpoint's."""
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
+    num_known = len(known)
     names = [str(file.resolve()) for file, _ in pictures.labelled]
     stamps = {name: stamp_of(name) for name in [*known, *names]}
     missing = [i for i, name in enumerate(names) if name not in known]
@@ -73,7 +77,7 @@ def encode_or_read(model, pictures, workers, path, checkpoint):
         for i, feature in encode(model, Subset(pictures, missing), workers):
             known[names[i]] = feature
     finally:  # after Ctrl-C, keep those that are done
-        if missing and known:
+        if len(known) > num_known:
             content = {
                 "checkpoint": sha256,
                 "names": [*known],
