@@ -10,13 +10,14 @@ set that eval.py zeroshot --help names, which has images for both.
 Axes: N pictures, D width.
 """
 
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from common.cli import check, make_parser, progress, run_command
+from common.cli import check, make_parser, output_file, progress, run_command
 from common.devices import pick_device
 from common.images import class_pictures
 
@@ -69,6 +70,7 @@ def main(argv):
     add = parser.add_argument
     add("--train", required=True, metavar="DIR", help="images to learn from")
     add("--test", required=True, metavar="DIR", help="images of the same classes to score on")
+    add("--json", type=output_file(".json"), help="file for all numbers")
     args = parser.parse_args(argv)
     if Path(args.train).is_dir():
         is_same = Path(args.train).resolve() == Path(args.test).resolve()
@@ -85,6 +87,8 @@ def main(argv):
     x_test, y_test = evaluation.encode_pictures(model, test, args.workers, class_token)
     score = probe(x, y, x_test, y_test, len(train.classes))
     print(evaluation.format_score("linear probe", score))
+    if args.json:
+        args.json.write_text(json.dumps(score, indent=2))
 
 
 if __name__ == "__main__":

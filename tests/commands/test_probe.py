@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from material import run
+from material import result_of
 
 from common.cli import InputError
 from scripts import probe
@@ -41,6 +41,7 @@ def test_a_probe_of_a_class_token_that_sees_no_patch_can_only_guess(folders, che
     test = shutil.copytree(folders, folders.with_name("test"))
     argv = ["--checkpoint", checkpoint, "--workers", 0, "--train", folders, "--test", test]
 
-    assert not run(probe.main, *argv)
+    score, printed = result_of(capsys, probe.main, folders.with_name("scores.json"), *argv)
 
-    assert "33.33 %   chance  33.33 %" in capsys.readouterr().out
+    assert score["value"] == score["chance"] == pytest.approx(1 / 3)
+    assert "33.33 %   chance  33.33 %" in printed
