@@ -61,7 +61,6 @@ class Samples:
         return len(self.index)
 
     def __getitem__(self, i):
-        """Return the image of sample i and a list of its captions."""
         return self.image(i), self.captions(i)
 
     def image(self, i):
@@ -204,7 +203,6 @@ class Pairs(Dataset):
         return image, caption, label, keep
 
     def draw_ids(self, i, sources, rng):
-        """Return the ids of a caption that sample i has in one of the sources."""
         captions = self.samples.captions_in(i, rng.choice(sources))
         return self.tokenizer.encode(rng.choice(captions))
 
@@ -283,5 +281,5 @@ def batch_indices(n, batch_size, seed, step):
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """Return a random permutation of the n samples, a tensor (n,)."""
+    """Return the n samples of an epoch in random order, a tensor (n,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -209,7 +209,6 @@ def make_score(hits, chance):
 
 
 def format_score(name, score):
-    """Return a line of text that shows a score."""
     low, high = score["interval"]
     text = f"{name:24s}{100 * score['value']:7.2f} %   chance {100 * score['chance']:6.2f} %"
     return text + f"   95 % interval {100 * low:.1f}-{100 * high:.1f}   n {score['n']:,}"

@@ -103,8 +103,8 @@ SCENES = {  # other defaults without --train_data, chosen so that a CPU learns i
 
 
 def parse(argv):
-    """Return all options of a run, a dict in which None is still open, and what its last.pt holds,
-    or None if the run starts."""
+    """Return all options of a run as a dict, in which those that are None are still open. Also
+    return what the run's last.pt holds, or None if the run starts."""
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
     parser.argument_default = argparse.SUPPRESS  # so it returns only what is typed

@@ -29,7 +29,7 @@ read_pickle = partial(torch.load, map_location="cpu", weights_only=True)
 
 
 def read_file(path, read=read_pickle):
-    """Return what a file of weights holds. read: the function that reads it."""
+    """Read a file of weights by the function `read`."""
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
@@ -38,7 +38,7 @@ def read_file(path, read=read_pickle):
 
 
 def read_checkpoint(path):
-    """Return the dict in a file of train.py or scripts/convert.py."""
+    """Read a file of train.py or scripts/convert.py. It holds a dict."""
     content = read_file(path)
     is_ours = isinstance(content, dict) and {"model", "config", "vocab"} <= content.keys()
     check(is_ours, f"{path} is not a checkpoint of this project. See scripts.convert.")
@@ -187,8 +187,8 @@ FIXED = ("model", "init_from", "vocab", "batch_size", "seed", "label_captions")
 
 
 def find_run(typed):
-    """Return the options that are known of a run, a dict, and what its last.pt holds. typed: the
-    options that are typed. A run that starts has these options, and None in place of last.pt.
+    """Return the options that are known of a run, and what its last.pt holds. `typed` is a dict of
+    the options that are typed. Without --resume nothing else is known, and there is no last.pt.
 
     With --resume a run goes on with its own options, and what is typed replaces them. If the folder
     holds no run, --train_data must be typed to start one there. So a scheduler can repeat the
@@ -277,7 +277,7 @@ def log(out, row):
 
 
 def line_of(row, losses):
-    """Return a row of the log as the line that a run prints. losses: the loss and its terms."""
+    """Return the line that a run prints for a row of the log with these losses."""
     text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
     text += f", {row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
     if row["bad_samples"] > 0:
@@ -294,7 +294,7 @@ def read_rows(path):
 
 
 def read_log(path):
-    """Return the last header in a log.jsonl, and a list of the other rows."""
+    """Return the last header of a log, and a list of the other rows."""
     rows = read_rows(path)
     headers = [row["header"] for row in rows if "header" in row]
     return headers[-1], [row for row in rows if "header" not in row]
