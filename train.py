@@ -314,11 +314,16 @@ def train(options, last):
 
     # A round first saves and validates what the steps before it have learned, and then makes a
     # step. The last round only saves and validates.
+    rounds = tqdm(
+        range(start, args.steps + 1),
+        initial=start,
+        total=args.steps,
+        unit="step",
+        disable=True if RANK else None,  # None: show a bar if the output is a terminal
+    )
     saved_at = time.perf_counter()
     sums = Counter()  # over the steps since the last row of the log
-    rounds = range(start, args.steps + 1)
-    no_bar = True if RANK else None  # None: there is a bar if the output is a terminal
-    for step in tqdm(rounds, initial=start, total=args.steps, unit="step", disable=no_bar):
+    for step in rounds:
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
