@@ -18,8 +18,6 @@ from material import TOKENIZER, small_model
 from oracle import make_pairs, make_random_model, open_clip_of
 
 import superclip
-from common import scenes
-from common.tokenizer import Tokenizer
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "study" / "results.md"]
 LAB = ROOT / "docs" / "lab.ipynb"
@@ -169,20 +167,17 @@ def test_a_block_prints_what_the_page_says(capsys, monkeypatch):
         assert_same(capsys.readouterr().out, expected)
 
 
-def test_the_first_change_on_the_page_of_forks_weighs_colours_alone(monkeypatch):
-    tokenizer = Tokenizer(scenes.vocabulary())
-    colours = tokenizer.encode(" ".join(scenes.COLOURS))
-    counts = torch.arange(tokenizer.vocab_size)
-    expected = torch.zeros(len(counts))
-    expected[colours] = superclip.idf(600, counts)[colours]
-    monkeypatch.setattr(superclip, "idf", superclip.idf)  # the test ends with the original
+def test_the_first_change_on_the_page_of_forks_leaves_out_the_scale(monkeypatch):
+    images, texts = F.normalize(torch.randn(2, 4, 8), dim=-1)
+    expected = superclip.contrastive_loss(images, texts, 1.0)
+    monkeypatch.setattr(superclip, "contrastive_loss", superclip.contrastive_loss)  # to restore it
     monkeypatch.setattr("train.main", lambda argv: None)
 
     names = {"__name__": "study.mine"}
-    exec(code_from("fork.md", "import torch\n\nimport sup"), names)
+    exec(code_from("fork.md", "import superclip\nimport train"), names)
     names["main"]([])
 
-    assert superclip.idf(600, counts).equal(expected)
+    assert small_model().pair_loss(images, texts).equal(expected)
 
 
 def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
