@@ -141,12 +141,12 @@ def killed():
 
 
 def compile_wide_towers():
-    """Make the model WIDE, and let torch.compile print a line for each graph. No code is made
-    for the machine, because that would need a C++ compiler."""
+    """Make the model WIDE, and let torch.compile print a line for each graph, which then runs as
+    it is. Code for the machine would need a C++ compiler."""
     superclip.PRESETS["tiny"] = WIDE
     torch.compile = partial(torch.compile, backend=compile_cheaply)
 
 
 def compile_cheaply(graph, inputs):
     print("compiled a graph")
-    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    return graph

@@ -123,14 +123,14 @@ def test_the_loss_of_a_validation_is_that_of_the_model_in_groups(loss):
 
 
 def test_a_search_goes_through_the_scores_in_chunks():
-    """With so many answers each question is a chunk."""
-    answers = torch.zeros(2**24 + 1, 1)
-    answers[0] = -1.0
-    answers[-1] = 1.0
+    """With 2**14 answers, 1,024 questions make a chunk, and here there is one more."""
+    answers = torch.arange(2.0**14)[:, None]
+    questions = torch.ones(1025, 1)
+    questions[[0, -1]] = -1.0
 
-    found = evaluation.nearest(torch.tensor([[1.0], [-1.0]]), answers, 1)
+    found = evaluation.nearest(questions, answers, 1)
 
-    assert found.tolist() == [[2**24], [0]]
+    assert found.flatten().tolist() == [0, *1023 * [2**14 - 1], 0]
 
 
 def test_shards_become_features_of_images_and_of_all_their_captions(tmp_path, capsys):

@@ -114,12 +114,14 @@ CONFIGS = {
     "words": {"cls_weight": 0.7},
     "sigmoid": {"loss": "sigmoid"},
 }
-WAYS = ("all patches", "some patches", *DTYPES, "compiled")
+WAYS = ("all patches", "some patches", *DTYPES)
 # These are tested in the first way only: the other ways do to them what they do to "words".
 ONCE = ("plain CLIP", "sigmoid")
 CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way == WAYS[0]]
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
-SIZES = {"plain": None, "micro": 2}  # pairs in a micro-batch
+# What each of two processes computes: config, way, and pairs in a micro-batch
+STEPS_OF_TWO = [(*case, size) for case, size in product(CASES, (None, 2))]
+STEPS_OF_TWO.append(("words", "compiled", 2))  # test_compiled_equals_eager has one process
 
 
 def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
@@ -190,40 +192,29 @@ def run_process(rank, folder, device):
         devices.prepare_device(f"cuda:{rank}")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=2, **options)
-    found = {}
-    for (config, way), size in product(CASES, SIZES):
-        found[config, way, size] = first_step(config, way, device, SIZES[size], rank, processes=2)
-    if rank == 0:
-        found["evaluated"] = evaluated_loss()
+    found = [first_step(*step[:2], device, step[2], rank, processes=2) for step in STEPS_OF_TWO]
+    if rank == 0:  # process 0 may compute the loss of a validation alone
+        found.append(evaluated_loss())
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(server, tmp_path_factory, device_of_two):
-    """Return what run_process has saved in each of two processes, which halve the batch."""
-    folder = tmp_path_factory.mktemp("processes")
-    arguments = run_process, (folder, device_of_two), 2
+def test_two_processes_have_the_gradients_of_one(server, tmp_path, device_of_two):
+    """So are the token counts. The loss of one process is the mean of the losses of two. This is
+    one test, because it takes seconds to start the processes."""
+    arguments = run_process, (tmp_path, device_of_two), 2
+
     torch.multiprocessing.start_processes(*arguments, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
-
-@every_case
-@pytest.mark.parametrize("size", SIZES)
-def test_two_processes_have_the_gradients_of_one(config, way, size, two_processes, device_of_two):
-    """So are the token counts. The loss of one process is the mean of the losses of two."""
-    first, second = (found[config, way, size] for found in two_processes)
-    mean_losses = {name: (loss + second[0][name]) / 2 for name, loss in first[0].items()}
-
-    expected = exact_step(config, way)
-
-    assert_same_step((mean_losses, *first[1:]), expected, way, device_of_two)
-    assert_same_step((mean_losses, *second[1:]), expected, way, device_of_two)
-
-
-def test_an_evaluation_waits_for_no_other_process(two_processes):
-    """Process 0 may compute the loss of a validation alone."""
-    assert two_processes[0]["evaluated"] == evaluated_loss()
+    *first, evaluated = torch.load(tmp_path / "0.pt")
+    second = torch.load(tmp_path / "1.pt")
+    for (config, way, size), one, other in zip(STEPS_OF_TWO, first, second):
+        print(config, way, size)  # pytest shows it if this step fails
+        expected = exact_step(config, way)
+        mean_losses = {name: (loss + other[0][name]) / 2 for name, loss in one[0].items()}
+        assert_same_step((mean_losses, *one[1:]), expected, way, device_of_two)
+        assert_same_step((mean_losses, *other[1:]), expected, way, device_of_two)
+    assert evaluated == evaluated_loss()
 
 
 def test_micro_batches_go_through_the_towers_one_after_the_other():
