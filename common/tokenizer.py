@@ -30,8 +30,11 @@ class Tokenizer:
     def __init__(self, vocab, context_length=SuperCLIPConfig.context_length):
         self.vocab = vocab
         self.context_length = context_length
-        self.ranks = read_ranks(vocab)
-        self.start = len(self.ranks)
+        tokens = [base64.b64decode(line.partition(" ")[0]) for line in vocab.splitlines()]
+        if tokens[:512] != BYTE_TOKENS:
+            raise ValueError("the vocabulary does not begin with the single bytes")
+        self.ranks = {token: rank for rank, token in enumerate(tokens)}
+        self.start = len(tokens)
         self.end = self.start + 1
         self.vocab_size = self.start + 2
         self.encoding = tiktoken.Encoding(
@@ -40,9 +43,9 @@ class Tokenizer:
             mergeable_ranks=self.ranks,
             special_tokens={"<start_of_text>": self.start, "<end_of_text>": self.end},
         )
-        # In a vocabulary of whole words, tokens of several bytes end in the space.
-        parts = [token for token in self.ranks if len(token) > 1 and not token.endswith(b" ")]
-        self.has_whole_words = not parts
+        # CLIP's vocabulary also has parts of words, from which tiktoken puts all words together.
+        self.has_whole_words = all(token.endswith(b" ") for token in tokens[512:])
+        self.word_pattern = WORD if self.has_whole_words else CLIP_WORD
 
     @classmethod
     def from_file(cls, path):
@@ -52,32 +55,29 @@ class Tokenizer:
         try:
             return cls(Path(path).read_text("utf-8"))
         except ValueError as error:  # UnicodeDecodeError and base64's errors are among them
-            raise InputError(f"{path} is no .tiktoken file: {error}") from error
+            raise InputError(f"{path} is no vocabulary. Make one by scripts.vocab.") from error
 
     def encode(self, text):
         """Return the ids of a text as a list of any length, without start and end."""
-        if not self.has_whole_words:
-            words = CLIP_WORD.findall(clean(text))
-            return self.encoding.encode(" ".join(words) + " ", allowed_special="all")
-        # Spell an unknown word in bytes. If it ended in a known word, tiktoken would use the token
-        # of that word: "pumpkin" would contain "in", and the head would learn to see "in".
         ids = []
-        for word in WORD.findall(clean(text)):
-            token = word.encode() + b" "
-            if token in self.ranks:
-                ids.append(self.ranks[token])
+        for word in self.word_pattern.findall(clean(text)):
+            if self.lacks(word):
+                # Spell it in bytes. If it ended in a known word, tiktoken would use the token of
+                # that word: "pumpkin" would contain "in", and the head would learn to see "in".
+                ids += [BYTES.index(byte) for byte in word.encode()]
+                ids[-1] += 256  # the last byte, with the space
             else:
-                ids += [self.ranks[bytes([byte])] for byte in token[:-2]]
-                ids.append(self.ranks[token[-2:]])  # the last byte, with the space
+                ids += self.encoding.encode(word + " ", allowed_special="all")
         return ids
 
+    def lacks(self, word):
+        """Return whether a vocabulary of whole words lacks a word. CLIP's lacks none."""
+        return self.has_whole_words and word.encode() + b" " not in self.ranks
+
     def unknown_words(self, texts):
-        """Return a sorted list of the words in texts that a vocabulary of whole words lacks."""
-        if not self.has_whole_words:  # CLIP's vocabulary puts all words together from parts
-            return []
-        words = {word for text in texts for word in WORD.findall(clean(text))}
-        unknown = [word for word in words if word.encode() + b" " not in self.ranks]
-        return sorted(filter(has_letters, unknown))
+        """Return a sorted list of the words in texts that the vocabulary lacks."""
+        words = {word for text in texts for word in self.word_pattern.findall(clean(text))}
+        return sorted(word for word in words if self.lacks(word) and has_letters(word))
 
     def decode(self, ids):
         """Return the text of these ids, without start, end and padding."""
@@ -147,7 +147,8 @@ def clean(text):
 # Every vocabulary begins with the 256 bytes, in CLIP's order: printable ones first. Then come the
 # same bytes at the end of a word, which CLIP's file marks by </w>, and ours by a space.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTES = PRINTABLE + OTHERS
 BYTE_TOKENS = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
 
 CLIP_VOCAB_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
@@ -177,22 +178,11 @@ def clip_vocabulary():
         raise InputError("CLIP's vocabulary is missing. Install open_clip_torch.") from error
     # A line of CLIP's file is a merge, such as "th e</w>" for the token "the ". A printable byte is
     # written as itself. The others are the characters from number 256 on.
-    others = range(256, 512 - len(PRINTABLE))
-    byte_of = dict(zip(map(chr, [*PRINTABLE, *others]), BYTES))
-    byte_of[" "] = 32
-    merges = gzip.decompress(content).decode().replace(" ", "").replace("</w>", " ").split("\n")
-    merges = merges[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
-    return tiktoken_text(BYTE_TOKENS + [bytes(map(byte_of.get, merge)) for merge in merges])
-
-
-def read_ranks(vocab):
-    """Return a dict {token as bytes: its rank}. vocab: the text of a .tiktoken file."""
-    lines = [line.split() for line in vocab.splitlines() if line]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    # tiktoken checks neither.
-    if sorted(ranks.values()) != [*range(len(ranks))] or not ranks.keys() >= {*BYTE_TOKENS}:
-        raise ValueError("it needs the ranks 0, 1, 2 ... and all single bytes")
-    return ranks
+    text = gzip.decompress(content).decode().replace(" ", "").replace("</w>", " ")
+    merges = text.split("\n")[1:48895]  # CLIP uses only these: 49,408 - 512 - 2 merges
+    byte_of = dict(enumerate(OTHERS, start=256))
+    tokens = [merge.translate(byte_of).encode("latin-1") for merge in merges]
+    return tiktoken_text(BYTE_TOKENS + tokens)
 
 
 def tokenizer_for(shards, vocab=None):

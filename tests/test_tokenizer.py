@@ -91,16 +91,10 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
     assert WORDS.decode(ids) == f"red {word} in"
 
 
-LINES = words_to_tiktoken(["dog", "cat"]).splitlines(keepends=True)
-DAMAGED = {
-    "a line is missing": "".join(LINES[:-2] + LINES[-1:]),  # the last id would be that of start
-    "no single bytes": tiktoken_text([b"dog ", b"cat "]),  # no other word could be spelled
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_vocabulary_is_refused(case, tmp_path):
-    (tmp_path / "v.tiktoken").write_text(DAMAGED[case])
+def test_a_file_without_the_single_bytes_is_refused(tmp_path):
+    """Such a vocabulary could spell no other word. Other projects have files of this kind, too."""
+    path = tmp_path / "v.tiktoken"
+    path.write_text(tiktoken_text([b"dog ", b"cat "]))
 
     with pytest.raises(InputError, match="v.tiktoken"):
-        Tokenizer.from_file(tmp_path / "v.tiktoken")
+        Tokenizer.from_file(path)
