@@ -21,7 +21,7 @@ import itertools
 import math
 import random
 import tarfile
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -79,7 +79,8 @@ def make_scene(rng, combinations, count=None):
         radius = rng.uniform(0.145, 0.155)  # it almost fills its cell of the 3 x 3 grid
         x = (2 * column + 1) / 6  # the centre
         y = (2 * row + 1) / 6
-        box = [round(v, 4) for v in (x - radius, y - radius, x + radius, y + radius)]
+        corners = x - radius, y - radius, x + radius, y + radius
+        box = [round(v, 4) for v in corners]
         objects.append({"colour": colour, "shape": shape, "box": box})
     cloth, pattern, border = rng.choice(SETTINGS)
     return {"cloth": cloth, "pattern": pattern, "border": border, "objects": objects}
@@ -125,8 +126,11 @@ def ngon(n, *radii):
     radii in turn, so that two radii make a star."""
     corners = []
     for i in range(n):
-        radius, angle = radii[i % len(radii)], 2 * math.pi * i / n
-        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
+        radius = radii[i % len(radii)]
+        angle = 2 * math.pi * i / n
+        x = radius * math.sin(angle)
+        y = -radius * math.cos(angle)
+        corners.append((x, y))
     return corners
 
 
@@ -137,7 +141,6 @@ def heart(t):
 
 
 ARM = 0.32  # half the width of the cross's bars
-HOLE = 0.45  # radius of the ring's hole
 OUTLINES = {  # corners, from -1 to 1
     "circle": ngon(48, 1),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
@@ -149,68 +152,56 @@ OUTLINES = {  # corners, from -1 to 1
     "diamond": ngon(4, 1, 0.72),
     "heart": [heart(2 * math.pi * i / 48) for i in range(48)],
 }  # fmt: skip
-
-
-@lru_cache(maxsize=len(SETTINGS))
-def draw_setting(cloth, pattern, border):
-    """Return a picture of the cloth with its border, SIDE x SIDE pixels. The pattern has a lighter
-    shade and lies on a grid of 6 x 6 cells."""
-    image = Image.new("RGB", (SIDE, SIDE), CLOTHS[cloth])
-    pen = ImageDraw.Draw(image)
-    light = tuple(v + 22 for v in CLOTHS[cloth])
-    step = SIDE // 6
-    third = step // 3
-    for x, y in itertools.product(range(0, SIDE, step), repeat=2):
-        if pattern == "striped":
-            pen.rectangle((x, y, x + third, y + step), fill=light)
-        elif pattern == "checked" and (x + y) // step % 2 == 1:
-            pen.rectangle((x, y, x + step - 1, y + step - 1), fill=light)
-        elif pattern == "dotted":
-            pen.ellipse((x + third, y + third, x + 2 * third, y + 2 * third), fill=light)
-    pen.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=BORDERS[border], width=SIDE // 24)
-    return image
+HOLE = ngon(48, 0.45)  # the hole of the ring
 
 
 def draw(scene):
     """Return an RGB picture of the scene, SIZE x SIZE pixels."""
-    image = draw_setting(scene["cloth"], scene["pattern"], scene["border"]).copy()
+    cloth = CLOTHS[scene["cloth"]]
+    image = Image.new("RGB", (SIDE, SIDE), cloth)
+    pen = ImageDraw.Draw(image)
+    # The pattern has a lighter shade, and lies on a grid of 6 x 6 cells.
+    light = tuple(v + 22 for v in cloth)
+    step = SIDE // 6
+    third = step // 3
+    for x, y in itertools.product(range(0, SIDE, step), repeat=2):
+        if scene["pattern"] == "striped":
+            pen.rectangle((x, y, x + third, y + step), fill=light)
+        elif scene["pattern"] == "checked" and (x + y) // step % 2 == 1:
+            pen.rectangle((x, y, x + step - 1, y + step - 1), fill=light)
+        elif scene["pattern"] == "dotted":
+            pen.ellipse((x + third, y + third, x + 2 * third, y + 2 * third), fill=light)
+    pen.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=BORDERS[scene["border"]], width=SIDE // 24)
     for thing in scene["objects"]:
-        x0, y0, x1, y1 = (round(v * SIDE) for v in thing["box"])
-        sheet, mask = draw_object(thing, x1 - x0, y1 - y0)
-        image.paste(sheet, (x0, y0), mask)
+        draw_object(image, thing)
     return image.reduce(4)
 
 
-def draw_object(thing, width, height):
-    """Return two pictures of width x height pixels: the colour of an object with a white outline,
-    and the mask of its shape."""
+def draw_object(image, thing):
+    """Draw an object with a white outline into its box."""
+    x0, y0, x1, y1 = (round(v * SIDE) for v in thing["box"])
+    width = x1 - x0
+    height = y1 - y0
     sheet = Image.new("RGB", (width, height), COLOURS[thing["colour"]])
     mask = Image.new("1", (width, height))
-    pen, cut = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
-    scales = [1]
+    pen = ImageDraw.Draw(sheet)
+    cut = ImageDraw.Draw(mask)
+    outlines = [OUTLINES[thing["shape"]]]
     if thing["shape"] == "ring":
-        scales = [1, HOLE]  # the circle, and then the hole in it
-    for scale in scales:
-        points = [
-            ((1 + scale * x) / 2 * width, (1 + scale * y) / 2 * height)
-            for x, y in OUTLINES[thing["shape"]]
-        ]
-        cut.polygon(points, fill=int(scale == 1))
+        outlines.append(HOLE)
+    for outline in outlines:
+        points = [((1 + x) / 2 * width, (1 + y) / 2 * height) for x, y in outline]
+        cut.polygon(points, fill=0 if outline is HOLE else 1)
         # Half of the line lies outside the mask, so about one pixel of the picture is left.
         pen.line(points + points[:2], fill="white", width=SIDE // 28, joint="curve")
-    return sheet, mask
-
-
-def jpeg(picture):
-    """Return a picture as the bytes of a JPEG file."""
-    buffer = io.BytesIO()
-    # Keep the colour of every pixel (subsampling 0), because lines are one or two pixels wide.
-    picture.save(buffer, "JPEG", quality=90, subsampling=0)
-    return buffer.getvalue()
+    image.paste(sheet, (x0, y0), mask)
 
 
 # -----------------------------------------------------------------------------
 # Files
+
+# Keep the colour of every pixel (subsampling 0), because lines are one or two pixels wide.
+JPEG = {"format": "JPEG", "quality": 90, "subsampling": 0}
 
 # The words of captions and prompts that are not among the names above. No text uses "in", but
 # without it all later ids would change, and so would every run.
@@ -226,7 +217,9 @@ def vocabulary():
 def generator(what, seed):
     """Return the random.Random of one picture. what: a text that names the picture, so that it
     looks the same whichever process draws it."""
-    return random.Random(what if seed == 0 else f"{what} of world {seed}")
+    if seed != 0:
+        what = f"{what} of world {seed}"
+    return random.Random(what)
 
 
 def make_samples(split, numbers, seed=0):
@@ -254,8 +247,10 @@ def write_shard(path, split, numbers, seed):
     """Write one shard. numbers: those of its samples."""
     with tarfile.open(path, "w") as tar:
         for i, scene, short, long in make_samples(split, numbers, seed):
+            image = io.BytesIO()
+            draw(scene).save(image, **JPEG)
             fields = {"short": short, "long": long, "scene": scene}
-            add_sample(tar, f"{i:08d}", ".jpg", jpeg(draw(scene)), short, fields)
+            add_sample(tar, f"{i:08d}", ".jpg", image.getvalue(), short, fields)
 
 
 def write_class(folder, looks, n, seed):
@@ -265,7 +260,7 @@ def write_class(folder, looks, n, seed):
     for i in range(n):
         rng = generator(f"{kind} {name} {i}", seed)
         scene = make_scene(rng, [looks[i % len(looks)]], 1)
-        (folder / f"{i:03d}.jpg").write_bytes(jpeg(draw(scene)))
+        draw(scene).save(folder / f"{i:03d}.jpg", **JPEG)
 
 
 def write_classes(folder, n, seed):
@@ -273,16 +268,15 @@ def write_classes(folder, n, seed):
     quarter of n for each of the 64 classes of colour_shape. In held_out only the combinations that
     training never shows have pictures. The 56 other folders are empty. Their names are classes that
     a picture can be mistaken for."""
-    for colour in COLOURS:
-        looks = [look for look in COMBINATIONS if look[0] == colour]
-        write_class(folder / "colour" / colour, looks, n, seed)
-    for shape in SHAPES:
-        looks = [look for look in COMBINATIONS if look[1] == shape]
-        write_class(folder / "shape" / shape, looks, n, seed)
+    for kind, names in ("colour", COLOURS), ("shape", SHAPES):
+        for name in names:
+            looks = [look for look in COMBINATIONS if name in look]
+            write_class(folder / kind / name, looks, n, seed)
     for look in COMBINATIONS:
         name = " ".join(look)
         write_class(folder / "colour_shape" / name, [look], n // 4, seed)
-        write_class(folder / "held_out" / name, [look], n if look in HELD_OUT else 0, seed)
+        n_held_out = n if look in HELD_OUT else 0
+        write_class(folder / "held_out" / name, [look], n_held_out, seed)
 
 
 def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
@@ -296,8 +290,8 @@ def make_scenes(out_dir, train=20_000, val=1_000, pictures=40, seed=0):
             partial(write_classes, folder / "zeroshot", pictures, seed),
             partial(write_shard, folder / "val-00000.tar", "val", range(val), seed),
         ]
-        for k, start in enumerate(range(0, train, 1000)):
-            path = folder / f"train-{k:05d}.tar"
+        for start in range(0, train, 1000):
+            path = folder / f"train-{start // 1000:05d}.tar"
             numbers = range(start, min(start + 1000, train))
             tasks.append(partial(write_shard, path, "train", numbers, seed))
         for _ in progress(map_in_processes(run_task, tasks), "drawing scenes", unit="shard"):
