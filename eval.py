@@ -27,7 +27,7 @@ from common.devices import pick_device
 from common.images import STANDARD_SETS, Pictures, class_pictures, readable_batches
 from common.run import read_model
 from common.shards import by_split, find_shards
-from common.tokenizer import has_letters, token_text, trim
+from common.tokenizer import has_letters, trim
 
 # -----------------------------------------------------------------------------
 # Retrieval: an image must find its captions, and a caption its image
@@ -275,9 +275,9 @@ def top_words(model, tokenizer, pixels, k=8):
     for p in probabilities:
         words = []
         for i in p.argsort(descending=True).tolist():
-            word = token_text(tokenizer, i)  # ends in a hyphen if it is only part of a word
-            if has_letters(word) and not word.endswith("-") and not is_common[i]:
-                words.append((word, p[i].item(), i))
+            token = tokenizer.encoding.decode([i])  # ends in a space, unless it is part of a word
+            if has_letters(token) and token.endswith(" ") and not is_common[i]:
+                words.append((token.strip(), p[i].item(), i))
             if len(words) == k:
                 break
         result.append(words)

@@ -102,12 +102,6 @@ def trim(tokens):
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
 
 
-def token_text(tokenizer, i):
-    """Return a token as a word. A token that does not end a word gets a hyphen, as in "skate-"."""
-    text = tokenizer.encoding.decode([i])
-    return text.strip() if text.endswith(" ") else text + "-"
-
-
 def has_letters(word):
     return any(character.isalnum() for character in word)
 
