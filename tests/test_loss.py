@@ -31,15 +31,17 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 def test_a_training_counts_each_word_of_a_caption_once():
     """The counts are exact even where float32 stops counting, and in a model that was turned into
-    bfloat16 and back. Padding, start and end are no words. An evaluation counts nothing."""
+    bfloat16 and back, and in a large batch, which is counted in parts. Padding, start and end are
+    no words. An evaluation counts nothing."""
     model = small_model(vocab_size=V).to(torch.bfloat16).float()
     model.token_counts += 2**24
 
     model.eval()(IMAGES, CAPTIONS)
     model.train()(IMAGES, CAPTIONS)
+    model.count_tokens(CAPTIONS.repeat(699, 1))
 
-    assert model.num_captions.item() == 3
-    counts = model.token_counts - 2**24
+    assert model.num_captions.item() == 2100
+    counts = (model.token_counts - 2**24) / 700
     assert counts.tolist() == [0, 1, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0]
 
 
@@ -94,6 +96,18 @@ def test_the_words_are_those_of_the_label_caption():
     expected = classification_loss(logits, CAPTIONS, weights)
     assert model.token_counts[5] == 2
     assert out["classification_loss"] == expected
+
+
+def test_the_loss_of_a_model_by_hand():
+    """A head without weights gives equal logits for all V tokens, and a scale of 0 gives equal
+    logits for all pairs. The third caption is empty, so its classification loss is 0."""
+    model = small_model(vocab_size=V, cls_weight=0.5).train()
+    torch.nn.init.zeros_(model.head.linear.weight)
+    torch.nn.init.constant_(model.logit_scale, -math.inf)
+
+    loss = model(IMAGES, CAPTIONS)["loss"]
+
+    assert loss.item() == pytest.approx(math.log(3) + 0.5 * (2 / 3 * math.log(V)))
 
 
 # ---- the losses that compare pairs
