@@ -39,6 +39,17 @@ def test_every_file_and_heading_that_a_page_links_exists(page):
         assert not heading or heading in anchors_of(target), link
 
 
+def test_the_readme_has_the_scores_of_the_study():
+    results = (ROOT / "study" / "results.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+
+    scores = re.findall(r"SuperCLIP\s+names\s+(\S+) % and\s+CLIP\s+(\S+) %", readme)
+
+    assert len(scores) == 2
+    for ours, clip in scores:
+        assert re.search(rf"\| {clip} \| \S+ \| {ours} \|", results), ours
+
+
 # ---- commands
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
