@@ -21,8 +21,8 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path, monkeypatch,
 
     The two processes compile, and their captions have several lengths. DistributedDataParallel
     splits the graphs of the towers, so that it can send some gradients while others are computed.
-    The graphs run as they are. test_step.py has a step in which torch compiles them for autograd,
-    too, which takes much longer."""
+    The graphs run as they are. In test_step.py one process also compiles them for autograd, which
+    takes longer."""
     monkeypatch.setitem(PRESETS, "tiny", WIDE)
     pairs = ["--train_data", shards / "bad-0.tar", "--device", device_of_two]
     options = [*pairs, "--patch_dropout", 0.5, "--learning_rate", 1e-5, "--steps", 6]

@@ -121,7 +121,7 @@ CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way =
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
 # What each of two processes computes: config, way, and pairs in a micro-batch
 STEPS_OF_TWO = [(*case, size) for case, size in product(CASES, (None, 2))]
-STEPS_OF_TWO.append(("words", "compiled", 2))  # test_compiled_equals_eager has one process
+STEPS_OF_TWO.append(("words", "compiled", 2))
 
 
 def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
@@ -130,7 +130,7 @@ def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     model = make_model_without_zeros(**CONFIGS[config]).to(device)
     if way == "compiled":
         for part in model.children():
-            part.compile(backend="aot_eager")
+            part.compile(backend="eager")  # the graphs run as they are, to save time
     B = N // processes
     keep = KEEP if way == "some patches" else None
     batch = make_batch(slice(rank * B, (rank + 1) * B), keep)
