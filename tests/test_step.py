@@ -233,6 +233,21 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
     assert events == [2] * 4 + [2, "gradient"] * 4
 
 
+def test_the_option_of_train_py_sets_their_size(shards, tmp_path, monkeypatch):
+    sizes = set()
+    encode_pairs = SuperCLIP.encode_pairs
+
+    def note(model, images, **pairs):
+        sizes.add(len(images))
+        return encode_pairs(model, images, **pairs)
+
+    monkeypatch.setattr(SuperCLIP, "encode_pairs", note)
+
+    train.main(short_run(shards, tmp_path, "--steps", 1, "--micro_batch_size", 4))
+
+    assert sizes == {4}
+
+
 # ---- the same gradients by other ways to compute them
 
 
