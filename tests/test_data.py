@@ -12,6 +12,7 @@ import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common.cli import InputError
 from common.tokenizer import Tokenizer, words_to_tiktoken
 from data import Pairs, Samples, batch_indices
 from superclip import PAD
@@ -62,6 +63,11 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     assert labels == pytest.approx({"a red dog": 200, "a blue cat": 200}, abs=30)
 
 
+def test_label_captions_that_are_nowhere_are_refused_at_once(captioned):
+    with pytest.raises(InputError, match="json.typo"):
+        Pairs(Samples([captioned]), TOKENIZER, 8, ["json.typo"])
+
+
 def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
     """A caption is drawn, a crop, and the 12 of 16 patches that are kept."""
 
@@ -110,15 +116,15 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     """Each batch counts the pairs that replace one."""
     bad = {"jpg": image, "txt": caption, "json": fields}
     good = {"jpg": JPEG, "txt": b"a red dog", "json": b'{"c": "a red dog"}'}
-    path = write_shard(tmp_path / "0.tar", [bad, good])
+    path = write_shard(tmp_path / "0.tar", [good, bad])
     pairs = Pairs(Samples([path], ["json.c" if fields else "txt"]), TOKENIZER, 16)
 
-    items = [pairs[position, i] for position, i in enumerate((0, 0, 1, 0, 0))]
+    items = [pairs[position, i] for position, i in enumerate((1, 1, 0, 1, 1))]
 
     _, num_replaced = pairs.collate(items)
     assert [TOKENIZER.decode(ids) for _, ids, *_ in items] == 5 * ["a red dog"]
     assert num_replaced == 4
-    assert capsys.readouterr().err.count(f"{path}:0000: ") == 1
+    assert capsys.readouterr().err.count(f"{path}:0001: ") == 1
 
 
 MISTAKES = [
