@@ -114,7 +114,7 @@ class Samples:
             with suppress(BadSample):
                 self.captions_in(i, source)
                 return
-        raise InputError(f"no captions in {source} of {self.paths[0]}: name others by --captions")
+        raise InputError(f"no captions in {source} of {self.paths[0]}: name other sources")
 
     @cached_property
     def fingerprint(self):

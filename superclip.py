@@ -21,6 +21,7 @@ makes its own transformer. At the end is what a first reader can skip. After thi
 train.py, data.py and eval.py.
 
 Axes: B pairs, P patches, T tokens, D width, E embedding, V vocabulary. Images have S x S pixels.
+Captions that are not cut have T' tokens.
 """
 
 import math

@@ -9,6 +9,7 @@ Each step is seeded, so on a CPU a run that is resumed ends as if nothing had in
 """
 
 import argparse
+import copy
 import math
 import time
 from collections import Counter
@@ -70,7 +71,7 @@ OPTIONS = {
     "learning_rate": (5e-4, AMOUNT, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
     "warmup_steps": (None, COUNT_OR_0, "steps with a rising rate; by default half, at most 3000"),
     "weight_decay": (0.2, AMOUNT, "of AdamW, for matrices"),
-    "seed": (0, COUNT_OR_0, "of all draws"),
+    "seed": (0, {"type": cli.number(int, 0, 2**31)}, "of all draws"),
     # Machine and folder
     "workers": (
         None,
@@ -136,7 +137,6 @@ def parse(argv):
     micro_batch_size = options["micro_batch_size"] or B
     fits = micro_batch_size >= B or B % micro_batch_size == 0
     cli.check(fits, f"--micro_batch_size must divide the {B} pairs of a process")
-    print("options:", {name: x for name, x in options.items() if x is not None})
     return options, last
 
 
@@ -163,7 +163,8 @@ def resolve(options, device, num_pairs):
     if args.eval_every is None:
         args.eval_every = min(2000, math.ceil(args.steps / 3))
     cli.check(num_pairs >= args.batch_size, f"--batch_size exceeds the {num_pairs:,} pairs")
-    cli.check(args.warmup_steps <= args.steps, f"--warmup_steps exceeds the {args.steps} steps")
+    too_long = f"--warmup_steps {args.warmup_steps} exceeds the {args.steps} steps of the run"
+    cli.check(args.warmup_steps <= args.steps, too_long)
     return args
 
 
@@ -255,6 +256,7 @@ def train(options, last):
         shards, val_shards = shards_of_run(train_data, options["val_data"])
         samples = data.open_samples(shards, options["captions"])
         args = resolve(options, device, len(samples))
+        print("options:", {name: x for name, x in vars(args).items() if x is not None})
         val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
         if last is None:
             model, tokenizer, new_names = build_model(args, shards)
@@ -280,7 +282,7 @@ def train(options, last):
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
-    groups = optimizer.state_dict()["param_groups"]  # their settings, before any step
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])  # their settings, before a step
     dtype = getattr(torch, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -324,24 +326,23 @@ def train(options, last):
     saved_at = time.perf_counter()
     sums = Counter()  # over the steps since the last row of the log
     for step in rounds:
-        # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
-        # validates. The other processes wait in part 3, or at the end.
+        # 1. Process 0 saves at first, every ten minutes, and before a validation, which may fail.
+        # Then it validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
-        is_saved = is_validated or time.perf_counter() > saved_at + 600
-        comes_from_disk = step == start and last is not None
+        is_saved = step == start or is_validated or time.perf_counter() > saved_at + 600
         if is_saved and on_gpu:
             began = time.perf_counter()
             torch.cuda.synchronize()  # the steps that it still computes count as training
             sums.update(seconds=time.perf_counter() - began)
         facts = {"header": header, "step": step}
-        if RANK == 0 and is_saved and not comes_from_disk:
+        if RANK == 0 and is_saved:
             states = {
                 "optimizer": optimizer.state_dict(),
                 "groups": groups,
                 "scaler": scaler.state_dict(),
                 "best_r1": best_r1,
                 "is_validated": is_validated,
-                "log_size": (out / "log.jsonl").stat().st_size,
+                "log_size": run.log_size(out),
             }
             run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
             saved_at = time.perf_counter()

@@ -6,6 +6,7 @@ shows what else last.pt and best.pt hold.
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -196,11 +197,12 @@ def find_run(typed):
     """
     if "resume" not in typed:
         return typed, None
+    check(typed["resume"], "--resume needs the name of a folder")
     folder = Path(typed["resume"])
     path = folder / "last.pt"
     if not path.exists():
         check(not any(folder.glob("*.pt")), f"{folder} has no last.pt to --resume from")
-        advice = "To start one there, give its --train_data, too."
+        advice = "To start one there, give its whole command with --train_data, or use --out_dir."
         check("train_data" in typed, f"there is no run in {folder} yet. {advice}")
         print(f"there is no {path} yet, so the run starts")
         return typed, None
@@ -228,8 +230,9 @@ def check_goes_on(last, header):
     check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
     is_later = last["step"] <= header["steps"]
     check(is_later, f"--steps: {last['step']} are done, so {header['steps']} are too few")
-    before = {**last["header"]["options"], **last["header"]}
-    now = {**header["options"], **header}
+    # Fields of the configuration stand in place of options that were left open.
+    before = {**last["header"]["options"], **last["config"], **last["header"]}
+    now = {**header["options"], **header["config"], **header}
     for name in (*header["options"], "processes", "torch", "commit"):
         if name != "resume" and now[name] != before.get(name):
             print(f"{name}: {before.get(name)} -> {now[name]}")
@@ -241,7 +244,8 @@ def load_states(last, optimizer, scaler):
     today = optimizer.state_dict()["param_groups"]
     for saved, made, group in zip(last["optimizer"]["param_groups"], last["groups"], today):
         for name, value in group.items():
-            if name not in made or value != made[name]:
+            is_changed = name not in made or value != made[name]
+            if is_changed and name != "params":  # torch compares the number of parameters
                 saved[name] = value
     optimizer.load_state_dict(last["optimizer"])
     if last["scaler"]:  # its state is empty without float16
@@ -276,6 +280,13 @@ def log(out, row):
             file.write(json.dumps(row) + "\n")
 
 
+def log_size(out):
+    """Return the size of the log, all of which is then on the disk."""
+    with open(out / "log.jsonl", "rb+") as file:
+        os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
+
+
 def line_of(row, losses):
     """Return the line that a run prints for a row of the log with these losses."""
     text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -286,15 +297,17 @@ def line_of(row, losses):
 
 
 def read_rows(path):
+    """Return the rows of a log, without one that a kill has cut."""
     rows = []
     for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError):  # a kill has cut the row
+        with suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_log(path):
     """Return the last header of a log, and a list of the other rows."""
     rows = read_rows(path)
     headers = [row["header"] for row in rows if "header" in row]
+    check(headers, f"{path} is not the log of a run")
     return headers[-1], [row for row in rows if "header" not in row]

@@ -14,7 +14,7 @@ from pathlib import Path
 import regex
 import torch
 
-from common.cli import check, progress, write_file
+from common.cli import InputError, check, progress, write_file
 from common.processes import map_in_processes
 
 # -----------------------------------------------------------------------------
@@ -122,6 +122,8 @@ def read_headers(path):
             rest = iter(partial(tar.fileobj.read, 2**20), b"")
             if any(part.strip(b"\0") for part in rest):
                 unused.append(f"{path}: damaged, and not used beyond that")
+    except OSError as error:  # Do not return: what is returned is cached, and this may pass.
+        raise InputError(f"{path} cannot be read: {error}") from error
     except tarfile.TarError as error:
         reason = "damaged, and not used beyond that" if rows else "damaged, compressed, or no tar"
         unused.append(f"{path}: {reason}: {error}")

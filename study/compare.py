@@ -15,6 +15,8 @@ the data. The command runs in their folder, so paths in its options must be abso
 --train_data runs here, and has the same pairs with each seed. Then interval and p hold only for
 these pairs.
 
+On a CPU give a command with --train_data also --workers 0, because each core has a run.
+
 The commands must not contain --seed, --eval_every, --out_dir and --resume, which are set here. A
 run validates before its first step and after its last one.
 
@@ -74,7 +76,8 @@ def start(run):
     words = shlex.split(f"{run.command} --seed {run.seed} --eval_every {10**9}")
     if words[0] != "-m":
         words[0] = Path(words[0]).resolve()
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "PYTHONPATH": path}
     if not torch.cuda.is_available():
         variables["OMP_NUM_THREADS"] = "1"  # because each core has a run
     data_folder = Path()
@@ -260,9 +263,23 @@ def seeds(text):
     return numbers
 
 
+def check_command(text):
+    """Refuse a command without a program, or with an option that `start` adds."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from error
+    has_program = words and (words[0] == "-m" or Path(words[0]).is_file())
+    check(has_program, f"there is no such program: {text}")
+    for option in ("--seed", "--eval_every", "--out_dir", "--resume"):
+        check(option not in words, f"leave out {option}, which is set here: {text}")
+
+
 def begin(args):
     """Make the folder of a new comparison, write down what it compares, and return the folder."""
     check(args.a and args.b, "give two commands, --a and --b")
+    check_command(args.a)
+    check_command(args.b)
     # Eight seeds, because with five p cannot be below 0.0625.
     numbers = args.seeds or range(5, 13)
     folder = make_next_folder(OUT / "compare")

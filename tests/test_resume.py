@@ -212,6 +212,36 @@ def test_what_a_fork_changes_in_the_optimizer_counts_and_what_the_optimizer_chan
     assert (group["d"], group["eps"], group["peak_lr"]) == (2.0, 1e-8, 0.5)
 
 
+def test_a_fork_that_puts_parameters_into_other_groups_cannot_go_on_with_an_older_run(
+    copied_run, monkeypatch
+):
+    """torch refuses other sizes of groups. The moments of one parameter would serve another."""
+    make_optimizer = train.make_optimizer
+
+    def move_a_parameter(*args):
+        optimizer = make_optimizer(*args)
+        first, second = optimizer.param_groups
+        second["params"].append(first["params"].pop())
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", move_a_parameter)
+
+    with pytest.raises(ValueError, match="group"):
+        train.main(["--resume", str(copied_run), "--steps", "13"])
+
+
+def test_what_is_typed_is_saved_at_once(copied_run, monkeypatch):
+    """A run that is killed soon, and goes on without the option, still has it."""
+    monkeypatch.setattr(superclip.SuperCLIP, "forward", superclip.SuperCLIP.forward)  # to restore
+    hook("superclip.SuperCLIP.forward", 1, partial(signal.raise_signal, signal.SIGINT))
+
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--resume", str(copied_run), "--steps", "14", "--learning_rate", "0.25"])
+
+    header = checkpoint_of(copied_run)["header"]
+    assert (header["steps"], header["options"]["learning_rate"]) == (14, 0.25)
+
+
 OTHERS = """--steps 11, --loss sigmoid, --cls_weight 0, --model ViT-B-16, --init_from best.pt,
 --vocab clip, --train_data bad-0.tar, --val_data none, --val_captions json.captions,
 --batch_size 32, --seed 1"""

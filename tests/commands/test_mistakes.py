@@ -56,6 +56,9 @@ scripts.search MODEL "a text"                             | --images
 scripts.search MODEL --images photo.png                   | TEXT
 scripts.search MODEL --images photo.png list.csv          | list.csv
 scripts.curves new.jsonl --out x.png                      | new.jsonl
+scripts.curves list.csv --out x.png                       | list.csv
+study.compare --a "list.csv" --b "nowhere.py"             | nowhere.py
+study.compare --a "list.csv" --b "list.csv --seed 1"      | --seed
 scripts.curves new.jsonl --out model.pt                   | model.pt
 scripts.convert hollow x.pt                               | hollow
 scripts.convert other x.pt                                | visual.conv1
