@@ -86,6 +86,7 @@ def test_a_comparison_prints_every_score_and_goes_on_after_it_was_stopped(
     large = "--learning_rate 1e12 --weight_decay 1e12"
     sides = ["--a", f"train.py {options}", "--b", f"train.py {large} {options}"]
     Path("out_study/compare").mkdir(parents=True)  # there is another comparison
+    Path("train.py").touch()  # its training is a call of train.main
 
     compare.main([*sides, "--seeds", "5-6", "--jobs", "1"])
 
