@@ -181,8 +181,7 @@ def read_published(name):
     try:
         other = open_clip.create_model(model, tag, require_pretrained=True)
     except Exception as error:  # open_clip and the network raise a dozen kinds.
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"open_clip cannot load {name}: {reason}") from error
+        raise InputError(f"open_clip cannot load {name}: {error}") from error
     weights = rename(other.state_dict())
     return weights, {**read_shapes(name, weights), **facts}, None
 
