@@ -97,9 +97,11 @@ def main(argv):
         if image is None:
             continue
         [words] = evaluation.top_words(model, tokenizer, image[None])
-        print(f"{pictures.title(i)}: {', '.join(f'{word} {p:.3f}' for word, p, _ in words)}")
-        cells += word_cells(image, word_maps(model, image, [i for _, _, i in words], window))
-        titles += [pictures.title(i), *[f"{word} {p:.1%}" for word, p, _ in words]]
+        shares = [f"{word} {p:.1%}" for word, p, _ in words]
+        ids = [token for _, _, token in words]
+        print(f"{pictures.title(i)}: {', '.join(shares)}")
+        cells += word_cells(image, word_maps(model, image, ids, window))
+        titles += [pictures.title(i), *shares]
     check(cells, "none of the pictures can be read")
     contact_sheet(cells, titles, args.out, columns=1 + len(words))
     print(f"wrote {args.out}. Each picture has a separate scale. Red: the word is less probable")
