@@ -46,8 +46,9 @@ def centre_square(width, height):
 
 def load_image(picture, size, crop=centre_square):
     """Return a picture as uint8 (3, size, size), cropped and resized, bicubic with antialiasing.
-    picture: path or bytes of an image file, or an image of Pillow, which stays as it is; crop: the
-    function that chooses the box to keep. Raise BadSample if the picture cannot be read."""
+
+    The picture may be the path or the bytes of an image file, or an image of Pillow, which stays as
+    it is. `crop` chooses the box to keep. Raise BadSample if the picture cannot be read."""
     if isinstance(picture, Image.Image):
         image = picture
         box = crop(*image.size)
@@ -117,9 +118,9 @@ class Pictures(Dataset):
     """Read pictures. An item is pixels (3, size, size) and a label. If the picture cannot be read,
     a message names it, and the item is (None, None).
 
-    labelled: labelled[i] is a picture, as load_image takes it, and its label. So it may be a list
-    of files with their labels, a data set of torchvision, or data.Samples, whose labels are lists
-    of captions; classes: the names of the classes, if the labels are their numbers.
+    labelled[i] is a picture, as load_image takes it, and its label. So `labelled` may be a list of
+    files with their labels, a data set of torchvision, or data.Samples, whose labels are lists of
+    captions. If the labels are numbers of classes, `classes` has the names.
     """
 
     labelled: object
@@ -187,8 +188,8 @@ STANDARD_SETS = {
 
 
 def class_pictures(name, size, training=False):
-    """Return Pictures with classes. name: a folder that holds a folder of images for each class, or
-    else a name in STANDARD_SETS; training: whether to return the training images of such a set. A
+    """Return Pictures with classes. The name is that of a folder with a folder of images for each
+    class, or else of one of the STANDARD_SETS, which have images for training and for tests. A
     folder without images is a class, too: images can be mistaken for it."""
     if Path(name).is_dir():
         folders = sorted(path for path in Path(name).iterdir() if path.is_dir())

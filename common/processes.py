@@ -94,7 +94,7 @@ def cores():
 
 
 def make_loader(dataset, workers, **options):
-    """Return a DataLoader. workers: the number of its processes; options: its other arguments."""
+    """Return a DataLoader with this number of processes, by default one for each core."""
     if workers is None:
         # Divide the cores among the GPUs. Each process keeps two batches ready in shared memory.
         workers = min(16, cores() // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))

@@ -167,7 +167,7 @@ def build_index(shards):
 
 
 def add_sample(tar, key, suffix, image, caption, fields):
-    """Add a sample to a shard. suffix: that of the image file, such as .jpg; image: its bytes."""
+    """Add a sample to a shard that is being written. The image is the bytes of a file."""
     text = caption.encode("utf-8", "replace")
     metadata = json.dumps(fields).encode()
     for extension, content in ((suffix, image), (".txt", text), (".json", metadata)):

@@ -56,7 +56,7 @@ def rename(state):
 
 def read_shapes(path, weights):
     """Return the fields of the configuration that the names and shapes of tensors tell, as a dict.
-    path: for the message; weights: with our names. Raise InputError if a tensor is missing."""
+    The tensors have our names. If one is missing, the message names the path."""
     try:
         vision_width, _, patch_size, _ = weights["visual.conv1.weight"].shape
         positions, _ = weights["visual.positional_embedding"].shape
@@ -111,10 +111,11 @@ def open_clip_config(c):
 
 
 def open_clip_facts(name, model, images):
-    """Return the fields of the configuration that shapes do not tell, as a dict. name: for the
-    message; model: open_clip's dict that describes both towers; images: open_clip's facts about a
-    tag, or its preprocess_cfg, or {}. Raise InputError if the model has parts that this project
-    lacks, such as another pooling. Such a part shows as a field that open_clip_config lacks."""
+    """Return the fields of the configuration that shapes do not tell, as a dict. `model` is
+    open_clip's description of both towers. `images` is what it knows of a tag, or a preprocess_cfg.
+
+    Refuse a model that has parts which this project lacks, such as another pooling. Such a part
+    shows as a field that open_clip_config lacks."""
     ours = open_clip_config(SuperCLIPConfig())
     vision = model["vision_cfg"]
     text = model["text_cfg"]

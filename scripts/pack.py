@@ -75,7 +75,7 @@ def read_table(path):
 
 
 def fields_of(name, rows):
-    """Return the fields of a sample's .json. name: of its image; rows: all rows of the image."""
+    """Return what the .json of an image holds, from all of its rows."""
     fields = {}
     for column in rows[0]:
         texts = [(row[column] or "").strip() for row in rows]
@@ -85,7 +85,7 @@ def fields_of(name, rows):
 
 
 def smaller(image, size):
-    """Return the bytes of a JPEG whose short side has at most `size` pixels. image: of Pillow."""
+    """Return an image of Pillow as a JPEG, in bytes, whose short side is `size` at most."""
     image.draft("RGB", (2 * size, 2 * size))  # Twice the size is enough for a sharp resize.
     image.load()
     image = upright_rgb(image)  # Turn it now, because the new file has no EXIF data.
@@ -98,7 +98,7 @@ def smaller(image, size):
 
 def encode(item, folder, size, val):
     """Return a sample as (split, suffix, bytes of the image, fields of .json), or as a string the
-    reason why the image cannot be used. item: (image, its rows); folder, size, val: the options.
+    reason why the image cannot be used. An item is the name of the image, and its rows.
 
     A small file in a format of shards keeps its bytes. Encoding it again would lose quality."""
     name, rows = item
@@ -120,7 +120,7 @@ def encode(item, folder, size, val):
 
 def encode_all(samples, bad, **options):
     """Yield what `encode` returns for each sample that can be used. Add (image, reason) for each
-    row of the others to the list `bad`. options: those of `encode`."""
+    row of the others to the list `bad`."""
     items = [*samples.items()]
     results = map_in_processes(partial(encode, **options), items)
     for (name, rows), result in zip(items, results):

@@ -65,8 +65,8 @@ def read_features(path, checkpoint):
 
 
 def encode_or_read(model, pictures, workers, path, checkpoint):
-    """Return the features of image files, as a dict {number: feature (E,)}. Encode those that a
-    file of features lacks, and write it again. path: that file; checkpoint: the checkpoint's."""
+    """Return the features of image files, as a dict {number: feature (E,)}. Encode those that the
+    file of features at `path` lacks, and write it again if there are any."""
     sha256 = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     known = read_features(path, sha256) if path.exists() else {}
     num_known = len(known)
