@@ -262,7 +262,7 @@ def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
     """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
     rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
     memory, from which a GPU can copy while it computes."""
-    # For each list of items that batch_sampler yields, a loader collates pairs[item] of all items.
+    # For each list of items that batch_sampler yields, a loader calls collate on their pairs[item].
     steps = range(start, stop)
     items = (batch_indices(len(pairs), batch_size, pairs.seed, step)[rows] for step in steps)
     options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}

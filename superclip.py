@@ -131,7 +131,7 @@ def multi_hot(tokens, vocab_size):
     others. tokens (B, T): the ids of the captions."""
     words = torch.zeros(len(tokens), vocab_size, device=tokens.device)
     words.scatter_(1, tokens, 1.0)
-    # PAD is also CLIP's id of a "!" inside a word, which is no loss. A "!" alone has another id.
+    # PAD is also CLIP's id of a "!" inside a word, so that goes, too. A "!" alone has another id.
     for i in (PAD, START, END):
         words[:, i] = 0.0
     return words
@@ -207,12 +207,21 @@ class SuperCLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
-    def forward(self, images, tokens, label_tokens=None, keep=None, micro_batch_size=None):
+    def forward(
+        self,
+        images,
+        tokens,
+        label_tokens=None,
+        keep=None,
+        micro_batch_size=None,
+    ):
         """Return a dict of scalars: the loss of a batch, and its terms. This is the whole method.
 
         images (B, 3, S, S) and tokens (B, T): images and their captions; label_tokens (B, T'): the
         captions whose words the head predicts, usually the same ones, but not cut. By default they
-        are the tokens. The mean over several processes is the loss of the whole batch. Only
+        are the tokens.
+
+        On several processes, the mean of what they return is the loss of the whole batch. Only
         training counts captions. In a model that has counted none, classification_loss is 0.
 
         keep (B, K): indices of the patches to look at, to save time. By default all P.
@@ -301,8 +310,8 @@ class SuperCLIP(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Turn an image into one token for each patch, and into one feature. It is read at the class
-    token, which stands for the whole image."""
+    """Turn an image into one token for each patch, and into one feature, which is a projection of
+    the class token."""
 
     def __init__(self, config):
         super().__init__()
@@ -350,8 +359,8 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Turn a caption into one feature. It is read at the end token, because that is the first token
-    that has seen the whole text."""
+    """Turn a caption into one feature, which is a projection of its end token. That is the first
+    token that has seen the whole text."""
 
     def __init__(self, config):
         super().__init__()

@@ -29,9 +29,15 @@ from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
-# The options. One with the name of a field of SuperCLIPConfig sets this field. What is typed counts
-# most, then the options of a run that goes on, then those of SCENES for a run without --train_data,
-# and then the defaults of this table. `resolve` and `build_model` fill in what is still open.
+# The options. One with the name of a field of SuperCLIPConfig sets this field. Each of the following
+# replaces what comes before it:
+#
+#     1. the defaults of OPTIONS
+#     2. without --train_data, those of SCENES
+#     3. with --resume, the options of the run that goes on
+#     4. what is typed
+#
+# `resolve` and `build_model` then fill in what is still None.
 
 # Kinds of options, as argparse takes them
 TEXT = {"type": str}
@@ -71,7 +77,7 @@ OPTIONS = {
     "learning_rate": (5e-4, AMOUNT, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
     "warmup_steps": (None, COUNT_OR_0, "steps with a rising rate; by default half, at most 3000"),
     "weight_decay": (0.2, AMOUNT, "of AdamW, for matrices"),
-    "seed": (0, {"type": cli.number(int, 0, 2**31)}, "of all draws"),
+    "seed": (0, {"type": cli.number(int, 0, 2**31)}, "of all draws in training"),
     # Machine and folder
     "workers": (
         None,
@@ -282,7 +288,8 @@ def train(options, last):
     model.to(device).train()
     devices.compile_if_wanted(model, args.compile)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
-    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])  # their settings, before a step
+    # Keep the settings that the optimizer is made with, because run.load_states compares them.
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     dtype = getattr(torch, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -299,8 +306,9 @@ def train(options, last):
         start = last["step"]
         best_r1 = last["best_r1"]
         log_size = last["log_size"]
-        if last["is_validated"]:  # the run may have ended before this validation
+        if last["is_validated"]:  # the run may have ended before this validation, so repeat it
             eval_steps.add(start)
+        last.clear()  # free the memory of its weights and of Adam's moments
     out = run.make_folder(args)
     run.begin_log(out, header, start, log_size)  # it also checks that all processes begin alike
 
@@ -324,18 +332,18 @@ def train(options, last):
         disable=True if RANK else None,  # None: show a bar if the output is a terminal
     )
     saved_at = time.perf_counter()
-    sums = Counter()  # over the steps since the last row of the log
+    sums = Counter()  # over the steps since the last row of the log; its `update` adds
     for step in rounds:
         # 1. Process 0 saves at first, every ten minutes, and before a validation, which may fail.
         # Then it validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
         is_saved = step == start or is_validated or time.perf_counter() > saved_at + 600
-        if is_saved and on_gpu:
-            began = time.perf_counter()
-            torch.cuda.synchronize()  # the steps that it still computes count as training
-            sums.update(seconds=time.perf_counter() - began)
         facts = {"header": header, "step": step}
         if RANK == 0 and is_saved:
+            if on_gpu:  # the steps that it still computes count as training, and not as saving
+                began = time.perf_counter()
+                torch.cuda.synchronize()
+                sums.update(seconds=time.perf_counter() - began)
             states = {
                 "optimizer": optimizer.state_dict(),
                 "groups": groups,
@@ -393,7 +401,8 @@ def train(options, last):
         sums.update(steps=1, seconds=seconds, waited=waited, replaced=num_replaced)
         if is_logged:
             # In float16 a step may overflow, which halves the scale. Otherwise the scale is 1.
-            is_well = math.isfinite(means["loss"]) or scaler.get_scale() > 1
+            may_overflow = scaler.get_scale() > 1
+            is_well = math.isfinite(means["loss"]) or may_overflow
             cli.check(is_well, "the loss is not finite. Lower --learning_rate, or change --dtype.")
             row = {
                 "step": done,

@@ -214,7 +214,8 @@ def find_run(typed):
     for name, value in typed.items():
         if name in config or name in FIXED:
             change = f"--{name} from {own.get(name)} to {value}"
-            check(value == own.get(name), f"--resume cannot change {change}. Leave it out.")
+            advice = "Leave it out, or start a new run."
+            check(value == own.get(name), f"--resume cannot change {change}. {advice}")
     known = {**last["header"]["options"], **typed}
     if "steps" in typed:
         known["epochs"] = None
