@@ -29,7 +29,7 @@ from common.tokenizer import tokenizer_for
 from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 
 # -----------------------------------------------------------------------------
-# The options. One with the name of a field of SuperCLIPConfig sets this field. Each of the following
+# The options. One with the name of a field of SuperCLIPConfig sets this field. In this list, each
 # replaces what comes before it:
 #
 #     1. the defaults of OPTIONS
