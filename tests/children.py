@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from material import TINY, WIDE
+from material import TINY
 
 import superclip
 from common import processes
@@ -138,15 +138,3 @@ def in_step(number, act):
 def killed():
     """Kill the process, as a scheduler or a machine that is switched off does."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def compile_wide_towers():
-    """Make the model WIDE, and let torch.compile print a line for each graph, which then runs as
-    it is. Code for the machine would need a C++ compiler."""
-    superclip.PRESETS["tiny"] = WIDE
-    torch.compile = partial(torch.compile, backend=compile_cheaply)
-
-
-def compile_cheaply(graph, inputs):
-    print("compiled a graph")
-    return graph

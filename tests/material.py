@@ -89,8 +89,6 @@ TINY = dict(
     text_layers=1,
     embed_dim=16,
 )
-# DistributedDataParallel sends a first megabyte of gradients. Those of a wide tower are more.
-WIDE = {**TINY, "vision_width": 192, "text_width": 192}
 
 
 def small_model(**changes):

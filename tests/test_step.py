@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from material import TINY, checkpoint_of, rows_of, short_run, small_model, write_checkpoint
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -121,16 +122,16 @@ CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way =
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
 # What each of two processes computes: config, way, and pairs in a micro-batch
 STEPS_OF_TWO = [(*case, size) for case, size in product(CASES, (None, 2))]
-STEPS_OF_TWO.append(("words", "compiled", 2))
+WAYS_OF_TWO = [way for _, way, _ in STEPS_OF_TWO] + ["compiled", "compiled"]
+# DistributedDataParallel first sends a megabyte of gradients. It splits the graph of a tower that
+# has more, so that it can send some gradients while others are computed.
+WIDE = {"vision_width": 192, "text_width": 192}
 
 
 def first_step(config, way, device="cpu", size=None, rank=0, processes=1):
     """Make the step of one process. rank: its number; processes: how many there are. Return its
     losses, its gradients, and the buffers of the model, in which the tokens are counted."""
     model = make_model_without_zeros(**CONFIGS[config]).to(device)
-    if way == "compiled":
-        for part in model.children():
-            part.compile(backend="eager")  # the graphs run as they are, to save time
     B = N // processes
     keep = KEEP if way == "some patches" else None
     batch = make_batch(slice(rank * B, (rank + 1) * B), keep)
@@ -179,12 +180,24 @@ def test_each_term_is_a_part_of_the_loss(config):
     assert {round(weight.item(), 6) for weight in weights} == {1.0, *numbers}
 
 
+def wide_steps(compiled, device="cpu", rank=0, processes=1):
+    """Make two steps with captions of two lengths. Return what first_step returns for each."""
+    model = make_model_without_zeros(**WIDE).to(device)
+    devices.compile_if_wanted(model, compiled)
+    B = N // processes
+    steps = []
+    for T in (12, 16):
+        batch = make_batch(slice(rank * B, (rank + 1) * B), T=T)
+        steps.append((*losses_and_gradients(model, batch, size=2), {}))
+    return steps
+
+
 def evaluated_loss():
     return make_model_without_zeros().eval()(**make_batch())["loss"].detach()
 
 
 def run_process(rank, folder, device):
-    """Run one of two processes. Save {(config, way, size): what first_step returns in it}."""
+    """Run one of two processes. Save what the functions above return in it."""
     torch.set_num_threads(1)
     options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
     backend = "gloo"
@@ -192,10 +205,13 @@ def run_process(rank, folder, device):
         devices.prepare_device(f"cuda:{rank}")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=2, **options)
-    found = [first_step(*step[:2], device, step[2], rank, processes=2) for step in STEPS_OF_TWO]
-    if rank == 0:  # process 0 may compute the loss of a validation alone
-        found.append(evaluated_loss())
-    torch.save(found, folder / f"{rank}.pt")
+    steps = [first_step(*step[:2], device, step[2], rank, processes=2) for step in STEPS_OF_TWO]
+    graphs = CompileCounter()  # runs the graphs as they are, to save time
+    torch.compile = partial(torch.compile, backend=graphs)
+    steps += wide_steps(True, device, rank, processes=2)
+    # Process 0 may compute the loss of a validation alone.
+    evaluated = evaluated_loss() if rank == 0 else None
+    torch.save((steps, graphs.frame_count, evaluated), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -203,17 +219,18 @@ def test_two_processes_have_the_gradients_of_one(server, tmp_path, device_of_two
     """So are the token counts. The loss of one process is the mean of the losses of two. This is
     one test, because it takes seconds to start the processes."""
     arguments = run_process, (tmp_path, device_of_two), 2
+    expected = [exact_step(config, way) for config, way, _ in STEPS_OF_TWO] + wide_steps(False)
 
     torch.multiprocessing.start_processes(*arguments, start_method="forkserver")
 
-    *first, evaluated = torch.load(tmp_path / "0.pt")
-    second = torch.load(tmp_path / "1.pt")
-    for (config, way, size), one, other in zip(STEPS_OF_TWO, first, second):
-        print(config, way, size)  # pytest shows it if this step fails
-        expected = exact_step(config, way)
+    first, num_graphs, evaluated = torch.load(tmp_path / "0.pt")
+    second, *_ = torch.load(tmp_path / "1.pt")
+    for way, one, other, exact in zip(WAYS_OF_TWO, first, second, expected):
+        print(way)  # pytest shows it if this step fails
         mean_losses = {name: (loss + other[0][name]) / 2 for name, loss in one[0].items()}
-        assert_same_step((mean_losses, *one[1:]), expected, way, device_of_two)
-        assert_same_step((mean_losses, *other[1:]), expected, way, device_of_two)
+        assert_same_step((mean_losses, *one[1:]), exact, way, device_of_two)
+        assert_same_step((mean_losses, *other[1:]), exact, way, device_of_two)
+    assert num_graphs > 4  # 4 would be a head, a tower, and the other one for two lengths
     assert evaluated == evaluated_loss()
 
 
@@ -268,6 +285,17 @@ def test_compiled_equals_eager(monkeypatch, device):
         tolerance = GRADIENT_TOLERANCES[device]["float32"]
         assert_same_gradients(gradients, expected_gradients, tolerance)
         torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
+
+
+def test_a_run_compiles_both_towers_and_the_head_for_training_alone(shards, tmp_path, monkeypatch):
+    """Validations have other shapes, and would compile the towers again."""
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+
+    train.main(short_run(shards, tmp_path, "--steps", 2, "--eval_every", 1, "--compile"))
+
+    assert graphs.frame_count == 3
 
 
 def test_a_machine_that_cannot_compile_says_why(monkeypatch, capsys):
