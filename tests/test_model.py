@@ -115,16 +115,6 @@ def test_attention_on_a_cpu_is_computed_in_float32():
 # ---- plain CLIP
 
 
-def test_with_cls_weight_0_the_model_is_clip():
-    clip = make_random_model(cls_weight=0).train()
-    images, tokens = make_pairs(clip)
-
-    out = clip(images, tokens)
-
-    assert torch.equal(out["loss"], out["contrastive_loss"])
-    assert "classification_loss" not in out
-
-
 def test_from_one_seed_the_towers_are_those_of_plain_clip_bit_for_bit():
     """The study compares runs of both models with the same seed, so they must begin alike."""
     clip = small_model(cls_weight=0).state_dict()  # small_model seeds torch

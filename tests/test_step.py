@@ -122,7 +122,7 @@ CASES = [(x, way) for x, way in product(CONFIGS, WAYS) if x not in ONCE or way =
 every_case = pytest.mark.parametrize("config, way", CASES, ids=map(" ".join, CASES))
 # What each of two processes computes: config, way, and pairs in a micro-batch
 STEPS_OF_TWO = [(*case, size) for case, size in product(CASES, (None, 2))]
-WAYS_OF_TWO = [way for _, way, _ in STEPS_OF_TWO] + ["compiled", "compiled"]
+WAYS_OF_TWO = [way for _, way, _ in STEPS_OF_TWO] + 3 * ["compiled"]
 # DistributedDataParallel first sends a megabyte of gradients. It splits the graph of a tower that
 # has more, so that it can send some gradients while others are computed.
 WIDE = {"vision_width": 192, "text_width": 192}
@@ -181,13 +181,14 @@ def test_each_term_is_a_part_of_the_loss(config):
 
 
 def wide_steps(compiled, device="cpu", rank=0, processes=1):
-    """Make two steps with captions of two lengths. Return what first_step returns for each."""
+    """Make steps with captions of three lengths, in micro-batches. Return what first_step returns
+    for each. When captions get another length, torch compiles for all lengths."""
     model = make_model_without_zeros(**WIDE).to(device)
     devices.compile_if_wanted(model, compiled)
     B = N // processes
     steps = []
-    for T in (12, 16):
-        batch = make_batch(slice(rank * B, (rank + 1) * B), T=T)
+    for T in (12, 16, 10):
+        batch = make_batch(slice(rank * B, (rank + 1) * B), KEEP, T)
         steps.append((*losses_and_gradients(model, batch, size=2), {}))
     return steps
 
@@ -269,22 +270,15 @@ def test_the_option_of_train_py_sets_their_size(shards, tmp_path, monkeypatch):
 
 
 def test_compiled_equals_eager(monkeypatch, device):
-    """On a CPU torch's compiler does all but the code for the machine, which would take minutes.
-    When captions get another length, it compiles for all lengths."""
+    """On a CPU torch's compiler does all but the code for the machine, which would take minutes."""
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    compiled, eager = (make_model_without_zeros().to(device) for _ in range(2))
-    devices.compile_if_wanted(compiled, True)
-    for T in (12, 16, 10):
-        batch = make_batch(keep=KEEP, T=T)
 
-        losses, gradients = losses_and_gradients(compiled, batch, size=4)
+    compiled = wide_steps(True, device)
 
-        expected_losses, expected_gradients = losses_and_gradients(eager, batch, size=4)
-        tolerance = GRADIENT_TOLERANCES[device]["float32"]
-        assert_same_gradients(gradients, expected_gradients, tolerance)
-        torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
+    for step, expected in zip(compiled, wide_steps(False)):
+        assert_same_step(step, expected, "compiled", device)
 
 
 def test_a_run_compiles_both_towers_and_the_head_for_training_alone(shards, tmp_path, monkeypatch):
