@@ -34,7 +34,7 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     second = [BEGIN, {**TRAINING, "my_term": -1}]
     logs = write_log(tmp_path / "a.jsonl", first), write_log(tmp_path / "B.jsonl", second)
 
-    assert not run(curves.main, *logs, "--out", tmp_path / "curves.png")
+    assert not run(curves.main, *logs, "--out", tmp_path / "curves.svg")
 
     axes = plt.gcf().axes
     found = {}  # {title of a panel: the values of each line}
@@ -46,4 +46,4 @@ def test_a_panel_for_each_loss_and_score_and_a_line_for_each_run(tmp_path):
     assert [*found.values()] == [[[2.5], [2.5]], [[-1]], [[1.5]], *scores, [[25], [3, 3]]]
     [legend] = plt.gcf().legends
     assert [text.get_text() for text in legend.get_texts()] == [*map(str, logs)]
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.svg").stat().st_size > 10_000

@@ -206,7 +206,7 @@ def test_the_head_in_open_clip_has_the_same_loss(monkeypatch):
 
 
 def test_the_fork_on_the_page_has_the_same_gradients_in_micro_batches(tmp_path):
-    """We leave out the test with two processes. It would take six seconds more, mostly to start."""
+    """We leave out the test with two processes. It would take seconds more."""
     folder = tmp_path / "fork"
     for name in ("common", "tests"):
         shutil.copytree(ROOT / name, folder / name)
