@@ -36,11 +36,17 @@ from common.tokenizer import Tokenizer
 MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as wide as the longest
 
 
-def open_samples(paths, sources=("txt",)):
+def open_samples(paths, sources):
     """Return the Samples in files that the options name. All commands call this function, so here
-    a fork returns data of another kind: a subclass with its own __init__, which sets `paths` and
-    `sources`, and its own __len__, image, captions_in, name and fingerprint."""
-    return Samples(paths, sources)
+    a fork returns data of another kind, for example if the files have another suffix. That is a
+    subclass of Samples with its own __init__, which sets `paths` and `sources`, and its own
+    __len__, image, read_source, name and fingerprint. For a broken sample, image raises BadSample.
+    """
+    samples = Samples(paths, sources)
+    check(len(samples) > 0, f"there are no image-caption pairs in {paths[0]}")
+    for source in sources:
+        samples.check_source(source)
+    return samples
 
 
 class Samples:
@@ -53,9 +59,6 @@ class Samples:
         self.index, self.unused = shards.build_index(paths)
         if self.unused:
             print(f"samples or shards not used: {len(self.unused):,}, such as {self.unused[0]}")
-        check(len(self.index) > 0, f"there are no image-caption pairs in {paths[0]}")
-        for source in sources:
-            self.check_source(source)
 
     def __len__(self):
         return len(self.index)
@@ -118,8 +121,8 @@ class Samples:
 
     @cached_property
     def fingerprint(self):
-        """Return a short text that tells data sets apart, by sizes and sources of captions, so that
-        --resume can refuse other data."""
+        """Return a short text that tells data sets apart, so that --resume can refuse other data.
+        It depends on all that decides the pairs: here sizes, and the sources of captions."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 
