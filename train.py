@@ -22,7 +22,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from common import cli, devices, run
-from common.processes import RANK, WORLD, joined_processes, mean_of_all, one_first
+from common.processes import (
+    RANK,
+    WORLD,
+    default_workers,
+    joined_processes,
+    mean_of_all,
+    one_first,
+)
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
@@ -34,10 +41,10 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 #
 #     1. the defaults of OPTIONS
 #     2. without --train_data, those of SCENES
-#     3. with --resume, the options of the run that goes on
-#     4. what is typed
+#     3. what is typed
 #
-# `resolve` and `build_model` then fill in what is still None.
+# `resolve` then decides what is still None. A run that goes on has its own options in place of 2,
+# and nothing is left to decide.
 
 # Kinds of options, as argparse takes them
 TEXT = {"type": str}
@@ -88,11 +95,10 @@ OPTIONS = {
     "dtype": (None, DTYPES, "dtype of steps; by default a fast one of this device"),
     "compile": (None, FLAG, "compile towers and head; by default on CUDA under Linux, if it works"),
     "out_dir": (None, TEXT, "folder of the run; by default a new one"),
-    "resume": (None, TEXT, "folder of a run to go on with; typed options replace its own"),
+    "resume": (None, TEXT, "folder of a run to go on with, which keeps its options"),
     "log_every": (20, COUNT, "steps between rows of the log"),
     "eval_every": (None, COUNT, "steps between validations; by default a third, at most 2000"),
 }
-DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 SCENES = {  # other defaults without --train_data, chosen so that a CPU learns in minutes
     "zeroshot_data": [
         "scenes/zeroshot/colour",
@@ -107,11 +113,26 @@ SCENES = {  # other defaults without --train_data, chosen so that a CPU learns i
     "batch_size": 32,
     "compile": False,  # it would take longer than the run
 }
+# What may be typed beside --resume, because it changes neither the model nor what it has learned
+MAY_CHANGE = (
+    "train_data",  # the same data in another place
+    "val_data",
+    "zeroshot_data",
+    "steps",
+    "learning_rate",
+    "micro_batch_size",
+    "workers",
+    "device",
+    "dtype",
+    "compile",
+    "log_every",
+    "eval_every",
+)
 
 
 def parse(argv):
-    """Return all options of a run as a dict, in which those that are None are still open. Also
-    return what the run's last.pt holds, or None if the run starts."""
+    """Return all options of a run as a dict. Also return what the run's last.pt holds, or None if
+    the run starts. Then options that are None are still open."""
     parser = cli.make_parser(__doc__)  # its first paragraph describes the command
     parser.usage = "python train.py [options]"  # a list of all of them would hide an error
     parser.argument_default = argparse.SUPPRESS  # so it returns only what is typed
@@ -122,21 +143,29 @@ def parse(argv):
             meaning += f" (without --train_data: {SCENES[name]})"
         parser.add_argument(f"--{name}", help=meaning, **kind)
     typed = vars(parser.parse_args(argv))
-    for one, other in (("resume", "out_dir"), ("steps", "epochs")):
-        cli.check(not {one, other} <= typed.keys(), f"give --{one} or --{other}, but not both")
-    if "init_from" in typed:
-        for name in ("model", "image_size", "loss", "vocab"):
-            cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
-    if "out_dir" in typed:
-        run.check_is_new(typed["out_dir"])
-
-    known, last = run.find_run(typed)  # with --resume the run's own options, and what is typed
-    options = {**DEFAULTS}
-    if known.get("train_data") is None:
-        options |= SCENES
-    if known.get("init_from") is not None:  # a higher rate would destroy what the model knows
-        options |= {"model": None, "learning_rate": 5e-5}
-    options |= known
+    defaults = {name: default for name, (default, _, _) in OPTIONS.items()}
+    if typed.get("zeroshot_data") == ["none"]:
+        typed["zeroshot_data"] = []
+    if "resume" in typed:
+        for name in typed:
+            advice = "Leave it out, or start a new run."
+            cli.check(name in ("resume", *MAY_CHANGE), f"--resume cannot change --{name}. {advice}")
+        last = run.read_last(typed["resume"])
+        options = {**defaults, **last["header"]["options"], **typed}
+    else:
+        last = None
+        options = defaults
+        if "train_data" not in typed:
+            options |= SCENES
+        if "init_from" in typed:  # a higher rate would destroy what the model knows
+            options |= {"model": None, "learning_rate": 5e-5}
+            for name in ("model", "image_size", "loss", "vocab"):
+                cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
+        if "out_dir" in typed:
+            run.check_is_new(typed["out_dir"])
+        both = {"steps", "epochs"} <= typed.keys()
+        cli.check(not both, "give --steps or --epochs, but not both")
+        options |= typed
 
     B, rest = divmod(options["batch_size"], WORLD)  # B: pairs of one process
     cli.check(rest == 0, f"--batch_size must be a multiple of the {WORLD} processes")
@@ -147,23 +176,29 @@ def parse(argv):
 
 
 def resolve(options, device, num_pairs):
-    """Return the options as a namespace, in which those of the data, the machine and the length of
-    the run are no longer open. num_pairs: those to train on."""
+    """Return the options of a run that starts as a namespace, in which the rules of OPTIONS have
+    decided what was open. num_pairs: those to train on."""
     args = argparse.Namespace(**options)
+    args.device = device.type
     if args.val_captions is None:
         args.val_captions = args.captions
-    if args.zeroshot_data == ["none"]:
-        args.zeroshot_data = []
     if args.dtype is None:
         args.dtype = devices.pick_dtype(device)
-    if args.workers is None and args.train_data is None and device.type == "cpu":
-        args.workers = 0  # scenes are small, and the model keeps the cores busy
-    if args.steps is None and args.epochs is None:
-        # On scenes a batch that is four times as large makes half as many steps.
-        on_scenes = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-        args.epochs = 30 if args.train_data else on_scenes
+    if args.compile is None:
+        args.compile = devices.can_compile(device)
+    if args.workers is None:
+        args.workers = default_workers()
+        if args.train_data is None and device.type == "cpu":
+            args.workers = 0  # scenes are small, and the model keeps the cores busy
     if args.steps is None:
-        args.steps = max(1, round(args.epochs * (num_pairs // args.batch_size)))
+        epochs = args.epochs
+        if epochs is None and args.train_data is None:
+            # A batch of scenes that is four times as large makes half as many steps.
+            epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
+        elif epochs is None:
+            epochs = 30
+        args.steps = max(1, round(epochs * (num_pairs // args.batch_size)))
+        args.epochs = None  # it has done its work
     if args.warmup_steps is None:  # a short warm-up hurts plain CLIP most (study/results.md)
         args.warmup_steps = min(3000, args.steps // 2)
     if args.eval_every is None:
@@ -261,14 +296,15 @@ def train(options, last):
         train_data = options["train_data"] or [find_or_make_scenes("scenes")]
         shards, val_shards = shards_of_run(train_data, options["val_data"])
         samples = data.open_samples(shards, options["captions"])
-        args = resolve(options, device, len(samples))
-        print("options:", {name: x for name, x in vars(args).items() if x is not None})
-        val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
         if last is None:
+            args = resolve(options, device, len(samples))
             model, tokenizer, new_names = build_model(args, shards)
         else:
+            args = argparse.Namespace(**options)
             model, tokenizer = run.restore(f"{args.resume}/last.pt", last)
             new_names = last["header"]["new_names"]
+        print("options:", {name: x for name, x in vars(args).items() if x is not None})
+        val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
         image_size = model.config.image_size
         zeroshot_images = {}
         for folder in args.zeroshot_data:
@@ -286,7 +322,8 @@ def train(options, last):
 
     # How to compute. In float16 small gradients would underflow to 0, so scale the loss.
     model.to(device).train()
-    devices.compile_if_wanted(model, args.compile)
+    if args.compile:
+        devices.compile_parts(model)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
     # Keep the settings that the optimizer is made with, because run.load_states compares them.
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])

@@ -47,13 +47,12 @@ def pick_dtype(device):
     return "float32"
 
 
-def compile_if_wanted(model, wanted):
-    """Compile the towers and the word head. wanted: --compile, by default where that works."""
-    if wanted or (wanted is None and can_compile(model.logit_scale.device)):
-        print("The first steps compile the model, which can take minutes.")
-        # Compile part by part. Otherwise longer captions would recompile the image tower, too.
-        for part in model.children():
-            part.compile()
+def compile_parts(model):
+    """Let the towers and the word head be compiled when they are first used."""
+    print("The first steps compile the model, which can take minutes.")
+    # Compile part by part. Otherwise longer captions would recompile the image tower, too.
+    for part in model.children():
+        part.compile()
 
 
 def can_compile(device):

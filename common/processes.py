@@ -93,11 +93,16 @@ def cores():
     return os.cpu_count()
 
 
+def default_workers():
+    """Return how many processes load data for this one: one for each core, at most 16. Several GPUs
+    share the cores. Each process keeps two batches ready in shared memory."""
+    return min(16, cores() // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def make_loader(dataset, workers, **options):
     """Return a DataLoader with this number of processes, by default one for each core."""
     if workers is None:
-        # Divide the cores among the GPUs. Each process keeps two batches ready in shared memory.
-        workers = min(16, cores() // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
+        workers = default_workers()
     if workers > 0 and sys.platform == "linux":
         # Fork, so that the processes share the index and start at once. Python 3.14 would not.
         options["multiprocessing_context"] = "fork"

@@ -183,57 +183,25 @@ def make_header(args, device, model, pairs, val_samples, new_names):
 # -----------------------------------------------------------------------------
 # --resume
 
-# What a run keeps, beside the fields of its configuration: its model, and the order of its pairs.
-FIXED = ("model", "init_from", "vocab", "batch_size", "seed", "label_captions")
 
-
-def find_run(typed):
-    """Return the options that are known of a run, and what its last.pt holds. `typed` is a dict of
-    the options that are typed. Without --resume nothing else is known, and there is no last.pt.
-
-    With --resume a run goes on with its own options, and what is typed replaces them. If the folder
-    holds no run, --train_data must be typed to start one there. So a scheduler can repeat the
-    command that starts a run, but a typo in the folder's name starts nothing.
-    """
-    if "resume" not in typed:
-        return typed, None
-    check(typed["resume"], "--resume needs the name of a folder")
-    folder = Path(typed["resume"])
-    path = folder / "last.pt"
-    if not path.exists():
-        check(not any(folder.glob("*.pt")), f"{folder} has no last.pt to --resume from")
-        advice = "To start one there, give its whole command with --train_data, or use --out_dir."
-        check("train_data" in typed, f"there is no run in {folder} yet. {advice}")
-        print(f"there is no {path} yet, so the run starts")
-        return typed, None
-
+def read_last(folder):
+    """Return what the last.pt of a run holds."""
+    path = Path(folder, "last.pt")
+    check(path.exists(), f"there is no {path} to --resume from. Use --out_dir to start a run.")
     last = read_checkpoint(path)
     check("optimizer" in last, f"{path} is not the last.pt of a run")
-    config = {**vars(SuperCLIPConfig()), **last["config"]}  # a fork may have added a field
-    own = {**last["header"]["options"], **config}
-    for name, value in typed.items():
-        if name in config or name in FIXED:
-            change = f"--{name} from {own.get(name)} to {value}"
-            advice = "Leave it out, or start a new run."
-            check(value == own.get(name), f"--resume cannot change {change}. {advice}")
-    known = {**last["header"]["options"], **typed}
-    if "steps" in typed:
-        known["epochs"] = None
-    if "epochs" in typed:
-        known["steps"] = None  # to be computed again
-    return known, last
+    return last
 
 
 def check_goes_on(last, header):
     """Print what differs between a run and how it goes on, as `header` has it. Refuse other data,
     and an end that lies before the steps that are done."""
     same_data = last["header"]["data_fingerprint"] == header["data_fingerprint"]
-    check(same_data, "--resume cannot change the data (--train_data, --val_data, --captions)")
+    check(same_data, "--resume needs the data of the run (--train_data, --val_data)")
     is_later = last["step"] <= header["steps"]
     check(is_later, f"--steps: {last['step']} are done, so {header['steps']} are too few")
-    # Fields of the configuration stand in place of options that were left open.
-    before = {**last["header"]["options"], **last["config"], **last["header"]}
-    now = {**header["options"], **header["config"], **header}
+    before = {**last["header"]["options"], **last["header"]}
+    now = {**header["options"], **header}
     for name in (*header["options"], "processes", "torch", "commit"):
         if name != "resume" and now[name] != before.get(name):
             print(f"{name}: {before.get(name)} -> {now[name]}")

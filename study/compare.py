@@ -15,14 +15,14 @@ the data. The command runs in their folder, so paths in its options must be abso
 --train_data runs here, and has the same pairs with each seed. Then interval and p hold only for
 these pairs.
 
-On a CPU give a command with --train_data also --workers 0, because each core has a run.
-
 The commands must not contain --seed, --eval_every, --out_dir and --resume, which are set here. A
-run validates before its first step and after its last one.
+run validates before its first step and after its last one. On a CPU it loads its data itself
+(--workers 0), because each core has a run.
 
 A comparison has a folder. There comparison.json has the commands and the seeds, and a-5 is the run
-of the first command with seed 5. --resume goes on with a comparison that was stopped. It works in
-any folder, because comparison.json also names the folder in which the comparison began.
+of the first command with seed 5. --resume, typed in the folder where the comparison began, goes on
+with one that was stopped. A run that was stopped goes on with the options in its last.pt. So if an
+experiment has an option of its own, this must be one of train.OPTIONS, as in study/some_words.py.
 
 Each run reads the code when it starts, so change no code before the comparison has ended. A WARNING
 below the table says if runs of one command had different commits, or if any runs had different
@@ -72,10 +72,17 @@ class Run(NamedTuple):
 
 def start(run):
     """Start the training of a run, or go on with it. Return its process."""
-    # Validate before the first step and at the end only.
-    words = shlex.split(f"{run.command} --seed {run.seed} --eval_every {10**9}")
+    words = shlex.split(run.command)
     if words[0] != "-m":
         words[0] = Path(words[0]).resolve()
+    if (run.folder / "last.pt").exists():
+        program = words[:2] if words[0] == "-m" else words[:1]
+        words = [*program, "--resume", run.folder]
+    else:
+        # Validate before the first step and at the end only.
+        words += ["--seed", str(run.seed), "--eval_every", str(10**9), "--out_dir", run.folder]
+        if not torch.cuda.is_available() and "--workers" not in words:
+            words += ["--workers", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": path}
     if not torch.cuda.is_available():
@@ -86,15 +93,7 @@ def start(run):
         data_folder = OUT / f"world-{run.seed}-{VERSION}"
         find_or_make_scenes(data_folder / "scenes", seed=run.seed)
     run.folder.mkdir(exist_ok=True)
-    # Append, because a training that still goes on may write there, too.
     with open(run.folder / "output.txt", "a") as output:
-        lock(output)
-        if (run.folder / "last.pt").exists():
-            words += ["--resume", run.folder]
-        else:
-            # A training that was killed before its first save leaves a log alone.
-            (run.folder / "log.jsonl").unlink(missing_ok=True)
-            words += ["--out_dir", run.folder]
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=data_folder,
@@ -103,19 +102,6 @@ def start(run):
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-
-
-def lock(output):
-    """Lock the output of a run. Its training inherits the lock, and keeps it as long as it lives,
-    also if this command is killed. Raise InputError if a training of the run still goes on."""
-    if sys.platform == "win32":
-        return  # there are no such locks
-    import fcntl
-
-    try:
-        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"a training still writes {output.name}. Wait, or end it.") from error
 
 
 def finish(run, exit_code):
@@ -283,8 +269,7 @@ def begin(args):
     # Eight seeds, because with five p cannot be below 0.0625.
     numbers = args.seeds or range(5, 13)
     folder = make_next_folder(OUT / "compare")
-    plan = {"a": args.a, "b": args.b, "seeds": [*numbers], "folder": os.getcwd()}
-    write_json(folder / "comparison.json", plan)
+    write_json(folder / "comparison.json", {"a": args.a, "b": args.b, "seeds": [*numbers]})
     return folder
 
 
@@ -308,7 +293,6 @@ def main(argv):
 
     folder = folder.absolute()
     plan = json.loads((folder / "comparison.json").read_text())
-    os.chdir(plan["folder"])  # where paths of the commands begin
     runs = []
     for seed in plan["seeds"]:
         for side in ("a", "b"):

@@ -11,7 +11,7 @@ import torch
 import superclip
 import train
 from common import scenes
-from common.cli import make_parser, run_command
+from common.cli import run_command
 from common.tokenizer import Tokenizer
 
 WORDS = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES}
@@ -19,18 +19,18 @@ all_words = superclip.classification_loss
 
 
 def main(argv):
-    parser = make_parser(__doc__)
-    parser.add_argument("--hears", choices=WORDS, required=True, help="kind of words")
-    args, options = parser.parse_known_args(argv)
+    # An option of train.py stands in the log, and a run that goes on still has it.
+    train.OPTIONS["hears"] = ("colours", {"choices": WORDS}, "kind of words")
+    options, _ = train.parse(argv)
     tokenizer = Tokenizer(scenes.vocabulary())
     heard = torch.zeros(tokenizer.vocab_size)
-    heard[tokenizer.encode(" ".join(WORDS[args.hears]))] = 1.0
+    heard[tokenizer.encode(" ".join(WORDS[options["hears"]]))] = 1.0
 
     def some_words(logits, label_tokens, token_weights):
         return all_words(logits, label_tokens, token_weights * heard.to(token_weights.device))
 
     superclip.classification_loss = some_words
-    return train.main(options)
+    return train.main(argv)
 
 
 if __name__ == "__main__":

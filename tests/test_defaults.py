@@ -37,7 +37,7 @@ def test_the_defaults_suit_the_data_and_what_is_there(options, expected):
     found = (args.model, args.crop_area, args.batch_size, args.learning_rate, args.steps)
     assert found == expected
     assert (args.weight_decay, args.patch_dropout) == (0.2, 0)
-    assert args.workers == (None if args.train_data else 0)  # scenes leave the cores to the model
+    assert (args.workers > 0) == bool(args.train_data)  # scenes leave the cores to the model
 
 
 @pytest.mark.parametrize("option", ["--epochs=0", "--patch_dropout=1", "--crop_area=0"])

@@ -37,19 +37,27 @@ def test_two_processes_do_what_one_does(children, shards, tmp_path, device_of_tw
     assert len(log.splitlines()) == 1 + 3 + 3  # a header, losses, validations: each once
 
 
-DIFFERENCES = {  # case -> options of the first process, and of the second one
+# case -> options of the first process, and of the second one
+DIFFERENCES = {
     "other data": ("--out_dir {0}/new", "--out_dir {0}/new --train_data {shards}/train-0.tar"),
-    "no last.pt": ("--resume {0}/run", "--resume {0}/new"),  # as without a shared disk
+    "another last.pt": ("--resume {0}/run", "--resume {0}/older"),  # as without a shared disk
 }
 
 
 @cases("ours, theirs", DIFFERENCES)
 def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_path, ours, theirs):
-    shutil.copytree(whole_run, tmp_path / "run")
-    both = f"--train_data {shards}/train-*.tar --batch_size 16 --steps 14 --model tiny --device cpu"
-    ours, theirs = (f"{both} {x}".format(tmp_path, shards=shards).split() for x in (ours, theirs))
+    for name in ("run", "older"):
+        shutil.copytree(whole_run, tmp_path / name)
+    last = checkpoint_of(tmp_path / "older")
+    torch.save({**last, "step": 8}, tmp_path / "older" / "last.pt")
+    pairs = f"--train_data {shards}/train-*.tar --steps 14 --device cpu"
+    new = "--batch_size 16 --model tiny"
+    commands = []
+    for options in (ours, theirs):
+        text = f"{pairs} {options}" if "--resume" in options else f"{pairs} {new} {options}"
+        commands.append(text.format(tmp_path, shards=shards).split())
 
-    first, second = children.train_two([ours], [theirs])
+    first, second = children.train_two([commands[0]], [commands[1]])
 
     code, printed = finish(first)
     second.terminate()  # torchrun does so when one process has failed

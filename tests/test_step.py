@@ -184,7 +184,8 @@ def wide_steps(compiled, device="cpu", rank=0, processes=1):
     """Make steps with captions of three lengths, in micro-batches. Return what first_step returns
     for each. When captions get another length, torch compiles for all lengths."""
     model = make_model_without_zeros(**WIDE).to(device)
-    devices.compile_if_wanted(model, compiled)
+    if compiled:
+        devices.compile_parts(model)
     B = N // processes
     steps = []
     for T in (12, 16, 10):

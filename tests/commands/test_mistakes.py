@@ -29,7 +29,7 @@ train --train_data nowhere.tar                            | nowhere.tar
 train --train_data pairs{2..1}.tar                        | {2..1}
 train --train_data scenes                                 | scenes
 train TRAIN --train_data html.tar                         | html.tar
-train TRAIN --resume a --out_dir b                        | --out_dir
+train --resume a --out_dir b                              | --out_dir
 train TRAIN --batch_size 3                                | --batch_size
 train --batch_size 256 --micro_batch_size 60               | --micro_batch_size
 train TRAIN --log_every 0                                 | --log_every
