@@ -67,7 +67,7 @@ def shell_lines(text):
             lines += block.replace("\\\n", " ").splitlines()
     for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         lines.append(" ".join(code.split()))
-    return [part.strip() for line in lines for part in line.split("&&")]
+    return [part.strip() for line in lines for part in re.split(r"&&|\|\|", line)]
 
 
 LINES = {line for page in PAGES for line in shell_lines(page.read_text()) if "..." not in line}
