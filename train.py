@@ -9,7 +9,6 @@ Each step is seeded, so on a CPU a run that is resumed ends as if nothing had in
 """
 
 import argparse
-import copy
 import math
 import time
 from collections import Counter
@@ -81,7 +80,11 @@ OPTIONS = {
     "epochs": (None, EPOCHS, "passes; by default 30, and for scenes 1.6 * sqrt(batch_size / 32)"),
     "batch_size": (256, COUNT, "pairs in each step, over all processes"),
     "micro_batch_size": (None, COUNT, "pairs in the towers at once to save memory; by default all"),
-    "learning_rate": (5e-4, AMOUNT, "peak; with --init_from 5e-5, but 5e-4 for new parts"),
+    "learning_rate": (
+        5e-4,
+        AMOUNT,
+        "peak; with --init_from 5e-5, and ten times that for new parts",
+    ),
     "warmup_steps": (None, COUNT_OR_0, "steps with a rising rate; by default half, at most 3000"),
     "weight_decay": (0.2, AMOUNT, "of AdamW, for matrices"),
     "seed": (0, {"type": cli.number(int, 0, 2**31)}, "of all draws in training"),
@@ -240,17 +243,20 @@ def build_model(args, shards):
     return model, tokenizer, run.load_pretrained(model, pretrained, args.init_from)
 
 
-def make_optimizer(model, learning_rate, weight_decay, new_names=(), rate_of_new=5e-4):
-    """Return AdamW. Its groups of parameters differ in weight decay and in peak_lr, the highest
-    learning rate. The parameters in new_names know nothing yet, so they learn as from nothing."""
+def make_optimizer(model, weight_decay, new_names=()):
+    """Return AdamW. Each step sets the learning rate of a group of parameters, which is multiplied
+    by the group's relative_rate. It is 10 for those in new_names, because they know nothing yet."""
     groups = []
-    for is_new, peak_lr in ((False, learning_rate), (True, rate_of_new)):
+    for is_new, relative_rate in ((False, 1.0), (True, 10.0)):
         params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
-        matrices = [p for p in params if p.ndim >= 2]
-        others = [p for p in params if p.ndim < 2]  # biases, norms, class token, logit scale
-        if params:
-            groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": weight_decay})
-            groups.append({"params": others, "peak_lr": peak_lr, "weight_decay": 0.0})
+        matrices = {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay}
+        others = {
+            "params": [p for p in params if p.ndim < 2],
+            "weight_decay": 0.0,
+        }  # such as biases
+        for group in (matrices, others):
+            if group["params"]:
+                groups.append({**group, "relative_rate": relative_rate})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -324,9 +330,7 @@ def train(options, last):
     model.to(device).train()
     if args.compile:
         devices.compile_parts(model)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, new_names)
-    # Keep the settings that the optimizer is made with, because run.load_states compares them.
-    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    optimizer = make_optimizer(model, args.weight_decay, new_names)
     dtype = getattr(torch, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -339,7 +343,9 @@ def train(options, last):
     header = run.make_header(args, device, model, pairs, val_samples, new_names)
     if last is not None:
         run.check_goes_on(last, header)
-        run.load_states(last, optimizer, scaler)
+        optimizer.load_state_dict(last["optimizer"])
+        if last["scaler"]:  # it is empty without float16
+            scaler.load_state_dict(last["scaler"])
         start = last["step"]
         best_r1 = last["best_r1"]
         log_size = last["log_size"]
@@ -383,7 +389,6 @@ def train(options, last):
                 sums.update(seconds=time.perf_counter() - began)
             states = {
                 "optimizer": optimizer.state_dict(),
-                "groups": groups,
                 "scaler": scaler.state_dict(),
                 "best_r1": best_r1,
                 "is_validated": is_validated,
@@ -420,7 +425,7 @@ def train(options, last):
         # The scaler skips a step whose gradients have overflowed.
         factor = learning_rate_factor(step, args.warmup_steps, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = factor * args.learning_rate * group.get("relative_rate", 1.0)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

@@ -207,20 +207,6 @@ def check_goes_on(last, header):
             print(f"{name}: {before.get(name)} -> {now[name]}")
 
 
-def load_states(last, optimizer, scaler):
-    """Load the states that last.pt holds. A setting of the optimizer that an option or a fork makes
-    differently today has today's value. The others are as the optimizer has left them."""
-    today = optimizer.state_dict()["param_groups"]
-    for saved, made, group in zip(last["optimizer"]["param_groups"], last["groups"], today):
-        for name, value in group.items():
-            is_changed = name not in made or value != made[name]
-            if is_changed and name != "params":  # torch compares the number of parameters
-                saved[name] = value
-    optimizer.load_state_dict(last["optimizer"])
-    if last["scaler"]:  # its state is empty without float16
-        scaler.load_state_dict(last["scaler"])
-
-
 # -----------------------------------------------------------------------------
 # The log. Each line is a row in JSON: a header, the losses of a step, or a validation.
 

@@ -16,7 +16,6 @@ from material import run as run_command
 import eval as evaluation
 import superclip
 import train
-from common import run
 from common.run import read_log
 
 
@@ -187,20 +186,35 @@ def test_an_option_that_a_fork_has_added_has_its_default(copied_run, capsys):
     assert "\ncrop_area: None -> 0.9\n" in capsys.readouterr().out
 
 
-def test_what_a_fork_changes_in_the_optimizer_counts_and_what_the_optimizer_changes_stays():
-    """Some optimizers keep a state in their groups, such as the `d` of Prodigy."""
-    weight = torch.nn.Parameter(torch.zeros(2))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    old = torch.optim.AdamW([{"params": [weight], "d": 1.0}], eps=1e-6)
-    groups = old.state_dict()["param_groups"]
-    old.param_groups[0]["d"] = 2.0
-    last = {"optimizer": old.state_dict(), "groups": groups, "scaler": scaler.state_dict()}
-    new = torch.optim.AdamW([{"params": [weight], "d": 1.0, "peak_lr": 0.5}], eps=1e-8)
+class PlainDescent(torch.optim.SGD):
+    """An optimizer of a fork, whose state_dict is unlike torch's. It counts its steps."""
 
-    run.load_states(last, new, scaler)
+    steps = 0
 
-    [group] = new.param_groups
-    assert (group["d"], group["eps"], group["peak_lr"]) == (2.0, 1e-8, 0.5)
+    def step(self):
+        self.steps += 1
+        return super().step()
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_the_optimizer_of_a_fork_is_restored_by_its_own_functions(shards, tmp_path, monkeypatch):
+    optimizers = []
+
+    def make_optimizer(model, *_):
+        optimizers.append(PlainDescent(model.parameters()))
+        return optimizers[-1]
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    train.main(short_run(shards, tmp_path))
+
+    train.main(["--resume", str(tmp_path), "--steps", "16"])
+
+    assert [optimizer.steps for optimizer in optimizers] == [12, 16]
 
 
 def test_a_fork_that_puts_parameters_into_other_groups_cannot_go_on_with_an_older_run(

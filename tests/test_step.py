@@ -318,7 +318,7 @@ def test_a_seed_decides_the_weights_and_the_order(shards, tmp_path):
 def test_weight_decay_is_for_matrices_alone():
     model = make_model_without_zeros(loss="sigmoid")
 
-    groups = train.make_optimizer(model, 1e-3, 0.3).param_groups
+    groups = train.make_optimizer(model, 0.3).param_groups
 
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.98, 1e-6)}  # CLIP's
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
