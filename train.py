@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -269,11 +270,10 @@ def learning_rate_factor(step, warmup_steps, steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def validate(args, model, tokenizer, samples, zeroshot_images, step):
+def validate(args, model, tokenizer, samples, zeroshot_images):
     """Score retrieval and zero-shot classification in float32. Print the scores, and return them as
     a row of the log. samples: data.Samples, or None; zeroshot_images: a dict {folder: Pictures}."""
-    tqdm.write(f"\nvalidation after step {step}")
-    row = {"step": step, "zeroshot": {}}
+    row = {"zeroshot": {}}
     model.eval()
     # Do not use the compiled towers: shapes and dtypes differ from those of training.
     with torch.compiler.set_stance("force_eager"):
@@ -338,8 +338,6 @@ def train(options, last):
     # Where the run begins, and the steps after which it validates. 0 is before the first step.
     eval_steps = {*range(0, args.steps, args.eval_every), args.steps}
     start = 0
-    best_r1 = 0.0  # the highest score of a validation: the mean of R@1 over both directions
-    log_size = 0
     header = run.make_header(args, device, model, pairs, val_samples, new_names)
     if last is not None:
         run.check_goes_on(last, header)
@@ -347,13 +345,13 @@ def train(options, last):
         if last["scaler"]:  # it is empty without float16
             scaler.load_state_dict(last["scaler"])
         start = last["step"]
-        best_r1 = last["best_r1"]
-        log_size = last["log_size"]
-        if last["is_validated"]:  # the run may have ended before this validation, so repeat it
-            eval_steps.add(start)
         last.clear()  # free the memory of its weights and of Adam's moments
+    run.check_processes(header, start)
     out = run.make_folder(args)
-    run.begin_log(out, header, start, log_size)  # it also checks that all processes begin alike
+    save_last = partial(run.save_last, out, model, tokenizer, optimizer, scaler, header)
+    if RANK == 0:
+        save_last(start)  # before the log has the header, so whatever has a log can be resumed
+    run.begin_log(out, header, start)
 
     # Each process loads a part of every batch, and DDP averages the gradients.
     B = args.batch_size // WORLD
@@ -377,33 +375,22 @@ def train(options, last):
     saved_at = time.perf_counter()
     sums = Counter()  # over the steps since the last row of the log; its `update` adds
     for step in rounds:
-        # 1. Process 0 saves at first, every ten minutes, and before a validation, which may fail.
-        # Then it validates. The other processes wait in part 3, or at the end.
+        # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
+        # validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
-        is_saved = step == start or is_validated or time.perf_counter() > saved_at + 600
-        facts = {"header": header, "step": step}
+        is_saved = step > start and (is_validated or time.perf_counter() > saved_at + 600)
         if RANK == 0 and is_saved:
             if on_gpu:  # the steps that it still computes count as training, and not as saving
                 began = time.perf_counter()
                 torch.cuda.synchronize()
                 sums.update(seconds=time.perf_counter() - began)
-            states = {
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best_r1": best_r1,
-                "is_validated": is_validated,
-                "log_size": run.log_size(out),
-            }
-            run.write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
+            save_last(step)
             saved_at = time.perf_counter()
         if RANK == 0 and is_validated:
-            row = validate(args, model, tokenizer, val_samples, zeroshot_images, step)
-            run.log(out, row)
-            mean_r1 = row.get("mean_r1", 0.0)  # without validation pairs the newest is best
-            if mean_r1 >= best_r1:
-                best_r1 = mean_r1
-                if step > 0:  # the weights before training only set the score to beat
-                    run.write_checkpoint(out / "best.pt", model, tokenizer.vocab, **facts)
+            tqdm.write(f"\nvalidation after step {step}")
+            row = validate(args, model, tokenizer, val_samples, zeroshot_images)
+            run.log(out, step, row)
+            run.keep_best(out, model, tokenizer, header, step)
         if step == args.steps:
             break
 
@@ -447,7 +434,6 @@ def train(options, last):
             is_well = math.isfinite(means["loss"]) or may_overflow
             cli.check(is_well, "the loss is not finite. Lower --learning_rate, or change --dtype.")
             row = {
-                "step": done,
                 **means,
                 "logit_scale": model.logit_scale.exp().item(),
                 "grad_norm": grad_norm.item(),
@@ -459,8 +445,8 @@ def train(options, last):
                 # The most since the run began, also in validations; 0 on a CPU
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             }
-            run.log(out, row)
-            tqdm.write(run.line_of(row, means))  # above the bar
+            run.log(out, done, row)
+            tqdm.write(run.line_of(done, row, means))  # above the bar
             sums.clear()
     run.print_commands(out, model, val_samples)
 

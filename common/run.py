@@ -6,7 +6,6 @@ shows what else last.pt and best.pt hold.
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -96,6 +95,23 @@ def write_checkpoint(path, model, vocab, **more):
     write_file(path, lambda file: torch.save(content, file))
 
 
+def save_last(out, model, tokenizer, optimizer, scaler, header, step):
+    """Write last.pt, from which --resume goes on. step: the number of steps that are done."""
+    states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    facts = {"header": header, "step": step}
+    write_checkpoint(out / "last.pt", model, tokenizer.vocab, **facts, **states)
+
+
+def keep_best(out, model, tokenizer, header, step):
+    """Write best.pt if the validation after this step, which is in the log, is the best so far. The
+    weights before training only set the score to beat."""
+    _, rows = read_log(out / "log.jsonl")
+    # The mean of R@1 over both directions. Without validation pairs the newest model is the best.
+    scores = {row["step"]: row.get("mean_r1", 0.0) for row in rows if "zeroshot" in row}
+    if step > 0 and scores[step] == max(scores.values()):
+        write_checkpoint(out / "best.pt", model, tokenizer.vocab, header=header, step=step)
+
+
 # -----------------------------------------------------------------------------
 # The folder of a run
 
@@ -112,10 +128,9 @@ def make_folder(args):
     if processes.RANK == 0:
         folder = Path(folder) if folder else make_next_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        if args.resume is None:  # of two runs that begin in a folder, one ends here
-            (folder / "log.jsonl").touch(exist_ok=False)
-        for temporary in folder.glob(".*.*.*.tmp"):  # what cli.write_file has left at a kill
-            temporary.unlink()
+        for name in ("last.pt", "best.pt"):
+            for temporary in folder.glob(f".{name}.*.tmp"):  # cli.write_file was killed
+                temporary.unlink()
     return Path(processes.from_all(str(folder))[0])
 
 
@@ -181,7 +196,13 @@ def make_header(args, device, model, pairs, val_samples, new_names):
 
 
 # -----------------------------------------------------------------------------
-# --resume
+# How a run begins or goes on
+
+
+def check_processes(header, step):
+    """Refuse processes of one run that would train apart."""
+    everywhere = processes.from_all((header["data_fingerprint"], step))
+    check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
 
 
 def read_last(folder):
@@ -208,61 +229,59 @@ def check_goes_on(last, header):
 
 
 # -----------------------------------------------------------------------------
-# The log. Each line is a row in JSON: a header, the losses of a step, or a validation.
+# The log is only added to. Each line is a row in JSON: a header, which begins or resumes a run, the
+# losses of a step, or a validation. Each has the number of steps that were done. A run that is
+# resumed repeats the steps since last.pt was saved, and `read_log` knows which of its rows count.
 
 
-def begin_log(out, header, step, size):
-    """Cut the log to the size that it had when last.pt was saved, because the run repeats what came
-    later. Then add the header."""
-    everywhere = processes.from_all((header["data_fingerprint"], step))
-    check(len({*everywhere}) == 1, "the processes see different data, or a different last.pt")
+def begin_log(out, header, step):
+    """Add a header to the log, and print what it says."""
     if processes.RANK == 0:
-        with open(out / "log.jsonl", "ab") as file:
-            file.truncate(min(size, file.tell()))
-    log(out, {"header": header})
+        with open(out / "log.jsonl", "a") as file:
+            if file.tell() > 0:
+                file.write("\n")  # the last line may have been cut by a kill
+    log(out, step, {"header": header})
     print(f"out_dir: {out}, from step {step}")
     facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
-def log(out, row):
-    """Add a row to log.jsonl in the folder `out`. Only process 0 writes."""
+def log(out, step, row):
+    """Add a row to log.jsonl in the folder `out`, with the step. Only process 0 writes."""
+    row = {"step": step, **row}
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
-            row = {**row, name: None}  # as JSON has neither infinity nor NaN
+            row[name] = None  # as JSON has neither infinity nor NaN
     if processes.RANK == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def log_size(out):
-    """Return the size of the log, all of which is then on the disk."""
-    with open(out / "log.jsonl", "rb+") as file:
-        os.fsync(file.fileno())
-        return file.seek(0, os.SEEK_END)
-
-
-def line_of(row, losses):
+def line_of(step, row, losses):
     """Return the line that a run prints for a row of the log with these losses."""
     text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
     text += f", {row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
     if row["bad_samples"] > 0:
         text += f", {row['bad_samples']:.2%} bad samples"
-    return f"step {row['step']:6d}: {text}"
-
-
-def read_rows(path):
-    """Return the rows of a log, without one that a kill has cut."""
-    rows = []
-    for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return f"step {step:6d}: {text}"
 
 
 def read_log(path):
-    """Return the last header of a log, and a list of the other rows."""
-    rows = read_rows(path)
-    headers = [row["header"] for row in rows if "header" in row]
+    """Return the headers of a log, and a list of the other rows that count.
+
+    A header takes back the rows of later steps, because the run goes on from the header's step. Of
+    two rows with the same step and entries the later counts, because a validation is repeated."""
+    headers = []
+    rows = {}
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # an empty line, or one that a kill has cut
+            continue
+        if "header" in row:
+            headers.append(row["header"])
+            rows = {key: x for key, x in rows.items() if x["step"] <= row["step"]}
+        else:
+            rows[tuple(row), row["step"]] = row
     check(headers, f"{path} is not the log of a run")
-    return headers[-1], [row for row in rows if "header" not in row]
+    return headers, [*rows.values()]

@@ -53,7 +53,7 @@ from common.cli import (
     write_file,
 )
 from common.processes import cores
-from common.run import make_next_folder, read_log, read_rows
+from common.run import make_next_folder, read_log
 from common.scenes import VERSION, find_or_make_scenes
 from scripts.curves import names_of
 
@@ -230,11 +230,11 @@ def print_scores(a, b):
 
 def warn_of_mixture(runs, fact):
     """Warn if runs differ in a fact from the headers of their logs, such as "torch"."""
-    found = {}  # value: names of runs. A run that was resumed has several headers.
+    found = {}  # value: names of runs
     for run in runs:
-        for row in read_rows(run.folder / "log.jsonl"):
-            if "header" in row:
-                found.setdefault(row["header"][fact], set()).add(run.folder.name)
+        headers, _ = read_log(run.folder / "log.jsonl")  # several, if the run was resumed
+        for header in headers:
+            found.setdefault(header[fact], set()).add(run.folder.name)
     if len(found) > 1:
         print(f"WARNING: these runs do not have the same {fact}, which may change their scores:")
         for value, names in found.items():

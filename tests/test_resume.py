@@ -1,7 +1,6 @@
 """Test --resume. Whatever has ended a run, --resume goes on from its last save, and ends with the
 bits of a run that nothing has interrupted. A run in a folder is never overwritten by another."""
 
-import json
 import shutil
 import signal
 from functools import partial
@@ -28,6 +27,7 @@ def copied_run(whole_run, tmp_path):
 
 # Case -> the moment of a kill, and the step from which the run then goes on. os.replace gives each
 # file its name. Its calls are for last.pt at step 0, and then for last.pt and best.pt in turn.
+CHECKPOINTS = {"last.pt", "best.pt"}
 MOMENTS = {
     "after the save of step 0": (in_step(3, killed), 0),
     "as last.pt is written": (before("os.replace", 4, killed), 4),
@@ -43,25 +43,36 @@ def test_a_scheduler_repeats_a_command_until_the_run_has_ended(
 ):
     """The command is `python train.py --resume out || python train.py ... --out_dir out`. Its first
     half goes on with a run, and its second half starts one. A file of another program in the folder
-    stays. A fork's row of the log may have no step."""
+    stays, and so does what the log had when the run was killed."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".other.tmp").touch()
+    (out / ".other.txt.7.tmp").touch()
     resume = ["--resume", str(out)]
     start = short_run(shards, out)
     assert run_command(train.main, *resume) == 2
     code, _ = finish(children.start("train", start, moment))
     assert code == -signal.SIGKILL
     with open(out / "log.jsonl", "ab") as log:
-        log.write(b'{"fork": 1}\n{"step": 6, "lo\xff')  # the second row was cut
+        log.write(b'{"step": 6, "lo\xff')  # a row that was cut
+    before = (out / "log.jsonl").read_bytes()
 
     if run_command(train.main, *resume) == 2:
         train.main(start)
 
     assert_ends_like(out, whole_run)
     assert f"from step {step}\n" in capsys.readouterr().out
-    assert [path.name for path in out.glob(".*")] == [".other.tmp"]
-    assert all(map(json.loads, open(out / "log.jsonl")))  # without the cut row
+    assert [path.name for path in out.glob(".*")] == [".other.txt.7.tmp"]
+    assert (out / "log.jsonl").read_bytes().startswith(before)
+
+
+def test_a_run_that_was_killed_before_its_first_save_starts_again(children, shards, tmp_path):
+    """Its folder has no log, which a run writes after its first save."""
+    start = short_run(shards, tmp_path / "out")
+    finish(children.start("train", start, before("os.replace", 1, killed)))
+
+    train.main(start)
+
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.jsonl", *CHECKPOINTS}
 
 
 def test_ctrl_c_ends_a_run_with_one_line(children, shards, whole_run, tmp_path):
@@ -164,8 +175,8 @@ def test_a_run_keeps_its_length_when_its_scenes_have_moved(
 
     train.main("--resume out --train_data moved".split())
 
-    header, _ = read_log("out/log.jsonl")
-    assert header["options"] == {**before, "train_data": ["moved"], "resume": "out"}
+    headers, _ = read_log("out/log.jsonl")
+    assert headers[-1]["options"] == {**before, "train_data": ["moved"], "resume": "out"}
     assert checkpoint_of("out")["step"] == 2
     assert "\ntrain_data: None -> ['moved']\n" in capsys.readouterr().out
 
@@ -274,23 +285,20 @@ def test_what_cannot_change_is_refused_and_changes_nothing(
 # ---- best.pt
 
 
-def test_a_due_validation_is_made(copied_run, monkeypatch, capsys):
-    """last.pt was saved before the validation of step 12, in which the run may have been killed.
-    With other steps the run would not validate there. Scores of the longer run are lower here, so
-    best.pt stays, and the commands that the run prints at its end use it."""
+def test_best_pt_is_the_best_of_all_validations(copied_run, monkeypatch, capsys):
+    """Scores of the longer run are lower here, so best.pt stays, and the commands that the run
+    prints at its end use it."""
     best = copied_run / "best.pt"
+    before = best.read_bytes()
     score_pairs = evaluation.score_pairs
-    lower = iter([{}, {"mean_r1": 0.0}])
     monkeypatch.setattr(
-        evaluation, "score_pairs", lambda *x, **options: score_pairs(*x, **options) | next(lower)
+        evaluation, "score_pairs", lambda *x, **more: score_pairs(*x, **more) | {"mean_r1": 0.0}
     )
 
     train.main(["--resume", str(copied_run), "--steps=13", "--eval_every=100"])
 
-    rows = {row["step"]: row["mean_r1"] for row in rows_of(copied_run, "zeroshot")}
-    assert [*rows] == [0, 4, 8, 12, 13]
-    assert rows[12] > rows[13] == 0
-    assert torch.load(best)["step"] <= 12
+    assert [row["step"] for row in rows_of(copied_run, "zeroshot")] == [0, 4, 8, 12, 13]
+    assert best.read_bytes() == before
     assert f"{best} --out words.png" in capsys.readouterr().out
 
 
@@ -334,13 +342,29 @@ def test_a_folder_without_last_pt_is_not_resumed_in_whatever_company(
     assert [(path, path.read_bytes()) for path in tmp_path.iterdir()] == files
 
 
-def test_of_two_runs_that_begin_in_one_folder_the_second_ends(shards, tmp_path):
-    """The folder was free when they read their options."""
-    first, second = (train.parse(short_run(shards, tmp_path)) for _ in range(2))
-    train.train(*first)
-    before = (tmp_path / "last.pt").read_bytes()
+# ---- the log
 
-    with pytest.raises(OSError, match="log.jsonl"):
-        train.train(*second)
 
-    assert (tmp_path / "last.pt").read_bytes() == before
+def test_rows_of_steps_that_a_run_repeats_count_once(tmp_path):
+    """The run has died in the middle of a line, and goes on from step 4. Step 6 has no row any more
+    in a run that logs every fourth step."""
+    lines = [
+        '{"step": 0, "header": {"torch": "2.8"}}',
+        '{"step": 4, "loss": 5.0}',
+        '{"step": 4, "zeroshot": {}, "mean_r1": 0.25}',
+        '{"step": 6, "loss": 4.0}',
+        '{"step": 8, "lo',
+        '{"step": 4, "header": {"torch": "2.9"}}',
+        '{"step": 4, "zeroshot": {}, "mean_r1": 0.5}',
+        '{"step": 8, "loss": 3.0}',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+
+    headers, rows = read_log(tmp_path / "log.jsonl")
+
+    assert headers == [{"torch": "2.8"}, {"torch": "2.9"}]
+    assert rows == [
+        {"step": 4, "loss": 5.0},
+        {"step": 4, "zeroshot": {}, "mean_r1": 0.5},
+        {"step": 8, "loss": 3.0},
+    ]

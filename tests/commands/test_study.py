@@ -165,9 +165,9 @@ import sys
 
 [data, folder] = [sys.argv[sys.argv.index(name) + 1] for name in ("--train_data", "--out_dir")]
 header = {"commit": "old", "device": "cpu", "dtype": "float32", "torch": "2"}
-row = {"zeroshot": {"shape": {"value": len(open(data).read()) / 100, "chance": 0.1}}}
+row = {"step": 1, "zeroshot": {"shape": {"value": len(open(data).read()) / 100, "chance": 0.1}}}
 with open(f"{folder}/log.jsonl", "w") as log:
-    print(json.dumps({"header": header}), file=log)
+    print(json.dumps({"step": 0, "header": header}), file=log)
     print(json.dumps(row), file=log)
 """
 
@@ -193,7 +193,7 @@ def test_a_warning_below_the_table_names_what_runs_do_not_share(
     compare.main(["--a", command, "--b", command, "--seeds", "5-6", "--jobs", "4"])
     assert "WARNING" not in capsys.readouterr().out
     for name, several in headers.items():
-        rows = [json.dumps({"header": header}) for header in several]
+        rows = [json.dumps({"step": 0, "header": header}) for header in several]
         Path("out_study/compare", name, "log.jsonl").write_text("\n".join(rows))
 
     compare.main(["--resume", "out_study/compare"])
