@@ -65,14 +65,15 @@ class SuperCLIPConfig:
     cls_weight: float = 1.0  # the paper's lambda; 0 builds no word head, which leaves plain CLIP
 
     def __post_init__(self):
-        assert self.loss in ("softmax", "sigmoid"), self.loss
         if self.vision_heads == 0:
             self.vision_heads = max(1, self.vision_width // 64)
         if self.text_heads == 0:
             self.text_heads = max(1, self.text_width // 64)
-        assert self.image_size % self.patch_size == 0, "patches must fill the image"
-        assert self.vision_width % self.vision_heads == 0, "each head gets a part of vision_width"
-        assert self.text_width % self.text_heads == 0, "each head gets a part of text_width"
+        assert self.loss in ("softmax", "sigmoid"), f"there is no loss {self.loss}"
+        fits = self.image_size % self.patch_size == 0
+        assert fits, f"image_size must be a multiple of the patch_size {self.patch_size}"
+        assert self.vision_width % self.vision_heads == 0, "vision_heads must divide vision_width"
+        assert self.text_width % self.text_heads == 0, "text_heads must divide text_width"
 
 
 # Each size names what differs from the defaults above, which are those of ViT-B-16.

@@ -41,10 +41,11 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 #
 #     1. the defaults of OPTIONS
 #     2. without --train_data, those of SCENES
-#     3. what is typed
+#     3. with --init_from, those of INIT_FROM
+#     4. what is typed
 #
-# `resolve` then decides what is still None. A run that goes on has its own options in place of 2,
-# and nothing is left to decide.
+# `resolve` and `build_model` then decide what is still None. A run that goes on has its own options
+# in place of 2 and 3, and nothing is left to decide.
 
 # Kinds of options, as argparse takes them
 TEXT = {"type": str}
@@ -74,8 +75,8 @@ OPTIONS = {
     "init_from": (None, TEXT, "checkpoint, which sets --model, --image_size, --loss and --vocab"),
     "model": ("ViT-B-16", {"choices": PRESETS}, "size of both towers"),
     "image_size": (None, COUNT, "pixels a side; by default 72 for tiny, else 224"),
-    "loss": (None, {"choices": ("softmax", "sigmoid")}, "CLIP's (the default) or SigLIP's"),
-    "cls_weight": (None, AMOUNT, "weight of the classification loss; 0: plain CLIP; by default 1"),
+    "loss": ("softmax", {"choices": ("softmax", "sigmoid")}, "CLIP's loss, or SigLIP's"),
+    "cls_weight": (1.0, AMOUNT, "weight of the classification loss; 0: plain CLIP"),
     # Training. 5e-4 is CLIP's rate for ViT-B in batches of 32,768. It is untuned for 256.
     "steps": (None, COUNT, "length of the run; by default --epochs decides"),
     "epochs": (None, EPOCHS, "passes; by default 30, and for scenes 1.6 * sqrt(batch_size / 32)"),
@@ -116,6 +117,12 @@ SCENES = {  # other defaults without --train_data, chosen so that a CPU learns i
     "model": "tiny",
     "batch_size": 32,
     "compile": False,  # it would take longer than the run
+}
+INIT_FROM = {  # other defaults with --init_from. None: the value of the checkpoint
+    "model": None,
+    "loss": None,
+    "cls_weight": None,
+    "learning_rate": 5e-5,  # a higher rate would destroy what the model knows
 }
 # What may be typed beside --resume, because it changes neither the model nor what it has learned
 MAY_CHANGE = (
@@ -161,8 +168,8 @@ def parse(argv):
         options = defaults
         if "train_data" not in typed:
             options |= SCENES
-        if "init_from" in typed:  # a higher rate would destroy what the model knows
-            options |= {"model": None, "learning_rate": 5e-5}
+        if "init_from" in typed:
+            options |= INIT_FROM
             for name in ("model", "image_size", "loss", "vocab"):
                 cli.check(name not in typed, f"--init_from sets --{name}. Leave this out.")
         if "out_dir" in typed:
@@ -222,19 +229,19 @@ def build_model(args, shards):
     lacks, as a checkpoint of plain CLIP lacks the word head."""
     if args.init_from is None:
         tokenizer = tokenizer_for(shards, args.vocab)
-        config = vars(SuperCLIPConfig(**PRESETS[args.model], vocab_size=tokenizer.vocab_size))
+        fields = {**PRESETS[args.model], "vocab_size": tokenizer.vocab_size}
     else:
         pretrained, tokenizer, _ = run.read_model(args.init_from)
-        config = vars(pretrained.config).copy()
-        if pretrained.head is None:  # plain CLIP gets a word head
-            config["cls_weight"] = SuperCLIPConfig.cls_weight
-    for name in config:
-        value = getattr(args, name, None)  # an option such as --cls_weight
-        if value is not None:
-            config[name] = value
-    fits = config["image_size"] % config["patch_size"] == 0
-    cli.check(fits, f"--image_size must be a multiple of the patch_size {config['patch_size']}")
-    config = SuperCLIPConfig(**config)
+        fields = vars(pretrained.config).copy()
+        if pretrained.head is None:
+            del fields["cls_weight"]  # plain CLIP gets a word head, with the weight of the default
+    for name, value in vars(args).items():
+        if hasattr(SuperCLIPConfig, name) and value is not None:  # an option such as --cls_weight
+            fields[name] = value
+    try:
+        config = SuperCLIPConfig(**fields)
+    except AssertionError as error:  # such as an --image_size that patches do not fill
+        raise cli.InputError(f"these options make no model: {error}") from error
     tokenizer.context_length = config.context_length  # to which it cuts captions
 
     torch.manual_seed(args.seed)  # each process begins with the same weights
@@ -305,6 +312,9 @@ def train(options, last):
         if last is None:
             args = resolve(options, device, len(samples))
             model, tokenizer, new_names = build_model(args, shards)
+            for name, value in vars(model.config).items():
+                if name in args:  # an option such as --image_size has the value of the model
+                    setattr(args, name, value)
         else:
             args = argparse.Namespace(**options)
             model, tokenizer = run.restore(f"{args.resume}/last.pt", last)

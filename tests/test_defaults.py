@@ -87,3 +87,15 @@ def test_warm_up_and_validations_follow_the_length_of_the_run(options, expected)
     args = resolved(f"--train_data a.tar --batch_size 16 {options}", 70)
 
     assert (args.steps, args.warmup_steps, args.eval_every) == expected
+
+
+def test_a_field_that_is_an_option_decides_before_the_heads_are_counted(shards, monkeypatch):
+    """A fork may add an option such as --vision_width. ViT-B-16 has 12 heads of 64."""
+    monkeypatch.setitem(train.OPTIONS, "vision_width", (None, train.COUNT, "of the image tower"))
+    monkeypatch.setitem(train.OPTIONS, "vision_layers", (None, train.COUNT, "of the image tower"))
+    options = f"--vocab {shards}/vocab.tiktoken --vision_width 128 --vision_layers 1"
+    args = resolved(f"--train_data a.tar {options}", 300)
+
+    model, *_ = train.build_model(args, ["a.tar"])
+
+    assert (model.config.vision_width, model.config.vision_heads) == (128, 2)
