@@ -374,7 +374,8 @@ def train(options, last):
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # A round first saves and validates what the steps before it have learned, and then makes a
-    # step. The last round only saves and validates.
+    # step. The last round only saves and validates. `clock` is the time of the last row of the log,
+    # later by what saves and validations have taken since.
     rounds = tqdm(
         range(start, args.steps + 1),
         initial=start,
@@ -382,25 +383,25 @@ def train(options, last):
         unit="step",
         disable=True if RANK else None,  # None: show a bar if the output is a terminal
     )
-    saved_at = time.perf_counter()
+    saved_at = clock = time.perf_counter()
     sums = Counter()  # over the steps since the last row of the log; its `update` adds
     for step in rounds:
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
-        is_saved = step > start and (is_validated or time.perf_counter() > saved_at + 600)
-        if RANK == 0 and is_saved:
+        if RANK == 0 and (is_validated or time.perf_counter() > saved_at + 600):
             if on_gpu:  # the steps that it still computes count as training, and not as saving
-                began = time.perf_counter()
                 torch.cuda.synchronize()
-                sums.update(seconds=time.perf_counter() - began)
-            save_last(step)
+            began = time.perf_counter()
+            if step > start:
+                save_last(step)
+            if is_validated:
+                tqdm.write(f"\nvalidation after step {step}")
+                row = validate(args, model, tokenizer, val_samples, zeroshot_images)
+                run.log(out, step, row)
+                run.keep_best(out, model, tokenizer, header, step)
             saved_at = time.perf_counter()
-        if RANK == 0 and is_validated:
-            tqdm.write(f"\nvalidation after step {step}")
-            row = validate(args, model, tokenizer, val_samples, zeroshot_images)
-            run.log(out, step, row)
-            run.keep_best(out, model, tokenizer, header, step)
+            clock += saved_at - began
         if step == args.steps:
             break
 
@@ -430,15 +431,12 @@ def train(options, last):
         optimizer.zero_grad()
         model.logit_scale.data.clamp_(0, math.log(100))  # open_clip's bounds
 
-        # 5. The log, at few steps only. Read the losses before stopping the clock, because the read
-        # waits for the GPU. Before a validation there is always a row.
+        # 5. The log, at few steps only. Before a validation there is always a row.
         done = step + 1
-        is_logged = done % args.log_every == 0 or done in eval_steps
-        if is_logged:
-            means = mean_of_all(losses)  # the loss and its terms, of this step
-        seconds = time.perf_counter() - began  # without saves and validations
-        sums.update(steps=1, seconds=seconds, waited=waited, replaced=num_replaced)
-        if is_logged:
+        sums.update(steps=1, waited=waited, replaced=num_replaced)
+        if done % args.log_every == 0 or done in eval_steps:
+            means = mean_of_all(losses)  # the loss and its terms, of this step; waits for the GPU
+            seconds = time.perf_counter() - clock
             # In float16 a step may overflow, which halves the scale. Otherwise the scale is 1.
             may_overflow = scaler.get_scale() > 1
             is_well = math.isfinite(means["loss"]) or may_overflow
@@ -449,8 +447,8 @@ def train(options, last):
                 "grad_norm": grad_norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 # All steps since the last row
-                "images_per_second": round(sums["steps"] * args.batch_size / sums["seconds"], 1),
-                "data_wait": round(sums["waited"] / sums["seconds"], 3),  # a share
+                "images_per_second": round(sums["steps"] * args.batch_size / seconds, 1),
+                "data_wait": round(sums["waited"] / seconds, 3),  # a share
                 "bad_samples": round(sums["replaced"] / (sums["steps"] * B), 4),
                 # The most since the run began, also in validations; 0 on a CPU
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
@@ -458,6 +456,7 @@ def train(options, last):
             run.log(out, done, row)
             tqdm.write(run.line_of(done, row, means))  # above the bar
             sums.clear()
+            clock = time.perf_counter()
     run.print_commands(out, model, val_samples)
 
 
