@@ -7,7 +7,8 @@ DataComp. A sample is an image, 00042.jpg, its caption, 00042.txt, and metadata,
 
 Shards are not streamed. One pass over the tar headers makes an index (common/shards.py), and then
 two or three reads fetch any sample. So the shuffle is global, batches have the same size on each
-process, and the order goes on from one integer, the step. Axes in comments are as in superclip.py.
+process, and pairs[position] is the pair at any place of a run. Axes in comments are as in
+superclip.py.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import shards
+from common import processes, shards
 from common.cli import InputError, check
 from common.images import BadSample, centre_box, centre_square, load_image
 from common.processes import make_loader, to_shared_memory
@@ -147,10 +148,15 @@ class Samples:
 
 @dataclass
 class Pairs(Dataset):
-    """Draw image-caption pairs from Samples, ready to train on. pairs[position, i] is a pair of
-    sample i. The position is the place of the pair in the whole run: in batches of 4, step 2 has
-    the positions 8 to 11. It seeds all that is random about the pair. So sample i is another pair
-    in each epoch, but the same one after --resume.
+    """Draw image-caption pairs from Samples, ready to train on. pairs[position] is the pair at a
+    place of the whole run, which never ends: in batches of 4, step 2 has the positions 8 to 11.
+
+    Every epoch is another permutation of the samples, and those that fill no batch are not used in
+    that epoch. So with 10 samples in batches of 4, the positions 0 to 7 are the first epoch, in
+    which two samples are not used. The second epoch begins at position 8.
+
+    The position also seeds all that is random about the pair. So a sample is another pair in each
+    epoch, but the same one after --resume.
 
     The caption is drawn from the sources of the samples. A source that is named twice is drawn
     twice as often. label_sources: the same for the words to predict, by default the caption itself;
@@ -160,6 +166,7 @@ class Pairs(Dataset):
     samples: Samples
     tokenizer: Tokenizer
     image_size: int
+    batch_size: int
     label_sources: list | None = None
     seed: int = 0
     crop_area: float = 1.0
@@ -171,13 +178,13 @@ class Pairs(Dataset):
         for source in self.label_sources or ():
             self.samples.check_source(source)
 
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, item):
+    def __getitem__(self, position):
         """Return what draw_pair returns, and whether the pair replaces a bad sample. Another sample
         takes the place of a bad one, so that batches keep their size. A hundred in a row end it."""
-        position, i = item
+        n = len(self.samples)
+        used = n // self.batch_size * self.batch_size  # in each epoch
+        epoch, place = divmod(position, used)
+        i = epoch_order(n, self.seed, epoch)[place].item()
         rng = random.Random(self.seed * 2**40 + position)  # no run has 2**40 pairs
         for tried in range(100):
             try:
@@ -187,7 +194,7 @@ class Pairs(Dataset):
                 if i not in self.reported and len(self.reported) < 100:
                     self.reported.add(i)
                     tqdm.write(f"bad sample: {problem}", sys.stderr)
-                i = rng.randrange(len(self))  # the sample that replaces it
+                i = rng.randrange(n)  # the sample that replaces it
         raise InputError(f"a hundred samples in a row cannot be used. The last one: {problem}")
 
     def draw_pair(self, i, rng):
@@ -258,31 +265,25 @@ def padded_length(captions):
 
 
 # -----------------------------------------------------------------------------
-# Batches and their order
+# The order of pairs, and batches
 
 
-def load_batches(pairs, batch_size, rows, start, stop, workers, pin=False):
-    """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
-    rows: the slice of each batch that this process loads; pin: whether batches lie in pinned
-    memory, from which a GPU can copy while it computes."""
-    # For each list of items that batch_sampler yields, a loader calls collate on their pairs[item].
-    steps = range(start, stop)
-    items = (batch_indices(len(pairs), batch_size, pairs.seed, step)[rows] for step in steps)
-    options = {"batch_sampler": items, "collate_fn": pairs.collate, "pin_memory": pin}
-    return iter(make_loader(pairs, workers, **options))
-
-
-def batch_indices(n, batch_size, seed, step):
-    """Return the batch of a step, as a list of batch_size tuples (position, sample). Every epoch is
-    another permutation of the n samples. Those that fill no batch are not used in that epoch. The
-    result depends on the arguments alone, so a run can start at any step."""
-    epoch, batch = divmod(step, n // batch_size)  # the step's epoch, and its batch in there
-    first = batch * batch_size
-    samples = epoch_order(n, seed, epoch)[first : first + batch_size].tolist()
-    return list(enumerate(samples, start=step * batch_size))
-
-
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def epoch_order(n, seed, epoch):
-    """Return the n samples of an epoch in random order, a tensor (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    """Return the n samples of an epoch in random order, a tensor (n,). int32 saves memory in each
+    loading process."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator, dtype=torch.int32)
+
+
+def load_batches(pairs, start, stop, workers, pin=False):
+    """Return an iterator over batches from `collate`, one for each step from `start` to `stop` - 1.
+    Each process loads its own part of every batch. pin: whether batches lie in pinned memory, from
+    which a GPU can copy while it computes."""
+    B = pairs.batch_size // processes.WORLD
+    steps = range(start, stop)
+    firsts = (step * pairs.batch_size + processes.RANK * B for step in steps)
+    positions = (range(first, first + B) for first in firsts)
+    # For each range that batch_sampler yields, a loader calls collate on pairs[position] of it.
+    options = {"batch_sampler": positions, "collate_fn": pairs.collate, "pin_memory": pin}
+    return iter(make_loader(pairs, workers, **options))

@@ -329,6 +329,7 @@ def train(options, last):
         samples,
         tokenizer,
         image_size,
+        args.batch_size,
         label_sources=args.label_captions,
         seed=args.seed,
         crop_area=args.crop_area,
@@ -364,11 +365,7 @@ def train(options, last):
     run.begin_log(out, header, start)
 
     # Each process loads a part of every batch, and DDP averages the gradients.
-    B = args.batch_size // WORLD
-    rows = slice(RANK * B, (RANK + 1) * B)
-    batches = data.load_batches(
-        pairs, args.batch_size, rows, start, stop=args.steps, workers=args.workers, pin=on_gpu
-    )
+    batches = data.load_batches(pairs, start, args.steps, args.workers, pin=on_gpu)
     ddp_model = model
     if WORLD > 1:
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -437,6 +434,7 @@ def train(options, last):
         if done % args.log_every == 0 or done in eval_steps:
             means = mean_of_all(losses)  # the loss and its terms, of this step; waits for the GPU
             seconds = time.perf_counter() - clock
+            num_pairs = sums["steps"] * args.batch_size
             # In float16 a step may overflow, which halves the scale. Otherwise the scale is 1.
             may_overflow = scaler.get_scale() > 1
             is_well = math.isfinite(means["loss"]) or may_overflow
@@ -447,9 +445,9 @@ def train(options, last):
                 "grad_norm": grad_norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],  # not that of a new head
                 # All steps since the last row
-                "images_per_second": round(sums["steps"] * args.batch_size / seconds, 1),
+                "images_per_second": round(num_pairs / seconds, 1),
                 "data_wait": round(sums["waited"] / seconds, 3),  # a share
-                "bad_samples": round(sums["replaced"] / (sums["steps"] * B), 4),
+                "bad_samples": round(sums["replaced"] * WORLD / num_pairs, 4),
                 # The most since the run began, also in validations; 0 on a CPU
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             }

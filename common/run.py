@@ -177,7 +177,7 @@ def make_header(args, device, model, pairs, val_samples, new_names):
     val_shards = val_samples.paths if val_samples is not None else []
     fingerprints = [x.fingerprint for x in (pairs.samples, val_samples) if x is not None]
     return {
-        "pairs": len(pairs),
+        "pairs": len(pairs.samples),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": args.steps,
         "processes": processes.WORLD,

@@ -5,16 +5,16 @@ import json
 import random
 import traceback
 from collections import Counter
-from itertools import chain
 
 import pytest
 import torch
 from material import cases, encoded, photo, write_captions, write_shard
 
 import data
+from common import processes
 from common.cli import InputError
 from common.tokenizer import Tokenizer, words_to_tiktoken
-from data import Pairs, Samples, batch_indices
+from data import Pairs, Samples
 from superclip import PAD
 
 WORDS = "a red green blue dog cat runs sits on the grass".split()
@@ -26,15 +26,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 # ---- the order
 
 
-def test_every_epoch_is_another_permutation():
-    """In batches of 10, an epoch of 103 samples leaves out three."""
-    batches = [batch_indices(103, 10, 7, step) for step in range(20)]
+def test_every_epoch_is_another_permutation(tmp_path):
+    """In batches of 10, an epoch of 23 samples leaves out three."""
+    captions = [f"number {i}" for i in range(23)]
+    samples = Samples([write_captions(tmp_path / "0.tar", *captions)])
+    pairs = Pairs(samples, TOKENIZER, 8, 10, seed=7)
 
-    positions, samples = zip(*chain.from_iterable(batches))
+    drawn = [TOKENIZER.decode(pairs[position][1]) for position in range(40)]
 
-    first, second = samples[:100], samples[100:]
-    assert positions == (*range(200),)
-    assert len({*first}) == len({*second}) == 100
+    first, second = drawn[:20], drawn[20:]
+    assert len({*first}) == len({*second}) == 20
     assert first != second
 
 
@@ -53,9 +54,9 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
     """A source that is named twice is drawn twice as often, within three standard deviations. Half
     of a surrogate pair becomes a question mark, because it cannot be written to a file."""
     samples = Samples([captioned], ["txt", "json.odd", "txt"])
-    pairs = Pairs(samples, TOKENIZER, 8, ["json.both"])
+    pairs = Pairs(samples, TOKENIZER, 8, 1, ["json.both"])
 
-    _, captions, labels, *_ = zip(*(pairs[position, 0] for position in range(400)))
+    _, captions, labels, *_ = zip(*(pairs[position] for position in range(400)))
 
     captions = Counter(map(TOKENIZER.decode, captions))
     labels = Counter(map(TOKENIZER.decode, labels))
@@ -65,7 +66,7 @@ def test_captions_and_labels_are_drawn_from_their_sources(captioned):
 
 def test_label_captions_that_are_nowhere_are_refused_at_once(captioned):
     with pytest.raises(InputError, match="json.typo"):
-        Pairs(Samples([captioned]), TOKENIZER, 8, ["json.typo"])
+        Pairs(Samples([captioned]), TOKENIZER, 8, 1, ["json.typo"])
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
@@ -73,8 +74,8 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
 
     def draws(seed):
         samples = Samples([captioned], ["json.both"])
-        pairs = Pairs(samples, TOKENIZER, 8, None, seed, 0.5, 16, 0.25)
-        return [pairs[position, 0] for position in range(20)]
+        pairs = Pairs(samples, TOKENIZER, 8, 1, None, seed, 0.5, 16, 0.25)
+        return [pairs[position] for position in range(20)]
 
     first = draws(seed=0)
 
@@ -115,13 +116,13 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
     bad = {"jpg": image, "txt": caption, "json": fields}
     good = {"jpg": JPEG, "txt": b"a red dog", "json": b'{"c": "a red dog"}'}
     path = write_shard(tmp_path / "0.tar", [good, bad])
-    pairs = Pairs(Samples([path], ["json.c" if fields else "txt"]), TOKENIZER, 16)
+    pairs = Pairs(Samples([path], ["json.c" if fields else "txt"]), TOKENIZER, 16, 2)
 
-    items = [pairs[position, i] for position, i in enumerate((1, 1, 0, 1, 1))]
+    items = [pairs[position] for position in range(10)]
 
     _, num_replaced = pairs.collate(items)
-    assert [TOKENIZER.decode(ids) for _, ids, *_ in items] == 5 * ["a red dog"]
-    assert num_replaced == 4
+    assert [TOKENIZER.decode(ids) for _, ids, *_ in items] == 10 * ["a red dog"]
+    assert num_replaced == 5
     assert capsys.readouterr().err.count(f"{path}:0001: ") == 1
 
 
@@ -140,10 +141,10 @@ def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function
         raise NameError
 
     monkeypatch.setattr(function, fails)
-    pairs = Pairs(Samples([captioned]), TOKENIZER, 8)
+    pairs = Pairs(Samples([captioned]), TOKENIZER, 8, 1)
 
     with pytest.raises(NameError) as raised:
-        next(data.load_batches(pairs, 1, slice(1), 0, 1, workers))
+        next(data.load_batches(pairs, 0, 1, workers))
 
     traceback.clear_frames(raised.tb)  # frees the loader, which ends its process
 
@@ -160,20 +161,21 @@ def odd_pairs(tmp_path):
     first = write_shard(tmp_path / "0.tar", odd)
     second = write_captions(tmp_path / "1.tar", *"abcdefghijkl")
     random = dict(seed=5, crop_area=0.9, num_patches=9, patch_dropout=0.5)
-    return Pairs(Samples([first, second]), TOKENIZER, 24, **random)
+    return Pairs(Samples([first, second]), TOKENIZER, 24, 12, **random)
 
 
 @pytest.mark.parametrize("workers, start", [(0, 0), (1, 2), (3, 0)])
-def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, workers, start):
-    """This holds for any number of workers, and for a run that begins at any step. Here a process
-    loads the last 8 pairs of each batch of 12."""
-    rows = slice(4, 12)
+def test_a_batch_is_the_collated_pairs_of_its_step(odd_pairs, monkeypatch, workers, start):
+    """This holds for any number of workers, and for a run that begins at any step. Here the last
+    of three processes loads the last 4 pairs of each batch of 12."""
+    monkeypatch.setattr(processes, "WORLD", 3)
+    monkeypatch.setattr(processes, "RANK", 2)
 
-    loaded = [*data.load_batches(odd_pairs, 12, rows, start, 6, workers)]
+    loaded = [*data.load_batches(odd_pairs, start, 6, workers)]
 
     expected = []
     for step in range(start, 6):
-        items = [odd_pairs[i] for i in batch_indices(len(odd_pairs), 12, 5, step)[rows]]
+        items = [odd_pairs[12 * step + row] for row in range(8, 12)]
         expected.append(odd_pairs.collate(items))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
@@ -182,9 +184,12 @@ def test_images_are_bytes_captions_are_cut_to_the_context_and_labels_are_not(odd
     """A caption of 47 tokens is cut to 32, with start and end, but its label keeps all of them.
     Lengths are multiples of 16, so that few different lengths are compiled."""
     ids = TOKENIZER.encode(LONG)
+    items = [odd_pairs[position] for position in range(12)]
+    long_item = next(item for item in items if item[1] == ids)
+    short_item = next(item for item in items if item[1] != ids)
 
-    batch, _ = odd_pairs.collate([odd_pairs[0, 0], odd_pairs[1, 5]])
-    short, _ = odd_pairs.collate([odd_pairs[1, 5]])
+    batch, _ = odd_pairs.collate([long_item, short_item])
+    short, _ = odd_pairs.collate([short_item])
 
     assert batch["images"].shape == (2, 3, 24, 24)
     assert batch["images"].dtype == torch.uint8
