@@ -26,6 +26,7 @@ Captions that are not cut have T' tokens.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,6 @@ import torch.utils.checkpoint
 from torch import nn
 
 PAD = 0  # the token id that fills up short captions
-# Start and end of text have the last two ids of a vocabulary. So END, the last of its columns, is
-# also the largest id of a caption, and argmax finds where a caption ends.
-START, END = -2, -1
 
 
 # -----------------------------------------------------------------------------
@@ -132,8 +130,9 @@ def multi_hot(tokens, vocab_size):
     others. tokens (B, T): the ids of the captions."""
     words = torch.zeros(len(tokens), vocab_size, device=tokens.device)
     words.scatter_(1, tokens, 1.0)
-    # PAD is also CLIP's id of a "!" inside a word, so that goes, too. A "!" alone has another id.
-    for i in (PAD, START, END):
+    # Padding, start and end of text are no words. Start and end have the last two ids. PAD is also
+    # CLIP's id of a "!" inside a word, so that goes, too. A "!" alone has another id.
+    for i in (PAD, vocab_size - 2, vocab_size - 1):
         words[:, i] = 0.0
     return words
 
@@ -208,14 +207,7 @@ class SuperCLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
-    def forward(
-        self,
-        images,
-        tokens,
-        label_tokens=None,
-        keep=None,
-        micro_batch_size=None,
-    ):
+    def forward(self, images, tokens, label_tokens=None, keep=None, micro_batch_size=None):
         """Return a dict of scalars: the loss of a batch, and its terms. This is the whole method.
 
         images (B, 3, S, S) and tokens (B, T): images and their captions; label_tokens (B, T'): the
@@ -232,13 +224,17 @@ class SuperCLIP(nn.Module):
             label_tokens = tokens
 
         # Count first, so that the weights of the words know this batch, as in the authors' code.
-        if self.training and self.head is not None:
-            self.count_tokens(label_tokens)
+        token_weights = None
+        if self.head is not None:
+            if self.training:
+                self.count_tokens(label_tokens)
+            token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
         # What needs one pair at a time: two features, and the loss of the head. Without a size of
-        # micro-batches, the second line is self.encode_pairs(**pairs).
+        # micro-batches, the last line is encode(**pairs).
         pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens, "keep": keep}
-        features, terms = in_micro_batches(self.encode_pairs, pairs, micro_batch_size)
+        encode = partial(self.encode_pairs, token_weights=token_weights)
+        features, terms = in_micro_batches(encode, pairs, micro_batch_size)
 
         # What needs all pairs: each image must find its caption among those of all processes. Only
         # training gathers them, because an evaluation may run on process 0 alone.
@@ -266,10 +262,10 @@ class SuperCLIP(nn.Module):
         self.num_captions += num_captions
         self.token_counts += counts
 
-    def encode_pairs(self, images, tokens, label_tokens, keep=None):
+    def encode_pairs(self, images, tokens, label_tokens, token_weights, keep=None):
         """Return two dicts: the features of the images and of the texts, (B, E) each, and the terms
         of the loss that need one pair at a time, each a mean over the pairs. Plain CLIP has no such
-        term. The arguments are those of `forward`."""
+        term. The arguments are those of `forward`, and token_weights (V,), from `idf`."""
         image_features, patches = self.visual(images, keep)  # (B, E) and (B, P, D)
         features = {
             "image": F.normalize(image_features.float(), dim=-1),
@@ -277,7 +273,6 @@ class SuperCLIP(nn.Module):
         }
         terms = {}
         if self.head is not None:
-            token_weights = idf(self.num_captions, self.token_counts)  # (V,)
             logits = self.head(patches)  # (B, V)
             terms["classification_loss"] = classification_loss(logits, label_tokens, token_weights)
         return features, terms
@@ -301,7 +296,8 @@ class SuperCLIP(nn.Module):
 
     def word_logits(self, images, keep=None):
         """Return a logit for each token of the vocabulary (B, V): which words would a caption of
-        these images use? The arguments are those of `forward`. Plain CLIP has no word head."""
+        these images use? The arguments are those of `forward`."""
+        assert self.head is not None, "this model is plain CLIP, which has no word head"
         _, patches = self.visual(images, keep)
         return self.head(patches)
 
@@ -516,8 +512,7 @@ def in_micro_batches(encode_pairs, pairs, size):
     The loss needs the features of all pairs at once, but the towers do not. For each micro-batch
     torch's checkpoint keeps the inputs and the features, and forgets all that the towers have
     computed in between. The backward pass computes that again, one micro-batch after the other,
-    which takes a third more time. It must come before the next call of `forward`, which counts
-    captions and so changes the weights of the words.
+    which takes a third more time.
     """
     B = len(pairs["images"])
     if size is None or size >= B:

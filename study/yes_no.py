@@ -17,7 +17,7 @@ def yes_or_no(logits, label_tokens, token_weights):
     loss has no IDF."""
     is_said = superclip.multi_hot(label_tokens, logits.shape[1])  # (B, V)
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_said, reduction="none")
-    return losses[:, superclip.PAD + 1 : superclip.START].sum(dim=1).mean()  # of words alone
+    return losses[:, superclip.PAD + 1 : -2].sum(dim=1).mean()  # without padding, start and end
 
 
 def main(argv):

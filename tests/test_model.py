@@ -71,6 +71,13 @@ def test_kept_patches_equal_open_clips_patch_dropout():
     assert_near(model.word_logits(images, keep), model.head(patches))
 
 
+def test_plain_clip_says_that_it_has_no_word_head():
+    images = torch.zeros(1, 3, 16, 16)
+
+    with pytest.raises(AssertionError):
+        small_model(cls_weight=0).word_logits(images)
+
+
 def test_uint8_images_are_normalised_by_the_configuration():
     """By default the mean and the standard deviation are CLIP's."""
     mean = (0.5, 0.4, 0.3)

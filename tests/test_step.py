@@ -180,7 +180,7 @@ def test_each_term_is_a_part_of_the_loss(config):
     assert {round(weight.item(), 6) for weight in weights} == {1.0, *numbers}
 
 
-def wide_steps(compiled, device="cpu", rank=0, processes=1):
+def wide_steps(compiled, device="cpu", rank=0, processes=1, autocast=FLOAT32):
     """Make steps with captions of three lengths, in micro-batches. Return what first_step returns
     for each. When captions get another length, torch compiles for all lengths."""
     model = make_model_without_zeros(**WIDE).to(device)
@@ -190,7 +190,7 @@ def wide_steps(compiled, device="cpu", rank=0, processes=1):
     steps = []
     for T in (12, 16, 10):
         batch = make_batch(slice(rank * B, (rank + 1) * B), KEEP, T)
-        steps.append((*losses_and_gradients(model, batch, size=2), {}))
+        steps.append((*losses_and_gradients(model, batch, size=2, autocast=autocast), {}))
     return steps
 
 
@@ -252,6 +252,20 @@ def test_micro_batches_go_through_the_towers_one_after_the_other():
     assert events == [2] * 4 + [2, "gradient"] * 4
 
 
+def test_two_forwards_may_come_before_one_backward():
+    """The backward pass computes micro-batches again. It weights the words of each batch as the
+    forward pass did, though the counts of the model have moved on since."""
+    gradients = []
+    for size in (None, 2):
+        model = make_model_without_zeros()
+        losses = [model(**make_batch(T=T), micro_batch_size=size)["loss"] for T in (12, 16)]
+
+        sum(losses).backward()
+
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_gradients(gradients[1], gradients[0], GRADIENT_TOLERANCES["cpu"]["float32"])
+
+
 def test_the_option_of_train_py_sets_their_size(shards, tmp_path, monkeypatch):
     sizes = set()
     encode_pairs = SuperCLIP.encode_pairs
@@ -270,16 +284,18 @@ def test_the_option_of_train_py_sets_their_size(shards, tmp_path, monkeypatch):
 # ---- the same gradients by other ways to compute them
 
 
-def test_compiled_equals_eager(monkeypatch, device):
+@pytest.mark.parametrize("way", ["all patches", "bfloat16"])
+def test_compiled_equals_eager(monkeypatch, device, way):
     """On a CPU torch's compiler does all but the code for the machine, which would take minutes."""
+    autocast = torch.autocast(device, torch.bfloat16, enabled=way == "bfloat16")
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
-    compiled = wide_steps(True, device)
+    compiled = wide_steps(True, device, autocast=autocast)
 
     for step, expected in zip(compiled, wide_steps(False)):
-        assert_same_step(step, expected, "compiled", device)
+        assert_same_step(step, expected, way, device)
 
 
 def test_a_run_compiles_both_towers_and_the_head_for_training_alone(shards, tmp_path, monkeypatch):
