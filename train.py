@@ -13,7 +13,6 @@ import math
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -287,9 +286,10 @@ def validate(args, model, tokenizer, samples, zeroshot_images):
         if samples is not None:
             row |= evaluation.score_pairs(model, tokenizer, samples, args.workers, args.batch_size)
             evaluation.print_pairs(row, model, tokenizer, samples)
-        for folder, images in zeroshot_images.items():
+        for folder, name in run.names_of(zeroshot_images).items():
+            images = zeroshot_images[folder]
             score = evaluation.zeroshot(model, tokenizer, images, workers=args.workers)
-            tqdm.write(evaluation.format_score(f"zero-shot {Path(folder).name}", score))
+            tqdm.write(evaluation.format_score(f"zero-shot {name}", score))
             row["zeroshot"][folder] = score
     model.train()
     return row

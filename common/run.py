@@ -285,3 +285,10 @@ def read_log(path):
             rows[tuple(row), row["step"]] = row
     check(headers, f"{path} is not the log of a run")
     return headers, [*rows.values()]
+
+
+def names_of(folders):
+    """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
+    path, or the whole path if two folders share that part."""
+    last = [Path(folder).name for folder in folders]
+    return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}

@@ -8,11 +8,10 @@ chance level of a score. The legend has the paths of the logs.
 """
 
 import math
-from pathlib import Path
 from statistics import mean
 
 from common.cli import check, make_parser, output_file, run_command
-from common.run import read_log
+from common.run import names_of, read_log
 
 COLUMNS = 4
 # What a row of losses holds besides the terms of the loss. Every other entry of such a row has a
@@ -21,13 +20,6 @@ NOT_DRAWN = {
     "step", "loss", "logit_scale", "grad_norm", "learning_rate", "images_per_second", "data_wait",
     "bad_samples", "memory_gb",
 }  # fmt: skip
-
-
-def names_of(folders):
-    """Return a dict {folder: name} for folders of --zeroshot_data. The name is the last part of the
-    path, or the whole path if two folders share that part."""
-    last = [Path(folder).name for folder in folders]
-    return {x: x if last.count(name) > 1 else name for x, name in zip(folders, last)}
 
 
 def values_of(row):

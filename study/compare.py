@@ -53,9 +53,8 @@ from common.cli import (
     write_file,
 )
 from common.processes import cores
-from common.run import make_next_folder, read_log
+from common.run import make_next_folder, names_of, read_log
 from common.scenes import VERSION, find_or_make_scenes
-from scripts.curves import names_of
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out_study")  # comparisons, and the scenes of each seed

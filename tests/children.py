@@ -27,7 +27,7 @@ from common.cli import run_command
 ROOT = Path(superclip.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports these modules.
-PRELOAD = ["torch._dynamo.testing", "scripts.words", "eval", "pytest"]
+PRELOAD = ["torch._dynamo.testing", "eval", "pytest"]
 
 
 class Children:

@@ -6,12 +6,13 @@ be read in this order:
     test_loss, test_model, test_authors                     the method
     test_step                                               one step
     test_tokenizer, test_index, test_images, test_data      the data
+    test_scenes                                             the drawn scenes
     test_checkpoint, test_eval                              a model and its scores
     test_defaults, test_run, test_finetune                  whole runs
     test_resume, test_processes                             runs that end early, processes
 
-commands/ tests scripts/, study/ and the drawn scenes, and mistakes of users. pages/ tests the
-README and docs/.
+commands/ tests scripts/, study/ and mistakes of users. pages/ tests the README and docs/. A fork
+may delete both, as test_border makes sure.
 """
 
 import gc

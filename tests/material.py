@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import tarfile
 import traceback
@@ -97,6 +98,13 @@ def small_model(**changes):
     torch.manual_seed(0)
     config = {**TINY, "vocab_size": TOKENIZER.vocab_size, **changes}
     return SuperCLIP(SuperCLIPConfig(**config)).eval()
+
+
+class Evil:
+    """Run a command when unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch mark",)
 
 
 def write_checkpoint(path, model, vocab=TOKENIZER.vocab, **facts):

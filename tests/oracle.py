@@ -4,7 +4,6 @@ import open_clip.model
 import torch
 import torch.nn.functional as F
 
-from scripts.convert import open_clip_config, open_clip_state
 from superclip import SuperCLIP, SuperCLIPConfig
 
 SMALL = dict(
@@ -47,15 +46,43 @@ def assert_near(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def arguments_of(c):
+    """Return the arguments with which open_clip builds the same towers. c: a SuperCLIPConfig."""
+    vision = {
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "layers": c.vision_layers,
+        "width": c.vision_width,
+        "head_width": c.vision_width // c.vision_heads,
+    }
+    text = {
+        "context_length": c.context_length,
+        "vocab_size": c.vocab_size,
+        "layers": c.text_layers,
+        "width": c.text_width,
+        "heads": c.text_heads,
+    }
+    more = {"embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu}
+    return {"vision_cfg": vision, "text_cfg": text, **more}
+
+
+def state_of(model):
+    """Return the weights of the towers, and the scale, under open_clip's names."""
+    towers = {name: x for name, x in model.state_dict().items() if name.startswith("visual.")}
+    for name, x in model.text.state_dict().items():
+        towers[name] = x
+    return {**towers, "logit_scale": model.logit_scale.data}
+
+
 def open_clip_of(model, custom_text=False):
     """Return open_clip's CLIP with the same weights. It has two layouts. custom_text: whether to
     use the one in which the text tower is a separate module."""
-    state = open_clip_state(model)
+    state = state_of(model)
     kind = open_clip.model.CLIP
     if custom_text:
         state = open_clip.model.convert_to_custom_text_state_dict(state)
         kind = open_clip.model.CustomTextCLIP
-    other = kind(**open_clip_config(model.config)).eval()
+    other = kind(**arguments_of(model.config)).eval()
     other.load_state_dict(state, strict=True)
     return other
 

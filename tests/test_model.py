@@ -13,9 +13,16 @@ import torch.nn.functional as F
 import torchvision
 from children import ROOT
 from material import small_model
-from oracle import assert_near, assert_same_towers, make_pairs, make_random_model, open_clip_of
+from oracle import (
+    arguments_of,
+    assert_near,
+    assert_same_towers,
+    make_pairs,
+    make_random_model,
+    open_clip_of,
+    state_of,
+)
 
-from scripts.convert import open_clip_config, open_clip_state
 from superclip import PRESETS, SuperCLIPConfig, attend
 
 # ---- the towers
@@ -36,9 +43,9 @@ def test_a_new_model_starts_with_open_clips_scale_and_spread():
     differs by about 1 / sqrt(n)."""
     model = small_model(vision_layers=2, text_layers=2)
 
-    ours = open_clip_state(model)
+    ours = state_of(model)
 
-    theirs = open_clip.model.CLIP(**open_clip_config(model.config)).state_dict()
+    theirs = open_clip.model.CLIP(**arguments_of(model.config)).state_dict()
     assert ours["logit_scale"] == theirs["logit_scale"]
     for name in ours.keys() - {"logit_scale"}:
         tolerance = 4 / ours[name].numel() ** 0.5
@@ -140,7 +147,7 @@ def test_an_unknown_loss_is_refused():
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"tiny"}))
 def test_a_preset_is_open_clips_model_of_that_name(name):
-    ours = open_clip_config(SuperCLIPConfig(**PRESETS[name]))
+    ours = arguments_of(SuperCLIPConfig(**PRESETS[name]))
     theirs = open_clip.get_model_config(name)
 
     assert ours["embed_dim"] == theirs["embed_dim"]

@@ -2,12 +2,10 @@
 checkpoint that was saved before a failure stays."""
 
 import errno
-import importlib
 import itertools
 import math
 import os
 import re
-import shlex
 import shutil
 import time
 from argparse import Namespace
@@ -125,21 +123,11 @@ def test_zero_shot_is_scored_at_every_validation_even_without_pairs(
     assert "--val_data" in capsys.readouterr().out
 
 
-def run_commands_in(printed):
-    """Run the commands that are lines of a text. Return how many they are."""
-    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python")]
-    for _, _, module, *options in commands:
-        importlib.import_module(module).main(options)
-    return len(commands)
-
-
-def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
-    scenes_folder, tmp_path, monkeypatch, capsys
-):
-    """The run trains on one side of the folder of scenes. It validates on the other side, and so do
-    the commands. The last validation prints the captions of two pictures, and what the head says
-    about them. Before the first step the head has counted no captions, so it says nothing. The
-    name of the folder could be a pattern."""
+def test_a_bare_run_draws_scenes(scenes_folder, tmp_path, monkeypatch, capsys):
+    """The run trains on one side of the folder of scenes, and validates on the other side. The last
+    validation prints the captions of two pictures, and what the head says about them. Before the
+    first step the head has counted no captions, so it says nothing. The name of the folder could
+    be a pattern."""
     folder = tmp_path / "a[1]"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -147,11 +135,8 @@ def test_a_bare_run_draws_scenes_and_ends_with_commands_that_work(
 
     train.main(["--steps=1", "--workers=0", "--device=cpu"])
 
-    printed = capsys.readouterr().out
     assert checkpoint_of("out")["header"]["pairs"] == 40
-    assert len(re.findall('^"', printed, re.M)) == 2
-    assert run_commands_in(printed) == 3
-    assert "12 pictures" in capsys.readouterr().out  # found by scripts.search
+    assert len(re.findall('^"', capsys.readouterr().out, re.M)) == 2
 
 
 # ---- failures: a message says why a run ends, and what was saved before stays

@@ -1,0 +1,26 @@
+"""Test the commands that a run prints at its end."""
+
+import importlib
+import shlex
+import shutil
+from functools import partial
+
+import train
+
+
+def test_the_commands_at_the_end_of_a_run_work(scenes_folder, tmp_path, monkeypatch, capsys):
+    """They show the pictures with which the run was validated. The name of the folder could be a
+    pattern."""
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "find_or_make_scenes", partial(shutil.copytree, scenes_folder))
+    train.main(["--steps=1", "--workers=0", "--device=cpu"])
+    printed = capsys.readouterr().out.splitlines()
+
+    commands = [shlex.split(line) for line in printed if line.startswith("  python")]
+    for _, _, module, *options in commands:
+        importlib.import_module(module).main(options)
+
+    assert len(commands) == 3
+    assert "12 pictures" in capsys.readouterr().out  # found by scripts.search
