@@ -320,7 +320,11 @@ def train(options, last):
             model, tokenizer = run.restore(f"{args.resume}/last.pt", last)
             new_names = last["header"]["new_names"]
         print("options:", {name: x for name, x in vars(args).items() if x is not None})
-        val_samples = data.open_samples(val_shards, args.val_captions) if val_shards else None
+        val_samples = None
+        if val_shards:
+            val_samples = data.open_samples(val_shards, args.val_captions)
+        else:
+            print("There are no validation pairs (--val_data), so best.pt will be the newest model.")
         image_size = model.config.image_size
         zeroshot_images = {}
         for folder in args.zeroshot_data:

@@ -152,7 +152,6 @@ def print_commands(out, model, val_samples):
     options = f"--checkpoint {checkpoint}"
     if val_samples is None:
         options += " --images PICTURES"
-        print("There are no validation pairs, so best.pt is the newest model (see --val_data).")
     print("\nWhat the model has learned:")
     print(f'  python -m scripts.search {options} "TEXT"')
     if model.head is not None:

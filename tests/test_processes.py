@@ -70,7 +70,7 @@ def test_processes_that_would_train_apart_end(children, shards, whole_run, tmp_p
 def test_a_mistake_of_the_user_is_one_sentence(children, tmp_path):
     """There are no shards. The second process would make the same mistake, but misses the first one
     before."""
-    options = short_run(tmp_path, "out")
+    options = short_run(tmp_path, tmp_path / "out")
 
     first, second = children.train_two([options], [options])
 
