@@ -324,7 +324,9 @@ def train(options, last):
         if val_shards:
             val_samples = data.open_samples(val_shards, args.val_captions)
         else:
-            print("There are no validation pairs (--val_data), so best.pt will be the newest model.")
+            print(
+                "There are no validation pairs (--val_data), so best.pt will be the newest model."
+            )
         image_size = model.config.image_size
         zeroshot_images = {}
         for folder in args.zeroshot_data:
