@@ -41,7 +41,8 @@ def open_samples(paths, sources):
     """Return the Samples in files that the options name. All commands call this function, so here
     a fork returns data of another kind, for example if the files have another suffix. That is a
     subclass of Samples with its own __init__, which sets `paths` and `sources`, and its own
-    __len__, image, read_source, name and fingerprint. For a broken sample, image raises BadSample.
+    __len__, image, read_source, name and fingerprint. For a broken sample, image and read_source
+    raise BadSample.
     """
     samples = Samples(paths, sources)
     check(len(samples) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -78,23 +79,27 @@ class Samples:
 
     def captions_in(self, i, source):
         """Return the captions that sample i has in a source, a list of strings."""
-        try:
-            value = self.read_source(i, source)
-            captions = value if isinstance(value, list) else [value]
-            # JSON may hold half of a surrogate pair, which cannot be printed or written.
-            captions = [x.encode("utf-8", "replace").decode() for x in captions if x.strip()]
-        # A field may hold anything. JSON that is nested too deeply gives a RecursionError.
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise BadSample(f"{source} is missing, or holds no caption in UTF-8") from None
+        found = self.read_source(i, source)
+        captions = [found] if isinstance(found, str) else found
+        # JSON may hold half of a surrogate pair, which cannot be printed or written.
+        captions = [x.encode("utf-8", "replace").decode() for x in captions if x.strip()]
         if not captions or max(map(len, captions)) > MAX_CAPTION:
             raise BadSample(f"{source} is missing, empty or longer than {MAX_CAPTION:,} characters")
         return captions
 
     def read_source(self, i, source):
-        """Return what a source holds: a string, or in a field of .json also a list of strings."""
-        if source == "txt":
-            return self.read(i, shards.TEXT).decode("utf-8-sig")
-        return json.loads(self.read(i, shards.JSON))[source.removeprefix("json.")]
+        """Return what a source of sample i holds, a string or a list of strings."""
+        try:
+            if source == "txt":
+                return self.read(i, shards.TEXT).decode("utf-8-sig")
+            value = json.loads(self.read(i, shards.JSON))[source.removeprefix("json.")]
+        # The bytes are no UTF-8 or JSON, or the JSON lacks the field or is nested too deeply.
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise BadSample(f"{source} is missing, or cannot be decoded") from None
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, str) for x in texts):
+            raise BadSample(f"{source} holds something else than texts")
+        return texts
 
     def read(self, i, column):
         """Return the bytes of a member of sample i, b"" if there is none. column: IMAGE, TEXT or

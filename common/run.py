@@ -1,11 +1,12 @@
 """What a run leaves behind: checkpoints, and the folder with log.jsonl, last.pt and best.pt.
 
-A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. train.py
-shows what else last.pt and best.pt hold.
+A checkpoint is a dict: "model" holds tensors by name, "config" a dict, and "vocab" a text. last.pt
+also holds the state of a run, and best.pt the header of its log (`save_last`, `keep_best`).
 """
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 import time
@@ -33,8 +34,15 @@ def read_file(path, read=read_pickle):
     check(Path(path).is_file(), f"there is no file {path}")
     try:
         return read(path)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} may hold code. Save its state_dict alone.") from error
     except Exception as error:  # torch and safetensors raise many kinds
-        raise InputError(f"{path} is damaged, or holds code. Save its state_dict alone.") from error
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def one_line(error):
+    """Return the kind of an error, and the beginning of its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:250]
 
 
 def read_checkpoint(path):
@@ -52,8 +60,7 @@ def restore(path, content):
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["vocab"], model.config.context_length)
     except Exception as error:  # such as an unknown field or a missing tensor
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} holds no model of this version: {reason}") from error
+        raise InputError(f"{path} holds no model of this version: {one_line(error)}") from error
     V, n = model.config.vocab_size, tokenizer.vocab_size
     check(V == n, f"{path} needs {V:,} tokens, and not {n:,}. Put model.tiktoken beside it.")
     return model, tokenizer

@@ -104,6 +104,7 @@ BAD = {  # case -> image, caption, JSON with the caption
     "Latin-1": (JPEG, b"caf\xe9", b""),
     "too long": (JPEG, b"a " * 20_000, b""),
     "half of a JSON": (JPEG, b"", b"{"),
+    "a number in the JSON": (JPEG, b"", b'{"c": 3}'),
     "JSON nested too deeply": (JPEG, b"", b"[" * 100_000),
     "truncated JPEG": (JPEG[:-200], b"a", b""),
     "no format of the web": (encoded(photo(), "PPM"), b"a", b""),
@@ -127,6 +128,7 @@ def test_a_bad_sample_is_named_once_and_replaced(tmp_path, capsys, image, captio
 
 
 MISTAKES = [
+    ("data.Samples.read_source", 0),
     ("data.crop_box", 1),
     ("common.images.decode_smaller", 0),
     ("common.images.upright_rgb", 1),
@@ -138,12 +140,12 @@ def test_a_mistake_in_the_code_is_no_bad_sample(captioned, monkeypatch, function
     """A fork that changes one of these functions sees the trace, and loses no samples."""
 
     def fails(*_, **options):
-        raise NameError
+        raise KeyError
 
     monkeypatch.setattr(function, fails)
     pairs = Pairs(Samples([captioned]), TOKENIZER, 8, 1)
 
-    with pytest.raises(NameError) as raised:
+    with pytest.raises(KeyError) as raised:
         next(data.load_batches(pairs, 0, 1, workers))
 
     traceback.clear_frames(raised.tb)  # frees the loader, which ends its process
