@@ -288,12 +288,17 @@ def top_words(model, tokenizer, pixels, k=8):
 # Commands. Each one prints its scores, and returns them for --json.
 
 
-def read_list(path):
-    """Return the lines of a file, or for "openai" the templates of CLIP's authors."""
-    if path == "openai":
-        import open_clip
+def read_templates(path):
+    """Return the templates in a file, or for "openai" those of CLIP's authors."""
+    if path != "openai":
+        return read_list(path)
+    import open_clip
 
-        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def read_list(path):
+    """Return the lines of a file that are not empty."""
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     cli.check(lines, f"{path} is empty")
@@ -334,7 +339,7 @@ def make_parser():
         help=f"folder with a folder of images for each class, or one of {', '.join(STANDARD_SETS)}")
     add("--classes", type=read_list, metavar="FILE",
         help="file with a class name on each line, in the sorted order of the folders")
-    add("--templates", type=read_list, default=TEMPLATES, metavar="FILE",
+    add("--templates", type=read_templates, default=TEMPLATES, metavar="FILE",
         help="file with a template on each line, {} for the class, or openai (default: four)")
 
     command = commands.add_parser("retrieval", help="find captions by image, and back",

@@ -142,27 +142,33 @@ def cache_folder():
     return Path(parent, "superclip")
 
 
+def cache_file(shard):
+    """Return the file for the index of a shard, another one whenever the shard has changed."""
+    stamp = shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns
+    digest = hashlib.sha1(repr(stamp).encode()).hexdigest()
+    return cache_folder() / f"index-19-{digest}"  # increase this number when read_headers changes
+
+
 def build_index(shards):
     """Return the index, an int32 tensor (N, 7), and a list of texts that say which samples are not
     used. The index is one tensor, because Python objects would be copied to each loading process.
-    It is cached until the path, the size or the modification time of a shard changes."""
-    stamps = [(shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns) for shard in shards]
-    digest = hashlib.sha1(repr(stamps).encode()).hexdigest()
-    path = f"index-18-{digest}"  # increase this number when read_headers changes
-    with suppress(Exception):  # there is no cache, or it is damaged, for which torch has many kinds
-        return torch.load(cache_folder() / path, weights_only=True)
-    index = []
-    unused = []
-    results = progress(map_in_processes(read_headers, shards), "indexing shards", unit="shard")
-    for number, (rows, texts) in enumerate(results):
-        rows = torch.tensor(rows, dtype=torch.int32).view(-1, 7)
+    The part of each shard is cached, until its path, size or modification time changes."""
+    parts = {}
+    for shard in shards:
+        with suppress(Exception):  # nothing is cached, or damaged, for which torch has many kinds
+            parts[shard] = torch.load(cache_file(shard), weights_only=True)
+    missing = [shard for shard in shards if shard not in parts]
+    results = progress(map_in_processes(read_headers, missing), "indexing shards", unit="shard")
+    for shard, (rows, texts) in zip(missing, results):
+        parts[shard] = torch.tensor(rows, dtype=torch.int32).view(-1, 7), texts
+        with suppress(OSError, RuntimeError):  # no space on the disk, or a user without a home
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            write_file(cache_file(shard), partial(torch.save, parts[shard]))
+    for number, shard in enumerate(shards):
+        rows, _ = parts[shard]
         rows[:, 0] = number
-        index.append(rows)
-        unused += texts
-    index = torch.cat(index)
-    with suppress(OSError, RuntimeError):  # no space on the disk, or a user without a home
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        write_file(cache_folder() / path, lambda file: torch.save((index, unused), file))
+    index = torch.cat([parts[shard][0] for shard in shards])
+    unused = [text for shard in shards for text in parts[shard][1]]
     return index, unused
 
 

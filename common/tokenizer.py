@@ -30,7 +30,8 @@ class Tokenizer:
     def __init__(self, vocab, context_length=SuperCLIPConfig.context_length):
         self.vocab = vocab
         self.context_length = context_length
-        tokens = [base64.b64decode(line.partition(" ")[0]) for line in vocab.splitlines()]
+        lines = [line for line in vocab.splitlines() if line.strip()]
+        tokens = [base64.b64decode(line.partition(" ")[0]) for line in lines]
         if tokens[:512] != BYTE_TOKENS:
             raise ValueError("the vocabulary does not begin with the single bytes")
         self.ranks = {token: rank for rank, token in enumerate(tokens)}

@@ -47,6 +47,8 @@ def rename(state):
     weights = {our_name(name): x for name, x in state.items() if not name.endswith("attn_mask")}
     # Turn the authors' counters into numbers of captions. In each step they add the *share* of
     # captions that have the token. Their batch has 16,384 captions (paper, section 4).
+    if "cap_fq" in weights:
+        print("assumed: batches of 16,384 captions, in which the authors count the words")
     for theirs, ours in (("cap_fq", "token_counts"), ("num_samples", "num_captions")):
         if theirs in weights:
             counts = weights.pop(theirs).squeeze() * 16384

@@ -160,7 +160,7 @@ def test_the_classifier_of_published_prompts_is_that_of_open_clip():
     # open_clip asks for features of length 1. Ours always have it.
     other = SimpleNamespace(encode_text=lambda tokens, normalize: model.encode_text(tokens))
 
-    templates = evaluation.read_list("openai")
+    templates = evaluation.read_templates("openai")
     ours = evaluation.zeroshot_classifier(model, TOKENIZER, names, templates)
 
     prompts = open_clip.OPENAI_IMAGENET_TEMPLATES

@@ -91,6 +91,16 @@ def test_an_unknown_word_is_spelled_in_bytes(word):
     assert WORDS.decode(ids) == f"red {word} in"
 
 
+def test_blank_lines_of_a_vocabulary_mean_nothing():
+    """An editor may have left some."""
+    lines = WORDS.vocab.splitlines()
+
+    tokenizer = Tokenizer("\n\n".join(lines) + "\n \n")
+
+    assert tokenizer.ranks == WORDS.ranks
+    assert tokenizer.has_whole_words
+
+
 def test_a_file_without_the_single_bytes_is_refused(tmp_path):
     """Such a vocabulary could spell no other word. Other projects have files of this kind, too."""
     path = tmp_path / "v.tiktoken"
