@@ -7,8 +7,10 @@ DataComp. A sample is an image, 00042.jpg, its caption, 00042.txt, and metadata,
 
 Shards are not streamed. One pass over the tar headers makes an index (common/shards.py), and then
 two or three reads fetch any sample. So the shuffle is global, batches have the same size on each
-process, and pairs[position] is the pair at any place of a run. Axes in comments are as in
-superclip.py.
+process, and pairs[position] is the pair at any place of a run.
+
+The file goes from the bytes of a shard to a batch: Samples read, Pairs draw, crop and tokenize, and
+load_batches brings them into an order. Axes in comments are as in superclip.py.
 """
 
 import hashlib

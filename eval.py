@@ -7,6 +7,9 @@
 Every score is printed with its chance level, its 95 % interval, and n, the number of images.
 train.py validates with the same functions. Both compute in float32, so a checkpoint has one score.
 
+The scores come first: retrieval, a validation of train.py, and zero-shot classification. Then come
+the features of pictures and texts, the words of the head, and the commands.
+
 Axes: B of a batch, N pictures, M captions, Q questions, A answers, C classes, E embedding.
 """
 
@@ -73,8 +76,11 @@ def nearest(questions, answers, k):
 
 def mean_of_images(values, image):
     """Return the mean of the values of each image (N,). values (Q,): those of questions; image
-    (Q,): the number of each question's image. A score counts images, and not captions, because the
-    captions of one image are not independent."""
+    (Q,): the number of each question's image.
+
+    For example, three captions of image 0 have the values 1, 0 and 0, and the one caption of image
+    1 has the value 1. Then the means are 1/3 and 1. So a score counts two images, and not four
+    captions, because the captions of one image are not independent."""
     return torch.bincount(image, weights=values) / torch.bincount(image)
 
 

@@ -493,6 +493,10 @@ def gather(features):
     DistributedDataParallel then takes the mean over the processes where the sum would be right. So
     multiply the gradient of the features by the number of processes. That of logit_scale needs no
     factor, because each process has all of it.
+
+    For example, process 0 has the features a, and process 1 has b. Of the gradient of L(a, b),
+    process 0 has the part that comes through a, and process 1 the part that comes through b. Their
+    sum is right, and their mean is half of it. So each part is doubled.
     """
     if not dist.is_initialized():
         return features

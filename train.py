@@ -69,7 +69,7 @@ OPTIONS = {
     "val_captions": (None, NAMES, "sources of captions in validations; by default --captions"),
     "vocab": (None, TEXT, "file, or clip; by default vocab.tiktoken beside the shards, else clip"),
     "crop_area": (0.9, CROP, "least share of a picture to keep; 1: the middle square"),
-    "patch_dropout": (0.0, DROPOUT, "share of the patches to leave out at random"),
+    "patch_dropout": (0.0, DROPOUT, "share of the patches to leave out at random, as FLIP does"),
     # Model and loss
     "init_from": (None, TEXT, "checkpoint, which sets --model, --image_size, --loss and --vocab"),
     "model": ("ViT-B-16", {"choices": PRESETS}, "size of both towers"),

@@ -1,1 +1,1 @@
-"""study.compare compares two commands. The other modules are experiments, or print results."""
+"""study.compare compares two commands. The other modules are experiments."""
