@@ -44,7 +44,6 @@ import torch
 from tqdm import tqdm
 
 from common.cli import (
-    InputError,
     check,
     make_parser,
     number,
@@ -179,11 +178,6 @@ def interval(differences):
     return mean(differences), QUANTILES[n - 2] * stdev(differences) / n**0.5
 
 
-def ahead(differences):
-    """Return in how many of the seeds the difference is above 0, as "13 of 15"."""
-    return f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
-
-
 def sign_flip(differences):
     """Return the p of the exact sign-flip test.
 
@@ -217,11 +211,12 @@ def print_scores(a, b):
         second = in_percent(b, name)
         differences = [y - x for x, y in zip(first, second)]
         middle, half = interval(differences)
+        ahead = sum(difference > 0 for difference in differences)
         print(
             f"{name:14s}"
             f"{mean(first):7.1f} {mean(second):7.1f}"
             f"  {middle:+6.1f} ± {half:4.1f}"
-            f"  {ahead(differences):>10s}"
+            f"  {f'{ahead} of {len(differences)}':>10s}"
             f"  {sign_flip(differences):7.4f}"
             f"  {100 * names[name]['chance']:6.1f}"
         )
@@ -250,10 +245,7 @@ def seeds(text):
 
 def check_command(text):
     """Refuse a command without a program, or with an option that `start` adds."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"{text}: {error}") from error
+    words = shlex.split(text)
     has_program = words and (words[0] == "-m" or Path(words[0]).is_file())
     check(has_program, f"there is no such program: {text}")
     for option in ("--seed", "--eval_every", "--out_dir", "--resume"):

@@ -81,7 +81,7 @@ def test_only_new_and_changed_files_are_encoded(folders, checkpoint):
     assert encoded() == {path.name for path in Path("blue").iterdir()}
 
 
-def test_features_of_another_checkpoint_or_damaged_ones_are_refused(folders, checkpoint, capsys):
+def test_features_of_another_checkpoint_are_refused(folders, checkpoint, capsys):
     other = write_checkpoint("other.pt", small_model(cls_weight=0))
     argv = ["--images", "red", TEXTS[0], "--features", "x.npz"]
     assert not run(search.main, "--checkpoint", other, *argv)
@@ -89,5 +89,3 @@ def test_features_of_another_checkpoint_or_damaged_ones_are_refused(folders, che
 
     assert "x.npz" in error_of(capsys, search.main, "--checkpoint", checkpoint, *argv)
     assert Path("x.npz").read_bytes() == before
-    Path("x.npz").write_bytes(before[:100])
-    assert "x.npz" in error_of(capsys, search.main, "--checkpoint", other, *argv)
