@@ -41,10 +41,12 @@ MAX_CAPTION = 20_000  # characters; labels are not cut, so a batch of them is as
 
 def open_samples(paths, sources):
     """Return the Samples in files that the options name. All commands call this function, so here
-    a fork returns data of another kind, for example if the files have another suffix. That is a
-    subclass of Samples with its own __init__, which sets `paths` and `sources`, and its own
-    __len__, image, read_source, name and fingerprint. For a broken sample, image and read_source
-    raise BadSample.
+    a fork returns data of another kind, for example if the files have another suffix.
+
+    That is a subclass of Samples with its own __init__, which sets `paths` and `sources`, and its
+    own __len__, image, read_source, name and fingerprint. sources: what --captions names, by
+    default ["txt"]. If a sample is broken or lacks the source, image and read_source raise
+    BadSample. If image returns a path, the function that reads it does so.
     """
     samples = Samples(paths, sources)
     check(len(samples) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -129,8 +131,9 @@ class Samples:
 
     @cached_property
     def fingerprint(self):
-        """Return a short text that tells data sets apart, so that --resume can refuse other data.
-        It depends on all that decides the pairs: here sizes, and the sources of captions."""
+        """A short text that tells data sets apart, so that --resume can refuse other data. It
+        depends on all that decides the pairs: here sizes, and the sources of captions. It does not
+        depend on where the files lie, so the data of a run may move."""
         content = self.index.numpy().tobytes() + str(self.sources).encode()
         return hashlib.sha1(content).hexdigest()[:12]
 

@@ -243,7 +243,7 @@ class SuperCLIP(nn.Module):
         contrastive = self.pair_loss(features["image"], features["text"])
         terms = {"contrastive_loss": contrastive, **terms}
 
-        # The sum. A term of your own is added here, as docs/fork.md shows.
+        # The sum. A term of your own is added here.
         total = contrastive
         if self.head is not None:
             total = total + self.config.cls_weight * terms["classification_loss"]

@@ -119,8 +119,7 @@ SCENES = {  # other defaults without --train_data, chosen so that a CPU learns i
 }
 INIT_FROM = {  # other defaults with --init_from. None: the value of the checkpoint
     "model": None,
-    "loss": None,
-    "cls_weight": None,
+    **{name: None for name in OPTIONS if hasattr(SuperCLIPConfig, name)},
     "learning_rate": 5e-5,  # a higher rate would destroy what the model knows
 }
 # What may be typed beside --resume, because it changes neither the model nor what it has learned

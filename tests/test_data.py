@@ -91,7 +91,7 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(captioned):
 
 @pytest.mark.parametrize("width, height, share", [(300, 200, 8 / 9), (1600, 900, 3 / 4)])
 def test_a_long_picture_is_cropped_to_the_share_that_the_page_names(width, height, share):
-    """docs/data.md: training sees 88.9 % of a picture of 3:2, and 75 % of one of 16:9."""
+    """Training sees 88.9 % of a picture of 3:2, and 75 % of one of 16:9."""
     x0, y0, x1, y1 = data.crop_box(width, height, 0.9, random.Random(0))
 
     assert (x1 - x0) * (y1 - y0) / (width * height) == pytest.approx(share, rel=0.01)
