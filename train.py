@@ -188,7 +188,7 @@ def resolve(options, device, num_pairs):
     """Return the options of a run that starts as a namespace, in which the rules of OPTIONS have
     decided what was open. num_pairs: those to train on."""
     args = argparse.Namespace(**options)
-    args.device = device.type
+    args.device = args.device or device.type
     if args.val_captions is None:
         args.val_captions = args.captions
     if args.dtype is None:
@@ -213,8 +213,6 @@ def resolve(options, device, num_pairs):
     if args.eval_every is None:
         args.eval_every = min(2000, math.ceil(args.steps / 3))
     cli.check(num_pairs >= args.batch_size, f"--batch_size exceeds the {num_pairs:,} pairs")
-    too_long = f"--warmup_steps {args.warmup_steps} exceeds the {args.steps} steps of the run"
-    cli.check(args.warmup_steps <= args.steps, too_long)
     return args
 
 
@@ -318,6 +316,8 @@ def train(options, last):
             args = argparse.Namespace(**options)
             model, tokenizer = run.restore(f"{args.resume}/last.pt", last)
             new_names = last["header"]["new_names"]
+        too_long = f"--warmup_steps {args.warmup_steps} exceeds the {args.steps} steps of the run"
+        cli.check(args.warmup_steps <= args.steps, too_long)
         print("options:", {name: x for name, x in vars(args).items() if x is not None})
         val_samples = None
         if val_shards:

@@ -35,7 +35,8 @@ def read_file(path, read=read_pickle):
     try:
         return read(path)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} may hold code. Save its state_dict alone.") from error
+        advice = "If it holds more, save its state_dict alone."
+        raise InputError(f"{path} is no file of tensors and plain values. {advice}") from error
     except Exception as error:  # torch and safetensors raise many kinds
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
@@ -131,9 +132,9 @@ def check_is_new(folder):
 
 def make_folder(args):
     """Let process 0 make the folder of a run, by default a new one. Return it in each process."""
-    folder = args.resume or args.out_dir
+    folder = args.out_dir if args.resume is None else args.resume
     if processes.RANK == 0:
-        folder = Path(folder) if folder else make_next_folder()
+        folder = make_next_folder() if folder is None else Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("last.pt", "best.pt"):
             for temporary in folder.glob(f".{name}.*.tmp"):  # cli.write_file was killed
@@ -242,10 +243,10 @@ def check_goes_on(last, header):
 
 def begin_log(out, header, step):
     """Add a header to the log, and print what it says."""
-    if processes.RANK == 0:
-        with open(out / "log.jsonl", "a") as file:
-            if file.tell() > 0:
-                file.write("\n")  # the last line may have been cut by a kill
+    path = out / "log.jsonl"
+    if processes.RANK == 0 and path.exists() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a") as file:
+            file.write("\n")  # the last line was cut by a kill
     log(out, step, {"header": header})
     print(f"out_dir: {out}, from step {step}")
     facts = {name: x for name, x in header.items() if not isinstance(x, (dict, list))}

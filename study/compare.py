@@ -79,7 +79,7 @@ def start(run):
     else:
         # Validate before the first step and at the end only.
         words += ["--seed", str(run.seed), "--eval_every", str(10**9), "--out_dir", run.folder]
-        if not torch.cuda.is_available() and "--workers" not in words:
+        if not torch.cuda.is_available() and "--workers" not in run.command:
             words += ["--workers", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": path}

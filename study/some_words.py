@@ -11,7 +11,7 @@ import torch
 import superclip
 import train
 from common import scenes
-from common.cli import run_command
+from common.cli import check, run_command
 from common.tokenizer import Tokenizer
 
 WORDS = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES}
@@ -20,8 +20,9 @@ all_words = superclip.classification_loss
 
 def main(argv):
     # An option of train.py stands in the log, and a run that goes on still has it.
-    train.OPTIONS["hears"] = ("colours", {"choices": WORDS}, "kind of words")
+    train.OPTIONS["hears"] = (None, {"choices": WORDS}, "kind of words")
     options, _ = train.parse(argv)
+    check(options["hears"], "give --hears colours or --hears shapes")
     tokenizer = Tokenizer(scenes.vocabulary())
     heard = torch.zeros(tokenizer.vocab_size)
     heard[tokenizer.encode(" ".join(WORDS[options["hears"]]))] = 1.0
