@@ -46,7 +46,7 @@ def open_samples(paths, sources):
     That is a subclass of Samples with its own __init__, which sets `paths` and `sources`, and its
     own __len__, image, read_source, name and fingerprint. sources: what --captions names, by
     default ["txt"]. If a sample is broken or lacks the source, image and read_source raise
-    BadSample. If image returns a path, the function that reads it does so.
+    BadSample. image may also return a path, which load_image opens.
     """
     samples = Samples(paths, sources)
     check(len(samples) > 0, f"there are no image-caption pairs in {paths[0]}")
@@ -190,7 +190,8 @@ class Pairs(Dataset):
 
     def __getitem__(self, position):
         """Return what draw_pair returns, and whether the pair replaces a bad sample. Another sample
-        takes the place of a bad one, so that batches keep their size. A hundred in a row end it."""
+        takes the place of a bad one, so that batches keep their size. After a hundred bad ones in a
+        row the run ends."""
         n = len(self.samples)
         used = n // self.batch_size * self.batch_size  # in each epoch
         epoch, place = divmod(position, used)

@@ -230,11 +230,13 @@ class SuperCLIP(nn.Module):
                 self.count_tokens(label_tokens)
             token_weights = idf(self.num_captions, self.token_counts)  # (V,)
 
-        # What needs one pair at a time: two features, and the loss of the head. Without a size of
-        # micro-batches, the last line is encode(**pairs).
+        # What needs one pair at a time: two features, and the loss of the head.
         pairs = {"images": images, "tokens": tokens, "label_tokens": label_tokens, "keep": keep}
         encode = partial(self.encode_pairs, token_weights=token_weights)
-        features, terms = in_micro_batches(encode, pairs, micro_batch_size)
+        if micro_batch_size is None:
+            features, terms = encode(**pairs)
+        else:  # the same, with less memory
+            features, terms = in_micro_batches(encode, pairs, micro_batch_size)
 
         # What needs all pairs: each image must find its caption among those of all processes. Only
         # training gathers them, because an evaluation may run on process 0 alone.
@@ -254,7 +256,7 @@ class SuperCLIP(nn.Module):
         batches of all processes are counted."""
         num_captions = len(label_tokens)
         counts = torch.zeros_like(self.token_counts)  # (V,)
-        for part in label_tokens.split(1024):  # a whole batch may take gigabytes
+        for part in label_tokens.split(1024):  # the memory of a part, as in micro-batches
             counts += multi_hot(part, self.config.vocab_size).sum(dim=0).long()
         if dist.is_initialized():
             num_captions *= dist.get_world_size()  # every process has as many
@@ -519,7 +521,7 @@ def in_micro_batches(encode_pairs, pairs, size):
     which takes a third more time.
     """
     B = len(pairs["images"])
-    if size is None or size >= B:
+    if size >= B:
         return encode_pairs(**pairs)
     assert B % size == 0, f"{B} pairs are no multiple of {size}, so parts would not count equally"
     parts = []

@@ -21,14 +21,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from common import cli, devices, run
-from common.processes import (
-    RANK,
-    WORLD,
-    default_workers,
-    joined_processes,
-    mean_of_all,
-    one_first,
-)
+from common.processes import RANK, WORLD, default_workers, joined_processes, mean_of_all, one_first
 from common.scenes import find_or_make_scenes
 from common.shards import shards_of_run
 from common.tokenizer import tokenizer_for
@@ -43,8 +36,8 @@ from superclip import PRESETS, SuperCLIP, SuperCLIPConfig
 #     3. with --init_from, those of INIT_FROM
 #     4. what is typed
 #
-# `resolve` and `build_model` then decide what is still None. A run that goes on has its own options
-# in place of 2 and 3, and nothing is left to decide.
+# If an option is still None, the rule in its meaning decides, mostly in `resolve`. last.pt has what
+# was decided. So a run that goes on has its own options in place of 2 and 3.
 
 # Kinds of options, as argparse takes them
 TEXT = {"type": str}
@@ -81,20 +74,12 @@ OPTIONS = {
     "epochs": (None, EPOCHS, "passes; by default 30, and for scenes 1.6 * sqrt(batch_size / 32)"),
     "batch_size": (256, COUNT, "pairs in each step, over all processes"),
     "micro_batch_size": (None, COUNT, "pairs in the towers at once to save memory; by default all"),
-    "learning_rate": (
-        5e-4,
-        AMOUNT,
-        "peak; with --init_from 5e-5, and ten times that for new parts",
-    ),
+    "learning_rate": (5e-4, AMOUNT, "peak; with --init_from 5e-5, and tenfold for new parts"),
     "warmup_steps": (None, COUNT_OR_0, "steps with a rising rate; by default half, at most 3000"),
     "weight_decay": (0.2, AMOUNT, "of AdamW, for matrices"),
     "seed": (0, {"type": cli.number(int, 0, 2**31)}, "of all draws in training"),
     # Machine and folder
-    "workers": (
-        None,
-        COUNT_OR_0,
-        "loaders per GPU; by default cores / GPUs, at most 16; scenes on a CPU: 0",
-    ),
+    "workers": (None, COUNT_OR_0, "loaders; by default cores / GPUs up to 16, scenes on a CPU: 0"),
     "device": (None, TEXT, "cuda, mps or cpu; by default cuda if there is such a GPU, else cpu"),
     "dtype": (None, DTYPES, "dtype of steps; by default a fast one of this device"),
     "compile": (None, FLAG, "compile towers and head; by default on CUDA under Linux, if it works"),
@@ -253,14 +238,12 @@ def make_optimizer(model, weight_decay, new_names=()):
     groups = []
     for is_new, relative_rate in ((False, 1.0), (True, 10.0)):
         params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
-        matrices = {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay}
-        others = {
-            "params": [p for p in params if p.ndim < 2],
-            "weight_decay": 0.0,
-        }  # such as biases
-        for group in (matrices, others):
-            if group["params"]:
-                groups.append({**group, "relative_rate": relative_rate})
+        matrices = [p for p in params if p.ndim >= 2]
+        others = [p for p in params if p.ndim < 2]  # such as biases
+        for group, decay in ((matrices, weight_decay), (others, 0.0)):
+            if group:
+                facts = {"weight_decay": decay, "relative_rate": relative_rate}
+                groups.append({"params": group, **facts})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 

@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common import processes
 from common.cli import InputError, check, write_file
@@ -112,12 +113,13 @@ def save_last(out, model, tokenizer, optimizer, scaler, header, step):
 
 def keep_best(out, model, tokenizer, header, step):
     """Write best.pt if the validation after this step, which is in the log, is the best so far. The
-    weights before training only set the score to beat."""
+    weights before training only set the score to reach."""
     _, rows = read_log(out / "log.jsonl")
     # The mean of R@1 over both directions. Without validation pairs the newest model is the best.
     scores = {row["step"]: row.get("mean_r1", 0.0) for row in rows if "zeroshot" in row}
     if step > 0 and scores[step] == max(scores.values()):
         write_checkpoint(out / "best.pt", model, tokenizer.vocab, header=header, step=step)
+        tqdm.write(f"best.pt has the model after step {step}")
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def print_commands(out, model, val_samples):
     checkpoint = out / "best.pt"
     if not checkpoint.exists():
         checkpoint = out / "last.pt"
-        print("There is no best.pt: no score beat step 0. Train longer, or lower --learning_rate.")
+        print("There is no best.pt: step 0 scored highest. Train longer, or lower --learning_rate.")
     options = f"--checkpoint {checkpoint}"
     if val_samples is None:
         options += " --images PICTURES"

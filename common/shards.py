@@ -143,10 +143,11 @@ def cache_folder():
 
 
 def cache_file(shard):
-    """Return the file for the index of a shard, another one whenever the shard has changed."""
+    """Return the file for the index of a shard, another one whenever the shard has changed, or this
+    module, which makes the index."""
     stamp = shard, os.path.getsize(shard), os.stat(shard).st_mtime_ns
-    digest = hashlib.sha1(repr(stamp).encode()).hexdigest()
-    return cache_folder() / f"index-19-{digest}"  # increase this number when read_headers changes
+    digest = hashlib.sha1(repr(stamp).encode() + Path(__file__).read_bytes()).hexdigest()
+    return cache_folder() / f"index-{digest}"
 
 
 def build_index(shards):
