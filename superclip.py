@@ -170,8 +170,9 @@ def contrastive_loss(image_features, text_features, scale):
     caption its image.
 
     image_features, text_features (B, E): normalised to length 1; scale: the inverse temperature, a
-    scalar that train.py keeps between 1 and 100. The loss begins near ln B, because an untrained
-    tower gives nearly the same feature to everything. Here B counts the pairs of all processes.
+    scalar that train.py keeps between 1 and 100. The loss begins a little above ln B, because an
+    untrained tower gives nearly the same feature to everything. B counts the pairs of all
+    processes.
     """
     # Compute in float32 even under autocast: near 100, numbers of bfloat16 are 0.5 apart.
     with torch.autocast(image_features.device.type, enabled=False):

@@ -141,9 +141,9 @@ def parse(argv):
     if typed.get("zeroshot_data") == ["none"]:
         typed["zeroshot_data"] = []
     if "resume" in typed:
-        for name in typed:
-            advice = "Leave it out, or start a new run."
-            cli.check(name in ("resume", *MAY_CHANGE), f"--resume cannot change --{name}. {advice}")
+        fixed = sorted(f"--{name}" for name in typed.keys() - {"resume", *MAY_CHANGE})
+        advice = "Leave it out, or start a new run."
+        cli.check(not fixed, f"--resume cannot change {', '.join(fixed)}. {advice}")
         last = run.read_last(typed["resume"])
         options = {**defaults, **last["header"]["options"], **typed}
     else:
@@ -185,13 +185,9 @@ def resolve(options, device, num_pairs):
         if args.train_data is None and device.type == "cpu":
             args.workers = 0  # scenes are small, and the model keeps the cores busy
     if args.steps is None:
-        epochs = args.epochs
-        if epochs is None and args.train_data is None:
-            # A batch of scenes that is four times as large makes half as many steps.
-            epochs = round(1.6 * math.sqrt(args.batch_size / 32), 3)
-        elif epochs is None:
-            epochs = 30
-        args.steps = max(1, round(epochs * (num_pairs // args.batch_size)))
+        # A batch of scenes that is four times as large makes half as many steps.
+        default = 30 if args.train_data else round(1.6 * math.sqrt(args.batch_size / 32), 3)
+        args.steps = max(1, round((args.epochs or default) * (num_pairs // args.batch_size)))
         args.epochs = None  # it has done its work
     if args.warmup_steps is None:  # a short warm-up hurts plain CLIP most (study/results.md)
         args.warmup_steps = min(3000, args.steps // 2)
@@ -235,15 +231,14 @@ def build_model(args, shards):
 def make_optimizer(model, weight_decay, new_names=()):
     """Return AdamW. Each step sets the learning rate of a group of parameters, which is multiplied
     by the group's relative_rate. It is 10 for those in new_names, because they know nothing yet."""
+    params = {}  # of each group: (weight decay, relative rate) -> a list
+    for name, p in model.named_parameters():
+        decay = weight_decay if p.ndim >= 2 else 0.0  # none for biases and norms
+        relative_rate = 10.0 if name in new_names else 1.0
+        params.setdefault((decay, relative_rate), []).append(p)
     groups = []
-    for is_new, relative_rate in ((False, 1.0), (True, 10.0)):
-        params = [p for name, p in model.named_parameters() if (name in new_names) == is_new]
-        matrices = [p for p in params if p.ndim >= 2]
-        others = [p for p in params if p.ndim < 2]  # such as biases
-        for group, decay in ((matrices, weight_decay), (others, 0.0)):
-            if group:
-                facts = {"weight_decay": decay, "relative_rate": relative_rate}
-                groups.append({"params": group, **facts})
+    for (decay, relative_rate), several in params.items():
+        groups.append({"params": several, "weight_decay": decay, "relative_rate": relative_rate})
     # CLIP and SuperCLIP have these betas and eps. fused computes all of Adam in one kernel.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -359,8 +354,8 @@ def train(options, last):
         ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # A round first saves and validates what the steps before it have learned, and then makes a
-    # step. The last round only saves and validates. `clock` is the time of the last row of the log,
-    # later by what saves and validations have taken since.
+    # step. The last round only saves and validates. Both happen right behind a row of the log, so
+    # that the next row has the speed of the training alone. `clock` is when that speed begins.
     rounds = tqdm(
         range(start, args.steps + 1),
         initial=start,
@@ -374,10 +369,9 @@ def train(options, last):
         # 1. Process 0 saves every ten minutes, and before a validation, which may fail. Then it
         # validates. The other processes wait in part 3, or at the end.
         is_validated = step in eval_steps
-        if RANK == 0 and (is_validated or time.perf_counter() > saved_at + 600):
-            if on_gpu:  # the steps that it still computes count as training, and not as saving
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+        is_behind_row = not sums
+        is_old = time.perf_counter() > saved_at + 600
+        if RANK == 0 and is_behind_row and (is_validated or is_old):
             if step > start:
                 save_last(step)
             if is_validated:
@@ -385,8 +379,7 @@ def train(options, last):
                 row = validate(args, model, tokenizer, val_samples, zeroshot_images)
                 run.log(out, step, row)
                 run.keep_best(out, model, tokenizer, header, step)
-            saved_at = time.perf_counter()
-            clock += saved_at - began
+            saved_at = clock = time.perf_counter()
         if step == args.steps:
             break
 
@@ -424,8 +417,7 @@ def train(options, last):
             seconds = time.perf_counter() - clock
             num_pairs = sums["steps"] * args.batch_size
             # In float16 a step may overflow, which halves the scale. Otherwise the scale is 1.
-            may_overflow = scaler.get_scale() > 1
-            is_well = math.isfinite(means["loss"]) or may_overflow
+            is_well = math.isfinite(means["loss"]) or scaler.get_scale() > 1
             cli.check(is_well, "the loss is not finite. Lower --learning_rate, or change --dtype.")
             row = {
                 **means,
