@@ -21,10 +21,10 @@ import itertools
 import math
 import random
 import tarfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from common.cli import check, new_folder, progress
 from common.processes import map_in_processes
@@ -180,21 +180,25 @@ def draw(scene):
 def draw_object(image, thing):
     """Draw an object with a white outline into its box."""
     x0, y0, x1, y1 = (round(v * SIDE) for v in thing["box"])
-    width = x1 - x0
-    height = y1 - y0
-    sheet = Image.new("RGB", (width, height), COLOURS[thing["colour"]])
-    mask = Image.new("1", (width, height))
-    pen = ImageDraw.Draw(sheet)
-    cut = ImageDraw.Draw(mask)
-    outlines = [OUTLINES[thing["shape"]]]
-    if thing["shape"] == "ring":
+    area, line = masks(thing["shape"], x1 - x0, y1 - y0)
+    image.paste(COLOURS[thing["colour"]], (x0, y0, x1, y1), area)
+    image.paste("white", (x0, y0, x1, y1), line)
+
+
+@cache  # there are few sizes, and lines with round corners take long
+def masks(shape, width, height):
+    """Return two masks, of the area of a shape and of its outline inside the area."""
+    area = Image.new("1", (width, height))
+    line = Image.new("1", (width, height))
+    outlines = [OUTLINES[shape]]
+    if shape == "ring":
         outlines.append(HOLE)
     for outline in outlines:
         points = [((1 + x) / 2 * width, (1 + y) / 2 * height) for x, y in outline]
-        cut.polygon(points, fill=0 if outline is HOLE else 1)
-        # Half of the line lies outside the mask, so about one pixel of the picture is left.
-        pen.line(points + points[:2], fill="white", width=SIDE // 28, joint="curve")
-    image.paste(sheet, (x0, y0), mask)
+        ImageDraw.Draw(area).polygon(points, fill=0 if outline is HOLE else 1)
+        # Half of the line lies outside the area, so about one pixel of the picture is left.
+        ImageDraw.Draw(line).line(points + points[:2], 1, width=SIDE // 28, joint="curve")
+    return area, ImageChops.logical_and(line, area)
 
 
 # -----------------------------------------------------------------------------
